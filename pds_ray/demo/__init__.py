@@ -1,0 +1,1 @@
+"""The built-in world: its models' weights, and the scripts that train them."""

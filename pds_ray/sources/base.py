@@ -1,0 +1,79 @@
+"""What a data source offers: shards to read, and the samples or faults found in them.
+
+A source knows where image-caption samples come from and nothing of what is done with them. It hands out
+*encoded* image bytes; decoding is `pds_ray.images`' work, so that one broken picture costs one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class SourceError(ValueError):
+    """The source as a whole cannot be used (nothing matches, a file is missing). One line for the user."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The unit of reading, retry, commit and progress."""
+
+    name: str
+    """Unique in its source, made of letters, digits, '.', '_' and '-': artifacts are named after it."""
+    location: str
+    """What `Source.read` needs to find it: a path, a URI, a range of rows."""
+    size: int = 0
+    """Bytes for files, samples for generated data; part of the source fingerprint, 0 if unknown."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its captions, as the source has it. (shard, key) is unique in the data set."""
+
+    key: str
+    image: bytes
+    """Encoded picture (JPEG, PNG, WebP, GIF)."""
+    captions: tuple[str, ...]
+    """At least one, not blank, not yet cleaned."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One sample, or the rest of one shard, that could not be used."""
+
+    key: str
+    reason: str
+    """One of `REASONS`."""
+    detail: str
+
+
+REASONS = (
+    "not_a_tar",  # the shard is not a tar at all; key is ""
+    "truncated_shard",  # the tar ends early: everything before the cut was read; key is the sample cut in two, or ""
+    "missing_shard",  # listed, but gone or unreadable when it was opened; key is ""
+    "missing_image",  # no member with a known picture extension, or the file is not there
+    "missing_caption",  # neither .txt nor .json gives a caption that is not blank
+    "duplicate_key",  # a second sample under a key already seen in this shard
+    "unsafe_member",  # absolute path, '..', link or device: never followed, never written
+    "member_too_large",  # a member larger than the limit; not read
+    "undecodable_image",  # bytes that no decoder takes, or cut off
+    "image_too_large",  # declares more pixels than the limit; never decoded
+    "image_too_small",  # a side below the limit
+    "nonfinite_embedding",  # the encoder gave NaN or infinity
+)
+"""The closed list of reasons for which a sample is kept out; every count in a summary is one of these."""
+
+
+class Source(Protocol):
+    """A data set of image-caption samples, cut in shards. Instances pickle: they travel to Ray workers."""
+
+    uri: str
+
+    def shards(self) -> list[Shard]:
+        """Every shard, in a stable order. Raises SourceError in one line if there is none."""
+        ...
+
+    def read(self, shard: Shard) -> Iterator[Sample | Fault]:
+        """The samples of a shard in their stored order, faults in between. Never raises for bad data."""
+        ...
