@@ -1,0 +1,49 @@
+"""Caption cleaning: one function per rule set, chosen by name.
+
+A cleaner never raises and may return "": a caption of which nothing is left is the caller's to count as missing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+MAX_CHARACTERS = 2000
+"""Cut of `clean_basic`; far beyond the 77 tokens a CLIP text encoder reads."""
+
+PAPER_MAX_WORDS = 30
+
+# Characters that show nothing but change what is tokenised or displayed: controls that are not white space, lone
+# surrogates (which cannot be stored as UTF-8), zero-width and invisible operators, bidi controls, tag characters.
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    "\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+_PAPER_PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
+_WHITE_RUN = re.compile(r"\s{2,}")
+
+
+def clean_basic(text: str) -> str:
+    """One line of visible text, white space collapsed, at most `MAX_CHARACTERS` characters, cut at a word end."""
+    line = " ".join(_INVISIBLE.sub("", text).split())
+    if len(line) <= MAX_CHARACTERS:
+        return line
+    word_end = line.rfind(" ", 0, MAX_CHARACTERS + 1)
+    return line[: word_end if word_end > 0 else MAX_CHARACTERS]
+
+
+def clean_paper(text: str) -> str:
+    """The rule of the published Flickr30K and COCO protocols: lower case, . ! " ( ) * # : ; ~ to spaces, 30 words.
+
+    Kept to the letter, so only *runs* of white space collapse and a lone tab stays.
+    """
+    line = _WHITE_RUN.sub(" ", _PAPER_PUNCTUATION.sub(" ", text.lower()))
+    return " ".join(line.rstrip("\n").strip(" ").split(" ")[:PAPER_MAX_WORDS])
+
+
+def clean_none(text: str) -> str:
+    """The caption as the source has it."""
+    return text
+
+
+CLEANERS: dict[str, Callable[[str], str]] = {"basic": clean_basic, "paper": clean_paper, "none": clean_none}
