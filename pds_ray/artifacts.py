@@ -1,0 +1,235 @@
+"""The data contract: every file of a run folder, its name, columns and meaning. No other module names a file.
+
+N images, M captions (one pair per caption), d embedding width, K clusters, B distilled pairs.
+
+| file | rows | columns (dtype) | meaning |
+| --- | --- | --- | --- |
+| `run.json` | | | configuration, versions, stage status, counts, timings (see manifest.py) |
+| `embeddings/store.json` | | | what the embeddings were made from; guards reuse |
+| `embeddings/S.images.parquet` | images of shard S | key (str), index (int32), embedding (f16/f32 [d]), width, height (int32) | raw, un-normalised CLIP image projections; index is the place in the shard |
+| `embeddings/S.captions.parquet` | pairs of shard S | key, image_row (int32), caption_index (int32), caption (str), embedding [d], similarity (f32) | image_row points into S.images; similarity is the cosine to that image |
+| `embeddings/S.errors.parquet` | bad samples | key, reason, detail (str) | reason is one of sources.base.REASONS |
+| `embeddings/S.json` | | | commit marker, written last: counts, SHA-256 of the three files |
+| `pruning/S.keep.parquet` | pairs of S | kept (bool) | in the row order of S.captions |
+| `clusters/image.safetensors`, `text.safetensors` | | centroids (f32 [K, d]) | k-means centroids in the clustered space |
+| `clusters/S.labels.parquet` | pairs of S | image_cluster, text_cluster (int32) | -1 for pairs pruned away |
+| `matching/couples.parquet` | couples | image_cluster, text_cluster (int32), shared (int64), pairless (bool), mean_cosine (f64) | the assignment |
+| `prototypes.parquet` | B | see `prototype_schema` | in the order of the distilled set |
+| `images/P.png` | | | the decoded picture of pair P |
+| `distilled/` | | | the portable result (stages/materialize.py) |
+
+Pairs are numbered from 0 in the order of falling prototype cosine. Everything but run.json is a function of
+configuration, data and seed, byte for byte.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from pds_ray.storage import Folder
+
+STORE_SCHEMA_VERSION = 1
+MODALITIES = ("image", "text")
+
+ERROR_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+KEEP_SCHEMA = pa.schema([("kept", pa.bool_())])
+LABEL_SCHEMA = pa.schema([("image_cluster", pa.int32()), ("text_cluster", pa.int32())])
+COUPLE_SCHEMA = pa.schema(
+    [
+        ("image_cluster", pa.int32()),
+        ("text_cluster", pa.int32()),
+        ("shared", pa.int64()),
+        ("pairless", pa.bool_()),
+        ("mean_cosine", pa.float64()),
+    ]
+)
+
+
+def image_schema(dim: int, dtype: str) -> pa.Schema:
+    """Columns of S.images.parquet."""
+    return pa.schema(
+        [
+            ("key", pa.string()),
+            ("index", pa.int32()),
+            ("embedding", pa.list_(pa.from_numpy_dtype(dtype), dim)),
+            ("width", pa.int32()),
+            ("height", pa.int32()),
+        ]
+    )
+
+
+def caption_schema(dim: int, dtype: str) -> pa.Schema:
+    """Columns of S.captions.parquet."""
+    return pa.schema(
+        [
+            ("key", pa.string()),
+            ("image_row", pa.int32()),
+            ("caption_index", pa.int32()),
+            ("caption", pa.string()),
+            ("embedding", pa.list_(pa.from_numpy_dtype(dtype), dim)),
+            ("similarity", pa.float32()),
+        ]
+    )
+
+
+def prototype_schema(dim: int) -> pa.Schema:
+    """Columns of prototypes.parquet, one row per distilled pair."""
+    vector = pa.list_(pa.float32(), dim)
+    return pa.schema(
+        [
+            ("pair", pa.int32()),
+            ("image_prototype", vector),
+            ("text_prototype", vector),
+            ("cosine", pa.float64()),  # between the two prototypes; the pairs fall in it
+            ("image_cluster", pa.int32()),
+            ("text_cluster", pa.int32()),
+            ("shared", pa.int64()),  # pairs averaged; 0 for a pairless couple
+            ("member_norm", pa.float64()),  # mean norm of the averaged image embeddings
+            ("caption", pa.string()),  # retrieved: the caption nearest to the text prototype
+            ("caption_shard", pa.string()),
+            ("caption_key", pa.string()),
+            ("caption_cosine", pa.float32()),
+            ("nearest_shard", pa.string()),  # the real image nearest to the image prototype
+            ("nearest_key", pa.string()),
+            ("nearest_cosine", pa.float32()),
+            ("members", pa.list_(pa.string())),  # up to MEMBER_SAMPLE of the averaged pairs, as shard/key
+        ]
+    )
+
+
+MEMBER_SAMPLE = 8
+
+
+def vectors(table: pa.Table, column: str) -> np.ndarray:
+    """A fixed-size-list column as float32 [rows, d]."""
+    array = table.column(column).combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    width = array.type.list_size
+    return np.asarray(array.flatten()).reshape(-1, width).astype(np.float32, copy=False)
+
+
+def vector_array(values: np.ndarray, dtype: str) -> pa.FixedSizeListArray:
+    """[rows, d] as a fixed-size-list array of `dtype`."""
+    flat = pa.array(np.ascontiguousarray(values, dtype=dtype).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+
+@dataclass(frozen=True)
+class EmbeddingStore:
+    """The embeddings of one source by one encoder; several runs may share one."""
+
+    folder: Folder
+
+    IMAGES, CAPTIONS, ERRORS, MARKER = ".images.parquet", ".captions.parquet", ".errors.parquet", ".json"
+    STORE = "store.json"
+
+    @property
+    def parts(self) -> Folder:
+        """Pieces of shards not yet committed."""
+        return self.folder / "parts"
+
+    def committed(self) -> set[str]:
+        """Names of the shards whose marker is there."""
+        names = self.folder.names(self.MARKER)
+        return {name.removesuffix(self.MARKER) for name in names if name != self.STORE}
+
+    def marker(self, shard: str) -> dict[str, Any]:
+        """Counts and hashes of a committed shard."""
+        return self.folder.read_json(shard + self.MARKER)
+
+    def images(self, shard: str, columns: list[str] | None = None) -> pa.Table:
+        return self.folder.read_table(shard + self.IMAGES, columns)
+
+    def captions(self, shard: str, columns: list[str] | None = None) -> pa.Table:
+        return self.folder.read_table(shard + self.CAPTIONS, columns)
+
+    def errors(self, shard: str) -> pa.Table:
+        return self.folder.read_table(shard + self.ERRORS)
+
+    def commit(self, shard: str, images: pa.Table, captions: pa.Table, errors: pa.Table, info: dict[str, Any]) -> None:
+        """Writes a shard's three files, then its marker: from then on the shard is there."""
+        hashes = {
+            shard + self.IMAGES: self.folder.write_table(shard + self.IMAGES, images),
+            shard + self.CAPTIONS: self.folder.write_table(shard + self.CAPTIONS, captions),
+            shard + self.ERRORS: self.folder.write_table(shard + self.ERRORS, errors),
+        }
+        self.folder.write_json(shard + self.MARKER, {**info, "sha256": hashes})
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run."""
+
+    folder: Folder
+
+    MANIFEST = "run.json"
+
+    @property
+    def embeddings(self) -> Folder:
+        return self.folder / "embeddings"
+
+    @property
+    def pruning(self) -> Folder:
+        return self.folder / "pruning"
+
+    @property
+    def clusters(self) -> Folder:
+        return self.folder / "clusters"
+
+    @property
+    def matching(self) -> Folder:
+        return self.folder / "matching"
+
+    @property
+    def images(self) -> Folder:
+        return self.folder / "images"
+
+    @property
+    def distilled(self) -> Folder:
+        return self.folder / "distilled"
+
+    def save_keep(self, shard: str, kept: np.ndarray) -> None:
+        self.pruning.write_table(f"{shard}.keep.parquet", pa.table({"kept": kept}, schema=KEEP_SCHEMA))
+
+    def keep(self, shard: str) -> np.ndarray:
+        """bool [pairs of the shard]."""
+        return self.pruning.read_table(f"{shard}.keep.parquet").column("kept").to_numpy(zero_copy_only=False)
+
+    def save_centroids(self, modality: str, centroids: np.ndarray) -> None:
+        self.clusters.write_bytes(f"{modality}.safetensors", save_safetensors({"centroids": centroids}))
+
+    def centroids(self, modality: str) -> np.ndarray:
+        """float32 [K, d]."""
+        return load_safetensors(self.clusters.read_bytes(f"{modality}.safetensors"))["centroids"]
+
+    def save_labels(self, shard: str, image_cluster: np.ndarray, text_cluster: np.ndarray) -> None:
+        table = pa.table({"image_cluster": image_cluster, "text_cluster": text_cluster}, schema=LABEL_SCHEMA)
+        self.clusters.write_table(f"{shard}.labels.parquet", table)
+
+    def labels(self, shard: str) -> tuple[np.ndarray, np.ndarray]:
+        """Image and text cluster of each pair of the shard, int32, -1 where pruned."""
+        table = self.clusters.read_table(f"{shard}.labels.parquet")
+        return table.column("image_cluster").to_numpy(), table.column("text_cluster").to_numpy()
+
+    def save_couples(self, couples: pa.Table) -> None:
+        self.matching.write_table("couples.parquet", couples)
+
+    def couples(self) -> pa.Table:
+        return self.matching.read_table("couples.parquet")
+
+    def save_prototypes(self, prototypes: pa.Table) -> None:
+        self.folder.write_table("prototypes.parquet", prototypes)
+
+    def prototypes(self) -> pa.Table:
+        return self.folder.read_table("prototypes.parquet")
+
+    @staticmethod
+    def image_name(pair: int) -> str:
+        return f"{pair:06d}.png"

@@ -1,0 +1,72 @@
+"""Name -> factory for every plug-in: the one place to add a source, an encoder or a decoder.
+
+A plug-in is one file in its folder and one line here. Modules are imported only when used, so that naming one costs
+nothing; an unknown name lists the known ones.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pds_ray.config import ConfigError
+
+if TYPE_CHECKING:
+    from pds_ray.config import DecodeConfig, EmbedConfig
+    from pds_ray.decoders.base import Decoder, DecoderInfo
+    from pds_ray.encoders.base import Encoder, EncoderInfo
+    from pds_ray.sources.base import Source
+
+SOURCES = {  # URI scheme -> class(uri); anything else is a tar path, glob or brace range
+    "scenes": "pds_ray.sources.scenes:ScenesSource",
+    "flickr30k": "pds_ray.sources.karpathy:KarpathySource",
+    "coco": "pds_ray.sources.karpathy:KarpathySource",
+    "": "pds_ray.sources.webdataset:WebDatasetSource",
+}
+
+ENCODERS = {  # prefix of the encoder name -> module with describe(name) and load(info, precision)
+    "": "pds_ray.encoders.open_clip",
+}
+
+DECODERS = {  # decoder name -> module with describe(config, encoder) and load(info, config, source)
+    "unclip": "pds_ray.decoders.unclip",
+    "nearest": "pds_ray.decoders.nearest",
+}
+
+
+def _known(kind: str, table: dict[str, str], name: str) -> str:
+    if name not in table:
+        raise ConfigError(f"unknown {kind} {name!r}; known: {', '.join(filter(None, table))}")
+    return table[name]
+
+
+def make_source(uri: str) -> Source:
+    """The source a URI names. Raises SourceError in one line if it cannot be used."""
+    scheme = uri.partition(":")[0]
+    module, _, cls = SOURCES[scheme if scheme in SOURCES else ""].partition(":")
+    return getattr(import_module(module), cls)(uri)
+
+
+def describe_encoder(config: EmbedConfig) -> EncoderInfo:
+    """What the encoder is, without loading its weights. Raises ConfigError in one line if there is no such encoder."""
+    return _encoder_module(config.encoder).describe(config.encoder)
+
+
+def load_encoder(info: EncoderInfo, precision: str) -> Encoder:
+    """The encoder with its weights, on the GPU if there is one."""
+    return _encoder_module(info.name).load(info, precision)
+
+
+def _encoder_module(name: str) -> Any:
+    prefix = name.partition(":")[0]
+    return import_module(ENCODERS[prefix if prefix in ENCODERS else ""])
+
+
+def describe_decoder(config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:
+    """What the decoder is, checked against the encoder's space. Raises ConfigError in one line if they do not fit."""
+    return import_module(_known("decoder", DECODERS, config.decoder)).describe(config, encoder)
+
+
+def load_decoder(info: DecoderInfo, config: DecodeConfig, source: Source) -> Decoder:
+    """The decoder, ready to decode; `source` is where real images are found by those that need them."""
+    return import_module(_known("decoder", DECODERS, config.decoder)).load(info, config, source)

@@ -1,0 +1,190 @@
+"""The command line: parse, validate, call the API, print; nothing else.
+
+Exit codes: 0 done, 1 an error of ours, 2 something the user can mend, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import warnings
+from typing import Any, NoReturn
+
+from pds_ray import __version__
+from pds_ray.config import ConfigError, RunConfig, flatten, replace, sections, to_dict
+
+EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
+QUIET = {  # libraries that print on import or on load
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"pds-ray: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(EXIT_USER)
+
+
+def _add_config_options(parser: argparse.ArgumentParser) -> None:
+    """A flag for every field of RunConfig: --prune.ratio, and the other names it is known by."""
+    for section, cls in {"": RunConfig, **sections()}.items():
+        about = (cls.__doc__ or "").splitlines()[0] if section else None
+        group = parser.add_argument_group(section or "run", about)
+        for field in dataclasses.fields(cls):
+            if "doc" not in field.metadata:
+                continue
+            dotted = f"{section}.{field.name}" if section else field.name
+            known_as = (dotted.replace("_", "-"), dotted, *field.metadata["aliases"])
+            default = "" if field.default in (None, "") else f" [{field.default}]"
+            group.add_argument(
+                *dict.fromkeys(f"--{name}" for name in known_as),
+                dest=dotted,
+                metavar=field.name.upper(),
+                default=argparse.SUPPRESS,
+                help=(field.metadata["doc"] + default).replace("%", "%%"),
+            )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(prog="pds-ray", description="Distil image-text data into a few image-caption pairs, on Ray.")
+    parser.add_argument("--version", action="version", version=f"pds-ray {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+
+    distill = commands.add_parser(
+        "distill",
+        help="distil a data set",
+        allow_abbrev=False,
+        description="Distils a data set into image-caption pairs. Repeating an interrupted command continues it.",
+        epilog="Values come from the preset, then the YAML file, then the command line. Every field has a flag.",
+    )
+    distill.add_argument("--preset", default="default", help="default, demo, paper or web_scale")
+    distill.add_argument("--config", metavar="FILE.yaml", help="fields as YAML, sections nested")
+    distill.add_argument("--dry-run", action="store_true", help="validate, print the plan and the configuration, stop")
+    distill.add_argument("--redo", action="store_true", help="allow a changed configuration: redo what depends on it")
+    _add_config_options(distill)
+
+    show = commands.add_parser("show", help="what a run is and how far it is")
+    show.add_argument("run", metavar="RUN")
+    show.add_argument("--json", action="store_true", help="run.json as it is")
+
+    commands.add_parser("doctor", help="hardware, versions, weights and paths found, and what is missing")
+    for command in commands.choices.values():
+        command.add_argument("-v", "--verbose", action="store_true", help="show stack traces and library messages")
+    return parser
+
+
+def resolve(args: argparse.Namespace) -> RunConfig:
+    """Preset, YAML file and flags -> the configuration. Raises ConfigError in one line."""
+    from pds_ray.recipes import recipe
+
+    config = recipe(args.preset)
+    if args.config:
+        config = replace(config, flatten(_read_yaml(args.config)))
+    fields = {name: value for name, value in vars(args).items() if name in flatten(to_dict(config))}
+    return replace(config, fields)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as stream:
+            value = yaml.safe_load(stream)
+    except OSError as error:
+        raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"--config {path} must hold fields such as 'pairs: 100', not {type(value).__name__}")
+    return value
+
+
+def _distill(args: argparse.Namespace) -> None:
+    from pds_ray import pipeline
+    from pds_ray.summary import print_plan, print_summary
+
+    config = resolve(args)
+    if args.dry_run:
+        print_plan(pipeline.plan(config))
+        return
+    manifest = pipeline.distill(config, redo=args.redo)
+    print_summary(config.out, manifest)
+
+
+def _show(args: argparse.Namespace) -> None:
+    from pds_ray.artifacts import RunFolder
+    from pds_ray.manifest import RunManifest
+    from pds_ray.storage import Folder
+    from pds_ray.summary import print_summary
+
+    run = RunFolder(Folder(args.run))
+    if not run.folder.exists(RunFolder.MANIFEST):
+        raise ConfigError(f"{args.run} is no run folder: it has no {RunFolder.MANIFEST}")
+    manifest = RunManifest(run).data
+    if args.json:
+        print(json.dumps(manifest, indent=2, ensure_ascii=False))
+    else:
+        print_summary(args.run, manifest)
+
+
+def _doctor(_: argparse.Namespace) -> None:
+    from pds_ray.doctor import examine
+
+    if not examine():
+        raise SystemExit(EXIT_USER)
+
+
+def _user_error(error: BaseException) -> bool:
+    """Whether an error is the user's to mend: one line is enough."""
+    from pds_ray.manifest import ManifestError
+    from pds_ray.sources.base import SourceError
+    from pds_ray.stages.materialize import DistilledSetError
+    from pds_ray.storage import StorageError
+
+    return isinstance(error, ConfigError | SourceError | StorageError | ManifestError | DistilledSetError)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `pds-ray`."""
+    args = build_parser().parse_args(argv)
+    if not args.verbose:
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        warnings.filterwarnings("ignore")
+    try:
+        {"distill": _distill, "show": _show, "doctor": _doctor}[args.command](args)
+        code = EXIT_OK
+    except KeyboardInterrupt:
+        print("\npds-ray: interrupted; the same command continues", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except Exception as error:
+        if args.verbose:
+            raise
+        cause = getattr(error, "cause", None) or error  # Ray wraps what a worker raised
+        line = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        if _user_error(cause) or _user_error(error):
+            print(f"pds-ray: {line}", file=sys.stderr)
+            code = EXIT_USER
+        else:
+            print(f"pds-ray: {type(cause).__name__}: {line} (-v shows where)", file=sys.stderr)
+            code = EXIT_BUG
+    finally:
+        if "ray" in sys.modules:
+            from pds_ray.distributed import runtime
+
+            runtime.stop()
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

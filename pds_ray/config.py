@@ -1,0 +1,277 @@
+"""What a run can be told: one small frozen dataclass per stage, composed into `RunConfig`.
+
+YAML files and the command line are views of these classes: a field added here is reachable from both. Only checks
+that need no data, no network and no model are made here; each names the field, the value given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args, get_origin, get_type_hints
+
+from pds_ray.captions import CLEANERS
+
+
+class ConfigError(ValueError):
+    """The user asked for something that cannot be. One line: what, where, what to do."""
+
+
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}; it must be {allowed}")
+
+
+def option(default: Any, doc: str, *aliases: str) -> Any:
+    """A dataclass field with its help line and, where users know it by another name, that name's flag."""
+    return field(default=default, metadata={"doc": doc, "aliases": aliases})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadConfig:
+    """How samples are read and cleaned."""
+
+    captions: str = option("basic", "caption cleaning: basic, paper (lower case, 30 words) or none")
+    max_pixels: int = option(64_000_000, "pictures that declare more pixels are refused undecoded")
+    min_side: int = option(2, "pictures with a shorter side are refused, pixels")
+
+    def __post_init__(self) -> None:
+        _require(self.captions in CLEANERS, "read.captions", self.captions, "one of " + ", ".join(CLEANERS))
+        _require(self.max_pixels > 0, "read.max_pixels", self.max_pixels, "positive")
+        _require(self.min_side > 0, "read.min_side", self.min_side, "positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """CLIP embedding of every image and every caption."""
+
+    encoder: str = option(
+        "ViT-L-14:openai",
+        "open_clip MODEL:TAG, MODEL:/path/to/checkpoint, local-dir:/path, hf-hub:org/repo, or 'demo'",
+        "encoder",
+    )
+    precision: str = option("auto", "fp32, fp16, bf16 or auto (bf16 on a GPU, fp32 on a CPU)")
+    batch_size: int = option(256, "images or captions a forward pass; a multiple of 16")
+    store: str | None = option(None, "embedding store that several runs share; default OUT/embeddings")
+    store_dtype: str = option("float16", "dtype of the embeddings on disk: float16 or float32")
+
+    def __post_init__(self) -> None:
+        _require(
+            self.precision in ("auto", "fp32", "fp16", "bf16"),
+            "embed.precision",
+            self.precision,
+            "auto, fp32, fp16 or bf16",
+        )
+        _require(
+            self.batch_size > 0 and self.batch_size % 16 == 0,
+            "embed.batch_size",
+            self.batch_size,
+            "a positive multiple of 16 (so that results do not depend on it)",
+        )
+        _require(
+            self.store_dtype in ("float16", "float32"), "embed.store_dtype", self.store_dtype, "float16 or float32"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """The pairs of lowest image-caption cosine are dropped before clustering."""
+
+    ratio: float = option(0.2, "share of pairs dropped", "rm-ratio", "rm_ratio")
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.ratio < 1, "prune.ratio", self.ratio, "at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """FAISS k-means, once per modality, with as many clusters as pairs requested."""
+
+    iterations: int = option(25, "Lloyd iterations")
+    restarts: int = option(1, "independent fits of which the best is kept")
+    normalize: bool = option(
+        False,
+        "cluster L2-normalised vectors; centroids are means of raw ones",
+        "normalize-embedding",
+        "normalize_embedding",
+    )
+    memory_gib: float = option(8.0, "budget for the training vectors; more rows than fit are sampled")
+
+    def __post_init__(self) -> None:
+        _require(self.iterations > 0, "cluster.iterations", self.iterations, "positive")
+        _require(self.restarts > 0, "cluster.restarts", self.restarts, "positive")
+        _require(self.memory_gib > 0, "cluster.memory_gib", self.memory_gib, "positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchConfig:
+    """One-to-one assignment of image clusters to text clusters by the pairs they share."""
+
+    solver: str = option("auto", "dense (Hungarian), sparse, or auto (dense up to 5,000 clusters)")
+    pairless: str = option("auto", "couples that share no pair: keep, drop, or auto (keep below 300 pairs)")
+
+    def __post_init__(self) -> None:
+        _require(self.solver in ("auto", "dense", "sparse"), "match.solver", self.solver, "auto, dense or sparse")
+        _require(self.pairless in ("auto", "keep", "drop"), "match.pairless", self.pairless, "auto, keep or drop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """From prototypes to pictures."""
+
+    decoder: str = option(
+        "unclip", "unclip (diffusers) or nearest (the real image nearest to the prototype)", "decoder"
+    )
+    model: str = option(
+        "auto", "diffusers unCLIP repository id or folder; auto takes the one that fits the encoder", "decoder-model"
+    )
+    revision: str | None = option(None, "revision of the repository")
+    steps: int = option(100, "denoising steps", "steps")
+    guidance: float = option(5.0, "classifier-free guidance scale; 1 or less switches it off", "guidance")
+    noise_level: int = option(10, "noise added to the prototype, 0 to 999", "noise")
+    negative_prompt: str = option("text, watermark", "what the picture should not show")
+    rescale: bool = option(False, "scale prototypes to the mean norm of their members before decoding")
+    precision: str = option("auto", "fp32, fp16, bf16 or auto (fp16 on a GPU, fp32 on a CPU)")
+    batch_size: int = option(16, "prototypes decoded together")
+    image_size: int = option(
+        224, "side of the saved pictures in pixels; 0 keeps the decoder's", "image-size", "image_size"
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.steps > 0, "decode.steps", self.steps, "positive")
+        _require(0 <= self.noise_level <= 999, "decode.noise_level", self.noise_level, "0 to 999")
+        _require(self.batch_size > 0, "decode.batch_size", self.batch_size, "positive")
+        _require(self.image_size >= 0, "decode.image_size", self.image_size, "0 or positive")
+        _require(
+            self.precision in ("auto", "fp32", "fp16", "bf16"),
+            "decode.precision",
+            self.precision,
+            "auto, fp32, fp16 or bf16",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayConfig:
+    """Where it runs. None of this changes what comes out."""
+
+    address: str | None = option(None, "address of a running cluster; without it a local Ray is started", "address")
+    num_cpus: int | None = option(None, "CPUs of the local Ray; default all")
+    object_store_gib: float | None = option(
+        None, "object store of the local Ray; default a quarter of free memory, at most 8 GiB"
+    )
+    embed_workers: int = option(0, "embedding actors; 0 is one a GPU, or what the CPUs allow")
+    decode_workers: int = option(0, "decoding actors; 0 is one a GPU, or what the CPUs allow")
+    max_bad_share: float = option(0.5, "the run stops when more than this share of the samples is bad")
+
+    def __post_init__(self) -> None:
+        _require(self.num_cpus is None or self.num_cpus > 0, "ray.num_cpus", self.num_cpus, "positive")
+        _require(self.embed_workers >= 0, "ray.embed_workers", self.embed_workers, "0 or positive")
+        _require(self.decode_workers >= 0, "ray.decode_workers", self.decode_workers, "0 or positive")
+        _require(0 <= self.max_bad_share <= 1, "ray.max_bad_share", self.max_bad_share, "from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole distillation: source and result, and a section per stage."""
+
+    source: str = option(
+        "",
+        "tar path, glob or brace range (local, s3://, gs://), flickr30k:ROOT, coco:ROOT, or scenes:N[:SEED]",
+        "source",
+    )
+    out: str = option("", "run folder", "out")
+    pairs: int = option(100, "distilled pairs", "pairs", "num-pairs", "num_pairs")
+    seed: int = option(0, "seed of everything drawn at random", "seed")
+    read: ReadConfig = field(default_factory=ReadConfig)
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    match: MatchConfig = field(default_factory=MatchConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.pairs > 0, "pairs", self.pairs, "positive")
+        _require(0 <= self.seed < 2**31, "seed", self.seed, "from 0 to 2147483647")
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain JSON values, sections nested."""
+    return dataclasses.asdict(config)
+
+
+def sections(cls: type = RunConfig) -> dict[str, type]:
+    """Name -> dataclass of the nested sections, in order."""
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[f.name])}
+
+
+def replace(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """A copy with dotted fields changed: {"pairs": 200, "prune.ratio": "0.1"}; text is converted to the field's type.
+
+    Raises ConfigError for an unknown field (naming the known ones) or a value of the wrong type.
+    """
+    top: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    for dotted, value in changes.items():
+        section, _, name = dotted.rpartition(".")
+        (nested.setdefault(section, {}) if section else top)[name] = value
+    known = sections()
+    for section, values in nested.items():
+        if section not in known:
+            raise ConfigError(f"unknown section {section!r}; known: {', '.join(known)}")
+        top[section] = _replace(getattr(config, section), values, f"{section}.")
+    return _replace(config, top, "")
+
+
+def _replace(config: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(type(config))
+    unknown = [name for name in values if name not in hints]
+    if unknown:
+        raise ConfigError(f"unknown option {prefix}{unknown[0]}; known: {', '.join(prefix + name for name in hints)}")
+    return dataclasses.replace(
+        config, **{name: _convert(value, hints[name], prefix + name) for name, value in values.items()}
+    )
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """`value` as type `hint` (bool, int, float, str, a section, or one of these or None)."""
+    if dataclasses.is_dataclass(hint):
+        return value
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if get_origin(hint) else [hint]
+    optional = get_origin(hint) is not None
+    if value is None or (optional and value in ("", "none", "null")):
+        if optional:
+            return None
+        raise ConfigError(f"{name} has no value")
+    kind = kinds[0]
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "yes", "on", "1"):
+            return True
+        if str(value).lower() in ("false", "no", "off", "0"):
+            return False
+        raise ConfigError(f"{name} is {value!r}; it must be true or false")
+    if isinstance(value, bool | dict | list):
+        raise ConfigError(f"{name} is {value!r}; it must be of type {kind.__name__}")
+    try:
+        number = kind(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} is {value!r}; it must be of type {kind.__name__}") from None
+    if kind is int and isinstance(value, float) and value != number:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number")
+    return number
+
+
+def flatten(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """{"prune": {"ratio": 0.1}, "pairs": 5} -> {"prune.ratio": 0.1, "pairs": 5}: a YAML file's view of the fields."""
+    flat: dict[str, Any] = {}
+    known = sections()
+    for key, value in mapping.items():
+        if key in known and isinstance(value, Mapping):
+            flat.update({f"{key}.{name}": item for name, item in value.items()})
+        else:
+            flat[str(key)] = value
+    return flat

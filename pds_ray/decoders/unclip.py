@@ -1,0 +1,169 @@
+"""diffusers `StableUnCLIPImg2ImgPipeline`: a Stable Diffusion that takes a CLIP image embedding as class label.
+
+The embedding goes in un-normalised: the pipeline standardises it by the statistics of raw embeddings stored with the
+checkpoint (methods.md A.2). Each picture has a generator of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pds_ray.config import ConfigError, DecodeConfig
+from pds_ray.decoders.base import DecodeBatch, DecoderInfo
+from pds_ray.encoders.base import EncoderInfo
+from pds_ray.encoders.open_clip import file_sha256
+from pds_ray.sources.base import Source
+
+SPACE_FILE = "pds_ray.json"  # {"space": ..., "dim": ...}: written beside checkpoints trained by our scripts
+
+KNOWN_SPACES = {  # repository name -> embedding spaces its class label was trained on
+    "stable-diffusion-2-1-unclip-small": ("ViT-L-14:openai", "ViT-L-14-quickgelu:openai"),
+    "stable-diffusion-2-1-unclip": ("ViT-H-14:laion2b_s32b_b79k",),
+}
+DEFAULT_MODELS = {  # embedding space -> checkpoint that takes it (the original repositories were withdrawn)
+    "ViT-L-14:openai": "sd2-community/stable-diffusion-2-1-unclip-small",
+    "ViT-L-14-quickgelu:openai": "sd2-community/stable-diffusion-2-1-unclip-small",
+    "ViT-H-14:laion2b_s32b_b79k": "sd2-community/stable-diffusion-2-1-unclip",
+}
+
+
+def demo_folder() -> Path:
+    """The built-in unCLIP, a diffusers folder like any other."""
+    return Path(str(resources.files("pds_ray.demo") / "weights" / "unclip"))
+
+
+def describe(config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:
+    """What the checkpoint is, from its configuration files, checked against the encoder.
+
+    Raises ConfigError in one line if it cannot be found, is no unCLIP, or expects another embedding.
+    """
+    model = _choose(encoder) if config.model == "auto" else config.model
+    folder = demo_folder() if model == "demo" else Path(model).expanduser()
+    if folder.is_dir():
+        dim, space, identity = _inspect(folder)
+        model = str(folder.resolve())
+    else:
+        dim, space, identity = _inspect_hub(model, config.revision)
+    if dim != encoder.dim:
+        raise ConfigError(
+            f"decoder {model} takes embeddings of width {dim}, encoder {encoder.name} gives {encoder.dim}; "
+            "choose a matching pair, or --decoder nearest"
+        )
+    notes: tuple[str, ...] = ()
+    known = KNOWN_SPACES.get(model.rstrip("/").rsplit("/", 1)[-1], (space,) if space else ())
+    if known and encoder.space not in known:
+        raise ConfigError(
+            f"decoder {model} was trained on the embeddings of {_short(known[0])}, not of {encoder.name} "
+            f"({_short(encoder.space)}): same width, other space; choose a matching pair, or --decoder nearest"
+        )
+    if not known:
+        notes = (f"decoder {model} does not say whose embeddings it was trained on; only the width was checked",)
+    args = (("model", model), ("revision", config.revision))
+    return DecoderInfo(name="unclip", dim=dim, identity=identity, load_args=args, notes=notes)
+
+
+def _choose(encoder: EncoderInfo) -> str:
+    if encoder.name == "demo" or _demo_space() == encoder.space:
+        return "demo"
+    if encoder.space in DEFAULT_MODELS:
+        return DEFAULT_MODELS[encoder.space]
+    raise ConfigError(
+        f"no unCLIP decoder is known for encoder {encoder.name}; known for: {', '.join(DEFAULT_MODELS)}. "
+        "Name one with --decode.model, or use --decoder nearest"
+    )
+
+
+def _demo_space() -> str | None:
+    path = demo_folder() / SPACE_FILE
+    return json.loads(path.read_text())["space"] if path.is_file() else None
+
+
+def _short(space: str) -> str:
+    return f"weights {space[:12]}" if len(space) == 64 else space
+
+
+def _inspect(folder: Path) -> tuple[int, str | None, str]:
+    """Embedding width, space if stated, and identity of a diffusers folder."""
+    index = _read_json(folder / "model_index.json", folder)
+    if "image_normalizer" not in index:
+        kind = index.get("_class_name", "no pipeline")
+        raise ConfigError(f"decoder {folder}: is a {kind}, not an unCLIP image pipeline (it has no image_normalizer)")
+    dim = int(_read_json(folder / "image_normalizer" / "config.json", folder)["embedding_dim"])
+    space = _read_json(folder / SPACE_FILE, folder)["space"] if (folder / SPACE_FILE).is_file() else None
+    weights = sorted((folder / "unet").glob("*.safetensors")) + sorted((folder / "vae").glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(f"decoder {folder}: no .safetensors weights under unet/ and vae/")
+    return dim, space, "+".join(file_sha256(path)[:16] for path in weights)
+
+
+def _inspect_hub(model: str, revision: str | None) -> tuple[int, str | None, str]:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(model, "image_normalizer/config.json", revision=revision)
+    except Exception as error:  # many kinds (no network, no such repository, offline mode): not to be had
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise ConfigError(
+            f"decoder {model}: not a folder, and cannot be fetched or found in the cache ({reason}); "
+            "give a local copy with --decode.model PATH, or use --decoder nearest"
+        ) from error
+    dim = int(json.loads(Path(path).read_text())["embedding_dim"])
+    return dim, None, f"{model}@{revision or 'main'}"
+
+
+def _read_json(path: Path, folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"decoder {folder}: cannot read {path.relative_to(folder)} ({error})") from None
+
+
+def load(info: DecoderInfo, config: DecodeConfig, source: Source) -> UnClipDecoder:  # noqa: ARG001 - all synthetic
+    return UnClipDecoder(info, config)
+
+
+class UnClipDecoder:
+    """The pipeline, loaded once."""
+
+    def __init__(self, info: DecoderInfo, config: DecodeConfig) -> None:
+        import diffusers
+        import torch
+        import transformers
+
+        diffusers.utils.logging.set_verbosity_error()
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        args = dict(info.load_args)
+        cuda = torch.cuda.is_available()
+        precision = config.precision if config.precision != "auto" else ("fp16" if cuda else "fp32")
+        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        try:
+            self.pipeline = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(
+                args["model"], revision=args["revision"], torch_dtype=dtype, use_safetensors=True
+            ).to("cuda" if cuda else "cpu")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"decoder {args['model']}: cannot load ({str(error).splitlines()[0]})") from error
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.config = config
+
+    def decode(self, batch: DecodeBatch) -> list[Image.Image]:
+        """Prompt = retrieved caption, class label = prototype, one generator a picture (methods.md A.1, step 14)."""
+        import torch
+
+        pipeline, config = self.pipeline, self.config
+        images = pipeline(
+            prompt=batch.captions,
+            negative_prompt=[config.negative_prompt] * len(batch.captions),
+            image_embeds=torch.from_numpy(np.ascontiguousarray(batch.prototypes)).to(pipeline.device, pipeline.dtype),
+            num_inference_steps=config.steps,
+            guidance_scale=config.guidance,
+            noise_level=config.noise_level,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds],
+        ).images
+        return [image.convert("RGB") for image in images]

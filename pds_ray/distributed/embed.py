@@ -1,0 +1,212 @@
+"""Embedding on Ray Data: read (CPU) -> decode and resize (CPU) -> encode (actor pool) -> one commit a shard.
+
+A shard whose rows arrive in one block is committed by the actor that embedded it; a larger one is put together from its
+parts by a small task. Commits are what a restart trusts: a shard without a marker is read again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from pds_ray import catalog
+from pds_ray.artifacts import EmbeddingStore
+from pds_ray.config import ConfigError, RunConfig
+from pds_ray.distributed import runtime
+from pds_ray.encoders.base import EncoderInfo
+from pds_ray.progress import progress_bar
+from pds_ray.sources.base import Shard, Source
+from pds_ray.stages import embed as core
+
+MIN_SAMPLES_TO_JUDGE = 100
+TABLES = ("images", "captions", "errors")
+
+
+class ShardDatasource(Datasource):
+    """One read task a shard: a fault can cost one shard's remainder, never its neighbours."""
+
+    def __init__(self, source: Source, shards: list[Shard]) -> None:
+        super().__init__()
+        self._source = source
+        self._shards = shards
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
+        """One a shard, whatever parallelism Ray asks for."""
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(_Reader(self._source, shard), unknown) for shard in self._shards]
+
+
+@dataclass
+class _Reader:
+    source: Source
+    shard: Shard
+
+    def __call__(self) -> Iterable[pa.Table]:
+        return core.read_blocks(self.source, self.shard)
+
+
+class EmbedWorker:
+    """Loads the encoder once; embeds blocks and writes what they give."""
+
+    def __init__(self, info: EncoderInfo, config: RunConfig, store: EmbeddingStore, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.size = info.preprocess.size
+        self.encoder = catalog.load_encoder(info, config.embed.precision)
+        self.config = config.embed
+        self.store = store
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """A decoded block -> one summary row for each shard in it."""
+        rows = []
+        for shard in dict.fromkeys(block.column("shard").to_pylist()):
+            mine = block.filter(pa.compute.equal(block.column("shard"), shard))
+            part = core.embed_block(mine, self.encoder, self.size, self.config)
+            counts = core.shard_counts(part.images, part.captions, part.errors)
+            whole = part.first == 0 and part.total == part.rows
+            if whole:
+                self.store.commit(shard, part.images, part.captions, part.errors, {"shard": shard, **counts})
+            else:
+                for name, table in core.part_to_tables(part).items():
+                    self.store.parts.write_table(part_name(shard, part.first, name), table)
+            rows.append(
+                {
+                    "shard": shard,
+                    "first": part.first,
+                    "rows": part.rows,
+                    "total": -1 if part.total is None else part.total,
+                    "committed": whole,
+                    "counts": json.dumps(counts),
+                }
+            )
+        return pa.Table.from_pylist(rows)
+
+
+def part_name(shard: str, first: int, table: str) -> str:
+    """File name of one table of one part."""
+    return f"{shard}.{first:09d}.{table}.parquet"
+
+
+def commit_parts(shard: str, firsts: list[int], store: EmbeddingStore) -> None:
+    """Puts a shard together from its parts, commits it and removes them."""
+    names = {first: {table: part_name(shard, first, table) for table in TABLES} for first in firsts}
+    parts = [
+        core.part_from_tables({table: store.parts.read_table(name) for table, name in tables.items()})
+        for tables in names.values()
+    ]
+    images, captions, errors = core.merge_parts(parts)
+    store.commit(shard, images, captions, errors, {"shard": shard, **core.shard_counts(images, captions, errors)})
+    for tables in names.values():
+        for name in tables.values():
+            store.parts.delete(name)
+
+
+@dataclass
+class _Open:
+    """What has arrived of a shard."""
+
+    rows: dict[int, int] = field(default_factory=dict)
+    total: int = -1
+
+    def complete(self) -> bool:
+        return self.total >= 0 and sum(self.rows.values()) == self.total
+
+
+def embed(
+    source: Source, shards: list[Shard], info: EncoderInfo, config: RunConfig, store: EmbeddingStore
+) -> dict[str, Any]:
+    """Embeds the shards that are not committed yet; returns the counts of all.
+
+    Raises ConfigError when more than `ray.max_bad_share` of the samples is bad.
+    """
+    done = store.committed()
+    totals: dict[str, Any] = {"images": 0, "pairs": 0, "bad": 0, "reasons": {}}
+    for shard in shards:
+        if shard.name in done:
+            core.add_counts(totals, store.marker(shard.name))
+    resumed = totals["images"]
+    todo = [shard for shard in shards if shard.name not in done]
+    if todo:
+        store.folder.sweep()
+        with progress_bar("embed", None, "images", resumed) as bar:
+            finished = len(shards) - len(todo)
+            for counts, closed in _stream(source, todo, info, config, store):
+                core.add_counts(totals, counts)
+                finished += closed
+                if finished:
+                    bar.total = max(totals["images"], round(totals["images"] * len(shards) / finished))
+                bar.set_postfix_str(
+                    f"{finished}/{len(shards)} shards, {totals['pairs']:,} pairs, {totals['bad']:,} bad"
+                )
+                bar.update(counts["images"])
+                check_bad_share(totals, config.ray.max_bad_share, final=False)
+    check_bad_share(totals, config.ray.max_bad_share, final=True)
+    return {**totals, "shards": len(shards), "shards_reused": len(shards) - len(todo), "images_reused": resumed}
+
+
+def _stream(
+    source: Source, shards: list[Shard], info: EncoderInfo, config: RunConfig, store: EmbeddingStore
+) -> Iterable[tuple[dict[str, Any], bool]]:
+    """Runs the data set; yields the counts of each block, and whether a shard ended with it."""
+    actors = runtime.pool(config.ray.embed_workers)
+    dataset = (
+        ray.data.read_datasource(
+            ShardDatasource(source, shards), override_num_blocks=len(shards), num_cpus=runtime.READ_CPUS
+        )
+        .map_batches(
+            core.decode_block,
+            fn_args=(info.preprocess, config.read),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=runtime.DECODE_CPUS,
+        )
+        .map_batches(
+            EmbedWorker,
+            fn_constructor_args=(info, config, store, actors.threads),
+            batch_size=None,
+            batch_format="pyarrow",
+            **runtime.actor_options(actors),
+        )
+    )
+    arrived: dict[str, _Open] = defaultdict(_Open)
+    commits: list[ray.ObjectRef] = []
+    commit = ray.remote(commit_parts).options(num_cpus=runtime.DECODE_CPUS)
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in batch.to_pylist():
+            closed = row["committed"]
+            if not closed:
+                shard = arrived[row["shard"]]
+                shard.rows[row["first"]] = row["rows"]
+                shard.total = max(shard.total, row["total"])
+                closed = shard.complete()
+                if closed:
+                    commits.append(commit.remote(row["shard"], sorted(shard.rows), store))
+                    del arrived[row["shard"]]
+            yield json.loads(row["counts"]), closed
+    ray.get(commits)
+    if arrived:
+        raise RuntimeError(f"{len(arrived)} shards never ended, first {next(iter(arrived))}")
+
+
+def check_bad_share(totals: dict[str, Any], limit: float, final: bool) -> None:
+    """Stops a run that would distil garbage. Raises ConfigError naming the most frequent reason."""
+    seen = totals["images"] + totals["bad"]
+    if not totals["bad"] or (seen < MIN_SAMPLES_TO_JUDGE and not final) or totals["bad"] <= limit * seen:
+        return
+    reason, count = max(totals["reasons"].items(), key=lambda item: item[1])
+    raise ConfigError(
+        f"{totals['bad']:,} of {seen:,} samples are bad (mostly {reason}: {count:,}), more than the allowed share "
+        f"{limit}; see the .errors.parquet files of the embedding store, or raise --ray.max-bad-share"
+    )

@@ -1,0 +1,50 @@
+"""Matching: shards count, the driver adds up and solves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pds_ray.artifacts import COUPLE_SCHEMA, EmbeddingStore, RunFolder
+from pds_ray.config import RunConfig
+from pds_ray.distributed import runtime
+from pds_ray.progress import progress_bar
+from pds_ray.stages import match as core
+
+MERGE_EVERY = 64  # partial tables held before they are added up
+
+
+def _count(
+    shard: str, store: EmbeddingStore, run: RunFolder, clusters: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    similarity = store.captions(shard, ["similarity"]).column("similarity").to_numpy()
+    return core.count_pairs(*run.labels(shard), similarity, clusters)
+
+
+def match(shards: list[str], store: EmbeddingStore, run: RunFolder, config: RunConfig) -> dict[str, Any]:
+    """Writes the couples; returns how many there are and what they share."""
+    pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    with progress_bar("match", len(shards) + 1, "shards") as bar:
+        for part in runtime.map_in_order(_count, shards, store, run, config.pairs):
+            pending.append(part)
+            if len(pending) == MERGE_EVERY:
+                pending = [core.merge_counts(pending)]
+            bar.update()
+        cells, counts, cosines = core.merge_counts(pending)
+        text_of = core.assign_clusters(cells, counts, config.pairs, config.match.solver)
+        bar.update()
+    columns = core.couples(cells, counts, cosines, text_of, config.pairs, config.match)
+    run.save_couples(pa.table(columns, schema=COUPLE_SCHEMA))
+    shared = int(columns["shared"].sum())
+    pairless = config.pairs - int((~columns["pairless"]).sum())
+    return {
+        "clusters": config.pairs,
+        "cells": len(cells),
+        "couples": len(columns["shared"]),
+        "pairless": pairless,
+        "pairless_policy": "kept" if core.keeps_pairless(config.pairs, config.match) else "dropped",
+        "shared_pairs": shared,
+        "pairs_not_shared": int(counts.sum()) - shared,
+    }

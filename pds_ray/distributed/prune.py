@@ -1,0 +1,65 @@
+"""Pruning over shards: passes over the similarity column find the threshold, a last one writes the masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pds_ray.artifacts import EmbeddingStore, RunFolder
+from pds_ray.distributed import runtime
+from pds_ray.progress import progress_bar
+from pds_ray.stages import prune as core
+
+
+def _similarity(shard: str, store: EmbeddingStore) -> np.ndarray:
+    return store.captions(shard, ["similarity"]).column("similarity").to_numpy()
+
+
+def _histogram(shard: str, store: EmbeddingStore, high: int | None) -> np.ndarray:
+    return core.histogram(_similarity(shard, store), high)
+
+
+def _count_ties(shard: str, store: EmbeddingStore, threshold: core.Threshold) -> int:
+    return core.count_ties(_similarity(shard, store), threshold)
+
+
+def _write_mask(
+    item: tuple[str, int], store: EmbeddingStore, run: RunFolder, threshold: core.Threshold
+) -> tuple[int, int]:
+    shard, ties_before = item
+    captions = store.captions(shard, ["image_row", "similarity"])
+    kept = core.keep_mask(captions.column("similarity").to_numpy(), threshold, ties_before)
+    run.save_keep(shard, kept)
+    return int(kept.sum()), len(np.unique(captions.column("image_row").to_numpy()[kept]))
+
+
+def prune(shards: list[str], pairs: int, ratio: float, store: EmbeddingStore, run: RunFolder) -> dict[str, Any]:
+    """Writes the keep mask of every shard; returns how many pairs and images stay."""
+    drop = core.drop_count(ratio, pairs)
+    with progress_bar("prune", 4 * len(shards), "shards") as bar:
+        if drop == 0:
+            threshold, ties = core.Threshold(0, 0), [0] * len(shards)
+            bar.update(3 * len(shards))
+        else:
+            upper = np.zeros(core.BUCKETS, np.int64)
+            for counts in runtime.map_in_order(_histogram, shards, store, None):
+                upper += counts
+                bar.update()
+            high, before = core.find_bucket(upper, drop - 1)
+            lower = np.zeros(core.BUCKETS, np.int64)
+            for counts in runtime.map_in_order(_histogram, shards, store, high):
+                lower += counts
+                bar.update()
+            low, before_low = core.find_bucket(lower, drop - 1 - before)
+            threshold = core.Threshold((high << 16) | low, drop - before - before_low)
+            ties = list(runtime.map_in_order(_count_ties, shards, store, threshold))
+            bar.update(len(shards))
+        starts = [int(start) for start in np.cumsum([0, *ties[:-1]])]
+        kept = images = 0
+        items = zip(shards, starts, strict=True)
+        for kept_here, images_here in runtime.map_in_order(_write_mask, items, store, run, threshold):
+            kept += kept_here
+            images += images_here
+            bar.update()
+    return {"pairs": pairs, "kept": kept, "dropped": pairs - kept, "images_kept": images}

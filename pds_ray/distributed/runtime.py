@@ -1,0 +1,160 @@
+"""The one place that starts Ray, asks it for resources and names its options.
+
+Resources on purpose: readers, decoders and encoders ask for different amounts of CPU, so that Ray Data never fuses
+them into one operator; on a machine without a GPU the encoder takes half of the CPUs and the rest feeds it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import psutil
+import ray
+
+from pds_ray.config import ConfigError, RayConfig
+
+Result = TypeVar("Result")
+
+READ_CPUS, DECODE_CPUS, SMALL_TASK_CPUS = 0.5, 0.25, 1.0
+BLOCK_BYTES = 64 << 20
+NO_PROGRESS_TIMEOUT_S = 6 * 3600  # waiting hours for spot GPUs is no failure; the default is 30 minutes
+ACTOR_INIT_DEATHS = 5  # at Ray's default of 0 one machine lost while a model loads ends the job
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Actors of one kind: how many, and what each takes."""
+
+    workers: int
+    num_cpus: float
+    num_gpus: float
+    threads: int
+    """Threads each may compute with; more than its CPUs where the machine is small and its neighbours are idle."""
+
+
+def start(config: RayConfig) -> dict[str, Any]:
+    """Connects to a cluster, or starts a local Ray sized to the machine; returns the settings in force, for run.json.
+
+    Raises ConfigError in one line if a given address does not answer.
+    """
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    if not ray.is_initialized():
+        if address:
+            try:
+                ray.init(address=address, **quiet)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                first = str(error).strip().splitlines()[0]
+                raise ConfigError(
+                    f"no Ray cluster answers at {address} ({first}); start one or drop --address"
+                ) from None
+        else:
+            free = psutil.virtual_memory().available
+            store = int(config.object_store_gib * 2**30) if config.object_store_gib else min(free // 4, 8 << 30)
+            ray.init(
+                address="local",
+                num_cpus=config.num_cpus or os.cpu_count(),
+                object_store_memory=store,
+                include_dashboard=False,
+                **quiet,
+            )
+    settings = _set_data_options()
+    resources = ray.cluster_resources()
+    return {
+        "address": address or "local",
+        "cpus": resources.get("CPU", 0),
+        "gpus": resources.get("GPU", 0),
+        "object_store_bytes": int(resources.get("object_store_memory", 0)),
+        **settings,
+    }
+
+
+def stop() -> None:
+    """Leaves the cluster; ends a local Ray."""
+    ray.shutdown()
+
+
+def _set_data_options() -> dict[str, Any]:
+    """Ray Data's options, set before any data set is made (each freezes them)."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = BLOCK_BYTES
+    context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
+    context.max_consecutive_actor_init_deaths = ACTOR_INIT_DEATHS
+    context.max_errored_blocks = 0  # faults of data are rows; an exception is a fault of ours
+    context.issue_detectors_config.detectors = []  # its advice is for pipeline authors, not for users
+    for name in ("ray.data", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return {
+        "target_max_block_size": context.target_max_block_size,
+        "execution_no_progress_timeout_s": context.execution_no_progress_timeout_s,
+        "max_consecutive_actor_init_deaths": context.max_consecutive_actor_init_deaths,
+        "max_errored_blocks": context.max_errored_blocks,
+    }
+
+
+def pool(workers: int) -> Pool:
+    """Actors for a model: one a GPU if the cluster has any, else as many as half of its CPUs feed well.
+
+    `workers` is the user's wish, 0 for none.
+    """
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
+    if gpus:
+        return Pool(workers or gpus, 1.0, 1.0 if not workers or workers <= gpus else gpus / workers, 4)
+    count = workers or max(1, cpus // 8)
+    share = max(cpus / 2 / count, 0.1)
+    return Pool(count, share if share < 1 else float(math.floor(share)), 0.0, max(1, cpus // count))
+
+
+def actor_options(actors: Pool) -> dict[str, Any]:
+    """The pool as arguments of `Dataset.map_batches`."""
+    return {
+        "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=actors.workers, initial_size=actors.workers),
+        "num_cpus": actors.num_cpus,
+        **({"num_gpus": actors.num_gpus} if actors.num_gpus else {}),
+    }
+
+
+def pool_settings(actors: Pool) -> dict[str, Any]:
+    """The pool as JSON."""
+    return asdict(actors)
+
+
+def run(function: Callable[..., Result], *args: Any, heavy: bool = False) -> Result:
+    """Calls `function` in a worker: with a GPU if there is one, else all CPUs of one node, if `heavy`."""
+    options: dict[str, Any] = {"num_cpus": SMALL_TASK_CPUS}
+    if heavy:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if any(node.get("GPU", 0) >= 1 for node in nodes):
+            options["num_gpus"] = 1
+        else:
+            options["num_cpus"] = max(1, int(max(node.get("CPU", 0) for node in nodes)))
+    return ray.get(ray.remote(function).options(**options).remote(*args))
+
+
+def map_in_order(function: Callable[..., Result], items: Iterable[Any], *shared: Any) -> Iterator[Result]:
+    """`function(item, *shared)` for each item on the cluster, results in the order of the items.
+
+    `shared` is sent to each node once. Only a window of tasks is in flight, so that a slow consumer holds few results.
+    """
+    window = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
+    references = [ray.put(value) for value in shared]
+    remote = ray.remote(function).options(num_cpus=SMALL_TASK_CPUS)
+    pending: deque[ray.ObjectRef] = deque()
+    for item in items:
+        if len(pending) >= window:
+            yield ray.get(pending.popleft())
+        pending.append(remote.remote(item, *references))
+    while pending:
+        yield ray.get(pending.popleft())

@@ -1,0 +1,80 @@
+"""Synthesis on Ray Data: chunks of prototypes go through a pool of decoders; each writes its pictures itself."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from pds_ray import catalog
+from pds_ray.artifacts import RunFolder
+from pds_ray.config import RunConfig
+from pds_ray.decoders.base import DecoderInfo
+from pds_ray.distributed import runtime
+from pds_ray.progress import progress_bar
+from pds_ray.sources.base import Source
+from pds_ray.stages import synthesize as core
+
+
+class SynthesizeWorker:
+    """Loads the decoder once; decodes chunks and writes the pictures that are not there yet."""
+
+    def __init__(self, info: DecoderInfo, config: RunConfig, source: Source, run: RunFolder, threads: int) -> None:
+        if info.dim is not None:  # a decoder that takes embeddings is a model
+            import torch
+
+            torch.set_num_threads(threads)
+        self.decoder = catalog.load_decoder(info, config.decode, source)
+        self.config = config
+        self.run = run
+        self.prototypes = run.prototypes()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        written = []
+        for start, stop in zip(batch.column("start").to_pylist(), batch.column("stop").to_pylist(), strict=True):
+            pairs = range(start, stop)
+            request = core.make_batch(self.prototypes, pairs, self.config.seed, self.config.decode)
+            images = core.synthesize_chunk(self.decoder, request, self.config.decode)
+            fresh = 0
+            for pair, image in zip(pairs, images, strict=True):
+                name = self.run.image_name(pair)
+                if not self.run.images.exists(name):
+                    buffer = io.BytesIO()
+                    image.save(buffer, format="PNG")
+                    self.run.images.write_bytes(name, buffer.getvalue())
+                    fresh += 1
+            written.append(fresh)
+        return pa.table({"written": written})
+
+
+def synthesize(source: Source, info: DecoderInfo, config: RunConfig, run: RunFolder) -> dict[str, Any]:
+    """Decodes every pair whose picture is not there; returns how many were made and how many were found."""
+    pairs = run.prototypes().num_rows
+    run.images.sweep()
+    there = set(run.images.names(".png"))
+    todo = [
+        chunk
+        for chunk in core.chunks(pairs, config.decode.batch_size)
+        if any(run.image_name(pair) not in there for pair in chunk)
+    ]
+    found = sum(run.image_name(pair) in there for pair in range(pairs))
+    made = 0
+    if todo:
+        actors = runtime.pool(config.ray.decode_workers)
+        dataset = ray.data.from_items(
+            [{"start": chunk.start, "stop": chunk.stop} for chunk in todo], override_num_blocks=len(todo)
+        ).map_batches(
+            SynthesizeWorker,
+            fn_constructor_args=(info, config, source, run, actors.threads),
+            batch_size=1,
+            batch_format="pyarrow",
+            **runtime.actor_options(actors),
+        )
+        with progress_bar("decode", pairs, "images", found) as bar:
+            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                fresh = sum(pa.table(batch).column("written").to_pylist())
+                made += fresh
+                bar.update(fresh)
+    return {"images": pairs, "made": made, "found": found}

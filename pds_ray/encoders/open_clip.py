@@ -1,0 +1,215 @@
+"""open_clip models: by name and pretrained tag, from a checkpoint file, from a local folder or from the hub.
+
+Names: `MODEL:TAG` (ViT-L-14:openai), `MODEL:/path/to/checkpoint`, `local-dir:/path`, `hf-hub:org/repo`, and `demo`, the
+model in the package.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import logging
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pds_ray.config import ConfigError
+from pds_ray.encoders.base import EncoderInfo, Preprocess
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_SIZE = 224
+
+
+def demo_folder() -> Path:
+    """The built-in CLIP, an open_clip folder like any other."""
+    return Path(str(resources.files("pds_ray.demo") / "weights" / "clip"))
+
+
+def describe(name: str) -> EncoderInfo:
+    """What `name` is, from configuration files alone. Raises ConfigError in one line if it is nothing."""
+    if name == "demo":
+        return _describe_folder(name, demo_folder())
+    prefix, _, rest = name.partition(":")
+    if prefix == "local-dir":
+        return _describe_folder(name, Path(rest).expanduser())
+    if prefix == "hf-hub":
+        return _describe_hub(name)
+    return _describe_builtin(name, prefix, rest)
+
+
+def _describe_folder(name: str, folder: Path) -> EncoderInfo:
+    config_path = folder / "open_clip_config.json"
+    if not config_path.is_file():
+        raise ConfigError(f"encoder {name}: {config_path} does not exist; an open_clip folder must hold it")
+    try:
+        config = json.loads(config_path.read_text())
+        model = config["model_cfg"]
+        dim = int(model["embed_dim"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"encoder {name}: {config_path} is not an open_clip configuration ({error!r})") from None
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(f"encoder {name}: no .safetensors weights in {folder}")
+    return EncoderInfo(
+        name=name,
+        dim=dim,
+        space=file_sha256(weights[0]),
+        preprocess=_preprocess(model, config.get("preprocess_cfg", {})),
+        load_args=(("model_name", f"local-dir:{folder.resolve()}"), ("pretrained", None)),
+    )
+
+
+def _describe_hub(name: str) -> EncoderInfo:
+    from open_clip import factory
+
+    try:
+        config = factory._get_hf_config(name.removeprefix("hf-hub:"))
+    except Exception as error:  # the hub client raises many kinds, all meaning: not to be had
+        raise ConfigError(f"encoder {name}: cannot be fetched or found in the cache ({_first_line(error)})") from error
+    return EncoderInfo(
+        name=name,
+        dim=int(config["model_cfg"]["embed_dim"]),
+        space=name,
+        preprocess=_preprocess(config["model_cfg"], config.get("preprocess_cfg", {})),
+        load_args=(("model_name", name), ("pretrained", None)),
+    )
+
+
+def _describe_builtin(name: str, model: str, weights: str) -> EncoderInfo:
+    architecture = _architecture(model)
+    if architecture is None:
+        close = ", ".join(_close(model)) or "ViT-B-32, ViT-L-14, ViT-H-14"
+        raise ConfigError(f"encoder {name}: no open_clip model {model!r}; near it: {close}; or local-dir:PATH")
+    if not weights:
+        raise ConfigError(f"encoder {name}: which weights? give {model}:TAG (such as {model}:openai) or {model}:FILE")
+    if Path(weights).expanduser().is_file():
+        checkpoint = Path(weights).expanduser().resolve()
+        return EncoderInfo(
+            name=name,
+            dim=int(architecture["embed_dim"]),
+            space=file_sha256(checkpoint),
+            preprocess=_preprocess(architecture, {}),
+            load_args=(("model_name", model), ("pretrained", str(checkpoint))),
+        )
+    from open_clip import pretrained
+
+    tag = pretrained.get_pretrained_cfg(model, weights)
+    if not tag:
+        tags = ", ".join(pretrained.list_pretrained_tags_by_model(model)) or "none"
+        raise ConfigError(f"encoder {name}: {weights!r} is neither a file nor a tag of {model}; its tags: {tags}")
+    return EncoderInfo(
+        name=name,
+        dim=int(architecture["embed_dim"]),
+        space=f"{model}:{weights}",
+        preprocess=_preprocess(architecture, tag),
+        load_args=(("model_name", model), ("pretrained", weights)),
+    )
+
+
+def _architectures() -> Path:
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError("open_clip is not installed: pip install open_clip_torch")
+    return Path(spec.submodule_search_locations[0]) / "model_configs"
+
+
+def _architecture(model: str) -> dict[str, Any] | None:
+    """The configuration file of an architecture: read directly, since importing open_clip takes seconds."""
+    path = _architectures() / f"{model.replace('/', '-')}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _close(model: str) -> list[str]:
+    import difflib
+
+    return difflib.get_close_matches(model, [path.stem for path in _architectures().glob("*.json")], n=4, cutoff=0.5)
+
+
+def _preprocess(model_cfg: dict[str, Any], overrides: dict[str, Any]) -> Preprocess:
+    size = model_cfg["vision_cfg"].get("image_size", DEFAULT_SIZE)
+    if isinstance(size, list):
+        if len(set(size)) != 1:
+            raise ConfigError(f"encoders with pictures that are not square ({size}) are not supported")
+        size = size[0]
+    return Preprocess(
+        size=int(size),
+        interpolation=overrides.get("interpolation") or "bicubic",
+        resize_mode=overrides.get("resize_mode") or "shortest",
+        fill=int(overrides.get("fill_color") or 0),
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _sha256(path: str, size: int, mtime_ns: int) -> str:  # noqa: ARG001 - size and time key the cache
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, computed once while it does not change."""
+    stat = path.stat()
+    return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+def load(info: EncoderInfo, precision: str) -> OpenClipEncoder:
+    """The model on the GPU if there is one. Raises ConfigError in one line if the weights cannot be had."""
+    return OpenClipEncoder(info, precision)
+
+
+class OpenClipEncoder:
+    """An open_clip model in evaluation mode; pixels are normalised on the device."""
+
+    def __init__(self, info: EncoderInfo, precision: str = "auto") -> None:
+        import open_clip
+        import torch
+
+        logging.getLogger().setLevel(logging.WARNING)  # open_clip reports every step at INFO on the root logger
+        args = dict(info.load_args)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self.model = open_clip.create_model(
+                args["model_name"], args["pretrained"], device=self.device, require_pretrained=True
+            ).eval()
+            self.tokenizer = open_clip.get_tokenizer(args["model_name"])
+        except Exception as error:  # open_clip and the hub client raise many kinds: missing, corrupt, unreachable
+            raise ConfigError(f"encoder {info.name}: cannot load the weights ({_first_line(error)})") from error
+        cfg = open_clip.get_model_preprocess_cfg(self.model)
+        if precision == "auto":
+            precision = "bf16" if self.device.type == "cuda" else "fp32"
+        self.autocast_dtype = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        self.mean = torch.tensor(cfg["mean"], device=self.device).view(1, 3, 1, 1)
+        self.std = torch.tensor(cfg["std"], device=self.device).view(1, 3, 1, 1)
+        self.dim = info.dim
+
+    def _forward(self, encode: Any, batch: torch.Tensor) -> np.ndarray:
+        import torch
+
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None),
+        ):
+            return encode(batch, normalize=False).float().cpu().numpy()
+
+    def encode_images(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 [B, S, S, 3] -> float32 [B, d]."""
+        import torch
+
+        batch = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float().div_(255)
+        return self._forward(self.model.encode_image, (batch - self.mean) / self.std)
+
+    def encode_captions(self, captions: list[str]) -> np.ndarray:
+        """B captions, truncated to the context length -> float32 [B, d]."""
+        return self._forward(self.model.encode_text, self.tokenizer(captions).to(self.device))

@@ -1,0 +1,96 @@
+"""What was asked and what is done: fingerprints, and run.json.
+
+A stage's fingerprint covers all that its bytes depend on. A stage is redone exactly when the fingerprint recorded for
+it differs from the one the current configuration and data give.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pds_ray.artifacts import RunFolder
+
+PACKAGES = (
+    "pds-ray",
+    "ray",
+    "torch",
+    "open_clip_torch",
+    "diffusers",
+    "transformers",
+    "faiss-cpu",
+    "faiss-gpu",
+    "scipy",
+    "numpy",
+    "pyarrow",
+    "pillow",
+)
+
+
+class ManifestError(ValueError):
+    """A run folder that belongs to something else, or cannot be read. One line for the user."""
+
+
+def fingerprint(*parts: Any) -> str:
+    """Hex digest of JSON values; dictionaries compare without regard to order."""
+    canonical = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide results; what is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+class RunManifest:
+    """run.json in memory; every change is written at once."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._folder = run.folder
+        self.data: dict[str, Any] = {"stages": {}}
+        if self._folder.exists(RunFolder.MANIFEST):
+            try:
+                self.data = self._folder.read_json(RunFolder.MANIFEST)
+                self.data["stages"].items()
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                where = self._folder.full(RunFolder.MANIFEST)
+                raise ManifestError(f"{where} is not a run manifest ({error}); give another --out") from error
+
+    @property
+    def stages(self) -> dict[str, dict[str, Any]]:
+        return self.data["stages"]
+
+    def update(self, **values: Any) -> None:
+        """Sets top-level entries and writes."""
+        self.data.update(values)
+        self._folder.write_json(RunFolder.MANIFEST, self.data)
+
+    def is_done(self, stage: str, print_: str) -> bool:
+        entry = self.stages.get(stage, {})
+        return entry.get("fingerprint") == print_ and entry.get("status") == "done"
+
+    def start(self, stage: str, print_: str) -> None:
+        """Records that a stage is under way; time spent on it by interrupted runs is kept."""
+        entry = self.stages.get(stage, {})
+        spent = entry.get("seconds", 0.0) if entry.get("fingerprint") == print_ else 0.0
+        self.stages[stage] = {"status": "running", "fingerprint": print_, "seconds": spent, "started": time.time()}
+        self.update()
+
+    def stop(self, stage: str, status: str, counts: dict[str, Any] | None = None) -> None:
+        """Records how a stage ended: done, interrupted or failed."""
+        entry = self.stages[stage]
+        entry["seconds"] = round(entry["seconds"] + time.time() - entry.pop("started"), 3)
+        entry["status"] = status
+        if counts is not None:
+            entry["counts"] = counts
+        self.update()

@@ -1,0 +1,309 @@
+"""A whole run on one page: the checks before it, the order of its stages, what is already done, the summary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pds_ray import catalog
+from pds_ray.artifacts import STORE_SCHEMA_VERSION, EmbeddingStore, RunFolder
+from pds_ray.captions import CLEANERS
+from pds_ray.config import ConfigError, RunConfig, flatten, to_dict
+from pds_ray.decoders.base import DecoderInfo
+from pds_ray.encoders.base import EncoderInfo
+from pds_ray.manifest import ManifestError, RunManifest, fingerprint, versions
+from pds_ray.sources.base import Sample, Shard, Source
+from pds_ray.storage import Folder
+
+STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "materialize")
+CAPTIONLESS_PROBE = 1_000  # this many samples in a row without a caption: the source has none
+FREE_FIELDS = ("out", "embed.batch_size", "embed.store")  # may differ when a run is continued; so may all of ray.*
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A validated run: everything that can be known before it starts."""
+
+    config: RunConfig
+    source: Source
+    shards: list[Shard]
+    encoder: EncoderInfo
+    decoder: DecoderInfo
+    fingerprints: dict[str, str]
+    run: RunFolder
+    store: EmbeddingStore
+
+
+def plan(config: RunConfig) -> Plan:
+    """Checks source, encoder, decoder, sizes and folders.
+
+    Raises ConfigError, SourceError, StorageError or ManifestError in one line; nothing long has started by then.
+    """
+    if not config.source:
+        raise ConfigError(
+            "no source: give --source (tar path, glob or brace range, flickr30k:ROOT, coco:ROOT or scenes:N)"
+        )
+    if not config.out:
+        raise ConfigError("no run folder: give --out FOLDER")
+    source = catalog.make_source(config.source)
+    shards = source.shards()
+    encoder = catalog.describe_encoder(config.embed)
+    decoder = catalog.describe_decoder(config.decode, encoder)
+    _check_enough(source, shards, config)
+    run = RunFolder(Folder(config.out))
+    store = EmbeddingStore(Folder(config.embed.store) if config.embed.store else run.embeddings)
+    return Plan(config, source, shards, encoder, decoder, _fingerprints(config, shards, encoder, decoder), run, store)
+
+
+def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> None:
+    """Reads just far enough to know that there are `pairs` captioned images."""
+    clean = CLEANERS[config.read.captions]
+    images = captionless = 0
+    for shard in shards:
+        for item in source.read(shard):
+            captioned = isinstance(item, Sample) and any(clean(caption) for caption in item.captions)
+            images += captioned
+            captionless += not isinstance(item, Sample) and item.reason == "missing_caption"
+            if images >= config.pairs:
+                return
+            if images == 0 and captionless >= CAPTIONLESS_PROBE:
+                raise ConfigError(f"the first {captionless:,} samples of {config.source} have no caption")
+    if images == 0 and captionless:
+        raise ConfigError(f"none of the {captionless:,} samples of {config.source} has a caption (.txt or .json)")
+    raise ConfigError(
+        f"{config.pairs:,} pairs asked for, but {config.source} has only {images:,} captioned images; lower --pairs"
+    )
+
+
+def _fingerprints(config: RunConfig, shards: list[Shard], encoder: EncoderInfo, decoder: DecoderInfo) -> dict[str, str]:
+    """Per stage, a hash of all that its bytes depend on; each covers the one before."""
+    values = to_dict(config)
+    decode = {name: value for name, value in values["decode"].items() if name not in ("model", "revision")}
+    preprocess = encoder.preprocess
+    own: dict[str, Any] = {
+        "embed": [
+            STORE_SCHEMA_VERSION,
+            [(shard.name, shard.size) for shard in shards],
+            values["read"],
+            encoder.space,
+            [preprocess.size, preprocess.interpolation, preprocess.resize_mode, preprocess.fill],
+            config.embed.precision,
+            config.embed.store_dtype,
+        ],
+        "prune": values["prune"],
+        "cluster": [config.pairs, config.seed, values["cluster"]],
+        "match": values["match"],
+        "prototypes": [],
+        "decode": [config.seed, decode, decoder.identity],
+        "materialize": [],
+    }
+    prints: dict[str, str] = {}
+    previous = ""
+    for stage in STAGES:
+        prints[stage] = previous = fingerprint(previous, own[stage])
+    return prints
+
+
+def open_run(plan_: Plan, redo: bool) -> RunManifest:
+    """Makes or opens the run folder and its embedding store.
+
+    Raises ManifestError in one line if either belongs to another configuration and `redo` does not allow the change.
+    """
+    plan_.run.folder.create()
+    plan_.run.folder.sweep()
+    manifest = RunManifest(plan_.run)
+    if "config" in manifest.data and not redo:
+        differing = _differences(manifest.data["config"], to_dict(plan_.config))
+        if differing:
+            raise ManifestError(
+                f"{plan_.run.folder.path} was made with another configuration ({'; '.join(differing)}); give another "
+                "--out, or --redo to redo what depends on the change"
+            )
+        recorded = {stage: entry["fingerprint"] for stage, entry in manifest.stages.items()}
+        changed = [
+            stage for stage in STAGES if recorded.get(stage, plan_.fingerprints[stage]) != plan_.fingerprints[stage]
+        ]
+        if changed:
+            raise ManifestError(
+                f"the source or a model changed since {plan_.run.folder.path} was begun (stage {changed[0]} no longer "
+                "matches); give another --out, or --redo to redo what depends on it"
+            )
+    _open_store(plan_, redo)
+    return manifest
+
+
+def _open_store(plan_: Plan, redo: bool) -> None:
+    store, wanted = plan_.store, plan_.fingerprints["embed"]
+    store.folder.create()
+    if store.folder.exists(store.STORE):
+        found = store.folder.read_json(store.STORE)
+        if found.get("fingerprint") != wanted:
+            shared = plan_.config.embed.store is not None
+            if shared or not redo:  # a shared store is never wiped: other runs stand on it
+                raise ManifestError(
+                    f"the embeddings in {store.folder.path} were made from other data or by another encoder "
+                    f"({found.get('source')}, {found.get('encoder')}); give another "
+                    + ("--embed.store" if shared else "--out, or --redo")
+                )
+            store.folder.delete_all()
+            store.folder.create()
+    store.folder.write_json(
+        store.STORE,
+        {
+            "fingerprint": wanted,
+            "source": plan_.config.source,
+            "encoder": plan_.encoder.name,
+            "dim": plan_.encoder.dim,
+            "space": plan_.encoder.space,
+            "shards": len(plan_.shards),
+        },
+    )
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    old, new = flatten(before), flatten(after)
+    return [
+        f"{name}: {old.get(name)} -> {value}"
+        for name, value in new.items()
+        if old.get(name) != value and name not in FREE_FIELDS and not name.startswith("ray.")
+    ]
+
+
+@contextmanager
+def _recorded(manifest: RunManifest, stage: str, print_: str) -> Iterator[dict[str, Any]]:
+    """Books a stage in run.json, however it ends; the block fills in the counts."""
+    manifest.start(stage, print_)
+    counts: dict[str, Any] = {}
+    try:
+        yield counts
+    except BaseException as error:
+        manifest.stop(stage, "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed")
+        raise
+    manifest.stop(stage, "done", counts)
+
+
+def distill(config: RunConfig, redo: bool = False) -> dict[str, Any]:
+    """Runs every stage that is not done yet and returns run.json's content.
+
+    Interrupted at any instant and called again with the same configuration, it continues and ends with the same bytes.
+    `redo` allows a run folder of another configuration: what depends on the change is done anew.
+
+    Raises ConfigError, SourceError, StorageError or ManifestError in one line for what the user can mend.
+    """
+    plan_ = plan(config)
+    manifest = open_run(plan_, redo)
+    began = time.time()
+    manifest.update(config=to_dict(config), versions=versions(), encoder=plan_.encoder.name, space=plan_.encoder.space)
+    steps = _steps(plan_, manifest)
+    todo = [stage for stage in STAGES if not manifest.is_done(stage, plan_.fingerprints[stage])]
+    if todo:
+        from pds_ray.distributed import runtime
+
+        manifest.update(ray=runtime.start(config.ray))
+        for stage in STAGES[STAGES.index(todo[0]) :]:
+            with _recorded(manifest, stage, plan_.fingerprints[stage]) as counts:
+                counts.update(steps[stage]())
+    manifest.update(finished=time.time(), last_run_seconds=round(time.time() - began, 3))
+    return manifest.data
+
+
+def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What each stage calls. Ray is imported when the first stage runs, not before."""
+    config, run, store = plan_.config, plan_.run, plan_.store
+    names = [shard.name for shard in plan_.shards]
+    dim = plan_.encoder.dim
+
+    def counts(stage: str) -> dict[str, Any]:
+        return manifest.stages[stage]["counts"]
+
+    def embed() -> dict[str, Any]:
+        from pds_ray.distributed.embed import embed as stage
+
+        found = stage(plan_.source, plan_.shards, plan_.encoder, config, store)
+        if found["images"] < config.pairs:
+            raise ConfigError(
+                f"{config.pairs:,} pairs asked for, but only {found['images']:,} images of {config.source} are good "
+                f"({found['bad']:,} bad: {found['reasons']}); lower --pairs"
+            )
+        return found
+
+    def prune() -> dict[str, Any]:
+        from pds_ray.distributed.prune import prune as stage
+
+        return stage(names, counts("embed")["pairs"], config.prune.ratio, store, run)
+
+    def cluster() -> dict[str, Any]:
+        from pds_ray.distributed.cluster import cluster as stage
+
+        kept = counts("prune")
+        left = min(kept["images_kept"], kept["kept"])
+        if left < config.pairs:
+            raise ConfigError(
+                f"{config.pairs:,} clusters asked for, but pruning leaves {kept['kept']:,} pairs of "
+                f"{kept['images_kept']:,} images; lower --pairs or --prune.ratio"
+            )
+        return stage(names, kept, dim, store, run, config)
+
+    def match() -> dict[str, Any]:
+        from pds_ray.distributed.match import match as stage
+
+        return stage(names, store, run, config)
+
+    def prototypes() -> dict[str, Any]:
+        from pds_ray.distributed.prototypes import make_prototypes as stage
+
+        return stage(names, dim, store, run, config)
+
+    def decode() -> dict[str, Any]:
+        from pds_ray.distributed.synthesize import synthesize as stage
+
+        entry = manifest.data.get("images_fingerprint")
+        if entry != plan_.fingerprints["decode"]:  # pictures of another configuration
+            run.images.delete_all()
+            manifest.update(images_fingerprint=plan_.fingerprints["decode"])
+        return stage(plan_.source, plan_.decoder, config, run)
+
+    def materialize() -> dict[str, Any]:
+        from pds_ray.stages.materialize import write_distilled
+
+        run.distilled.delete_all()
+        return write_distilled(run, _about(plan_, manifest))
+
+    return {
+        "embed": embed,
+        "prune": prune,
+        "cluster": cluster,
+        "match": match,
+        "prototypes": prototypes,
+        "decode": decode,
+        "materialize": materialize,
+    }
+
+
+def _about(plan_: Plan, manifest: RunManifest) -> dict[str, Any]:
+    """What the distilled set says of its making: nothing that differs between two runs of one configuration."""
+    config = replace(plan_.config, ray=type(plan_.config.ray)(), out="", embed=replace(plan_.config.embed, store=None))
+    embed, prune = manifest.stages["embed"]["counts"], manifest.stages["prune"]["counts"]
+    match, made = manifest.stages["match"]["counts"], manifest.stages["prototypes"]["counts"]
+    decoder = dict(plan_.decoder.load_args).get("model", plan_.decoder.name)
+    return {
+        "source": config.source,
+        "method": "pds",
+        "encoder": plan_.encoder.name,
+        "space": plan_.encoder.space,
+        "decoder": f"{plan_.decoder.name} {plan_.decoder.identity}" if decoder != plan_.decoder.name else decoder,
+        "picture_origin": "real pictures of the source" if plan_.decoder.dim is None else "synthetic",
+        "counts": {
+            "images embedded": embed["images"],
+            "pairs embedded": embed["pairs"],
+            "bad samples": embed["bad"],
+            "pairs pruned": prune["dropped"],
+            "pairs in matched clusters": match["shared_pairs"],
+            "pairless couples": match["pairless"],
+            "distilled pairs": made["prototypes"],
+        },
+        "config": to_dict(config),
+    }

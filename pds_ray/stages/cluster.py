@@ -1,0 +1,82 @@
+"""K-means with FAISS, once per modality, on raw un-normalised vectors (methods.md A.1, step 7).
+
+An image counts as often as it has kept captions: by weight, not by copies. Small data is used whole; of large data a
+seeded sample is used that fits the memory budget. Each shard's sample depends on (seed, shard) alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from pds_ray.config import ClusterConfig
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted k-means."""
+
+    centroids: np.ndarray
+    """float32 [K, d], in the clustered space (unit vectors' means if `normalize`)."""
+    objective: float
+    """Weighted sum of squared distances of the training vectors to their centroids."""
+    rows: int
+    """Training vectors used."""
+
+
+def sample_share(rows: int, dim: int, config: ClusterConfig, clusters: int) -> float:
+    """Share of the rows that fits the memory budget (float32, FAISS keeps one copy besides ours), at least 256 K."""
+    affordable = config.memory_gib * 2**30 / (2 * 4 * dim)
+    return min(1.0, max(affordable, 256.0 * clusters) / max(rows, 1))
+
+
+def sample_rows(rows: int, share: float, seed: int, shard: str) -> np.ndarray:
+    """Indices of the rows of a shard that are in the sample, ascending."""
+    if share >= 1:
+        return np.arange(rows)
+    digest = hashlib.sha256(f"{seed}/{shard}".encode()).digest()
+    return np.flatnonzero(np.random.default_rng(list(digest[:16])).random(rows) < share)
+
+
+def normalized(vectors: np.ndarray) -> np.ndarray:
+    """Rows at unit length; zero rows stay zero."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(norms > 0, norms, 1)
+
+
+def fit(vectors: np.ndarray, weights: np.ndarray, clusters: int, seed: int, config: ClusterConfig) -> Fit:
+    """Weighted Lloyd k-means. vectors float32 [n, d], weights float32 [n]; on the GPU if FAISS has one.
+
+    Raises ValueError if there are fewer vectors of positive weight than clusters.
+    """
+    import faiss
+
+    if np.count_nonzero(weights) < clusters:
+        raise ValueError(f"{np.count_nonzero(weights)} vectors cannot make {clusters} clusters")
+    gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+    kmeans = faiss.Kmeans(
+        vectors.shape[1],
+        clusters,
+        niter=config.iterations,
+        nredo=config.restarts,
+        seed=seed + 1,
+        min_points_per_centroid=1,  # few points per cluster are normal here: no warning
+        max_points_per_centroid=max(1, -(-len(vectors) // clusters)),  # the sample is ours: no second, silent one
+        gpu=gpus > 0,
+    )
+    training = normalized(vectors) if config.normalize else vectors
+    kmeans.train(np.ascontiguousarray(training, np.float32), weights=np.ascontiguousarray(weights, np.float32))
+    return Fit(np.array(kmeans.centroids), float(np.asarray(kmeans.obj)[-1]), len(vectors))
+
+
+def assign(vectors: np.ndarray, centroids: np.ndarray, normalize: bool) -> np.ndarray:
+    """Nearest centroid of each row. float32 [n, d], [K, d] -> int32 [n]."""
+    import faiss
+
+    if not len(vectors):
+        return np.zeros(0, np.int32)
+    rows = normalized(vectors) if normalize else vectors
+    _, labels = faiss.knn(np.ascontiguousarray(rows, np.float32), centroids, 1)
+    return labels[:, 0].astype(np.int32)

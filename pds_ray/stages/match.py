@@ -1,0 +1,99 @@
+"""Matching: which image cluster goes with which text cluster (methods.md A.1, steps 8, 9 and 11).
+
+T[i, j] counts kept pairs with image cluster i and text cluster j. The assignment is one-to-one, over all K clusters,
+and maximises the sum of T over the matched couples. Labels are table positions, so an empty cluster is an empty row
+and shifts nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.sparse as sp
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+
+from pds_ray.config import MatchConfig
+
+DENSE_LIMIT = 5_000
+KEEP_PAIRLESS_BELOW = 300  # pairs; the paper keeps centroids of pairless couples in small sets only
+
+Table = dict[int, tuple[int, float]]
+
+
+def count_pairs(
+    image_cluster: np.ndarray, text_cluster: np.ndarray, similarity: np.ndarray, clusters: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The contingency table of some pairs, sparse.
+
+    int32 [n], int32 [n] (-1 where pruned), float32 [n] -> cells (int64, i * K + j, ascending), their counts (int64)
+    and their summed cosines (float64).
+    """
+    kept = image_cluster >= 0
+    packed = image_cluster[kept].astype(np.int64) * clusters + text_cluster[kept]
+    cells, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
+    return cells, counts.astype(np.int64), np.bincount(inverse, weights=similarity[kept], minlength=len(cells))
+
+
+def merge_counts(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The sum of several contingency tables."""
+    cells = np.concatenate([part[0] for part in parts])
+    unique, inverse = np.unique(cells, return_inverse=True)
+    counts = np.zeros(len(unique), np.int64)
+    np.add.at(counts, inverse, np.concatenate([part[1] for part in parts]))
+    cosines = np.bincount(inverse, weights=np.concatenate([part[2] for part in parts]), minlength=len(unique))
+    return unique, counts, cosines
+
+
+def assign_clusters(cells: np.ndarray, counts: np.ndarray, clusters: int, solver: str = "auto") -> np.ndarray:
+    """The text cluster matched to each image cluster: a permutation, int64 [K].
+
+    Dense and sparse give the same total; where several assignments do, which one is the solver's choice.
+    """
+    rows, columns = np.divmod(cells, clusters)
+    if solver == "dense" or (solver == "auto" and clusters <= DENSE_LIMIT):
+        table = np.zeros((clusters, clusters))
+        table[rows, columns] = counts
+        return linear_sum_assignment(table, maximize=True)[1]
+    return _assign_sparse(rows, columns, counts, clusters)
+
+
+def _assign_sparse(rows: np.ndarray, columns: np.ndarray, counts: np.ndarray, clusters: int) -> np.ndarray:
+    """Each image cluster gets a private dummy column of weight 0, so that a full matching always exists."""
+    own = np.arange(clusters)
+    # the solver takes no zero weights: everything is shifted by 1, the same for every full matching
+    weights = np.concatenate([counts, np.zeros(clusters, np.int64)]).astype(np.float64) + 1
+    graph = sp.csr_array(
+        (weights, (np.concatenate([rows, own]), np.concatenate([columns, clusters + own]))),
+        shape=(clusters, 2 * clusters),
+    )
+    matched = min_weight_full_bipartite_matching(graph, maximize=True)[1].astype(np.int64)
+    # those on their dummy share no pair with any free text cluster: they take the free ones in order
+    left_over = np.flatnonzero(matched >= clusters)
+    matched[left_over] = np.setdiff1d(own, matched[matched < clusters])
+    return matched
+
+
+def couples(
+    cells: np.ndarray, counts: np.ndarray, cosines: np.ndarray, text_of: np.ndarray, pairs: int, config: MatchConfig
+) -> dict[str, np.ndarray]:
+    """The matched couples as columns of couples.parquet; pairless ones are there only if they are kept."""
+    image_cluster = np.arange(len(text_of))
+    wanted = image_cluster * len(text_of) + text_of
+    found = np.minimum(np.searchsorted(cells, wanted), max(len(cells) - 1, 0))
+    hit = (cells[found] == wanted) if len(cells) else np.zeros(len(wanted), bool)
+    shared = np.where(hit, counts[found], 0) if len(cells) else np.zeros(len(wanted), np.int64)
+    total = np.where(hit, cosines[found], 0.0) if len(cells) else np.zeros(len(wanted))
+    pairless = shared == 0
+    kept = ~pairless | keeps_pairless(pairs, config)
+    return {
+        "image_cluster": image_cluster[kept].astype(np.int32),
+        "text_cluster": text_of[kept].astype(np.int32),
+        "shared": shared[kept],
+        "pairless": pairless[kept],
+        "mean_cosine": (total / np.maximum(shared, 1))[kept],
+    }
+
+
+def keeps_pairless(pairs: int, config: MatchConfig) -> bool:
+    """Whether couples that share no pair stay in, as their two clusters' means."""
+    return config.pairless == "keep" or (config.pairless == "auto" and pairs < KEEP_PAIRLESS_BELOW)

@@ -1,0 +1,208 @@
+"""The distilled set: a folder that other people's tools read without us.
+
+distilled/
+  README.md                    card: source, method, configuration, counts
+  manifest.json                SHA-256 and size of every other file; written last
+  imagefolder/metadata.jsonl   file_name, text, and what is known of each pair   (Hugging Face `imagefolder`)
+  imagefolder/000000.png ...
+  webdataset/000000.tar ...    KEY.png, KEY.txt, KEY.json                        (`webdataset`)
+  prototypes.safetensors       image_prototypes, text_prototypes float32 [B, d]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from pds_ray.artifacts import RunFolder, vectors
+from pds_ray.storage import Folder
+
+SET_SCHEMA_VERSION = 1
+PAIRS_PER_TAR = 10_000
+MANIFEST, CARD, PROTOTYPES = "manifest.json", "README.md", "prototypes.safetensors"
+METADATA = "metadata.jsonl"
+
+
+class DistilledSetError(ValueError):
+    """A folder that is no distilled set, or a damaged one. One line for the user."""
+
+
+@dataclass(frozen=True)
+class DistilledSet:
+    """A distilled set in memory but for its pictures, which are read on demand."""
+
+    folder: Folder
+    captions: list[str]
+    """B captions, in order."""
+    image_prototypes: np.ndarray
+    """float32 [B, d], un-normalised."""
+    text_prototypes: np.ndarray
+    """float32 [B, d], un-normalised."""
+    records: list[dict[str, Any]]
+    """The metadata of each pair."""
+    manifest: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def image(self, pair: int) -> Image.Image:
+        """RGB picture of one pair."""
+        data = (self.folder / "imagefolder").read_bytes(self.records[pair]["file_name"])
+        return Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGB")
+
+
+def records(prototypes: pa.Table) -> list[dict[str, Any]]:
+    """One JSON record a pair, from rows of prototypes.parquet."""
+    plain = prototypes.drop_columns(["image_prototype", "text_prototype"]).to_pylist()
+    return [{"file_name": RunFolder.image_name(row["pair"]), "text": row.pop("caption"), **row} for row in plain]
+
+
+def write_distilled(run: RunFolder, about: dict[str, Any]) -> dict[str, Any]:
+    """Writes the distilled set of a finished run; `about` is what the card and the manifest say of its making.
+
+    Returns counts. The manifest comes last: without it the folder is no distilled set.
+    """
+    prototypes = run.prototypes()
+    rows = records(prototypes)
+    pictures = [run.images.read_bytes(row["file_name"]) for row in rows]
+    target = run.distilled
+    target.delete(MANIFEST)
+    files: dict[str, dict[str, Any]] = {}
+
+    def write(folder: Folder, prefix: str, name: str, data: bytes) -> None:
+        folder.write_bytes(name, data)
+        files[prefix + name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    for row, picture in zip(rows, pictures, strict=True):
+        write(target / "imagefolder", "imagefolder/", row["file_name"], picture)
+    metadata = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    write(target / "imagefolder", "imagefolder/", METADATA, metadata)
+    for number, tar in enumerate(_tars(rows, pictures)):
+        write(target / "webdataset", "webdataset/", f"{number:06d}.tar", tar)
+    tensors = {
+        "image_prototypes": vectors(prototypes, "image_prototype"),
+        "text_prototypes": vectors(prototypes, "text_prototype"),
+    }
+    write(target, "", PROTOTYPES, save_safetensors(tensors))
+    write(target, "", CARD, card(rows, about).encode())
+    target.write_json(MANIFEST, {"schema": SET_SCHEMA_VERSION, "pairs": len(rows), "about": about, "files": files})
+    return {"pairs": len(rows), "bytes": sum(file["bytes"] for file in files.values())}
+
+
+def _tars(rows: list[dict[str, Any]], pictures: list[bytes]) -> Iterator[bytes]:
+    """WebDataset shards; no times and no owners, so that the same pairs give the same bytes."""
+    for start in range(0, len(rows), PAIRS_PER_TAR):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for row, picture in zip(rows[start:][:PAIRS_PER_TAR], pictures[start:][:PAIRS_PER_TAR], strict=True):
+                key = f"{row['pair']:06d}"
+                record = json.dumps(row, ensure_ascii=False).encode()
+                for suffix, data in (("png", picture), ("txt", row["text"].encode()), ("json", record)):
+                    member = tarfile.TarInfo(f"{key}.{suffix}")
+                    member.size = len(data)
+                    member.mode = 0o644
+                    tar.addfile(member, io.BytesIO(data))
+        yield buffer.getvalue()
+
+
+def card(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    """The data-set card: YAML front matter that Hugging Face reads, then prose and tables."""
+    size = "n<1K" if len(rows) < 1000 else "1K<n<10K" if len(rows) < 10_000 else "10K<n<100K"
+    counts = "\n".join(f"| {name} | {value} |" for name, value in about["counts"].items())
+    examples = "\n".join(f"| {row['pair']} | {_cell(row['text'])} | {row['cosine']:.3f} |" for row in rows[:10])
+    return f"""---
+license: other
+license_name: inherits-the-source
+task_categories:
+- image-to-text
+- text-to-image
+size_categories:
+- {size}
+tags:
+- dataset-distillation
+- pds
+configs:
+- config_name: default
+  data_dir: imagefolder
+---
+
+# {len(rows)} image-caption pairs distilled from `{about["source"]}`
+
+Made with pds_ray by Prototype-guided Data Synthesis (Choi, Mo, Chae, ICLR 2026): CLIP embeddings of images and captions
+are clustered apart, clusters are matched by the pairs they share, the shared pairs are averaged to prototypes, and each
+prototype is given the nearest caption and a picture.
+
+- encoder: `{about["encoder"]}`
+- decoder: `{about["decoder"]}`
+- pictures are {about["picture_origin"]}; captions are real captions of the source
+- licence: that of the source and, for synthetic pictures, of the decoder's weights
+
+| count | value |
+| --- | --- |
+{counts}
+
+## Use
+
+```python
+from datasets import load_dataset
+pairs = load_dataset("imagefolder", data_dir="imagefolder", split="train")        # columns: image, text, ...
+
+import webdataset as wds
+pairs = wds.WebDataset("webdataset/000000.tar").decode("pil").to_tuple("png", "txt")
+
+from pds_ray import load_distilled
+pairs = load_distilled(".")                                                       # with both prototypes
+```
+
+| pair | caption | cosine of the prototypes |
+| --- | --- | --- |
+{examples}
+
+## Configuration
+
+```json
+{json.dumps(about["config"], indent=2)}
+```
+
+## Known limits
+
+A distilled set keeps what is frequent and loses what is rare. Pictures and captions inherit the biases of the source
+and of the models, and were not checked by a person.
+"""
+
+
+def _cell(text: str) -> str:
+    """Text that cannot break out of a Markdown table cell."""
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
+
+
+def load_distilled(path: str) -> DistilledSet:
+    """Reads a distilled set, or the one in a run folder. Raises DistilledSetError in one line if there is none."""
+    folder = Folder(path)
+    if not folder.exists(MANIFEST) and (folder / "distilled").exists(MANIFEST):
+        folder = folder / "distilled"
+    if not folder.exists(MANIFEST):
+        raise DistilledSetError(f"{path} is no distilled set: it has no {MANIFEST} (is the run finished?)")
+    try:
+        manifest = folder.read_json(MANIFEST)
+        lines = (folder / "imagefolder").read_bytes(METADATA).decode().splitlines()
+        rows = [json.loads(line) for line in lines]
+        tensors = load_safetensors(folder.read_bytes(PROTOTYPES))
+    except (OSError, ValueError) as error:
+        raise DistilledSetError(f"{path} is a damaged distilled set ({error})") from error
+    if not len(rows) == manifest["pairs"] == len(tensors["image_prototypes"]) == len(tensors["text_prototypes"]):
+        raise DistilledSetError(f"{path} is a damaged distilled set: its files disagree on the number of pairs")
+    return DistilledSet(
+        folder, [row["text"] for row in rows], tensors["image_prototypes"], tensors["text_prototypes"], rows, manifest
+    )

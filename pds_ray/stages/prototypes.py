@@ -1,0 +1,162 @@
+"""Prototypes: the mean image and mean text vector of each couple's shared pairs, and what lies nearest to them.
+
+methods.md A.1, steps 10 to 13. Means are plain means of raw vectors, summed in float64. A pairless couple that is kept
+takes the means of its two clusters' kept pairs. Both passes are a map over shards and a merge in shard order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pds_ray.artifacts import MEMBER_SAMPLE
+from pds_ray.stages.cluster import normalized
+
+
+@dataclass
+class Sums:
+    """Sums over the pairs of each couple; C couples."""
+
+    image: np.ndarray
+    """float64 [C, d]."""
+    text: np.ndarray
+    """float64 [C, d]."""
+    image_count: np.ndarray
+    """int64 [C]: pairs summed on the image side."""
+    text_count: np.ndarray
+    """int64 [C]: pairs summed on the text side; equal to image_count unless the couple is pairless."""
+    image_norm: np.ndarray
+    """float64 [C]: summed norms of the image vectors."""
+    members: list[list[str]]
+    """The first MEMBER_SAMPLE pairs of each couple, as shard/key."""
+
+
+@dataclass(frozen=True)
+class Couples:
+    """The couples as arrays: int32 [C], int32 [C], bool [C]."""
+
+    image_cluster: np.ndarray
+    text_cluster: np.ndarray
+    pairless: np.ndarray
+
+
+def empty_sums(couples: int, dim: int) -> Sums:
+    """The neutral element of `add_sums`."""
+    return Sums(
+        np.zeros((couples, dim)),
+        np.zeros((couples, dim)),
+        np.zeros(couples, np.int64),
+        np.zeros(couples, np.int64),
+        np.zeros(couples),
+        [[] for _ in range(couples)],
+    )
+
+
+def shard_sums(
+    shard: str,
+    keys: list[str],
+    image_vectors: np.ndarray,
+    text_vectors: np.ndarray,
+    image_cluster: np.ndarray,
+    text_cluster: np.ndarray,
+    couples: Couples,
+    clusters: int,
+) -> Sums:
+    """Sums of one shard: its m pairs as keys [m], float32 [m, d] twice, and labels int32 [m] (-1 where pruned)."""
+    count = len(couples.image_cluster)
+    of_image = np.full(clusters + 1, -1)  # one more slot: label -1 finds -1
+    of_text = np.full(clusters + 1, -1)
+    of_image[couples.image_cluster] = of_text[couples.text_cluster] = np.arange(count)
+    image_couple, text_couple = of_image[image_cluster], of_text[text_cluster]
+    pairless = np.append(couples.pairless, False)
+    shared = (image_couple == text_couple) & (image_couple >= 0)
+    on_image = np.flatnonzero(shared | pairless[image_couple])
+    on_text = np.flatnonzero(shared | pairless[text_couple])
+
+    sums = empty_sums(count, image_vectors.shape[1])
+    np.add.at(sums.image, image_couple[on_image], image_vectors[on_image].astype(np.float64))
+    np.add.at(sums.text, text_couple[on_text], text_vectors[on_text].astype(np.float64))
+    norms = np.linalg.norm(image_vectors[on_image].astype(np.float64), axis=1)
+    sums.image_norm += np.bincount(image_couple[on_image], weights=norms, minlength=count)
+    sums.image_count += np.bincount(image_couple[on_image], minlength=count)
+    sums.text_count += np.bincount(text_couple[on_text], minlength=count)
+    for row in on_image:
+        members = sums.members[image_couple[row]]
+        if len(members) < MEMBER_SAMPLE:
+            members.append(f"{shard}/{keys[row]}")
+    return sums
+
+
+def add_sums(total: Sums, part: Sums) -> None:
+    """Adds a shard's sums; called in shard order, so that rounding does not depend on who was first."""
+    total.image += part.image
+    total.text += part.text
+    total.image_count += part.image_count
+    total.text_count += part.text_count
+    total.image_norm += part.image_norm
+    for mine, theirs in zip(total.members, part.members, strict=True):
+        mine.extend(theirs[: MEMBER_SAMPLE - len(mine)])
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """B prototypes in the order of falling cosine, each with the couple it comes from."""
+
+    image: np.ndarray
+    """float32 [B, d]."""
+    text: np.ndarray
+    """float32 [B, d]."""
+    cosine: np.ndarray
+    """float64 [B], between the two."""
+    couple: np.ndarray
+    """int64 [B], index of the couple."""
+
+
+def means(sums: Sums) -> Prototypes:
+    """Sums -> prototypes. Couples without any vector on one side (two empty clusters matched) are left out."""
+    alive = np.flatnonzero((sums.image_count > 0) & (sums.text_count > 0))
+    image = sums.image[alive] / sums.image_count[alive, None]
+    text = sums.text[alive] / sums.text_count[alive, None]
+    norms = np.linalg.norm(image, axis=1) * np.linalg.norm(text, axis=1)
+    cosine = np.einsum("bd,bd->b", image, text) / np.where(norms > 0, norms, 1)
+    order = np.lexsort((alive, -cosine))
+    return Prototypes(image[order].astype(np.float32), text[order].astype(np.float32), cosine[order], alive[order])
+
+
+@dataclass
+class Nearest:
+    """For each of B queries the best row so far: its cosine, and who it is."""
+
+    cosine: np.ndarray
+    """float32 [B], -inf before anything was seen."""
+    who: list[tuple[str, ...]]
+
+
+def no_nearest(queries: int) -> Nearest:
+    """The neutral element of `merge_nearest`."""
+    return Nearest(np.full(queries, -np.inf, np.float32), [()] * queries)
+
+
+def nearest_rows(queries: np.ndarray, rows: np.ndarray, chunk: int = 16_384) -> tuple[np.ndarray, np.ndarray]:
+    """The row of highest cosine for each query, the first of equals. float32 [B, d], [n, d] -> float32 [B], int64 [B].
+
+    Exact, in blocks of `chunk` rows; -inf and -1 where there are no rows.
+    """
+    unit = normalized(queries)
+    best = np.full(len(queries), -np.inf, np.float32)
+    where = np.full(len(queries), -1, np.int64)
+    for start in range(0, len(rows), chunk):
+        similarity = unit @ normalized(rows[start : start + chunk]).T
+        top = similarity.argmax(axis=1)
+        value = similarity[np.arange(len(queries)), top]
+        better = value > best
+        best[better], where[better] = value[better], top[better] + start
+    return best, where
+
+
+def merge_nearest(total: Nearest, part: Nearest) -> None:
+    """Keeps the better of both; the earlier shard wins a tie. Called in shard order."""
+    better = part.cosine > total.cosine
+    total.cosine = np.where(better, part.cosine, total.cosine)
+    total.who = [theirs if new else mine for mine, theirs, new in zip(total.who, part.who, better, strict=True)]

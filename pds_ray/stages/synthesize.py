@@ -1,0 +1,54 @@
+"""Synthesis: prototypes -> pictures, in fixed chunks so that nothing depends on workers or restarts.
+
+Chunk c holds pairs [c * batch_size, (c + 1) * batch_size). A chunk is decoded whole even if some of its pictures are
+there already: a picture's last bits may depend on the shape of its batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from pds_ray.artifacts import vectors
+from pds_ray.config import DecodeConfig
+from pds_ray.decoders.base import DecodeBatch, Decoder
+
+
+def pair_seed(run_seed: int, pair: int) -> int:
+    """Seed of one picture: a hash, so that neighbouring pairs and runs have nothing in common. Below 2**63."""
+    return int.from_bytes(hashlib.sha256(f"{run_seed}/{pair}".encode()).digest()[:8], "big") >> 1
+
+
+def chunks(pairs: int, batch_size: int) -> list[range]:
+    """The pairs of each chunk."""
+    return [range(start, min(start + batch_size, pairs)) for start in range(0, pairs, batch_size)]
+
+
+def make_batch(prototypes: pa.Table, pairs: range, run_seed: int, config: DecodeConfig) -> DecodeBatch:
+    """The request for one chunk, from rows of prototypes.parquet."""
+    rows = prototypes.slice(pairs.start, len(pairs))
+    image = vectors(rows, "image_prototype")
+    if config.rescale:
+        norms = np.linalg.norm(image, axis=1)
+        image = image * (rows.column("member_norm").to_numpy() / np.where(norms > 0, norms, 1))[:, None]
+    shards, keys = rows.column("nearest_shard").to_pylist(), rows.column("nearest_key").to_pylist()
+    return DecodeBatch(
+        prototypes=image.astype(np.float32),
+        captions=rows.column("caption").to_pylist(),
+        seeds=[pair_seed(run_seed, pair) for pair in pairs],
+        nearest=list(zip(shards, keys, strict=True)),
+    )
+
+
+def synthesize_chunk(decoder: Decoder, batch: DecodeBatch, config: DecodeConfig) -> list[Image.Image]:
+    """One picture a row, `image_size` square if one is asked for (LANCZOS, methods.md A.1, step 15)."""
+    images = decoder.decode(batch)
+    if len(images) != len(batch.captions):
+        raise RuntimeError(f"the decoder gave {len(images)} pictures for {len(batch.captions)} prototypes")
+    if config.image_size == 0:
+        return images
+    side = (config.image_size, config.image_size)
+    return [image if image.size == side else image.resize(side, Image.Resampling.LANCZOS) for image in images]

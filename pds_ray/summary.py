@@ -1,0 +1,74 @@
+"""What a person reads before and after a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from pds_ray.config import to_dict
+from pds_ray.pipeline import STAGES, Plan
+
+# stage -> (what it counts, which entry of its counts says how many)
+RATES = {
+    "embed": ("images", "images"),
+    "prune": ("pairs", "pairs"),
+    "cluster": ("", ""),
+    "match": ("couples", "couples"),
+    "prototypes": ("prototypes", "prototypes"),
+    "decode": ("images", "made"),
+    "materialize": ("pairs", "pairs"),
+}
+
+
+def print_plan(plan: Plan) -> None:
+    """What would be done, and the resolved configuration as YAML."""
+    config = plan.config
+    done = plan.store.committed() if plan.store.folder.exists(plan.store.STORE) else set()
+    embedded = sum(shard.name in done for shard in plan.shards)
+    print(f"source    {config.source}: {len(plan.shards):,} shards, {embedded:,} embedded")
+    print(f"encoder   {plan.encoder.name}: width {plan.encoder.dim}, pictures {plan.encoder.preprocess.size} px")
+    print(f"decoder   {dict(plan.decoder.load_args).get('model', plan.decoder.name)}")
+    for note in plan.decoder.notes:
+        print(f"note      {note}")
+    print(f"result    {config.pairs:,} pairs in {plan.run.distilled.path}")
+    print(f"stages    {' -> '.join(STAGES)}")
+    print("\n# the resolved configuration, usable with --config")
+    print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+
+
+def print_summary(out: str, manifest: dict[str, Any]) -> None:
+    """What went in, what was dropped and why, what came out, how fast, and where it is."""
+    stages = manifest["stages"]
+    counts = {name: entry.get("counts", {}) for name, entry in stages.items()}
+    embed, prune, match = counts.get("embed", {}), counts.get("prune", {}), counts.get("match", {})
+    prototypes = counts.get("prototypes", {})
+    print()
+    if embed:
+        print(f"in            {embed['pairs']:,} pairs of {embed['images']:,} images, {embed['shards']:,} shards")
+        print(f"bad samples   {embed['bad']:,}")
+        for reason, count in embed["reasons"].items():
+            print(f"  {reason:<20} {count:,}")
+    if prune:
+        print(f"pruned        {prune['dropped']:,} pairs of lowest image-caption cosine")
+    if match:
+        print(f"not shared    {match['pairs_not_shared']:,} pairs outside matched clusters")
+        print(f"pairless      {match['pairless']:,} of {match['clusters']:,} couples, {match['pairless_policy']}")
+    if prototypes:
+        duplicates = prototypes["duplicate_captions"]
+        print(f"out           {prototypes['prototypes']:,} pairs, {duplicates:,} with a caption of another")
+    print(f"\n{'stage':<12} {'status':<12} {'seconds':>8}  rate")
+    for name in STAGES:
+        entry = stages.get(name)
+        if entry is None:
+            print(f"{name:<12} to do")
+            continue
+        print(f"{name:<12} {entry['status']:<12} {entry.get('seconds', 0):>8.1f}  {_rate(name, entry)}")
+    finished = stages.get(STAGES[-1], {}).get("status") == "done"
+    print(f"\n{'result' if finished else 'run folder'}        {out.rstrip('/')}{'/distilled' if finished else ''}")
+
+
+def _rate(name: str, entry: dict[str, Any]) -> str:
+    unit, key = RATES[name]
+    count, seconds = entry.get("counts", {}).get(key, 0), entry.get("seconds", 0)
+    return f"{count / seconds:,.0f} {unit}/s" if unit and count and seconds else ""
