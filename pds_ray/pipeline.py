@@ -285,7 +285,8 @@ def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[st
 
 def _about(plan_: Plan, manifest: RunManifest) -> dict[str, Any]:
     """What the distilled set says of its making: nothing that differs between two runs of one configuration."""
-    config = replace(plan_.config, ray=type(plan_.config.ray)(), out="", embed=replace(plan_.config.embed, store=None))
+    free = replace(plan_.config.embed, store=None, batch_size=type(plan_.config.embed)().batch_size)
+    config = replace(plan_.config, ray=type(plan_.config.ray)(), out="", embed=free)
     embed, prune = manifest.stages["embed"]["counts"], manifest.stages["prune"]["counts"]
     match, made = manifest.stages["match"]["counts"], manifest.stages["prototypes"]["counts"]
     decoder = dict(plan_.decoder.load_args).get("model", plan_.decoder.name)

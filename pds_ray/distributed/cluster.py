@@ -65,13 +65,13 @@ def cluster(
     result: dict[str, Any] = {}
     with progress_bar("cluster", len(MODALITIES) + len(shards), "steps") as bar:
         for modality, rows in zip(MODALITIES, (counts["images_kept"], counts["kept"]), strict=True):
-            bar.set_postfix_str(f"k-means of {rows:,} {modality} vectors, K = {config.pairs:,}")
+            bar.set_postfix_str(f"k-means of {rows:,} {modality} vectors, K = {config.pairs:,}", refresh=False)
             share = core.sample_share(rows, dim, config.cluster, config.pairs)
             result[modality] = runtime.run(_fit, modality, shards, store, run, share, config, heavy=True)
             bar.update()
         centroids = {modality: run.centroids(modality) for modality in MODALITIES}
         sizes = np.zeros((2, config.pairs), np.int64)
-        bar.set_postfix_str("labels")
+        bar.set_postfix_str("labels", refresh=False)
         for part in runtime.map_in_order(_label, shards, store, run, centroids, config.cluster.normalize):
             sizes += part
             bar.update()

@@ -148,7 +148,7 @@ def embed(
                 if finished:
                     bar.total = max(totals["images"], round(totals["images"] * len(shards) / finished))
                 bar.set_postfix_str(
-                    f"{finished}/{len(shards)} shards, {totals['pairs']:,} pairs, {totals['bad']:,} bad"
+                    f"{finished}/{len(shards)} shards, {totals['pairs']:,} pairs, {totals['bad']:,} bad", refresh=False
                 )
                 bar.update(counts["images"])
                 check_bad_share(totals, config.ray.max_bad_share, final=False)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -50,7 +52,8 @@ def start(config: RayConfig) -> dict[str, Any]:
     if not ray.is_initialized():
         if address:
             try:
-                ray.init(address=address, **quiet)
+                with _muffled():
+                    ray.init(address=address, **quiet)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 first = str(error).strip().splitlines()[0]
                 raise ConfigError(
@@ -59,13 +62,14 @@ def start(config: RayConfig) -> dict[str, Any]:
         else:
             free = psutil.virtual_memory().available
             store = int(config.object_store_gib * 2**30) if config.object_store_gib else min(free // 4, 8 << 30)
-            ray.init(
-                address="local",
-                num_cpus=config.num_cpus or os.cpu_count(),
-                object_store_memory=store,
-                include_dashboard=False,
-                **quiet,
-            )
+            with _muffled():
+                ray.init(
+                    address="local",
+                    num_cpus=config.num_cpus or os.cpu_count(),
+                    object_store_memory=store,
+                    include_dashboard=False,
+                    **quiet,
+                )
     settings = _set_data_options()
     resources = ray.cluster_resources()
     return {
@@ -75,6 +79,23 @@ def start(config: RayConfig) -> dict[str, Any]:
         "object_store_bytes": int(resources.get("object_store_memory", 0)),
         **settings,
     }
+
+
+@contextmanager
+def _muffled() -> Iterator[None]:
+    """Keeps what Ray's C++ side prints while it starts off the terminal; what goes wrong is raised anyway."""
+    if os.environ.get("RAY_BACKEND_LOG_LEVEL") != "fatal":  # set by the command line unless it is verbose
+        yield
+        return
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
 
 
 def stop() -> None:
