@@ -7,6 +7,7 @@ keys of the shard.
 
 from __future__ import annotations
 
+import glob
 import gzip
 import hashlib
 import io
@@ -382,7 +383,7 @@ def _expand(uri: str) -> Iterator[str]:
             for line in _read_list(_absolute(token[1:])):
                 yield from _expand_braces(line)
         elif is_file:
-            yield _absolute(token)
+            yield glob.escape(_absolute(token))
         elif token:
             yield from _expand_braces(token)
 
