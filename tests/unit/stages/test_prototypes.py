@@ -1,0 +1,197 @@
+"""Prototypes against masks over all rows and whole similarity matrices."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pds_ray.artifacts import MEMBER_SAMPLE
+from pds_ray.stages import prototypes as core
+
+
+def world(seed: int, pairs: int = 200, clusters: int = 6, dim: int = 4):
+    """Random vectors and labels, a fifth pruned, and couples from a random permutation, two of them made pairless."""
+    rng = np.random.default_rng(seed)
+    image_vectors, text_vectors = rng.standard_normal((2, pairs, dim)).astype(np.float32)
+    image, text = rng.integers(0, clusters, (2, pairs)).astype(np.int32)
+    text_of = rng.permutation(clusters).astype(np.int32)
+    pairless = np.zeros(clusters, bool)
+    pairless[:2] = True
+    for cluster in np.flatnonzero(pairless):  # no pair may be shared by a pairless couple
+        clash = (image == cluster) & (text == text_of[cluster])
+        text[clash] = text_of[-1]
+    pruned = rng.random(pairs) < 0.2
+    image[pruned] = text[pruned] = -1
+    couples = core.Couples(np.arange(clusters, dtype=np.int32), text_of, pairless)
+    return image_vectors, text_vectors, image, text, couples
+
+
+def sums_of(seed: int, places: tuple[int, ...] = (), **size: int) -> core.Sums:
+    image_vectors, text_vectors, image, text, couples = world(seed, **size)
+    clusters = len(couples.image_cluster)
+    total = core.empty_sums(clusters, image_vectors.shape[1])
+    rows = np.split(np.arange(len(image)), sorted(place % (len(image) + 1) for place in places))
+    for number, mine in enumerate(rows):
+        keys = [f"k{row}" for row in mine]
+        part = core.shard_sums(
+            f"s{number}", keys, image_vectors[mine], text_vectors[mine], image[mine], text[mine], couples, clusters
+        )
+        core.add_sums(total, part)
+    return total
+
+
+def brute_force(seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(rows of the image side, rows of the text side) of each couple, by masks."""
+    _, _, image, text, couples = world(seed)
+    found = []
+    for i, j, pairless in zip(couples.image_cluster, couples.text_cluster, couples.pairless, strict=True):
+        on_image, on_text = image == i, text == j
+        shared = on_image & on_text
+        found.append((np.flatnonzero(on_image), np.flatnonzero(on_text)) if pairless else (np.flatnonzero(shared),) * 2)
+    return found
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 200), max_size=5))
+def test_sums_equal_masks_however_the_shards_are_cut(seed, places):
+    image_vectors, text_vectors, _, _, couples = world(seed)
+    total = sums_of(seed, tuple(places))
+    for couple, (on_image, on_text) in enumerate(brute_force(seed)):
+        assert total.image_count[couple] == len(on_image)
+        assert total.text_count[couple] == len(on_text)
+        np.testing.assert_allclose(total.image[couple], image_vectors[on_image].astype(np.float64).sum(0), atol=1e-9)
+        np.testing.assert_allclose(total.text[couple], text_vectors[on_text].astype(np.float64).sum(0), atol=1e-9)
+        norms = np.linalg.norm(image_vectors[on_image].astype(np.float64), axis=1)
+        assert total.image_norm[couple] == pytest.approx(norms.sum())
+        if not couples.pairless[couple]:
+            assert total.image_count[couple] == total.text_count[couple]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_means_are_those_of_the_rows_in_falling_cosine(seed):
+    image_vectors, text_vectors, _, _, _ = world(seed)
+    made = core.means(sums_of(seed))
+    rows = brute_force(seed)
+    assert sorted(made.couple) == [c for c, (a, b) in enumerate(rows) if len(a) and len(b)]
+    assert made.image.dtype == made.text.dtype == np.float32
+    for place, couple in enumerate(made.couple):
+        on_image, on_text = rows[couple]
+        image = image_vectors[on_image].astype(np.float64).mean(axis=0)
+        text = text_vectors[on_text].astype(np.float64).mean(axis=0)
+        np.testing.assert_allclose(made.image[place], image, atol=1e-6)
+        np.testing.assert_allclose(made.text[place], text, atol=1e-6)
+        cosine = image @ text / (np.linalg.norm(image) * np.linalg.norm(text))
+        assert made.cosine[place] == pytest.approx(cosine, abs=1e-9)
+    assert (np.diff(made.cosine) <= 0).all()
+
+
+def test_equal_cosines_keep_the_order_of_the_couples():
+    sums = core.empty_sums(3, 2)
+    sums.image[:] = sums.text[:] = [[2, 0], [0, 1], [3, 0]]
+    sums.image_count[:] = sums.text_count[:] = 1
+    assert core.means(sums).couple.tolist() == [0, 1, 2]
+
+
+def test_a_zero_mean_has_cosine_zero():
+    sums = core.empty_sums(2, 2)
+    sums.image[1] = sums.text[1] = [1, 1]
+    sums.image_count[:] = sums.text_count[:] = 2
+    made = core.means(sums)
+    assert made.couple.tolist() == [1, 0]
+    assert made.cosine.tolist() == pytest.approx([1, 0])
+
+
+def test_couples_without_rows_are_left_out():
+    sums = core.empty_sums(3, 2)
+    sums.image[1] = sums.text[1] = [1, 0]
+    sums.image_count[:] = [0, 1, 4]
+    sums.text_count[:] = [3, 1, 0]
+    made = core.means(sums)
+    assert made.couple.tolist() == [1]
+    assert np.isfinite(made.image).all()
+
+
+@pytest.mark.parametrize("places", [(), (50,), (10, 11, 150)])
+def test_members_are_the_first_pairs_in_shard_order(places):
+    seed = 4
+    _, _, _, _, couples = world(seed, clusters=3)
+    total = sums_of(seed, places, clusters=3)
+    _, _, image, text, _ = world(seed, clusters=3)
+    edges = np.array(sorted(places))
+    for couple in range(3):
+        mine = image == couples.image_cluster[couple]
+        if not couples.pairless[couple]:
+            mine &= text == couples.text_cluster[couple]
+        first = np.flatnonzero(mine)[:MEMBER_SAMPLE]
+        expected = [f"s{np.searchsorted(edges, row, side='right')}/k{row}" for row in first]
+        assert total.members[couple] == expected
+
+
+def exact_vectors(seed: int, count: int) -> np.ndarray:
+    """+-1 in 16 dimensions: norms are 4 and all cosines exact in float32, so that ties are true ties."""
+    return np.random.default_rng(seed).choice(np.array([-1, 1], np.float32), (count, 16))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 16_384])
+def test_nearest_is_the_first_of_the_best(chunk):
+    queries, rows = exact_vectors(0, 20), exact_vectors(1, 150)
+    rows[100:] = rows[:50]  # every one of these appears twice
+    cosine, where = core.nearest_rows(queries, rows, chunk)
+    whole = queries @ rows.T / 16
+    np.testing.assert_array_equal(where, whole.argmax(axis=1))
+    np.testing.assert_array_equal(cosine, whole.max(axis=1))
+
+
+def test_nearest_ignores_length():
+    queries = np.array([[1, 0], [0, 2]], np.float32)
+    rows = np.array([[100, 90], [0.1, 0], [0, 0], [-5, 0.5]], np.float32)
+    cosine, where = core.nearest_rows(queries, rows)
+    assert where.tolist() == [1, 0]
+    np.testing.assert_allclose(cosine, [1, 90 / np.hypot(100, 90)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [3, 1000])
+def test_nearest_on_random_vectors(chunk):
+    rng = np.random.default_rng(6)
+    queries, rows = rng.standard_normal((11, 9)).astype(np.float32), rng.standard_normal((90, 9)).astype(np.float32)
+    cosine, where = core.nearest_rows(queries, rows, chunk)
+    a, b = queries.astype(np.float64), rows.astype(np.float64)
+    whole = a @ b.T / (np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(b, axis=1))
+    np.testing.assert_array_equal(where, whole.argmax(axis=1))
+    np.testing.assert_allclose(cosine, whole.max(axis=1), atol=1e-6)
+
+
+def test_nearest_of_nothing():
+    cosine, where = core.nearest_rows(np.ones((2, 3), np.float32), np.zeros((0, 3), np.float32))
+    assert where.tolist() == [-1, -1]
+    assert np.isneginf(cosine).all()
+
+
+@pytest.mark.parametrize("edges", [[], [75], [0, 3, 4, 149]])
+def test_nearest_over_shards_equals_the_whole(edges):
+    queries, rows = exact_vectors(2, 20), exact_vectors(3, 150)
+    rows[75:] = rows[:75]
+    expected = core.nearest_rows(queries, rows)
+    total = core.no_nearest(len(queries))
+    for mine in np.split(np.arange(len(rows)), edges):
+        cosine, where = core.nearest_rows(queries, rows[mine])
+        core.merge_nearest(total, core.Nearest(cosine, [(str(mine[row]),) if row >= 0 else () for row in where]))
+    np.testing.assert_array_equal(total.cosine, expected[0])
+    assert total.who == [(str(row),) for row in expected[1]]
+
+
+def test_perfectly_paired_clusters_give_the_planted_means():
+    """Clusters as one-hot corners plus noise of zero mean: the prototypes are the corners."""
+    clusters, each = 5, 8
+    text_of = np.array([3, 0, 4, 1, 2], np.int32)
+    image = np.repeat(np.arange(clusters, dtype=np.int32), each)
+    noise = np.tile(np.array([1, -1], np.float32), clusters * each // 2)[:, None] * 0.1
+    image_vectors = np.eye(clusters, dtype=np.float32)[image] * 3 + noise
+    text_vectors = np.eye(clusters, dtype=np.float32)[text_of[image]] * 2 + noise
+    couples = core.Couples(np.arange(clusters, dtype=np.int32), text_of, np.zeros(clusters, bool))
+    keys = [str(row) for row in range(len(image))]
+    made = core.means(core.shard_sums("s", keys, image_vectors, text_vectors, image, text_of[image], couples, clusters))
+    np.testing.assert_allclose(made.image, 3 * np.eye(clusters)[made.couple], atol=1e-6)
+    np.testing.assert_allclose(made.text, 2 * np.eye(clusters)[text_of[made.couple]], atol=1e-6)
