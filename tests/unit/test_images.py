@@ -122,8 +122,9 @@ def test_exif_orientation(orientation: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("exif", [b"Exif\x00\x00garbage", b"Exif\x00\x00MM\x00*\xff\xff\xff\xff", b"Exif\x00\x00"])
-def test_broken_exif_is_ignored(exif: bytes) -> None:
-    assert decode_image(encode(noise(5, 3), "JPEG", exif=exif)).size == (5, 3)
+@pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP"])
+def test_broken_exif_is_ignored(fmt: str, exif: bytes) -> None:
+    assert decode_image(encode(noise(5, 3), fmt, exif=exif)).size == (5, 3)
 
 
 @pytest.mark.parametrize("size", [(30_000, 30_000), (2**31 - 1, 2**31 - 1), (9_000, 8_000), (64_000_001, 1)])

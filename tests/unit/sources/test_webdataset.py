@@ -177,7 +177,7 @@ def test_broken_corrupt_images(shared_data: Path) -> None:
         (None, {"captions": ["one", "two"]}, ("one", "two")),
         (b"txt\n", {"captions": ["one", "txt"], "caption": "two"}, ("txt\n", "one", "two")),
         (b" \n", {"caption": "json"}, ("json",)),
-        (b"caf\xe9", {"caption": "café"}, ("café",)),
+        (b"caf\xe9", {"caption": "coffee"}, ("coffee",)),
         (b"caf\xe9", {"caption": " "}, ("café",)),
         (b"caf\xe9", None, ("café",)),
         (b"\xef\xbb\xbfwith a mark", None, ("with a mark",)),
@@ -213,7 +213,7 @@ def test_grouping_rules(tar_path: Path) -> None:
         ("dir.v1/a.JPEG", b"A"),
         ("dir.v1/a.seg.png", b"another picture of the sample"),
         ("dir.v1/a.txt", b"a"),
-        ("__MACOSX/dir.v1/._a.jpg", b"junk"),
+        ("__MACOSX/dir.v1/x.jpg", b"junk"),
         (".hidden/x.jpg", b"junk"),
         ("./b.txt", b"b"),
         ("./._b.jpg", b"junk in the middle of a sample"),
@@ -256,6 +256,13 @@ def test_unsafe_member_types_cost_one_sample(tar_path: Path, bad: bytes) -> None
     other = tar_bytes([("o.jpg", b"O"), ("o.txt", b"o")])
     data = bad + header("a.txt", 1) + block(b"a") + header("a.png", 1) + block(b"A") + other
     assert brief(read_bytes(tar_path, data)) == [("a", "unsafe_member"), ("o", "")]
+
+
+def test_a_sample_with_several_problems_is_one_fault(tar_path: Path) -> None:
+    link = header("a.png", kind=tarfile.SYMTYPE, link="x")
+    again = header("a.jpg", 1) + block(b"A") + link
+    assert brief(read_bytes(tar_path, GOOD + link + END_MARK)) == [("a", "unsafe_member")]
+    assert brief(read_bytes(tar_path, GOOD + again + END_MARK)) == [("a", ""), ("a", "duplicate_key")]
 
 
 @pytest.mark.parametrize("folder", ["/", "../", "x/../../", "/abs/", "\\"])
@@ -324,6 +331,7 @@ GOOD = header("a.jpg", 1) + block(b"A") + header("a.txt", 1) + block(b"a")
         (header("b.jpg", 1), "b"),
         (header("b.jpg", 1) + block(b"B"), "b"),  # complete picture, no caption
         (header("b.jpg", 600) + bytes(512), "b"),
+        (header("b.jpg", 1) + block(b"B") + header("b.json", 15) + block(b'{"caption":"b"}') + header("b.txt", 9), "b"),
         (b"\xff" * 512 + GOOD, ""),  # tarfile takes such a header for the end
         (header("b.cls", 8 * 1024**3), "b"),
     ],
@@ -345,6 +353,12 @@ def test_huge_extension_headers_are_not_read(tar_path: Path, kind: bytes) -> Non
     assert brief(found) == [("a", ""), ("", "truncated_shard")]
     assert f"at most {MAX_HEADER_BYTES}" in found[1].detail  # type: ignore[union-attr]
     assert peak < 10 * 1000**2
+
+
+def test_missing_end_mark_is_named(tar_path: Path) -> None:
+    fault = read_bytes(tar_path, GOOD)[-1]
+    assert isinstance(fault, Fault)
+    assert fault.detail == "the file ends without an end-of-archive mark"
 
 
 def test_many_extension_headers_in_a_row(tar_path: Path) -> None:
