@@ -7,6 +7,7 @@ that need no data, no network and no model are made here; each names the field, 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin, get_type_hints
@@ -140,6 +141,7 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         _require(self.steps > 0, "decode.steps", self.steps, "positive")
+        _require(math.isfinite(self.guidance), "decode.guidance", self.guidance, "a finite number")
         _require(0 <= self.noise_level <= 999, "decode.noise_level", self.noise_level, "0 to 999")
         _require(self.batch_size > 0, "decode.batch_size", self.batch_size, "positive")
         _require(self.image_size >= 0, "decode.image_size", self.image_size, "0 or positive")
@@ -166,6 +168,8 @@ class RayConfig:
 
     def __post_init__(self) -> None:
         _require(self.num_cpus is None or self.num_cpus > 0, "ray.num_cpus", self.num_cpus, "positive")
+        store = self.object_store_gib
+        _require(store is None or 0 < store < math.inf, "ray.object_store_gib", store, "positive")
         _require(self.embed_workers >= 0, "ray.embed_workers", self.embed_workers, "0 or positive")
         _require(self.decode_workers >= 0, "ray.decode_workers", self.decode_workers, "0 or positive")
         _require(0 <= self.max_bad_share <= 1, "ray.max_bad_share", self.max_bad_share, "from 0 to 1")
@@ -238,7 +242,9 @@ def _replace(config: Any, values: Mapping[str, Any], prefix: str) -> Any:
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """`value` as type `hint` (bool, int, float, str, a section, or one of these or None)."""
     if dataclasses.is_dataclass(hint):
-        return value
+        if isinstance(value, hint):
+            return value
+        raise ConfigError(f"{name} is {value!r}; it must be a section with fields of its own")
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] if get_origin(hint) else [hint]
     optional = get_origin(hint) is not None
     if value is None or (optional and value in ("", "none", "null")):
@@ -258,7 +264,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         raise ConfigError(f"{name} is {value!r}; it must be of type {kind.__name__}")
     try:
         number = kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{name} is {value!r}; it must be of type {kind.__name__}") from None
     if kind is int and isinstance(value, float) and value != number:
         raise ConfigError(f"{name} is {value!r}; it must be a whole number")

@@ -1,0 +1,159 @@
+"""The data contract: what is saved comes back, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pds_ray import artifacts
+from pds_ray.artifacts import EmbeddingStore, RunFolder, vector_array, vectors
+from pds_ray.storage import Folder
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 30),
+    st.integers(1, 9),
+    st.sampled_from(["float16", "float32"]),
+    st.integers(0, 30),
+    st.integers(0, 30),
+    st.integers(0, 10**6),
+)
+def test_vectors_come_back(rows, dim, dtype, start, length, seed):
+    values = np.random.default_rng(seed).standard_normal((rows, dim)).astype(np.float32)
+    array = vector_array(values, dtype)
+    assert array.type == pa.list_(pa.from_numpy_dtype(dtype), dim)
+    stored = values.astype(dtype).astype(np.float32)
+    table = pa.table({"v": array})
+    assert vectors(table, "v").dtype == np.float32
+    np.testing.assert_array_equal(vectors(table, "v"), stored)
+    np.testing.assert_array_equal(vectors(table.slice(start, length), "v"), stored[start : start + length])
+    twice = pa.concat_tables([table.slice(start), table])
+    np.testing.assert_array_equal(vectors(twice, "v"), np.concatenate([stored[start:], stored]))
+
+
+def test_no_rows_keep_the_width():
+    schema = artifacts.image_schema(7, "float16")
+    assert vectors(schema.empty_table(), "embedding").shape == (0, 7)
+    assert vectors(pa.concat_tables([schema.empty_table()] * 2), "embedding").shape == (0, 7)
+    nothing = pa.Table.from_batches([], schema=schema)
+    assert vectors(nothing, "embedding").shape == (0, 7)
+
+
+@pytest.mark.parametrize("values", [np.zeros((3, 8))[:, ::2], np.zeros((4, 3)).T, np.arange(12.0).reshape(3, 4)[::-1]])
+def test_views_are_taken_as_they_look(values):
+    np.testing.assert_array_equal(vectors(pa.table({"v": vector_array(values, "float32")}), "v"), values)
+
+
+def tables(dim=3, dtype="float16", rows=4):
+    embedding = np.random.default_rng(0).standard_normal((rows, dim))
+    keys = [f"k{i}" for i in range(rows)]
+    numbers = np.arange(rows, dtype=np.int32)
+    images = pa.table(
+        {
+            "key": keys,
+            "index": numbers,
+            "embedding": vector_array(embedding, dtype),
+            "width": numbers,
+            "height": numbers,
+        },
+        schema=artifacts.image_schema(dim, dtype),
+    )
+    captions = pa.table(
+        {
+            "key": keys,
+            "image_row": numbers,
+            "caption_index": numbers,
+            "caption": ["", "ü|\n", "x" * 3000, "a"][:rows],
+            "embedding": vector_array(-embedding, dtype),
+            "similarity": embedding[:, 0].astype(np.float32),
+        },
+        schema=artifacts.caption_schema(dim, dtype),
+    )
+    errors = pa.table({"key": ["e"], "reason": ["not_a_tar"], "detail": [""]}, schema=artifacts.ERROR_SCHEMA)
+    return images, captions, errors
+
+
+def test_a_shard_is_there_when_its_marker_is(tmp_path, monkeypatch):
+    store = EmbeddingStore(Folder(str(tmp_path)))
+    images, captions, errors = tables()
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write_json", dies)
+        with pytest.raises(KeyboardInterrupt):
+            store.commit("s0", images, captions, errors, {})
+    assert store.committed() == set()
+
+    store.folder.write_json(store.STORE, {})
+    store.commit("s0", images, captions, errors, {"shard": "s0", "images": 4})
+    store.commit("s1.x-y_z", *(table.slice(0, 0) for table in (images, captions, errors)), {})
+    assert store.committed() == {"s0", "s1.x-y_z"}
+    assert store.images("s0").equals(images)
+    assert store.captions("s0").equals(captions)
+    assert store.errors("s0").equals(errors)
+    assert store.captions("s0", ["key"]).column_names == ["key"]
+    assert store.images("s1.x-y_z").schema.equals(images.schema)
+
+    marker = store.marker("s0")
+    assert marker["images"] == 4
+    assert len(marker["sha256"]) == 3
+    for name, digest in marker["sha256"].items():
+        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder(Folder(str(tmp_path)))
+
+
+def test_centroids(run):
+    centroids = np.random.default_rng(1).standard_normal((5, 3)).astype(np.float32)
+    for modality in artifacts.MODALITIES:
+        run.save_centroids(modality, centroids)
+        found = run.centroids(modality)
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, centroids)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 13])
+def test_masks_and_labels(run, rows):
+    rng = np.random.default_rng(rows)
+    kept = rng.random(rows) < 0.5
+    image, text = rng.integers(-1, 9, (2, rows)).astype(np.int32)
+    run.save_keep("a.b", kept)
+    run.save_labels("a.b", image, text)
+    assert run.keep("a.b").dtype == bool
+    np.testing.assert_array_equal(run.keep("a.b"), kept)
+    np.testing.assert_array_equal(run.labels("a.b")[0], image)
+    np.testing.assert_array_equal(run.labels("a.b")[1], text)
+    assert run.labels("a.b")[0].dtype == np.int32
+
+
+def test_couples_and_prototypes(run):
+    couples = pa.table(
+        {"image_cluster": [0], "text_cluster": [2], "shared": [7], "pairless": [False], "mean_cosine": [math.pi]},
+        schema=artifacts.COUPLE_SCHEMA,
+    )
+    run.save_couples(couples)
+    assert run.couples().equals(couples)
+    schema = artifacts.prototype_schema(3)
+    vector = vector_array(np.arange(3.0)[None], "float32")
+    values = {field.name: ["x"] if field.type == pa.string() else [1] for field in schema}
+    values |= {"image_prototype": vector, "text_prototype": vector, "members": [["s/a", "s/b"]]}
+    prototypes = pa.table(values, schema=schema)
+    run.save_prototypes(prototypes)
+    assert run.prototypes().equals(prototypes)
+
+
+def test_pictures_sort_by_pair(run):
+    names = [run.image_name(pair) for pair in (0, 9, 10, 99_999, 100_000)]
+    assert names == sorted(names)

@@ -1,0 +1,179 @@
+"""Folders: a file is there whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+
+from pds_ray import storage
+from pds_ray.storage import PART_SUFFIX, Folder, StorageError, is_remote, open_filesystem
+
+
+@pytest.fixture(params=["local", "object store"])
+def folder(request, tmp_path, monkeypatch):
+    """A folder on disk, and one that takes the road of the object stores (a sub-tree of the disk stands in)."""
+    if request.param == "local":
+        return Folder(str(tmp_path))
+    bucket = pafs.SubTreeFileSystem(str(tmp_path.parent), pafs.LocalFileSystem())
+    monkeypatch.setattr(storage, "open_filesystem", lambda path: (bucket, path.removeprefix("s3://bucket/")))
+    return Folder(f"s3://bucket/{tmp_path.name}")
+
+
+def write_and_fail(folder, name, error):
+    with folder.writer(name) as stream:
+        stream.write(b"half")
+        raise error
+
+
+def files(path):
+    return sorted(str(item.relative_to(path)) for item in path.rglob("*") if item.is_file())
+
+
+def test_a_file_is_written_read_and_deleted(folder, tmp_path):
+    sub = folder / "a" / "b"
+    sub.create()
+    sub.write_bytes("x.bin", b"\x00one")
+    assert files(tmp_path) == ["a/b/x.bin"]
+    assert sub.exists("x.bin")
+    assert sub.read_bytes("x.bin") == b"\x00one"
+    sub.write_bytes("x.bin", b"two")
+    assert sub.read_bytes("x.bin") == b"two"
+    sub.delete("x.bin")
+    sub.delete("x.bin")
+    assert not sub.exists("x.bin")
+    (folder / "a").delete_all()
+    (folder / "a").delete_all()
+    assert files(tmp_path) == []
+
+
+def test_a_writer_that_fails_leaves_nothing(folder, tmp_path):
+    folder.create()
+    with pytest.raises(ZeroDivisionError):
+        write_and_fail(folder, "x", ZeroDivisionError())
+    assert files(tmp_path) == []
+
+
+def test_a_writer_that_fails_keeps_what_was_there(folder, tmp_path):
+    folder.create()
+    folder.write_bytes("x", b"old")
+    with pytest.raises(KeyboardInterrupt):
+        write_and_fail(folder, "x", KeyboardInterrupt())
+    assert folder.read_bytes("x") == b"old"
+    assert files(tmp_path) == ["x"]
+
+
+def test_nothing_is_seen_before_the_end(folder):
+    folder.create()
+    with folder.writer("x.json") as stream:
+        stream.write(b"{}")
+        stream.flush()
+        assert not folder.exists("x.json")
+        assert folder.names(".json") == []
+    assert folder.names(".json") == ["x.json"]
+
+
+def test_sweep_removes_what_a_killed_writer_left(tmp_path):
+    folder = Folder(str(tmp_path))
+    folder.write_bytes("good", b"1")
+    stuck = folder.writer("bad")
+    stuck.__enter__().write(b"never finished")
+    assert [name for name in folder.names() if name.endswith(PART_SUFFIX)]
+    folder.sweep()
+    assert folder.names() == ["good"]
+
+
+def test_names_are_sorted_files_of_this_folder(folder):
+    folder.create()
+    for name in ("b.json", "a.json", "c.txt"):
+        folder.write_bytes(name, b"")
+    (folder / "sub.json").create()
+    (folder / "sub.json").write_bytes("deep.json", b"")
+    assert folder.names(".json") == ["a.json", "b.json"]
+    assert folder.names() == ["a.json", "b.json", "c.txt"]
+    assert (folder / "not there").names() == []
+
+
+def test_a_missing_file(folder):
+    folder.create()
+    assert not folder.exists("x")
+    with pytest.raises(FileNotFoundError):
+        folder.read_bytes("x")
+
+
+@pytest.mark.parametrize("below", ["file", "file/deeper"])
+def test_an_unwritable_place_is_one_line(tmp_path, below):
+    """Below a regular file nothing can be made, whoever asks (root may write anywhere else)."""
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError) as caught:
+        Folder(str(tmp_path / below)).create()
+    message = str(caught.value)
+    assert str(tmp_path / below) in message
+    assert "\n" not in message
+
+
+def test_create_leaves_no_trace_and_may_be_repeated(folder, tmp_path):
+    (folder / "run").create()
+    (folder / "run").create()
+    assert files(tmp_path) == []
+
+
+def test_json_keeps_text(folder):
+    folder.create()
+    value = {"b": [1, 2.5, None, True], "a": "Zoë\u2028 ☃"}
+    folder.write_json("x.json", value)
+    assert folder.read_json("x.json") == value
+    assert "Zoë".encode() in folder.read_bytes("x.json")
+
+
+def test_tables(folder):
+    folder.create()
+    table = pa.table({"n": pa.array([3, None, 1], pa.int32()), "s": ["a", "b", "ü"], "f": [1.5, 2.5, -0.0]})
+    digest = folder.write_table("t.parquet", table)
+    data = folder.read_bytes("t.parquet")
+    assert digest == hashlib.sha256(data).hexdigest()
+    assert folder.read_table("t.parquet").equals(table)
+    assert folder.read_table("t.parquet", ["s"]).equals(table.select(["s"]))
+    assert pq.read_table(pa.BufferReader(data)).equals(table)
+    assert folder.write_table("u.parquet", table) == digest  # the same rows are the same bytes
+
+
+def test_a_folder_named_like_a_partition_adds_no_column(tmp_path):
+    folder = Folder(str(tmp_path)) / "k=100"
+    folder.write_table("t.parquet", pa.table({"n": [1]}))
+    assert folder.read_table("t.parquet").column_names == ["n"]
+
+
+def test_names_in_full():
+    assert Folder("runs/x/").full("a") == (Folder("runs/x").full("a")) == "runs/x/a"
+    assert (Folder("s3://b/x") / "y").full("a") == "s3://b/x/y/a"
+
+
+@pytest.mark.parametrize(
+    ("path", "remote"), [("s3://b/x", True), ("gs://b", True), ("/x", False), ("x/y", False), ("file:///x", False)]
+)
+def test_what_is_remote(path, remote):
+    assert is_remote(path) == remote
+
+
+def test_file_uris_and_home(tmp_path, monkeypatch):
+    Folder(f"file://{tmp_path}").write_bytes("x", b"1")
+    assert (tmp_path / "x").read_bytes() == b"1"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Folder("~").exists("x")
+
+
+def test_an_unknown_scheme_is_one_line():
+    with pytest.raises(StorageError) as caught:
+        open_filesystem("ftp://host/x")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(StorageError):
+        Folder("ftp://host/x").create()
+
+
+def test_folders_travel():
+    assert pickle.loads(pickle.dumps(Folder("/x"))) == Folder("/x")  # noqa: S301 - our own bytes
