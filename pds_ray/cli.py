@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 import warnings
 from typing import Any, NoReturn
@@ -162,28 +163,29 @@ def main(argv: list[str] | None = None) -> None:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         warnings.filterwarnings("ignore")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped job ends like an interrupted one
     try:
         {"distill": _distill, "show": _show, "doctor": _doctor}[args.command](args)
         code = EXIT_OK
     except KeyboardInterrupt:
-        print("\npds-ray: interrupted; the same command continues", file=sys.stderr)
-        code = EXIT_INTERRUPTED
+        print("\npds-ray: interrupted; the same command continues", file=sys.stderr, flush=True)
+        # not through Ray's own shutdown: interrupted while it starts, it crashes; its processes die with this one
+        os._exit(EXIT_INTERRUPTED)
     except Exception as error:
         if args.verbose:
             raise
-        cause = getattr(error, "cause", None) or error  # Ray wraps what a worker raised
-        line = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-        if _user_error(cause) or _user_error(error):
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if _user_error(error):
             print(f"pds-ray: {line}", file=sys.stderr)
             code = EXIT_USER
         else:
-            print(f"pds-ray: {type(cause).__name__}: {line} (-v shows where)", file=sys.stderr)
+            print(f"pds-ray: {type(error).__name__}: {line} (-v shows where)", file=sys.stderr)
             code = EXIT_BUG
-    finally:
-        if "ray" in sys.modules:
-            from pds_ray.distributed import runtime
+    if "ray" in sys.modules:
+        from pds_ray.distributed import runtime
 
-            runtime.stop()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: an interrupt now would only spoil the exit code
+        runtime.stop()
     raise SystemExit(code)
 
 

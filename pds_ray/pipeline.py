@@ -204,7 +204,7 @@ def distill(config: RunConfig, redo: bool = False) -> dict[str, Any]:
 
         manifest.update(ray=runtime.start(config.ray))
         for stage in STAGES[STAGES.index(todo[0]) :]:
-            with _recorded(manifest, stage, plan_.fingerprints[stage]) as counts:
+            with _recorded(manifest, stage, plan_.fingerprints[stage]) as counts, runtime.unwrapped_errors():
                 counts.update(steps[stage]())
     manifest.update(finished=time.time(), last_run_seconds=round(time.time() - began, 3))
     return manifest.data

@@ -18,6 +18,7 @@ from pds_ray.config import ConfigError, DecodeConfig
 from pds_ray.decoders.base import DecodeBatch, DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.encoders.open_clip import file_sha256
+from pds_ray.hub import require_repository
 from pds_ray.sources.base import Source
 
 SPACE_FILE = "pds_ray.json"  # {"space": ..., "dim": ...}: written beside checkpoints trained by our scripts
@@ -105,15 +106,10 @@ def _inspect(folder: Path) -> tuple[int, str | None, str]:
 def _inspect_hub(model: str, revision: str | None) -> tuple[int, str | None, str]:
     from huggingface_hub import hf_hub_download
 
-    try:
-        path = hf_hub_download(model, "image_normalizer/config.json", revision=revision)
-    except Exception as error:  # many kinds (no network, no such repository, offline mode): not to be had
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise ConfigError(
-            f"decoder {model}: not a folder, and cannot be fetched or found in the cache ({reason}); "
-            "give a local copy with --decode.model PATH, or use --decoder nearest"
-        ) from error
-    dim = int(json.loads(Path(path).read_text())["embedding_dim"])
+    name = "image_normalizer/config.json"
+    instead = "give a local copy with --decode.model PATH, or use --decoder nearest"
+    require_repository(model, revision, (name,), f"decoder {model}", instead)
+    dim = int(json.loads(Path(hf_hub_download(model, name, revision=revision)).read_text())["embedding_dim"])
     return dim, None, f"{model}@{revision or 'main'}"
 
 

@@ -98,6 +98,19 @@ def _muffled() -> Iterator[None]:
         os.close(terminal)
 
 
+@contextmanager
+def unwrapped_errors() -> Iterator[None]:
+    """Raises a ConfigError of a worker (weights that cannot be loaded) as one of the driver, without Ray's wrapping."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        marker = f"{ConfigError.__module__}.{ConfigError.__name__}: "
+        lines = [line for line in str(error).splitlines() if line.startswith(marker)]
+        if lines:
+            raise ConfigError(lines[-1].removeprefix(marker)) from error
+        raise
+
+
 def stop() -> None:
     """Leaves the cluster; ends a local Ray."""
     ray.shutdown()

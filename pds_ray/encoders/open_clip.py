@@ -19,11 +19,13 @@ import numpy as np
 
 from pds_ray.config import ConfigError
 from pds_ray.encoders.base import EncoderInfo, Preprocess
+from pds_ray.hub import require_repository
 
 if TYPE_CHECKING:
     import torch
 
 DEFAULT_SIZE = 224
+HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 def demo_folder() -> Path:
@@ -103,6 +105,10 @@ def _describe_builtin(name: str, model: str, weights: str) -> EncoderInfo:
     if not tag:
         tags = ", ".join(pretrained.list_pretrained_tags_by_model(model)) or "none"
         raise ConfigError(f"encoder {name}: {weights!r} is neither a file nor a tag of {model}; its tags: {tags}")
+    repository, _, file = tag.get("hf_hub", "").rpartition("/")
+    if repository:
+        instead = f"give a checkpoint as {model}:FILE, or local-dir:PATH"
+        require_repository(repository, None, (file,) if file else HUB_WEIGHTS, f"encoder {name}", instead)
     return EncoderInfo(
         name=name,
         dim=int(architecture["embed_dim"]),
