@@ -242,7 +242,7 @@ def _replace(config: Any, values: Mapping[str, Any], prefix: str) -> Any:
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """`value` as type `hint` (bool, int, float, str, a section, or one of these or None)."""
     if dataclasses.is_dataclass(hint):
-        if isinstance(value, hint):
+        if type(value) is hint:
             return value
         raise ConfigError(f"{name} is {value!r}; it must be a section with fields of its own")
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] if get_origin(hint) else [hint]

@@ -17,9 +17,9 @@ from PIL import Image
 from pds_ray.config import ConfigError, DecodeConfig
 from pds_ray.decoders.base import DecodeBatch, DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
-from pds_ray.encoders.open_clip import file_sha256
 from pds_ray.hub import require_repository
 from pds_ray.sources.base import Source
+from pds_ray.storage import file_sha256
 
 SPACE_FILE = "pds_ray.json"  # {"space": ..., "dim": ...}: written beside checkpoints trained by our scripts
 
@@ -93,13 +93,21 @@ def _inspect(folder: Path) -> tuple[int, str | None, str]:
     """Embedding width, space if stated, and identity of a diffusers folder."""
     index = _read_json(folder / "model_index.json", folder)
     if "image_normalizer" not in index:
-        kind = index.get("_class_name", "no pipeline")
+        kind = index.get("_class_name", "folder without a pipeline")
         raise ConfigError(f"decoder {folder}: is a {kind}, not an unCLIP image pipeline (it has no image_normalizer)")
-    dim = int(_read_json(folder / "image_normalizer" / "config.json", folder)["embedding_dim"])
-    space = _read_json(folder / SPACE_FILE, folder)["space"] if (folder / SPACE_FILE).is_file() else None
-    weights = sorted((folder / "unet").glob("*.safetensors")) + sorted((folder / "vae").glob("*.safetensors"))
-    if not weights:
-        raise ConfigError(f"decoder {folder}: no .safetensors weights under unet/ and vae/")
+    try:
+        dim = int(_read_json(folder / "image_normalizer" / "config.json", folder)["embedding_dim"])
+        space = _read_json(folder / SPACE_FILE, folder)["space"] if (folder / SPACE_FILE).is_file() else None
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"decoder {folder}: its configuration files do not say the width ({error!r})") from None
+    weights = []
+    for part in ("unet", "vae"):
+        found = sorted((folder / part).glob("*.safetensors"))
+        if not found:
+            raise ConfigError(f"decoder {folder}: no .safetensors weights under {part}/")
+        weights += found
     return dim, space, "+".join(file_sha256(path)[:16] for path in weights)
 
 
@@ -115,9 +123,12 @@ def _inspect_hub(model: str, revision: str | None) -> tuple[int, str | None, str
 
 def _read_json(path: Path, folder: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"decoder {folder}: cannot read {path.relative_to(folder)} ({error})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"decoder {folder}: {path.relative_to(folder)} does not hold a JSON object")
+    return value
 
 
 def load(info: DecoderInfo, config: DecodeConfig, source: Source) -> UnClipDecoder:  # noqa: ARG001 - all synthetic

@@ -6,8 +6,6 @@ model in the package.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import importlib.util
 import json
 import logging
@@ -20,6 +18,7 @@ import numpy as np
 from pds_ray.config import ConfigError
 from pds_ray.encoders.base import EncoderInfo, Preprocess
 from pds_ray.hub import require_repository
+from pds_ray.storage import file_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -53,18 +52,27 @@ def _describe_folder(name: str, folder: Path) -> EncoderInfo:
         config = json.loads(config_path.read_text())
         model = config["model_cfg"]
         dim = int(model["embed_dim"])
-    except (ValueError, KeyError, TypeError) as error:
+        preprocess = _preprocess(model, config.get("preprocess_cfg") or {})
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"encoder {name}: {config_path} is not an open_clip configuration ({error!r})") from None
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = sorted(folder.glob("*.safetensors"), key=lambda path: (_preference(path.name), path.name))
     if not weights:
         raise ConfigError(f"encoder {name}: no .safetensors weights in {folder}")
     return EncoderInfo(
         name=name,
         dim=dim,
         space=file_sha256(weights[0]),
-        preprocess=_preprocess(model, config.get("preprocess_cfg", {})),
+        preprocess=preprocess,
         load_args=(("model_name", f"local-dir:{folder.resolve()}"), ("pretrained", None)),
     )
+
+
+def _preference(weights: str) -> int:
+    """Which of several files open_clip loads: the lowest."""
+    preferred = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
+    return preferred.index(weights) if weights in preferred else len(preferred)
 
 
 def _describe_hub(name: str) -> EncoderInfo:
@@ -149,21 +157,6 @@ def _preprocess(model_cfg: dict[str, Any], overrides: dict[str, Any]) -> Preproc
         resize_mode=overrides.get("resize_mode") or "shortest",
         fill=int(overrides.get("fill_color") or 0),
     )
-
-
-@functools.lru_cache(maxsize=8)
-def _sha256(path: str, size: int, mtime_ns: int) -> str:  # noqa: ARG001 - size and time key the cache
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, computed once while it does not change."""
-    stat = path.stat()
-    return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
 
 
 def _first_line(error: BaseException) -> str:
