@@ -121,12 +121,10 @@ def embed_block(block: pa.Table, encoder: Encoder, size: int, config: EmbedConfi
 
     finite = np.isfinite(stored_images).all(axis=1)
     np.logical_and.at(finite, owner, np.isfinite(stored_captions).all(axis=1))
-    errors = [
-        {"key": keys[i], "reason": reason, "detail": block.column("detail")[i].as_py() or ""}
-        for i, reason in enumerate(reasons)
-        if reason not in (None, END)
-    ]
-    errors += [{"key": keys[good[n]], "reason": "nonfinite_embedding", "detail": ""} for n in np.flatnonzero(~finite)]
+    details = block.column("detail").to_pylist()
+    bad = {i: (reason, details[i] or "") for i, reason in enumerate(reasons) if reason not in (None, END)}
+    bad |= {good[n]: ("nonfinite_embedding", "") for n in np.flatnonzero(~finite)}
+    errors = [{"key": keys[i], "reason": bad[i][0], "detail": bad[i][1]} for i in sorted(bad)]
 
     kept = np.flatnonzero(finite)
     new_row = np.cumsum(finite, dtype=np.int32) - 1

@@ -57,8 +57,14 @@ class DistilledSet:
         return len(self.captions)
 
     def image(self, pair: int) -> Image.Image:
-        """RGB picture of one pair."""
-        data = (self.folder / "imagefolder").read_bytes(self.records[pair]["file_name"])
+        """RGB picture of one pair. Raises DistilledSetError in one line if it is not the one that was written."""
+        name = "imagefolder/" + self.records[pair]["file_name"]
+        try:
+            data = self.folder.read_bytes(name)
+        except OSError as error:
+            raise DistilledSetError(f"{self.folder.full(name)} cannot be read ({error.strerror})") from error
+        if hashlib.sha256(data).hexdigest() != self.manifest["files"][name]["sha256"]:
+            raise DistilledSetError(f"{self.folder.full(name)} is not the picture that was written")
         return Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGB")
 
 
@@ -184,7 +190,7 @@ and of the models, and were not checked by a person.
 
 def _cell(text: str) -> str:
     """Text that cannot break out of a Markdown table cell."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
 
 
 def load_distilled(path: str) -> DistilledSet:
@@ -196,13 +202,22 @@ def load_distilled(path: str) -> DistilledSet:
         raise DistilledSetError(f"{path} is no distilled set: it has no {MANIFEST} (is the run finished?)")
     try:
         manifest = folder.read_json(MANIFEST)
-        lines = (folder / "imagefolder").read_bytes(METADATA).decode().splitlines()
-        rows = [json.loads(line) for line in lines]
-        tensors = load_safetensors(folder.read_bytes(PROTOTYPES))
-    except (OSError, ValueError) as error:
-        raise DistilledSetError(f"{path} is a damaged distilled set ({error})") from error
-    if not len(rows) == manifest["pairs"] == len(tensors["image_prototypes"]) == len(tensors["text_prototypes"]):
+        metadata, prototypes = (folder / "imagefolder").read_bytes(METADATA), folder.read_bytes(PROTOTYPES)
+        files, pairs = manifest["files"], manifest["pairs"]
+        for name, data in ((f"imagefolder/{METADATA}", metadata), (PROTOTYPES, prototypes)):
+            if hashlib.sha256(data).hexdigest() != files[name]["sha256"]:
+                raise DistilledSetError(f"{path} is a damaged distilled set: {name} is not the file that was written")
+        rows = [json.loads(line) for line in metadata.decode().split("\n") if line]
+        tensors = load_safetensors(prototypes)
+        image, text = tensors["image_prototypes"], tensors["text_prototypes"]
+        missing = {row["file_name"] for row in rows}.difference((folder / "imagefolder").names(".png"))
+        captions = [row["text"] for row in rows]
+    except DistilledSetError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DistilledSetError(f"{path} is a damaged distilled set ({error!r})") from error
+    if not len(rows) == pairs == len(image) == len(text):
         raise DistilledSetError(f"{path} is a damaged distilled set: its files disagree on the number of pairs")
-    return DistilledSet(
-        folder, [row["text"] for row in rows], tensors["image_prototypes"], tensors["text_prototypes"], rows, manifest
-    )
+    if missing:
+        raise DistilledSetError(f"{path} is a damaged distilled set: {len(missing)} pictures are gone ({min(missing)})")
+    return DistilledSet(folder, captions, image, text, rows, manifest)

@@ -1,0 +1,289 @@
+"""The distilled set as other people's tools see it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import webdataset
+import yaml
+from PIL import Image
+
+from pds_ray import load_distilled
+from pds_ray.artifacts import RunFolder, prototype_schema, vector_array
+from pds_ray.stages import materialize
+from pds_ray.stages.materialize import DistilledSetError, card, write_distilled
+from pds_ray.storage import Folder
+
+CAPTIONS = [
+    "a red circle above a blue square",
+    "pipes | and `ticks` and <b>tags</b> & \\ backslashes",
+    "two\nlines\r\nand a\ttab",
+    "Zoë ☃ \u2028 line\u0085separators 漢字",
+    '"quoted", {"json": true}',
+    " leading and trailing ",
+    "x" * 400,
+]
+ABOUT = {
+    "source": "made up",
+    "method": "pds",
+    "encoder": "toy",
+    "decoder": "toy",
+    "picture_origin": "synthetic",
+    "counts": {"distilled pairs": len(CAPTIONS), "bad samples": 0},
+    "config": {"pairs": len(CAPTIONS)},
+}
+
+
+def prototypes(captions: list[str], dim: int = 4) -> pa.Table:
+    count = len(captions)
+    rng = np.random.default_rng(0)
+    numbers = np.arange(count)
+    return pa.table(
+        {
+            "pair": numbers.astype(np.int32),
+            "image_prototype": vector_array(rng.standard_normal((count, dim)), "float32"),
+            "text_prototype": vector_array(rng.standard_normal((count, dim)), "float32"),
+            "cosine": np.linspace(0.9, 0.1, count),
+            "image_cluster": numbers.astype(np.int32),
+            "text_cluster": numbers[::-1].astype(np.int32),
+            "shared": numbers.astype(np.int64),
+            "member_norm": np.ones(count),
+            "caption": captions,
+            "caption_shard": ["s0"] * count,
+            "caption_key": [f"k{n}" for n in numbers],
+            "caption_cosine": np.full(count, 0.5, np.float32),
+            "nearest_shard": ["s1"] * count,
+            "nearest_key": [f"n{n}" for n in numbers],
+            "nearest_cosine": np.full(count, 0.25, np.float32),
+            "members": [[f"s0/k{m}" for m in range(n)] for n in numbers],
+        },
+        schema=prototype_schema(dim),
+    )
+
+
+def pixels(pair: int) -> np.ndarray:
+    return np.random.default_rng(100 + pair).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+
+
+def make_run(path, captions=CAPTIONS) -> RunFolder:
+    run = RunFolder(Folder(str(path)))
+    run.save_prototypes(prototypes(captions))
+    for pair in range(len(captions)):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels(pair)).save(buffer, "PNG")
+        run.images.write_bytes(run.image_name(pair), buffer.getvalue())
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    assert write_distilled(make_run(path), ABOUT)["pairs"] == len(CAPTIONS)
+    return path
+
+
+def test_load_distilled(finished):
+    for place in (finished, finished / "distilled"):
+        pairs = load_distilled(str(place))
+        assert len(pairs) == len(CAPTIONS)
+        assert pairs.captions == CAPTIONS
+        rng = np.random.default_rng(0)
+        shape = (len(CAPTIONS), 4)
+        np.testing.assert_array_equal(pairs.image_prototypes, rng.standard_normal(shape).astype(np.float32))
+        np.testing.assert_array_equal(pairs.text_prototypes, rng.standard_normal(shape).astype(np.float32))
+        for pair in range(len(pairs)):
+            np.testing.assert_array_equal(np.asarray(pairs.image(pair)), pixels(pair))
+        assert pairs.records[3]["members"] == ["s0/k0", "s0/k1", "s0/k2"]
+        assert pairs.manifest["about"] == ABOUT
+
+
+def test_webdataset_reads_it(finished):
+    path = finished / "distilled" / "webdataset" / "000000.tar"
+    found = list(webdataset.WebDataset(str(path), shardshuffle=False).decode("rgb8").to_tuple("png", "txt", "json"))
+    assert [text for _, text, _ in found] == CAPTIONS
+    for pair, (picture, _, record) in enumerate(found):
+        np.testing.assert_array_equal(picture, pixels(pair))
+        assert record["pair"] == pair
+        assert record["text"] == CAPTIONS[pair]
+
+
+def test_datasets_reads_it(finished, tmp_path):
+    """In a process of its own: offline mode and the cache folder are read when the library is imported."""
+    code = """
+import datasets, hashlib, json, sys
+datasets.disable_progress_bars()
+found = datasets.load_dataset("imagefolder", data_dir=sys.argv[1], split="train")
+print(json.dumps([[row["text"], row["pair"], hashlib.sha256(row["image"].tobytes()).hexdigest()] for row in found]))
+"""
+    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
+    folder = str(finished / "distilled" / "imagefolder")
+    done = subprocess.run([sys.executable, "-c", code, folder], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = [
+        [caption, pair, hashlib.sha256(pixels(pair).tobytes()).hexdigest()] for pair, caption in enumerate(CAPTIONS)
+    ]
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
+
+
+def contents(path) -> dict[str, bytes]:
+    return {str(item.relative_to(path)): item.read_bytes() for item in sorted(path.rglob("*")) if item.is_file()}
+
+
+def test_the_same_pairs_are_the_same_bytes(finished, tmp_path):
+    write_distilled(make_run(tmp_path), ABOUT)
+    first = contents(tmp_path / "distilled")
+    assert first == contents(finished / "distilled")
+    write_distilled(RunFolder(Folder(str(tmp_path))), ABOUT)
+    assert contents(tmp_path / "distilled") == first
+
+
+def test_the_manifest_lists_every_other_file_truly(finished):
+    files = contents(finished / "distilled")
+    manifest = json.loads(files.pop("manifest.json"))
+    assert set(manifest["files"]) == set(files)
+    for name, data in files.items():
+        assert manifest["files"][name] == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def test_the_manifest_comes_last(tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    write_distilled(run, ABOUT)
+    monkeypatch.setattr(materialize, "card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_distilled(run, ABOUT)
+    with pytest.raises(DistilledSetError, match="is the run finished"):
+        load_distilled(str(tmp_path))
+
+
+def test_large_sets_are_cut_in_tars(tmp_path, monkeypatch):
+    monkeypatch.setattr(materialize, "PAIRS_PER_TAR", 3)
+    write_distilled(make_run(tmp_path), ABOUT)
+    names = sorted((tmp_path / "distilled" / "webdataset").iterdir())
+    assert [path.name for path in names] == ["000000.tar", "000001.tar", "000002.tar"]
+    keys = []
+    for path in names:
+        with tarfile.open(path) as tar:
+            keys += [member.name for member in tar if member.name.endswith(".txt")]
+            assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "")}
+    assert keys == [f"{pair:06d}.txt" for pair in range(len(CAPTIONS))]
+
+
+def cells(line: str) -> int:
+    """Cells of a Markdown table row: bars that are not escaped, less one."""
+    line = line.replace("\\\\", "")
+    return line.count("|") - line.count("\\|") - 1
+
+
+def test_no_caption_breaks_the_card():
+    evil = [
+        *CAPTIONS,
+        "```\n# heading\n---\n",
+        "<script>alert(1)</script>",
+        "\\",
+        "\\|",
+        "| a | b |",
+        "\x0b\x0c\x1c\x85",
+    ]
+    text = card([{"pair": n, "text": c, "cosine": 0.5} for n, c in enumerate(evil)], ABOUT)
+    lines = text.split("\n")
+    start = lines.index("| pair | caption | cosine of the prototypes |") + 2
+    stop = lines.index("## Configuration") - 1
+    rows = lines[start:stop]
+    assert len(rows) == 10  # as many as are shown
+    assert [row.split("|")[1].strip() for row in rows] == [str(n) for n in range(10)]
+    assert {cells(row) for row in rows} == {3}
+    assert not any("`" in row or "<" in row for row in rows)
+    for caption in evil:
+        row = card([{"pair": 0, "text": caption, "cosine": 0.5}], ABOUT).split("\n")[start]
+        assert cells(row) == 3, caption
+
+
+def test_the_card_has_front_matter_that_parses(finished):
+    text = (finished / "distilled" / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    fields = yaml.safe_load(front)
+    assert fields["configs"][0]["data_dir"] == "imagefolder"
+    assert fields["license"] == "other"
+    assert "made up" in body
+    assert json.loads(body.split("```json\n")[1].split("```")[0]) == ABOUT["config"]
+
+
+@pytest.mark.parametrize(("count", "size"), [(7, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (10_000, "10K<n<100K")])
+def test_the_card_gives_the_size(count, size):
+    text = card([{"pair": 0, "text": "", "cosine": 0.0}] * count, ABOUT)
+    assert yaml.safe_load(text.split("---\n")[1])["size_categories"] == [size]
+
+
+def one_line_refusal(path) -> str:
+    with pytest.raises(DistilledSetError) as caught:
+        load_distilled(str(path))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+def test_what_is_no_distilled_set_is_refused(tmp_path):
+    one_line_refusal(tmp_path)
+    one_line_refusal(tmp_path / "nowhere")
+    run = make_run(tmp_path)
+    one_line_refusal(run.folder.path)
+
+
+def edit_json(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+DAMAGE = {
+    "metadata gone": lambda d: (d / "imagefolder" / "metadata.jsonl").unlink(),
+    "metadata cut": lambda d: (d / "imagefolder" / "metadata.jsonl").write_bytes(b'{"file_name": "0000'),
+    "metadata empty": lambda d: (d / "imagefolder" / "metadata.jsonl").write_bytes(b""),
+    "metadata without captions": lambda d: (d / "imagefolder" / "metadata.jsonl").write_text('{"pair": 0}\n' * 7),
+    "prototypes gone": lambda d: (d / "prototypes.safetensors").unlink(),
+    "prototypes cut": lambda d: (d / "prototypes.safetensors").write_bytes(b"\x10" + bytes(9)),
+    "prototypes of another set": lambda d: (d / "prototypes.safetensors").write_bytes(b"{}"),
+    "manifest cut": lambda d: (d / "manifest.json").write_text('{"pairs": 7,'),
+    "manifest of something else": lambda d: (d / "manifest.json").write_text("{}"),
+    "manifest a list": lambda d: (d / "manifest.json").write_text("[1]"),
+    "manifest not UTF-8": lambda d: (d / "manifest.json").write_bytes(b"\xff\xfe\xff"),
+    "other number of pairs": lambda d: edit_json(d / "manifest.json", lambda m: m.update(pairs=8)),
+    "picture gone": lambda d: (d / "imagefolder" / "000003.png").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_sets_are_refused_in_one_line(tmp_path, damage):
+    write_distilled(make_run(tmp_path), ABOUT)
+    DAMAGE[damage](tmp_path / "distilled")
+    one_line_refusal(tmp_path / "distilled")
+
+
+def test_an_exchanged_picture_is_refused(tmp_path):
+    write_distilled(make_run(tmp_path), ABOUT)
+    folder = tmp_path / "distilled" / "imagefolder"
+    (folder / "000003.png").write_bytes((folder / "000002.png").read_bytes())
+    pairs = load_distilled(str(tmp_path))
+    pairs.image(2)
+    with pytest.raises(DistilledSetError, match=r"000003\.png is not the picture"):
+        pairs.image(3)
+    (folder / "000003.png").unlink()
+    with pytest.raises(DistilledSetError, match=r"000003\.png cannot be read"):
+        pairs.image(3)
+
+
+def test_a_picture_missing_from_the_run_stops_it(tmp_path):
+    run = make_run(tmp_path)
+    run.images.delete(run.image_name(5))
+    with pytest.raises(FileNotFoundError):
+        write_distilled(run, ABOUT)
