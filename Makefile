@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/pds-ray distill --preset demo --out $(RUN)
-	$(BIN)/pds-ray contact-sheet $(RUN) --out $(RUN)/contact_sheet.png
+	$(BIN)/pds-ray show $(RUN) --sheet $(RUN)/contact_sheet.png > /dev/null
 
 lint: install
 	$(BIN)/ruff check .

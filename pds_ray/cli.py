@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from pds_ray import __version__
 from pds_ray.config import ConfigError, RunConfig, flatten, replace, sections, to_dict
+from pds_ray.errors import UserError
 
 EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
 QUIET = {  # libraries that print on import or on load
@@ -78,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="what a run is and how far it is")
     show.add_argument("run", metavar="RUN")
     show.add_argument("--json", action="store_true", help="run.json as it is")
+    show.add_argument("--sheet", metavar="FILE.png", help="also draw the distilled pairs as one picture")
 
     commands.add_parser("doctor", help="hardware, versions, weights and paths found, and what is missing")
     for command in commands.choices.values():
@@ -137,6 +139,12 @@ def _show(args: argparse.Namespace) -> None:
         print(json.dumps(manifest, indent=2, ensure_ascii=False))
     else:
         print_summary(args.run, manifest)
+    if args.sheet:
+        from pds_ray.report.contact_sheet import contact_sheet
+        from pds_ray.stages.materialize import load_distilled
+
+        contact_sheet(load_distilled(args.run)).save(args.sheet)
+        print(f"contact sheet {args.sheet}", file=sys.stderr)
 
 
 def _doctor(_: argparse.Namespace) -> None:
@@ -146,16 +154,6 @@ def _doctor(_: argparse.Namespace) -> None:
         raise SystemExit(EXIT_USER)
 
 
-def _user_error(error: BaseException) -> bool:
-    """Whether an error is the user's to mend: one line is enough."""
-    from pds_ray.manifest import ManifestError
-    from pds_ray.sources.base import SourceError
-    from pds_ray.stages.materialize import DistilledSetError
-    from pds_ray.storage import StorageError
-
-    return isinstance(error, ConfigError | SourceError | StorageError | ManifestError | DistilledSetError)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `pds-ray`."""
     args = build_parser().parse_args(argv)
@@ -163,7 +161,8 @@ def main(argv: list[str] | None = None) -> None:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         warnings.filterwarnings("ignore")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped job ends like an interrupted one
+    for number in (signal.SIGINT, signal.SIGTERM):  # a stopped job ends like an interrupted one, in the background too
+        signal.signal(number, signal.default_int_handler)
     try:
         {"distill": _distill, "show": _show, "doctor": _doctor}[args.command](args)
         code = EXIT_OK
@@ -175,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.verbose:
             raise
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if _user_error(error):
+        if isinstance(error, UserError):
             print(f"pds-ray: {line}", file=sys.stderr)
             code = EXIT_USER
         else:

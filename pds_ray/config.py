@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin, get_type_hints
 
 from pds_ray.captions import CLEANERS
+from pds_ray.errors import UserError
 
 
-class ConfigError(ValueError):
-    """The user asked for something that cannot be. One line: what, where, what to do."""
+class ConfigError(UserError, ValueError):
+    """Asked for something that cannot be."""
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:

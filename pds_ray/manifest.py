@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pds_ray.artifacts import RunFolder
+from pds_ray.errors import UserError
 
 PACKAGES = (
     "pds-ray",
@@ -31,8 +32,8 @@ PACKAGES = (
 )
 
 
-class ManifestError(ValueError):
-    """A run folder that belongs to something else, or cannot be read. One line for the user."""
+class ManifestError(UserError, ValueError):
+    """A run folder that belongs to something else, or cannot be read."""
 
 
 def fingerprint(*parts: Any) -> str:

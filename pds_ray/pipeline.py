@@ -19,8 +19,14 @@ from pds_ray.sources.base import Sample, Shard, Source
 from pds_ray.storage import Folder
 
 STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "materialize")
+PROBE = 10_000  # images looked at before a run; that there are more pairs than this shows only when all are embedded
 CAPTIONLESS_PROBE = 1_000  # this many samples in a row without a caption: the source has none
-FREE_FIELDS = ("out", "embed.batch_size", "embed.store")  # may differ when a run is continued; so may all of ray.*
+FREE_FIELDS = (
+    "out",
+    "embed.batch_size",
+    "embed.store",
+    "decode.batch_size",
+)  # may differ when a run is continued; so may all of ray.*
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ def plan(config: RunConfig) -> Plan:
 
 
 def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> None:
-    """Reads just far enough to know that there are `pairs` captioned images."""
+    """Reads just far enough to know that there are `pairs` captioned images, PROBE at most."""
     clean = CLEANERS[config.read.captions]
     images = captionless = 0
     for shard in shards:
@@ -67,7 +73,7 @@ def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> Non
             captioned = isinstance(item, Sample) and any(clean(caption) for caption in item.captions)
             images += captioned
             captionless += not isinstance(item, Sample) and item.reason == "missing_caption"
-            if images >= config.pairs:
+            if images >= min(config.pairs, PROBE):
                 return
             if images == 0 and captionless >= CAPTIONLESS_PROBE:
                 raise ConfigError(f"the first {captionless:,} samples of {config.source} have no caption")
@@ -81,7 +87,9 @@ def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> Non
 def _fingerprints(config: RunConfig, shards: list[Shard], encoder: EncoderInfo, decoder: DecoderInfo) -> dict[str, str]:
     """Per stage, a hash of all that its bytes depend on; each covers the one before."""
     values = to_dict(config)
-    decode = {name: value for name, value in values["decode"].items() if name not in ("model", "revision")}
+    decode = {
+        name: value for name, value in values["decode"].items() if name not in ("model", "revision", "batch_size")
+    }
     preprocess = encoder.preprocess
     own: dict[str, Any] = {
         "embed": [

@@ -22,11 +22,13 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from pds_ray.errors import UserError
+
 PART_SUFFIX = ".part"
 
 
-class StorageError(OSError):
-    """A folder cannot be used. One line for the user."""
+class StorageError(UserError, OSError):
+    """A folder cannot be used."""
 
 
 def is_remote(path: str) -> bool:

@@ -23,7 +23,7 @@ from pds_ray.config import ConfigError, RunConfig
 from pds_ray.distributed import runtime
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.progress import progress_bar
-from pds_ray.sources.base import Shard, Source
+from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
 
 MIN_SAMPLES_TO_JUDGE = 100
@@ -53,7 +53,10 @@ class _Reader:
     shard: Shard
 
     def __call__(self) -> Iterable[pa.Table]:
-        return core.read_blocks(self.source, self.shard)
+        try:
+            yield from core.read_blocks(self.source, self.shard)
+        except OSError as error:  # a disk or a network that fails: not the data's fault, so not counted as bad data
+            raise SourceError(f"cannot read {self.shard.location}: {error}; the same command continues") from error
 
 
 class EmbedWorker:

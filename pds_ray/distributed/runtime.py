@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ import psutil
 import ray
 
 from pds_ray.config import ConfigError, RayConfig
+from pds_ray.errors import UserError
 
 Result = TypeVar("Result")
 
@@ -100,14 +102,13 @@ def _muffled() -> Iterator[None]:
 
 @contextmanager
 def unwrapped_errors() -> Iterator[None]:
-    """Raises a ConfigError of a worker (weights that cannot be loaded) as one of the driver, without Ray's wrapping."""
+    """Raises a UserError of a worker (weights that cannot be loaded) as one of the driver, without Ray's wrapping."""
     try:
         yield
-    except ray.exceptions.RayError as error:
-        marker = f"{ConfigError.__module__}.{ConfigError.__name__}: "
-        lines = [line for line in str(error).splitlines() if line.startswith(marker)]
-        if lines:
-            raise ConfigError(lines[-1].removeprefix(marker)) from error
+    except (ray.exceptions.RayError, UserError) as error:
+        found = re.findall(r"^pds_ray\.[\w.]+Error: (.+)$", str(error), flags=re.MULTILINE)
+        if found:
+            raise UserError(found[-1]) from error
         raise
 
 

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from pds_ray.errors import UserError
 
-class SourceError(ValueError):
-    """The source as a whole cannot be used (nothing matches, a file is missing). One line for the user."""
+
+class SourceError(UserError, ValueError):
+    """The source as a whole cannot be used: nothing matches, a file is missing."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from pds_ray.artifacts import RunFolder, vectors
+from pds_ray.errors import UserError
 from pds_ray.storage import Folder
 
 SET_SCHEMA_VERSION = 1
@@ -34,8 +35,8 @@ MANIFEST, CARD, PROTOTYPES = "manifest.json", "README.md", "prototypes.safetenso
 METADATA = "metadata.jsonl"
 
 
-class DistilledSetError(ValueError):
-    """A folder that is no distilled set, or a damaged one. One line for the user."""
+class DistilledSetError(UserError, ValueError):
+    """A folder that is no distilled set, or a damaged one."""
 
 
 @dataclass(frozen=True)

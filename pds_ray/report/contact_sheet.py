@@ -1,0 +1,30 @@
+"""A contact sheet: the pairs of a distilled set as one picture."""
+
+from __future__ import annotations
+
+import textwrap
+
+from PIL import Image, ImageDraw, ImageFont
+
+from pds_ray.stages.materialize import DistilledSet
+
+TILE, TEXT_HEIGHT, GAP, COLUMNS = 144, 54, 8, 10
+FONT_SIZE, TEXT_COLUMNS, TEXT_LINES = 11, 25, 4
+PAPER, INK = (250, 250, 248), (40, 40, 44)
+
+
+def contact_sheet(distilled: DistilledSet, limit: int = 100, columns: int = COLUMNS) -> Image.Image:
+    """The first `limit` pairs, `columns` a row, each picture with its caption below -> RGB."""
+    count = min(limit, len(distilled))
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    width, height = TILE + GAP, TILE + TEXT_HEIGHT + GAP
+    sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(FONT_SIZE)
+    for pair in range(count):
+        left, top = GAP + pair % columns * width, GAP + pair // columns * height
+        sheet.paste(distilled.image(pair).resize((TILE, TILE), Image.Resampling.LANCZOS), (left, top))
+        lines = textwrap.wrap(distilled.captions[pair], TEXT_COLUMNS, max_lines=TEXT_LINES, placeholder=" ...")
+        draw.multiline_text((left, top + TILE + 3), "\n".join(lines), fill=INK, font=font, spacing=1)
+    return sheet

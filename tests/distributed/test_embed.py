@@ -1,0 +1,118 @@
+"""Embedding on Ray Data with the built-in encoder, against the same stage in one process."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import ray
+
+from pds_ray import catalog
+from pds_ray.artifacts import EmbeddingStore
+from pds_ray.config import ConfigError, EmbedConfig, RayConfig, RunConfig
+from pds_ray.distributed.embed import ShardDatasource, check_bad_share, embed
+from pds_ray.sources.scenes import ScenesSource
+from pds_ray.sources.webdataset import WebDatasetSource
+from pds_ray.stages.embed import embed_shard
+from pds_ray.storage import Folder
+
+pytestmark = pytest.mark.ray
+CONFIG = RunConfig(embed=EmbedConfig(encoder="demo"), ray=RayConfig(max_bad_share=1.0))
+
+
+def open_store(path: Path) -> EmbeddingStore:
+    store = EmbeddingStore(Folder(str(path)))
+    store.folder.create()
+    return store
+
+
+def same_as_one_process(source, shards, store: EmbeddingStore) -> None:
+    info = catalog.describe_encoder(CONFIG.embed)
+    encoder = catalog.load_encoder(info, "fp32")
+    for shard in shards:
+        images, captions, errors = embed_shard(source, shard, encoder, info.preprocess, CONFIG.read, CONFIG.embed)
+        assert store.images(shard.name).equals(images)
+        assert store.captions(shard.name).equals(captions)
+        assert store.errors(shard.name).equals(errors)
+
+
+def test_equals_one_process_and_is_not_repeated(tmp_path: Path) -> None:
+    source = ScenesSource("scenes:1100")
+    shards = source.shards()
+    store = open_store(tmp_path)
+    counts = embed(source, shards, catalog.describe_encoder(CONFIG.embed), CONFIG, store)
+    assert (counts["images"], counts["pairs"], counts["bad"]) == (1100, 5500, 0)
+    same_as_one_process(source, shards, store)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = embed(source, shards, catalog.describe_encoder(CONFIG.embed), CONFIG, store)
+    assert again["images_reused"] == 1100
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_shards_larger_than_a_block_are_put_together(tmp_path: Path) -> None:
+    context = ray.data.DataContext.get_current()
+    block_size = context.target_max_block_size
+    context.target_max_block_size = 1 << 20  # the pixels of 1,000 scenes take 12 MB: many blocks a shard
+    try:
+        source = ScenesSource("scenes:2000:3")
+        store = open_store(tmp_path)
+        embed(source, source.shards(), catalog.describe_encoder(CONFIG.embed), CONFIG, store)
+    finally:
+        context.target_max_block_size = block_size
+    same_as_one_process(source, source.shards(), store)
+    assert store.parts.names() == []
+    assert (tmp_path / "parts").is_dir(), "the data came in one block: nothing was put together"
+
+
+def test_broken_shards_lose_only_what_is_broken(tmp_path: Path, shared_data: Path) -> None:
+    source = WebDatasetSource(str(shared_data / "clipart" / "broken" / "*.tar"))
+    shards = source.shards()
+    store = open_store(tmp_path)
+    counts = embed(source, shards, catalog.describe_encoder(CONFIG.embed), CONFIG, store)
+    keys = {shard.name: store.images(shard.name).column("key").to_pylist() for shard in shards}
+    assert keys["truncated"] == [f"{n:09d}" for n in range(20)]
+    assert keys["corrupt-images"][:30] == [f"{n:09d}" for n in range(40, 70)]
+    assert {f"90000000{n}" for n in (4, 5, 6, 7, 8)} <= set(keys["corrupt-images"])
+    assert keys["bomb"] == ["000000140", "000000141", "000000142"]
+    assert keys["empty"] == keys["not-a-tar"] == []
+    bad = {(shard.name, row["key"]) for shard in shards for row in store.errors(shard.name).to_pylist()}
+    assert {
+        ("bomb", "900000201"),
+        ("truncated", "000000020"),
+        ("corrupt-images", "900000001"),
+        ("not-a-tar", ""),
+    } <= bad
+    assert counts["bad"] == len(bad) == sum(counts["reasons"].values())
+
+
+def test_one_read_task_a_shard() -> None:
+    source = ScenesSource("scenes:5000")
+    assert len(ShardDatasource(source, source.shards()).get_read_tasks(1)) == 5
+
+
+def test_too_much_bad_data_stops_the_run() -> None:
+    counts = {"images": 90, "bad": 60, "reasons": {"undecodable_image": 50, "missing_caption": 10}}
+    with pytest.raises(ConfigError, match=r"60 of 150 samples are bad \(mostly undecodable_image: 50\)"):
+        check_bad_share(counts, 0.3, final=False)
+    check_bad_share(counts, 0.5, final=True)
+    few = {"images": 1, "bad": 9, "reasons": {"not_a_tar": 9}}
+    check_bad_share(few, 0.5, final=False)  # too few to judge, until the end
+    with pytest.raises(ConfigError):
+        check_bad_share(few, 0.5, final=True)
+
+
+def test_weights_that_cannot_be_loaded_are_one_clear_line(tmp_path: Path) -> None:
+    import shutil
+
+    from pds_ray.distributed.runtime import unwrapped_errors
+    from pds_ray.encoders.open_clip import demo_folder
+
+    folder = tmp_path / "clip"
+    shutil.copytree(demo_folder(), folder)
+    (folder / "open_clip_model.safetensors").write_bytes(b"not weights")
+    config = dataclasses.replace(CONFIG, embed=EmbedConfig(encoder=f"local-dir:{folder}"))
+    source = ScenesSource("scenes:10")
+    info = catalog.describe_encoder(config.embed)
+    with pytest.raises(ConfigError, match="cannot load the weights"), unwrapped_errors():
+        embed(source, source.shards(), info, config, open_store(tmp_path / "store"))

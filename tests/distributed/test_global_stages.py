@@ -1,0 +1,123 @@
+"""Prune to prototypes on Ray, against brute force on the gathered arrays."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Gathered, make_store
+from scipy.optimize import linear_sum_assignment
+
+from pds_ray.artifacts import RunFolder, vectors
+from pds_ray.config import ClusterConfig, MatchConfig, RunConfig
+from pds_ray.distributed.cluster import cluster, gather
+from pds_ray.distributed.match import match
+from pds_ray.distributed.prototypes import make_prototypes
+from pds_ray.distributed.prune import prune
+from pds_ray.storage import Folder
+
+pytestmark = pytest.mark.ray
+CLUSTERS, DIM = 9, 8
+CONFIG = RunConfig(pairs=CLUSTERS, cluster=ClusterConfig(iterations=5), match=MatchConfig(pairless="drop"))
+
+
+def run_stages(folder: Path, rows_per_shard: list[int], config: RunConfig = CONFIG) -> tuple[RunFolder, Gathered, dict]:
+    store, data = make_store(folder / "store", rows_per_shard)
+    run = RunFolder(Folder(str(folder / "run")))
+    counts = prune(data.shards, len(data.keys), 0.2, store, run)
+    counts["cluster"] = cluster(data.shards, counts, DIM, store, run, config)
+    counts["match"] = match(data.shards, store, run, config)
+    counts["prototypes"] = make_prototypes(data.shards, DIM, store, run, config)
+    return run, data, counts
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Gathered, dict]:
+    return run_stages(tmp_path_factory.mktemp("stages"), [40, 1, 120, 39])
+
+
+def test_prune_drops_exactly_the_lowest(finished: tuple[RunFolder, Gathered, dict]) -> None:
+    run, data, counts = finished
+    kept = np.concatenate([run.keep(shard) for shard in data.shards])
+    drop = int(0.2 * len(data.keys))
+    assert counts["dropped"] == drop
+    expected = np.ones(len(data.keys), bool)
+    expected[np.argsort(data.similarity, kind="stable")[:drop]] = False
+    np.testing.assert_array_equal(kept, expected)
+
+
+def test_labels_are_nearest_centroids(finished: tuple[RunFolder, Gathered, dict]) -> None:
+    run, data, _ = finished
+    kept = np.concatenate([run.keep(shard) for shard in data.shards])
+    labels = [run.labels(shard) for shard in data.shards]
+    for modality, rows, column in (("image", data.image, 0), ("text", data.text, 1)):
+        found = np.concatenate([pair[column] for pair in labels])
+        distances = ((rows[:, None] - run.centroids(modality)[None]) ** 2).sum(axis=2)
+        np.testing.assert_array_equal(found[kept], distances.argmin(axis=1)[kept])
+        assert (found[~kept] == -1).all()
+
+
+def test_training_vectors_are_weighted_images(tmp_path: Path) -> None:
+    store, data = make_store(tmp_path / "store", [30, 20])
+    run = RunFolder(Folder(str(tmp_path / "run")))
+    prune(data.shards, len(data.keys), 0.3, store, run)
+    kept = np.concatenate([run.keep(shard) for shard in data.shards])
+    rows, weights = gather("image", data.shards, store, run, 1.0, 0)
+    copies = data.image[kept]  # the authors' way: an image once per kept caption
+    assert weights.sum() == len(copies)
+    np.testing.assert_allclose((rows * weights[:, None]).sum(axis=0), copies.sum(axis=0), rtol=1e-5)
+    assert len(rows) == len({data.keys[pair] for pair in np.flatnonzero(kept)})
+
+
+def test_couples_are_a_best_assignment(finished: tuple[RunFolder, Gathered, dict]) -> None:
+    run, data, counts = finished
+    labels = [run.labels(shard) for shard in data.shards]
+    image, text = (np.concatenate([pair[column] for pair in labels]) for column in (0, 1))
+    table = np.zeros((CLUSTERS, CLUSTERS), np.int64)
+    np.add.at(table, (image[image >= 0], text[image >= 0]), 1)
+    best = table[linear_sum_assignment(-table)].sum()
+    couples = run.couples().to_pydict()
+    assert sum(couples["shared"]) == best == counts["match"]["shared_pairs"]
+    for i, j, shared, mean in zip(
+        couples["image_cluster"], couples["text_cluster"], couples["shared"], couples["mean_cosine"], strict=True
+    ):
+        assert table[i, j] == shared > 0
+        assert mean == pytest.approx(data.similarity[(image == i) & (text == j)].mean(), rel=1e-5)
+
+
+def test_prototypes_are_means_of_shared_pairs(finished: tuple[RunFolder, Gathered, dict]) -> None:
+    run, data, _ = finished
+    labels = [run.labels(shard) for shard in data.shards]
+    image, text = (np.concatenate([pair[column] for pair in labels]) for column in (0, 1))
+    table = run.prototypes()
+    rows = table.to_pylist()
+    assert all(a["cosine"] >= b["cosine"] for a, b in pairwise(rows))
+    for row, image_prototype, text_prototype in zip(
+        rows, vectors(table, "image_prototype"), vectors(table, "text_prototype"), strict=True
+    ):
+        shared = (image == row["image_cluster"]) & (text == row["text_cluster"])
+        np.testing.assert_allclose(image_prototype, data.image[shared].mean(axis=0), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(text_prototype, data.text[shared].mean(axis=0), rtol=1e-4, atol=1e-6)
+        assert row["shared"] == shared.sum()
+        similarity = (data.text @ text_prototype) / np.linalg.norm(data.text, axis=1) / np.linalg.norm(text_prototype)
+        best = int(similarity.argmax())  # over all captions, pruned ones too
+        assert (row["caption"], row["caption_key"]) == (data.captions[best], data.keys[best])
+        assert row["caption_cosine"] == pytest.approx(similarity[best], abs=1e-5)
+        similarity = (
+            (data.image @ image_prototype) / np.linalg.norm(data.image, axis=1) / np.linalg.norm(image_prototype)
+        )
+        assert row["nearest_key"] == data.keys[int(similarity.argmax())]
+
+
+@pytest.mark.parametrize("solver", ["dense", "sparse"])
+def test_cutting_the_data_in_other_shards_changes_nothing(
+    finished: tuple[RunFolder, Gathered, dict], tmp_path: Path, solver: str
+) -> None:
+    config = RunConfig(pairs=CLUSTERS, cluster=CONFIG.cluster, match=MatchConfig(pairless="drop", solver=solver))
+    other, _, _ = run_stages(tmp_path, [200], config)
+    columns = ["cosine", "shared", "caption", "nearest_key", "image_cluster"]
+    whole, cut = other.prototypes().select(columns).to_pydict(), finished[0].prototypes().select(columns).to_pydict()
+    np.testing.assert_allclose(whole.pop("cosine"), cut.pop("cosine"), rtol=1e-9)
+    assert whole == cut

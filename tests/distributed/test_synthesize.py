@@ -1,0 +1,56 @@
+"""Synthesis on Ray with real images as pictures: what is there is kept, what is missing comes back the same."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from pds_ray import catalog
+from pds_ray.artifacts import RunFolder, prototype_schema, vector_array
+from pds_ray.config import DecodeConfig, EmbedConfig, RunConfig
+from pds_ray.distributed.synthesize import synthesize
+from pds_ray.sources.scenes import ScenesSource
+
+pytestmark = pytest.mark.ray
+
+
+def test_pictures_are_made_once_and_remade_alike(run_folder: RunFolder) -> None:
+    source = ScenesSource("scenes:1010")
+    samples = {(shard.name, item.key): item.image for shard in source.shards() for item in source.read(shard)}
+    wanted = list(samples)[5:1010:100]
+    count = len(wanted)
+    columns = {
+        name: pa.nulls(count, field.type)
+        for name, field in zip(prototype_schema(4).names, prototype_schema(4), strict=True)
+    }
+    columns |= {
+        "pair": pa.array(range(count), pa.int32()),
+        "image_prototype": vector_array(np.ones((count, 4)), "float32"),
+        "caption": pa.array(["x"] * count),
+        "nearest_shard": pa.array([shard for shard, _ in wanted]),
+        "nearest_key": pa.array([key for _, key in wanted]),
+    }
+    run_folder.save_prototypes(pa.table(columns, schema=prototype_schema(4)))
+    decode = DecodeConfig(decoder="nearest", batch_size=4, image_size=0)
+    config = RunConfig(embed=EmbedConfig(encoder="demo"), decode=decode)
+    info = catalog.describe_decoder(decode, catalog.describe_encoder(config.embed))
+
+    assert synthesize(source, info, config, run_folder) == {"images": count, "made": count, "found": 0}
+    folder = Path(run_folder.images.path)
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for pair, place in enumerate(wanted):
+        made = Image.open(io.BytesIO(first[run_folder.image_name(pair)]))
+        assert np.array_equal(np.asarray(made), np.asarray(Image.open(io.BytesIO(samples[place])).convert("RGB")))
+
+    (folder / run_folder.image_name(6)).unlink()
+    (folder / "000001.png.abcd.part").write_bytes(b"left behind by a killed worker")
+    kept = folder / run_folder.image_name(5)
+    stamp = kept.stat().st_mtime_ns
+    assert synthesize(source, info, config, run_folder) == {"images": count, "made": 1, "found": count - 1}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
+    assert kept.stat().st_mtime_ns == stamp

@@ -1,0 +1,149 @@
+"""A whole run from the command line, and what came out of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import DEMO, Run, content, stages
+from PIL import Image
+
+from pds_ray import load_distilled
+from pds_ray.sources.scenes import ScenesSource
+
+pytestmark = pytest.mark.ray
+Finished = tuple[Path, subprocess.CompletedProcess]
+
+
+def test_the_run_folder_keeps_its_contract(finished: Finished) -> None:
+    run, _ = finished
+    names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    for shard in ("scenes-00000", "scenes-00001"):
+        assert {f"embeddings/{shard}.{table}.parquet" for table in ("images", "captions", "errors")} <= names
+        assert f"embeddings/{shard}.json" in names
+        assert {f"pruning/{shard}.keep.parquet", f"clusters/{shard}.labels.parquet"} <= names
+    assert {"run.json", "embeddings/store.json", "clusters/image.safetensors", "clusters/text.safetensors",
+            "matching/couples.parquet", "prototypes.parquet", "images/000000.png", "images/000023.png"} <= names  # fmt: skip
+    assert not [name for name in names if name.endswith((".part", ".pkl", ".pt", ".npy"))]
+    manifest = json.loads((run / "run.json").read_text())
+    counts = {name: entry["counts"] for name, entry in manifest["stages"].items()}
+    assert (counts["embed"]["images"], counts["embed"]["pairs"], counts["embed"]["bad"]) == (1200, 6000, 0)
+    assert counts["prune"]["dropped"] == 1200
+    assert counts["match"]["shared_pairs"] + counts["match"]["pairs_not_shared"] == 4800
+    assert counts["prototypes"]["prototypes"] == counts["materialize"]["pairs"] == 24
+
+
+def test_the_summary_tells_what_happened(finished: Finished) -> None:
+    run, done = finished
+    for text in (
+        "6,000 pairs of 1,200 images",
+        "1,200 pairs of lowest",
+        "24 pairs",
+        "images/s",
+        str(run / "distilled"),
+    ):
+        assert text in done.stdout
+    for stage in ("embed", "prune", "cluster", "match", "prototypes", "decode"):
+        assert f"{stage:<12}" in done.stderr, "a stage without progress"
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "Warning" not in done.stderr
+
+
+def test_the_distilled_set_is_true(finished: Finished) -> None:
+    run, _ = finished
+    pairs = load_distilled(str(run))
+    assert len(pairs) == 24
+    source = ScenesSource("scenes:1200")
+    known = {caption for shard in source.shards() for sample in source.read(shard) for caption in sample.captions}
+    assert set(pairs.captions) <= known, "captions are real captions of the source"
+    image, text = pairs.image_prototypes, pairs.text_prototypes
+    cosine = (image * text).sum(1) / np.linalg.norm(image, axis=1) / np.linalg.norm(text, axis=1)
+    assert (np.diff(cosine) <= 1e-6).all()
+    np.testing.assert_allclose(cosine, [record["cosine"] for record in pairs.records], atol=1e-5)
+    for pair in range(24):
+        picture = pairs.image(pair)
+        assert np.asarray(picture).std() > 2, "an empty picture"
+        assert np.array_equal(np.asarray(picture), np.asarray(Image.open(run / "images" / f"{pair:06d}.png")))
+    for name, file in pairs.manifest["files"].items():
+        assert hashlib.sha256((run / "distilled" / name).read_bytes()).hexdigest() == file["sha256"]
+
+
+def test_repeating_the_command_does_nothing(finished: Finished, pds_ray: Run) -> None:
+    run, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "run.json"}
+    again = pds_ray("distill", *DEMO, "--out", str(run))
+    assert again.returncode == 0
+    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "run.json"}
+    assert after == before
+
+
+def test_other_workers_and_batches_give_the_same_bytes(finished: Finished, pds_ray: Run, tmp_path: Path) -> None:
+    other = tmp_path / "run"
+    options = ("--ray.num_cpus", "1", "--embed.batch_size", "48")
+    assert pds_ray("distill", *DEMO, "--out", str(other), *options).returncode == 0
+    mine, reference = content(other), content(finished[0])
+    assert mine.keys() == reference.keys()
+    assert [name for name in reference if mine[name] != reference[name]] == []
+
+
+def test_a_changed_option_redoes_what_depends_on_it(finished: Finished, pds_ray: Run, tmp_path: Path) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    refused = pds_ray("distill", *DEMO, "--out", str(run), "--decode.decoder", "nearest")
+    assert refused.returncode == 2
+    assert "decode.decoder: unclip -> nearest" in refused.stderr
+    assert content(run) == content(finished[0])
+    redone = pds_ray("distill", *DEMO, "--out", str(run), "--decode.decoder", "nearest", "--redo")
+    assert redone.returncode == 0, redone.stderr
+    before, after = content(finished[0]), content(run)
+    changed = {name.split("/")[0] for name in after if after[name] != before.get(name)}
+    assert changed == {"images", "distilled"}
+    assert set(stages(run).values()) == {"done"}
+
+
+def test_two_runs_share_an_embedding_store(finished: Finished, pds_ray: Run, tmp_path: Path) -> None:
+    store = str(finished[0] / "embeddings")
+    run = tmp_path / "run"
+    options = ("--embed.store", store, "--decoder", "nearest", "--pairs", "12")
+    done = pds_ray("distill", *DEMO, "--out", str(run), *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "run.json").read_text())["stages"]["embed"]["counts"]["images_reused"] == 1200
+    assert not (run / "embeddings").exists()
+    assert len(load_distilled(str(run))) == 12
+
+
+def test_show(finished: Finished, pds_ray: Run, tmp_path: Path) -> None:
+    sheet = tmp_path / "sheet.png"
+    shown = pds_ray("show", str(finished[0]), "--sheet", str(sheet))
+    assert shown.returncode == 0
+    assert "6,000 pairs of 1,200 images" in shown.stdout
+    assert Image.open(sheet).width > 1000
+    as_json = json.loads(pds_ray("show", str(finished[0]), "--json").stdout)
+    assert as_json["stages"]["decode"]["status"] == "done"
+
+
+def test_dry_run_prints_a_configuration_that_can_be_used(pds_ray: Run, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    dry = pds_ray("distill", *DEMO, "--out", str(out), "--dry-run", "--prune.ratio", "0.31")
+    assert dry.returncode == 0, dry.stderr
+    assert not out.exists()
+    plan, _, resolved = dry.stdout.partition("# the resolved configuration")
+    assert "scenes:1200" in plan
+    file = tmp_path / "run.yaml"
+    file.write_text("#" + resolved)
+    again = pds_ray("distill", "--config", str(file), "--dry-run")
+    assert again.stdout == dry.stdout
+    assert "ratio: 0.31" in again.stdout
+
+
+def test_doctor(pds_ray: Run) -> None:
+    healthy = pds_ray("doctor")
+    assert healthy.returncode == 0, healthy.stdout
+    for topic in ("cpus", "memory", "versions", "demo models", "weights"):
+        assert topic in healthy.stdout
