@@ -1,0 +1,33 @@
+"""Fixtures for the unit tests: tiny models, made once. No unit test may depend on the network."""
+
+from __future__ import annotations
+
+import os
+
+# read by the hub's clients when they are imported, hence before any test module
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import pytest
+from tiny_models import save_clip, save_unclip
+
+from pds_ray.encoders import open_clip as encoders
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    return save_clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture(scope="session")
+def clip_info(clip_folder):
+    return encoders.describe(f"local-dir:{clip_folder}")
+
+
+@pytest.fixture(scope="session")
+def clip(clip_info):
+    return encoders.load(clip_info, "fp32")
+
+
+@pytest.fixture(scope="session")
+def unclip_folder(tmp_path_factory, clip_info):
+    return save_unclip(tmp_path_factory.mktemp("models") / "unclip", clip_info.dim)

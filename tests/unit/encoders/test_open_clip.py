@@ -1,0 +1,214 @@
+"""open_clip models: what is known before loading, and that embeddings are open_clip's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from tiny_models import CLIP, save_clip
+
+from pds_ray.config import ConfigError
+from pds_ray.encoders import open_clip as encoders
+from pds_ray.encoders.base import Preprocess
+
+CAPTIONS = ["a red circle", "", "Zoë ☃", "word " * 300, "a red circle"]
+
+
+def refusal(name: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        encoders.describe(name)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def pictures(count: int = 5) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (40 + n, 70 - 9 * n, 3), dtype=np.uint8)) for n in range(count)]
+
+
+def test_a_folder_is_described_from_its_files(clip_folder, clip_info):
+    weights = (clip_folder / "open_clip_model.safetensors").read_bytes()
+    assert clip_info.dim == CLIP["embed_dim"]
+    assert clip_info.space == hashlib.sha256(weights).hexdigest()
+    assert clip_info.preprocess == Preprocess(32)
+
+
+def test_other_weights_are_another_space(tmp_path, clip_info):
+    other = encoders.describe(f"local-dir:{save_clip(tmp_path, seed=1)}")
+    assert other.space != clip_info.space
+
+
+def test_the_space_is_that_of_the_weights_open_clip_loads(clip_folder, tmp_path, clip_info):
+    shutil.copytree(clip_folder, tmp_path, dirs_exist_ok=True)
+    save_clip(tmp_path / "other", seed=1)
+    for name in ("a.safetensors", "model.safetensors", "open_clip_pytorch_model.safetensors"):
+        shutil.copy(tmp_path / "other" / "open_clip_model.safetensors", tmp_path / name)
+    info = encoders.describe(f"local-dir:{tmp_path}")
+    assert info.space == clip_info.space
+    loaded, expected = encoders.load(info, "fp32"), encoders.load(clip_info, "fp32")
+    np.testing.assert_array_equal(loaded.encode_captions(["x"]), expected.encode_captions(["x"]))
+
+
+def test_the_preprocessing_of_a_folder_is_its_own(tmp_path):
+    save_clip(tmp_path, interpolation="bilinear", resize_mode="squash", fill_color=9)
+    assert encoders.describe(f"local-dir:{tmp_path}").preprocess == Preprocess(32, "bilinear", "squash", 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "size"),
+    [("ViT-L-14:openai", 768, 224), ("ViT-B-32:laion2b_s34b_b79k", 512, 224), ("RN50:openai", 1024, 224)],
+)
+def test_pretrained_names_agree_with_open_clip(name, dim, size, monkeypatch):
+    monkeypatch.setattr(encoders, "require_repository", lambda *_: None, raising=False)  # would ask the hub
+    info = encoders.describe(name)
+    config = open_clip.get_model_config(name.partition(":")[0])
+    assert (info.dim, info.preprocess.size) == (dim, size)
+    assert (config["embed_dim"], config["vision_cfg"]["image_size"]) == (dim, size)
+    assert info.space == name
+
+
+def test_a_tag_brings_its_own_preprocessing(monkeypatch):
+    monkeypatch.setattr(encoders, "require_repository", lambda *_: None, raising=False)
+    info = encoders.describe("ViT-B-16-SigLIP:webli")
+    assert info.preprocess.resize_mode == "squash"
+    assert open_clip.get_pretrained_cfg("ViT-B-16-SigLIP", "webli")["resize_mode"] == "squash"
+
+
+def test_a_checkpoint_file_of_a_known_model(tmp_path):
+    checkpoint = tmp_path / "weights.pt"
+    checkpoint.write_bytes(b"anything: it is not loaded yet")
+    info = encoders.describe(f"ViT-B-32:{checkpoint}")
+    assert info.dim == 512
+    assert info.space == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    with pytest.raises(ConfigError) as caught:
+        encoders.load(info, "fp32")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_file_is_what_is_loaded(tmp_path, monkeypatch):
+    """With a small architecture put in the place of a known one."""
+    model = "RN50"
+    monkeypatch.setattr(encoders, "_architecture", lambda name: CLIP if name == model else None)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, model, CLIP)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        made = open_clip.create_model(model, None)
+    torch.save(made.state_dict(), tmp_path / "epoch.pt")
+    encoder = encoders.load(encoders.describe(f"{model}:{tmp_path / 'epoch.pt'}"), "fp32")
+    tokens = open_clip.get_tokenizer(model)(CAPTIONS)
+    with torch.inference_mode():
+        expected = made.eval().encode_text(tokens).numpy()
+    np.testing.assert_allclose(encoder.encode_captions(CAPTIONS), expected, atol=1e-5)
+
+
+def test_describing_files_does_not_import_the_models(clip_folder, tmp_path):
+    (tmp_path / "weights.pt").write_bytes(b"1")
+    code = f"""
+import sys
+from pds_ray.config import ConfigError
+from pds_ray.encoders import open_clip
+open_clip.describe("local-dir:{clip_folder}")
+open_clip.describe("ViT-B-32:{tmp_path / "weights.pt"}")
+try:
+    open_clip.describe("ViT-B-23:openai")
+except ConfigError:
+    pass
+print([m for m in ("torch", "open_clip", "transformers") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_names_that_are_nothing_cost_one_line(tmp_path):
+    assert "ViT-B-32" in refusal("ViT-B-23:openai")  # what is near it
+    assert "which weights" in refusal("ViT-B-32")
+    assert "laion2b_s34b_b79k" in refusal("ViT-B-32:laion3b")  # its tags
+    assert "laion2b_s34b_b79k" in refusal("ViT-B-32:/no/such/file.pt")
+    refusal("")
+    refusal(":")
+    refusal("../ViT-B-32:openai")
+    assert str(tmp_path / "none") in refusal(f"local-dir:{tmp_path / 'none'}")
+    refusal("local-dir:")
+    refusal("hf-hub:no-such-org/no-such-model")
+    refusal("hf-hub:not a name")
+    refusal("hf-hub:")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "5",
+        "{}",
+        '{"model_cfg": 5}',
+        '{"model_cfg": {}}',
+        '{"model_cfg": {"embed_dim": "wide"}}',
+        '{"model_cfg": {"embed_dim": 16}}',
+        '{"model_cfg": {"embed_dim": 16, "vision_cfg": 5}}',
+        '{"model_cfg": {"embed_dim": 16, "vision_cfg": {"image_size": [32, 64]}}}',
+        '{"model_cfg": {"embed_dim": 16, "vision_cfg": {}}, "preprocess_cfg": 5}',
+    ],
+)
+def test_a_broken_folder_costs_one_line(tmp_path, clip_folder, text):
+    shutil.copytree(clip_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "open_clip_config.json").write_text(text)
+    refusal(f"local-dir:{tmp_path}")
+
+
+def test_a_folder_without_weights(tmp_path, clip_folder):
+    shutil.copy(clip_folder / "open_clip_config.json", tmp_path)
+    assert "no .safetensors weights" in refusal(f"local-dir:{tmp_path}")
+
+
+@pytest.mark.parametrize("damage", ["cut", "other model"])
+def test_weights_that_do_not_load_cost_one_line(tmp_path, clip_folder, damage):
+    shutil.copytree(clip_folder, tmp_path, dirs_exist_ok=True)
+    if damage == "cut":
+        weights = tmp_path / "open_clip_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        config = {"model_cfg": {**CLIP, "embed_dim": 8}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    info = encoders.describe(f"local-dir:{tmp_path}")
+    with pytest.raises(ConfigError) as caught:
+        encoders.load(info, "fp32")
+    assert "\n" not in str(caught.value)
+
+
+def test_embeddings_are_open_clips_own(clip_folder, clip_info, clip):
+    """Model, transform and tokenizer as open_clip makes them, un-normalised."""
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{clip_folder}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{clip_folder}")
+    with torch.inference_mode():
+        images = model.eval().encode_image(torch.stack([transform(image) for image in pictures()])).numpy()
+        texts = model.encode_text(tokenizer(CAPTIONS)).numpy()
+    found = clip.encode_images(np.stack([clip_info.preprocess(image) for image in pictures()]))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, images, atol=1e-5)
+    np.testing.assert_allclose(clip.encode_captions(CAPTIONS), texts, atol=1e-5)
+    assert np.abs(np.linalg.norm(found, axis=1) - 1).max() > 1e-3  # not of unit length
+
+
+def test_long_captions_are_cut_not_refused(clip):
+    found = clip.encode_captions(["word " * 300, "word " * 12, "word " * 3])
+    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+    assert np.abs(found[0] - found[2]).max() > 1e-3
+
+
+def test_half_precision_is_near(clip_info, clip):
+    pixels = np.stack([clip_info.preprocess(image) for image in pictures()])
+    half = encoders.load(clip_info, "bf16").encode_images(pixels)
+    assert half.dtype == np.float32
+    full = clip.encode_images(pixels)
+    cosine = (half * full).sum(axis=1) / np.linalg.norm(half, axis=1) / np.linalg.norm(full, axis=1)
+    assert (cosine > 0.99).all()
