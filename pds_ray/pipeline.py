@@ -204,7 +204,13 @@ def distill(config: RunConfig, redo: bool = False) -> dict[str, Any]:
     plan_ = plan(config)
     manifest = open_run(plan_, redo)
     began = time.time()
-    manifest.update(config=to_dict(config), versions=versions(), encoder=plan_.encoder.name, space=plan_.encoder.space)
+    manifest.update(
+        config=to_dict(config),
+        versions=versions(),
+        encoder=plan_.encoder.name,
+        space=plan_.encoder.space,
+        notes=list(plan_.decoder.notes),
+    )
     steps = _steps(plan_, manifest)
     todo = [stage for stage in STAGES if not manifest.is_done(stage, plan_.fingerprints[stage])]
     if todo:

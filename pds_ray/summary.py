@@ -57,6 +57,8 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
     if prototypes:
         duplicates = prototypes["duplicate_captions"]
         print(f"out           {prototypes['prototypes']:,} pairs, {duplicates:,} with a caption of another")
+    for note in manifest.get("notes", []):
+        print(f"note          {note}")
     print(f"\n{'stage':<12} {'status':<12} {'seconds':>8}  rate")
     for name in STAGES:
         entry = stages.get(name)

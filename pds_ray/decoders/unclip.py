@@ -23,13 +23,12 @@ from pds_ray.storage import file_sha256
 
 SPACE_FILE = "pds_ray.json"  # {"space": ..., "dim": ...}: written beside checkpoints trained by our scripts
 
-KNOWN_SPACES = {  # repository name -> embedding spaces its class label was trained on
-    "stable-diffusion-2-1-unclip-small": ("ViT-L-14:openai", "ViT-L-14-quickgelu:openai"),
-    "stable-diffusion-2-1-unclip": ("ViT-H-14:laion2b_s32b_b79k",),
+KNOWN_SPACES = {  # repository name -> embedding space its class label was trained on
+    "stable-diffusion-2-1-unclip-small": "ViT-L-14:openai",
+    "stable-diffusion-2-1-unclip": "ViT-H-14:laion2b_s32b_b79k",
 }
 DEFAULT_MODELS = {  # embedding space -> checkpoint that takes it (the original repositories were withdrawn)
     "ViT-L-14:openai": "sd2-community/stable-diffusion-2-1-unclip-small",
-    "ViT-L-14-quickgelu:openai": "sd2-community/stable-diffusion-2-1-unclip-small",
     "ViT-H-14:laion2b_s32b_b79k": "sd2-community/stable-diffusion-2-1-unclip",
 }
 
@@ -57,14 +56,14 @@ def describe(config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:
             "choose a matching pair, or --decoder nearest"
         )
     notes: tuple[str, ...] = ()
-    known = KNOWN_SPACES.get(model.rstrip("/").rsplit("/", 1)[-1], (space,) if space else ())
-    if known and encoder.space not in known:
+    known = KNOWN_SPACES.get(model.rstrip("/").rsplit("/", 1)[-1], space)
+    if known is None or _is_hash(known) != _is_hash(encoder.space):  # a name and a file's hash cannot be compared
+        notes = (f"whether decoder {model} was trained on embeddings of {encoder.name} cannot be told; check it",)
+    elif known != encoder.space:
         raise ConfigError(
-            f"decoder {model} was trained on the embeddings of {_short(known[0])}, not of {encoder.name} "
+            f"decoder {model} was trained on the embeddings of {_short(known)}, not of {encoder.name} "
             f"({_short(encoder.space)}): same width, other space; choose a matching pair, or --decoder nearest"
         )
-    if not known:
-        notes = (f"decoder {model} does not say whose embeddings it was trained on; only the width was checked",)
     args = (("model", model), ("revision", config.revision))
     return DecoderInfo(name="unclip", dim=dim, identity=identity, load_args=args, notes=notes)
 
@@ -85,8 +84,12 @@ def _demo_space() -> str | None:
     return json.loads(path.read_text())["space"] if path.is_file() else None
 
 
+def _is_hash(space: str) -> bool:
+    return len(space) == 64 and ":" not in space
+
+
 def _short(space: str) -> str:
-    return f"weights {space[:12]}" if len(space) == 64 else space
+    return f"weights {space[:12]}" if _is_hash(space) else space
 
 
 def _inspect(folder: Path) -> tuple[int, str | None, str]:

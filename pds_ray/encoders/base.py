@@ -34,8 +34,8 @@ class Preprocess:
             image = _bounded(image)
         width, height = image.size
         if self.resize_mode == "longest":
-            longest = max(width, height)
-            scaled = (round(width * self.size / longest), round(height * self.size / longest))
+            ratio = max(width / self.size, height / self.size)
+            scaled = (round(width / ratio), round(height / ratio))
         elif width <= height:
             scaled = (self.size, int(self.size * height / width))
         else:
@@ -43,12 +43,16 @@ class Preprocess:
         scaled = (max(1, scaled[0]), max(1, scaled[1]))
         if scaled != (width, height):
             image = image.resize(scaled, resample)
-        left, top = round((scaled[0] - self.size) / 2), round((scaled[1] - self.size) / 2)
+        left, top = (self._edge(side) for side in scaled)
         if (left, top) == (0, 0) and scaled == (self.size, self.size):
             return np.asarray(image)
         canvas = Image.new("RGB", (self.size, self.size), (self.fill,) * 3)
         canvas.paste(image, (-left, -top))
         return np.asarray(canvas)
+
+    def _edge(self, side: int) -> int:
+        """Where the middle `size` pixels of a side begin; below 0 where it is padded, the odd pixel at the far end."""
+        return -((self.size - side) // 2) if side < self.size else round((side - self.size) / 2)
 
 
 MAX_ASPECT = 32

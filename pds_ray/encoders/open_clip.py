@@ -65,7 +65,7 @@ def _describe_folder(name: str, folder: Path) -> EncoderInfo:
         dim=dim,
         space=file_sha256(weights[0]),
         preprocess=preprocess,
-        load_args=(("model_name", f"local-dir:{folder.resolve()}"), ("pretrained", None)),
+        load_args=(("model_name", f"local-dir:{folder.resolve()}"),),
     )
 
 
@@ -87,7 +87,7 @@ def _describe_hub(name: str) -> EncoderInfo:
         dim=int(config["model_cfg"]["embed_dim"]),
         space=name,
         preprocess=_preprocess(config["model_cfg"], config.get("preprocess_cfg", {})),
-        load_args=(("model_name", name), ("pretrained", None)),
+        load_args=(("model_name", name),),
     )
 
 
@@ -120,9 +120,14 @@ def _describe_builtin(name: str, model: str, weights: str) -> EncoderInfo:
     return EncoderInfo(
         name=name,
         dim=int(architecture["embed_dim"]),
-        space=f"{model}:{weights}",
+        space=f"{model.removesuffix('-quickgelu')}:{weights}",
         preprocess=_preprocess(architecture, tag),
-        load_args=(("model_name", model), ("pretrained", weights)),
+        # open_clip only warns when weights trained with QuickGELU meet an architecture without it
+        load_args=(
+            ("model_name", model),
+            ("pretrained", weights),
+            ("force_quick_gelu", bool(tag.get("quick_gelu"))),
+        ),
     )
 
 
@@ -176,13 +181,12 @@ class OpenClipEncoder:
         import torch
 
         logging.getLogger().setLevel(logging.WARNING)  # open_clip reports every step at INFO on the root logger
-        args = dict(info.load_args)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.model = open_clip.create_model(
-                args["model_name"], args["pretrained"], device=self.device, require_pretrained=True
+                **dict(info.load_args), device=self.device, require_pretrained=True
             ).eval()
-            self.tokenizer = open_clip.get_tokenizer(args["model_name"])
+            self.tokenizer = open_clip.get_tokenizer(dict(info.load_args)["model_name"])
         except Exception as error:  # open_clip and the hub client raise many kinds: missing, corrupt, unreachable
             raise ConfigError(f"encoder {info.name}: cannot load the weights ({_first_line(error)})") from error
         cfg = open_clip.get_model_preprocess_cfg(self.model)
