@@ -117,7 +117,8 @@ def embed_block(block: pa.Table, encoder: Encoder, size: int, config: EmbedConfi
     )
     caption_embeddings = _batched(flat, encoder.encode_captions, "", encoder.dim, config.batch_size)
     dtype = np.dtype(config.store_dtype)
-    stored_images, stored_captions = image_embeddings.astype(dtype), caption_embeddings.astype(dtype)
+    with np.errstate(over="ignore"):  # beyond float16 is infinity, an error row like any other
+        stored_images, stored_captions = image_embeddings.astype(dtype), caption_embeddings.astype(dtype)
 
     finite = np.isfinite(stored_images).all(axis=1)
     np.logical_and.at(finite, owner, np.isfinite(stored_captions).all(axis=1))

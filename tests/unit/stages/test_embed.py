@@ -252,7 +252,8 @@ def test_an_end_that_falls_on_a_full_block(monkeypatch):
     assert run()[0].equals(WHOLE[0])
 
 
-def test_a_picture_too_large_for_float16_is_an_error():
+@pytest.mark.filterwarnings("error")
+def test_an_embedding_too_large_for_float16_is_an_error():
     class Loud(Toy):
         def encode_images(self, pixels):
             return np.full((len(pixels), DIM), 1e6, np.float32)
