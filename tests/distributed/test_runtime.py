@@ -1,0 +1,63 @@
+"""How work is shared out; Ray's answers about hardware that is not here are stood in for."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import ray
+
+from pds_ray.config import ConfigError
+from pds_ray.distributed import runtime
+from pds_ray.errors import UserError
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.mark.parametrize(
+    ("cluster", "wish", "workers", "gpus_each"),
+    [
+        ({"CPU": 2}, 0, 1, 0),
+        ({"CPU": 1}, 0, 1, 0),
+        ({"CPU": 64}, 0, 8, 0),
+        ({"CPU": 4}, 3, 3, 0),
+        ({"CPU": 32, "GPU": 4}, 0, 4, 1),
+        ({"CPU": 32, "GPU": 4}, 2, 2, 1),
+        ({"CPU": 32, "GPU": 2}, 4, 4, 0.5),
+    ],
+)
+def test_pools_fit_the_cluster(
+    monkeypatch: pytest.MonkeyPatch, cluster: dict[str, float], wish: int, workers: int, gpus_each: float
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: cluster)
+    pool = runtime.pool(wish)
+    assert (pool.workers, pool.num_gpus) == (workers, gpus_each)
+    assert pool.workers * pool.num_gpus <= cluster.get("GPU", 0)
+    rest = cluster["CPU"] - pool.workers * pool.num_cpus
+    assert rest >= min(runtime.READ_CPUS, runtime.DECODE_CPUS), "nothing left to read and decode with"
+
+
+def slow_square(item: int, shared: np.ndarray) -> int:
+    time.sleep(0.02 * (item % 3))  # later items may end first
+    return item * item + int(shared.sum())
+
+
+def test_results_come_in_the_order_of_the_items() -> None:
+    found = list(runtime.map_in_order(slow_square, range(20), np.arange(4)))
+    assert found == [item * item + 6 for item in range(20)]
+
+
+def refuse() -> None:
+    raise ConfigError("no such thing; name another")
+
+
+def fail() -> None:
+    raise ZeroDivisionError("ours")
+
+
+def test_only_user_errors_are_unwrapped() -> None:
+    with pytest.raises(UserError, match=r"^no such thing; name another$"), runtime.unwrapped_errors():
+        runtime.run(refuse)
+    with pytest.raises(ZeroDivisionError), runtime.unwrapped_errors():
+        runtime.run(fail)
