@@ -16,11 +16,11 @@ def require_repository(repository: str, revision: str | None, any_of: tuple[str,
     """
     import huggingface_hub
 
-    for name in any_of:
-        if isinstance(huggingface_hub.try_to_load_from_cache(repository, name, revision=revision), str):
-            return
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
+        for name in any_of:  # a name that can be no repository raises here
+            if isinstance(huggingface_hub.try_to_load_from_cache(repository, name, revision=revision), str):
+                return
         huggingface_hub.HfApi().repo_info(repository, revision=revision, timeout=TIMEOUT_S)
     except Exception as error:  # no network, no such repository, no permission, offline mode: not to be had
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]

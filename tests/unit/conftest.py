@@ -14,7 +14,15 @@ from pds_ray.encoders import open_clip as encoders
 
 
 @pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory):
+def _one_thread():
+    """Tiny models lose more by waiting for a second thread than they gain."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory, _one_thread):
     return save_clip(tmp_path_factory.mktemp("models") / "clip")
 
 

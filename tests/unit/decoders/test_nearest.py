@@ -1,0 +1,80 @@
+"""The nearest real image, looked up in the source."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pds_ray import catalog
+from pds_ray.config import DecodeConfig
+from pds_ray.decoders.base import DecodeBatch
+from pds_ray.sources.base import Fault, Sample, Shard
+
+
+def colour(shard: int, number: int) -> tuple[int, int, int]:
+    return (shard * 40, number * 20, 99)
+
+
+class TwoShards:
+    """Ten pictures in two shards under the same keys; counts what is read."""
+
+    uri = "two"
+
+    def __init__(self):
+        self.read_shards: list[str] = []
+        self.seen = 0
+
+    def shards(self):
+        return [Shard("s0", "0"), Shard("s1", "1")]
+
+    def read(self, shard):
+        self.read_shards.append(shard.name)
+        for number in range(5):
+            self.seen += 1
+            buffer = io.BytesIO()
+            Image.new("RGB", (6, 6), colour(int(shard.location), number)).save(buffer, "PNG")
+            yield Fault(f"k{number}", "duplicate_key", "")
+            yield Sample(f"k{number}", buffer.getvalue(), ("a caption",))
+
+
+def ask(*nearest: tuple[str, str]) -> DecodeBatch:
+    count = len(nearest)
+    return DecodeBatch(np.zeros((count, 3), np.float32), [""] * count, [0] * count, list(nearest))
+
+
+@pytest.fixture
+def source():
+    return TwoShards()
+
+
+@pytest.fixture
+def decoder(source, clip_info):
+    config = DecodeConfig(decoder="nearest")
+    return catalog.load_decoder(catalog.describe_decoder(config, clip_info), config, source)
+
+
+def test_the_right_pictures_in_the_order_asked(decoder):
+    images = decoder.decode(ask(("s1", "k3"), ("s0", "k3"), ("s0", "k0"), ("s1", "k3")))
+    assert [image.getpixel((2, 2)) for image in images] == [colour(1, 3), colour(0, 3), colour(0, 0), colour(1, 3)]
+
+
+def test_each_shard_is_read_once_and_no_further_than_needed(decoder, source):
+    decoder.decode(ask(("s0", "k1"), ("s1", "k0"), ("s0", "k0"), ("s0", "k1")))
+    assert sorted(source.read_shards) == ["s0", "s1"]
+    assert source.seen == 2 + 1
+
+
+def test_a_picture_that_is_gone_is_an_error(decoder):
+    with pytest.raises(KeyError):
+        decoder.decode(ask(("s0", "k9")))
+
+
+def test_fits_every_encoder(clip_info):
+    config = DecodeConfig(decoder="nearest")
+    for dim in (1, 768):
+        info = catalog.describe_decoder(config, replace(clip_info, dim=dim))
+        assert info.dim is None
