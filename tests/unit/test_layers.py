@@ -13,13 +13,12 @@ import pytest
 from pds_ray import catalog
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "pds_ray"
 
 PLUGINS = ("sources", "encoders", "decoders", "selectors", "distillers", "backbones")
 
 # The layers, top first: a module may import from its own layer's line and from any below it.
 #   cli, summary, jobs -> report -> pipeline -> distributed -> stages -> plug-ins -> catalog -> plug-ins' base.py
-#   -> artifacts, config, images -> storage, manifest, progress, captions
+#   -> manifest -> artifacts -> hub -> config, images -> storage, progress, captions -> errors
 # `catalog` names the plug-ins as text and imports them when asked, so it stands below them.
 ORDER = (
     ("pds_ray", "pds_ray.cli", "pds_ray.summary", "pds_ray.doctor", "jobs"),
@@ -35,6 +34,7 @@ ORDER = (
     ("pds_ray.hub",),
     ("pds_ray.config", "pds_ray.images"),
     ("pds_ray.storage", "pds_ray.progress", "pds_ray.captions"),
+    ("pds_ray.errors",),
 )
 FREE = ("pds_ray.demo",)  # training scripts, no part of a run: nothing may import them
 HEAVY = ("ray", "torch", "torchvision", "open_clip", "diffusers", "transformers", "faiss", "scipy", "datasets")
