@@ -1,0 +1,134 @@
+"""The built-in world: any number of pictures, the same every time, and captions that a look at the pixels confirms."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pds_ray.sources.base import Sample, SourceError
+from pds_ray.sources.scenes import CAPTIONS_PER_IMAGE, COLORS, GROUNDS, IMAGE_SIZE, SHAPES, ScenesSource
+
+WORD_OF_SHAPE = "|".join(SHAPES)
+WORD_OF_COLOR = "|".join(COLORS)
+PLACED = re.compile(
+    rf"({WORD_OF_COLOR}) ({WORD_OF_SHAPE}) (?:in|at) the (top left|top right|bottom left|bottom right|center|middle)"
+)
+
+
+def read_all(uri: str) -> list[Sample]:
+    source = ScenesSource(uri)
+    samples = [sample for shard in source.shards() for sample in source.read(shard)]
+    assert all(isinstance(sample, Sample) for sample in samples)
+    return samples
+
+
+def pixels_of(sample: Sample) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(sample.image)))
+
+
+def near(pixels: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
+    """Which pixels [H, W, 3] have a colour, up to rounding."""
+    return (np.abs(pixels.astype(int) - color) <= 2).all(-1)
+
+
+def quarter(pixels: np.ndarray, place: str) -> np.ndarray:
+    """The part of the picture [64, 64, 3] that a place name means."""
+    if place in ("center", "middle"):
+        return pixels[16:48, 16:48]
+    vertical, horizontal = place.split()
+    half = IMAGE_SIZE // 2
+    rows = pixels[:half] if vertical == "top" else pixels[half:]
+    return rows[:, :half] if horizontal == "left" else rows[:, half:]
+
+
+def test_shards_cover_every_sample_once():
+    source = ScenesSource("scenes:2300:7")
+    shards = source.shards()
+    assert [shard.name for shard in shards] == ["scenes-00000", "scenes-00001", "scenes-00002"]
+    assert [shard.size for shard in shards] == [1000, 1000, 300]
+    last = list(source.read(shards[-1]))
+    assert [sample.key for sample in last] == [f"{i:09d}" for i in range(2000, 2300)]
+
+
+def test_a_sample_depends_on_seed_and_index_alone():
+    assert read_all("scenes:5:3") == read_all("scenes:20:3")[:5]
+    assert read_all("scenes:5") == read_all("scenes:5:0")
+    assert read_all("scenes:5:3") != read_all("scenes:5:4")
+
+
+def test_pictures_and_captions_vary():
+    samples = read_all("scenes:400")
+    assert len({sample.image for sample in samples}) == 400
+    for sample in samples:
+        assert len(set(sample.captions)) == CAPTIONS_PER_IMAGE
+        assert pixels_of(sample).shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+    text = " ".join(caption for sample in samples for caption in sample.captions)
+    for word in (*SHAPES, *COLORS, *GROUNDS, "large", "small", "above", "to the left of", "in the top right"):
+        assert word in text
+
+
+def test_ground_named_by_every_caption_fills_the_edge_of_the_picture():
+    for sample in read_all("scenes:300:1"):
+        pixels = pixels_of(sample)
+        edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+        grounds = [name for name in GROUNDS if near(edge, GROUNDS[name]).mean() > 0.9]
+        assert len(grounds) == 1
+        assert all(grounds[0] in caption for caption in sample.captions)
+
+
+def test_shape_colours_are_where_captions_say():
+    checked = 0
+    for sample in read_all("scenes:300:2"):
+        pixels = pixels_of(sample)
+        for caption in sample.captions:
+            for color, _shape, place in PLACED.findall(caption):
+                assert near(quarter(pixels, place), COLORS[color]).sum() > 20, (sample.key, caption)
+                checked += 1
+    assert checked > 500
+
+
+def test_relations_are_true():
+    relation = re.compile(
+        rf"({WORD_OF_COLOR}) (?:{WORD_OF_SHAPE}) (above|below|to the left of|to the right of) an? .*?({WORD_OF_COLOR})"
+    )
+    checked = 0
+    for sample in read_all("scenes:400:5"):
+        pixels = pixels_of(sample)
+        for caption in sample.captions:
+            match = relation.search(caption)
+            if match is None or match[1] == match[3] or len(re.findall(WORD_OF_SHAPE, caption)) != 2:
+                continue
+            (y1, x1), (y2, x2) = (np.argwhere(near(pixels, COLORS[match[i]])).mean(0) for i in (1, 3))
+            truth = {"above": y1 < y2, "below": y1 > y2, "to the left of": x1 < x2, "to the right of": x1 > x2}
+            assert truth[match[2]], caption
+            checked += 1
+    assert checked > 100
+
+
+def test_sizes_are_true():
+    for sample in read_all("scenes:300:6"):
+        caption = next(
+            (
+                c
+                for c in sample.captions
+                if len(re.findall(WORD_OF_SHAPE, c)) == 1 and re.search("large|big|small|little", c)
+            ),
+            None,
+        )
+        if caption is None:
+            continue
+        color = COLORS[re.search(WORD_OF_COLOR, caption)[0]]
+        width = np.ptp(np.argwhere(near(pixels_of(sample), color))[:, 1])
+        assert (width > 18) == bool(re.search("large|big", caption)), caption
+
+
+@pytest.mark.parametrize(
+    "uri", ["scenes", "scenes:", "scenes:ten", "scenes:-1", "scenes:1:2:3", "scenes:0", "scenes:1:x"]
+)
+def test_bad_uri_is_refused_in_one_line(uri):
+    with pytest.raises(SourceError) as caught:
+        ScenesSource(uri)
+    assert "\n" not in str(caught.value)
+    assert "such as" in str(caught.value)
