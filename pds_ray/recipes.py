@@ -33,8 +33,8 @@ def demo() -> RunConfig:
 def paper() -> RunConfig:
     """The parameters of the authors' code (Choi, Mo, Chae, ICLR 2026), k-means restarts and caption cleaning included.
 
-    The authors try 20 initialisations on a sample and then fit once with mini-batches; here 20 full fits are too dear
-    and the objective of one full Lloyd fit is already below theirs, so `restarts` is 3.
+    One deliberate difference: the authors try 20 initialisations on a sample and fit once, with mini-batches; here the
+    best of 3 full Lloyd fits is kept.
     """
     return replace(
         RunConfig(),

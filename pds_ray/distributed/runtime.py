@@ -51,6 +51,8 @@ def start(config: RayConfig) -> dict[str, Any]:
     address = config.address or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    # threads of a model that wait for each other must not spin while readers and decoders want the same cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not ray.is_initialized():
         if address:
             try:
