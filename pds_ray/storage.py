@@ -47,11 +47,12 @@ class Folder:
         return open_filesystem(self.path)
 
     def __truediv__(self, name: str) -> Folder:
-        return Folder(self.path.rstrip("/") + "/" + name)
+        return Folder(self.full(name))
 
     def full(self, name: str) -> str:
-        """The path or URI of a file in this folder."""
-        return self.path.rstrip("/") + "/" + name
+        """The path or URI of a file in this folder; the settings of a store (`?region=...`) stay at the end."""
+        base, mark, settings = self.path.partition("?") if is_remote(self.path) else (self.path, "", "")
+        return base.rstrip("/") + "/" + name + mark + settings
 
     def create(self) -> None:
         """Makes the folder and proves that it can be written. Raises StorageError in one line."""

@@ -6,8 +6,10 @@ from typing import Any
 
 import yaml
 
+from pds_ray.artifacts import RunFolder
 from pds_ray.config import to_dict
 from pds_ray.pipeline import STAGES, Plan
+from pds_ray.storage import Folder
 
 # stage -> (what it counts, which entry of its counts says how many)
 RATES = {
@@ -67,7 +69,8 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
             continue
         print(f"{name:<12} {entry['status']:<12} {entry.get('seconds', 0):>8.1f}  {_rate(name, entry)}")
     finished = stages.get(STAGES[-1], {}).get("status") == "done"
-    print(f"\n{'result' if finished else 'run folder'}        {out.rstrip('/')}{'/distilled' if finished else ''}")
+    run = RunFolder(Folder(out))
+    print(f"\n{'result':<13} {run.distilled.path}" if finished else f"\n{'run folder':<13} {out}")
 
 
 def _rate(name: str, entry: dict[str, Any]) -> str:

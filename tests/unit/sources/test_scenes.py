@@ -119,7 +119,7 @@ def test_sizes_are_true():
         )
         if caption is None:
             continue
-        color = COLORS[re.search(WORD_OF_COLOR, caption)[0]]
+        color = COLORS[re.search(rf"({WORD_OF_COLOR}) (?:{WORD_OF_SHAPE})", caption)[1]]
         width = np.ptp(np.argwhere(near(pixels_of(sample), color))[:, 1])
         assert (width > 18) == bool(re.search("large|big", caption)), caption
 
