@@ -7,11 +7,14 @@ seeded sample is used that fits the memory budget. Each shard's sample depends o
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from pds_ray.config import ClusterConfig
+from pds_ray.config import ClusterConfig, ConfigError
+
+MIN_ROWS_PER_CLUSTER = 39  # what FAISS, too, takes for the least that a fit needs
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,19 @@ class Fit:
 
 
 def sample_share(rows: int, dim: int, config: ClusterConfig, clusters: int) -> float:
-    """Share of the rows that fits the memory budget (float32, FAISS keeps one copy besides ours), at least 256 K."""
-    affordable = config.memory_gib * 2**30 / (2 * 4 * dim)
-    return min(1.0, max(affordable, 256.0 * clusters) / max(rows, 1))
+    """Share of the rows that fits the memory budget (float32, FAISS keeps one copy besides ours).
+
+    Raises ConfigError if a sample that fits is too small for that many clusters.
+    """
+    row_bytes = 2 * 4 * dim
+    share = min(1.0, config.memory_gib * 2**30 / row_bytes / max(rows, 1))
+    if share < 1 and share * rows < MIN_ROWS_PER_CLUSTER * clusters:
+        needed = math.ceil(MIN_ROWS_PER_CLUSTER * clusters * row_bytes / 2**30)
+        raise ConfigError(
+            f"cluster.memory_gib is {config.memory_gib} and holds {share * rows:,.0f} of {rows:,} vectors, too few to "
+            f"fit {clusters:,} clusters; raise it to {needed}"
+        )
+    return share
 
 
 def sample_rows(rows: int, share: float, seed: int, shard: str) -> np.ndarray:

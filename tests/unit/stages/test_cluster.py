@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 
-from pds_ray.config import ClusterConfig
+from pds_ray.config import ClusterConfig, ConfigError
 from pds_ray.stages import cluster
 
 CONFIG = ClusterConfig(iterations=50, restarts=5)
@@ -200,6 +200,7 @@ def test_sample_share_fits_the_budget():
     rows, dim = 10**9, 768
     share = cluster.sample_share(rows, dim, config, 100)
     assert 2 * 4 * dim * share * rows == pytest.approx(2**30)
-    # a budget too small for a meaningful fit is exceeded: 256 rows a cluster at least
-    assert cluster.sample_share(rows, dim, config, 10**5) * rows == pytest.approx(256 * 10**5)
+    with pytest.raises(ConfigError, match=r"cluster.memory_gib is 1 .* raise it to 23"):  # 39 rows for each of 10**5
+        cluster.sample_share(rows, dim, config, 10**5)
+    assert cluster.sample_share(150_000, dim, config, 10**5) == 1, "all rows fit: nothing to refuse"
     assert cluster.sample_share(0, dim, config, 100) == 1
