@@ -22,7 +22,7 @@ import faiss
 import open_clip
 import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own habit
-from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_unclip_img2img import StableUnCLIPImg2ImgPipeline
@@ -39,9 +39,9 @@ from pds_ray.demo.training import Schedule, TrainingError, train
 from pds_ray.progress import progress_bar
 from pds_ray.sources.base import SourceError
 
+KL_WEIGHT = 1e-4
+SQUARE_WEIGHT = 2.0
 EDGE_WEIGHT = 1.0
-PULL_WEIGHT = 0.01
-LATENT_NOISE = 0.1
 SNR_CAP = 5.0
 """Min-SNR weighting: nearly noise-free steps count no more than this signal-to-noise ratio."""
 DROP_ALL = 0.1
@@ -87,54 +87,70 @@ def load_clip(folder: Path, device: str) -> Clip:
     )
 
 
-def make_vae(width: int, stages: int, latent_channels: int) -> AutoencoderTiny:
-    """A small autoencoder without normalisation layers (the TAESD kind), whose latents have 2^(stages - 1) times
-    shorter sides than the picture. The smaller the sides at a stage, the more blocks it has.
-    """
-    return AutoencoderTiny(
-        encoder_block_out_channels=(width,) * stages,
-        decoder_block_out_channels=(width,) * stages,
-        num_encoder_blocks=tuple(range(stages)),
-        num_decoder_blocks=tuple(reversed(range(stages))),
+def make_vae(image_size: int, channels: Sequence[int], latent_channels: int) -> AutoencoderKL:
+    """A plain convolutional VAE; each of `channels` but the first halves the sides."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=tuple(channels),
         latent_channels=latent_channels,
+        norm_num_groups=NORM_GROUPS,
+        sample_size=image_size,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
     )
 
 
-def train_vae(vae: AutoencoderTiny, pixels: torch.Tensor, args: argparse.Namespace, settings: dict) -> None:
-    """L1 on pixels and on their differences to right and lower neighbours (edges), through slightly noisy latents.
-
-    Each latent channel is drawn to mean 0 and variance 1, the scale of the noise that the diffusion starts from.
-    """
+def train_vae(vae: AutoencoderKL, pixels: torch.Tensor, args: argparse.Namespace, settings: dict) -> None:
+    """L1 and L2 on pixels, L1 on their differences to right and lower neighbours (edges), a slight pull to N(0, 1)."""
     device = torch.device(args.device)
-    vae.to(memory_format=torch.channels_last).train()  # twice as fast on CPUs
+    vae.train()
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(pixels), (args.vae_batch_size,), generator=generator)
-        target = to_signed(pixels[rows]).to(device, memory_format=torch.channels_last)
+        target = to_signed(pixels[rows]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            latents = vae.encode(target).latents.float()
-            noise = torch.randn(latents.shape, generator=generator).to(device)
-            painted = vae.decode(latents + LATENT_NOISE * noise).sample
+            posterior = vae.encode(target).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+            painted = vae.decode(posterior.mean + posterior.std * noise).sample
         error = painted.float() - target
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        variance, mean = torch.var_mean(latents, dim=(0, 2, 3))
-        pull = (mean.square() + (variance - 1).square()).mean()
-        return error.abs().mean() + EDGE_WEIGHT * edges + PULL_WEIGHT * pull
+        pull = posterior.kl().mean() / posterior.mean[0].numel()
+        return error.abs().mean() + SQUARE_WEIGHT * error.square().mean() + EDGE_WEIGHT * edges + KL_WEIGHT * pull
 
     schedule = Schedule(args.vae_steps, args.vae_learning_rate, checkpoint_every=args.checkpoint_every, seed=args.seed)
     train("train VAE", vae, loss_of, schedule, args.out / "checkpoint" / "vae", settings)
 
 
 @torch.inference_mode()
-def encode_latents(vae: AutoencoderTiny, pixels: torch.Tensor, batch_size: int = 250) -> torch.Tensor:
-    """uint8 [N, 3, S, S] -> latents, float32 [N, C, S/f, S/f] on the CPU."""
+def encode_latents(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int = 250) -> torch.Tensor:
+    """uint8 [N, 3, S, S] -> the means of the latents, float32 [N, C, S/f, S/f] on the CPU."""
     parts = []
     with progress_bar("encode", len(pixels), "pictures") as bar:
         for part in pixels.split(batch_size):
             with torch.autocast(vae.device.type, torch.bfloat16):
-                parts.append(vae.encode(to_signed(part).to(vae.device)).latents.float().cpu())
+                parts.append(vae.encode(to_signed(part).to(vae.device)).latent_dist.mean.float().cpu())
             bar.update(len(part))
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def standardise_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Give every latent channel mean 0 and variance 1 by folding that into the VAE's 1x1 convolutions.
+
+    Takes and returns latents [N, C, h, w]: those of the VAE before and after.
+    """
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    shift, scale = mean.to(vae.device), std.to(vae.device)
+    channels = len(mean)
+    out: Any = vae.quant_conv
+    back: Any = vae.post_quant_conv
+    back.bias += back.weight[:, :, 0, 0] @ shift
+    back.weight *= scale[None, :, None, None]
+    out.weight[:channels] /= scale[:, None, None, None]
+    out.bias[:channels] = (out.bias[:channels] - shift) / scale
+    out.bias[channels:] -= 2 * scale.log()  # the second half are log variances
+    return (latents - mean[None, :, None, None]) / std[None, :, None, None]
 
 
 def make_unet(clip: Clip, latent_shape: torch.Size, channels: Sequence[int]) -> UNet2DConditionModel:
@@ -251,7 +267,7 @@ def train_unet(
 
 
 def make_pipeline(
-    clip: Clip, vae: AutoencoderTiny, unet: UNet2DConditionModel, embeddings: torch.Tensor
+    clip: Clip, vae: AutoencoderKL, unet: UNet2DConditionModel, embeddings: torch.Tensor
 ) -> StableUnCLIPImg2ImgPipeline:
     """Put the parts together; `embeddings` [N, d] give the normaliser's statistics."""
     scheduler, noising = make_schedulers()
@@ -291,15 +307,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--clip", type=Path, required=True, help="open_clip folder whose embeddings are to be decoded")
     add("--source", default="scenes:50000:1", help="what to train on (default %(default)s)")
     add("--out", type=Path, required=True, help="folder of the result and, in checkpoint/, of the state to resume")
-    add("--vae-width", type=int, default=32, help="channels")
-    add("--vae-stages", type=int, default=4, help="all but one halve the sides")
+    add("--vae-channels", type=int, nargs="+", default=[16, 32, 64, 64], help="multiples of 8; all but one halve sides")
     add("--latent-channels", type=int, default=8)
-    add("--vae-steps", type=int, default=5000)
+    add("--vae-steps", type=int, default=2000)
     add("--vae-batch-size", type=int, default=32)
-    add("--vae-learning-rate", type=float, default=1e-3)
+    add("--vae-learning-rate", type=float, default=2e-3)
     add("--unet-channels", type=int, nargs="+", default=[64, 128], help="multiples of 64; all but one halve sides")
     add("--unet-steps", type=int, default=10000)
-    add("--batch-size", type=int, default=128, help="of the UNet")
+    add("--batch-size", type=int, default=64, help="of the UNet")
     add("--unet-learning-rate", type=float, default=1e-3)
     add("--checkpoint-every", type=int, default=500, help="steps")
     add("--seed", type=int, default=0)
@@ -313,14 +328,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def fit(args: argparse.Namespace, clip: Clip, data: CaptionedImages) -> StableUnCLIPImg2ImgPipeline:
     """Train both models (or take them up where they were left) and put the pipeline together."""
     torch.manual_seed(args.seed)
-    vae = make_vae(args.vae_width, args.vae_stages, args.latent_channels).to(args.device)
+    vae = make_vae(clip.image_size, args.vae_channels, args.latent_channels).to(args.device)
     settings = {
         "source": args.source,
         "seed": args.seed,
-        "vae": [args.vae_width, args.vae_stages, args.latent_channels],
+        "vae_channels": args.vae_channels,
+        "latents": vae.config.latent_channels,
     }
     train_vae(vae, data.pixels, args, settings | {"batch_size": args.vae_batch_size})
-    latents = encode_latents(vae, data.pixels)
+    latents = standardise_latents(vae, encode_latents(vae, data.pixels))
     embeddings = embed_images(clip.model, data.pixels)
     torch.manual_seed(args.seed)
     unet = make_unet(clip, latents.shape[1:], args.unet_channels).to(args.device)

@@ -17,7 +17,7 @@ from pds_ray.demo.training import Schedule, TrainingError, train
 
 CLIP_ARGS = "--source scenes:60:1 --holdout scenes:20:2 --steps 6 --batch-size 16 --width 64 --layers 1 --text-layers 1"
 CLIP_ARGS += " --embed-dim 32 --vocab-size 600 --checkpoint-every 3 --device cpu"
-UNCLIP_ARGS = "--source scenes:60:1 --vae-width 8 --vae-steps 2 --vae-batch-size 4 --unet-channels 64 64"
+UNCLIP_ARGS = "--source scenes:60:1 --vae-channels 8 16 16 16 --vae-steps 2 --vae-batch-size 4 --unet-channels 64 64"
 UNCLIP_ARGS += " --unet-steps 4 --batch-size 8 --checkpoint-every 2 --device cpu"
 
 
@@ -129,6 +129,24 @@ def test_embedding_noise_is_the_pipelines_own(unclip_folder):
             embeddings, torch.full((4,), 50), noise, pipeline.image_normalizer, pipeline.image_noising_scheduler
         )
         torch.testing.assert_close(ours, pipeline.noise_image_embeddings(embeddings, 50, noise))
+
+
+def test_standardised_latents_decode_to_the_same_picture():
+    torch.manual_seed(0)
+    vae = train_unclip.make_vae(64, [8, 16], 4).eval()
+    pixels = load_captioned_images("scenes:12", 64).pixels
+    with torch.no_grad():
+        before = vae.encode(to_signed(pixels)).latent_dist
+        painted = vae.decode(before.mean).sample
+        latents = train_unclip.standardise_latents(vae, before.mean)
+        after = vae.encode(to_signed(pixels)).latent_dist
+        torch.testing.assert_close(after.mean, latents, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            after.std / before.std, (1 / before.mean.std((0, 2, 3)))[None, :, None, None].expand_as(after.std)
+        )
+        torch.testing.assert_close(vae.decode(latents).sample, painted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4))
 
 
 def test_more_steps_go_on_from_the_checkpoint(tmp_path):
