@@ -148,27 +148,20 @@ def _open_store(plan_: Plan, redo: bool) -> None:
     store.folder.create()
     if store.folder.exists(store.STORE):
         found = store.folder.read_json(store.STORE)
-        if found.get("fingerprint") != wanted:
-            shared = plan_.config.embed.store is not None
-            if shared or not redo:  # a shared store is never wiped: other runs stand on it
-                raise ManifestError(
-                    f"the embeddings in {store.folder.path} were made from other data or by another encoder "
-                    f"({found.get('source')}, {found.get('encoder')}); give another "
-                    + ("--embed.store" if shared else "--out, or --redo")
-                )
-            store.folder.delete_all()
-            store.folder.create()
-    store.folder.write_json(
-        store.STORE,
-        {
-            "fingerprint": wanted,
-            "source": plan_.config.source,
-            "encoder": plan_.encoder.name,
-            "dim": plan_.encoder.dim,
-            "space": plan_.encoder.space,
-            "shards": len(plan_.shards),
-        },
-    )
+        if found.get("fingerprint") == wanted:
+            return
+        shared = plan_.config.embed.store is not None
+        if shared or not redo:  # a shared store is never wiped: other runs stand on it
+            raise ManifestError(
+                f"the embeddings in {store.folder.path} were made from other data or by another encoder "
+                f"({found.get('source')}, {found.get('encoder')}); give another "
+                + ("--embed.store" if shared else "--out, or --redo")
+            )
+        store.folder.delete_all()
+        store.folder.create()
+    about = {"source": plan_.config.source, "encoder": plan_.encoder.name, "space": plan_.encoder.space}
+    sizes = {"dim": plan_.encoder.dim, "shards": len(plan_.shards)}
+    store.folder.write_json(store.STORE, {"fingerprint": wanted, **about, **sizes})
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

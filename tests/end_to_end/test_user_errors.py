@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pds_ray import cli
@@ -106,7 +107,7 @@ def test_encoder_and_decoder_of_different_spaces(capsys: pytest.CaptureFixture[s
     folder = tmp_path / "clip"
     shutil.copytree(demo_folder(), folder)
     weights = load_file(folder / "open_clip_model.safetensors")
-    weights["logit_scale"] = weights["logit_scale"] + 1  # other weights, same width
+    weights["logit_scale"] = np.asarray(weights["logit_scale"] + 1)  # other weights, same width
     save_file(weights, folder / "open_clip_model.safetensors")
     base = [*DEMO, "--source", "scenes:20", "--pairs", "5", "--out", str(tmp_path / "out")]
     line = fails(capsys, *base, "--encoder", f"local-dir:{folder}", "--decode.model", "demo")
