@@ -94,7 +94,7 @@ def _fingerprints(config: RunConfig, shards: list[Shard], encoder: EncoderInfo, 
     own: dict[str, Any] = {
         "embed": [
             STORE_SCHEMA_VERSION,
-            [(shard.name, shard.size) for shard in shards],
+            [(shard.name, shard.size, shard.version) for shard in shards],
             values["read"],
             encoder.space,
             [preprocess.size, preprocess.interpolation, preprocess.resize_mode, preprocess.fill],

@@ -26,7 +26,10 @@ class Shard:
     location: str
     """What `Source.read` needs to find it: a path, a URI, a range of rows."""
     size: int = 0
-    """Bytes for files, samples for generated data; part of the source fingerprint, 0 if unknown."""
+    """Bytes for files, samples otherwise; 0 if unknown."""
+    version: str = ""
+    """What else the content depends on (a seed, a digest). Name, size and version make the source's fingerprint; the
+    location does not, so that data may move."""
 
 
 @dataclass(frozen=True)

@@ -58,13 +58,13 @@ class KarpathySource:
         for number, start in enumerate(range(0, len(images), SHARD_SIZE)):
             rows = images[start : start + SHARD_SIZE]
             digest = hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
-            location = f"{start}:{start + len(rows)}#{digest}"
-            shards.append(Shard(f"{self.dataset}-{self.split}-{number:05d}", location, len(rows)))
+            location = f"{start}:{start + len(rows)}"
+            shards.append(Shard(f"{self.dataset}-{self.split}-{number:05d}", location, len(rows), digest))
         return shards
 
     def read(self, shard: Shard) -> Iterator[Sample | Fault]:
         """The images of a row range. Raises SourceError if the annotation file has gone since it was listed."""
-        start, stop = map(int, shard.location.partition("#")[0].split(":"))
+        start, stop = map(int, shard.location.split(":"))
         for key, captions in self._images()[start:stop]:
             try:
                 with open(os.path.join(self.root, key), "rb") as file:

@@ -216,7 +216,7 @@ class ScenesSource:
         starts = range(0, self.count, SHARD_SIZE)
         stops = [min(start + SHARD_SIZE, self.count) for start in starts]
         return [
-            Shard(f"scenes-{number:05d}", f"{start}:{stop}", stop - start)
+            Shard(f"scenes-{number:05d}", f"{start}:{stop}", stop - start, f"seed {self.seed}")
             for number, (start, stop) in enumerate(zip(starts, stops, strict=True))
         ]
 
