@@ -42,6 +42,8 @@ from pds_ray.sources.base import SourceError
 KL_WEIGHT = 1e-4
 SQUARE_WEIGHT = 2.0
 EDGE_WEIGHT = 1.0
+LATENT_NOISE = 0.05
+"""Of latents with variance 1, when the decoder is trained alone."""
 SNR_CAP = 5.0
 """Min-SNR weighting: nearly noise-free steps count no more than this signal-to-noise ratio."""
 DROP_ALL = 0.1
@@ -101,8 +103,15 @@ def make_vae(image_size: int, channels: Sequence[int], latent_channels: int) -> 
     )
 
 
+def painting_loss(painted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """L1 and L2 on pixels [B, 3, S, S], and L1 on their differences to right and lower neighbours (edges)."""
+    error = painted.float() - target
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + SQUARE_WEIGHT * error.square().mean() + EDGE_WEIGHT * edges
+
+
 def train_vae(vae: AutoencoderKL, pixels: torch.Tensor, args: argparse.Namespace, settings: dict) -> None:
-    """L1 and L2 on pixels, L1 on their differences to right and lower neighbours (edges), a slight pull to N(0, 1)."""
+    """Encoder and decoder together, with a slight pull of the latents to N(0, 1)."""
     device = torch.device(args.device)
     vae.train()
 
@@ -113,13 +122,30 @@ def train_vae(vae: AutoencoderKL, pixels: torch.Tensor, args: argparse.Namespace
             posterior = vae.encode(target).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
             painted = vae.decode(posterior.mean + posterior.std * noise).sample
-        error = painted.float() - target
-        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         pull = posterior.kl().mean() / posterior.mean[0].numel()
-        return error.abs().mean() + SQUARE_WEIGHT * error.square().mean() + EDGE_WEIGHT * edges + KL_WEIGHT * pull
+        return painting_loss(painted, target) + KL_WEIGHT * pull
 
     schedule = Schedule(args.vae_steps, args.vae_learning_rate, checkpoint_every=args.checkpoint_every, seed=args.seed)
     train("train VAE", vae, loss_of, schedule, args.out / "checkpoint" / "vae", settings)
+
+
+def train_decoder(
+    vae: AutoencoderKL, pixels: torch.Tensor, latents: torch.Tensor, args: argparse.Namespace, settings: dict
+) -> None:
+    """The decoder alone, on slightly noisy latents such as the UNet makes. The latents, hence the UNet, stay valid."""
+    device = torch.device(args.device)
+
+    def loss_of(generator: torch.Generator) -> torch.Tensor:
+        rows = torch.randint(len(pixels), (args.vae_batch_size,), generator=generator)
+        noise = torch.randn(latents[rows].shape, generator=generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            painted = vae.decode((latents[rows] + LATENT_NOISE * noise).to(device)).sample
+        return painting_loss(painted, to_signed(pixels[rows]).to(device))
+
+    schedule = Schedule(
+        args.decoder_steps, args.vae_learning_rate, checkpoint_every=args.checkpoint_every, seed=args.seed
+    )
+    train("train decoder", vae.decoder, loss_of, schedule, args.out / "checkpoint" / "decoder", settings)
 
 
 @torch.inference_mode()
@@ -291,13 +317,11 @@ def make_pipeline(
 
 
 def save_pipeline(folder: Path, pipeline: StableUnCLIPImg2ImgPipeline, clip: Clip) -> None:
-    """Write the folder: UNet and VAE in half precision, and whose embeddings the decoder takes."""
+    """Write the folder, with whose embeddings the decoder takes. UNet and VAE are left in half precision, as stored."""
+    for part in (pipeline.unet, pipeline.vae):
+        for parameter in part.parameters():
+            parameter.data = parameter.data.half()
     pipeline.save_pretrained(folder)
-    for name in ("unet", "vae"):
-        part = getattr(pipeline, name)
-        dtype = part.dtype
-        part.half().save_pretrained(folder / name)
-        part.to(dtype)
     (folder / "pds_ray.json").write_text(json.dumps({"space": clip.sha256, "dim": clip.dim}, indent=2) + "\n")
 
 
@@ -310,6 +334,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--vae-channels", type=int, nargs="+", default=[16, 32, 64, 64], help="multiples of 8; all but one halve sides")
     add("--latent-channels", type=int, default=8)
     add("--vae-steps", type=int, default=2000)
+    add("--decoder-steps", type=int, default=1000, help="of the VAE's decoder alone, at the end")
     add("--vae-batch-size", type=int, default=32)
     add("--vae-learning-rate", type=float, default=2e-3)
     add("--unet-channels", type=int, nargs="+", default=[64, 128], help="multiples of 64; all but one halve sides")
@@ -344,6 +369,7 @@ def fit(args: argparse.Namespace, clip: Clip, data: CaptionedImages) -> StableUn
     settings |= {"clip": clip.sha256, "unet_channels": args.unet_channels, "batch_size": args.batch_size}
     tokens = CaptionTokens(clip.tokenizer, data)
     train_unet(unet, text_encoder, clip, latents, embeddings, tokens, args, settings)
+    train_decoder(vae, data.pixels, latents, args, settings)
     return make_pipeline(clip, vae, unet, embeddings)
 
 

@@ -18,7 +18,7 @@ from pds_ray.demo.training import Schedule, TrainingError, train
 CLIP_ARGS = "--source scenes:60:1 --holdout scenes:20:2 --steps 6 --batch-size 16 --width 64 --layers 1 --text-layers 1"
 CLIP_ARGS += " --embed-dim 32 --vocab-size 600 --checkpoint-every 3 --device cpu"
 UNCLIP_ARGS = "--source scenes:60:1 --vae-channels 8 16 16 16 --vae-steps 2 --vae-batch-size 4 --unet-channels 64 64"
-UNCLIP_ARGS += " --unet-steps 4 --batch-size 8 --checkpoint-every 2 --device cpu"
+UNCLIP_ARGS += " --decoder-steps 2 --unet-steps 4 --batch-size 8 --checkpoint-every 2 --device cpu"
 
 
 def run_clip(out: Path, extra: str = "") -> Path:
