@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: install demo test lint types unit test-all clean
+.PHONY: install demo test lint types clean
 
 install: $(VENV)/.installed
 

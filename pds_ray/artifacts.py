@@ -5,11 +5,11 @@ N images, M captions (one pair per caption), d embedding width, K clusters, B di
 | file | rows | columns (dtype) | meaning |
 | --- | --- | --- | --- |
 | `run.json` | | | configuration, versions, stage status, counts, timings (see manifest.py) |
-| `embeddings/store.json` | | | what the embeddings were made from; guards reuse |
+| `embeddings/store` | | | JSON: what the embeddings were made from; guards reuse (no shard can take its name) |
 | `embeddings/S.images.parquet` | images of shard S | key (str), index (int32), embedding (f16/f32 [d]), width, height (int32) | raw, un-normalised CLIP image projections; index is the place in the shard |
 | `embeddings/S.captions.parquet` | pairs of shard S | key, image_row (int32), caption_index (int32), caption (str), embedding [d], similarity (f32) | image_row points into S.images; similarity is the cosine to that image |
 | `embeddings/S.errors.parquet` | bad samples | key, reason, detail (str) | reason is one of sources.base.REASONS |
-| `embeddings/S.json` | | | commit marker, written last: counts, SHA-256 of the three files |
+| `embeddings/S.json` | | | commit marker, written last: fingerprint, counts, SHA-256 of the three files |
 | `pruning/S.keep.parquet` | pairs of S | kept (bool) | in the row order of S.captions |
 | `clusters/image.safetensors`, `text.safetensors` | | centroids (f32 [K, d]) | k-means centroids in the clustered space |
 | `clusters/S.labels.parquet` | pairs of S | image_cluster, text_cluster (int32) | -1 for pairs pruned away |
@@ -126,23 +126,23 @@ class EmbeddingStore:
     """The embeddings of one source by one encoder; several runs may share one."""
 
     folder: Folder
+    fingerprint: str = ""
+    """Of what the embeddings are made from; a marker with another one counts for nothing."""
 
     IMAGES, CAPTIONS, ERRORS, MARKER = ".images.parquet", ".captions.parquet", ".errors.parquet", ".json"
-    STORE = "store.json"
+    STORE = "store"
 
     @property
     def parts(self) -> Folder:
         """Pieces of shards not yet committed."""
         return self.folder / "parts"
 
-    def committed(self) -> set[str]:
-        """Names of the shards whose marker is there."""
-        names = self.folder.names(self.MARKER)
-        return {name.removesuffix(self.MARKER) for name in names if name != self.STORE}
-
-    def marker(self, shard: str) -> dict[str, Any]:
-        """Counts and hashes of a committed shard."""
-        return self.folder.read_json(shard + self.MARKER)
+    def committed(self) -> dict[str, dict[str, Any]]:
+        """Shard name -> marker (counts, hashes) of the shards that are there."""
+        markers = {
+            name.removesuffix(self.MARKER): self.folder.read_json(name) for name in self.folder.names(self.MARKER)
+        }
+        return {shard: marker for shard, marker in markers.items() if marker["fingerprint"] == self.fingerprint}
 
     def images(self, shard: str, columns: list[str] | None = None) -> pa.Table:
         return self.folder.read_table(shard + self.IMAGES, columns)
@@ -160,7 +160,8 @@ class EmbeddingStore:
             shard + self.CAPTIONS: self.folder.write_table(shard + self.CAPTIONS, captions),
             shard + self.ERRORS: self.folder.write_table(shard + self.ERRORS, errors),
         }
-        self.folder.write_json(shard + self.MARKER, {**info, "sha256": hashes})
+        marker = {"shard": shard, "fingerprint": self.fingerprint, **info, "sha256": hashes}
+        self.folder.write_json(shard + self.MARKER, marker)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
             value = yaml.safe_load(stream)
     except OSError as error:
         raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"--config {path} must hold fields such as 'pairs: 100', not {type(value).__name__}")
@@ -143,7 +143,11 @@ def _show(args: argparse.Namespace) -> None:
         from pds_ray.report.contact_sheet import contact_sheet
         from pds_ray.stages.materialize import load_distilled
 
-        contact_sheet(load_distilled(args.run)).save(args.sheet)
+        sheet = contact_sheet(load_distilled(args.run))
+        try:
+            sheet.save(args.sheet)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot write --sheet {args.sheet}: {error}") from error
         print(f"contact sheet {args.sheet}", file=sys.stderr)
 
 

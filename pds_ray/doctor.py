@@ -37,6 +37,8 @@ def examine() -> bool:
         complete &= found
         if not found:
             say(False, module, "pip install pds-ray brings it")
+    if not complete:
+        return False
     say(True, "versions", ", ".join(f"{name} {version}" for name, version in versions().items()))
     _accelerators(say)
     complete &= _models(say)

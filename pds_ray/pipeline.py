@@ -11,12 +11,12 @@ from typing import Any
 from pds_ray import catalog
 from pds_ray.artifacts import STORE_SCHEMA_VERSION, EmbeddingStore, RunFolder
 from pds_ray.captions import CLEANERS
-from pds_ray.config import ConfigError, RunConfig, flatten, to_dict
+from pds_ray.config import ConfigError, DecodeConfig, EmbedConfig, RayConfig, RunConfig, flatten, to_dict
 from pds_ray.decoders.base import DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.manifest import ManifestError, RunManifest, fingerprint, versions
-from pds_ray.sources.base import Sample, Shard, Source
-from pds_ray.storage import Folder
+from pds_ray.sources.base import Fault, Sample, Shard, Source, SourceError
+from pds_ray.storage import Folder, without_secrets
 
 STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "materialize")
 PROBE = 10_000  # images looked at before a run; that there are more pairs than this shows only when all are embedded
@@ -60,8 +60,9 @@ def plan(config: RunConfig) -> Plan:
     decoder = catalog.describe_decoder(config.decode, encoder)
     _check_enough(source, shards, config)
     run = RunFolder(Folder(config.out))
-    store = EmbeddingStore(Folder(config.embed.store) if config.embed.store else run.embeddings)
-    return Plan(config, source, shards, encoder, decoder, _fingerprints(config, shards, encoder, decoder), run, store)
+    prints = _fingerprints(config, shards, encoder, decoder)
+    store = EmbeddingStore(Folder(config.embed.store) if config.embed.store else run.embeddings, prints["embed"])
+    return Plan(config, source, shards, encoder, decoder, prints, run, store)
 
 
 def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> None:
@@ -69,7 +70,7 @@ def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> Non
     clean = CLEANERS[config.read.captions]
     images = captionless = 0
     for shard in shards:
-        for item in source.read(shard):
+        for item in _readable(source, shard):
             captioned = isinstance(item, Sample) and any(clean(caption) for caption in item.captions)
             images += captioned
             captionless += not isinstance(item, Sample) and item.reason == "missing_caption"
@@ -84,6 +85,13 @@ def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> Non
     )
 
 
+def _readable(source: Source, shard: Shard) -> Iterator[Sample | Fault]:
+    try:
+        yield from source.read(shard)
+    except OSError as error:
+        raise SourceError(f"cannot read {without_secrets(shard.location)}: {error}") from error
+
+
 def _fingerprints(config: RunConfig, shards: list[Shard], encoder: EncoderInfo, decoder: DecoderInfo) -> dict[str, str]:
     """Per stage, a hash of all that its bytes depend on; each covers the one before."""
     values = to_dict(config)
@@ -96,7 +104,7 @@ def _fingerprints(config: RunConfig, shards: list[Shard], encoder: EncoderInfo, 
             STORE_SCHEMA_VERSION,
             [(shard.name, shard.size, shard.version) for shard in shards],
             values["read"],
-            encoder.space,
+            encoder.identity,
             [preprocess.size, preprocess.interpolation, preprocess.resize_mode, preprocess.fill],
             config.embed.precision,
             config.embed.store_dtype,
@@ -116,30 +124,32 @@ def _fingerprints(config: RunConfig, shards: list[Shard], encoder: EncoderInfo, 
 
 
 def open_run(plan_: Plan, redo: bool) -> RunManifest:
-    """Makes or opens the run folder and its embedding store.
+    """Opens the run folder (which exists and is locked) and its embedding store.
 
     Raises ManifestError in one line if either belongs to another configuration and `redo` does not allow the change.
     """
-    plan_.run.folder.create()
     plan_.run.folder.sweep()
     manifest = RunManifest(plan_.run)
+    recorded = {stage: entry["fingerprint"] for stage, entry in manifest.stages.items()}
+    changed = [stage for stage in STAGES if recorded.get(stage, plan_.fingerprints[stage]) != plan_.fingerprints[stage]]
     if "config" in manifest.data and not redo:
-        differing = _differences(manifest.data["config"], to_dict(plan_.config))
+        differing = _differences(manifest.data["config"], _public(plan_.config))
         if differing:
             raise ManifestError(
                 f"{plan_.run.folder.path} was made with another configuration ({'; '.join(differing)}); give another "
                 "--out, or --redo to redo what depends on the change"
             )
-        recorded = {stage: entry["fingerprint"] for stage, entry in manifest.stages.items()}
-        changed = [
-            stage for stage in STAGES if recorded.get(stage, plan_.fingerprints[stage]) != plan_.fingerprints[stage]
-        ]
         if changed:
             raise ManifestError(
                 f"the source or a model changed since {plan_.run.folder.path} was begun (stage {changed[0]} no longer "
                 "matches); give another --out, or --redo to redo what depends on it"
             )
     _open_store(plan_, redo)
+    if changed:  # what is stale must not look finished, should the redoing be interrupted
+        plan_.run.distilled.delete_all()
+        for stage in changed:
+            del manifest.stages[stage]
+        manifest.update()
     return manifest
 
 
@@ -159,9 +169,19 @@ def _open_store(plan_: Plan, redo: bool) -> None:
             )
         store.folder.delete_all()
         store.folder.create()
-    about = {"source": plan_.config.source, "encoder": plan_.encoder.name, "space": plan_.encoder.space}
+    about = {
+        "source": without_secrets(plan_.config.source),
+        "encoder": plan_.encoder.name,
+        "space": plan_.encoder.space,
+    }
     sizes = {"dim": plan_.encoder.dim, "shards": len(plan_.shards)}
     store.folder.write_json(store.STORE, {"fingerprint": wanted, **about, **sizes})
+
+
+def _public(config: RunConfig) -> dict[str, Any]:
+    """The configuration as run.json holds it."""
+    source, out = without_secrets(config.source), without_secrets(config.out)
+    return to_dict(replace(config, source=source, out=out))
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -195,10 +215,16 @@ def distill(config: RunConfig, redo: bool = False) -> dict[str, Any]:
     Raises ConfigError, SourceError, StorageError or ManifestError in one line for what the user can mend.
     """
     plan_ = plan(config)
+    plan_.run.folder.create()
+    with plan_.run.folder.lock():
+        return _run(plan_, redo)
+
+
+def _run(plan_: Plan, redo: bool) -> dict[str, Any]:
     manifest = open_run(plan_, redo)
     began = time.time()
     manifest.update(
-        config=to_dict(config),
+        config=_public(plan_.config),
         versions=versions(),
         encoder=plan_.encoder.name,
         space=plan_.encoder.space,
@@ -206,10 +232,12 @@ def distill(config: RunConfig, redo: bool = False) -> dict[str, Any]:
     )
     steps = _steps(plan_, manifest)
     todo = [stage for stage in STAGES if not manifest.is_done(stage, plan_.fingerprints[stage])]
+    if STAGES[0] not in todo and not plan_.store.committed().keys() >= {shard.name for shard in plan_.shards}:
+        todo = list(STAGES)  # the store is another one than before, or lost shards
     if todo:
         from pds_ray.distributed import runtime
 
-        manifest.update(ray=runtime.start(config.ray))
+        manifest.update(ray=runtime.start(plan_.config.ray))
         for stage in STAGES[STAGES.index(todo[0]) :]:
             with _recorded(manifest, stage, plan_.fingerprints[stage]) as counts, runtime.unwrapped_errors():
                 counts.update(steps[stage]())
@@ -229,7 +257,8 @@ def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[st
     def embed() -> dict[str, Any]:
         from pds_ray.distributed.embed import embed as stage
 
-        found = stage(plan_.source, plan_.shards, plan_.encoder, config, store)
+        with store.folder.lock():  # a shared store is filled by one run at a time
+            found = stage(plan_.source, plan_.shards, plan_.encoder, config, store)
         if found["images"] < config.pairs:
             raise ConfigError(
                 f"{config.pairs:,} pairs asked for, but only {found['images']:,} images of {config.source} are good "
@@ -292,8 +321,15 @@ def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[st
 
 def _about(plan_: Plan, manifest: RunManifest) -> dict[str, Any]:
     """What the distilled set says of its making: nothing that differs between two runs of one configuration."""
-    free = replace(plan_.config.embed, store=None, batch_size=type(plan_.config.embed)().batch_size)
-    config = replace(plan_.config, ray=type(plan_.config.ray)(), out="", embed=free)
+    given = plan_.config
+    config = replace(
+        given,
+        source=without_secrets(given.source),
+        out="",
+        ray=RayConfig(),
+        embed=replace(given.embed, store=None, batch_size=EmbedConfig().batch_size),
+        decode=replace(given.decode, batch_size=DecodeConfig().batch_size),
+    )
     embed, prune = manifest.stages["embed"]["counts"], manifest.stages["prune"]["counts"]
     match, made = manifest.stages["match"]["counts"], manifest.stages["prototypes"]["counts"]
     decoder = dict(plan_.decoder.load_args).get("model", plan_.decoder.name)

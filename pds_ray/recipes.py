@@ -31,10 +31,12 @@ def demo() -> RunConfig:
 
 
 def paper() -> RunConfig:
-    """The parameters of the authors' code (Choi, Mo, Chae, ICLR 2026), k-means restarts and caption cleaning included.
+    """The parameters of the authors' code (Choi, Mo, Chae, ICLR 2026).
 
-    One deliberate difference: the authors try 20 initialisations on a sample and fit once, with mini-batches; here the
-    best of 3 full Lloyd fits is kept.
+    Deliberate differences. K-means: they try 20 initialisations on a sample and fit once with mini-batches, here the
+    best of 3 full Lloyd fits is kept. An image is embedded once and weighs as many captions as it kept. Pairless
+    couples are truly dropped from 300 pairs on. Captions longer than the context are cut. Pictures are turned as their
+    EXIF says and laid on white where transparent. Each picture has a seed of its own.
     """
     return replace(
         RunConfig(),

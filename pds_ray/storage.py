@@ -7,11 +7,13 @@ upload closes, so a plain write is already all-or-nothing.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import io
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ import pyarrow.parquet as pq
 from pds_ray.errors import UserError
 
 PART_SUFFIX = ".part"
+LOCK = ".lock"
 
 
 class StorageError(UserError, OSError):
@@ -38,9 +41,17 @@ def is_remote(path: str) -> bool:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder by its path or URI. Pickles small: workers open their own connections."""
+    """A folder by its path or URI. Pickles small: workers open their own connections.
+
+    A local path is made absolute at once: workers have other working directories.
+    """
 
     path: str
+
+    def __post_init__(self) -> None:
+        if not is_remote(self.path):
+            local = os.path.abspath(os.path.expanduser(self.path.removeprefix("file://")))
+            object.__setattr__(self, "path", local)
 
     @property
     def _fs(self) -> tuple[pafs.FileSystem, str]:
@@ -88,9 +99,29 @@ class Folder:
             fs.delete_dir(root)
 
     def sweep(self) -> None:
-        """Removes what interrupted writers left behind."""
-        for name in self.names(PART_SUFFIX):
-            self.delete(name)
+        """Removes what interrupted writers left behind, here and below. Only for the holder of the lock."""
+        fs, root = self._fs
+        for info in fs.get_file_info(pafs.FileSelector(root, allow_not_found=True, recursive=True)):
+            if info.type == pafs.FileType.File and info.base_name.endswith(PART_SUFFIX):
+                fs.delete_file(info.path)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the folder for this process; it is free again however the process ends. Object stores have no locks.
+
+        Raises StorageError in one line if another process holds it.
+        """
+        if is_remote(self.path):
+            yield
+            return
+        with open(self.full(LOCK), "w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise StorageError(
+                    f"another run is at work in {self.path}; wait for it or give another --out"
+                ) from error
+            yield
 
     @contextlib.contextmanager
     def writer(self, name: str) -> Iterator[IO[bytes]]:
@@ -145,14 +176,21 @@ class Folder:
         return pq.read_table(f"{root}/{name}", columns=columns, filesystem=fs, partitioning=None)
 
 
+def without_secrets(uri: str) -> str:
+    """A URI as it may be shown and published: without user, password and settings of the store."""
+    if "://" not in uri:
+        return uri
+    return re.sub(r"(?<=://)[^/@\s]*@", "", re.sub(r"\?\S*", "", uri))
+
+
+@functools.lru_cache(maxsize=32)
 def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     """The file system of a path or URI, and the path inside it.
 
     Raises StorageError if the scheme is unknown or the store cannot be set up.
     """
     if not is_remote(path):
-        local = path.removeprefix("file://")
-        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(local))
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path.removeprefix("file://")))
     try:
         return pafs.FileSystem.from_uri(path.rstrip("/"))
     except (pa.ArrowInvalid, OSError) as error:
@@ -165,12 +203,20 @@ def _reason(error: BaseException) -> str:
     return str(error).splitlines()[0]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=256)
 def _sha256(path: str, size: int, mtime_ns: int) -> str:  # noqa: ARG001 - size and time key the cache
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
+    return digest.hexdigest()
+
+
+def folder_sha256(folder: Path, patterns: tuple[str, ...]) -> str:
+    """Hex SHA-256 over names and contents of the files below a folder that match one of the patterns."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()}):
+        digest.update(f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
 
 

@@ -13,12 +13,12 @@ from pds_ray.storage import Folder
 
 # stage -> (what it counts, which entry of its counts says how many)
 RATES = {
-    "embed": ("images", "images"),
+    "embed": ("images", "timed"),
     "prune": ("pairs", "pairs"),
     "cluster": ("", ""),
     "match": ("couples", "couples"),
     "prototypes": ("prototypes", "prototypes"),
-    "decode": ("images", "made"),
+    "decode": ("images", "images"),
     "materialize": ("pairs", "pairs"),
 }
 

@@ -19,8 +19,9 @@ from pds_ray.decoders.base import DecodeBatch, DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.hub import require_repository
 from pds_ray.sources.base import Source
-from pds_ray.storage import file_sha256
+from pds_ray.storage import folder_sha256
 
+WEIGHTS = ("unet", "vae", "text_encoder", "image_normalizer")
 SPACE_FILE = "pds_ray.json"  # {"space": ..., "dim": ...}: written beside checkpoints trained by our scripts
 
 KNOWN_SPACES = {  # repository name -> embedding space its class label was trained on
@@ -105,13 +106,10 @@ def _inspect(folder: Path) -> tuple[int, str | None, str]:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"decoder {folder}: its configuration files do not say the width ({error!r})") from None
-    weights = []
-    for part in ("unet", "vae"):
-        found = sorted((folder / part).glob("*.safetensors"))
-        if not found:
+    for part in WEIGHTS:
+        if not list((folder / part).glob("*.safetensors")):
             raise ConfigError(f"decoder {folder}: no .safetensors weights under {part}/")
-        weights += found
-    return dim, space, "+".join(file_sha256(path)[:16] for path in weights)
+    return dim, space, folder_sha256(folder, ("*/*.safetensors", "*/*.json", "*/*.txt", "model_index.json"))[:16]
 
 
 def _inspect_hub(model: str, revision: str | None) -> tuple[int, str | None, str]:
@@ -119,9 +117,16 @@ def _inspect_hub(model: str, revision: str | None) -> tuple[int, str | None, str
 
     name = "image_normalizer/config.json"
     instead = "give a local copy with --decode.model PATH, or use --decoder nearest"
-    require_repository(model, revision, (name,), f"decoder {model}", instead)
-    dim = int(json.loads(Path(hf_hub_download(model, name, revision=revision)).read_text())["embedding_dim"])
-    return dim, None, f"{model}@{revision or 'main'}"
+    cached = ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors")
+    require_repository(model, revision, cached, f"decoder {model}", instead)
+    try:
+        path = Path(hf_hub_download(model, name, revision=revision))
+        dim = int(json.loads(path.read_text())["embedding_dim"])
+    except Exception as error:  # no such file (no unCLIP), gone offline, malformed: many kinds
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise ConfigError(f"decoder {model}: is no unCLIP image pipeline ({reason}); {instead}") from error
+    commit = path.parents[1].name  # .../snapshots/COMMIT/image_normalizer/config.json: branches move, commits do not
+    return dim, None, f"{model}@{commit}"
 
 
 def _read_json(path: Path, folder: Path) -> dict[str, Any]:
@@ -157,8 +162,9 @@ class UnClipDecoder:
             self.pipeline = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(
                 args["model"], revision=args["revision"], torch_dtype=dtype, use_safetensors=True
             ).to("cuda" if cuda else "cpu")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"decoder {args['model']}: cannot load ({str(error).splitlines()[0]})") from error
+        except Exception as error:  # missing, cut off, of another version: diffusers and safetensors raise many kinds
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            raise ConfigError(f"decoder {args['model']}: cannot load ({reason})") from error
         self.pipeline.set_progress_bar_config(disable=True)
         self.config = config
 

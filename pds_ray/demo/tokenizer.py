@@ -36,6 +36,6 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, context_length: in
     vocab += [left + right for left, right in merges] + [START, END]
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(dict.fromkeys(vocab))},
-        merges=merges,  # type: ignore[arg-type] - pairs are what it takes
+        merges=merges,  # type: ignore[arg-type]  # pairs are what it takes
         model_max_length=context_length,
     )

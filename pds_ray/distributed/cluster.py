@@ -67,7 +67,7 @@ def cluster(
         for modality, rows in zip(MODALITIES, (counts["images_kept"], counts["kept"]), strict=True):
             bar.set_postfix_str(f"k-means of {rows:,} {modality} vectors, K = {config.pairs:,}", refresh=False)
             share = core.sample_share(rows, dim, config.cluster, config.pairs)
-            result[modality] = runtime.run(_fit, modality, shards, store, run, share, config, heavy=True)
+            result[modality] = runtime.run_kmeans(_fit, modality, shards, store, run, share, config)
             bar.update()
         centroids = {modality: run.centroids(modality) for modality in MODALITIES}
         sizes = np.zeros((2, config.pairs), np.int64)

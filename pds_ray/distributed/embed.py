@@ -7,9 +7,11 @@ parts by a small task. Commits are what a restart trusts: a shard without a mark
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -19,14 +21,16 @@ from ray.data.block import BlockMetadata
 
 from pds_ray import catalog
 from pds_ray.artifacts import EmbeddingStore
-from pds_ray.config import ConfigError, RunConfig
+from pds_ray.config import ConfigError, EmbedConfig, RunConfig
 from pds_ray.distributed import runtime
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.progress import progress_bar
 from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
+from pds_ray.storage import without_secrets
 
 MIN_SAMPLES_TO_JUDGE = 100
+READ_RETRY_WAITS_S = (1.0, 5.0, 25.0)
 TABLES = ("images", "captions", "errors")
 
 
@@ -53,22 +57,32 @@ class _Reader:
     shard: Shard
 
     def __call__(self) -> Iterable[pa.Table]:
-        try:
-            yield from core.read_blocks(self.source, self.shard)
-        except OSError as error:  # a disk or a network that fails: not the data's fault, so not counted as bad data
-            raise SourceError(f"cannot read {self.shard.location}: {error}; the same command continues") from error
+        """The shard's blocks; a disk or a network that fails is tried again, it says nothing about the data."""
+        done = 0
+        for wait_s in (*READ_RETRY_WAITS_S, None):
+            try:
+                for block in islice(core.read_blocks(self.source, self.shard), done, None):
+                    yield block
+                    done += 1
+            except OSError as error:
+                if wait_s is None or isinstance(error, SourceError):
+                    where = without_secrets(self.shard.location)
+                    raise SourceError(f"cannot read {where}: {error}; the same command continues") from error
+                time.sleep(wait_s)
+            else:
+                return
 
 
 class EmbedWorker:
     """Loads the encoder once; embeds blocks and writes what they give."""
 
-    def __init__(self, info: EncoderInfo, config: RunConfig, store: EmbeddingStore, threads: int) -> None:
+    def __init__(self, info: EncoderInfo, config: EmbedConfig, store: EmbeddingStore, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
         self.size = info.preprocess.size
-        self.encoder = catalog.load_encoder(info, config.embed.precision)
-        self.config = config.embed
+        self.encoder = catalog.load_encoder(info, config.precision)
+        self.config = config
         self.store = store
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -80,7 +94,7 @@ class EmbedWorker:
             counts = core.shard_counts(part.images, part.captions, part.errors)
             whole = part.first == 0 and part.total == part.rows
             if whole:
-                self.store.commit(shard, part.images, part.captions, part.errors, {"shard": shard, **counts})
+                self.store.commit(shard, part.images, part.captions, part.errors, commit_info(counts, self.config))
             else:
                 for name, table in core.part_to_tables(part).items():
                     self.store.parts.write_table(part_name(shard, part.first, name), table)
@@ -102,18 +116,19 @@ def part_name(shard: str, first: int, table: str) -> str:
     return f"{shard}.{first:09d}.{table}.parquet"
 
 
-def commit_parts(shard: str, firsts: list[int], store: EmbeddingStore) -> None:
-    """Puts a shard together from its parts, commits it and removes them."""
-    names = {first: {table: part_name(shard, first, table) for table in TABLES} for first in firsts}
+def commit_info(counts: dict[str, Any], config: EmbedConfig) -> dict[str, Any]:
+    """What a marker says besides hashes."""
+    return {**counts, "precision": config.precision}
+
+
+def commit_parts(shard: str, firsts: list[int], store: EmbeddingStore, config: EmbedConfig) -> None:
+    """Puts a shard together from its parts and commits it. The parts stay: Ray may run this twice."""
     parts = [
-        core.part_from_tables({table: store.parts.read_table(name) for table, name in tables.items()})
-        for tables in names.values()
+        core.part_from_tables({table: store.parts.read_table(part_name(shard, first, table)) for table in TABLES})
+        for first in firsts
     ]
-    images, captions, errors = core.merge_parts(parts)
-    store.commit(shard, images, captions, errors, {"shard": shard, **core.shard_counts(images, captions, errors)})
-    for tables in names.values():
-        for name in tables.values():
-            store.parts.delete(name)
+    tables = core.merge_parts(parts)
+    store.commit(shard, *tables, commit_info(core.shard_counts(*tables), config))
 
 
 @dataclass
@@ -132,20 +147,28 @@ def embed(
 ) -> dict[str, Any]:
     """Embeds the shards that are not committed yet; returns the counts of all.
 
-    Raises ConfigError when more than `ray.max_bad_share` of the samples is bad.
+    Raises ConfigError when more than `ray.max_bad_share` of the samples is bad, or the store was begun in another
+    precision.
     """
     done = store.committed()
     totals: dict[str, Any] = {"images": 0, "pairs": 0, "bad": 0, "reasons": {}}
     for shard in shards:
         if shard.name in done:
-            core.add_counts(totals, store.marker(shard.name))
+            core.add_counts(totals, done[shard.name])
     resumed = totals["images"]
     todo = [shard for shard in shards if shard.name not in done]
     if todo:
-        store.folder.sweep()
+        embed_config = replace(config.embed, precision=runtime.precision(config.embed.precision, "bf16"))
+        begun = {marker["precision"] for marker in done.values()} - {embed_config.precision}
+        if begun:
+            raise ConfigError(
+                f"the embeddings in {store.folder.path} were begun in {begun.pop()}, here they would go on in "
+                f"{embed_config.precision}; say --embed.precision, and give another --out or --redo"
+            )
+        store.parts.delete_all()
         with progress_bar("embed", None, "images", resumed) as bar:
             finished = len(shards) - len(todo)
-            for counts, closed in _stream(source, todo, info, config, store):
+            for counts, closed in _stream(source, todo, info, config, embed_config, store):
                 core.add_counts(totals, counts)
                 finished += closed
                 if finished:
@@ -155,12 +178,26 @@ def embed(
                 )
                 bar.update(counts["images"])
                 check_bad_share(totals, config.ray.max_bad_share, final=False)
+        store.parts.delete_all()
     check_bad_share(totals, config.ray.max_bad_share, final=True)
-    return {**totals, "shards": len(shards), "shards_reused": len(shards) - len(todo), "images_reused": resumed}
+    # images that the seconds booked for this stage were spent on: those of a shared store were another run's
+    timed = totals["images"] - (resumed if config.embed.store else 0)
+    return {
+        **totals,
+        "shards": len(shards),
+        "shards_reused": len(shards) - len(todo),
+        "images_reused": resumed,
+        "timed": timed,
+    }
 
 
 def _stream(
-    source: Source, shards: list[Shard], info: EncoderInfo, config: RunConfig, store: EmbeddingStore
+    source: Source,
+    shards: list[Shard],
+    info: EncoderInfo,
+    config: RunConfig,
+    embed_config: EmbedConfig,
+    store: EmbeddingStore,
 ) -> Iterable[tuple[dict[str, Any], bool]]:
     """Runs the data set; yields the counts of each block, and whether a shard ended with it."""
     actors = runtime.pool(config.ray.embed_workers)
@@ -177,7 +214,7 @@ def _stream(
         )
         .map_batches(
             EmbedWorker,
-            fn_constructor_args=(info, config, store, actors.threads),
+            fn_constructor_args=(info, embed_config, store, actors.threads),
             batch_size=None,
             batch_format="pyarrow",
             **runtime.actor_options(actors),
@@ -195,9 +232,11 @@ def _stream(
                 shard.total = max(shard.total, row["total"])
                 closed = shard.complete()
                 if closed:
-                    commits.append(commit.remote(row["shard"], sorted(shard.rows), store))
+                    commits.append(commit.remote(row["shard"], sorted(shard.rows), store, embed_config))
                     del arrived[row["shard"]]
             yield json.loads(row["counts"]), closed
+        ended, commits = ray.wait(commits, num_returns=len(commits), timeout=0) if commits else ([], [])
+        ray.get(ended)  # a commit that failed ends the run now, not after the last shard
     ray.get(commits)
     if arrived:
         raise RuntimeError(f"{len(arrived)} shards never ended, first {next(iter(arrived))}")

@@ -14,7 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import psutil
@@ -108,7 +108,7 @@ def unwrapped_errors() -> Iterator[None]:
     try:
         yield
     except (ray.exceptions.RayError, UserError) as error:
-        found = re.findall(r"^pds_ray\.[\w.]+Error: (.+)$", str(error), flags=re.MULTILINE)
+        found = re.findall(r"^pds_ray\.[\w.]*\.(?:Config|Source|Storage)Error: (.+)$", str(error), flags=re.MULTILINE)
         if found:
             raise UserError(found[-1]) from error
         raise
@@ -140,18 +140,25 @@ def _set_data_options() -> dict[str, Any]:
     }
 
 
-def pool(workers: int) -> Pool:
+def pool(workers: int, on_gpu: bool = True) -> Pool:
     """Actors for a model: one a GPU if the cluster has any, else as many as half of its CPUs feed well.
 
-    `workers` is the user's wish, 0 for none.
+    `workers` is the user's wish, 0 for none. `on_gpu` is false for work that has no use for a GPU.
     """
     resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
+    gpus, cpus = int(resources.get("GPU", 0)) if on_gpu else 0, max(1, int(resources.get("CPU", 1)))
+    count = workers or gpus or max(1, cpus // 8)
+    share = cpus / 2 / count  # the other half reads and decodes
     if gpus:
-        return Pool(workers or gpus, 1.0, 1.0 if not workers or workers <= gpus else gpus / workers, 4)
-    count = workers or max(1, cpus // 8)
-    share = max(cpus / 2 / count, 0.1)
+        return Pool(count, min(1.0, share), 1 / math.ceil(count / gpus), max(1, min(4, cpus // count)))
     return Pool(count, share if share < 1 else float(math.floor(share)), 0.0, max(1, cpus // count))
+
+
+def precision(wish: str, on_gpu: str) -> str:
+    """The precision that `auto` stands for: `on_gpu` if the cluster has a GPU, else fp32."""
+    if wish != "auto":
+        return wish
+    return on_gpu if ray.cluster_resources().get("GPU", 0) else "fp32"
 
 
 def actor_options(actors: Pool) -> dict[str, Any]:
@@ -163,21 +170,29 @@ def actor_options(actors: Pool) -> dict[str, Any]:
     }
 
 
-def pool_settings(actors: Pool) -> dict[str, Any]:
-    """The pool as JSON."""
-    return asdict(actors)
+def run_kmeans(function: Callable[..., Result], *args: Any) -> Result:
+    """Calls `function` with all CPUs of one node for FAISS, or with a GPU where FAISS can use one."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(node.get("GPU", 0) >= 1 for node in nodes):
+        with_gpu = ray.remote(_faiss_gpus).options(num_cpus=SMALL_TASK_CPUS, num_gpus=1)
+        if ray.get(with_gpu.remote()):
+            return ray.get(ray.remote(function).options(num_cpus=SMALL_TASK_CPUS, num_gpus=1).remote(*args))
+    cpus = max(1, int(max(node.get("CPU", 0) for node in nodes)))
+    return ray.get(ray.remote(_with_faiss_threads).options(num_cpus=cpus).remote(cpus, function, *args))
 
 
-def run(function: Callable[..., Result], *args: Any, heavy: bool = False) -> Result:
-    """Calls `function` in a worker: with a GPU if there is one, else all CPUs of one node, if `heavy`."""
-    options: dict[str, Any] = {"num_cpus": SMALL_TASK_CPUS}
-    if heavy:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if any(node.get("GPU", 0) >= 1 for node in nodes):
-            options["num_gpus"] = 1
-        else:
-            options["num_cpus"] = max(1, int(max(node.get("CPU", 0) for node in nodes)))
-    return ray.get(ray.remote(function).options(**options).remote(*args))
+def _faiss_gpus() -> int:
+    import faiss
+
+    return faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+
+
+def _with_faiss_threads(threads: int, function: Callable[..., Result], *args: Any) -> Result:
+    """A reused worker keeps the thread count it began with: it is set anew."""
+    import faiss
+
+    faiss.omp_set_num_threads(threads)
+    return function(*args)
 
 
 def map_in_order(function: Callable[..., Result], items: Iterable[Any], *shared: Any) -> Iterator[Result]:

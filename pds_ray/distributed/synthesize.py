@@ -62,7 +62,7 @@ def synthesize(source: Source, info: DecoderInfo, config: RunConfig, run: RunFol
     found = sum(run.image_name(pair) in there for pair in range(pairs))
     made = 0
     if todo:
-        actors = runtime.pool(config.ray.decode_workers)
+        actors = runtime.pool(config.ray.decode_workers, on_gpu=info.dim is not None)
         dataset = ray.data.from_items(
             [{"start": chunk.start, "stop": chunk.stop} for chunk in todo], override_num_blocks=len(todo)
         ).map_batches(

@@ -78,6 +78,8 @@ class EncoderInfo:
     """Width d of the embeddings."""
     space: str
     """Identity of the embedding space: equal for two encoders only if their vectors may be mixed."""
+    identity: str
+    """What the bytes of the embeddings depend on besides precision: weights, architecture, preprocessing, tokenizer."""
     preprocess: Preprocess
     load_args: tuple[tuple[str, Any], ...]
     """What `load` needs beyond the name."""

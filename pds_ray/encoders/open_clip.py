@@ -18,7 +18,7 @@ import numpy as np
 from pds_ray.config import ConfigError
 from pds_ray.encoders.base import EncoderInfo, Preprocess
 from pds_ray.hub import require_repository
-from pds_ray.storage import file_sha256
+from pds_ray.storage import file_sha256, folder_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +64,7 @@ def _describe_folder(name: str, folder: Path) -> EncoderInfo:
         name=name,
         dim=dim,
         space=file_sha256(weights[0]),
+        identity=folder_sha256(folder, ("*.safetensors", "*.json", "*.txt")),
         preprocess=preprocess,
         load_args=(("model_name", f"local-dir:{folder.resolve()}"),),
     )
@@ -86,6 +87,7 @@ def _describe_hub(name: str) -> EncoderInfo:
         name=name,
         dim=int(config["model_cfg"]["embed_dim"]),
         space=name,
+        identity=f"{name} {json.dumps(config, sort_keys=True)}",
         preprocess=_preprocess(config["model_cfg"], config.get("preprocess_cfg", {})),
         load_args=(("model_name", name),),
     )
@@ -104,6 +106,7 @@ def _describe_builtin(name: str, model: str, weights: str) -> EncoderInfo:
             name=name,
             dim=int(architecture["embed_dim"]),
             space=file_sha256(checkpoint),
+            identity=f"{model}:{file_sha256(checkpoint)}",
             preprocess=_preprocess(architecture, {}),
             load_args=(("model_name", model), ("pretrained", str(checkpoint))),
         )
@@ -121,6 +124,7 @@ def _describe_builtin(name: str, model: str, weights: str) -> EncoderInfo:
         name=name,
         dim=int(architecture["embed_dim"]),
         space=f"{model.removesuffix('-quickgelu')}:{weights}",
+        identity=f"{model.removesuffix('-quickgelu')}:{weights}",
         preprocess=_preprocess(architecture, tag),
         # open_clip only warns when weights trained with QuickGELU meet an architecture without it
         load_args=(

@@ -16,7 +16,7 @@ PAPER, INK = (250, 250, 248), (40, 40, 44)
 def contact_sheet(distilled: DistilledSet, limit: int = 100, columns: int = COLUMNS) -> Image.Image:
     """The first `limit` pairs, `columns` a row, each picture with its caption below -> RGB."""
     count = min(limit, len(distilled))
-    columns = min(columns, count)
+    columns = max(1, min(columns, count))
     rows = -(-count // columns)
     width, height = TILE + GAP, TILE + TEXT_HEIGHT + GAP
     sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), PAPER)

@@ -50,7 +50,7 @@ class KarpathySource:
     def shards(self) -> list[Shard]:
         """Shards of 1,000 images. Raises SourceError if the annotations are unusable or any image is not there.
 
-        A shard's location ends in a digest of its records, so that an edited annotation file is another source.
+        A shard's version is a digest of its records, so that an edited annotation file is another source.
         """
         images = self._images()
         self._check_images_exist(images)

@@ -56,9 +56,12 @@ class WebDatasetSource:
 
     def shards(self) -> list[Shard]:
         """The shards that exist, sorted by location. Every pattern must match, or SourceError says which does not."""
-        sizes = _find_shards(self.uri)
-        names = _shard_names(sorted(sizes))
-        return [Shard(name, location, sizes[location]) for location, name in names.items()]
+        found = _find_shards(self.uri)
+        names = _shard_names(sorted(found))
+        return [
+            Shard(name, location, found[location].size, str(found[location].mtime_ns))
+            for location, name in names.items()
+        ]
 
     def read(self, shard: Shard) -> Iterator[Sample | Fault]:
         """The samples and faults of a shard, in stored order.
@@ -338,10 +341,10 @@ def _decompressed(stream: io.BufferedReader) -> io.BufferedIOBase:
 # ---- finding shards --------------------------------------------------------------------------------------------------
 
 
-def _find_shards(uri: str) -> dict[str, int]:
-    """Location -> bytes of every shard the patterns of `uri` name."""
+def _find_shards(uri: str) -> dict[str, pafs.FileInfo]:
+    """Location -> size and time of every shard the patterns of `uri` name."""
     patterns = list(_expand(uri))
-    found: dict[str, int] = {}
+    found: dict[str, pafs.FileInfo] = {}
     stores: dict[tuple[str, str], _Store] = {}
     unmatched: list[str] = []
     for pattern in patterns:
@@ -353,7 +356,7 @@ def _find_shards(uri: str) -> dict[str, int]:
             shards = _only_shards(pattern, list(store.walk(store.root, path.split("/"))))
         except OSError as error:
             raise SourceError(f"cannot look for {pattern}: {str(error).partition(chr(10))[0]}") from error
-        found |= {store.location(info.path): info.size for info in shards}
+        found |= {store.location(info.path): info for info in shards}
         if not shards:
             unmatched.append(pattern)
     if not patterns:

@@ -21,7 +21,7 @@ from pds_ray.captions import CLEANERS
 from pds_ray.config import EmbedConfig, ReadConfig
 from pds_ray.encoders.base import Encoder, Preprocess
 from pds_ray.images import ImageError, decode_image
-from pds_ray.sources.base import Fault, Shard, Source
+from pds_ray.sources.base import Fault, Shard, Source, SourceError
 
 END = "end"  # reason of the row that closes a shard; its ordinal is the number of rows before it
 BLOCK_SAMPLES = 256
@@ -58,11 +58,20 @@ class Part:
 
 
 def read_blocks(source: Source, shard: Shard) -> Iterator[pa.Table]:
-    """The rows of a shard in tables of bounded size; the last row says END."""
+    """The rows of a shard in tables of bounded size; the last row says END.
+
+    Raises SourceError if the shard cannot be opened, OSError if its disk or network fails.
+    """
     rows: list[dict[str, Any]] = []
     size = ordinal = 0
     for item in source.read(shard):
         row: dict[str, Any] = {"shard": shard.name, "ordinal": ordinal, "key": item.key}
+        if isinstance(item, Fault) and item.reason == "missing_shard":
+            # not one bad sample but a whole shard: committed as such, it would never be tried again
+            raise SourceError(
+                f"shard {shard.name} was listed but cannot be opened where it is read ({item.detail}); every node "
+                "must see the source"
+            )
         if isinstance(item, Fault):
             row |= {"reason": item.reason, "detail": item.detail[:500]}
         else:
@@ -89,7 +98,7 @@ def decode_block(block: pa.Table, preprocess: Preprocess, config: ReadConfig) ->
                 row |= {"image": None, "reason": error.reason, "detail": error.detail[:500]}
             else:
                 row |= {"image": preprocess(image).tobytes(), "width": image.width, "height": image.height}
-                row["captions"] = list(dict.fromkeys(filter(None, map(clean, row["captions"]))))
+                row["captions"] = list(filter(None, map(clean, row["captions"])))
                 if not row["captions"]:
                     row |= {"image": None, "reason": "missing_caption", "detail": "empty after cleaning"}
         rows.append(row)

@@ -12,8 +12,10 @@ distilled/
 from __future__ import annotations
 
 import hashlib
+import html
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ from pds_ray.storage import Folder
 
 SET_SCHEMA_VERSION = 1
 PAIRS_PER_TAR = 10_000
+SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 MANIFEST, CARD, PROTOTYPES = "manifest.json", "README.md", "prototypes.safetensors"
 METADATA = "metadata.jsonl"
 
@@ -125,7 +128,7 @@ def _tars(rows: list[dict[str, Any]], pictures: list[bytes]) -> Iterator[bytes]:
 
 def card(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """The data-set card: YAML front matter that Hugging Face reads, then prose and tables."""
-    size = "n<1K" if len(rows) < 1000 else "1K<n<10K" if len(rows) < 10_000 else "10K<n<100K"
+    size = next((name for limit, name in SIZES if len(rows) < limit), "n>1M")
     counts = "\n".join(f"| {name} | {value} |" for name, value in about["counts"].items())
     examples = "\n".join(f"| {row['pair']} | {_cell(row['text'])} | {row['cosine']:.3f} |" for row in rows[:10])
     return f"""---
@@ -190,8 +193,9 @@ and of the models, and were not checked by a person.
 
 
 def _cell(text: str) -> str:
-    """Text that cannot break out of a Markdown table cell."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
+    """Text as text: nothing in it that Markdown or HTML could act on."""
+    plain = html.escape(" ".join(text.split()), quote=False).replace("`", "'")
+    return re.sub(r"([\\*_{}\[\]()#+!|~:])", r"\\\1", plain)
 
 
 def load_distilled(path: str) -> DistilledSet:

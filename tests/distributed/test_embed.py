@@ -11,6 +11,7 @@ import ray
 from pds_ray import catalog
 from pds_ray.artifacts import EmbeddingStore
 from pds_ray.config import ConfigError, EmbedConfig, RayConfig, RunConfig
+from pds_ray.distributed import embed as embed_module
 from pds_ray.distributed.embed import ShardDatasource, check_bad_share, embed
 from pds_ray.sources.scenes import ScenesSource
 from pds_ray.sources.webdataset import WebDatasetSource
@@ -50,19 +51,56 @@ def test_equals_one_process_and_is_not_repeated(tmp_path: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
-def test_shards_larger_than_a_block_are_put_together(tmp_path: Path) -> None:
+def test_shards_larger_than_a_block_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = ray.data.DataContext.get_current()
     block_size = context.target_max_block_size
     context.target_max_block_size = 1 << 20  # the pixels of 1,000 scenes take 12 MB: many blocks a shard
+    put_together, log = embed_module.commit_parts, tmp_path / "log"
+    log.mkdir()
+
+    def logged(shard, firsts, *rest) -> None:
+        (log / shard).write_text(str(len(firsts)))
+        put_together(shard, firsts, *rest)
+
+    monkeypatch.setattr(embed_module, "commit_parts", logged)
     try:
         source = ScenesSource("scenes:2000:3")
-        store = open_store(tmp_path)
+        store = open_store(tmp_path / "store")
         embed(source, source.shards(), catalog.describe_encoder(CONFIG.embed), CONFIG, store)
     finally:
         context.target_max_block_size = block_size
     same_as_one_process(source, source.shards(), store)
-    assert store.parts.names() == []
-    assert (tmp_path / "parts").is_dir(), "the data came in one block: nothing was put together"
+    assert {shard.name: int((log / shard.name).read_text()) > 1 for shard in source.shards()} == {
+        "scenes-00000": True, "scenes-00001": True,
+    }, "the data came in one block: nothing was put together"  # fmt: skip
+    assert not (tmp_path / "store" / "parts").exists()
+
+
+def test_a_store_begun_in_another_precision_is_not_continued(tmp_path: Path) -> None:
+    source = ScenesSource("scenes:1010")
+    info = catalog.describe_encoder(CONFIG.embed)
+    store = open_store(tmp_path)
+    embed(source, source.shards()[:1], info, CONFIG, store)
+    other = dataclasses.replace(CONFIG, embed=dataclasses.replace(CONFIG.embed, precision="bf16"))
+    with pytest.raises(ConfigError, match="begun in fp32, here they would go on in bf16"):
+        embed(source, source.shards(), info, other, store)
+
+
+def test_a_shard_that_cannot_be_opened_is_no_bad_sample(tmp_path: Path, shared_data: Path) -> None:
+    import shutil
+
+    from pds_ray.distributed.runtime import unwrapped_errors
+    from pds_ray.errors import UserError
+
+    for name in ("empty.tar", "bomb.tar"):
+        shutil.copy(shared_data / "clipart" / "broken" / name, tmp_path / name)
+    source = WebDatasetSource(str(tmp_path / "*.tar"))
+    shards = source.shards()
+    (tmp_path / "bomb.tar").unlink()
+    store = open_store(tmp_path / "store")
+    with pytest.raises(UserError, match="bomb was listed but cannot be opened"), unwrapped_errors():
+        embed(source, shards, catalog.describe_encoder(CONFIG.embed), CONFIG, store)
+    assert "bomb" not in store.committed()
 
 
 def test_broken_shards_lose_only_what_is_broken(tmp_path: Path, shared_data: Path) -> None:

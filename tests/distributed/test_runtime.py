@@ -25,6 +25,10 @@ pytestmark = pytest.mark.ray
         ({"CPU": 32, "GPU": 4}, 0, 4, 1),
         ({"CPU": 32, "GPU": 4}, 2, 2, 1),
         ({"CPU": 32, "GPU": 2}, 4, 4, 0.5),
+        ({"CPU": 32, "GPU": 2}, 3, 3, 0.5),
+        ({"CPU": 1, "GPU": 1}, 0, 1, 1),
+        ({"CPU": 8, "GPU": 8}, 0, 8, 1),
+        ({"CPU": 1}, 20, 20, 0),
     ],
 )
 def test_pools_fit_the_cluster(
@@ -48,16 +52,16 @@ def test_results_come_in_the_order_of_the_items() -> None:
     assert found == [item * item + 6 for item in range(20)]
 
 
-def refuse() -> None:
+def refuse(_: int) -> None:
     raise ConfigError("no such thing; name another")
 
 
-def fail() -> None:
+def fail(_: int) -> None:
     raise ZeroDivisionError("ours")
 
 
 def test_only_user_errors_are_unwrapped() -> None:
     with pytest.raises(UserError, match=r"^no such thing; name another$"), runtime.unwrapped_errors():
-        runtime.run(refuse)
+        list(runtime.map_in_order(refuse, [0]))
     with pytest.raises(ZeroDivisionError), runtime.unwrapped_errors():
-        runtime.run(fail)
+        list(runtime.map_in_order(fail, [0]))

@@ -26,7 +26,7 @@ def test_the_run_folder_keeps_its_contract(finished: Finished) -> None:
         assert {f"embeddings/{shard}.{table}.parquet" for table in ("images", "captions", "errors")} <= names
         assert f"embeddings/{shard}.json" in names
         assert {f"pruning/{shard}.keep.parquet", f"clusters/{shard}.labels.parquet"} <= names
-    one_of_each = "run.json", "embeddings/store.json", "matching/couples.parquet", "prototypes.parquet"
+    one_of_each = "run.json", "embeddings/store", "matching/couples.parquet", "prototypes.parquet"
     assert {*one_of_each, "clusters/image.safetensors", "clusters/text.safetensors"} <= names
     assert {f"images/{pair:06d}.png" for pair in range(24)} <= names
     assert not [name for name in names if name.endswith((".part", ".pkl", ".pt", ".npy"))]

@@ -56,6 +56,7 @@ def test_killed_again_and_again(undisturbed: Path, tmp_path: Path, how: signal.S
     """Killed once in each of two stages, at a random moment of it; finished work is not redone."""
     out = tmp_path / "run"
     moments = random.Random(int(how))
+    finished: dict[Path, int] = {}
     for stage in ("embed", "decode"):
         process = start(out)
         deadline = time.monotonic() + 120
@@ -68,12 +69,13 @@ def test_killed_again_and_again(undisturbed: Path, tmp_path: Path, how: signal.S
         assert process.returncode == expected, errors
         if how == signal.SIGINT:
             assert "the same command continues" in errors
-        finished = {p: p.stat().st_mtime_ns for p in (out / "embeddings").glob("*.json") if p.name != "store.json"}
-        finished |= {p: p.stat().st_mtime_ns for p in (out / "images").glob("*.png")}
+        assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished work was redone"
+        done = [*(out / "embeddings").glob("*.json"), *(out / "images").glob("*.png")]
+        finished = {path: path.stat().st_mtime_ns for path in done}
     process = start(out)
     _, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished work was redone"
     mine, reference = content(out), content(undisturbed)
     assert mine.keys() == reference.keys()
     assert [name for name in reference if mine[name] != reference[name]] == []

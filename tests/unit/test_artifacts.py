@@ -91,19 +91,20 @@ def test_a_shard_is_there_when_its_marker_is(tmp_path, monkeypatch):
         patch.setattr(Folder, "write_json", dies)
         with pytest.raises(KeyboardInterrupt):
             store.commit("s0", images, captions, errors, {})
-    assert store.committed() == set()
+    assert store.committed() == {}
 
     store.folder.write_json(store.STORE, {})
     store.commit("s0", images, captions, errors, {"shard": "s0", "images": 4})
     store.commit("s1.x-y_z", *(table.slice(0, 0) for table in (images, captions, errors)), {})
-    assert store.committed() == {"s0", "s1.x-y_z"}
+    assert store.committed().keys() == {"s0", "s1.x-y_z"}
+    assert EmbeddingStore(store.folder, "of other data").committed() == {}, "markers of another fingerprint count"
     assert store.images("s0").equals(images)
     assert store.captions("s0").equals(captions)
     assert store.errors("s0").equals(errors)
     assert store.captions("s0", ["key"]).column_names == ["key"]
     assert store.images("s1.x-y_z").schema.equals(images.schema)
 
-    marker = store.marker("s0")
+    marker = store.committed()["s0"]
     assert marker["images"] == 4
     assert len(marker["sha256"]) == 3
     for name, digest in marker["sha256"].items():

@@ -138,7 +138,7 @@ def test_weights_that_do_not_load_cost_one_line(copy, clip_info, damage):
         weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:5000])
     else:
-        shutil.rmtree(copy / "text_encoder")
+        shutil.rmtree(copy / "scheduler")
     asked = config(copy)
     info = unclip.describe(asked, clip_info)
     with pytest.raises(ConfigError) as caught:

@@ -117,7 +117,8 @@ ERRORS = [
 
 
 def expected_captions(number: int) -> list[str]:
-    return ["twice the same", "once"] if number == 12 else list(ITEMS[number].captions)
+    """Cleaned, all of them: captions that become the same by cleaning stay pairs of their own, as in the paper."""
+    return [*["twice the same"] * 3, "once"] if number == 12 else list(ITEMS[number].captions)
 
 
 def run(source_items=ITEMS, config=CONFIG, encoder=None):
