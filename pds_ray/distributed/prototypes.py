@@ -51,7 +51,7 @@ def make_prototypes(
     names = ("image_cluster", "text_cluster", "pairless")
     couples = core.Couples(*(table.column(name).to_numpy(zero_copy_only=False) for name in names))
     with progress_bar("prototypes", 2 * len(shards), "shards") as bar:
-        sums = core.empty_sums(len(couples.pairless), dim)
+        sums = core.empty_sums(np.arange(len(couples.pairless)), dim)
         for part in runtime.map_in_order(_sums, shards, store, run, couples, config.pairs):
             core.add_sums(sums, part)
             bar.update()

@@ -16,18 +16,20 @@ from pds_ray.stages.cluster import normalized
 
 @dataclass
 class Sums:
-    """Sums over the pairs of each couple; C couples."""
+    """Sums over the pairs of T couples: of all, or of those that a shard touches."""
 
+    couple: np.ndarray
+    """int64 [T]: which couples, ascending."""
     image: np.ndarray
-    """float64 [C, d]."""
+    """float64 [T, d]."""
     text: np.ndarray
-    """float64 [C, d]."""
+    """float64 [T, d]."""
     image_count: np.ndarray
-    """int64 [C]: pairs summed on the image side."""
+    """int64 [T]: pairs summed on the image side."""
     text_count: np.ndarray
-    """int64 [C]: pairs summed on the text side; equal to image_count unless the couple is pairless."""
+    """int64 [T]: pairs summed on the text side; equal to image_count unless the couple is pairless."""
     image_norm: np.ndarray
-    """float64 [C]: summed norms of the image vectors."""
+    """float64 [T]: summed norms of the image vectors."""
     members: list[list[str]]
     """The first MEMBER_SAMPLE pairs of each couple, as shard/key."""
 
@@ -41,16 +43,11 @@ class Couples:
     pairless: np.ndarray
 
 
-def empty_sums(couples: int, dim: int) -> Sums:
-    """The neutral element of `add_sums`."""
-    return Sums(
-        np.zeros((couples, dim)),
-        np.zeros((couples, dim)),
-        np.zeros(couples, np.int64),
-        np.zeros(couples, np.int64),
-        np.zeros(couples),
-        [[] for _ in range(couples)],
-    )
+def empty_sums(couple: np.ndarray, dim: int) -> Sums:
+    """Nothing summed yet, for the couples given."""
+    count = len(couple)
+    counts = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    return Sums(couple, np.zeros((count, dim)), np.zeros((count, dim)), *counts, np.zeros(count), [[] for _ in couple])
 
 
 def shard_sums(
@@ -74,28 +71,32 @@ def shard_sums(
     on_image = np.flatnonzero(shared | pairless[image_couple])
     on_text = np.flatnonzero(shared | pairless[text_couple])
 
-    sums = empty_sums(count, image_vectors.shape[1])
-    np.add.at(sums.image, image_couple[on_image], image_vectors[on_image].astype(np.float64))
-    np.add.at(sums.text, text_couple[on_text], text_vectors[on_text].astype(np.float64))
+    touched = np.unique(np.concatenate([image_couple[on_image], text_couple[on_text]]))
+    sums = empty_sums(touched, image_vectors.shape[1])
+    image_row = np.searchsorted(touched, image_couple[on_image])
+    text_row = np.searchsorted(touched, text_couple[on_text])
+    np.add.at(sums.image, image_row, image_vectors[on_image].astype(np.float64))
+    np.add.at(sums.text, text_row, text_vectors[on_text].astype(np.float64))
     norms = np.linalg.norm(image_vectors[on_image].astype(np.float64), axis=1)
-    sums.image_norm += np.bincount(image_couple[on_image], weights=norms, minlength=count)
-    sums.image_count += np.bincount(image_couple[on_image], minlength=count)
-    sums.text_count += np.bincount(text_couple[on_text], minlength=count)
-    for row in on_image:
-        members = sums.members[image_couple[row]]
-        if len(members) < MEMBER_SAMPLE:
-            members.append(f"{shard}/{keys[row]}")
+    sums.image_norm += np.bincount(image_row, weights=norms, minlength=len(touched))
+    sums.image_count += np.bincount(image_row, minlength=len(touched))
+    sums.text_count += np.bincount(text_row, minlength=len(touched))
+    for pair, row in zip(on_image, image_row, strict=True):
+        if len(sums.members[row]) < MEMBER_SAMPLE:
+            sums.members[row].append(f"{shard}/{keys[pair]}")
     return sums
 
 
 def add_sums(total: Sums, part: Sums) -> None:
-    """Adds a shard's sums; called in shard order, so that rounding does not depend on who was first."""
-    total.image += part.image
-    total.text += part.text
-    total.image_count += part.image_count
-    total.text_count += part.text_count
-    total.image_norm += part.image_norm
-    for mine, theirs in zip(total.members, part.members, strict=True):
+    """Adds a shard's sums to those of all couples; called in shard order, so that rounding never differs."""
+    rows = part.couple
+    total.image[rows] += part.image
+    total.text[rows] += part.text
+    total.image_count[rows] += part.image_count
+    total.text_count[rows] += part.text_count
+    total.image_norm[rows] += part.image_norm
+    for row, theirs in zip(rows, part.members, strict=True):
+        mine = total.members[row]
         mine.extend(theirs[: MEMBER_SAMPLE - len(mine)])
 
 
@@ -121,7 +122,8 @@ def means(sums: Sums) -> Prototypes:
     norms = np.linalg.norm(image, axis=1) * np.linalg.norm(text, axis=1)
     cosine = np.einsum("bd,bd->b", image, text) / np.where(norms > 0, norms, 1)
     order = np.lexsort((alive, -cosine))
-    return Prototypes(image[order].astype(np.float32), text[order].astype(np.float32), cosine[order], alive[order])
+    vectors = image[order].astype(np.float32), text[order].astype(np.float32)
+    return Prototypes(*vectors, cosine[order], sums.couple[alive[order]])
 
 
 @dataclass

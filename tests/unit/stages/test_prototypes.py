@@ -31,7 +31,7 @@ def world(seed: int, pairs: int = 200, clusters: int = 6, dim: int = 4):
 def sums_of(seed: int, places: tuple[int, ...] = (), **size: int) -> core.Sums:
     image_vectors, text_vectors, image, text, couples = world(seed, **size)
     clusters = len(couples.image_cluster)
-    total = core.empty_sums(clusters, image_vectors.shape[1])
+    total = core.empty_sums(np.arange(clusters), image_vectors.shape[1])
     rows = np.split(np.arange(len(image)), sorted(place % (len(image) + 1) for place in places))
     for number, mine in enumerate(rows):
         keys = [f"k{row}" for row in mine]
@@ -88,14 +88,14 @@ def test_means_are_those_of_the_rows_in_falling_cosine(seed):
 
 
 def test_equal_cosines_keep_the_order_of_the_couples():
-    sums = core.empty_sums(3, 2)
+    sums = core.empty_sums(np.arange(3), 2)
     sums.image[:] = sums.text[:] = [[2, 0], [0, 1], [3, 0]]
     sums.image_count[:] = sums.text_count[:] = 1
     assert core.means(sums).couple.tolist() == [0, 1, 2]
 
 
 def test_a_zero_mean_has_cosine_zero():
-    sums = core.empty_sums(2, 2)
+    sums = core.empty_sums(np.arange(2), 2)
     sums.image[1] = sums.text[1] = [1, 1]
     sums.image_count[:] = sums.text_count[:] = 2
     made = core.means(sums)
@@ -104,7 +104,7 @@ def test_a_zero_mean_has_cosine_zero():
 
 
 def test_couples_without_rows_are_left_out():
-    sums = core.empty_sums(3, 2)
+    sums = core.empty_sums(np.arange(3), 2)
     sums.image[1] = sums.text[1] = [1, 0]
     sums.image_count[:] = [0, 1, 4]
     sums.text_count[:] = [3, 1, 0]
