@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import re
+import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,7 @@ Result = TypeVar("Result")
 READ_CPUS, DECODE_CPUS, SMALL_TASK_CPUS = 0.5, 0.25, 1.0
 BLOCK_BYTES = 64 << 20
 NO_PROGRESS_TIMEOUT_S = 6 * 3600  # waiting hours for spot GPUs is no failure; the default is 30 minutes
+CONNECT_TIMEOUT_S = 10
 ACTOR_INIT_DEATHS = 5  # at Ray's default of 0 one machine lost while a model loads ends the job
 
 
@@ -47,33 +49,14 @@ def start(config: RayConfig) -> dict[str, Any]:
 
     Raises ConfigError in one line if a given address does not answer.
     """
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = config.address or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     # threads of a model that wait for each other must not spin while readers and decoders want the same cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not ray.is_initialized():
-        if address:
-            try:
-                with _muffled():
-                    ray.init(address=address, **quiet)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                first = str(error).strip().splitlines()[0]
-                raise ConfigError(
-                    f"no Ray cluster answers at {address} ({first}); start one or drop --address"
-                ) from None
-        else:
-            free = psutil.virtual_memory().available
-            store = int(config.object_store_gib * 2**30) if config.object_store_gib else min(free // 4, 8 << 30)
-            with _muffled():
-                ray.init(
-                    address="local",
-                    num_cpus=config.num_cpus or os.cpu_count(),
-                    object_store_memory=store,
-                    include_dashboard=False,
-                    **quiet,
-                )
+        with _muffled():
+            _connect(address) if address else _start_local(config)
     settings = _set_data_options()
     resources = ray.cluster_resources()
     return {
@@ -83,6 +66,32 @@ def start(config: RayConfig) -> dict[str, Any]:
         "object_store_bytes": int(resources.get("object_store_memory", 0)),
         **settings,
     }
+
+
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+
+
+def _connect(address: str) -> None:
+    """Joins a running cluster. Raises ConfigError in one line if none answers."""
+    advice = "start one or drop --address"
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():  # asked first: Ray itself would try for minutes
+        try:
+            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise ConfigError(f"nothing answers at --address {address} ({error.strerror or error}); {advice}") from None
+    try:
+        ray.init(address=address, **QUIET)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"no Ray cluster can be joined at {address} ({first}); {advice}") from error
+
+
+def _start_local(config: RayConfig) -> None:
+    free = psutil.virtual_memory().available
+    store = int(config.object_store_gib * 2**30) if config.object_store_gib else min(free // 4, 8 << 30)
+    cpus = config.num_cpus or os.cpu_count()
+    ray.init(address="local", num_cpus=cpus, object_store_memory=store, include_dashboard=False, **QUIET)
 
 
 @contextmanager

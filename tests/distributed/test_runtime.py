@@ -65,3 +65,12 @@ def test_only_user_errors_are_unwrapped() -> None:
         list(runtime.map_in_order(refuse, [0]))
     with pytest.raises(ZeroDivisionError), runtime.unwrapped_errors():
         list(runtime.map_in_order(fail, [0]))
+
+
+def test_an_address_without_a_cluster_is_told_at_once() -> None:
+    import socket
+
+    with socket.socket() as free:  # bound, not listening: nothing answers there
+        free.bind(("127.0.0.1", 0))
+        with pytest.raises(ConfigError, match="nothing answers at --address"):
+            runtime._connect(f"127.0.0.1:{free.getsockname()[1]}")
