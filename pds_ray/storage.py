@@ -114,7 +114,7 @@ class Folder:
         if is_remote(self.path):
             yield
             return
-        with open(self.full(LOCK), "w") as handle:
+        with open(self.full(LOCK), "a") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

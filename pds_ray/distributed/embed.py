@@ -76,10 +76,10 @@ class _Reader:
 class EmbedWorker:
     """Loads the encoder once; embeds blocks and writes what they give."""
 
-    def __init__(self, info: EncoderInfo, config: EmbedConfig, store: EmbeddingStore, threads: int) -> None:
+    def __init__(self, info: EncoderInfo, config: EmbedConfig, store: EmbeddingStore) -> None:
         import torch
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(runtime.MODEL_THREADS)
         self.size = info.preprocess.size
         self.encoder = catalog.load_encoder(info, config.precision)
         self.config = config
@@ -214,7 +214,7 @@ def _stream(
         )
         .map_batches(
             EmbedWorker,
-            fn_constructor_args=(info, embed_config, store, actors.threads),
+            fn_constructor_args=(info, embed_config, store),
             batch_size=None,
             batch_format="pyarrow",
             **runtime.actor_options(actors),

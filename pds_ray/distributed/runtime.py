@@ -28,6 +28,7 @@ Result = TypeVar("Result")
 
 READ_CPUS, DECODE_CPUS, SMALL_TASK_CPUS = 0.5, 0.25, 1.0
 BLOCK_BYTES = 64 << 20
+MODEL_THREADS = 4  # of each model, however many CPUs there are: convolutions round by how they are shared out
 NO_PROGRESS_TIMEOUT_S = 6 * 3600  # waiting hours for spot GPUs is no failure; the default is 30 minutes
 CONNECT_TIMEOUT_S = 10
 ACTOR_INIT_DEATHS = 5  # at Ray's default of 0 one machine lost while a model loads ends the job
@@ -40,8 +41,6 @@ class Pool:
     workers: int
     num_cpus: float
     num_gpus: float
-    threads: int
-    """Threads each may compute with; more than its CPUs where the machine is small and its neighbours are idle."""
 
 
 def start(config: RayConfig) -> dict[str, Any]:
@@ -159,8 +158,8 @@ def pool(workers: int, on_gpu: bool = True) -> Pool:
     count = workers or gpus or max(1, cpus // 8)
     share = cpus / 2 / count  # the other half reads and decodes
     if gpus:
-        return Pool(count, min(1.0, share), 1 / math.ceil(count / gpus), max(1, min(4, cpus // count)))
-    return Pool(count, share if share < 1 else float(math.floor(share)), 0.0, max(1, cpus // count))
+        return Pool(count, min(1.0, share), 1 / math.ceil(count / gpus))
+    return Pool(count, share if share < 1 else float(math.floor(share)), 0.0)
 
 
 def precision(wish: str, on_gpu: str) -> str:

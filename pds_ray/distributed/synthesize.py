@@ -21,11 +21,11 @@ from pds_ray.stages import synthesize as core
 class SynthesizeWorker:
     """Loads the decoder once; decodes chunks and writes the pictures that are not there yet."""
 
-    def __init__(self, info: DecoderInfo, config: RunConfig, source: Source, run: RunFolder, threads: int) -> None:
+    def __init__(self, info: DecoderInfo, config: RunConfig, source: Source, run: RunFolder) -> None:
         if info.dim is not None:  # a decoder that takes embeddings is a model
             import torch
 
-            torch.set_num_threads(threads)
+            torch.set_num_threads(runtime.MODEL_THREADS)
         self.decoder = catalog.load_decoder(info, config.decode, source)
         self.config = config
         self.run = run
@@ -67,7 +67,7 @@ def synthesize(source: Source, info: DecoderInfo, config: RunConfig, run: RunFol
             [{"start": chunk.start, "stop": chunk.stop} for chunk in todo], override_num_blocks=len(todo)
         ).map_batches(
             SynthesizeWorker,
-            fn_constructor_args=(info, config, source, run, actors.threads),
+            fn_constructor_args=(info, config, source, run),
             batch_size=1,
             batch_format="pyarrow",
             **runtime.actor_options(actors),

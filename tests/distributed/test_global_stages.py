@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Gathered, make_store
 from scipy.optimize import linear_sum_assignment
+from synthetic_store import Gathered, make_store
 
 from pds_ray.artifacts import RunFolder, vectors
 from pds_ray.config import ClusterConfig, MatchConfig, RunConfig

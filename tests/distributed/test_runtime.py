@@ -42,25 +42,22 @@ def test_pools_fit_the_cluster(
     assert rest >= min(runtime.READ_CPUS, runtime.DECODE_CPUS), "nothing left to read and decode with"
 
 
-def slow_square(item: int, shared: np.ndarray) -> int:
-    time.sleep(0.02 * (item % 3))  # later items may end first
-    return item * item + int(shared.sum())
-
-
 def test_results_come_in_the_order_of_the_items() -> None:
+    def slow_square(item: int, shared: np.ndarray) -> int:
+        time.sleep(0.02 * (item % 3))  # later items may end first
+        return item * item + int(shared.sum())
+
     found = list(runtime.map_in_order(slow_square, range(20), np.arange(4)))
     assert found == [item * item + 6 for item in range(20)]
 
 
-def refuse(_: int) -> None:
-    raise ConfigError("no such thing; name another")
-
-
-def fail(_: int) -> None:
-    raise ZeroDivisionError("ours")
-
-
 def test_only_user_errors_are_unwrapped() -> None:
+    def refuse(_: int) -> None:
+        raise ConfigError("no such thing; name another")
+
+    def fail(_: int) -> None:
+        raise ZeroDivisionError("ours")
+
     with pytest.raises(UserError, match=r"^no such thing; name another$"), runtime.unwrapped_errors():
         list(runtime.map_in_order(refuse, [0]))
     with pytest.raises(ZeroDivisionError), runtime.unwrapped_errors():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DEMO, Run, content, stages
+from command_line import DEMO, Run, content, stages
 from PIL import Image
 
 from pds_ray import load_distilled
