@@ -24,8 +24,8 @@ KMEANS_ITERATIONS = 25
 class Decoding:
     """How the pipeline is asked to decode."""
 
-    steps: int = 30
-    guidance: float = 1.5
+    steps: int = 20
+    guidance: float = 3.0
     noise_level: int = 0
     rescale: bool = False
     """Stretch a prototype to the mean norm of its members, which averaging has shrunk."""

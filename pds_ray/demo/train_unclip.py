@@ -12,9 +12,8 @@ import argparse
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,8 @@ from pds_ray.demo.data import CaptionedImages, load_captioned_images, to_signed
 from pds_ray.demo.roundtrip import Decoding, contact_sheet, measure_round_trip
 from pds_ray.demo.train_clip import CaptionTokens, embed_images, tokenize
 from pds_ray.demo.training import Schedule, TrainingError, train
+from pds_ray.errors import UserError
 from pds_ray.progress import progress_bar
-from pds_ray.sources.base import SourceError
 
 KL_WEIGHT = 1e-4
 SQUARE_WEIGHT = 2.0
@@ -333,12 +332,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder of the result and, in checkpoint/, of the state to resume")
     add("--vae-channels", type=int, nargs="+", default=[16, 32, 64, 64], help="multiples of 8; all but one halve sides")
     add("--latent-channels", type=int, default=8)
-    add("--vae-steps", type=int, default=2000)
-    add("--decoder-steps", type=int, default=1000, help="of the VAE's decoder alone, at the end")
+    add("--vae-steps", type=int, default=1500)
+    add("--decoder-steps", type=int, default=300, help="of the VAE's decoder alone, at the end")
     add("--vae-batch-size", type=int, default=32)
     add("--vae-learning-rate", type=float, default=2e-3)
     add("--unet-channels", type=int, nargs="+", default=[64, 128], help="multiples of 64; all but one halve sides")
-    add("--unet-steps", type=int, default=10000)
+    add("--unet-steps", type=int, default=3600)
     add("--batch-size", type=int, default=64, help="of the UNet")
     add("--unet-learning-rate", type=float, default=1e-3)
     add("--checkpoint-every", type=int, default=500, help="steps")
@@ -376,21 +375,21 @@ def fit(args: argparse.Namespace, clip: Clip, data: CaptionedImages) -> StableUn
 def run(args: argparse.Namespace) -> dict[str, float]:
     """Train, write, and measure if asked to. Returns the metrics."""
     clip = load_clip(args.clip, args.device)
-    start = time.perf_counter()
     pipeline = fit(args, clip, load_captioned_images(args.source, clip.image_size))
     metrics: dict[str, float] = {
         "vae_steps": args.vae_steps,
+        "decoder_steps": args.decoder_steps,
         "unet_steps": args.unet_steps,
         "unet_parameters": sum(p.numel() for p in pipeline.unet.parameters()),
         "vae_parameters": sum(p.numel() for p in pipeline.vae.parameters()),
-        "seconds_of_last_run": round(time.perf_counter() - start, 1),
     }
     save_pipeline(args.out, pipeline, clip)
     if args.evaluate:
-        saved = StableUnCLIPImg2ImgPipeline.from_pretrained(args.out, torch_dtype=torch.float32).to(args.device)
+        saved = StableUnCLIPImg2ImgPipeline.from_pretrained(args.out, dtype=torch.float32).to(args.device)
         holdout = load_captioned_images(args.evaluate, clip.image_size)
-        result = measure_round_trip(saved, clip.model, clip.tokenizer, holdout, args.prototypes, Decoding())
-        metrics |= {"found": result.found, "prototypes": args.prototypes}
+        decoding = Decoding()
+        result = measure_round_trip(saved, clip.model, clip.tokenizer, holdout, args.prototypes, decoding)
+        metrics |= {"found": result.found, "prototypes": args.prototypes, **asdict(decoding)}
         contact_sheet(result).save(args.out / "checkpoint" / "contact_sheet.png")
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
@@ -399,7 +398,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> int:
     try:
         metrics = run(parse_args(argv))
-    except (SourceError, TrainingError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if "found" in metrics:

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from pds_ray.errors import UserError
 from pds_ray.progress import progress_bar
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -27,7 +28,7 @@ DECAY_SHARE = 0.3
 GRADIENT_CLIP = 1.0
 
 
-class TrainingError(ValueError):
+class TrainingError(UserError, ValueError):
     """The training cannot go on as asked. One line for the user."""
 
 
