@@ -13,6 +13,8 @@ from pds_ray.artifacts import EmbeddingStore
 from pds_ray.config import ConfigError, EmbedConfig, RayConfig, RunConfig
 from pds_ray.distributed import embed as embed_module
 from pds_ray.distributed.embed import ShardDatasource, check_bad_share, embed
+from pds_ray.distributed.runtime import unwrapped_errors
+from pds_ray.errors import UserError
 from pds_ray.sources.scenes import ScenesSource
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.stages.embed import embed_shard
@@ -89,9 +91,6 @@ def test_a_store_begun_in_another_precision_is_not_continued(tmp_path: Path) -> 
 def test_a_shard_that_cannot_be_opened_is_no_bad_sample(tmp_path: Path, shared_data: Path) -> None:
     import shutil
 
-    from pds_ray.distributed.runtime import unwrapped_errors
-    from pds_ray.errors import UserError
-
     for name in ("empty.tar", "bomb.tar"):
         shutil.copy(shared_data / "clipart" / "broken" / name, tmp_path / name)
     source = WebDatasetSource(str(tmp_path / "*.tar"))
@@ -143,7 +142,6 @@ def test_too_much_bad_data_stops_the_run() -> None:
 def test_weights_that_cannot_be_loaded_are_one_clear_line(tmp_path: Path) -> None:
     import shutil
 
-    from pds_ray.distributed.runtime import unwrapped_errors
     from pds_ray.encoders.open_clip import demo_folder
 
     folder = tmp_path / "clip"
@@ -152,5 +150,5 @@ def test_weights_that_cannot_be_loaded_are_one_clear_line(tmp_path: Path) -> Non
     config = dataclasses.replace(CONFIG, embed=EmbedConfig(encoder=f"local-dir:{folder}"))
     source = ScenesSource("scenes:10")
     info = catalog.describe_encoder(config.embed)
-    with pytest.raises(ConfigError, match="cannot load the weights"), unwrapped_errors():
+    with pytest.raises(UserError, match="cannot load the weights"), unwrapped_errors():
         embed(source, source.shards(), info, config, open_store(tmp_path / "store"))
