@@ -160,7 +160,7 @@ class UnClipDecoder:
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
         try:
             self.pipeline = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(
-                args["model"], revision=args["revision"], torch_dtype=dtype, use_safetensors=True
+                args["model"], revision=args["revision"], dtype=dtype, use_safetensors=True
             ).to("cuda" if cuda else "cpu")
         except Exception as error:  # missing, cut off, of another version: diffusers and safetensors raise many kinds
             reason = (str(error) or type(error).__name__).strip().splitlines()[0]
