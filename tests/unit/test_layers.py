@@ -91,11 +91,10 @@ def test_every_module_has_a_layer():
     assert [name for name in MODULES if layer(name) is None and not name.startswith(FREE)] == []
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
+@pytest.mark.parametrize("name", [name for name in sorted(MODULES) if layer(name) is not None])
 def test_imports_go_one_way(name):
+    """Of every module but the training scripts, which may import anything."""
     mine = layer(name)
-    if mine is None:
-        pytest.skip("a training script may import anything")
     for other in sorted(imports(name)):
         if other.partition(".")[0] not in ("pds_ray", "jobs"):
             continue
