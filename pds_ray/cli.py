@@ -33,7 +33,7 @@ QUIET = {  # libraries that print on import or on load
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"pds-ray: {message} (see {self.prog} --help)", file=sys.stderr)
+        print(f"pds-ray: {message} (see {self.prog} --help; patterns of --source need quotes)", file=sys.stderr)
         raise SystemExit(EXIT_USER)
 
 
@@ -174,6 +174,9 @@ def main(argv: list[str] | None = None) -> None:
         print("\npds-ray: interrupted; the same command continues", file=sys.stderr, flush=True)
         # not through Ray's own shutdown: interrupted while it starts, it crashes; its processes die with this one
         os._exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # whoever read our output had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_OK
     except Exception as error:
         if args.verbose:
             raise

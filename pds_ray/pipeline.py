@@ -11,7 +11,7 @@ from typing import Any
 from pds_ray import catalog
 from pds_ray.artifacts import STORE_SCHEMA_VERSION, EmbeddingStore, RunFolder
 from pds_ray.captions import CLEANERS
-from pds_ray.config import ConfigError, DecodeConfig, EmbedConfig, RayConfig, RunConfig, flatten, to_dict
+from pds_ray.config import ConfigError, RunConfig, flatten, to_dict
 from pds_ray.decoders.base import DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.manifest import ManifestError, RunManifest, fingerprint, versions
@@ -321,20 +321,16 @@ def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[st
 
 def _about(plan_: Plan, manifest: RunManifest) -> dict[str, Any]:
     """What the distilled set says of its making: nothing that differs between two runs of one configuration."""
-    given = plan_.config
-    config = replace(
-        given,
-        source=without_secrets(given.source),
-        out="",
-        ray=RayConfig(),
-        embed=replace(given.embed, store=None, batch_size=EmbedConfig().batch_size),
-        decode=replace(given.decode, batch_size=DecodeConfig().batch_size),
-    )
+    config = _public(plan_.config)
+    for name in ("out", "ray"):
+        del config[name]
+    for section, name in (("embed", "store"), ("embed", "batch_size"), ("decode", "batch_size")):
+        del config[section][name]
     embed, prune = manifest.stages["embed"]["counts"], manifest.stages["prune"]["counts"]
     match, made = manifest.stages["match"]["counts"], manifest.stages["prototypes"]["counts"]
     decoder = dict(plan_.decoder.load_args).get("model", plan_.decoder.name)
     return {
-        "source": config.source,
+        "source": config["source"],
         "method": "pds",
         "encoder": plan_.encoder.name,
         "space": plan_.encoder.space,
@@ -349,5 +345,5 @@ def _about(plan_: Plan, manifest: RunManifest) -> dict[str, Any]:
             "pairless couples": match["pairless"],
             "distilled pairs": made["prototypes"],
         },
-        "config": to_dict(config),
+        "config": config,
     }

@@ -7,6 +7,7 @@ parts by a small task. Commits are what a restart trusts: a shard without a mark
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -168,6 +169,7 @@ def embed(
         store.parts.delete_all()
         with progress_bar("embed", None, "images", resumed) as bar:
             finished = len(shards) - len(todo)
+            bar.set_postfix_str(f"{finished}/{len(shards)} shards, starting", refresh=sys.stderr.isatty())
             for counts, closed in _stream(source, todo, info, config, embed_config, store):
                 core.add_counts(totals, counts)
                 finished += closed

@@ -169,7 +169,7 @@ from datasets import load_dataset
 pairs = load_dataset("imagefolder", data_dir="imagefolder", split="train")        # columns: image, text, ...
 
 import webdataset as wds
-pairs = wds.WebDataset("webdataset/000000.tar").decode("pil").to_tuple("png", "txt")
+pairs = wds.WebDataset("webdataset/000000.tar", shardshuffle=False).decode("pil").to_tuple("png", "txt")
 
 from pds_ray import load_distilled
 pairs = load_distilled(".")                                                       # with both prototypes
