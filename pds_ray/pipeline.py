@@ -322,20 +322,20 @@ def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[st
 def _about(plan_: Plan, manifest: RunManifest) -> dict[str, Any]:
     """What the distilled set says of its making: nothing that differs between two runs of one configuration."""
     config = _public(plan_.config)
-    for name in ("out", "ray"):
-        del config[name]
-    for section, name in (("embed", "store"), ("embed", "batch_size"), ("decode", "batch_size")):
-        del config[section][name]
+    del config["ray"]
+    for field in FREE_FIELDS:
+        section, _, name = field.rpartition(".")
+        del (config[section] if section else config)[name]
     embed, prune = manifest.stages["embed"]["counts"], manifest.stages["prune"]["counts"]
     match, made = manifest.stages["match"]["counts"], manifest.stages["prototypes"]["counts"]
-    decoder = dict(plan_.decoder.load_args).get("model", plan_.decoder.name)
+    decoder, synthetic = plan_.decoder, plan_.decoder.dim is not None
     return {
         "source": config["source"],
         "method": "pds",
         "encoder": plan_.encoder.name,
         "space": plan_.encoder.space,
-        "decoder": f"{plan_.decoder.name} {plan_.decoder.identity}" if decoder != plan_.decoder.name else decoder,
-        "picture_origin": "real pictures of the source" if plan_.decoder.dim is None else "synthetic",
+        "decoder": f"{decoder.name} {decoder.identity}" if synthetic else decoder.name,
+        "picture_origin": "synthetic" if synthetic else "real pictures of the source",
         "counts": {
             "images embedded": embed["images"],
             "pairs embedded": embed["pairs"],

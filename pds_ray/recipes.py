@@ -62,7 +62,7 @@ def paper() -> RunConfig:
 
 
 def web_scale() -> RunConfig:
-    """Hundreds of millions of pairs: half-precision everywhere, fewer denoising steps, sampled k-means."""
+    """Hundreds of millions of pairs: large batches, k-means on a sample, sparse assignment, fewer denoising steps."""
     return replace(
         RunConfig(),
         {
