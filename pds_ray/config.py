@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pds_ray.captions import CLEANERS
 from pds_ray.errors import UserError
@@ -76,6 +76,21 @@ class EmbedConfig:
         )
 
 
+METHODS = ("pds", "random", "herding", "k_center", "forgetting", "clip_score")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """Choice of real pairs, for the methods other than pds."""
+
+    forgotten: str = option("fewest", "method forgetting takes the pairs forgotten fewest or most times")
+    epochs: int = option(10, "method forgetting: epochs of training on all pairs")
+
+    def __post_init__(self) -> None:
+        _require(self.forgotten in ("fewest", "most"), "select.forgotten", self.forgotten, "fewest or most")
+        _require(self.epochs > 1, "select.epochs", self.epochs, "at least 2")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:
     """The pairs of lowest image-caption cosine are dropped before clustering."""
@@ -99,8 +114,13 @@ class ClusterConfig:
         "normalize_embedding",
     )
     memory_gib: float = option(8.0, "budget for the training vectors; more rows than fit are sampled")
+    modality: str = option(
+        "separate", "separate (each by itself, then matched), joint (one k-means on both), image or text (one decides)"
+    )
 
     def __post_init__(self) -> None:
+        allowed = ("separate", "joint", "image", "text")
+        _require(self.modality in allowed, "cluster.modality", self.modality, "separate, joint, image or text")
         _require(self.iterations > 0, "cluster.iterations", self.iterations, "positive")
         _require(self.restarts > 0, "cluster.restarts", self.restarts, "positive")
         _require(self.memory_gib > 0, "cluster.memory_gib", self.memory_gib, "positive")
@@ -112,6 +132,7 @@ class MatchConfig:
 
     solver: str = option("auto", "dense (Hungarian), sparse, or auto (dense up to 5,000 clusters)")
     pairless: str = option("auto", "couples that share no pair: keep, drop, or auto (keep below 300 pairs)")
+    filter: bool = option(True, "average the shared pairs of a couple only; false averages its two whole clusters")
 
     def __post_init__(self) -> None:
         _require(self.solver in ("auto", "dense", "sparse"), "match.solver", self.solver, "auto, dense or sparse")
@@ -129,6 +150,7 @@ class DecodeConfig:
         "auto", "diffusers unCLIP repository id or folder; auto takes the one that fits the encoder", "decoder-model"
     )
     revision: str | None = option(None, "revision of the repository")
+    condition: str = option("prototype", "what the decoder sees: prototype (and caption), or caption (text alone)")
     steps: int = option(100, "denoising steps", "steps")
     guidance: float = option(5.0, "classifier-free guidance scale; 1 or less switches it off", "guidance")
     noise_level: int = option(10, "noise added to the prototype, 0 to 999", "noise")
@@ -141,6 +163,7 @@ class DecodeConfig:
     )
 
     def __post_init__(self) -> None:
+        _require(self.condition in ("prototype", "caption"), "decode.condition", self.condition, "prototype or caption")
         _require(self.steps > 0, "decode.steps", self.steps, "positive")
         _require(math.isfinite(self.guidance), "decode.guidance", self.guidance, "a finite number")
         _require(0 <= self.noise_level <= 999, "decode.noise_level", self.noise_level, "0 to 999")
@@ -186,10 +209,12 @@ class RunConfig:
         "source",
     )
     out: str = option("", "run folder", "out")
+    method: str = option("pds", "pds, or real pairs chosen by " + ", ".join(METHODS[1:]), "method")
     pairs: int = option(100, "distilled pairs", "pairs", "num-pairs", "num_pairs")
     seed: int = option(0, "seed of everything drawn at random", "seed")
     read: ReadConfig = field(default_factory=ReadConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     match: MatchConfig = field(default_factory=MatchConfig)
@@ -197,11 +222,85 @@ class RunConfig:
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
+        _require(self.method in METHODS, "method", self.method, "one of " + ", ".join(METHODS))
         _require(self.pairs > 0, "pairs", self.pairs, "positive")
         _require(0 <= self.seed < 2**31, "seed", self.seed, "from 0 to 2147483647")
 
 
-def to_dict(config: RunConfig) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class ProtocolConfig:
+    """How models are trained on a set and judged. Named protocols are in recipes.py."""
+
+    train: str = option("all", "what is trained: text_head, heads (image and text), backbone (and text head) or all")
+    text: str = option("auto", "text input: prototypes, captions (encoded anew), or auto (prototypes where they fit)")
+    text_encoder: str = option("auto", "auto (the CLIP of the set), an open_clip model, bert:MODEL or distilbert:MODEL")
+    captions: str = option("basic", "cleaning of the captions that are encoded: basic, paper or none")
+    image_size: int = option(0, "side of the pictures in pixels; 0 is what the backbone was made for")
+    normalization: str = option("backbone", "constants of the pixels: backbone (its own) or clip")
+    augment: bool = option(True, "random crops and shifts while the backbone is trained; nothing that belies a caption")
+    optimizer: str = option("adamw", "adamw or sgd")
+    learning_rate: float = option(1e-3, "learning rate at the start")
+    momentum: float = option(0.9, "momentum of sgd")
+    weight_decay: float = option(0.05, "weight decay")
+    schedule: str = option("cosine", "cosine (to zero), or step (a tenth from half of the epochs on)")
+    epochs: int = option(100, "epochs")
+    batch_size: int = option(128, "pairs a step, over all workers of a trial")
+    sampling: str = option("epoch", "epoch (every pair once), or independent (a fresh draw for every batch)")
+    evaluate_every: int = option(10, "epochs between evaluations")
+    select: str = option("val", "the epoch reported is the best on val, the best on test, or the last")
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("train", ("text_head", "heads", "backbone", "all")),
+            ("text", ("auto", "prototypes", "captions")),
+            ("captions", tuple(CLEANERS)),
+            ("normalization", ("backbone", "clip")),
+            ("optimizer", ("adamw", "sgd")),
+            ("schedule", ("cosine", "step")),
+            ("sampling", ("epoch", "independent")),
+            ("select", ("val", "test", "last")),
+        ):
+            _require(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed))
+        for name in ("learning_rate", "epochs", "evaluate_every"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, name, value, "positive")
+        for name in ("image_size", "momentum", "weight_decay"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, name, value, "0 or positive")
+        _require(self.batch_size > 1, "batch_size", self.batch_size, "at least 2 (a pair needs another to differ from)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """An evaluation: which models are trained how often, on what they are tested, and where that runs."""
+
+    test: str = option("", "source of the held-out pictures and captions, as --source of distill", "test")
+    val: str | None = option(None, "source that selects the epoch; default the one that belongs to --test", "val")
+    backbones: str = option("small_conv,small_vit,small_mixer", "evaluation models, by comma", "backbones")
+    seeds: int = option(5, "models trained a backbone, with seeds 0, 1, ...", "seeds")
+    workers: int = option(1, "workers that share one trial, with gathered negatives", "workers")
+    trials: int = option(0, "trials at once; 0 is what the GPUs, or the CPUs, allow", "trials")
+    max_failures: int = option(3, "deaths of a worker that a trial survives", "max-failures")
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.backbone_names), "backbones", self.backbones, "at least one name")
+        _require(self.seeds > 0, "seeds", self.seeds, "positive")
+        _require(self.workers > 0, "workers", self.workers, "positive")
+        _require(self.trials >= 0, "trials", self.trials, "0 or positive")
+        _require(self.max_failures >= 0, "max_failures", self.max_failures, "0 or positive")
+
+    @property
+    def backbone_names(self) -> list[str]:
+        """The backbones one by one."""
+        return list(dict.fromkeys(name.strip() for name in self.backbones.split(",") if name.strip()))
+
+
+Config = TypeVar("Config", RunConfig, EvaluateConfig)
+
+
+def to_dict(config: RunConfig | EvaluateConfig) -> dict[str, Any]:
     """The configuration as plain JSON values, sections nested."""
     return dataclasses.asdict(config)
 
@@ -212,7 +311,7 @@ def sections(cls: type = RunConfig) -> dict[str, type]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[f.name])}
 
 
-def replace(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+def replace(config: Config, changes: Mapping[str, Any]) -> Config:
     """A copy with dotted fields changed: {"pairs": 200, "prune.ratio": "0.1"}; text is converted to the field's type.
 
     Raises ConfigError for an unknown field (naming the known ones) or a value of the wrong type.
@@ -222,7 +321,7 @@ def replace(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     for dotted, value in changes.items():
         section, _, name = dotted.rpartition(".")
         (nested.setdefault(section, {}) if section else top)[name] = value
-    known = sections()
+    known = sections(type(config))
     for section, values in nested.items():
         if section not in known:
             raise ConfigError(f"unknown section {section!r}; known: {', '.join(known)}")
@@ -272,10 +371,10 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     return number
 
 
-def flatten(mapping: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(mapping: Mapping[str, Any], cls: type = RunConfig) -> dict[str, Any]:
     """{"prune": {"ratio": 0.1}, "pairs": 5} -> {"prune.ratio": 0.1, "pairs": 5}: a YAML file's view of the fields."""
     flat: dict[str, Any] = {}
-    known = sections()
+    known = sections(cls)
     for key, value in mapping.items():
         if key in known and isinstance(value, Mapping):
             flat.update({f"{key}.{name}": item for name, item in value.items()})
