@@ -1,4 +1,4 @@
-"""Name -> factory for every plug-in: the one place to add a source, an encoder or a decoder.
+"""Name -> factory for every plug-in: the one place to add a source, an encoder, a decoder or a selector.
 
 A plug-in is one file in its folder and one line here. Modules are imported only when used, so that naming one costs
 nothing; an unknown name lists the known ones.
@@ -7,7 +7,7 @@ nothing; an unknown name lists the known ones.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pds_ray.config import ConfigError
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pds_ray.config import DecodeConfig, EmbedConfig
     from pds_ray.decoders.base import Decoder, DecoderInfo
     from pds_ray.encoders.base import Encoder, EncoderInfo
+    from pds_ray.selectors.base import Selector
     from pds_ray.sources.base import Source
 
 SOURCES = {  # URI scheme -> class(uri); anything else is a tar path, glob or brace range
@@ -31,6 +32,14 @@ ENCODERS = {  # prefix of the encoder name -> module with describe(name) and loa
 DECODERS = {  # decoder name -> module with describe(config, encoder) and load(info, config, source)
     "unclip": "pds_ray.decoders.unclip",
     "nearest": "pds_ray.decoders.nearest",
+}
+
+SELECTORS = {  # method -> module with DESCRIPTION and select(candidates, pairs, seed, config)
+    "random": "pds_ray.selectors.random",
+    "herding": "pds_ray.selectors.herding",
+    "k_center": "pds_ray.selectors.k_center",
+    "forgetting": "pds_ray.selectors.forgetting",
+    "clip_score": "pds_ray.selectors.clip_score",
 }
 
 
@@ -70,3 +79,8 @@ def describe_decoder(config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:
 def load_decoder(info: DecoderInfo, config: DecodeConfig, source: Source) -> Decoder:
     """The decoder, ready to decode; `source` is where real images are found by those that need them."""
     return import_module(_known("decoder", DECODERS, config.decoder)).load(info, config, source)
+
+
+def selector(method: str) -> Selector:
+    """The selector of a method other than pds."""
+    return cast("Selector", import_module(_known("selector", SELECTORS, method)))

@@ -15,7 +15,7 @@ import warnings
 from typing import Any, NoReturn
 
 from pds_ray import __version__
-from pds_ray.config import ConfigError, RunConfig, flatten, replace, sections, to_dict
+from pds_ray.config import METHODS, ConfigError, RunConfig, flatten, replace, sections, to_dict
 from pds_ray.errors import UserError
 
 EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -37,15 +37,22 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(EXIT_USER)
 
 
-def _add_config_options(parser: argparse.ArgumentParser) -> None:
-    """A flag for every field of RunConfig: --prune.ratio, and the other names it is known by."""
+def _add_config_options(parser: argparse.ArgumentParser, only: tuple[str, ...] | None = None) -> None:
+    """A flag for every field of RunConfig: --prune.ratio, and the other names it is known by.
+
+    `only` names the sections and dotted fields that get one; "" are the fields outside of sections.
+    """
     for section, cls in {"": RunConfig, **sections()}.items():
+        fields = {
+            f"{section}.{f.name}" if section else f.name: f for f in dataclasses.fields(cls) if "doc" in f.metadata
+        }
+        if only is not None and section not in only:
+            fields = {dotted: field for dotted, field in fields.items() if dotted in only}
+        if not fields:
+            continue
         about = (cls.__doc__ or "").splitlines()[0] if section else None
         group = parser.add_argument_group(section or "run", about)
-        for field in dataclasses.fields(cls):
-            if "doc" not in field.metadata:
-                continue
-            dotted = f"{section}.{field.name}" if section else field.name
+        for dotted, field in fields.items():
             known_as = (dotted.replace("_", "-"), dotted, *field.metadata["aliases"])
             default = "" if field.default in (None, "") else f" [{field.default}]"
             group.add_argument(
@@ -70,11 +77,20 @@ def build_parser() -> argparse.ArgumentParser:
         description="Distils a data set into image-caption pairs. Repeating an interrupted command continues it.",
         epilog="Values come from the preset, then the YAML file, then the command line. Every field has a flag.",
     )
-    distill.add_argument("--preset", default="default", help="default, demo, paper or web_scale")
-    distill.add_argument("--config", metavar="FILE.yaml", help="fields as YAML, sections nested")
-    distill.add_argument("--dry-run", action="store_true", help="validate, print the plan and the configuration, stop")
-    distill.add_argument("--redo", action="store_true", help="allow a changed configuration: redo what depends on it")
+    select = commands.add_parser(
+        "select",
+        help="choose real pairs of a data set",
+        allow_abbrev=False,
+        description=f"Chooses real pairs of a data set, no picture twice. Methods: {', '.join(METHODS[1:])}.",
+        epilog="The result has the form of a distilled set. Repeating an interrupted command continues it.",
+    )
+    for command in (distill, select):
+        command.add_argument("--preset", default="default", help="default, demo, paper or web_scale")
+        command.add_argument("--config", metavar="FILE.yaml", help="fields as YAML, sections nested")
+        command.add_argument("--dry-run", action="store_true", help="validate, print plan and configuration, stop")
+        command.add_argument("--redo", action="store_true", help="redo what depends on a changed configuration")
     _add_config_options(distill)
+    _add_config_options(select, only=("", "read", "embed", "select", "decode.image_size", "ray"))
 
     show = commands.add_parser("show", help="what a run is and how far it is")
     show.add_argument("run", metavar="RUN")
@@ -118,6 +134,8 @@ def _distill(args: argparse.Namespace) -> None:
     from pds_ray.summary import print_plan, print_summary
 
     config = resolve(args)
+    if args.command == "select" and config.method not in METHODS[1:]:
+        raise ConfigError(f"which pairs? give --method, one of {', '.join(METHODS[1:])}")
     if args.dry_run:
         print_plan(pipeline.plan(config))
         return
@@ -168,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # a stopped job ends like an interrupted one, in the background too
         signal.signal(number, signal.default_int_handler)
     try:
-        {"distill": _distill, "show": _show, "doctor": _doctor}[args.command](args)
+        {"distill": _distill, "select": _distill, "show": _show, "doctor": _doctor}[args.command](args)
         code = EXIT_OK
     except KeyboardInterrupt:
         print("\npds-ray: interrupted; the same command continues", file=sys.stderr, flush=True)

@@ -11,14 +11,26 @@ from typing import Any
 from pds_ray import catalog
 from pds_ray.artifacts import STORE_SCHEMA_VERSION, EmbeddingStore, RunFolder
 from pds_ray.captions import CLEANERS
-from pds_ray.config import ConfigError, RunConfig, flatten, to_dict
+from pds_ray.config import (
+    ClusterConfig,
+    ConfigError,
+    DecodeConfig,
+    MatchConfig,
+    PruneConfig,
+    RunConfig,
+    SelectConfig,
+    flatten,
+    to_dict,
+)
 from pds_ray.decoders.base import DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.manifest import ManifestError, RunManifest, fingerprint, versions
 from pds_ray.sources.base import Fault, Sample, Shard, Source, SourceError
 from pds_ray.storage import Folder, without_secrets
 
-STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "materialize")
+STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "materialize")  # of the method pds
+SELECTION_STAGES = ("embed", "select", "decode", "materialize")  # of the methods that choose real pairs
+PICTURES_TOGETHER = 256  # chosen pictures looked up at once: each lookup reads the shards they are in
 PROBE = 10_000  # images looked at before a run; that there are more pairs than this shows only when all are embedded
 CAPTIONLESS_PROBE = 1_000  # this many samples in a row without a caption: the source has none
 FREE_FIELDS = (
@@ -29,11 +41,25 @@ FREE_FIELDS = (
 )  # may differ when a run is continued; so may all of ray.*
 
 
+def stages(method: str) -> tuple[str, ...]:
+    """The stages of a method, in order."""
+    return STAGES if method == "pds" else SELECTION_STAGES
+
+
+def relevant(config: RunConfig) -> RunConfig:
+    """The configuration with all that its method has no use for at its default, so that nothing depends on it."""
+    if config.method == "pds":
+        return replace(config, select=SelectConfig())
+    decode = DecodeConfig(decoder="nearest", image_size=config.decode.image_size, batch_size=PICTURES_TOGETHER)
+    return replace(config, prune=PruneConfig(), cluster=ClusterConfig(), match=MatchConfig(), decode=decode)
+
+
 @dataclass(frozen=True)
 class Plan:
     """A validated run: everything that can be known before it starts."""
 
     config: RunConfig
+    """What was asked, as far as it is `relevant`."""
     source: Source
     shards: list[Shard]
     encoder: EncoderInfo
@@ -41,6 +67,10 @@ class Plan:
     fingerprints: dict[str, str]
     run: RunFolder
     store: EmbeddingStore
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return stages(self.config.method)
 
 
 def plan(config: RunConfig) -> Plan:
@@ -54,6 +84,7 @@ def plan(config: RunConfig) -> Plan:
         )
     if not config.out:
         raise ConfigError("no run folder: give --out FOLDER")
+    config = relevant(config)
     source = catalog.make_source(config.source)
     shards = source.shards()
     encoder = catalog.describe_encoder(config.embed)
@@ -109,6 +140,7 @@ def _fingerprints(config: RunConfig, shards: list[Shard], encoder: EncoderInfo, 
             config.embed.precision,
             config.embed.store_dtype,
         ],
+        "select": [config.method, config.pairs, config.seed, values["select"]],
         "prune": values["prune"],
         "cluster": [config.pairs, config.seed, values["cluster"]],
         "match": values["match"],
@@ -118,7 +150,7 @@ def _fingerprints(config: RunConfig, shards: list[Shard], encoder: EncoderInfo, 
     }
     prints: dict[str, str] = {}
     previous = ""
-    for stage in STAGES:
+    for stage in stages(config.method):
         prints[stage] = previous = fingerprint(previous, own[stage])
     return prints
 
@@ -131,7 +163,7 @@ def open_run(plan_: Plan, redo: bool) -> RunManifest:
     plan_.run.folder.sweep()
     manifest = RunManifest(plan_.run)
     recorded = {stage: entry["fingerprint"] for stage, entry in manifest.stages.items()}
-    changed = [stage for stage in STAGES if recorded.get(stage, plan_.fingerprints[stage]) != plan_.fingerprints[stage]]
+    changed = [stage for stage, print_ in recorded.items() if print_ != plan_.fingerprints.get(stage)]
     if "config" in manifest.data and not redo:
         differing = _differences(manifest.data["config"], _public(plan_.config))
         if differing:
@@ -231,14 +263,14 @@ def _run(plan_: Plan, redo: bool) -> dict[str, Any]:
         notes=list(plan_.decoder.notes),
     )
     steps = _steps(plan_, manifest)
-    todo = [stage for stage in STAGES if not manifest.is_done(stage, plan_.fingerprints[stage])]
-    if STAGES[0] not in todo and not plan_.store.committed().keys() >= {shard.name for shard in plan_.shards}:
-        todo = list(STAGES)  # the store is another one than before, or lost shards
+    todo = [stage for stage in plan_.stages if not manifest.is_done(stage, plan_.fingerprints[stage])]
+    if "embed" not in todo and not plan_.store.committed().keys() >= {shard.name for shard in plan_.shards}:
+        todo = list(plan_.stages)  # the store is another one than before, or lost shards
     if todo:
         from pds_ray.distributed import runtime
 
         manifest.update(ray=runtime.start(plan_.config.ray))
-        for stage in STAGES[STAGES.index(todo[0]) :]:
+        for stage in plan_.stages[plan_.stages.index(todo[0]) :]:
             with _recorded(manifest, stage, plan_.fingerprints[stage]) as counts, runtime.unwrapped_errors():
                 counts.update(steps[stage]())
     manifest.update(finished=time.time(), last_run_seconds=round(time.time() - began, 3))
@@ -265,6 +297,11 @@ def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[st
                 f"({found['bad']:,} bad: {found['reasons']}); lower --pairs"
             )
         return found
+
+    def select() -> dict[str, Any]:
+        from pds_ray.distributed.select import select as stage
+
+        return stage(names, dim, store, run, config)
 
     def prune() -> dict[str, Any]:
         from pds_ray.distributed.prune import prune as stage
@@ -310,6 +347,7 @@ def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[st
 
     return {
         "embed": embed,
+        "select": select,
         "prune": prune,
         "cluster": cluster,
         "match": match,
@@ -326,24 +364,31 @@ def _about(plan_: Plan, manifest: RunManifest) -> dict[str, Any]:
     for field in FREE_FIELDS:
         section, _, name = field.rpartition(".")
         del (config[section] if section else config)[name]
-    embed, prune = manifest.stages["embed"]["counts"], manifest.stages["prune"]["counts"]
-    match, made = manifest.stages["match"]["counts"], manifest.stages["prototypes"]["counts"]
+    for section in ("select", "prune", "cluster", "match"):
+        if section not in plan_.stages:
+            del config[section]
     decoder, synthetic = plan_.decoder, plan_.decoder.dim is not None
+    selected = config["method"] in catalog.SELECTORS
     return {
         "source": config["source"],
-        "method": "pds",
+        "method": config["method"],
+        **({"selection": catalog.selector(config["method"]).DESCRIPTION} if selected else {}),
         "encoder": plan_.encoder.name,
         "space": plan_.encoder.space,
         "decoder": f"{decoder.name} {decoder.identity}" if synthetic else decoder.name,
         "picture_origin": "synthetic" if synthetic else "real pictures of the source",
         "counts": {
-            "images embedded": embed["images"],
-            "pairs embedded": embed["pairs"],
-            "bad samples": embed["bad"],
-            "pairs pruned": prune["dropped"],
-            "pairs in matched clusters": match["shared_pairs"],
-            "pairless couples": match["pairless"],
-            "distilled pairs": made["prototypes"],
+            name: manifest.stages[stage]["counts"][count]
+            for name, stage, count in (
+                ("images embedded", "embed", "images"),
+                ("pairs embedded", "embed", "pairs"),
+                ("bad samples", "embed", "bad"),
+                ("pairs pruned", "prune", "dropped"),
+                ("pairs in matched clusters", "match", "shared_pairs"),
+                ("pairless couples", "match", "pairless"),
+                ("distilled pairs", "decode", "images"),
+            )
+            if stage in plan_.stages
         },
         "config": config,
     }

@@ -8,12 +8,13 @@ import yaml
 
 from pds_ray.artifacts import RunFolder
 from pds_ray.config import to_dict
-from pds_ray.pipeline import STAGES, Plan
+from pds_ray.pipeline import Plan, stages
 from pds_ray.storage import Folder
 
 # stage -> (what it counts, which entry of its counts says how many)
 RATES = {
     "embed": ("images", "timed"),
+    "select": ("pairs", "prototypes"),
     "prune": ("pairs", "pairs"),
     "cluster": ("", ""),
     "match": ("couples", "couples"),
@@ -29,22 +30,24 @@ def print_plan(plan: Plan) -> None:
     done = plan.store.committed() if plan.store.folder.exists(plan.store.STORE) else set()
     embedded = sum(shard.name in done for shard in plan.shards)
     print(f"source    {config.source}: {len(plan.shards):,} shards, {embedded:,} embedded")
+    print(f"method    {config.method}")
     print(f"encoder   {plan.encoder.name}: width {plan.encoder.dim}, pictures {plan.encoder.preprocess.size} px")
     print(f"decoder   {dict(plan.decoder.load_args).get('model', plan.decoder.name)}")
     for note in plan.decoder.notes:
         print(f"note      {note}")
     print(f"result    {config.pairs:,} pairs in {plan.run.distilled.path}")
-    print(f"stages    {' -> '.join(STAGES)}")
+    print(f"stages    {' -> '.join(plan.stages)}")
     print("\n# the resolved configuration, usable with --config")
     print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
 
 
 def print_summary(out: str, manifest: dict[str, Any]) -> None:
     """What went in, what was dropped and why, what came out, how fast, and where it is."""
-    stages = manifest["stages"]
-    counts = {name: entry.get("counts", {}) for name, entry in stages.items()}
+    method = manifest.get("config", {}).get("method", "pds")
+    entries = manifest["stages"]
+    counts = {name: entry.get("counts", {}) for name, entry in entries.items()}
     embed, prune, match = counts.get("embed", {}), counts.get("prune", {}), counts.get("match", {})
-    prototypes = counts.get("prototypes", {})
+    prototypes = counts.get("prototypes") or counts.get("select", {})
     print()
     if embed:
         print(f"in            {embed['pairs']:,} pairs of {embed['images']:,} images, {embed['shards']:,} shards")
@@ -58,17 +61,18 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
         print(f"pairless      {match['pairless']:,} of {match['clusters']:,} couples, {match['pairless_policy']}")
     if prototypes:
         duplicates = prototypes["duplicate_captions"]
+        print(f"method        {method}")
         print(f"out           {prototypes['prototypes']:,} pairs, {duplicates:,} with a caption of another")
     for note in manifest.get("notes", []):
         print(f"note          {note}")
     print(f"\n{'stage':<12} {'status':<12} {'seconds':>8}  rate")
-    for name in STAGES:
-        entry = stages.get(name)
+    for name in stages(method):
+        entry = entries.get(name)
         if entry is None:
             print(f"{name:<12} to do")
             continue
         print(f"{name:<12} {entry['status']:<12} {entry.get('seconds', 0):>8.1f}  {_rate(name, entry)}")
-    finished = stages.get(STAGES[-1], {}).get("status") == "done"
+    finished = entries.get("materialize", {}).get("status") == "done"
     run = RunFolder(Folder(out))
     print(f"\n{'result':<13} {run.distilled.path}" if finished else f"\n{'run folder':<13} {out}")
 

@@ -185,8 +185,20 @@ def run_kmeans(function: Callable[..., Result], *args: Any) -> Result:
         with_gpu = ray.remote(_faiss_gpus).options(num_cpus=SMALL_TASK_CPUS, num_gpus=1)
         if ray.get(with_gpu.remote()):
             return ray.get(ray.remote(function).options(num_cpus=SMALL_TASK_CPUS, num_gpus=1).remote(*args))
-    cpus = max(1, int(max(node.get("CPU", 0) for node in nodes)))
+    cpus = _most_cpus()
     return ray.get(ray.remote(_with_faiss_threads).options(num_cpus=cpus).remote(cpus, function, *args))
+
+
+def stream(function: Callable[..., Iterator[Result]], *args: Any) -> Iterator[Result]:
+    """What a generator function yields, as it does, with all CPUs of one node to itself."""
+    remote = ray.remote(function).options(num_cpus=_most_cpus(), num_returns="streaming")
+    for reference in remote.remote(*args):
+        yield ray.get(reference)
+
+
+def _most_cpus() -> int:
+    """The CPUs of the node that has most."""
+    return max(1, int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])))
 
 
 def _faiss_gpus() -> int:

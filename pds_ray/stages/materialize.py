@@ -36,6 +36,11 @@ PAIRS_PER_TAR = 10_000
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 MANIFEST, CARD, PROTOTYPES = "manifest.json", "README.md", "prototypes.safetensors"
 METADATA = "metadata.jsonl"
+DISTILLED = """Made with pds_ray by Prototype-guided Data Synthesis (Choi, Mo, Chae, ICLR 2026): CLIP embeddings of
+images and captions are clustered apart, clusters are matched by the pairs they share, the shared pairs are averaged to
+prototypes, and each prototype is given the nearest caption and a picture."""
+SELECTED = """Made with pds_ray by choosing pairs of the source: pictures and captions are real, and belong together; no
+picture is chosen twice. The prototypes are the pairs' own embeddings."""
 
 
 class DistilledSetError(UserError, ValueError):
@@ -127,7 +132,18 @@ def _tars(rows: list[dict[str, Any]], pictures: list[bytes]) -> Iterator[bytes]:
 
 
 def card(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """The data-set card: YAML front matter that Hugging Face reads, then prose and tables."""
+    """The data-set card: YAML front matter that Hugging Face reads, then prose and tables.
+
+    `about` has a "selection" if the pairs are real ones that were chosen, and then its description.
+    """
+    chosen = "selection" in about
+    making = f"{SELECTED} Method: {about['selection']}." if chosen else DISTILLED
+    decoder = "" if chosen else f"- decoder: `{about['decoder']}`\n"
+    limits = (
+        "A small set leaves out most of its source"
+        if chosen
+        else "A distilled set keeps what is frequent and loses what is rare"
+    )
     size = next((name for limit, name in SIZES if len(rows) < limit), "n>1M")
     counts = "\n".join(f"| {name} | {value} |" for name, value in about["counts"].items())
     examples = "\n".join(f"| {row['pair']} | {_cell(row['text'])} | {row['cosine']:.3f} |" for row in rows[:10])
@@ -140,22 +156,19 @@ task_categories:
 size_categories:
 - {size}
 tags:
-- dataset-distillation
-- pds
+- {"coreset" if chosen else "dataset-distillation"}
+- {about["method"]}
 configs:
 - config_name: default
   data_dir: imagefolder
 ---
 
-# {len(rows)} image-caption pairs distilled from `{about["source"]}`
+# {len(rows)} image-caption pairs {"chosen" if chosen else "distilled"} from `{about["source"]}`
 
-Made with pds_ray by Prototype-guided Data Synthesis (Choi, Mo, Chae, ICLR 2026): CLIP embeddings of images and captions
-are clustered apart, clusters are matched by the pairs they share, the shared pairs are averaged to prototypes, and each
-prototype is given the nearest caption and a picture.
+{making}
 
 - encoder: `{about["encoder"]}`
-- decoder: `{about["decoder"]}`
-- pictures are {about["picture_origin"]}; captions are real captions of the source
+{decoder}- pictures are {about["picture_origin"]}; captions are real captions of the source
 - licence: that of the source and, for synthetic pictures, of the decoder's weights
 
 | count | value |
@@ -175,7 +188,7 @@ from pds_ray import load_distilled
 pairs = load_distilled(".")                                                       # with both prototypes
 ```
 
-| pair | caption | cosine of the prototypes |
+| pair | caption | cosine of {"picture and caption" if chosen else "the prototypes"} |
 | --- | --- | --- |
 {examples}
 
@@ -187,7 +200,7 @@ pairs = load_distilled(".")                                                     
 
 ## Known limits
 
-A distilled set keeps what is frequent and loses what is rare. Pictures and captions inherit the biases of the source
+{limits}. Pictures and captions inherit the biases of the source
 and of the models, and were not checked by a person.
 """
 

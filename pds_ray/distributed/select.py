@@ -1,0 +1,42 @@
+"""Selection: all embeddings are gathered in one heavy task that picks; the picks are looked up where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pds_ray import catalog
+from pds_ray.artifacts import EmbeddingStore, RunFolder
+from pds_ray.config import RunConfig
+from pds_ray.distributed import runtime
+from pds_ray.progress import progress_bar
+from pds_ray.stages import select as core
+
+
+def _pick(shards: list[str], dim: int, store: EmbeddingStore, config: RunConfig) -> Iterator[int]:
+    candidates = core.load_candidates(shards, store, dim)
+    yield from catalog.selector(config.method).select(candidates, config.pairs, config.seed, config.select)
+
+
+def _look_up(picks: tuple[str, np.ndarray, np.ndarray], store: EmbeddingStore) -> pa.Table:
+    return core.chosen_pairs(*picks, store)
+
+
+def select(shards: list[str], dim: int, store: EmbeddingStore, run: RunFolder, config: RunConfig) -> dict[str, Any]:
+    """Writes prototypes.parquet; returns what was chosen."""
+    picks = []
+    with progress_bar("select", config.pairs, "pairs") as bar:
+        for pick in runtime.stream(_pick, shards, dim, store, config):
+            picks.append(pick)
+            bar.update()
+    parts = core.split_by_shard(picks, shards, store)
+    chosen = pa.concat_tables(runtime.map_in_order(_look_up, parts, store)).sort_by("pair")
+    run.save_prototypes(chosen)
+    return {
+        "prototypes": chosen.num_rows,
+        "duplicate_captions": chosen.num_rows - len(set(chosen.column("caption").to_pylist())),
+        "mean_cosine": float(np.mean(chosen.column("cosine").to_numpy())),
+    }

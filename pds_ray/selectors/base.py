@@ -1,0 +1,94 @@
+"""What a selector does: of all real image-caption pairs it picks some, one after the other.
+
+No image is picked twice, whatever the method: K pairs show K pictures, as K prototypes do. Where several captions
+belong to an image this makes a baseline stronger than one that may repeat a picture.
+
+The joint embedding of a pair is concat(unit image, unit text) / sqrt(2), a unit vector. It is never built: an image's
+half would be repeated for each of its captions. Dot products with it are sums of two, which is all that is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from pds_ray.config import SelectConfig
+
+BLOCK = 65_536  # rows a thread takes at a time
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """All pairs of a source, by their embeddings: N pairs of n images, width d."""
+
+    image: np.ndarray
+    """float32 [n, d], unit rows."""
+    text: np.ndarray
+    """float32 [N, d], unit rows."""
+    owner: np.ndarray
+    """int64 [N]: the row of each pair's image."""
+    similarity: np.ndarray
+    """float32 [N]: cosine of each pair's image and text."""
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def joint(self, pair: int) -> np.ndarray:
+        """The joint embedding of one pair. float32 [2 d]."""
+        return np.concatenate([self.image[self.owner[pair]], self.text[pair]]) / np.float32(math.sqrt(2))
+
+    def joint_mean(self) -> np.ndarray:
+        """The mean joint embedding of all pairs, summed in float64. float64 [2 d]."""
+        captions = np.bincount(self.owner, minlength=len(self.image))
+        image = np.einsum("n,nd->d", captions, self.image, dtype=np.float64)
+        text = self.text.sum(axis=0, dtype=np.float64)
+        return np.concatenate([image, text]) / (math.sqrt(2) * len(self))
+
+    def joint_dots(self, query: np.ndarray) -> np.ndarray:
+        """Dot products of all joint embeddings with a vector [2 d]. float32 [N]; equal pairs have equal ones."""
+        on_image, on_text = np.split(query.astype(np.float32) / np.float32(math.sqrt(2)), 2)
+        return _dots(self.image, on_image)[self.owner] + _dots(self.text, on_text)
+
+    def sisters(self, pair: int) -> np.ndarray:
+        """The pairs of the same image, the pair itself among them. bool [N]."""
+        return self.owner == self.owner[pair]
+
+    def one_per_image(self, order: np.ndarray) -> np.ndarray:
+        """Of pairs in some order, int64 [N], the first of each image, in that order. int64 [n]."""
+        _, first = np.unique(self.owner[order], return_index=True)
+        return order[np.sort(first)]
+
+
+def _dots(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """float32 [n, d], [d] -> float32 [n], each a function of its row alone.
+
+    Not by BLAS, which rounds a row by its place and by the number of threads.
+    """
+    result = np.empty(len(rows), np.float32)
+
+    def block(start: int) -> None:
+        part = slice(start, start + BLOCK)
+        np.einsum("nd,d->n", rows[part], query, out=result[part])
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(block, range(0, len(rows), BLOCK)))
+    return result
+
+
+class Selector(Protocol):
+    """A module of this folder."""
+
+    DESCRIPTION: str
+    """For the card of the set: the method, whose it is, and what it prefers; no full stop."""
+
+    def select(self, candidates: Candidates, pairs: int, seed: int, config: SelectConfig) -> Iterator[int]:
+        """The rows of the chosen pairs, each as soon as it is picked: `pairs` of them, at most as many as images.
+
+        A function of its arguments, whatever the number of threads; of pairs that are equally good the first is picked.
+        """
+        ...

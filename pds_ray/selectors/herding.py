@@ -1,0 +1,30 @@
+"""Herding (Welling, 2009): pairs whose mean follows the mean of all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from pds_ray.config import SelectConfig
+from pds_ray.selectors.base import Candidates
+
+DESCRIPTION = "herding (Welling, 2009): one by one, so that the mean joint embedding stays nearest to that of all pairs"
+
+
+def select(candidates: Candidates, pairs: int, seed: int, config: SelectConfig) -> Iterator[int]:  # noqa: ARG001
+    """Each pick x brings the mean of the picked joint embeddings nearest to the mean m of all.
+
+    With S the sum of t picks, |(S + x) / (t + 1) - m| is least where x . ((t + 1) m - S) is greatest: all x have
+    length 1.
+    """
+    mean = candidates.joint_mean()
+    lag = mean.copy()
+    taken = np.zeros(len(candidates), bool)
+    for _ in range(pairs):
+        gain = candidates.joint_dots(lag)
+        gain[taken] = -np.inf
+        pick = int(gain.argmax())
+        yield pick
+        taken |= candidates.sisters(pick)
+        lag += mean - candidates.joint(pick)

@@ -1,0 +1,80 @@
+"""Selection: real pairs instead of prototypes. What is chosen from, and what is told of the chosen.
+
+A chosen pair goes on as a prototype does: its two embeddings are the prototypes, its caption the retrieved one, its
+image the nearest one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from pds_ray.artifacts import EmbeddingStore, prototype_schema, vector_array, vectors
+from pds_ray.selectors.base import Candidates
+from pds_ray.stages.cluster import normalized
+
+
+def load_candidates(shards: list[str], store: EmbeddingStore, dim: int) -> Candidates:
+    """All pairs of the shards, in their order; besides the result no more than a shard is held at a time."""
+    markers = store.committed()
+    images, pairs = (sum(markers[shard][name] for shard in shards) for name in ("images", "pairs"))
+    all_ = Candidates(
+        np.empty((images, dim), np.float32),
+        np.empty((pairs, dim), np.float32),
+        np.empty(pairs, np.int64),
+        np.empty(pairs, np.float32),
+    )
+    image = pair = 0
+    for shard in shards:
+        pictures = normalized(vectors(store.images(shard, ["embedding"]), "embedding"))
+        captions = store.captions(shard, ["image_row", "embedding", "similarity"])
+        rows = slice(pair, pair + captions.num_rows)
+        all_.image[image : image + len(pictures)] = pictures
+        all_.text[rows] = normalized(vectors(captions, "embedding"))
+        all_.owner[rows] = captions.column("image_row").to_numpy().astype(np.int64) + image
+        all_.similarity[rows] = captions.column("similarity").to_numpy()
+        image, pair = image + len(pictures), rows.stop
+    return all_
+
+
+def split_by_shard(
+    picks: list[int], shards: list[str], store: EmbeddingStore
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """The picks of each shard that has any: shard, their places among the picks and their rows in it, int64 both."""
+    markers = store.committed()
+    starts = np.concatenate([[0], np.cumsum([markers[shard]["pairs"] for shard in shards])])
+    rows = np.asarray(picks, np.int64)
+    of = np.searchsorted(starts, rows, side="right") - 1
+    return [
+        (shards[number], np.flatnonzero(of == number), rows[of == number] - starts[number]) for number in np.unique(of)
+    ]
+
+
+def chosen_pairs(shard: str, places: np.ndarray, rows: np.ndarray, store: EmbeddingStore) -> pa.Table:
+    """Rows of prototypes.parquet for the pairs that were chosen of a shard, numbered by their places."""
+    captions = store.captions(shard).take(rows)
+    images = store.images(shard, ["embedding"]).take(captions.column("image_row"))
+    image, text = vectors(images, "embedding"), vectors(captions, "embedding")
+    keys = captions.column("key").to_pylist()
+    count = len(rows)
+    return pa.table(
+        {
+            "pair": places.astype(np.int32),
+            "image_prototype": vector_array(image, "float32"),
+            "text_prototype": vector_array(text, "float32"),
+            "cosine": captions.column("similarity").to_numpy().astype(np.float64),
+            "image_cluster": np.full(count, -1, np.int32),
+            "text_cluster": np.full(count, -1, np.int32),
+            "shared": np.ones(count, np.int64),
+            "member_norm": np.linalg.norm(image.astype(np.float64), axis=1),
+            "caption": captions.column("caption"),
+            "caption_shard": [shard] * count,
+            "caption_key": keys,
+            "caption_cosine": np.ones(count, np.float32),
+            "nearest_shard": [shard] * count,
+            "nearest_key": keys,
+            "nearest_cosine": np.ones(count, np.float32),
+            "members": [[f"{shard}/{key}"] for key in keys],
+        },
+        schema=prototype_schema(image.shape[1]),
+    )
