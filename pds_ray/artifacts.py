@@ -11,14 +11,16 @@ N images, M captions (one pair per caption), d embedding width, K clusters, B di
 | `embeddings/S.errors.parquet` | bad samples | key, reason, detail (str) | reason is one of sources.base.REASONS |
 | `embeddings/S.json` | | | commit marker, written last: fingerprint, counts, SHA-256 of the three files |
 | `pruning/S.keep.parquet` | pairs of S | kept (bool) | in the row order of S.captions |
-| `clusters/image.safetensors`, `text.safetensors` | | centroids (f32 [K, d]) | k-means centroids in the clustered space |
-| `clusters/S.labels.parquet` | pairs of S | image_cluster, text_cluster (int32) | -1 for pairs pruned away |
+| `clusters/image.safetensors`, `text.safetensors` | | centroids (f32 [K, d]) | k-means centroids in the clustered space; where cluster.modality is image or text, that one alone |
+| `clusters/joint.safetensors` | | centroids (f32 [K, 2d]) | where cluster.modality is joint, instead of the two |
+| `clusters/S.labels.parquet` | pairs of S | image_cluster, text_cluster (int32) | -1 for pairs pruned away; equal unless cluster.modality is separate |
 | `matching/couples.parquet` | couples | image_cluster, text_cluster (int32), shared (int64), pairless (bool), mean_cosine (f64) | the assignment |
 | `prototypes.parquet` | B | see `prototype_schema` | in the order of the distilled set |
 | `images/P.png` | | | the decoded picture of pair P |
 | `distilled/` | | | the portable result (stages/materialize.py) |
 
-Pairs are numbered from 0 in the order of falling prototype cosine. Everything but run.json is a function of
+Pairs are numbered from 0 in the order of falling prototype cosine; real pairs that a method other than pds chose, in the
+order of the picks, their own embeddings being their prototypes. Everything but run.json is a function of
 configuration, data and seed, byte for byte.
 """  # noqa: E501
 
@@ -89,7 +91,7 @@ def prototype_schema(dim: int) -> pa.Schema:
             ("cosine", pa.float64()),  # between the two prototypes; the pairs fall in it
             ("image_cluster", pa.int32()),
             ("text_cluster", pa.int32()),
-            ("shared", pa.int64()),  # pairs averaged; 0 for a pairless couple
+            ("shared", pa.int64()),  # pairs in both clusters: those averaged, if there are any and match.filter is on
             ("member_norm", pa.float64()),  # mean norm of the averaged image embeddings
             ("caption", pa.string()),  # retrieved: the caption nearest to the text prototype
             ("caption_shard", pa.string()),
@@ -203,12 +205,12 @@ class RunFolder:
         """bool [pairs of the shard]."""
         return self.pruning.read_table(f"{shard}.keep.parquet").column("kept").to_numpy(zero_copy_only=False)
 
-    def save_centroids(self, modality: str, centroids: np.ndarray) -> None:
-        self.clusters.write_bytes(f"{modality}.safetensors", save_safetensors({"centroids": centroids}))
+    def save_centroids(self, space: str, centroids: np.ndarray) -> None:
+        self.clusters.write_bytes(f"{space}.safetensors", save_safetensors({"centroids": centroids}))
 
-    def centroids(self, modality: str) -> np.ndarray:
-        """float32 [K, d]."""
-        return load_safetensors(self.clusters.read_bytes(f"{modality}.safetensors"))["centroids"]
+    def centroids(self, space: str) -> np.ndarray:
+        """float32 [K, d], of "joint" [K, 2d]."""
+        return load_safetensors(self.clusters.read_bytes(f"{space}.safetensors"))["centroids"]
 
     def save_labels(self, shard: str, image_cluster: np.ndarray, text_cluster: np.ndarray) -> None:
         table = pa.table({"image_cluster": image_cluster, "text_cluster": text_cluster}, schema=LABEL_SCHEMA)

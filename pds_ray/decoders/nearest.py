@@ -6,7 +6,7 @@ import sys
 
 from PIL import Image
 
-from pds_ray.config import DecodeConfig
+from pds_ray.config import ConfigError, DecodeConfig
 from pds_ray.decoders.base import DecodeBatch, DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.images import decode_image
@@ -14,7 +14,9 @@ from pds_ray.sources.base import Sample, Shard, Source
 
 
 def describe(config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:  # noqa: ARG001 - fits every encoder
-    """Fits every encoder."""
+    """Fits every encoder. Raises ConfigError if the caption is to decide, which is not looked at here."""
+    if config.condition == "caption":
+        raise ConfigError("decode.condition is 'caption', but decoder nearest goes by the prototype; use unclip")
     return DecoderInfo(name="nearest", dim=None, identity="nearest")
 
 

@@ -1,4 +1,4 @@
-"""Prototypes over shards: sums of shared pairs, then the nearest caption and the nearest image of each prototype."""
+"""Prototypes over shards: sums of pairs, then the nearest caption and the nearest image of each prototype."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ def make_prototypes(
     """Writes prototypes.parquet; returns what became of the couples."""
     table = run.couples()
     names = ("image_cluster", "text_cluster", "pairless")
-    couples = core.Couples(*(table.column(name).to_numpy(zero_copy_only=False) for name in names))
+    image_cluster, text_cluster, pairless = (table.column(name).to_numpy(zero_copy_only=False) for name in names)
+    couples = core.Couples(image_cluster, text_cluster, pairless if config.match.filter else np.ones_like(pairless))
     with progress_bar("prototypes", 2 * len(shards), "shards") as bar:
-        sums = core.empty_sums(np.arange(len(couples.pairless)), dim)
+        sums = core.empty_sums(np.arange(len(couples.whole)), dim)
         for part in runtime.map_in_order(_sums, shards, store, run, couples, config.pairs):
             core.add_sums(sums, part)
             bar.update()
@@ -88,7 +89,7 @@ def make_prototypes(
     )
     return {
         "prototypes": count,
-        "empty_couples": len(couples.pairless) - count,
+        "empty_couples": len(couples.whole) - count,
         "duplicate_captions": count - len({who[2] for who in caption.who}),
         "mean_cosine": float(prototypes.cosine.mean()) if count else 0.0,
     }

@@ -2,6 +2,9 @@
 
 An image counts as often as it has kept captions: by weight, not by copies. Small data is used whole; of large data a
 seeded sample is used that fits the memory budget. Each shard's sample depends on (seed, shard) alone.
+
+As ablations there is one k-means alone, of either modality or of both joined; every pair then has one label for both
+its sides, and matching has nothing left to decide.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pds_ray.artifacts import MODALITIES
 from pds_ray.config import ClusterConfig, ConfigError
 
 MIN_ROWS_PER_CLUSTER = 39  # what FAISS, too, takes for the least that a fit needs
@@ -27,6 +31,16 @@ class Fit:
     """Weighted sum of squared distances of the training vectors to their centroids."""
     rows: int
     """Training vectors used."""
+
+
+def spaces(config: ClusterConfig) -> tuple[str, ...]:
+    """What is clustered: image and text, or one of image, text and joint; a pair's image label is the first's."""
+    return MODALITIES if config.modality == "separate" else (config.modality,)
+
+
+def joined(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """Both sides of each pair at equal length, as one unit vector. float32 [n, d] twice -> float32 [n, 2d]."""
+    return np.concatenate([normalized(images), normalized(texts)], axis=1) * np.float32(math.sqrt(0.5))
 
 
 def sample_share(rows: int, dim: int, config: ClusterConfig, clusters: int) -> float:

@@ -1,7 +1,8 @@
 """Prototypes: the mean image and mean text vector of each couple's shared pairs, and what lies nearest to them.
 
 methods.md A.1, steps 10 to 13. Means are plain means of raw vectors, summed in float64. A pairless couple that is kept
-takes the means of its two clusters' kept pairs. Both passes are a map over shards and a merge in shard order.
+takes the means of its two clusters' kept pairs; without `match.filter` every couple does. Both passes are a map over
+shards and a merge in shard order.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Sums:
     image_count: np.ndarray
     """int64 [T]: pairs summed on the image side."""
     text_count: np.ndarray
-    """int64 [T]: pairs summed on the text side; equal to image_count unless the couple is pairless."""
+    """int64 [T]: pairs summed on the text side; equal to image_count unless the couple is whole."""
     image_norm: np.ndarray
     """float64 [T]: summed norms of the image vectors."""
     members: list[list[str]]
@@ -40,7 +41,8 @@ class Couples:
 
     image_cluster: np.ndarray
     text_cluster: np.ndarray
-    pairless: np.ndarray
+    whole: np.ndarray
+    """Whether its two whole clusters are averaged, not the pairs they share."""
 
 
 def empty_sums(couple: np.ndarray, dim: int) -> Sums:
@@ -66,10 +68,10 @@ def shard_sums(
     of_text = np.full(clusters + 1, -1)
     of_image[couples.image_cluster] = of_text[couples.text_cluster] = np.arange(count)
     image_couple, text_couple = of_image[image_cluster], of_text[text_cluster]
-    pairless = np.append(couples.pairless, False)
+    whole = np.append(couples.whole, False)
     shared = (image_couple == text_couple) & (image_couple >= 0)
-    on_image = np.flatnonzero(shared | pairless[image_couple])
-    on_text = np.flatnonzero(shared | pairless[text_couple])
+    on_image = np.flatnonzero(shared | whole[image_couple])
+    on_text = np.flatnonzero(shared | whole[text_couple])
 
     touched = np.unique(np.concatenate([image_couple[on_image], text_couple[on_text]]))
     sums = empty_sums(touched, image_vectors.shape[1])

@@ -28,12 +28,12 @@ def chunks(pairs: int, batch_size: int) -> list[range]:
 
 
 def make_batch(prototypes: pa.Table, pairs: range, run_seed: int, config: DecodeConfig) -> DecodeBatch:
-    """The request for one chunk, from rows of prototypes.parquet."""
+    """The request for one chunk, from the whole of prototypes.parquet."""
     rows = prototypes.slice(pairs.start, len(pairs))
-    image = vectors(rows, "image_prototype")
-    if config.rescale:
-        norms = np.linalg.norm(image, axis=1)
-        image = image * (rows.column("member_norm").to_numpy() / np.where(norms > 0, norms, 1))[:, None]
+    image = _image_prototypes(rows, config.rescale)
+    if config.condition == "caption":  # the decoder must be given some embedding: one that says nothing of the pair
+        mean = _image_prototypes(prototypes, config.rescale).mean(axis=0, dtype=np.float64)
+        image = np.tile(mean, (len(pairs), 1))
     shards, keys = rows.column("nearest_shard").to_pylist(), rows.column("nearest_key").to_pylist()
     return DecodeBatch(
         prototypes=image.astype(np.float32),
@@ -41,6 +41,15 @@ def make_batch(prototypes: pa.Table, pairs: range, run_seed: int, config: Decode
         seeds=[pair_seed(run_seed, pair) for pair in pairs],
         nearest=list(zip(shards, keys, strict=True)),
     )
+
+
+def _image_prototypes(rows: pa.Table, rescale: bool) -> np.ndarray:
+    """Those of some rows, float [rows, d], at the mean norm of their members if `rescale`."""
+    image = vectors(rows, "image_prototype")
+    if not rescale:
+        return image
+    norms = np.linalg.norm(image, axis=1)
+    return image * (rows.column("member_norm").to_numpy() / np.where(norms > 0, norms, 1))[:, None]
 
 
 def synthesize_chunk(decoder: Decoder, batch: DecodeBatch, config: DecodeConfig) -> list[Image.Image]:

@@ -46,7 +46,7 @@ def brute_force(seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(rows of the image side, rows of the text side) of each couple, by masks."""
     _, _, image, text, couples = world(seed)
     found = []
-    for i, j, pairless in zip(couples.image_cluster, couples.text_cluster, couples.pairless, strict=True):
+    for i, j, pairless in zip(couples.image_cluster, couples.text_cluster, couples.whole, strict=True):
         on_image, on_text = image == i, text == j
         shared = on_image & on_text
         found.append((np.flatnonzero(on_image), np.flatnonzero(on_text)) if pairless else (np.flatnonzero(shared),) * 2)
@@ -65,7 +65,7 @@ def test_sums_equal_masks_however_the_shards_are_cut(seed, places):
         np.testing.assert_allclose(total.text[couple], text_vectors[on_text].astype(np.float64).sum(0), atol=1e-9)
         norms = np.linalg.norm(image_vectors[on_image].astype(np.float64), axis=1)
         assert total.image_norm[couple] == pytest.approx(norms.sum())
-        if not couples.pairless[couple]:
+        if not couples.whole[couple]:
             assert total.image_count[couple] == total.text_count[couple]
 
 
@@ -122,7 +122,7 @@ def test_members_are_the_first_pairs_in_shard_order(places):
     edges = np.array(sorted(places))
     for couple in range(3):
         mine = image == couples.image_cluster[couple]
-        if not couples.pairless[couple]:
+        if not couples.whole[couple]:
             mine &= text == couples.text_cluster[couple]
         first = np.flatnonzero(mine)[:MEMBER_SAMPLE]
         expected = [f"s{np.searchsorted(edges, row, side='right')}/k{row}" for row in first]
