@@ -1,0 +1,424 @@
+"""The charts of a report: plain values -> Plotly figures as JSON.
+
+Colours are those of PALETTE and nothing else: the page exchanges them for their partners when the reader's scheme is
+dark. Every series has a marker shape or a hatch of its own beside its colour.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from pds_ray.report.evaluations import AVERAGE
+
+Json = dict[str, Any]
+
+INK, GRID, FADED, PAPER = "#2a2d33", "#e2dfd8", "#8a8f98", "#fdfcfa"
+SERIES = ("#0072b2", "#c4520a", "#00795a", "#a8447c", "#8f6200", "#4b5563")
+"""After Okabe and Ito, darkened where needed to stand out by 3:1 from a white page."""
+SCALE = ((0.0, "#d3e5f2"), (0.25, "#9cc5e0"), (0.5, "#5a9fcb"), (0.75, "#2372a8"), (1.0, "#08315c"))
+PALETTE = {  # on light paper -> on dark paper
+    INK: "#dcdee2",
+    GRID: "#33373f",
+    FADED: "#7e8590",
+    PAPER: "#1b1d22",
+    SERIES[0]: "#58aee6",
+    SERIES[1]: "#f08c4f",
+    SERIES[2]: "#35c196",
+    SERIES[3]: "#e096c1",
+    SERIES[4]: "#e3b545",
+    SERIES[5]: "#aeb6c2",
+    SCALE[0][1]: "#1f3a52",
+    SCALE[1][1]: "#2b5f8a",
+    SCALE[2][1]: "#4a90c2",
+    SCALE[3][1]: "#93c3e6",
+    SCALE[4][1]: "#e3f1fb",
+}
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
+HATCHES = ("", "/", ".", "x", "-", "+")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+RECALL_NAMES = {
+    "tr@1": "TR@1",
+    "tr@5": "TR@5",
+    "tr@10": "TR@10",
+    "ir@1": "IR@1",
+    "ir@5": "IR@5",
+    "ir@10": "IR@10",
+    "r_mean": "mean",
+}
+HOVER_WIDTH, HOVER_LINES = 48, 4
+BINS = 40
+
+
+def plain(text: str) -> str:
+    """Text of strangers as Plotly text: it takes part of HTML for markup, so that is escaped."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def run_figures(report: Json) -> Json:
+    """Name -> figure of a run; only those that there is data for."""
+    found: Json = {}
+    clusters, plane = report["clusters"], report["space"]
+    if clusters:
+        found["sizes"] = _sizes(clusters)
+        if clusters["shared"]:
+            found["shared"] = _shared(clusters)
+        if clusters["table"]:
+            found["contingency"] = _contingency(clusters)
+    if plane:
+        found["map-image"] = _map(plane["image"], plane["captions"], "images", "image prototypes")
+        found["map-text"] = _map(plane["text"], plane["captions"], "captions", "text prototypes")
+    if any(row["seconds"] for row in report["stages"]):
+        found["stages"] = _seconds(report["stages"])
+    for number, evaluation in enumerate(report["evaluations"]):
+        found[f"evaluation-{number}"] = _recalls(evaluation)
+    if report["baselines"]:
+        found["baselines"] = _baselines(report["baselines"])
+    return found
+
+
+def comparison_figures(comparison: Json) -> Json:
+    """`lines B` for backbone number B, and `bars B P` for it and P pairs, in the order of `comparison_axes`."""
+    methods, backbones, pairs = comparison_axes(comparison)
+    found: Json = {}
+    for number, backbone in enumerate(backbones):
+        cells = [cell for cell in comparison["cells"] if cell["backbone"] == backbone]
+        found[f"lines-{number}"] = _lines(cells, methods, len(pairs) > 1)
+        for count in pairs:
+            found[f"bars-{number}-{count}"] = _method_bars([c for c in cells if c["pairs"] == count], methods)
+    return found
+
+
+def comparison_axes(comparison: Json) -> tuple[list[str], list[str], list[int]]:
+    """Methods and backbones (the average first) in the order given, and numbers of pairs, ascending."""
+    cells = comparison["cells"]
+    methods = list(dict.fromkeys(cell["method"] for cell in cells))
+    backbones = sorted(dict.fromkeys(cell["backbone"] for cell in cells), key=lambda name: name != AVERAGE)
+    return methods, backbones, sorted({cell["pairs"] for cell in cells})
+
+
+def _figure(traces: list[Any], label: str, height: int, **layout: Any) -> Json:
+    """A figure as the page wants it; `label` is what a screen reader says of it."""
+    axis = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "tickcolor": GRID, "automargin": True}
+    figure = go.Figure(traces)
+    figure.update_layout(
+        template="none",
+        height=height,
+        margin={"l": 8, "r": 8, "t": 8, "b": 8, "pad": 2},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": FONT, "size": 13, "color": INK},
+        hoverlabel={"bgcolor": PAPER, "bordercolor": FADED, "font": {"family": FONT, "size": 13, "color": INK}},
+        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
+        dragmode=False,
+    )
+    figure.update_xaxes(title_standoff=8, **axis)
+    figure.update_yaxes(title_standoff=8, **axis)
+    figure.update_layout(**layout)
+    return {"label": label, "figure": json.loads(figure.to_json())}
+
+
+def _hatch(number: int) -> Json:
+    """Colour and hatch of the number-th series of bars."""
+    return {
+        "color": SERIES[number % len(SERIES)],
+        "pattern": {
+            "shape": HATCHES[number % len(HATCHES)],
+            "fgcolor": PAPER,
+            "fgopacity": 0.6,
+            "size": 6,
+            "solidity": 0.25,
+        },
+        "line": {"width": 0},
+    }
+
+
+def _histogram(values: np.ndarray, edges: np.ndarray) -> tuple[list[float], list[int], list[str]]:
+    """Centres, counts and names of whole-number bins."""
+    counts, _ = np.histogram(values, edges)
+    names = [
+        f"{int(low):,}" if high - low == 1 else f"{int(low):,} to {int(high) - 1:,}"
+        for low, high in zip(edges, edges[1:], strict=False)
+    ]
+    return ((edges[:-1] + edges[1:] - 1) / 2).tolist(), counts.tolist(), names
+
+
+def _edges(largest: int) -> np.ndarray:
+    """Edges of at most BINS bins of equal whole width from 0 to `largest`."""
+    width = max(1, -(-(largest + 1) // BINS))
+    return np.arange(0, largest + width + 1, width)
+
+
+def _sizes(clusters: Json) -> Json:
+    both = {modality: np.asarray(values) for modality, values in clusters["sizes"].items()}
+    edges = _edges(int(max(values.max() for values in both.values())))
+    traces = []
+    for number, (modality, values) in enumerate(both.items()):
+        x, y, names = _histogram(values, edges)
+        traces.append(
+            go.Bar(
+                x=x,
+                y=y,
+                name=f"{modality} clusters",
+                marker=_hatch(number),
+                customdata=names,
+                hovertemplate=f"%{{customdata}} pairs: %{{y:,}} {modality} clusters<extra></extra>",
+            )
+        )
+    label = "Histogram of cluster sizes in pairs. " + " ".join(
+        f"{modality} clusters: smallest {values.min():,}, median {np.median(values):,.0f}, largest {values.max():,}."
+        for modality, values in both.items()
+    )
+    axes = {"xaxis_title": "pairs in a cluster", "yaxis_title": "clusters"}
+    return _figure(traces, label, 300, barmode="group", bargap=0.08, bargroupgap=0, **axes)
+
+
+def _shared(clusters: Json) -> Json:
+    values = np.asarray(clusters["shared"])
+    x, y, names = _histogram(values, _edges(int(values.max())))
+    bar = go.Bar(
+        x=x,
+        y=y,
+        marker={"color": SERIES[2], "line": {"width": 0}},
+        customdata=names,
+        hovertemplate="%{customdata} shared pairs: %{y:,} couples<extra></extra>",
+    )
+    label = f"Histogram of the pairs that couples share: median {np.median(values):,.0f}, largest {values.max():,}."
+    return _figure([bar], label, 300, bargap=0.08, xaxis_title="pairs shared by a couple", yaxis_title="couples")
+
+
+def _contingency(clusters: Json) -> Json:
+    table = np.asarray(clusters["table"])
+    couples = clusters["couples"]
+    largest = max(int(table.max()), 1)
+    ticks = [value for power in range(8) for value in (10**power, 3 * 10**power) if value <= largest]
+    filled = table > 0
+    z = np.where(filled, np.log10(np.maximum(table, 1)).round(3), np.nan)
+    heat = go.Heatmap(
+        z=[[value if mark else None for value, mark in zip(*row, strict=True)] for row in zip(z.tolist(), filled, strict=True)],
+        text=[[f"{value:,}" if value else "" for value in row] for row in table.tolist()],
+        colorscale=SCALE,
+        zmin=0,
+        zmax=max(float(np.log10(largest)), 0.1),
+        hoverongaps=False,
+        hovertemplate="image cluster of couple %{y}<br>text cluster of couple %{x}<br>%{text} pairs<extra></extra>",
+        colorbar={
+            "title": {"text": "pairs", "side": "top"},
+            "tickvals": [float(np.log10(value)) for value in ticks],
+            "ticktext": [f"{value:,}" for value in ticks],
+            "thickness": 10,
+            "outlinewidth": 0,
+            "orientation": "h",
+            "len": 0.6,
+            "x": 0,
+            "xanchor": "left",
+            "y": 1.01,
+            "yanchor": "bottom",
+        },
+    )
+    inside, total = int(np.trace(table)), int(table.sum())
+    label = (
+        f"Heat map of the contingency table of {len(couples)} couples: {inside:,} of the {total:,} pairs in it lie on "
+        "the diagonal, in matched clusters."
+    )
+    return _figure(
+        [heat],
+        label,
+        560,
+        xaxis={"title": {"text": "text clusters, in the order of couples"}, "showgrid": False, "zeroline": False},
+        yaxis={
+            "title": {"text": "image clusters, in the order of couples"},
+            "autorange": "reversed",
+            "showgrid": False,
+            "zeroline": False,
+            "scaleanchor": "x",
+            "constrain": "domain",
+        },
+        xaxis_constrain="domain",
+        meta={"square": True},
+    )
+
+
+def _hover(number: int, caption: str) -> str:
+    """A caption in a few lines, as text."""
+    lines, line = [], ""
+    for word in caption[: HOVER_WIDTH * HOVER_LINES].split():
+        for piece in (word[at : at + HOVER_WIDTH] for at in range(0, len(word), HOVER_WIDTH)):
+            if line and len(line) + len(piece) + 1 > HOVER_WIDTH:
+                lines.append(line)
+                line = ""
+            line = f"{line} {piece}".strip()
+    lines.append(line)
+    end = " …" if len(caption) > HOVER_WIDTH * HOVER_LINES else ""
+    return f"pair {number}<br>" + "<br>".join(plain(line) for line in lines) + end
+
+
+def _map(plane: Json, captions: list[str], rows: str, prototypes: str) -> Json:
+    sample, ours = np.asarray(plane["sample"], np.float32), np.asarray(plane["prototypes"], np.float32)
+    first, second = plane["explained"]
+    traces = [
+        go.Scatter(
+            x=sample[:, 0],
+            y=sample[:, 1],
+            mode="markers",
+            name=rows,
+            hoverinfo="skip",
+            marker={"size": 4, "color": FADED, "opacity": 0.45, "symbol": "circle"},
+        ),
+        go.Scatter(
+            x=ours[:, 0],
+            y=ours[:, 1],
+            mode="markers",
+            name=prototypes,
+            text=[_hover(number, caption) for number, caption in enumerate(captions)],
+            hovertemplate="%{text}<extra></extra>",
+            marker={
+                "size": 9 if len(ours) <= 300 else 6,
+                "color": SERIES[1],
+                "symbol": "diamond",
+                "line": {"width": 1, "color": PAPER},
+            },
+        ),
+    ]
+    label = (
+        f"Scatter plot of {len(sample):,} {rows} and {len(ours):,} {prototypes} in the first two principal components, "
+        f"which explain {first:.1%} and {second:.1%} of the variance."
+    )
+    return _figure(
+        traces,
+        label,
+        440,
+        xaxis={"title": {"text": f"first component, {first:.1%} of the variance"}, "zeroline": False},
+        yaxis={"title": {"text": f"second component, {second:.1%}"}, "zeroline": False},
+        meta={"zoom": True},
+    )
+
+
+def _seconds(stages: list[Json]) -> Json:
+    bar = go.Bar(
+        x=[row["seconds"] for row in stages],
+        y=[plain(row["stage"]) for row in stages],
+        orientation="h",
+        marker={"color": SERIES[0], "line": {"width": 0}},
+        text=[f"{row['seconds']:,.1f} s" for row in stages],
+        textposition="auto",
+        hovertemplate="%{y}: %{text}<extra></extra>",
+    )
+    label = "Seconds of each stage: " + ", ".join(f"{row['stage']} {row['seconds']:,.1f}" for row in stages) + "."
+    return _figure(
+        [bar],
+        label,
+        60 + 34 * len(stages),
+        xaxis={"title": {"text": "seconds"}, "rangemode": "tozero"},
+        yaxis={"autorange": "reversed", "type": "category", "ticksuffix": " "},
+        bargap=0.35,
+    )
+
+
+def _error(values: list[float | None]) -> Json:
+    return {"type": "data", "array": [value or 0 for value in values], "color": INK, "thickness": 1.2, "width": 3}
+
+
+def _recalls(evaluation: Json) -> Json:
+    series = [(row["name"], row["mean"], row["std"]) for row in evaluation["backbones"]]
+    if len(series) > 1:
+        series.append(("average", evaluation["mean"], evaluation["std"]))
+    traces = [
+        go.Bar(
+            x=list(RECALL_NAMES.values()),
+            y=[mean[name] for name in RECALL_NAMES],
+            error_y=_error([std[name] for name in RECALL_NAMES]),
+            name=plain(title),
+            marker=_hatch(number),
+            hovertemplate="%{x}: %{y:.1f} ± %{error_y.array:.1f} %<extra>%{fullData.name}</extra>",
+        )
+        for number, (title, mean, std) in enumerate(series)
+    ]
+    label = "Bar chart of recalls in percent; the figures are in the table below it."
+    axes = {"xaxis": {"type": "category"}, "yaxis": {"title": {"text": "recall, %"}, "rangemode": "tozero"}}
+    return _figure(traces, label, 340, barmode="group", bargap=0.25, bargroupgap=0.06, showlegend=True, **axes)
+
+
+def _value_bars(names: list[str], means: list[float | None], stds: list[float | None], markers: Json, label: str) -> Json:
+    bar = go.Bar(
+        x=means,
+        y=[plain(name) for name in names],
+        orientation="h",
+        error_x=_error(stds),
+        marker=markers,
+        hovertemplate="%{y}: %{x:.1f} ± %{error_x.array:.1f} %<extra></extra>",
+    )
+    return _figure(
+        [bar],
+        label,
+        70 + 36 * len(names),
+        xaxis={"title": {"text": "mean recall, %"}, "rangemode": "tozero"},
+        yaxis={"autorange": "reversed", "type": "category", "ticksuffix": " "},
+        bargap=0.35,
+        showlegend=False,
+    )
+
+
+def _each(kinds: list[int]) -> Json:
+    """Colour and hatch of single bars, each of its own series."""
+    return {
+        "color": [SERIES[kind % len(SERIES)] for kind in kinds],
+        "pattern": {
+            "shape": [HATCHES[kind % len(HATCHES)] for kind in kinds],
+            "fgcolor": PAPER,
+            "fgopacity": 0.6,
+            "size": 6,
+            "solidity": 0.25,
+        },
+        "line": {"width": 0},
+    }
+
+
+def _baselines(baselines: Json) -> Json:
+    bars = sorted(baselines["bars"], key=lambda bar: -(bar["mean"]["r_mean"] or 0))
+    names = [bar["method"] + (" (this run)" if bar["own"] and bar["method"] != "this run" else "") for bar in bars]
+    means, stds = [bar["mean"]["r_mean"] for bar in bars], [bar["std"]["r_mean"] for bar in bars]
+    label = f"Bar chart of the mean recall at {baselines['pairs']:,} pairs: " + ", ".join(
+        f"{name} {mean or 0:.1f} %" for name, mean in zip(names, means, strict=True)
+    )
+    return _value_bars(names, means, stds, _each([0 if bar["own"] else 5 for bar in bars]), label)
+
+
+def _method_bars(cells: list[Json], methods: list[str]) -> Json:
+    cells = sorted(cells, key=lambda cell: -(cell["mean"]["r_mean"] or 0))
+    names = [cell["method"] for cell in cells]
+    means, stds = [cell["mean"]["r_mean"] for cell in cells], [cell["std"]["r_mean"] for cell in cells]
+    label = "Bar chart of the mean recall of each method; the figures are in the table."
+    return _value_bars(names, means, stds, _each([methods.index(name) for name in names]), label)
+
+
+def _lines(cells: list[Json], methods: list[str], several: bool) -> Json:
+    traces = []
+    for number, method in enumerate(methods):
+        own = sorted((cell for cell in cells if cell["method"] == method), key=lambda cell: cell["pairs"])
+        color = SERIES[number % len(SERIES)]
+        traces.append(
+            go.Scatter(
+                x=[cell["pairs"] for cell in own],
+                y=[cell["mean"]["r_mean"] for cell in own],
+                error_y={**_error([cell["std"]["r_mean"] for cell in own]), "color": color},
+                name=plain(method),
+                mode="lines+markers" if several else "markers",
+                line={"color": color, "width": 2, "dash": DASHES[number // len(SERIES) % len(DASHES)]},
+                marker={"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 9, "color": color},
+                hovertemplate="%{x:,} pairs: %{y:.1f} ± %{error_y.array:.1f} %<extra>%{fullData.name}</extra>",
+            )
+        )
+    counts = sorted({cell["pairs"] for cell in cells})
+    return _figure(
+        traces,
+        "Line chart of the mean recall of each method over the number of pairs; the figures are in the table.",
+        400,
+        xaxis={"title": {"text": "pairs"}, "type": "log", "tickvals": counts, "ticktext": [f"{c:,}" for c in counts]},
+        yaxis={"title": {"text": "mean recall, %"}},
+        showlegend=True,
+    )
