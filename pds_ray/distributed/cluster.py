@@ -74,6 +74,7 @@ def cluster(
     shards: list[str], counts: dict[str, int], dim: int, store: EmbeddingStore, run: RunFolder, config: RunConfig
 ) -> dict[str, Any]:
     """Fits what is clustered and labels every pair. `counts`: of pruning. Returns sizes and objectives."""
+    run.clusters.delete_all()  # another modality's centroids would outlive a redone run
     spaces = core.spaces(config.cluster)
     result: dict[str, Any] = {}
     with progress_bar("cluster", len(spaces) + len(shards), "steps") as bar:

@@ -23,6 +23,12 @@ CLUSTERS, DIM = 9, 8
 CONFIG = RunConfig(pairs=CLUSTERS, cluster=ClusterConfig(iterations=5), match=MatchConfig(pairless="drop"))
 
 
+def pair_labels(run: RunFolder, data: Gathered) -> tuple[np.ndarray, np.ndarray]:
+    """Image and text cluster of all pairs."""
+    labels = [run.labels(shard) for shard in data.shards]
+    return np.concatenate([pair[0] for pair in labels]), np.concatenate([pair[1] for pair in labels])
+
+
 def run_stages(folder: Path, rows_per_shard: list[int], config: RunConfig = CONFIG) -> tuple[RunFolder, Gathered, dict]:
     store, data = make_store(folder / "store", rows_per_shard)
     run = RunFolder(Folder(str(folder / "run")))
@@ -51,9 +57,8 @@ def test_prune_drops_exactly_the_lowest(finished: tuple[RunFolder, Gathered, dic
 def test_labels_are_nearest_centroids(finished: tuple[RunFolder, Gathered, dict]) -> None:
     run, data, _ = finished
     kept = np.concatenate([run.keep(shard) for shard in data.shards])
-    labels = [run.labels(shard) for shard in data.shards]
-    for modality, rows, column in (("image", data.image, 0), ("text", data.text, 1)):
-        found = np.concatenate([pair[column] for pair in labels])
+    image, text = pair_labels(run, data)
+    for modality, rows, found in (("image", data.image, image), ("text", data.text, text)):
         distances = ((rows[:, None] - run.centroids(modality)[None]) ** 2).sum(axis=2)
         np.testing.assert_array_equal(found[kept], distances.argmin(axis=1)[kept])
         assert (found[~kept] == -1).all()
@@ -73,8 +78,7 @@ def test_training_vectors_are_weighted_images(tmp_path: Path) -> None:
 
 def test_couples_are_a_best_assignment(finished: tuple[RunFolder, Gathered, dict]) -> None:
     run, data, counts = finished
-    labels = [run.labels(shard) for shard in data.shards]
-    image, text = (np.concatenate([pair[column] for pair in labels]) for column in (0, 1))
+    image, text = pair_labels(run, data)
     table = np.zeros((CLUSTERS, CLUSTERS), np.int64)
     np.add.at(table, (image[image >= 0], text[image >= 0]), 1)
     best = table[linear_sum_assignment(-table)].sum()
@@ -89,8 +93,7 @@ def test_couples_are_a_best_assignment(finished: tuple[RunFolder, Gathered, dict
 
 def test_prototypes_are_means_of_shared_pairs(finished: tuple[RunFolder, Gathered, dict]) -> None:
     run, data, _ = finished
-    labels = [run.labels(shard) for shard in data.shards]
-    image, text = (np.concatenate([pair[column] for pair in labels]) for column in (0, 1))
+    image, text = pair_labels(run, data)
     table = run.prototypes()
     rows = table.to_pylist()
     assert all(a["cosine"] >= b["cosine"] for a, b in pairwise(rows))
@@ -121,3 +124,93 @@ def test_cutting_the_data_in_other_shards_changes_nothing(
     whole, cut = other.prototypes().select(columns).to_pydict(), finished[0].prototypes().select(columns).to_pydict()
     np.testing.assert_allclose(whole.pop("cosine"), cut.pop("cosine"), rtol=1e-9)
     assert whole == cut
+
+
+def clustered_rows(modality: str, data: Gathered) -> np.ndarray:
+    """What one k-means alone is fitted on, a row a pair."""
+    if modality == "joint":
+        sides = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (data.image, data.text)]
+        return np.concatenate(sides, axis=1) / np.sqrt(2)
+    return {"image": data.image, "text": data.text}[modality]
+
+
+@pytest.mark.parametrize("modality", ["joint", "image", "text"])
+def test_one_kmeans_alone_labels_both_sides(tmp_path: Path, modality: str) -> None:
+    config = RunConfig(pairs=CLUSTERS, cluster=ClusterConfig(modality=modality, iterations=100), match=CONFIG.match)
+    run, data, counts = run_stages(tmp_path, [40, 1, 120, 39], config)
+    kept = np.concatenate([run.keep(shard) for shard in data.shards])
+    image, text = pair_labels(run, data)
+    np.testing.assert_array_equal(image, text)
+    np.testing.assert_array_equal(image == -1, ~kept)
+    assert run.clusters.names(".safetensors") == [f"{modality}.safetensors"]
+    centroids, rows = run.centroids(modality), clustered_rows(modality, data)
+    assert centroids.shape == (CLUSTERS, rows.shape[1])
+    distances = ((rows[:, None] - centroids[None]) ** 2).sum(axis=2)
+    np.testing.assert_array_equal(image[kept], distances.argmin(axis=1)[kept])
+    sizes = np.bincount(image[kept], minlength=CLUSTERS)
+    assert list(counts["cluster"]) == [modality]
+    assert counts["cluster"][modality]["smallest"] == sizes.min() > 0
+    for label in range(CLUSTERS):  # run to convergence, an image counts once per kept caption
+        np.testing.assert_allclose(centroids[label], rows[image == label].mean(axis=0), rtol=1e-4, atol=1e-5)
+    if modality == "image":
+        of_image = {(data.keys[pair], image[pair]) for pair in np.flatnonzero(kept)}
+        assert len(of_image) == len({key for key, _ in of_image})
+
+    couples = run.couples().to_pydict()
+    assert couples["image_cluster"] == couples["text_cluster"] == list(range(CLUSTERS))
+    assert couples["shared"] == sizes.tolist()
+    table = run.prototypes()
+    for row, found_image, found_text in zip(
+        table.to_pylist(), vectors(table, "image_prototype"), vectors(table, "text_prototype"), strict=True
+    ):
+        mine = image == row["image_cluster"]
+        np.testing.assert_allclose(found_image, data.image[mine].mean(axis=0), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found_text, data.text[mine].mean(axis=0), rtol=1e-4, atol=1e-6)
+
+
+def test_joint_rows_are_drawn_by_their_double_width(tmp_path: Path) -> None:
+    """A budget for 400 vectors of width 2d; that of one shard does not depend on the others."""
+    store, data = make_store(tmp_path / "store", [300, 300])
+    run = RunFolder(Folder(str(tmp_path / "run")))
+    counts = prune(data.shards, len(data.keys), 0.2, store, run)
+    assert counts["kept"] > 800, "without the double width, all would fit"
+    budget = ClusterConfig(modality="joint", memory_gib=400 * 2 * 4 * 2 * DIM / 2**30)
+    config = RunConfig(pairs=5, cluster=budget)
+    run.save_centroids("image", np.zeros((5, DIM), np.float32))
+    found = [cluster(data.shards, counts, DIM, store, run, config)["joint"] for _ in range(2)]
+    assert found[0] == found[1]
+    assert found[0]["rows"] == pytest.approx(400, rel=0.2)
+    assert run.clusters.names(".safetensors") == ["joint.safetensors"], "what a run before it left is gone"
+
+    rows, weights = gather("joint", data.shards, store, run, 0.4, 0)
+    alone = [gather("joint", [shard], store, run, 0.4, 0)[0] for shard in data.shards]
+    np.testing.assert_array_equal(rows, np.concatenate(alone))
+    assert (weights == 1).all()
+    kept = np.concatenate([run.keep(shard) for shard in data.shards])
+    distances = np.abs(rows[:, None] - clustered_rows("joint", data)[None]).max(axis=2)
+    assert (distances.min(axis=1) < 1e-6).all()
+    assert kept[distances.argmin(axis=1)].all()
+
+
+def test_without_filter_prototypes_are_means_of_whole_clusters(
+    finished: tuple[RunFolder, Gathered, dict], tmp_path: Path
+) -> None:
+    match_config = MatchConfig(pairless="drop", filter=False)
+    run, data, _ = run_stages(
+        tmp_path, [40, 1, 120, 39], RunConfig(pairs=CLUSTERS, cluster=CONFIG.cluster, match=match_config)
+    )
+    assert run.couples().equals(finished[0].couples())
+    image, text = pair_labels(run, data)
+    table = run.prototypes()
+    whole = 0
+    for row, found_image, found_text in zip(
+        table.to_pylist(), vectors(table, "image_prototype"), vectors(table, "text_prototype"), strict=True
+    ):
+        on_image, on_text = image == row["image_cluster"], text == row["text_cluster"]
+        np.testing.assert_allclose(found_image, data.image[on_image].mean(axis=0), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found_text, data.text[on_text].mean(axis=0), rtol=1e-4, atol=1e-6)
+        assert row["shared"] == (on_image & on_text).sum()
+        norms = np.linalg.norm(data.image[on_image], axis=1)
+        assert row["member_norm"] == pytest.approx(norms.mean(), rel=1e-5)
+        whole += on_image.sum() > row["shared"] or on_text.sum() > row["shared"]
+    assert whole > 0, "some couple must have pairs that it does not share"

@@ -37,8 +37,10 @@ def reference() -> dict[str, str]:
         ({"seed": 1}, "cluster"),
         ({"cluster__iterations": 3}, "cluster"),
         ({"cluster__normalize": True}, "cluster"),
+        ({"cluster__modality": "joint"}, "cluster"),
         ({"match__pairless": "drop"}, "match"),
         ({"match__solver": "sparse"}, "match"),
+        ({"match__filter": False}, "match"),
         ({"decode__steps": 3}, "decode"),
         ({"decode__image_size": 32}, "decode"),
         ({"decode__rescale": True}, "decode"),
@@ -68,6 +70,12 @@ def test_where_and_how_fast_changes_nothing(reference: dict[str, str], changes: 
     assert fingerprints(**changes) == reference
 
 
+def test_another_condition_makes_decoding_stale() -> None:
+    unclip = {"decode__decoder": "unclip"}
+    plain, by_caption = fingerprints(**unclip), fingerprints(**unclip, decode__condition="caption")
+    assert [stage for stage in STAGES if plain[stage] != by_caption[stage]] == ["decode", "materialize"]
+
+
 def test_every_option_is_judged() -> None:
     """A new option must be put on one of the two lists above."""
     from pds_ray.config import flatten, to_dict
@@ -75,8 +83,9 @@ def test_every_option_is_judged() -> None:
     judged = {
         "source", "out", "pairs", "seed", "read.captions", "read.min_side", "read.max_pixels", "embed.encoder",
         "embed.precision", "embed.batch_size", "embed.store", "embed.store_dtype", "prune.ratio", "cluster.iterations",
-        "cluster.restarts", "cluster.normalize", "cluster.memory_gib", "match.solver", "match.pairless",
-        "decode.decoder", "decode.model", "decode.revision", "decode.steps", "decode.guidance", "decode.noise_level",
-        "decode.negative_prompt", "decode.rescale", "decode.precision", "decode.batch_size", "decode.image_size",
+        "cluster.restarts", "cluster.normalize", "cluster.memory_gib", "cluster.modality", "match.solver",
+        "match.pairless", "match.filter", "decode.decoder", "decode.model", "decode.revision", "decode.condition",
+        "decode.steps", "decode.guidance", "decode.noise_level", "decode.negative_prompt", "decode.rescale",
+        "decode.precision", "decode.batch_size", "decode.image_size",
     }  # fmt: skip
     assert {name for name in flatten(to_dict(RunConfig())) if not name.startswith("ray.")} == judged

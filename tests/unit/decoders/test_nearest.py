@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pds_ray import catalog
-from pds_ray.config import DecodeConfig
+from pds_ray.config import ConfigError, DecodeConfig
 from pds_ray.decoders.base import DecodeBatch
 from pds_ray.sources.base import Fault, Sample, Shard
 
@@ -78,3 +78,8 @@ def test_fits_every_encoder(clip_info):
     for dim in (1, 768):
         info = catalog.describe_decoder(config, replace(clip_info, dim=dim))
         assert info.dim is None
+
+
+def test_cannot_go_by_the_caption(clip_info):
+    with pytest.raises(ConfigError, match=r"^decode.condition is 'caption', but decoder nearest .*; use unclip$"):
+        catalog.describe_decoder(DecodeConfig(decoder="nearest", condition="caption"), clip_info)

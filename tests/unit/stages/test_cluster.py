@@ -204,3 +204,25 @@ def test_sample_share_fits_the_budget():
         cluster.sample_share(rows, dim, config, 10**5)
     assert cluster.sample_share(150_000, dim, config, 10**5) == 1, "all rows fit: nothing to refuse"
     assert cluster.sample_share(0, dim, config, 100) == 1
+
+
+@pytest.mark.parametrize(
+    ("modality", "expected"),
+    [("separate", ("image", "text")), ("joint", ("joint",)), ("image", ("image",)), ("text", ("text",))],
+)
+def test_what_is_clustered(modality, expected):
+    assert cluster.spaces(ClusterConfig(modality=modality)) == expected
+
+
+def test_joined_vectors_weigh_both_sides_alike():
+    """Squared distances of joined vectors are the means of those of the two directions, whatever the lengths."""
+    rng = np.random.default_rng(14)
+    images = rng.standard_normal((30, 5)).astype(np.float32) * 40
+    texts = rng.standard_normal((30, 5)).astype(np.float32) * 0.01
+    joined = cluster.joined(images, texts)
+    assert joined.shape == (30, 10)
+    assert joined.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(joined, axis=1), 1, rtol=1e-6)
+    sides = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (images, texts)]
+    expected = sum(squared_distances(side, side) for side in sides) / 2
+    np.testing.assert_allclose(squared_distances(joined, joined), expected, atol=1e-6)

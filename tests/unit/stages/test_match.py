@@ -149,6 +149,20 @@ def test_pairless_policy(policy, pairs, kept):
     assert found["mean_cosine"].tolist() == ([0.5, 0.25, 0] if kept else [0.5, 0.25])
 
 
+def test_without_filter_the_couples_are_the_same():
+    cells, counts = sparse(np.array([[4, 0, 0], [0, 0, 1], [0, 0, 0]]))
+    for pairless, pairs in (("auto", 299), ("auto", 300), ("keep", 300), ("drop", 2)):
+        plain, unfiltered = (
+            match.couples(
+                cells, counts, np.ones(2), np.array([0, 2, 1]), pairs, MatchConfig(pairless=pairless, filter=on)
+            )
+            for on in (True, False)
+        )
+        assert {name: column.tolist() for name, column in plain.items()} == {
+            name: column.tolist() for name, column in unfiltered.items()
+        }
+
+
 def test_couples_of_an_empty_table():
     nothing = np.zeros(0, np.int64)
     found = match.couples(nothing, nothing, np.zeros(0), np.array([1, 0]), 2, MatchConfig(pairless="keep"))

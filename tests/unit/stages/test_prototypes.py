@@ -195,3 +195,16 @@ def test_perfectly_paired_clusters_give_the_planted_means():
     made = core.means(core.shard_sums("s", keys, image_vectors, text_vectors, image, text_of[image], couples, clusters))
     np.testing.assert_allclose(made.image, 3 * np.eye(clusters)[made.couple], atol=1e-6)
     np.testing.assert_allclose(made.text, 2 * np.eye(clusters)[text_of[made.couple]], atol=1e-6)
+
+
+def test_whole_couples_take_their_two_clusters_though_they_share_pairs():
+    image_vectors, text_vectors, image, text, couples = world(7, clusters=4)
+    whole = core.Couples(couples.image_cluster, couples.text_cluster, np.ones(4, bool))
+    keys = [f"k{row}" for row in range(len(image))]
+    made = core.means(core.shard_sums("s", keys, image_vectors, text_vectors, image, text, whole, 4))
+    assert sorted(made.couple) == [0, 1, 2, 3]
+    for place, couple in enumerate(made.couple):
+        on_image, on_text = image == whole.image_cluster[couple], text == whole.text_cluster[couple]
+        assert (on_image & on_text).any() != couples.whole[couple]
+        np.testing.assert_allclose(made.image[place], image_vectors[on_image].mean(axis=0), atol=1e-6)
+        np.testing.assert_allclose(made.text[place], text_vectors[on_text].mean(axis=0), atol=1e-6)

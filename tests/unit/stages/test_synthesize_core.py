@@ -75,6 +75,22 @@ def test_rescale_gives_the_norm_of_the_members():
     np.testing.assert_allclose(cosine, 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("rescale", [False, True])
+def test_by_caption_every_pair_of_every_chunk_has_the_mean_of_the_whole_table(rescale):
+    table = prototypes(CAPTIONS)
+    config = DecodeConfig(condition="caption", rescale=rescale)
+    whole = synthesize.make_batch(table, range(len(CAPTIONS)), 5, DecodeConfig(rescale=rescale))
+    expected = whole.prototypes.astype(np.float64).mean(axis=0)
+    chunked = [synthesize.make_batch(table, pairs, 5, config) for pairs in synthesize.chunks(len(CAPTIONS), 4)]
+    seen = np.concatenate([batch.prototypes for batch in chunked])
+    assert seen.shape == whole.prototypes.shape
+    assert seen.dtype == np.float32
+    assert (seen == seen[0]).all()
+    np.testing.assert_allclose(seen[0], expected, atol=1e-7)
+    assert [caption for batch in chunked for caption in batch.captions] == CAPTIONS
+    assert [seed for batch in chunked for seed in batch.seeds] == whole.seeds
+
+
 class Painter:
     """One flat picture a row, of a given size."""
 
