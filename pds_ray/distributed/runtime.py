@@ -190,10 +190,15 @@ def run_kmeans(function: Callable[..., Result], *args: Any) -> Result:
 
 
 def stream(function: Callable[..., Iterator[Result]], *args: Any) -> Iterator[Result]:
-    """What a generator function yields, as it does, with all CPUs of one node to itself."""
-    remote = ray.remote(function).options(num_cpus=_most_cpus(), num_returns="streaming")
-    for reference in remote.remote(*args):
+    """What `function` yields, as it does, with all CPUs of one node to itself."""
+    remote = ray.remote(_yielded).options(num_cpus=_most_cpus(), num_returns="streaming")
+    for reference in remote.remote(function, *args):
         yield ray.get(reference)
+
+
+def _yielded(function: Callable[..., Iterator[Result]], *args: Any) -> Iterator[Result]:
+    for value in function(*args):  # noqa: UP028 - Ray sends into its generators; not every iterator takes that
+        yield value
 
 
 def _most_cpus() -> int:

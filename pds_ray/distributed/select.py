@@ -18,7 +18,7 @@ from pds_ray.stages import select as core
 
 def _pick(shards: list[str], dim: int, store: EmbeddingStore, config: RunConfig) -> Iterator[int]:
     candidates = core.load_candidates(shards, store, dim)
-    yield from catalog.selector(config.method).select(candidates, config.pairs, config.seed, config.select)
+    return catalog.selector(config.method).select(candidates, config.pairs, config.seed, config.select)
 
 
 def _look_up(picks: tuple[str, np.ndarray, np.ndarray], store: EmbeddingStore) -> pa.Table:

@@ -1,0 +1,74 @@
+"""Selection on Ray gives what the selector gives on the gathered embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic_store import Gathered, make_store
+
+from pds_ray import catalog
+from pds_ray.artifacts import EmbeddingStore, RunFolder
+from pds_ray.config import RunConfig, SelectConfig
+from pds_ray.distributed import runtime
+from pds_ray.distributed.select import select
+from pds_ray.selectors.base import Candidates
+
+pytestmark = pytest.mark.ray
+PAIRS = 15
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[EmbeddingStore, Gathered]:
+    return make_store(tmp_path_factory.mktemp("select") / "store", [30, 1, 44, 25])
+
+
+def gathered_candidates(data: Gathered) -> Candidates:
+    owner = np.array([int(key[1:]) for key in data.keys])
+    _, first = np.unique(owner, return_index=True)
+    image = data.image / np.linalg.norm(data.image, axis=1, keepdims=True)
+    text = data.text / np.linalg.norm(data.text, axis=1, keepdims=True)
+    return Candidates(image[first], text, owner, data.similarity)
+
+
+@pytest.mark.parametrize("method", sorted(catalog.SELECTORS))
+def test_the_same_pairs_as_without_ray(made: tuple[EmbeddingStore, Gathered], run_folder: RunFolder, method: str):
+    store, data = made
+    config = RunConfig(method=method, pairs=PAIRS, seed=5, select=SelectConfig(epochs=3))
+    counts = select(data.shards, 8, store, run_folder, config)
+    picks = list(catalog.selector(method).select(gathered_candidates(data), PAIRS, 5, config.select))
+    table = run_folder.prototypes()
+    assert table.column("pair").to_pylist() == list(range(PAIRS))
+    assert table.column("caption").to_pylist() == [data.captions[pick] for pick in picks]
+    assert table.column("nearest_key").to_pylist() == [data.keys[pick] for pick in picks]
+    assert counts == {
+        "prototypes": PAIRS,
+        "duplicate_captions": 0,
+        "mean_cosine": pytest.approx(float(data.similarity[picks].astype(np.float64).mean())),
+    }
+
+
+def test_the_table_is_the_same_bytes_twice(made: tuple[EmbeddingStore, Gathered], tmp_path: Path):
+    from pds_ray.storage import Folder
+
+    store, data = made
+    config = RunConfig(method="herding", pairs=PAIRS)
+    written = []
+    for name in ("one", "two"):
+        run = RunFolder(Folder(str(tmp_path / name)))
+        select(data.shards, 8, store, run, config)
+        written.append(run.folder.read_bytes("prototypes.parquet"))
+    assert written[0] == written[1]
+
+
+def test_a_stream_arrives_in_order_and_its_error_is_raised():
+    def count(up_to: int):
+        yield from range(up_to)
+        raise ValueError(f"no more than {up_to}")
+
+    found = []
+    with pytest.raises(ValueError, match="no more than 5"):  # noqa: PT012
+        for value in runtime.stream(count, 5):
+            found.append(value)
+    assert found == list(range(5))
