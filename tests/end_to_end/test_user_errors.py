@@ -57,6 +57,29 @@ def test_one_clear_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, args
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], ["give --method", "herding, k_center"]),
+        (["--method", "pds"], ["give --method", "herding, k_center"]),
+        (["--method", "magic"], ["method is 'magic'", "herding, k_center"]),
+        (["--method", "random", "--pairs", "60"], ["60 pairs asked for", "50 captioned images", "--pairs"]),
+        (["--method", "forgetting", "--select.epochs", "1"], ["select.epochs is 1", "at least 2"]),
+        (["--method", "forgetting", "--select.forgotten", "some"], ["select.forgotten is 'some'", "fewest or most"]),
+        (["--method", "random", "--prune.ratio", "0.1"], ["--prune.ratio"]),
+    ],
+)
+def test_one_clear_line_of_select(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, args: list[str], words: list[str]
+) -> None:
+    out = tmp_path / "out"
+    line = fails(
+        capsys, "select", "--preset", "demo", "--source", "scenes:50", "--pairs", "5", "--out", str(out), *args
+    )
+    assert all(word in line for word in words), line
+    assert not out.exists()
+
+
 def test_source_and_out_are_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "give --source" in fails(capsys, "distill", "--out", str(tmp_path / "x"))
     assert "give --out" in fails(capsys, *DEMO)

@@ -162,6 +162,13 @@ def test_every_model_plugin_is_there(entry):
     assert callable(module.load)
 
 
+@pytest.mark.parametrize("entry", sorted(catalog.SELECTORS.values()))
+def test_every_selector_is_there(entry):
+    module = import_module(entry)
+    assert callable(module.select)
+    assert module.DESCRIPTION
+
+
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_nothing_is_unpickled(name):
     """Files of others are read by formats that cannot run code."""

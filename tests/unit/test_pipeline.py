@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pds_ray.config import RunConfig, replace
-from pds_ray.pipeline import STAGES, plan
+from pds_ray.pipeline import SELECTION_STAGES, STAGES, plan
 from pds_ray.recipes import recipe
 
 BASE = {"source": "scenes:120", "pairs": 5, "out": "unused", "decode.decoder": "nearest"}
@@ -64,6 +64,8 @@ def test_a_change_makes_stale_what_depends_on_it(
         {"ray__num_cpus": 1},
         {"ray__embed_workers": 3},
         {"ray__max_bad_share": 0.1},
+        {"select__epochs": 3},  # of other methods
+        {"select__forgotten": "most"},
     ],
 )
 def test_where_and_how_fast_changes_nothing(reference: dict[str, str], changes: dict[str, Any]) -> None:
@@ -76,12 +78,66 @@ def test_another_condition_makes_decoding_stale() -> None:
     assert [stage for stage in STAGES if plain[stage] != by_caption[stage]] == ["decode", "materialize"]
 
 
+@pytest.fixture(scope="module")
+def selection() -> dict[str, str]:
+    return fingerprints(method="forgetting")
+
+
+def test_methods_share_the_embeddings_and_nothing_else(reference: dict[str, str], selection: dict[str, str]) -> None:
+    assert list(reference) == list(STAGES)
+    assert list(selection) == list(SELECTION_STAGES)
+    assert {stage for stage in selection if selection[stage] == reference.get(stage)} == {"embed"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"source": "scenes:121"}, "embed"),
+        ({"read__captions": "paper"}, "embed"),
+        ({"method": "random"}, "select"),
+        ({"pairs": 6}, "select"),
+        ({"seed": 1}, "select"),
+        ({"select__epochs": 3}, "select"),
+        ({"select__forgotten": "most"}, "select"),
+        ({"decode__image_size": 32}, "decode"),
+    ],
+)
+def test_a_change_makes_stale_what_of_a_selection_depends_on_it(
+    selection: dict[str, str], changes: dict[str, Any], first: str
+) -> None:
+    changed = fingerprints(**{"method": "forgetting", **changes})
+    stale = [stage for stage in SELECTION_STAGES if changed[stage] != selection[stage]]
+    assert stale == list(SELECTION_STAGES[SELECTION_STAGES.index(first) :])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prune__ratio": 0.3},
+        {"cluster__iterations": 3},
+        {"cluster__modality": "joint"},
+        {"match__pairless": "drop"},
+        {"decode__decoder": "unclip", "decode__model": "no such model"},
+        {"decode__condition": "caption"},
+        {"decode__rescale": True},
+        {"decode__steps": 3},
+        {"decode__batch_size": 2},
+        {"embed__store": "shared"},
+        {"ray__num_cpus": 1},
+    ],
+)
+def test_what_a_selection_has_no_use_for_changes_nothing(selection: dict[str, str], changes: dict[str, Any]) -> None:
+    """Nor does it make the planning fail: no decoder is looked up but the one that looks up pictures."""
+    assert fingerprints(method="forgetting", **changes) == selection
+
+
 def test_every_option_is_judged() -> None:
-    """A new option must be put on one of the two lists above."""
+    """A new option must be put on one of the lists above."""
     from pds_ray.config import flatten, to_dict
 
     judged = {
-        "source", "out", "pairs", "seed", "read.captions", "read.min_side", "read.max_pixels", "embed.encoder",
+        "source", "out", "method", "pairs", "seed", "select.epochs", "select.forgotten",
+        "read.captions", "read.min_side", "read.max_pixels", "embed.encoder",
         "embed.precision", "embed.batch_size", "embed.store", "embed.store_dtype", "prune.ratio", "cluster.iterations",
         "cluster.restarts", "cluster.normalize", "cluster.memory_gib", "cluster.modality", "match.solver",
         "match.pairless", "match.filter", "decode.decoder", "decode.model", "decode.revision", "decode.condition",
