@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 from pds_ray.config import ConfigError
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from pds_ray.backbones.base import BackboneInfo
     from pds_ray.config import DecodeConfig, EmbedConfig
     from pds_ray.decoders.base import Decoder, DecoderInfo
-    from pds_ray.encoders.base import Encoder, EncoderInfo
+    from pds_ray.encoders.base import Encoder, EncoderInfo, TextEncoder, TextEncoderInfo
     from pds_ray.selectors.base import Selector
     from pds_ray.sources.base import Source
 
@@ -27,6 +30,19 @@ SOURCES = {  # URI scheme -> class(uri); anything else is a tar path, glob or br
 
 ENCODERS = {  # prefix of the encoder name -> module with describe(name) and load(info, precision)
     "": "pds_ray.encoders.open_clip",
+}
+
+TEXT_ENCODERS = {  # prefix of a text encoder's name -> module with describe(name) and load(info, precision)
+    **ENCODERS,
+    "bert": "pds_ray.encoders.hf_text",
+    "distilbert": "pds_ray.encoders.hf_text",
+}
+
+BACKBONES = {  # backbone name -> module with describe(name) and build(info, image_size); anything else is a timm model
+    "small_conv": "pds_ray.backbones.small",
+    "small_vit": "pds_ray.backbones.small",
+    "small_mixer": "pds_ray.backbones.small",
+    "": "pds_ray.backbones.timm",
 }
 
 DECODERS = {  # decoder name -> module with describe(config, encoder) and load(info, config, source)
@@ -64,6 +80,31 @@ def describe_encoder(config: EmbedConfig) -> EncoderInfo:
 def load_encoder(info: EncoderInfo, precision: str) -> Encoder:
     """The encoder with its weights, on the GPU if there is one."""
     return _encoder_module(info.name).load(info, precision)
+
+
+def describe_text_encoder(name: str) -> EncoderInfo | TextEncoderInfo:
+    """What a text encoder is. Raises ConfigError in one line if there is no such encoder."""
+    return _text_encoder_module(name).describe(name)
+
+
+def load_text_encoder(info: EncoderInfo | TextEncoderInfo, precision: str) -> TextEncoder:
+    """The text encoder with its weights, on the GPU if there is one."""
+    return _text_encoder_module(info.name).load(info, precision)
+
+
+def _text_encoder_module(name: str) -> Any:
+    prefix = name.partition(":")[0]
+    return import_module(TEXT_ENCODERS[prefix if prefix in TEXT_ENCODERS else ""])
+
+
+def describe_backbone(name: str) -> BackboneInfo:
+    """What a backbone is, without building it. Raises ConfigError in one line if there is no such backbone."""
+    return import_module(BACKBONES.get(name, BACKBONES[""])).describe(name)
+
+
+def build_backbone(info: BackboneInfo, image_size: int) -> nn.Module:
+    """The backbone with its weights at the start, from torch's global generator where they are random."""
+    return import_module(BACKBONES.get(info.name, BACKBONES[""])).build(info, image_size)
 
 
 def _encoder_module(name: str) -> Any:

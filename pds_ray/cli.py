@@ -15,7 +15,7 @@ import warnings
 from typing import Any, NoReturn
 
 from pds_ray import __version__
-from pds_ray.config import METHODS, ConfigError, RunConfig, flatten, replace, sections, to_dict
+from pds_ray.config import METHODS, ConfigError, EvaluateConfig, RunConfig, flatten, replace, sections, to_dict
 from pds_ray.errors import UserError
 
 EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -37,12 +37,14 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(EXIT_USER)
 
 
-def _add_config_options(parser: argparse.ArgumentParser, only: tuple[str, ...] | None = None) -> None:
-    """A flag for every field of RunConfig: --prune.ratio, and the other names it is known by.
+def _add_config_options(
+    parser: argparse.ArgumentParser, only: tuple[str, ...] | None = None, top: type = RunConfig
+) -> None:
+    """A flag for every field of the configuration `top`: --prune.ratio, and the other names it is known by.
 
     `only` names the sections and dotted fields that get one; "" are the fields outside of sections.
     """
-    for section, cls in {"": RunConfig, **sections()}.items():
+    for section, cls in {"": top, **sections(top)}.items():
         fields = {
             f"{section}.{f.name}" if section else f.name: f for f in dataclasses.fields(cls) if "doc" in f.metadata
         }
@@ -51,7 +53,7 @@ def _add_config_options(parser: argparse.ArgumentParser, only: tuple[str, ...] |
         if not fields:
             continue
         about = (cls.__doc__ or "").splitlines()[0] if section else None
-        group = parser.add_argument_group(section or "run", about)
+        group = parser.add_argument_group(section or top.__name__.removesuffix("Config").lower(), about)
         for dotted, field in fields.items():
             known_as = (dotted.replace("_", "-"), dotted, *field.metadata["aliases"])
             default = "" if field.default in (None, "") else f" [{field.default}]"
@@ -91,6 +93,43 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--redo", action="store_true", help="redo what depends on a changed configuration")
     _add_config_options(distill)
     _add_config_options(select, only=("", "read", "embed", "select", "decode.image_size", "ray"))
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="train models on a distilled set and measure retrieval",
+        allow_abbrev=False,
+        description="Trains fresh models on a distilled set, ours or any in its layout, and measures image-text "
+        "retrieval on a held-out split. Repeating an interrupted command continues it.",
+    )
+    evaluate.add_argument("set", metavar="SET", help="run folder or distilled set")
+    evaluate.add_argument("--out", metavar="FOLDER", help="where evaluation/ is made [SET]")
+    evaluate.add_argument("--json", action="store_true", help="print the result as JSON")
+    compare = commands.add_parser(
+        "compare",
+        help="methods side by side: distil, select, train, measure, tabulate",
+        allow_abbrev=False,
+        description="Makes a set with every method at every size from one source and measures them all alike. "
+        "Repeating an interrupted command continues it.",
+    )
+    compare.add_argument("--preset", default="default", help="default, demo, paper or web_scale")
+    compare.add_argument("--config", metavar="FILE.yaml", help="fields of the runs as YAML, sections nested")
+    compare.add_argument(
+        "--methods",
+        default=",".join(METHODS[1:] + METHODS[:1]),
+        help="methods by comma, each with changes behind it if wanted: pds+match.filter=false [%(default)s]",
+    )
+    compare.add_argument("--ablations", action="store_true", help="add the ablations of the paper to the methods")
+    compare.add_argument("--pairs", default="100", help="sizes by comma [%(default)s]")
+    compare.add_argument("--redo", action="store_true", help="redo what depends on a changed configuration")
+    _add_config_options(
+        compare,
+        only=("source", "out", "seed", "read", "embed", "select", "prune", "cluster", "match", "decode", "ray"),
+    )
+    evaluation_fields = ("test", "val", "backbones", "seeds", "workers", "trials", "max_failures", "protocol")
+    _add_config_options(evaluate, only=(*evaluation_fields, "ray"), top=EvaluateConfig)
+    _add_config_options(compare, only=evaluation_fields, top=EvaluateConfig)
+    for command in (evaluate, compare):
+        command.add_argument("--protocol", default="standard", help="standard, or paper (best epoch on test)")
 
     show = commands.add_parser("show", help="what a run is and how far it is")
     show.add_argument("run", metavar="RUN")
@@ -143,6 +182,45 @@ def _distill(args: argparse.Namespace) -> None:
     print_summary(config.out, manifest)
 
 
+def _evaluation(args: argparse.Namespace) -> EvaluateConfig:
+    """Protocol and flags -> the configuration of an evaluation. Raises ConfigError in one line."""
+    from pds_ray.recipes import protocol
+
+    config = protocol(args.protocol)
+    known = flatten(to_dict(config), EvaluateConfig)
+    return replace(config, {name: value for name, value in vars(args).items() if name in known})
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from pds_ray.evaluation import evaluate
+    from pds_ray.summary import print_evaluation
+
+    result = evaluate(args.set, _evaluation(args), args.out)
+    if args.json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        print_evaluation(result)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from pds_ray.comparison import ABLATIONS, compare
+    from pds_ray.summary import print_comparison
+
+    sizes = [size.strip() for size in args.pairs.split(",")]
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise ConfigError(f"--pairs is {args.pairs!r}; it must be whole numbers by comma, such as 100,500")
+    methods = [method.strip() for method in args.methods.split(",") if method.strip()]
+    args.pairs = sizes[0]  # the field of a run; each gets its own
+    table = compare(
+        resolve(args),
+        methods + list(ABLATIONS if args.ablations else ()),
+        [int(size) for size in sizes],
+        _evaluation(args),
+        redo=args.redo,
+    )
+    print_comparison(args.out, table)
+
+
 def _show(args: argparse.Namespace) -> None:
     from pds_ray.artifacts import RunFolder
     from pds_ray.manifest import RunManifest
@@ -176,6 +254,16 @@ def _doctor(_: argparse.Namespace) -> None:
         raise SystemExit(EXIT_USER)
 
 
+COMMANDS = {
+    "distill": _distill,
+    "select": _distill,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "show": _show,
+    "doctor": _doctor,
+}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `pds-ray`."""
     args = build_parser().parse_args(argv)
@@ -186,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # a stopped job ends like an interrupted one, in the background too
         signal.signal(number, signal.default_int_handler)
     try:
-        {"distill": _distill, "select": _distill, "show": _show, "doctor": _doctor}[args.command](args)
+        COMMANDS[args.command](args)
         code = EXIT_OK
     except KeyboardInterrupt:
         print("\npds-ray: interrupted; the same command continues", file=sys.stderr, flush=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
-from pds_ray.config import ConfigError, RunConfig, replace
+from pds_ray.config import ConfigError, EvaluateConfig, RunConfig, replace
 
 
 def default() -> RunConfig:
@@ -90,3 +92,47 @@ def recipe(name: str) -> RunConfig:
     if name not in RECIPES:
         raise ConfigError(f"unknown preset {name!r}; known: {', '.join(RECIPES)}")
     return RECIPES[name]()
+
+
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    # honest: the epoch is chosen on a validation split, every pair is seen once an epoch
+    "standard": {},
+    # the authors' evaluation (Choi, Mo, Chae, ICLR 2026), best epoch on the test split included
+    "paper": {
+        "train": "text_head",
+        "text": "prototypes",
+        "captions": "paper",
+        "image_size": 224,
+        "normalization": "clip",
+        "augment": False,
+        "optimizer": "sgd",
+        "learning_rate": 0.2,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "schedule": "step",
+        "epochs": 101,
+        "batch_size": 128,
+        "sampling": "independent",
+        "evaluate_every": 10,
+        "select": "test",
+    },
+}
+
+
+def protocol(name: str) -> EvaluateConfig:
+    """The evaluation under the protocol called `name`. Raises ConfigError listing the known names."""
+    if name not in PROTOCOLS:
+        raise ConfigError(f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}")
+    return replace(EvaluateConfig(), {f"protocol.{field}": value for field, value in PROTOCOLS[name].items()})
+
+
+def protocol_name(config: EvaluateConfig) -> str:
+    """The name of the protocol in use; of one that was changed, the nearest name and what differs from it."""
+    chosen = dataclasses.asdict(config.protocol)
+    changes = {
+        name: {field: value for field, value in chosen.items() if value != default[field]}
+        for name in PROTOCOLS
+        for default in [dataclasses.asdict(protocol(name).protocol)]
+    }
+    name = min(changes, key=lambda known: len(changes[known]))
+    return name + "".join(f", {field}={value}" for field, value in changes[name].items())

@@ -81,3 +81,54 @@ def _rate(name: str, entry: dict[str, Any]) -> str:
     unit, key = RATES[name]
     count, seconds = entry.get("counts", {}).get(key, 0), entry.get("seconds", 0)
     return f"{count / seconds:,.0f} {unit}/s" if unit and count and seconds else ""
+
+
+MEASURE_TITLES = {"tr@1": "TR@1", "tr@5": "TR@5", "tr@10": "TR@10", "ir@1": "IR@1", "ir@5": "IR@5", "ir@10": "IR@10"}
+
+
+def print_evaluation(result: dict[str, Any]) -> None:
+    """An evaluation as a table: mean and deviation over the seeds, in percent."""
+    about, test = result["set"], result["test"]
+    print(f"\nset       {about['path']}: {about['pairs']:,} pairs, method {about['method']}")
+    print(f"test      {test['source']}: {test['images']:,} images, {test['captions']:,} captions")
+    if result["val"]:
+        print(f"val       {result['val']['source']}: {result['val']['images']:,} images")
+    print(f"protocol  {result['protocol']['name']}")
+    for name in ("test", "val"):
+        bad = (result[name] or {}).get("bad", {})
+        if bad:
+            print(f"bad       {sum(bad.values()):,} samples of {name} left out: {bad}")
+    for note in result["notes"]:
+        print(f"note      {note}")
+    rows = [([part["name"], str(len(part["trials"]))], part) for part in result["backbones"]]
+    if len(rows) > 1:
+        rows.append((["average", ""], result))
+    _print_recalls(["backbone", "seeds"], rows)
+    print(f"\nresult    {result['file']}")
+
+
+def print_comparison(out: str, table: dict[str, Any]) -> None:
+    """A comparison as a table: methods by size, on the average of the backbones."""
+    test = table["test"]
+    print(f"\nsource    {table['source']}")
+    print(f"test      {test['source']}: {test['images']:,} images, {test['captions']:,} captions")
+    names = sorted({cell["backbone"] for cell in table["cells"]} - {"average"})
+    print(f"protocol  {table['protocol']['name']}; average of {', '.join(names)}; {table['seeds']} seeds")
+    for note in table["notes"]:
+        print(f"note      {note}")
+    cells = [cell for cell in table["cells"] if cell["backbone"] == "average"]
+    cells.sort(key=lambda cell: cell["pairs"])  # stable: methods stay in their order
+    _print_recalls(["pairs", "method"], [([str(cell["pairs"]), cell["method"]], cell) for cell in cells])
+    print(f"\nresult    {out}: comparison.json, comparison.csv")
+
+
+def _print_recalls(titles: list[str], rows: list[tuple[list[str], dict[str, Any]]]) -> None:
+    widths = [max(len(title), *(len(cells[i]) for cells, _ in rows)) for i, title in enumerate(titles)]
+    measures = {**MEASURE_TITLES, "r_mean": "r_mean"}
+
+    def line(left: list[str], right: list[str]) -> str:
+        return "  ".join([text.ljust(width) for text, width in zip(left, widths, strict=True)] + right)
+
+    print("\n" + line(titles, [title.rjust(11) for title in measures.values()]))
+    for cells, part in rows:
+        print(line(cells, [f"{part['mean'][name]:5.1f} ± {part['std'][name]:3.1f}" for name in measures]))

@@ -53,6 +53,8 @@ def start(config: RayConfig) -> dict[str, Any]:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     # threads of a model that wait for each other must not spin while readers and decoders want the same cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # a report waits for the controller's next look: at the default of 2 s that is as long as a small trial's epochs
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     if not ray.is_initialized():
         with _muffled():
             _connect(address) if address else _start_local(config)

@@ -85,6 +85,27 @@ class EncoderInfo:
     """What `load` needs beyond the name."""
 
 
+@dataclass(frozen=True)
+class TextEncoderInfo:
+    """What an encoder of captions alone is; the fields mean what they do in `EncoderInfo`."""
+
+    name: str
+    dim: int
+    space: str
+    identity: str
+    load_args: tuple[tuple[str, Any], ...]
+
+
+class TextEncoder(Protocol):
+    """A loaded encoder of captions."""
+
+    dim: int
+
+    def encode_captions(self, captions: list[str]) -> np.ndarray:
+        """B captions, cut to the model's context length -> float32 [B, d]."""
+        ...
+
+
 class Encoder(Protocol):
     """A loaded encoder. Embeddings are un-normalised projections, float32."""
 

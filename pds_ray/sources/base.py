@@ -74,6 +74,8 @@ class Source(Protocol):
     """A data set of image-caption samples, cut in shards. Instances pickle: they travel to Ray workers."""
 
     uri: str
+    validation: str | None
+    """URI of the split that belongs to this one for choosing by, if the source knows one."""
 
     def shards(self) -> list[Shard]:
         """Every shard, in a stable order. Raises SourceError in one line if there is none."""

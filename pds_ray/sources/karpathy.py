@@ -46,6 +46,7 @@ class KarpathySource:
             raise SourceError(f"{uri!r} is not {' or '.join(f'{name}:ROOT[:SPLIT]' for name in ANNOTATIONS)}")
         # Absolute, because instances travel to workers that run in another folder.
         self.root = os.path.abspath(os.path.expanduser(root))
+        self.validation = None if self.split == "val" else f"{self.dataset}:{self.root}:val"
 
     def shards(self) -> list[Shard]:
         """Shards of 1,000 images. Raises SourceError if the annotations are unusable or any image is not there.

@@ -18,6 +18,7 @@ from pds_ray.sources.base import Fault, Sample, Shard, SourceError
 
 IMAGE_SIZE = 64
 SHARD_SIZE = 1000
+VALIDATION_SEED = 1_000_000_000  # added to a seed: pictures that nobody would train or test on by chance
 CAPTIONS_PER_IMAGE = 5
 SUPERSAMPLING = 4
 """Shapes are drawn this many times larger and averaged down, which is what makes their edges smooth."""
@@ -208,6 +209,7 @@ class ScenesSource:
         self.uri = uri
         self.count = int(numbers[0])
         self.seed = int(numbers[1]) if len(numbers) == 2 else 0
+        self.validation = f"scenes:{self.count}:{VALIDATION_SEED + self.seed}"
         if self.count == 0:
             raise SourceError(f"{uri!r} has no pictures; ask for at least one, such as scenes:1000")
 

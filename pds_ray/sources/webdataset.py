@@ -53,6 +53,7 @@ class WebDatasetSource:
     uri: str
     max_image_bytes: int = 64 * 1024**2
     max_text_bytes: int = 1024**2
+    validation: None = None
 
     def shards(self) -> list[Shard]:
         """The shards that exist, sorted by location. Every pattern must match, or SourceError says which does not."""

@@ -1,0 +1,86 @@
+"""Any timm model: `NAME` with its published weights, `NAME:FILE` with yours, `NAME:scratch` with none."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pds_ray.backbones.base import BackboneInfo
+from pds_ray.config import ConfigError
+from pds_ray.hub import require_repository
+from pds_ray.storage import file_sha256
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SCRATCH = "scratch"
+LOGITS = ("nf_resnet50", "nf_regnet_b1", "vit_tiny_patch16_224")
+"""Published evaluations take the 1,000 ImageNet logits of these pretrained models as their embedding."""
+HALF = (0.5, 0.5, 0.5)
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def describe(name: str) -> BackboneInfo:
+    """What `name` is, from timm's tables. Raises ConfigError in one line if there is no such model or weights."""
+    import timm
+
+    model, _, weights = name.partition(":")
+    if not timm.is_model(model):
+        near = ", ".join(difflib.get_close_matches(model, timm.list_models(), n=4, cutoff=0.4))
+        raise ConfigError(
+            f"unknown backbone {model!r}; "
+            + (f"near it in timm: {near}" if near else "timm.list_models() names those that there are")
+            + "; or one of small_conv, small_vit, small_mixer"
+        )
+    cfg = timm.get_pretrained_cfg(model, allow_unregistered=False)
+    args: dict[str, Any] = {"model_name": model, "num_classes": 0}
+    if weights == SCRATCH:
+        identity = f"{model} {SCRATCH}"
+    else:
+        if model.partition(".")[0] in LOGITS:
+            del args["num_classes"]
+        args["pretrained"] = True
+        if weights:
+            path = Path(weights).expanduser()
+            if not path.is_file():
+                raise ConfigError(
+                    f"backbone {name}: {weights} is no file; give {model}:FILE, {model}:{SCRATCH} or {model}"
+                )
+            args["pretrained_cfg_overlay"] = {"file": str(path.resolve())}
+            identity = f"{model} {file_sha256(path)}"
+        else:
+            if not cfg or not (cfg.hf_hub_id or cfg.url or cfg.file):
+                raise ConfigError(
+                    f"backbone {name}: timm has no weights for it; give {model}:FILE or {model}:{SCRATCH}"
+                )
+            if cfg.hf_hub_id:
+                instead = f"give a checkpoint as {model}:FILE, or {model}:{SCRATCH}"
+                require_repository(cfg.hf_hub_id, None, WEIGHT_FILES, f"backbone {name}", instead)
+            identity = f"{model}.{cfg.tag}"
+    mean, std = (_triple(cfg.mean), _triple(cfg.std)) if cfg else (HALF, HALF)
+    size = cfg.input_size[-1] if cfg else 224
+    return BackboneInfo(name, identity, size, mean, std, weights != SCRATCH, tuple(args.items()))
+
+
+def _triple(values: Any) -> tuple[float, float, float]:
+    red, green, blue = values
+    return float(red), float(green), float(blue)
+
+
+def build(info: BackboneInfo, image_size: int) -> nn.Module:
+    """The model, adapted to `image_size` where its architecture is tied to one.
+
+    Raises ConfigError in one line if the weights cannot be had or do not fit.
+    """
+    import timm
+
+    args = dict(info.load_args)
+    cfg = timm.get_pretrained_cfg(args["model_name"], allow_unregistered=False)
+    if cfg and cfg.fixed_input_size and image_size != cfg.input_size[-1]:
+        args["img_size"] = image_size
+    try:
+        return timm.create_model(**args)
+    except Exception as error:  # timm, torch and the hub client raise many kinds: missing, corrupt, of other shapes
+        line = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise ConfigError(f"backbone {info.name}: cannot be built ({line})") from error

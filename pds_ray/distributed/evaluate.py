@@ -1,0 +1,284 @@
+"""Evaluation on Ray Train: lanes of trials side by side; the workers of a lane share each of its trials.
+
+A lane is one TorchTrainer that runs its trials one after the other, because starting its workers takes longer than a
+small trial. Results are one file a trial, written by the first worker: a lane that starts again skips what is there
+and takes up the trial it was in from the last report.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer, get_device
+
+from pds_ray import catalog
+from pds_ray.captions import CLEANERS
+from pds_ray.config import ConfigError, EvaluateConfig
+from pds_ray.distributed import runtime
+from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
+from pds_ray.progress import progress_bar
+from pds_ray.stages import evaluate as core
+from pds_ray.stages.train import Gallery, Progress, TrainingPairs, Workers
+from pds_ray.storage import Folder
+
+POLL_S = 1.0
+CHECKPOINT_NAME = "trial.json"
+
+
+@dataclass(frozen=True)
+class SplitData:
+    """A held-out split that was read; pictures and vectors are in the object store."""
+
+    pictures: dict[int, list[ray.ObjectRef]]
+    """Size -> uint8 [n, 3, S, S] of each shard."""
+    captions: list[str]
+    owner: np.ndarray
+    """int64 [m]: which image a caption belongs to."""
+    chosen: np.ndarray
+    """bool [n]: the images that make the gallery."""
+    bad: dict[str, int]
+
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """The captions of the chosen images, as rows of all, and their owners counted among the chosen. int64 [c]."""
+        rows = np.flatnonzero(self.chosen[self.owner])
+        return rows, (np.cumsum(self.chosen) - 1)[self.owner[rows]]
+
+    def counts(self) -> dict[str, Any]:
+        return {"images": int(self.chosen.sum()), "captions": len(self.rows()[0]), "bad": self.bad}
+
+
+@dataclass(frozen=True)
+class LaneData:
+    """What trials need, by reference."""
+
+    pictures: dict[tuple[str, int], ray.ObjectRef]
+    """(set, size) -> uint8 [B, 3, S, S]."""
+    text: dict[str, ray.ObjectRef]
+    """Set -> float32 [B, t]."""
+    splits: dict[tuple[str, str], SplitData]
+    """(test or val, cleaning rule) -> split."""
+    held_out_text: dict[tuple[str, str, str], ray.ObjectRef]
+    """(test or val, cleaning rule, encoder) -> float32 [m, t]."""
+
+
+def run_trials(
+    trials: list[core.Trial],
+    sets: list[core.CheckedSet],
+    splits: dict[str, core.Split],
+    results: Folder,
+    config: EvaluateConfig,
+) -> None:
+    """Runs the trials. Each leaves KEY.json in `results`, whole or not at all."""
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    data = _prepare(trials, sets, splits, gpus > 0)
+    room = (gpus or int(resources.get("CPU", 1))) // config.workers
+    if room == 0:
+        raise ConfigError(f"{config.workers} workers a trial asked for, but there is room for {room}; lower --workers")
+    lanes = _lanes(trials, min(config.trials or room, len(trials)))
+    shared = ray.put(data)
+    task = ray.remote(_run_lane).options(num_cpus=0, max_retries=config.max_failures)
+    pending = [task.remote(lane, [shared], results, config, gpus > 0) for lane in lanes]
+    missing = {trial.key for trial in trials}
+    with progress_bar("evaluate", len(trials), "trials") as bar:
+        try:
+            while pending:
+                ready, pending = ray.wait(pending, timeout=POLL_S)
+                finished = missing & {name.removesuffix(".json") for name in results.names(".json")}
+                missing -= finished
+                bar.update(len(finished))
+                with runtime.unwrapped_errors():
+                    ray.get(ready)
+        finally:
+            for lane in pending:
+                ray.cancel(lane, force=True)
+
+
+def _prepare(
+    trials: list[core.Trial], sets: list[core.CheckedSet], splits: dict[str, core.Split], on_gpu: bool
+) -> LaneData:
+    """Reads pictures and encodes captions on the cluster."""
+    sizes = sorted({trial.image_size for trial in trials})
+    wanted = {trial.label for trial in trials}
+    sets = [checked for checked in sets if checked.candidate.label in wanted]
+    encoders = {checked.encoder.identity: checked.encoder for checked in sets}
+    data = LaneData({}, {}, {}, {})
+
+    def encode(encoder: str, captions: list[str]) -> ray.ObjectRef:
+        options = {"num_cpus": runtime.SMALL_TASK_CPUS, "num_gpus": int(on_gpu)}
+        return ray.remote(_encode).options(**options).remote(encoders[encoder], captions)
+
+    for name, split in splits.items():
+        for rule in sorted({checked.text.cleaning for checked in sets}):
+            data.splits[name, rule] = read = _read_split(name, split, sizes, rule)
+            for encoder in sorted({checked.text.encoder for checked in sets if checked.text.cleaning == rule}):
+                data.held_out_text[name, rule, encoder] = encode(encoder, read.captions)
+    for checked in sets:
+        label, distilled = checked.candidate.label, checked.distilled
+        for size in sizes:
+            task = ray.remote(core.set_pictures).options(num_cpus=runtime.SMALL_TASK_CPUS)
+            data.pictures[label, size] = task.remote(distilled, size)
+        if checked.text.of_set == "prototypes":
+            data.text[label] = ray.put(distilled.text_prototypes)
+        else:
+            clean = CLEANERS[checked.text.cleaning]
+            data.text[label] = encode(checked.text.encoder, [clean(caption) for caption in distilled.captions])
+    return data
+
+
+def _read_split(name: str, split: core.Split, sizes: list[int], rule: str) -> SplitData:
+    """Reads a split on the cluster. Raises ConfigError in one line if nothing in it can be used."""
+    task = ray.remote(core.read_split).options(num_cpus=runtime.SMALL_TASK_CPUS, num_returns=3)
+    pick = ray.remote(_pick).options(num_cpus=0)
+    pending: list[Any] = [task.remote(split.source, shard, sizes, rule) for shard in split.shards]
+    texts: list[list[str]] = []
+    bad: Counter[str] = Counter()
+    with progress_bar(f"read {name}", len(pending), "shards") as bar:
+        for _, captions, faults in pending:
+            texts += ray.get(captions)
+            bad.update(ray.get(faults))
+            bar.update()
+    if not texts:
+        raise ConfigError(f"no sample of {split.uri} can be used: {dict(bad)}")
+    return SplitData(
+        pictures={size: [pick.remote(pictures, size) for pictures, _, _ in pending] for size in sizes},
+        captions=[caption for captions in texts for caption in captions],
+        owner=np.repeat(np.arange(len(texts)), [len(captions) for captions in texts]),
+        chosen=split.chosen(len(texts)),
+        bad=dict(bad),
+    )
+
+
+def _pick(pictures: dict[int, np.ndarray], size: int) -> np.ndarray:
+    return pictures[size]
+
+
+def _encode(info: EncoderInfo | TextEncoderInfo, captions: list[str]) -> np.ndarray:
+    torch.set_num_threads(runtime.MODEL_THREADS)
+    return core.encode(catalog.load_text_encoder(info, "fp32"), captions)
+
+
+def _lanes(trials: list[core.Trial], count: int) -> list[list[core.Trial]]:
+    """The trials shared out by size, largest first; in a lane those of one backbone together."""
+    lanes: list[list[core.Trial]] = [[] for _ in range(count)]
+    load = [0] * count
+    for trial in sorted(trials, key=lambda trial: -trial.pairs):
+        lane = load.index(min(load))
+        lanes[lane].append(trial)
+        load[lane] += trial.pairs
+    return [sorted(lane, key=lambda trial: (trial.backbone.name, trial.label, trial.seed)) for lane in lanes]
+
+
+def _run_lane(
+    trials: list[core.Trial], shared: list[ray.ObjectRef], results: Folder, config: EvaluateConfig, use_gpu: bool
+) -> None:
+    trainer = TorchTrainer(
+        _train_lane,
+        train_loop_config={"trials": trials, "shared": shared, "results": results},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=trials[0].key,
+            storage_path=(results / "state").path,
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    trainer.fit()
+    (results / "state" / trials[0].key).delete_all()
+
+
+def _train_lane(config: dict[str, Any]) -> None:
+    """What each worker of a lane runs."""
+    context = ray.train.get_context()
+    workers = Workers(context.get_world_rank(), context.get_world_size())
+    device = get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # the CPU it asked for; convolutions round by the number of threads
+    data: LaneData = ray.get(config["shared"][0])
+    results: Folder = config["results"]
+    done = set(results.names(".json"))
+    features: core.Features = {}
+    checkpoint = ray.train.get_checkpoint()
+    for trial in config["trials"]:
+        if f"{trial.key}.json" in done:
+            continue
+        began = time.time()
+        test = _gallery(data, "test", trial)
+        assert test is not None
+        with tempfile.TemporaryDirectory() as scratch:
+            found = core.run_trial(
+                trial,
+                catalog.build_backbone,
+                _pairs(data, trial),
+                _gallery(data, "val", trial),
+                test,
+                device,
+                workers,
+                features,
+                resume=_saved_state(checkpoint, trial, Path(scratch)),
+                report=functools.partial(_report, trial, workers),
+            )
+        if workers.rank == 0:
+            splits = {
+                name: split.counts() for (name, rule), split in data.splits.items() if rule == trial.text.cleaning
+            }
+            about = {"label": trial.label, "backbone": trial.backbone.name, "seed": trial.seed}
+            seconds = round(time.time() - began, 3)
+            results.write_json(f"{trial.key}.json", {**about, **found, "splits": splits, "seconds": seconds})
+
+
+def _pairs(data: LaneData, trial: core.Trial) -> TrainingPairs:
+    pictures, text = ray.get([data.pictures[trial.label, trial.image_size], data.text[trial.label]])
+    return TrainingPairs(_tensor(pictures), _tensor(text))
+
+
+def _gallery(data: LaneData, name: str, trial: core.Trial) -> Gallery | None:
+    split = data.splits.get((name, trial.text.cleaning))
+    if split is None:
+        return None
+    pictures = np.concatenate(ray.get(split.pictures[trial.image_size]))[split.chosen]
+    rows, owner = split.rows()
+    text = ray.get(data.held_out_text[name, trial.text.cleaning, trial.text.encoder])[rows]
+    return Gallery(_tensor(pictures), _tensor(text), torch.from_numpy(owner))
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # arrays of the object store are read-only, and only read
+        return torch.from_numpy(array)
+
+
+def _saved_state(checkpoint: ray.train.Checkpoint | None, trial: core.Trial, scratch: Path) -> Path | None:
+    """The state that the last report of this trial left, if there is one."""
+    if checkpoint is None:
+        return None
+    folder = Path(checkpoint.to_directory(str(scratch)))
+    return folder if json.loads((folder / CHECKPOINT_NAME).read_text())["key"] == trial.key else None
+
+
+def _report(trial: core.Trial, workers: Workers, progress: Progress, save: Callable[[Path], None]) -> None:
+    """Tells Ray Train how far the trial is; the first worker hands in the state."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = None
+        if workers.rank == 0:
+            save(Path(folder))
+            (Path(folder) / CHECKPOINT_NAME).write_text(json.dumps({"key": trial.key}))
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report({"epochs": progress.epochs_done, **(progress.best or {})}, checkpoint=checkpoint)

@@ -1,0 +1,80 @@
+"""BERT and DistilBERT as text encoders of an evaluation: `bert:MODEL`, `distilbert:MODEL`, hub id or folder.
+
+A caption's vector is the last hidden state of its first token, as VL-Distill and LoRS take it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pds_ray.config import ConfigError
+from pds_ray.encoders.base import TextEncoderInfo
+from pds_ray.hub import require_repository
+from pds_ray.storage import folder_sha256
+
+MAX_TOKENS = 512
+FILES = ("config.json", "*.safetensors", "tokenizer*.json", "vocab.txt")
+
+
+def describe(name: str) -> TextEncoderInfo:
+    """What `name` is. Raises ConfigError in one line if it cannot be had."""
+    from transformers import AutoConfig
+
+    kind, _, model = name.partition(":")
+    if not model:
+        raise ConfigError(
+            f"text encoder {name!r}: which model? give {kind}:ID (such as {kind}-base-uncased) or {kind}:FOLDER"
+        )
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        model, identity = str(folder.resolve()), folder_sha256(folder, FILES)
+    else:
+        require_repository(model, None, ("config.json",), f"text encoder {name}", f"give a folder as {kind}:FOLDER")
+        identity = model
+    try:
+        config = AutoConfig.from_pretrained(model)
+        found, width = config.model_type, int(config.hidden_size)
+    except Exception as error:  # transformers and the hub client raise many kinds, all meaning: no such model
+        line = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise ConfigError(f"text encoder {name}: {model} holds no transformers model ({line})") from error
+    if found != kind:
+        raise ConfigError(f"text encoder {name}: {model} is a model of type {found}, not {kind}")
+    return TextEncoderInfo(name, width, f"{kind} {identity}", f"{kind} {identity}", (("model", model),))
+
+
+def load(info: TextEncoderInfo, precision: str) -> HfTextEncoder:  # noqa: ARG001 - always fp32: a few captions a set
+    return HfTextEncoder(info)
+
+
+class HfTextEncoder:
+    """A transformers text model in evaluation mode, on the GPU if there is one."""
+
+    def __init__(self, info: TextEncoderInfo) -> None:
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        options: dict[str, Any] = {"use_safetensors": True}  # never a pickle
+        model = dict(info.load_args)["model"]
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(model)
+            self.model = AutoModel.from_pretrained(model, **options).eval().to(self.device)
+        except Exception as error:  # missing, corrupt, unreachable: of many kinds
+            line = (str(error) or type(error).__name__).strip().splitlines()[0]
+            raise ConfigError(f"text encoder {info.name}: cannot load the weights ({line})") from error
+        self.dim = info.dim
+        limits = (self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", MAX_TOKENS))
+        self.max_tokens = min(MAX_TOKENS, *limits)
+
+    def encode_captions(self, captions: list[str]) -> np.ndarray:
+        """B captions, cut to the model's context length -> float32 [B, d]."""
+        import torch
+
+        tokens = self.tokenizer(
+            captions, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        ).to(self.device)
+        with torch.inference_mode():
+            return self.model(**tokens).last_hidden_state[:, 0].float().cpu().numpy()
