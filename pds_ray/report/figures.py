@@ -103,7 +103,15 @@ def comparison_axes(comparison: Json) -> tuple[list[str], list[str], list[int]]:
 
 def _figure(traces: list[Any], label: str, height: int, **layout: Any) -> Json:
     """A figure as the page wants it; `label` is what a screen reader says of it."""
-    axis = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "tickcolor": GRID, "automargin": True}
+    title = {"standoff": 8, "font": {"size": 13}}
+    axis = {
+        "title": title,
+        "gridcolor": GRID,
+        "zerolinecolor": GRID,
+        "linecolor": GRID,
+        "tickcolor": GRID,
+        "automargin": True,
+    }
     figure = go.Figure(traces)
     figure.update_layout(
         template="none",
@@ -116,8 +124,8 @@ def _figure(traces: list[Any], label: str, height: int, **layout: Any) -> Json:
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
         dragmode=False,
     )
-    figure.update_xaxes(title_standoff=8, **axis)
-    figure.update_yaxes(title_standoff=8, **axis)
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis)
     figure.update_layout(**layout)
     return {"label": label, "figure": json.loads(figure.to_json())}
 
@@ -128,6 +136,7 @@ def _hatch(number: int) -> Json:
         "color": SERIES[number % len(SERIES)],
         "pattern": {
             "shape": HATCHES[number % len(HATCHES)],
+            "fillmode": "overlay",
             "fgcolor": PAPER,
             "fgopacity": 0.6,
             "size": 6,
@@ -173,7 +182,7 @@ def _sizes(clusters: Json) -> Json:
         f"{modality} clusters: smallest {values.min():,}, median {np.median(values):,.0f}, largest {values.max():,}."
         for modality, values in both.items()
     )
-    axes = {"xaxis_title": "pairs in a cluster", "yaxis_title": "clusters"}
+    axes = {"xaxis": {"title": {"text": "pairs in a cluster"}}, "yaxis": {"title": {"text": "clusters"}}}
     return _figure(traces, label, 300, barmode="group", bargap=0.08, bargroupgap=0, **axes)
 
 
@@ -188,7 +197,8 @@ def _shared(clusters: Json) -> Json:
         hovertemplate="%{customdata} shared pairs: %{y:,} couples<extra></extra>",
     )
     label = f"Histogram of the pairs that couples share: median {np.median(values):,.0f}, largest {values.max():,}."
-    return _figure([bar], label, 300, bargap=0.08, xaxis_title="pairs shared by a couple", yaxis_title="couples")
+    axes = {"xaxis": {"title": {"text": "pairs shared by a couple"}}, "yaxis": {"title": {"text": "couples"}}}
+    return _figure([bar], label, 300, bargap=0.08, **axes)
 
 
 def _contingency(clusters: Json) -> Json:
@@ -199,7 +209,10 @@ def _contingency(clusters: Json) -> Json:
     filled = table > 0
     z = np.where(filled, np.log10(np.maximum(table, 1)).round(3), np.nan)
     heat = go.Heatmap(
-        z=[[value if mark else None for value, mark in zip(*row, strict=True)] for row in zip(z.tolist(), filled, strict=True)],
+        z=[
+            [value if mark else None for value, mark in zip(*row, strict=True)]
+            for row in zip(z.tolist(), filled, strict=True)
+        ],
         text=[[f"{value:,}" if value else "" for value in row] for row in table.tolist()],
         colorscale=SCALE,
         zmin=0,
@@ -207,13 +220,13 @@ def _contingency(clusters: Json) -> Json:
         hoverongaps=False,
         hovertemplate="image cluster of couple %{y}<br>text cluster of couple %{x}<br>%{text} pairs<extra></extra>",
         colorbar={
-            "title": {"text": "pairs", "side": "top"},
             "tickvals": [float(np.log10(value)) for value in ticks],
             "ticktext": [f"{value:,}" for value in ticks],
+            "tickangle": 0,
             "thickness": 10,
             "outlinewidth": 0,
             "orientation": "h",
-            "len": 0.6,
+            "len": 1,
             "x": 0,
             "xanchor": "left",
             "y": 1.01,
@@ -228,17 +241,15 @@ def _contingency(clusters: Json) -> Json:
     return _figure(
         [heat],
         label,
-        560,
-        xaxis={"title": {"text": "text clusters, in the order of couples"}, "showgrid": False, "zeroline": False},
+        640,
+        xaxis={"title": {"text": "text clusters, in the order of couples"}, "automargin": False, "zeroline": False},
         yaxis={
             "title": {"text": "image clusters, in the order of couples"},
             "autorange": "reversed",
-            "showgrid": False,
+            "automargin": False,
             "zeroline": False,
-            "scaleanchor": "x",
-            "constrain": "domain",
         },
-        xaxis_constrain="domain",
+        margin={"l": 58, "r": 12, "t": 44, "b": 48, "pad": 2},
         meta={"square": True},
     )
 
@@ -343,7 +354,9 @@ def _recalls(evaluation: Json) -> Json:
     return _figure(traces, label, 340, barmode="group", bargap=0.25, bargroupgap=0.06, showlegend=True, **axes)
 
 
-def _value_bars(names: list[str], means: list[float | None], stds: list[float | None], markers: Json, label: str) -> Json:
+def _value_bars(
+    names: list[str], means: list[float | None], stds: list[float | None], markers: Json, label: str
+) -> Json:
     bar = go.Bar(
         x=means,
         y=[plain(name) for name in names],
@@ -369,6 +382,7 @@ def _each(kinds: list[int]) -> Json:
         "color": [SERIES[kind % len(SERIES)] for kind in kinds],
         "pattern": {
             "shape": [HATCHES[kind % len(HATCHES)] for kind in kinds],
+            "fillmode": "overlay",
             "fgcolor": PAPER,
             "fgopacity": 0.6,
             "size": 6,

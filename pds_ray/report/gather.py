@@ -323,7 +323,10 @@ def _clusters(run: _Run, step: Step) -> Json | None:
         "kept_pairs": int(sizes["image"].sum()),
         "table": table.tolist(),
         "couples": [
-            [int(couples.column("image_cluster")[int(at)].as_py()), int(couples.column("text_cluster")[int(at)].as_py())]
+            [
+                int(couples.column("image_cluster")[int(at)].as_py()),
+                int(couples.column("text_cluster")[int(at)].as_py()),
+            ]
             for at in chosen
         ]
         if couples is not None
@@ -351,7 +354,12 @@ def _dropped(run: _Run) -> Json | None:
         why = "image and caption fall in clusters that are not matched to each other"
         why += "" if filtered else "; averaged all the same, as match.filter is off"
         steps.append(
-            {"what": "pairs outside matched clusters", "count": match.get("pairs_not_shared", 0), "of": total, "why": why}
+            {
+                "what": "pairs outside matched clusters",
+                "count": match.get("pairs_not_shared", 0),
+                "of": total,
+                "why": why,
+            }
         )
         policy = match.get("pairless_policy", "")
         why = f"matched clusters that share no pair; {policy}"

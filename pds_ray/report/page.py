@@ -47,10 +47,10 @@ def render(report: dict[str, Any]) -> str:
         figures = run_figures(report)
         shown = {name: value for name, value in report.items() if name not in _ONLY_FOR_FIGURES}
         shown["clusters"] = _cluster_figures(report["clusters"])
-        shown["space"] = report["space"] and {"fitted_on": {m: report["space"][m]["fitted_on"] for m in ("image", "text")}}
-        shown["baselines"] = report["baselines"] and {
-            name: report["baselines"][name] for name in ("pairs", "protocol")
+        shown["space"] = report["space"] and {
+            "fitted_on": {m: report["space"][m]["fitted_on"] for m in ("image", "text")}
         }
+        shown["baselines"] = report["baselines"] and {name: report["baselines"][name] for name in ("pairs", "protocol")}
     else:
         figures = comparison_figures(report)
         methods, backbones, pairs = comparison_axes(report)

@@ -65,11 +65,11 @@
   let figures = null;
   let near = null;
 
-  function chart(name, title, note) {
+  function chart(name, title, note, kind) {
     if (!data.charts.includes(name)) return null;
     const box = el("div", { class: "chart", "data-figure": name, role: "img" });
     if (near) prepare(box);
-    return el("figure", {}, title ? el("figcaption", {}, el("h3", {}, title), note ? el("p", {}, note) : null) : null, box);
+    return el("figure", { class: kind }, title ? el("figcaption", {}, el("h3", {}, title), note ? el("p", {}, note) : null) : null, box);
   }
 
   function prepare(box) {
@@ -99,7 +99,10 @@
     const { figure } = figures[box.dataset.figure];
     const layout = themed(figure.layout);
     const meta = layout.meta || {};
-    if (meta.square) layout.height = Math.min(layout.height, box.clientWidth + 110);
+    if (meta.square) {
+      const { l, r, t, b } = layout.margin;
+      layout.height = box.clientWidth - l - r + t + b;
+    }
     if (meta.zoom && matchMedia("(pointer: fine)").matches) layout.dragmode = "zoom"; // on touch a drag scrolls the page
     box.style.minHeight = `${layout.height}px`;
     window.Plotly.react(box, themed(figure.data), layout, { displayModeBar: false, responsive: true });
@@ -319,7 +322,7 @@
       el("div", { class: "tools", role: "search" }, el("label", {}, "Search the captions", search), el("label", {}, "Sort by", sort), nearest ? el("label", { class: "check" }, toggle, "nearest images") : null),
       el("div", { class: "status" }, found, pagers[0]),
       cards,
-      el("div", { class: "status" }, el("span"), pagers[1]),
+      el("div", { class: "status below" }, pagers[1]),
     );
     select();
   }
@@ -336,11 +339,13 @@
       "clusters",
       "Clusters and matching",
       el("p", { class: "quiet" }, words.join(" ")),
-      el("div", { class: "charts" },
+      el(
+        "div",
+        { class: "charts matched" },
+        chart("contingency", "Image clusters against text clusters", `${some}Ordered so that matched clusters meet on the diagonal; the colour tells the number of pairs, on a logarithmic scale.`, "wide"),
         chart("sizes", "Cluster sizes", "How many kept pairs fall in each cluster."),
-        chart("shared", "Shared pairs", "How many pairs each couple of matched clusters shares.")),
-      el("div", { class: "charts" },
-        chart("contingency", "Image clusters against text clusters", `${some}Ordered so that matched clusters meet on the diagonal; the darker on light paper, or the lighter on dark, the more pairs (logarithmic).`)),
+        chart("shared", "Shared pairs", "How many pairs each couple of matched clusters shares."),
+      ),
     );
   }
 
