@@ -18,7 +18,7 @@ from pds_ray.config import ConfigError, EvaluateConfig
 from pds_ray.manifest import fingerprint
 from pds_ray.recipes import protocol_name
 from pds_ray.sources.base import Sample, Shard, Source
-from pds_ray.stages.evaluate import VALIDATION_EVERY, Candidate, CheckedSet, Split, Trial, average, summarize
+from pds_ray.stages.evaluate import VALIDATION_EVERY, Candidate, CheckedSet, Split, TextInput, Trial, average, summarize
 from pds_ray.stages.materialize import load_distilled
 from pds_ray.storage import Folder, without_secrets
 
@@ -156,9 +156,7 @@ def _check(candidate: Candidate) -> CheckedSet:
         raise ConfigError(
             f"{blank:,} of {len(distilled):,} pairs of {candidate.path} have no caption, and {name} needs them"
         )
-    return CheckedSet(
-        dataclasses.replace(candidate, protocol=dataclasses.replace(protocol, text=text)), distilled, encoder
-    )
+    return CheckedSet(candidate, distilled, encoder, TextInput(text, encoder.identity, protocol.captions))
 
 
 def _trials(
@@ -170,7 +168,8 @@ def _trials(
         for name, split in splits.items()
     }
     # what the name of the encoder says is in its identity
-    about_protocol = {**dataclasses.asdict(protocol), "text_encoder": checked.encoder.identity}
+    settled = {"text": checked.text.of_set, "text_encoder": checked.encoder.identity}
+    about_protocol = {**dataclasses.asdict(protocol), **settled}
     return [
         Trial(
             key=fingerprint(
@@ -216,6 +215,8 @@ def _result(checked: CheckedSet, plan_: Plan, results: Folder) -> dict[str, Any]
         "protocol": {
             "name": protocol_name(dataclasses.replace(config, protocol=protocol)),
             **dataclasses.asdict(protocol),
+            "text": checked.text.of_set,
+            "text_encoder": checked.encoder.name,
         },
         "test": splits["test"],
         "val": splits.get("val"),

@@ -41,19 +41,6 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class CheckedSet:
-    """A candidate that can be evaluated, with `auto` settled."""
-
-    candidate: Candidate
-    distilled: DistilledSet
-    encoder: EncoderInfo | TextEncoderInfo
-
-    @property
-    def text(self) -> TextInput:
-        return TextInput(self.candidate.protocol.text, self.encoder.identity, self.candidate.protocol.captions)
-
-
-@dataclass(frozen=True)
 class TextInput:
     """Which vectors stand for captions."""
 
@@ -62,6 +49,16 @@ class TextInput:
     encoder: str
     """Identity of the text encoder."""
     cleaning: str
+
+
+@dataclass(frozen=True)
+class CheckedSet:
+    """A candidate that can be evaluated, with `auto` settled."""
+
+    candidate: Candidate
+    distilled: DistilledSet
+    encoder: EncoderInfo | TextEncoderInfo
+    text: TextInput
 
 
 @dataclass(frozen=True)
