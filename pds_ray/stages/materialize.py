@@ -53,7 +53,7 @@ class DistilledSet:
 
     folder: Folder
     captions: list[str]
-    """B captions, in order."""
+    """B captions, in order; "" where a set has none."""
     image_prototypes: np.ndarray
     """float32 [B, d], un-normalised."""
     text_prototypes: np.ndarray
@@ -229,7 +229,7 @@ def load_distilled(path: str) -> DistilledSet:
         tensors = load_safetensors(prototypes)
         image, text = tensors["image_prototypes"], tensors["text_prototypes"]
         missing = {row["file_name"] for row in rows}.difference((folder / "imagefolder").names(".png"))
-        captions = [row["text"] for row in rows]
+        captions = [row.get("text") or "" for row in rows]
     except DistilledSetError:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:
