@@ -18,9 +18,10 @@ N images, M captions (one pair per caption), d embedding width, K clusters, B di
 | `prototypes.parquet` | B | see `prototype_schema` | in the order of the distilled set |
 | `images/P.png` | | | the decoded picture of pair P |
 | `distilled/` | | | the portable result (stages/materialize.py) |
+| `report.html` | | | all of it as one page (report/page.py) |
 
 Pairs are numbered from 0 in the order of falling prototype cosine; real pairs that a method other than pds chose, in the
-order of the picks, their own embeddings being their prototypes. Everything but run.json is a function of
+order of the picks, their own embeddings being their prototypes. Everything but run.json and report.html is a function of
 configuration, data and seed, byte for byte.
 """  # noqa: E501
 

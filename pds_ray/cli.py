@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 import warnings
 from typing import Any, NoReturn
 
@@ -136,6 +137,14 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true", help="run.json as it is")
     show.add_argument("--sheet", metavar="FILE.png", help="also draw the distilled pairs as one picture")
 
+    report = commands.add_parser(
+        "report",
+        help="a run, or a comparison, as one HTML page",
+        description="Writes a run folder, or the folder of a comparison, as one HTML file that opens offline.",
+    )
+    report.add_argument("run", metavar="RUN")
+    report.add_argument("--out", metavar="FILE.html", help="where to [RUN/report.html]")
+
     commands.add_parser("doctor", help="hardware, versions, weights and paths found, and what is missing")
     for command in commands.choices.values():
         command.add_argument("-v", "--verbose", action="store_true", help="show stack traces and library messages")
@@ -180,6 +189,28 @@ def _distill(args: argparse.Namespace) -> None:
         return
     manifest = pipeline.distill(config, redo=args.redo)
     print_summary(config.out, manifest)
+    _report_at_the_end(config.out, args.verbose)
+
+
+def _report_at_the_end(path: str, verbose: bool) -> None:
+    """The report of what has just been done; that it fails must not make a finished run look failed."""
+    try:
+        from pds_ray.report.page import write_report
+
+        print(f"{'report':<13} {write_report(path, quick=True)}")
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"pds-ray: the run is done, but not its report: {type(error).__name__}: {line}", file=sys.stderr)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from pds_ray.report.page import write_report
+
+    print(write_report(args.run, args.out))
 
 
 def _evaluation(args: argparse.Namespace) -> EvaluateConfig:
@@ -219,6 +250,7 @@ def _compare(args: argparse.Namespace) -> None:
         redo=args.redo,
     )
     print_comparison(args.out, table)
+    _report_at_the_end(args.out, args.verbose)
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -260,6 +292,7 @@ COMMANDS = {
     "evaluate": _evaluate,
     "compare": _compare,
     "show": _show,
+    "report": _report,
     "doctor": _doctor,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import posixpath
 from typing import Any
@@ -65,7 +66,7 @@ def _recalls(value: Any) -> dict[str, float | None]:
 
 def _number(value: Any) -> float | None:
     """A finite number, or None: JSON of others may hold NaN."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 

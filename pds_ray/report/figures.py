@@ -7,6 +7,7 @@ dark. Every series has a marker shape or a hatch of its own beside its colour.
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -150,8 +151,7 @@ def _histogram(values: np.ndarray, edges: np.ndarray) -> tuple[list[float], list
     """Centres, counts and names of whole-number bins."""
     counts, _ = np.histogram(values, edges)
     names = [
-        f"{int(low):,}" if high - low == 1 else f"{int(low):,} to {int(high) - 1:,}"
-        for low, high in zip(edges, edges[1:], strict=False)
+        f"{int(low):,}" if high - low == 1 else f"{int(low):,} to {int(high) - 1:,}" for low, high in pairwise(edges)
     ]
     return ((edges[:-1] + edges[1:] - 1) / 2).tolist(), counts.tolist(), names
 

@@ -29,9 +29,10 @@ def command(*args: str) -> list[str]:
 
 
 def content(run: Path) -> dict[str, bytes]:
-    """Every file of a run but its diary."""
+    """Every file of a run but its diary and the page that tells it."""
     files = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
     files.pop("run.json")
+    files.pop("report.html", None)
     return files
 
 

@@ -39,6 +39,7 @@ def progress(out: Path) -> str:
 def content(run: Path) -> dict[str, bytes]:
     files = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
     files.pop("run.json")
+    files.pop("report.html", None)
     return files
 
 
