@@ -1,31 +1,49 @@
 """pds_ray: distil web-scale image-text data into a handful of image-caption pairs, on Ray.
 
-    from pds_ray import distill, load_distilled, recipe, configure
+    from pds_ray import configure, distill, evaluate, load_distilled, protocol, recipe
 
-    config = configure(recipe("demo"), {"out": "runs/demo"})
-    distill(config)
+    distill(configure(recipe("demo"), {"out": "runs/demo"}))
     pairs = load_distilled("runs/demo")
+    recalls = evaluate("runs/demo", configure(protocol("standard"), {"test": "scenes:1000:7"}))["mean"]
 
 Importing the package loads neither Ray nor torch.
 """
 
 from __future__ import annotations
 
-from pds_ray.config import ConfigError, RunConfig
+from typing import Any
+
+from pds_ray.config import ConfigError, EvaluateConfig, RunConfig
 from pds_ray.config import replace as configure
 from pds_ray.pipeline import distill, plan
-from pds_ray.recipes import recipe
+from pds_ray.recipes import protocol, recipe
 from pds_ray.stages.materialize import DistilledSet, load_distilled
 
 __version__ = "0.1.0"
 __all__ = [
     "ConfigError",
     "DistilledSet",
+    "EvaluateConfig",
     "RunConfig",
     "__version__",
+    "compare",
     "configure",
     "distill",
+    "evaluate",
     "load_distilled",
     "plan",
+    "protocol",
     "recipe",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "evaluate":  # these two stand on torch: imported when asked for
+        from pds_ray.evaluation import evaluate
+
+        return evaluate
+    if name == "compare":
+        from pds_ray.comparison import compare
+
+        return compare
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
