@@ -434,7 +434,7 @@ def _header(
         "title": f"{count:,} pairs from {source}",
         "reading": _reading(run, method, distilled, clusters),
         "facts": [
-            {"name": name, "value": value}
+            {"name": name, "value": without_secrets(value)}
             for name, value in (
                 ("source", source),
                 ("method", method),
