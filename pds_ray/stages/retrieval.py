@@ -2,7 +2,8 @@
 
 TR@k: the share of images of which any caption is among the k captions nearest to the image. IR@k: the share of captions
 whose image is among the k images nearest to the caption. In percent; r_mean is the mean of the six.
-Ties: of equal scores the earlier item of the gallery ranks first, as a stable sort would have it.
+Ties: of equal scores the earlier item of the gallery ranks first, as a stable sort would have it. A score that is no
+number (a model that diverged) ranks last.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def image_ranks(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor) ->
     step = max(1, BLOCK_ELEMENTS // len(text))
     place = torch.arange(len(text), device=text.device)
     for start in range(0, len(image), step):
-        scores = image[start : start + step] @ text.T
+        scores = _scores(image[start : start + step], text)
         rows = torch.arange(start, start + len(scores), device=image.device)
         own = owner[None, :] == rows[:, None]
         best = scores.masked_fill(~own, -torch.inf).max(dim=1, keepdim=True).values
@@ -51,8 +52,12 @@ def caption_ranks(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor) 
     step = max(1, BLOCK_ELEMENTS // len(image))
     place = torch.arange(len(image), device=image.device)
     for start in range(0, len(text), step):
-        scores = text[start : start + step] @ image.T
+        scores = _scores(text[start : start + step], image)
         mine = owner[start : start + step, None]
         own = scores.gather(1, mine)
         ranks.append((scores > own).sum(1) + ((scores == own) & (place < mine)).sum(1))
     return torch.cat(ranks)
+
+
+def _scores(queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
+    return (queries @ gallery.T).nan_to_num_(nan=-torch.inf)
