@@ -355,41 +355,30 @@ def _recalls(evaluation: Json) -> Json:
 
 
 def _value_bars(
-    names: list[str], means: list[float | None], stds: list[float | None], markers: Json, label: str
+    names: list[str], means: list[float | None], stds: list[float | None], kinds: list[int], label: str
 ) -> Json:
-    bar = go.Bar(
-        x=means,
-        y=[plain(name) for name in names],
-        orientation="h",
-        error_x=_error(stds),
-        marker=markers,
-        hovertemplate="%{y}: %{x:.1f} ± %{error_x.array:.1f} %<extra></extra>",
-    )
+    """A bar for each value, of the colour and hatch that `kinds` says: a trace each, as a trace has one hatch."""
+    bars = [
+        go.Bar(
+            x=[mean],
+            y=[plain(name)],
+            orientation="h",
+            error_x=_error([std]),
+            marker=_hatch(kind),
+            hovertemplate="%{y}: %{x:.1f} ± %{error_x.array:.1f} %<extra></extra>",
+        )
+        for name, mean, std, kind in zip(names, means, stds, kinds, strict=True)
+    ]
     return _figure(
-        [bar],
+        bars,
         label,
         70 + 36 * len(names),
         xaxis={"title": {"text": "mean recall, %"}, "rangemode": "tozero"},
         yaxis={"autorange": "reversed", "type": "category", "ticksuffix": " "},
+        barmode="overlay",
         bargap=0.35,
         showlegend=False,
     )
-
-
-def _each(kinds: list[int]) -> Json:
-    """Colour and hatch of single bars, each of its own series."""
-    return {
-        "color": [SERIES[kind % len(SERIES)] for kind in kinds],
-        "pattern": {
-            "shape": [HATCHES[kind % len(HATCHES)] for kind in kinds],
-            "fillmode": "overlay",
-            "fgcolor": PAPER,
-            "fgopacity": 0.6,
-            "size": 6,
-            "solidity": 0.25,
-        },
-        "line": {"width": 0},
-    }
 
 
 def _baselines(baselines: Json) -> Json:
@@ -399,7 +388,7 @@ def _baselines(baselines: Json) -> Json:
     label = f"Bar chart of the mean recall at {baselines['pairs']:,} pairs: " + ", ".join(
         f"{name} {mean or 0:.1f} %" for name, mean in zip(names, means, strict=True)
     )
-    return _value_bars(names, means, stds, _each([0 if bar["own"] else 5 for bar in bars]), label)
+    return _value_bars(names, means, stds, [0 if bar["own"] else 5 for bar in bars], label)
 
 
 def _method_bars(cells: list[Json], methods: list[str]) -> Json:
@@ -407,7 +396,7 @@ def _method_bars(cells: list[Json], methods: list[str]) -> Json:
     names = [cell["method"] for cell in cells]
     means, stds = [cell["mean"]["r_mean"] for cell in cells], [cell["std"]["r_mean"] for cell in cells]
     label = "Bar chart of the mean recall of each method; the figures are in the table."
-    return _value_bars(names, means, stds, _each([methods.index(name) for name in names]), label)
+    return _value_bars(names, means, stds, [methods.index(name) for name in names], label)
 
 
 def _lines(cells: list[Json], methods: list[str], several: bool) -> Json:
