@@ -184,8 +184,9 @@ def run_trial(
             return known[key]
 
         pairs = TrainingPairs(frozen(pairs.images, "set", trial.label), pairs.text)
-        val = val and Gallery(frozen(val.images, "val"), val.text, val.owner)
-        test = Gallery(frozen(test.images, "test"), test.text, test.owner)
+        rule = trial.text.cleaning  # it decides which pictures have a caption
+        val = val and Gallery(frozen(val.images, "val", rule), val.text, val.owner)
+        test = Gallery(frozen(test.images, "test", rule), test.text, test.owner)
         kept = None
     torch.manual_seed(trial.seed + (1 << 32))  # the heads start alike whatever the backbone drew
     model = TwoTowers(kept, width, pairs.text.shape[1], image_head=part in ("heads", "all"))
