@@ -35,7 +35,6 @@ ABLATIONS = (
     "pds+decode.decoder=nearest",
     "pds+decode.condition=caption",
     "pds+protocol.text=prototypes",
-    "pds+protocol.text=captions",
 )
 """What the paper varies, one thing at a time; another encoder is `pds+embed.encoder=NAME`."""
 

@@ -232,7 +232,7 @@ class ProtocolConfig:
     """How models are trained on a set and judged. Named protocols are in recipes.py."""
 
     train: str = option("all", "what is trained: text_head, heads (image and text), backbone (and text head) or all")
-    text: str = option("auto", "text input: prototypes, captions (encoded anew), or auto (prototypes where they fit)")
+    text: str = option("captions", "text input: captions (encoded anew), or the text prototypes of the set")
     text_encoder: str = option("auto", "auto (the CLIP of the set), an open_clip model, bert:MODEL or distilbert:MODEL")
     captions: str = option("basic", "cleaning of the captions that are encoded: basic, paper or none")
     image_size: int = option(0, "side of the pictures in pixels; 0 is what the backbone was made for")
@@ -246,13 +246,13 @@ class ProtocolConfig:
     epochs: int = option(100, "epochs")
     batch_size: int = option(128, "pairs a step, over all workers of a trial")
     sampling: str = option("epoch", "epoch (every pair once), or independent (a fresh draw for every batch)")
-    evaluate_every: int = option(10, "epochs between evaluations")
+    evaluate_every: int = option(20, "epochs between evaluations")
     select: str = option("val", "the epoch reported is the best on val, the best on test, or the last")
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("train", ("text_head", "heads", "backbone", "all")),
-            ("text", ("auto", "prototypes", "captions")),
+            ("text", ("captions", "prototypes")),
             ("captions", tuple(CLEANERS)),
             ("normalization", ("backbone", "clip")),
             ("optimizer", ("adamw", "sgd")),

@@ -144,19 +144,18 @@ def _check(candidate: Candidate) -> CheckedSet:
         raise ConfigError(f"{candidate.path} does not say which CLIP made it; give --protocol.text-encoder")
     encoder = catalog.describe_text_encoder(name)
     fits = encoder.space == about.get("space") and encoder.dim == distilled.text_prototypes.shape[1]
-    text = protocol.text if protocol.text != "auto" else ("prototypes" if fits else "captions")
-    if text == "prototypes" and not fits:
+    if protocol.text == "prototypes" and not fits:
         raise ConfigError(
             f"the text prototypes of {candidate.path} are of {own} and do not fit the text encoder {name}; "
             "give --protocol.text captions"
         )
     clean = CLEANERS[protocol.captions]
     blank = sum(not clean(caption) for caption in distilled.captions)
-    if text == "captions" and blank:
+    if protocol.text == "captions" and blank:
         raise ConfigError(
             f"{blank:,} of {len(distilled):,} pairs of {candidate.path} have no caption, and {name} needs them"
         )
-    return CheckedSet(candidate, distilled, encoder, TextInput(text, encoder.identity, protocol.captions))
+    return CheckedSet(candidate, distilled, encoder, TextInput(protocol.text, encoder.identity, protocol.captions))
 
 
 def _trials(
@@ -168,8 +167,7 @@ def _trials(
         for name, split in splits.items()
     }
     # what the name of the encoder says is in its identity
-    settled = {"text": checked.text.of_set, "text_encoder": checked.encoder.identity}
-    about_protocol = {**dataclasses.asdict(protocol), **settled}
+    about_protocol = {**dataclasses.asdict(protocol), "text_encoder": checked.encoder.identity}
     return [
         Trial(
             key=fingerprint(
@@ -215,7 +213,6 @@ def _result(checked: CheckedSet, plan_: Plan, results: Folder) -> dict[str, Any]
         "protocol": {
             "name": protocol_name(dataclasses.replace(config, protocol=protocol)),
             **dataclasses.asdict(protocol),
-            "text": checked.text.of_set,
             "text_encoder": checked.encoder.name,
         },
         "test": splits["test"],

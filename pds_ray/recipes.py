@@ -95,7 +95,7 @@ def recipe(name: str) -> RunConfig:
 
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
-    # honest: the epoch is chosen on a validation split, every pair is seen once an epoch
+    # pictures and captions as they are, the epoch chosen on a validation split, every pair seen once an epoch
     "standard": {},
     # the authors' evaluation (Choi, Mo, Chae, ICLR 2026), best epoch on the test split included
     "paper": {
