@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_training import FEATURES, PIXELS, SIDE, TEXT_WIDTH, TinyBackbone, make_data, make_model, weights
 from torch import nn
 
 from pds_ray.backbones.base import BackboneInfo
@@ -20,46 +21,10 @@ from pds_ray.config import ProtocolConfig
 from pds_ray.recipes import protocol
 from pds_ray.stages import train as core
 from pds_ray.stages.evaluate import TextInput, Trial, run_trial
-from pds_ray.stages.train import Gallery, Pixels, ResidualHead, TrainingPairs, TwoTowers, Workers
+from pds_ray.stages.train import Gallery, ResidualHead, TrainingPairs, TwoTowers, Workers
 
 CPU = torch.device("cpu")
-PIXELS = Pixels((0.5, 0.4, 0.3), (0.5, 0.6, 0.7))
-SIDE, TEXT_WIDTH, FEATURES = 16, 6, 12
 BRIEF = ProtocolConfig(epochs=5, batch_size=8, evaluate_every=2, select="test")
-
-
-class TinyBackbone(nn.Module):
-    """Convolution and pooling; counts the pictures it sees."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, FEATURES, 5, stride=3)
-        self.seen = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.seen += len(x)
-        return self.conv(x).tanh().mean((2, 3))
-
-
-def make_data(seed: int = 0, pairs: int = 20, images: int = 15) -> tuple[TrainingPairs, Gallery]:
-    """A training set and a gallery of two captions an image."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def pictures(count: int) -> torch.Tensor:
-        return torch.randint(0, 256, (count, 3, SIDE, SIDE), generator=draw, dtype=torch.uint8)
-
-    owner = torch.arange(images).repeat_interleave(2)
-    held_out = Gallery(pictures(images), torch.randn(2 * images, TEXT_WIDTH, generator=draw), owner)
-    return TrainingPairs(pictures(pairs), torch.randn(pairs, TEXT_WIDTH, generator=draw)), held_out
-
-
-def make_model(part: str = "all", seed: int = 0) -> TwoTowers:
-    torch.manual_seed(seed)
-    return TwoTowers(TinyBackbone(), FEATURES, TEXT_WIDTH, image_head=part in ("heads", "all"))
-
-
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -69,6 +34,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 # --- formulas
 
 
+@settings(deadline=None)
 @given(st.integers(1, 7), st.integers(1, 5), st.integers(0, 2**31))
 def test_the_loss_is_the_double_loop(pairs, width, seed):
     rng = np.random.default_rng(seed)
@@ -155,6 +121,7 @@ def test_optimizers_are_those_of_the_protocol():
 # --- batches
 
 
+@settings(deadline=None)
 @given(st.integers(2, 400), st.integers(2, 130), st.integers(0, 99), st.integers(0, 99))
 def test_an_epoch_has_every_pair_once(pairs, size, seed, epoch):
     steps = core.batches(pairs, size, "epoch", seed, epoch)
@@ -165,6 +132,7 @@ def test_an_epoch_has_every_pair_once(pairs, size, seed, epoch):
     assert max(lengths) - min(lengths) <= 1
 
 
+@settings(deadline=None)
 @given(st.integers(2, 400), st.integers(2, 130), st.integers(0, 99), st.integers(0, 99))
 def test_independent_draws_are_fresh_permutations_cut(pairs, size, seed, epoch):
     steps = core.batches(pairs, size, "independent", seed, epoch)
