@@ -223,14 +223,18 @@ def _evaluation(args: argparse.Namespace) -> EvaluateConfig:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from pds_ray.artifacts import RunFolder
     from pds_ray.evaluation import evaluate
+    from pds_ray.storage import Folder
     from pds_ray.summary import print_evaluation
 
     result = evaluate(args.set, _evaluation(args), args.out)
     if args.json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
-    else:
-        print_evaluation(result)
+        return
+    print_evaluation(result)
+    if args.out is None and Folder(args.set).exists(RunFolder.MANIFEST):
+        _report_at_the_end(args.set, args.verbose)
 
 
 def _compare(args: argparse.Namespace) -> None:

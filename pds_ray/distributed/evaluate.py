@@ -32,7 +32,7 @@ from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
 from pds_ray.progress import progress_bar
 from pds_ray.stages import evaluate as core
 from pds_ray.stages.train import Gallery, Progress, TrainingPairs, Workers
-from pds_ray.storage import Folder
+from pds_ray.storage import Folder, open_filesystem
 
 POLL_S = 1.0
 CHECKPOINT_NAME = "trial.json"
@@ -185,6 +185,8 @@ def _lanes(trials: list[core.Trial], count: int) -> list[list[core.Trial]]:
 def _run_lane(
     trials: list[core.Trial], shared: list[ray.ObjectRef], results: Folder, config: EvaluateConfig, use_gpu: bool
 ) -> None:
+    state = results / "state"
+    filesystem, place = open_filesystem(state.path)
     trainer = TorchTrainer(
         _train_lane,
         train_loop_config={"trials": trials, "shared": shared, "results": results},
@@ -195,13 +197,14 @@ def _run_lane(
         ),
         run_config=ray.train.RunConfig(
             name=trials[0].key,
-            storage_path=(results / "state").path,
+            storage_path=place,
+            storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
     )
     trainer.fit()
-    (results / "state" / trials[0].key).delete_all()
+    (state / trials[0].key).delete_all()
 
 
 def _train_lane(config: dict[str, Any]) -> None:
@@ -215,19 +218,20 @@ def _train_lane(config: dict[str, Any]) -> None:
     results: Folder = config["results"]
     done = set(results.names(".json"))
     features: core.Features = {}
+    galleries: Galleries = {}
     checkpoint = ray.train.get_checkpoint()
     for trial in config["trials"]:
         if f"{trial.key}.json" in done:
             continue
         began = time.time()
-        test = _gallery(data, "test", trial)
+        val, test = (_gallery(data, name, trial, galleries) for name in ("val", "test"))
         assert test is not None
         with tempfile.TemporaryDirectory() as scratch:
             found = core.run_trial(
                 trial,
                 catalog.build_backbone,
                 _pairs(data, trial),
-                _gallery(data, "val", trial),
+                val,
                 test,
                 device,
                 workers,
@@ -249,14 +253,22 @@ def _pairs(data: LaneData, trial: core.Trial) -> TrainingPairs:
     return TrainingPairs(_tensor(pictures), _tensor(text))
 
 
-def _gallery(data: LaneData, name: str, trial: core.Trial) -> Gallery | None:
-    split = data.splits.get((name, trial.text.cleaning))
+Galleries = dict[tuple[str, int, str, str], Gallery]
+
+
+def _gallery(data: LaneData, name: str, trial: core.Trial, made: Galleries) -> Gallery | None:
+    """The gallery of a split as the trial wants it, from `made` if it is there; None if there is no such split."""
+    rule, encoder = trial.text.cleaning, trial.text.encoder
+    split = data.splits.get((name, rule))
     if split is None:
         return None
-    pictures = np.concatenate(ray.get(split.pictures[trial.image_size]))[split.chosen]
-    rows, owner = split.rows()
-    text = ray.get(data.held_out_text[name, trial.text.cleaning, trial.text.encoder])[rows]
-    return Gallery(_tensor(pictures), _tensor(text), torch.from_numpy(owner))
+    key = (name, trial.image_size, rule, encoder)
+    if key not in made:
+        pictures = np.concatenate(ray.get(split.pictures[trial.image_size]))[split.chosen]
+        rows, owner = split.rows()
+        text = ray.get(data.held_out_text[name, rule, encoder])[rows]
+        made[key] = Gallery(_tensor(pictures), _tensor(text), torch.from_numpy(owner))
+    return made[key]
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
