@@ -39,7 +39,7 @@ PALETTE = {  # on light paper -> on dark paper
     SCALE[4][1]: "#e3f1fb",
 }
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
-HATCHES = ("", "/", ".", "x", "-", "+")
+HATCHES = ("", "/", ".", "x", "-", "\\")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 RECALL_NAMES = {
@@ -136,7 +136,7 @@ def _hatch(number: int) -> Json:
     return {
         "color": SERIES[number % len(SERIES)],
         "pattern": {
-            "shape": HATCHES[number % len(HATCHES)],
+            "shape": HATCHES[(number + number // len(SERIES)) % len(HATCHES)],
             "fillmode": "overlay",
             "fgcolor": PAPER,
             "fgopacity": 0.6,
@@ -412,7 +412,7 @@ def _lines(cells: list[Json], methods: list[str], several: bool) -> Json:
                 name=plain(method),
                 mode="lines+markers" if several else "markers",
                 line={"color": color, "width": 2, "dash": DASHES[number // len(SERIES) % len(DASHES)]},
-                marker={"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 9, "color": color},
+                marker={"symbol": SYMBOLS[(number + number // len(SERIES)) % len(SYMBOLS)], "size": 9, "color": color},
                 hovertemplate="%{x:,} pairs: %{y:.1f} ± %{error_y.array:.1f} %<extra>%{fullData.name}</extra>",
             )
         )

@@ -237,7 +237,7 @@
 
     function neighbour(item, named) {
       const image = item.thumb === null ? el("span", { class: "gone" }, "–") : el("img", { src: thumbs[item.thumb], alt: named ? `real image ${item.key}` : "", loading: "lazy", decoding: "async" });
-      return el("span", { title: `real image ${item.shard}/${item.key}` }, image, el("small", {}, cosine(item.cosine), named ? el("br") : "", named ? `${item.shard}/${item.key}` : ""));
+      return el("span", { title: `real image ${item.shard}/${item.key}` }, image, el("small", {}, cosine(item.cosine), named ? [el("br"), item.key, el("br"), item.shard] : []));
     }
 
     function card(pair) {
@@ -278,7 +278,7 @@
               ...(known(pair.cosine) ? [["cosine of prototypes", cosine(pair.cosine)]] : []),
               ...(known(pair.shared) ? [["shared pairs", count(pair.shared)]] : []),
               ...(pair.size ? [["picture", `${pair.size[0]} × ${pair.size[1]} pixels`]] : []),
-              ...Object.entries(pair.details).map(([name, value]) => [name.replaceAll("_", " "), typeof value === "object" ? JSON.stringify(value) : String(value)]),
+              ...Object.entries(pair.details).filter(([name]) => !(pair.nearest.length && name.startsWith("nearest"))).map(([name, value]) => [name.replaceAll("_", " "), typeof value === "object" ? JSON.stringify(value) : String(value)]),
             ]),
             pair.nearest.length ? el("h3", {}, pair.nearest.length > 1 ? "Nearest real images" : "Nearest real image") : null,
             pair.nearest.length ? el("p", { class: "quiet" }, "By cosine to the image prototype.") : null,
