@@ -71,8 +71,12 @@ def run_figures(report: Json) -> Json:
         if clusters["table"]:
             found["contingency"] = _contingency(clusters)
     if plane:
-        found["map-image"] = _map(plane["image"], plane["captions"], "images", "image prototypes")
-        found["map-text"] = _map(plane["text"], plane["captions"], "captions", "text prototypes")
+        found["map-image"] = _map(
+            plane["image"], plane["captions"], "images", "image prototypes" if plane["made"] else "chosen images"
+        )
+        found["map-text"] = _map(
+            plane["text"], plane["captions"], "captions", "text prototypes" if plane["made"] else "chosen captions"
+        )
     if any(row["seconds"] for row in report["stages"]):
         found["stages"] = _seconds(report["stages"])
     for number, evaluation in enumerate(report["evaluations"]):

@@ -45,7 +45,7 @@ QUICK_IMAGES = 1_000_000
 
 UNITS = {  # stage -> (which of its counts says how much, of what)
     "embed": ("timed", "images"),
-    "select": ("pairs", "pairs"),
+    "select": ("prototypes", "pairs"),
     "prune": ("pairs", "pairs"),
     "cluster": ("", ""),
     "match": ("couples", "couples"),
@@ -53,6 +53,10 @@ UNITS = {  # stage -> (which of its counts says how much, of what)
     "decode": ("images", "images"),
     "materialize": ("pairs", "pairs"),
 }
+
+SHOWN_APART = ("pair", "text", "cosine", "shared", "members", "file_name")
+MADE_ONLY = ("image_cluster", "text_cluster", "nearest")
+"""What the metadata of a pair says only where a prototype was made; a chosen pair is its own."""
 
 Step = Callable[[], None]
 Json = dict[str, Any]
@@ -186,6 +190,7 @@ def _look(run: _Run, distilled: DistilledSet | None, nearest: bool, step: Step) 
     plot = None
     if distilled and min(len(sampled[0]), len(sampled[1])) > 2 and prototypes.shape[1] > 1:
         plot = {
+            "made": nearest,
             "image": _plane(sampled[0], prototypes),
             "text": _plane(sampled[1], distilled.text_prototypes[:shown]),
             "captions": distilled.captions[:shown],
@@ -262,18 +267,18 @@ def _pairs(
                 "pair": row.get("pair", pair),
                 "caption": distilled.captions[pair],
                 "cosine": _round(row.get("cosine")),
-                "shared": row.get("shared"),
+                "shared": row.get("shared") if nearest else None,
                 "image": picture,
                 "size": size,
                 "nearest": [
                     {**item, "thumb": number.get((item["shard"], item["key"]))}
                     for item in (neighbours[pair] if neighbours else [])
                 ],
-                "members": row.get("members") or [],
+                "members": (row.get("members") or []) if nearest else [],
                 "details": {
                     name: _round(value)
                     for name, value in row.items()
-                    if name not in ("pair", "text", "cosine", "shared", "members", "file_name") and value is not None
+                    if name not in SHOWN_APART and value is not None and (nearest or not name.startswith(MADE_ONLY))
                 },
             }
         )
@@ -368,6 +373,8 @@ def _dropped(run: _Run) -> Json | None:
         )
     reasons = embed.get("reasons", {})
     bad = embed.get("bad", 0)
+    if not steps and not bad:
+        return None
     samples = embed.get("images", 0) + bad
     return {
         "steps": steps,
@@ -415,7 +422,13 @@ def _header(
     seconds = sum(entry.get("seconds", 0) for entry in run.manifest["stages"].values())
     tiles = [{"label": "pairs", "value": f"{count:,}", "note": "image and caption" if distilled else "asked for"}]
     if embed:
-        tiles.append({"label": "distilled from", "value": f"{embed['pairs']:,}", "note": f"{embed['images']:,} images"})
+        tiles.append(
+            {
+                "label": "distilled from" if method == "pds" else "chosen from",
+                "value": f"{embed['pairs']:,}",
+                "note": f"{embed['images']:,} images",
+            }
+        )
         if distilled:
             tiles.append({"label": "reduction", "value": f"{embed['pairs'] / max(count, 1):,.0f}×", "note": "in pairs"})
     cosines = [row["cosine"] for row in distilled.records if _round(row.get("cosine")) is not None] if distilled else []

@@ -168,7 +168,9 @@ def test_a_selection_has_no_clusters(copy):
     report = gather(str(copy))
     assert report["clusters"] is None
     assert report["pairs"]["list"][0]["nearest"] == []
-    assert [step["what"] for step in report["dropped"]["steps"]] == []
+    assert report["dropped"] is None
+    assert report["pairs"]["list"][0]["shared"] is None
+    assert "image_cluster" not in report["pairs"]["list"][0]["details"]
     assert "herding" in report["header"]["reading"]
 
 

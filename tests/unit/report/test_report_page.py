@@ -6,10 +6,13 @@ import base64
 import hashlib
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from synthetic_run import HOSTILE, add_comparison, add_evaluation, make_run
 
+from pds_ray import cli
 from pds_ray.report import figures
 from pds_ray.report.evaluations import ReportError
 from pds_ray.report.gather import gather
@@ -108,3 +111,20 @@ def test_a_comparison_has_charts_for_every_choice(tmp_path):
     }
     assert figures.comparison_axes(report) == (["pds", "random"], ["average", "nfnet", "vit"], [6, 20])
     assert "comparison" in render(report)
+
+
+@pytest.mark.parametrize("path", ["nowhere", "."])
+def test_the_command_says_in_one_line_that_there_is_nothing(tmp_path, path):
+    command = [sys.executable, "-m", "pds_ray.cli", "report", str(tmp_path / path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "neither a run.json nor a comparison.json" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_report_that_fails_does_not_fail_the_run(tmp_path, capsys, verbose):
+    cli._report_at_the_end(str(tmp_path), verbose)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("pds-ray: the run is done, but not its report: ReportError: ")
+    assert ("Traceback (most recent call last):" in lines) == verbose
