@@ -181,7 +181,8 @@ class Workers:
             return rows[:total]
         from torch.distributed.nn.functional import all_gather
 
-        return torch.cat(all_gather(rows.contiguous()))[:total]
+        # None is the group of now; the default is the one there was when torch.distributed.nn was imported
+        return torch.cat(all_gather(rows.contiguous(), group=None))[:total]
 
 
 def make_optimizer(model: nn.Module, protocol: ProtocolConfig) -> torch.optim.Optimizer:
