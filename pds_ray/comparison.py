@@ -90,7 +90,8 @@ def compare(
         raise ConfigError("no folder for the comparison: give --out FOLDER")
     root = Folder(config.out)
     rows = [_on_shared_store(entry, root) for entry in entries(config, methods, sizes, judged)]
-    evaluation.check(judged)
+    for judging in dict.fromkeys(entry.evaluation for entry in rows):
+        evaluation.check(judging)
     root.create()
     for number, entry in enumerate(rows):
         print(f"[{number + 1}/{len(rows)}] {entry.label}", flush=True)

@@ -14,7 +14,7 @@ from typing import Any
 from pds_ray import catalog
 from pds_ray.backbones.base import BackboneInfo
 from pds_ray.captions import CLEANERS
-from pds_ray.config import ConfigError, EvaluateConfig
+from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig
 from pds_ray.manifest import fingerprint
 from pds_ray.recipes import protocol_name
 from pds_ray.sources.base import Sample, Shard, Source
@@ -58,13 +58,15 @@ def save(result: dict[str, Any], run: Folder) -> str:
 
 
 def check(config: EvaluateConfig) -> None:
-    """What can be said against an evaluation before there are sets: its splits and backbones.
+    """What can be said against an evaluation before there are sets: its splits, backbones and text encoder.
 
     Raises ConfigError or SourceError in one line.
     """
-    _splits(config)
+    _splits(config, [config.protocol])
     for name in config.backbone_names:
         catalog.describe_backbone(name)
+    if config.protocol.text_encoder != "auto":
+        catalog.describe_text_encoder(config.protocol.text_encoder)
 
 
 def evaluate_all(candidates: Iterable[Candidate], config: EvaluateConfig, folder: Folder) -> dict[str, dict[str, Any]]:
@@ -78,10 +80,10 @@ def evaluate_all(candidates: Iterable[Candidate], config: EvaluateConfig, folder
         from pds_ray.distributed.evaluate import run_trials
 
         done = set(results.names(".json"))
-        todo = [trial for trial in plan_.trials if f"{trial.key}.json" not in done]
-        if todo:
+        todo = {trial.key: trial for trial in plan_.trials if f"{trial.key}.json" not in done}
+        if todo:  # sets that do not differ share their trials
             runtime.start(config.ray)
-            run_trials(todo, plan_.sets, plan_.splits, results, config)
+            run_trials(list(todo.values()), plan_.sets, plan_.splits, results, config)
     return {checked.candidate.label: _result(checked, plan_, results) for checked in plan_.sets}
 
 
@@ -90,20 +92,21 @@ def plan(candidates: Iterable[Candidate], config: EvaluateConfig) -> Plan:
 
     Raises ConfigError, SourceError or DistilledSetError in one line; nothing long has started by then.
     """
-    splits = _splits(config)
+    candidates = list(candidates)
+    splits = _splits(config, [candidate.protocol for candidate in candidates])
     backbones = [catalog.describe_backbone(name) for name in config.backbone_names]
     sets = [_check(candidate) for candidate in candidates]
     trials = [trial for checked in sets for trial in _trials(checked, backbones, splits, config)]
     return Plan(config, splits, sets, trials)
 
 
-def _splits(config: EvaluateConfig) -> dict[str, Split]:
-    """The test split, and the one that chooses the epoch if the protocol wants one."""
+def _splits(config: EvaluateConfig, protocols: list[ProtocolConfig]) -> dict[str, Split]:
+    """The test split, and the one that chooses the epoch if one of the protocols wants one."""
     if not config.test:
         raise ConfigError("no test split: give --test SOURCE (such as flickr30k:ROOT:test or scenes:1000:7)")
     test = catalog.make_source(config.test)
     splits = {"test": _split(config.test, test)}
-    if config.protocol.select == "val":
+    if any(protocol.select == "val" for protocol in protocols):
         uri = config.val or test.validation
         if uri:
             splits["val"] = _split(uri, catalog.make_source(uri))
@@ -165,6 +168,7 @@ def _trials(
     held_out = {
         name: [split.part, [(shard.name, shard.size, shard.version) for shard in split.shards]]
         for name, split in splits.items()
+        if name == "test" or protocol.select == "val"
     }
     # what the name of the encoder says is in its identity
     about_protocol = {**dataclasses.asdict(protocol), "text_encoder": checked.encoder.identity}
@@ -201,7 +205,11 @@ def _result(checked: CheckedSet, plan_: Plan, results: Folder) -> dict[str, Any]
     }
     about = checked.distilled.manifest["about"]
     counts = found[mine[0].key]["splits"]
-    splits = {name: {"source": without_secrets(split.uri), **counts[name]} for name, split in plan_.splits.items()}
+    splits = {
+        name: {"source": without_secrets(split.uri), **counts[name]}
+        for name, split in plan_.splits.items()
+        if name == "test" or protocol.select == "val"
+    }
     return {
         "schema": SCHEMA_VERSION,
         "fingerprint": fingerprint(sorted(found)),

@@ -35,7 +35,7 @@ from pds_ray.stages.train import Gallery, Progress, TrainingPairs, Workers
 from pds_ray.storage import Folder, open_filesystem
 
 POLL_S = 1.0
-CHECKPOINT_NAME = "trial.json"
+STATE, CHECKPOINT_NAME = "state", "trial.json"
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ def run_trials(
     """Runs the trials. Each leaves KEY.json in `results`, whole or not at all."""
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
-    data = _prepare(trials, sets, splits, gpus > 0)
     room = (gpus or int(resources.get("CPU", 1))) // config.workers
     if room == 0:
         raise ConfigError(f"{config.workers} workers a trial asked for, but there is room for {room}; lower --workers")
+    data = _prepare(trials, sets, splits, gpus > 0)
     lanes = _lanes(trials, min(config.trials or room, len(trials)))
     shared = ray.put(data)
     task = ray.remote(_run_lane).options(num_cpus=0, max_retries=config.max_failures)
@@ -105,6 +105,7 @@ def run_trials(
         finally:
             for lane in pending:
                 ray.cancel(lane, force=True)
+    (results / STATE).delete_all()
 
 
 def _prepare(
@@ -185,8 +186,7 @@ def _lanes(trials: list[core.Trial], count: int) -> list[list[core.Trial]]:
 def _run_lane(
     trials: list[core.Trial], shared: list[ray.ObjectRef], results: Folder, config: EvaluateConfig, use_gpu: bool
 ) -> None:
-    state = results / "state"
-    filesystem, place = open_filesystem(state.path)
+    filesystem, place = open_filesystem((results / STATE).path)
     trainer = TorchTrainer(
         _train_lane,
         train_loop_config={"trials": trials, "shared": shared, "results": results},
@@ -204,7 +204,6 @@ def _run_lane(
         ),
     )
     trainer.fit()
-    (state / trials[0].key).delete_all()
 
 
 def _train_lane(config: dict[str, Any]) -> None:
