@@ -39,6 +39,17 @@ METADATA = "metadata.jsonl"
 DISTILLED = """Made with pds_ray by Prototype-guided Data Synthesis (Choi, Mo, Chae, ICLR 2026): CLIP embeddings of
 images and captions are clustered apart, clusters are matched by the pairs they share, the shared pairs are averaged to
 prototypes, and each prototype is given the nearest caption and a picture."""
+DEPARTURES: dict[tuple[str, str, object], str] = {  # (section, option, value) -> what the card says of it
+    (
+        "cluster",
+        "modality",
+        "joint",
+    ): "one k-means on both embeddings of a pair took the place of two and of the matching",
+    ("cluster", "modality", "image"): "one k-means on the images took the place of two and of the matching",
+    ("cluster", "modality", "text"): "one k-means on the captions took the place of two and of the matching",
+    ("match", "filter", False): "whole clusters were averaged, not only the pairs that matched ones share",
+    ("decode", "condition", "caption"): "pictures were decoded from the captions alone",
+}
 SELECTED = """Made with pds_ray by choosing pairs of the source: pictures and captions are real, and belong together; no
 picture is chosen twice. The prototypes are the pairs' own embeddings."""
 
@@ -137,7 +148,7 @@ def card(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     `about` has a "selection" if the pairs are real ones that were chosen, and then its description.
     """
     chosen = "selection" in about
-    making = f"{SELECTED} Method: {about['selection']}." if chosen else DISTILLED
+    making = f"{SELECTED} Method: {about['selection']}." if chosen else " ".join([DISTILLED, *_departures(about)])
     decoder = "" if chosen else f"- decoder: `{about['decoder']}`\n"
     limits = (
         "A small set leaves out most of its source"
@@ -203,6 +214,16 @@ pairs = load_distilled(".")                                                     
 {limits}. Pictures and captions inherit the biases of the source
 and of the models, and were not checked by a person.
 """
+
+
+def _departures(about: dict[str, Any]) -> list[str]:
+    """In what this set was made otherwise, a sentence each."""
+    config = about["config"]
+    return [
+        f"Here {sentence}."
+        for (section, option, value), sentence in DEPARTURES.items()
+        if config.get(section, {}).get(option) == value
+    ]
 
 
 def _cell(text: str) -> str:

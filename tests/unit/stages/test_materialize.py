@@ -106,6 +106,14 @@ def test_load_distilled(finished):
         assert pairs.manifest["about"] == ABOUT
 
 
+def test_the_card_says_where_the_method_was_left(tmp_path):
+    plain = card(records(prototypes(CAPTIONS)), ABOUT)
+    changed = {**ABOUT, "config": {**ABOUT["config"], "match": {"filter": False}, "cluster": {"modality": "joint"}}}
+    words = ("whole clusters were averaged", "one k-means on both embeddings")
+    assert not any(word in plain for word in words)
+    assert all(word in card(records(prototypes(CAPTIONS)), changed) for word in words)
+
+
 def test_webdataset_reads_it(finished):
     path = finished / "distilled" / "webdataset" / "000000.tar"
     found = list(webdataset.WebDataset(str(path), shardshuffle=False).decode("rgb8").to_tuple("png", "txt", "json"))
