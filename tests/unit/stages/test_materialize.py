@@ -20,7 +20,7 @@ from PIL import Image
 from pds_ray import load_distilled
 from pds_ray.artifacts import RunFolder, prototype_schema, vector_array
 from pds_ray.stages import materialize
-from pds_ray.stages.materialize import DistilledSetError, card, write_distilled
+from pds_ray.stages.materialize import DistilledSetError, card, records, write_distilled
 from pds_ray.storage import Folder
 
 CAPTIONS = [
