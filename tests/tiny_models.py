@@ -111,3 +111,45 @@ def save_unclip(folder: Path, dim: int = 16, seed: int = 0, space: str | None = 
     if space is not None:
         (folder / "pds_ray.json").write_text(json.dumps({"space": space, "dim": dim}))
     return folder
+
+
+TEXT_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "red", "dog", "runs", "##s"]
+TEXT_CONTEXT = 16
+
+
+def save_text_model(folder: Path, kind: str, seed: int = 0) -> Path:
+    """A transformers folder of kind bert or distilbert with random weights: width 24, 16 tokens."""
+    import torch
+    import transformers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if kind == "bert":
+            config = transformers.BertConfig(
+                vocab_size=len(TEXT_WORDS),
+                hidden_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=32,
+                max_position_embeddings=TEXT_CONTEXT,
+            )
+            model = transformers.BertModel(config)
+        else:
+            config = transformers.DistilBertConfig(
+                vocab_size=len(TEXT_WORDS),
+                dim=24,
+                n_layers=2,
+                n_heads=2,
+                hidden_dim=32,
+                max_position_embeddings=TEXT_CONTEXT,
+            )
+            model = transformers.DistilBertModel(config)
+        with torch.no_grad():
+            for parameter in model.parameters():  # fresh weights are so small that every caption looks alike
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    folder.mkdir(parents=True)
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(TEXT_WORDS) + "\n")
+    tokenizer = transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=TEXT_CONTEXT)
+    tokenizer.save_pretrained(folder)
+    return folder
