@@ -106,7 +106,7 @@ def test_load_distilled(finished):
         assert pairs.manifest["about"] == ABOUT
 
 
-def test_the_card_says_where_the_method_was_left(tmp_path):
+def test_the_card_says_where_the_method_was_left():
     plain = card(records(prototypes(CAPTIONS)), ABOUT)
     changed = {**ABOUT, "config": {**ABOUT["config"], "match": {"filter": False}, "cluster": {"modality": "joint"}}}
     words = ("whole clusters were averaged", "one k-means on both embeddings")
