@@ -88,6 +88,8 @@ def compare(
     """
     if not config.out:
         raise ConfigError("no folder for the comparison: give --out FOLDER")
+    if not methods:
+        raise ConfigError(f"no methods to compare: give --methods, some of {', '.join(METHODS)}")
     root = Folder(config.out)
     rows = [_on_shared_store(entry, root) for entry in entries(config, methods, sizes, judged)]
     for judging in dict.fromkeys(entry.evaluation for entry in rows):

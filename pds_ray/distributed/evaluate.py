@@ -25,6 +25,7 @@ import torch
 from ray.train.torch import TorchTrainer, get_device
 
 from pds_ray import catalog
+from pds_ray.backbones.base import BackboneInfo
 from pds_ray.captions import CLEANERS
 from pds_ray.config import ConfigError, EvaluateConfig
 from pds_ray.distributed import runtime
@@ -137,6 +138,12 @@ def _prepare(
         else:
             clean = CLEANERS[checked.text.cleaning]
             data.text[label] = encode(checked.text.encoder, [clean(caption) for caption in distilled.captions])
+    # before there are lanes: they leave no CPU and no GPU to these tasks, and try again what cannot succeed
+    made = [*data.pictures.values(), *data.text.values(), *data.held_out_text.values()]
+    with runtime.unwrapped_errors():
+        list(runtime.map_in_order(_count, made))
+        backbones = {trial.backbone.name: (trial.backbone, trial.image_size) for trial in trials}
+        list(runtime.map_in_order(_try_backbone, backbones.values()))
     return data
 
 
@@ -165,6 +172,15 @@ def _read_split(name: str, split: core.Split, sizes: list[int], rule: str) -> Sp
 
 def _pick(pictures: dict[int, np.ndarray], size: int) -> np.ndarray:
     return pictures[size]
+
+
+def _count(rows: np.ndarray) -> int:
+    return len(rows)
+
+
+def _try_backbone(wanted: tuple[BackboneInfo, int]) -> None:
+    """Finds weights that cannot be had or do not fit."""
+    catalog.build_backbone(*wanted)
 
 
 def _encode(info: EncoderInfo | TextEncoderInfo, captions: list[str]) -> np.ndarray:

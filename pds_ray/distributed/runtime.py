@@ -118,7 +118,8 @@ def unwrapped_errors() -> Iterator[None]:
     try:
         yield
     except (ray.exceptions.RayError, UserError) as error:
-        found = re.findall(r"^pds_ray\.[\w.]*\.(?:Config|Source|Storage)Error: (.+)$", str(error), flags=re.MULTILINE)
+        kinds = r"^pds_ray\.[\w.]*\.(?:Config|Source|Storage|DistilledSet)Error: (.+)$"
+        found = re.findall(kinds, str(error), flags=re.MULTILINE)
         if found:
             raise UserError(found[-1]) from error
         raise
