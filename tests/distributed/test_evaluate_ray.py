@@ -1,0 +1,196 @@
+"""Evaluation on Ray Train gives what the trials give one by one, whatever happens to the workers."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hand_made_set import scenes_set
+from PIL import Image
+from safetensors import safe_open
+from tiny_models import save_text_model
+
+from pds_ray import catalog, evaluation, load_distilled
+from pds_ray.config import EvaluateConfig, ProtocolConfig
+from pds_ray.distributed import evaluate as distributed
+from pds_ray.sources.scenes import ScenesSource
+from pds_ray.stages.evaluate import Candidate, Trial, run_trial
+from pds_ray.stages.train import Gallery, TrainingPairs
+from pds_ray.storage import Folder
+
+pytestmark = pytest.mark.ray
+PROTOCOL = ProtocolConfig(epochs=6, evaluate_every=2)
+CONFIG = EvaluateConfig(test="scenes:60:7", backbones="small_mixer", seeds=2, protocol=PROTOCOL)
+ONE_ITEM = 100 / 60  # percent of a gallery of 60; last bits may move an image by a rank
+
+
+def encoded(captions: list[str]) -> torch.Tensor:
+    return torch.from_numpy(
+        catalog.load_text_encoder(catalog.describe_text_encoder("demo"), "fp32").encode_captions(captions)
+    )
+
+
+def gallery(uri: str) -> Gallery:
+    """A split of scenes put together by hand."""
+    source = ScenesSource(uri)
+    samples = [sample for shard in source.shards() for sample in source.read(shard)]
+    pictures = [np.asarray(Image.open(io.BytesIO(sample.image)).convert("RGB").resize((64, 64))) for sample in samples]
+    owner = [image for image, sample in enumerate(samples) for _ in sample.captions]
+    captions = [" ".join(caption.split()) for sample in samples for caption in sample.captions]
+    images = torch.from_numpy(np.stack(pictures).transpose(0, 3, 1, 2).copy())
+    return Gallery(images, encoded(captions), torch.tensor(owner))
+
+
+def in_process(path: Path, config: EvaluateConfig) -> list[dict]:
+    """The trials one after the other, without Ray."""
+    torch.set_num_threads(1)
+    distilled = load_distilled(str(path))
+    images = torch.from_numpy(
+        np.stack([np.asarray(distilled.image(pair)) for pair in range(len(distilled))]).transpose(0, 3, 1, 2).copy()
+    )
+    pairs = TrainingPairs(images, encoded(distilled.captions))
+    test, val = gallery(config.test), gallery(str(ScenesSource(config.test).validation))
+    trials: list[Trial] = evaluation.plan([Candidate("x", str(path), config.protocol)], config).trials
+    return [run_trial(trial, catalog.build_backbone, pairs, val, test, torch.device("cpu")) for trial in trials]
+
+
+def trial_files(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "evaluation" / "trials").glob("*.json")}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    path = scenes_set(tmp_path_factory.mktemp("evaluated") / "set")
+    return path, evaluation.evaluate(str(path), CONFIG)
+
+
+def test_figures_are_those_of_the_trials_alone(evaluated):
+    path, result = evaluated
+    expected = in_process(path, CONFIG)
+    trials = result["backbones"][0]["trials"]
+    assert [trial["seed"] for trial in trials] == [0, 1]
+    assert trials[0]["recalls"] != trials[1]["recalls"]
+    for trial, alone in zip(trials, expected, strict=True):
+        assert trial["recalls"] == pytest.approx(alone["recalls"], abs=ONE_ITEM)
+        assert trial["recalls"]["r_mean"] == pytest.approx(alone["recalls"]["r_mean"], abs=0.3)
+    assert json.loads(Path(result["file"]).read_text()) == {name: v for name, v in result.items() if name != "file"}
+    assert result["test"] == {"source": "scenes:60:7", "images": 60, "captions": 300, "bad": {}}
+    assert result["val"]["images"] == 60
+    assert result["val"]["source"] != result["test"]["source"]
+
+
+def test_finished_trials_are_never_run_again(evaluated, monkeypatch: pytest.MonkeyPatch):
+    path, result = evaluated
+    before = trial_files(path)
+    assert len(before) == 2
+
+    def none_to_run(*_: object) -> None:
+        raise AssertionError("there is nothing to do")
+
+    monkeypatch.setattr(distributed, "run_trials", none_to_run)
+    monkeypatch.setattr("pds_ray.distributed.runtime.start", none_to_run)
+    assert evaluation.evaluate(str(path), CONFIG) == result
+    fewer = evaluation.evaluate(str(path), replace(CONFIG, seeds=1))
+    assert fewer["backbones"][0]["trials"] == result["backbones"][0]["trials"][:1]
+    assert trial_files(path) == before
+
+
+def test_another_seed_runs_its_trial_alone(evaluated):
+    path, result = evaluated
+    before = trial_files(path)
+    more = evaluation.evaluate(str(path), replace(CONFIG, seeds=3))
+    after = trial_files(path)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == 3
+    assert more["backbones"][0]["trials"][:2] == result["backbones"][0]["trials"]
+    assert more["file"] != result["file"]
+    assert not (path / "evaluation" / "trials" / "state").exists(), "what trials left to go on from"
+
+
+def test_two_workers_share_a_trial(evaluated, tmp_path: Path):
+    path, result = evaluated
+    shared = evaluation.evaluate(str(path), replace(CONFIG, workers=2), out=str(tmp_path))
+    assert len(trial_files(tmp_path)) == 2
+    for mine, alone in zip(shared["backbones"][0]["trials"], result["backbones"][0]["trials"], strict=True):
+        assert mine["recalls"] == pytest.approx(alone["recalls"], abs=2 * ONE_ITEM)
+        assert mine["recalls"]["r_mean"] == pytest.approx(alone["recalls"]["r_mean"], abs=1)
+
+
+def test_sets_side_by_side(evaluated, tmp_path: Path):
+    """The same trial under two labels runs once; another text encoder and another rule have a gallery of their own."""
+    path, result = evaluated
+    folder = save_text_model(tmp_path / "bert", "bert")
+    with_bert = ProtocolConfig(
+        train="heads", text_encoder=f"bert:{folder}", captions="paper", epochs=2, select="last", image_size=32
+    )
+    one = replace(CONFIG, seeds=1)
+    candidates = [Candidate("a", str(path), PROTOCOL), Candidate("b", str(path), PROTOCOL)]
+    found = evaluation.evaluate_all([*candidates, Candidate("c", str(path), with_bert)], one, Folder(str(tmp_path)))
+    assert len(list((tmp_path / "trials").glob("*.json"))) == 2
+    assert found["a"]["backbones"] == found["b"]["backbones"]
+    expected = result["backbones"][0]["trials"][0]
+    assert found["a"]["mean"] == pytest.approx(expected["recalls"], abs=ONE_ITEM)
+    assert found["c"]["backbones"][0]["trials"][0]["epoch"] == 1
+    assert found["c"]["protocol"]["text_encoder"] == f"bert:{folder}"
+    assert found["c"]["val"] is None
+
+
+class Killer(threading.Thread):
+    """Kills the worker of a trial with SIGKILL once it has reported a few epochs; notes how far each report was."""
+
+    def __init__(self, state: Path, after: int) -> None:
+        super().__init__(daemon=True)
+        self.state, self.after = state, after
+        self.reported: list[int] = []
+        self.killed_at: int | None = None
+        self.over = False
+
+    def run(self) -> None:
+        while not self.over:
+            for file in self.state.rglob("state.safetensors"):
+                with contextlib.suppress(Exception), safe_open(file, "pt") as opened:
+                    done = json.loads(opened.metadata()["progress"])["epochs_done"]
+                    if not self.reported or done != self.reported[-1]:
+                        self.reported.append(done)
+            if self.killed_at is None and self.reported and self.reported[-1] >= self.after:
+                workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in _title(p)]
+                for process in workers:
+                    process.kill()
+                if workers:
+                    self.killed_at = self.reported[-1]
+            time.sleep(0.02)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def test_a_killed_worker_goes_on_from_its_last_report(evaluated, tmp_path: Path):
+    path, _ = evaluated
+    config = replace(CONFIG, seeds=1, protocol=replace(PROTOCOL, epochs=24, evaluate_every=1))
+    (expected,) = in_process(path, config)
+    killer = Killer(tmp_path / "evaluation" / "trials" / "state", after=6)
+    killer.start()
+    try:
+        result = evaluation.evaluate(str(path), config, out=str(tmp_path))
+    finally:
+        killer.over = True
+        killer.join()
+    assert killer.killed_at is not None, "nobody was killed"
+    assert killer.killed_at < 24
+    assert killer.reported == sorted(killer.reported), "it began anew"
+    (trial,) = result["backbones"][0]["trials"]
+    assert trial["epoch"] == expected["epoch"]
+    assert trial["recalls"] == pytest.approx(expected["recalls"], abs=ONE_ITEM)
