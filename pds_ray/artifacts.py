@@ -16,6 +16,7 @@ N images, M captions (one pair per caption), d embedding width, K clusters, B di
 | `clusters/S.labels.parquet` | pairs of S | image_cluster, text_cluster (int32) | -1 for pairs pruned away; equal unless cluster.modality is separate |
 | `matching/couples.parquet` | couples | image_cluster, text_cluster (int32), shared (int64), pairless (bool), mean_cosine (f64) | the assignment |
 | `prototypes.parquet` | B | see `prototype_schema` | in the order of the distilled set |
+| `captions.parquet` | B | see `CHOSEN_CAPTION_SCHEMA` | the caption that the distilled set gives each pair |
 | `images/P.png` | | | the decoded picture of pair P |
 | `distilled/` | | | the portable result (stages/materialize.py) |
 | `report.html` | | | all of it as one page (report/page.py) |
@@ -43,6 +44,15 @@ MODALITIES = ("image", "text")
 ERROR_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 KEEP_SCHEMA = pa.schema([("kept", pa.bool_())])
 LABEL_SCHEMA = pa.schema([("image_cluster", pa.int32()), ("text_cluster", pa.int32())])
+CHOSEN_CAPTION_SCHEMA = pa.schema(
+    [
+        ("pair", pa.int32()),
+        ("caption", pa.string()),
+        ("caption_shard", pa.string()),
+        ("caption_key", pa.string()),
+        ("caption_cosine", pa.float32()),  # to what it was chosen by: the picture, or the text prototype
+    ]
+)
 COUPLE_SCHEMA = pa.schema(
     [
         ("image_cluster", pa.int32()),
@@ -233,6 +243,12 @@ class RunFolder:
 
     def prototypes(self) -> pa.Table:
         return self.folder.read_table("prototypes.parquet")
+
+    def save_captions(self, captions: pa.Table) -> None:
+        self.folder.write_table("captions.parquet", captions)
+
+    def captions(self) -> pa.Table:
+        return self.folder.read_table("captions.parquet")
 
     @staticmethod
     def image_name(pair: int) -> str:

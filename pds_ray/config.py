@@ -178,6 +178,19 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CaptionConfig:
+    """The caption that goes with each picture."""
+
+    nearest_to: str = option(
+        "picture", "a pair's caption is the real one nearest to its picture, or, as published, to its text prototype"
+    )
+
+    def __post_init__(self) -> None:
+        allowed = ("picture", "prototype")
+        _require(self.nearest_to in allowed, "caption.nearest_to", self.nearest_to, "picture or prototype")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RayConfig:
     """Where it runs. None of this changes what comes out."""
 
@@ -219,6 +232,7 @@ class RunConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     match: MatchConfig = field(default_factory=MatchConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    caption: CaptionConfig = field(default_factory=CaptionConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from pds_ray.manifest import fingerprint
 from pds_ray.recipes import protocol_name
 from pds_ray.sources.base import Sample, Shard, Source
 from pds_ray.stages.evaluate import VALIDATION_EVERY, Candidate, CheckedSet, Split, TextInput, Trial, average, summarize
-from pds_ray.stages.materialize import load_distilled
+from pds_ray.stages.materialize import PROTOTYPES, DistilledSet, load_distilled
 from pds_ray.storage import Folder, without_secrets
 
 SCHEMA_VERSION = 1
@@ -175,7 +175,7 @@ def _trials(
     return [
         Trial(
             key=fingerprint(
-                SCHEMA_VERSION, checked.distilled.manifest["files"], about_protocol, held_out, backbone.identity, seed
+                SCHEMA_VERSION, _content(checked.distilled), about_protocol, held_out, backbone.identity, seed
             ),
             label=candidate.label,
             backbone=backbone,
@@ -188,6 +188,13 @@ def _trials(
         for backbone in backbones
         for seed in range(config.seeds)
     ]
+
+
+def _content(distilled: DistilledSet) -> list[Any]:
+    """What training sees of a set: the same for two that differ only in what is said of them."""
+    files = distilled.manifest["files"]
+    trained_on = [*(f"imagefolder/{row['file_name']}" for row in distilled.records), PROTOTYPES]
+    return [[files[name]["sha256"] for name in trained_on], distilled.captions]
 
 
 def _result(checked: CheckedSet, plan_: Plan, results: Folder) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pds_ray import catalog
 from pds_ray.artifacts import STORE_SCHEMA_VERSION, EmbeddingStore, RunFolder
 from pds_ray.captions import CLEANERS
 from pds_ray.config import (
+    CaptionConfig,
     ClusterConfig,
     ConfigError,
     DecodeConfig,
@@ -28,7 +29,7 @@ from pds_ray.manifest import ManifestError, RunManifest, fingerprint, versions
 from pds_ray.sources.base import Fault, Sample, Shard, Source, SourceError
 from pds_ray.storage import Folder, without_secrets
 
-STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "materialize")  # of the method pds
+STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "caption", "materialize")  # of pds
 SELECTION_STAGES = ("embed", "select", "decode", "materialize")  # of the methods that choose real pairs
 PICTURES_TOGETHER = 256  # chosen pictures looked up at once: each lookup reads the shards they are in
 PROBE = 10_000  # images looked at before a run; that there are more pairs than this shows only when all are embedded
@@ -51,7 +52,14 @@ def relevant(config: RunConfig) -> RunConfig:
     if config.method == "pds":
         return replace(config, select=SelectConfig())
     decode = DecodeConfig(decoder="nearest", image_size=config.decode.image_size, batch_size=PICTURES_TOGETHER)
-    return replace(config, prune=PruneConfig(), cluster=ClusterConfig(), match=MatchConfig(), decode=decode)
+    return replace(
+        config,
+        prune=PruneConfig(),
+        cluster=ClusterConfig(),
+        match=MatchConfig(),
+        decode=decode,
+        caption=CaptionConfig(),
+    )
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,7 @@ def _fingerprints(config: RunConfig, shards: list[Shard], encoder: EncoderInfo, 
         "match": values["match"],
         "prototypes": [],
         "decode": [config.seed, decode, decoder.identity],
+        "caption": values["caption"],
         "materialize": [],
     }
     prints: dict[str, str] = {}
@@ -217,7 +226,8 @@ def _public(config: RunConfig) -> dict[str, Any]:
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    old, new = flatten(before), flatten(after)
+    # an option that there was not yet counts as what it is by default
+    old, new = {**flatten(to_dict(RunConfig())), **flatten(before)}, flatten(after)
     return [
         f"{name}: {old.get(name)} -> {value}"
         for name, value in new.items()
@@ -339,11 +349,17 @@ def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[st
             manifest.update(images_fingerprint=plan_.fingerprints["decode"])
         return stage(plan_.source, plan_.decoder, config, run)
 
+    def caption() -> dict[str, Any]:
+        from pds_ray.distributed.caption import caption as stage
+
+        return stage(names, plan_.encoder, store, run, config)
+
     def materialize() -> dict[str, Any]:
         from pds_ray.stages.materialize import write_distilled
 
         run.distilled.delete_all()
-        return write_distilled(run, _about(plan_, manifest))
+        captions = run.captions() if "caption" in plan_.stages else None
+        return write_distilled(run, _about(plan_, manifest), captions)
 
     return {
         "embed": embed,
@@ -353,6 +369,7 @@ def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[st
         "match": match,
         "prototypes": prototypes,
         "decode": decode,
+        "caption": caption,
         "materialize": materialize,
     }
 
@@ -364,7 +381,7 @@ def _about(plan_: Plan, manifest: RunManifest) -> dict[str, Any]:
     for field in FREE_FIELDS:
         section, _, name = field.rpartition(".")
         del (config[section] if section else config)[name]
-    for section in ("select", "prune", "cluster", "match"):
+    for section in ("select", "prune", "cluster", "match", "caption"):
         if section not in plan_.stages:
             del config[section]
     decoder, synthetic = plan_.decoder, plan_.decoder.dim is not None

@@ -59,6 +59,7 @@ def paper() -> RunConfig:
             "decode.negative_prompt": "text, watermark",
             "decode.precision": "auto",
             "decode.image_size": 224,
+            "caption.nearest_to": "prototype",
         },
     )
 

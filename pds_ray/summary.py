@@ -20,6 +20,7 @@ RATES = {
     "match": ("couples", "couples"),
     "prototypes": ("prototypes", "prototypes"),
     "decode": ("images", "images"),
+    "caption": ("pairs", "pairs"),
     "materialize": ("pairs", "pairs"),
 }
 
@@ -60,7 +61,7 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
         print(f"not shared    {match['pairs_not_shared']:,} pairs outside matched clusters")
         print(f"pairless      {match['pairless']:,} of {match['clusters']:,} couples, {match['pairless_policy']}")
     if prototypes:
-        duplicates = prototypes["duplicate_captions"]
+        duplicates = {**prototypes, **counts.get("caption", {})}["duplicate_captions"]
         print(f"method        {method}")
         print(f"out           {prototypes['prototypes']:,} pairs, {duplicates:,} with a caption of another")
     for note in manifest.get("notes", []):

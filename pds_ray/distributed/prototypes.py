@@ -32,15 +32,10 @@ def _sums(shard: str, store: EmbeddingStore, run: RunFolder, couples: core.Coupl
 def _nearest(shard: str, store: EmbeddingStore, prototypes: core.Prototypes) -> tuple[core.Nearest, core.Nearest]:
     captions = store.captions(shard, ["key", "caption", "embedding"])
     cosine, rows = core.nearest_rows(prototypes.text, vectors(captions, "embedding"))
-    caption = core.Nearest(cosine, _who(shard, rows, captions, "key", "caption"))
+    caption = core.Nearest(cosine, core.who(shard, rows, captions, "key", "caption"))
     images = store.images(shard, ["key", "embedding"])
     cosine, rows = core.nearest_rows(prototypes.image, vectors(images, "embedding"))
-    return caption, core.Nearest(cosine, _who(shard, rows, images, "key"))
-
-
-def _who(shard: str, rows: np.ndarray, table: pa.Table, *columns: str) -> list[tuple[str, ...]]:
-    """The named columns of some rows, each with its shard before it; () for row -1, which stands for none."""
-    return [(shard, *(table.column(name)[int(row)].as_py() for name in columns)) if row >= 0 else () for row in rows]
+    return caption, core.Nearest(cosine, core.who(shard, rows, images, "key"))
 
 
 def make_prototypes(

@@ -192,6 +192,12 @@ def run_kmeans(function: Callable[..., Result], *args: Any) -> Result:
     return ray.get(ray.remote(_with_faiss_threads).options(num_cpus=cpus).remote(cpus, function, *args))
 
 
+def run_model(function: Callable[..., Result], *args: Any) -> Result:
+    """Calls `function`, which loads a model, where there is a GPU if the cluster has one."""
+    gpus = min(1, int(ray.cluster_resources().get("GPU", 0)))
+    return ray.get(ray.remote(function).options(num_cpus=SMALL_TASK_CPUS, num_gpus=gpus).remote(*args))
+
+
 def stream(function: Callable[..., Iterator[Result]], *args: Any) -> Iterator[Result]:
     """What `function` yields, as it does, with all CPUs of one node to itself."""
     remote = ray.remote(_yielded).options(num_cpus=_most_cpus(), num_returns="streaming")

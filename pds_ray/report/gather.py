@@ -51,6 +51,7 @@ UNITS = {  # stage -> (which of its counts says how much, of what)
     "match": ("couples", "couples"),
     "prototypes": ("prototypes", "prototypes"),
     "decode": ("images", "images"),
+    "caption": ("pairs", "pairs"),
     "materialize": ("pairs", "pairs"),
 }
 

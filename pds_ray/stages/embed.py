@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from pds_ray.artifacts import ERROR_SCHEMA, caption_schema, image_schema, vector_array
 from pds_ray.captions import CLEANERS
@@ -183,6 +184,15 @@ def _batched(
         padding = -len(chunk) % ROW_MULTIPLE
         out[start : start + len(chunk)] = encode(chunk + [filler] * padding)[: len(chunk)]
     return out
+
+
+def embed_pictures(
+    pictures: Iterable[Image.Image], encoder: Encoder, preprocess: Preprocess, batch_size: int
+) -> np.ndarray:
+    """Un-normalised image embeddings, float32 [n, d]."""
+    pixels = [preprocess(picture.convert("RGB")) for picture in pictures]
+    blank = np.zeros((preprocess.size, preprocess.size, 3), np.uint8)
+    return _batched(pixels, lambda chunk: encoder.encode_images(np.stack(chunk)), blank, encoder.dim, batch_size)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -38,7 +38,7 @@ MANIFEST, CARD, PROTOTYPES = "manifest.json", "README.md", "prototypes.safetenso
 METADATA = "metadata.jsonl"
 DISTILLED = """Made with pds_ray by Prototype-guided Data Synthesis (Choi, Mo, Chae, ICLR 2026): CLIP embeddings of
 images and captions are clustered apart, clusters are matched by the pairs they share, the shared pairs are averaged to
-prototypes, and each prototype is given the nearest caption and a picture."""
+prototypes, and each prototype is decoded to a picture with the nearest caption as prompt."""
 DEPARTURES: dict[tuple[str, str, object], str] = {  # (section, option, value) -> what the card says of it
     (
         "cluster",
@@ -49,6 +49,7 @@ DEPARTURES: dict[tuple[str, str, object], str] = {  # (section, option, value) -
     ("cluster", "modality", "text"): "one k-means on the captions took the place of two and of the matching",
     ("match", "filter", False): "whole clusters were averaged, not only the pairs that matched ones share",
     ("decode", "condition", "caption"): "pictures were decoded from the captions alone",
+    ("caption", "nearest_to", "picture"): "a caption is the real one nearest to the finished picture",
 }
 SELECTED = """Made with pds_ray by choosing pairs of the source: pictures and captions are real, and belong together; no
 picture is chosen twice. The prototypes are the pairs' own embeddings."""
@@ -88,19 +89,26 @@ class DistilledSet:
         return Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGB")
 
 
-def records(prototypes: pa.Table) -> list[dict[str, Any]]:
-    """One JSON record a pair, from rows of prototypes.parquet."""
+def records(prototypes: pa.Table, captions: pa.Table | None = None) -> list[dict[str, Any]]:
+    """One JSON record a pair, from rows of prototypes.parquet; `captions`, if given, replace those retrieved there.
+
+    The retrieved caption, with which the picture was decoded, is then the record's `prompt`.
+    """
     plain = prototypes.drop_columns(["image_prototype", "text_prototype"]).to_pylist()
+    if captions is not None:
+        chosen = captions.to_pylist()
+        plain = [{**row, **own, "prompt": row["caption"]} for row, own in zip(plain, chosen, strict=True)]
     return [{"file_name": RunFolder.image_name(row["pair"]), "text": row.pop("caption"), **row} for row in plain]
 
 
-def write_distilled(run: RunFolder, about: dict[str, Any]) -> dict[str, Any]:
+def write_distilled(run: RunFolder, about: dict[str, Any], captions: pa.Table | None = None) -> dict[str, Any]:
     """Writes the distilled set of a finished run; `about` is what the card and the manifest say of its making.
 
-    Returns counts. The manifest comes last: without it the folder is no distilled set.
+    `captions` (rows of captions.parquet) replace those of the prototypes. Returns counts. The manifest comes last:
+    without it the folder is no distilled set.
     """
     prototypes = run.prototypes()
-    rows = records(prototypes)
+    rows = records(prototypes, captions)
     pictures = [run.images.read_bytes(row["file_name"]) for row in rows]
     target = run.distilled
     target.delete(MANIFEST)

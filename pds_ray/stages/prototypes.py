@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from pds_ray.artifacts import MEMBER_SAMPLE
 from pds_ray.stages.cluster import normalized
@@ -157,6 +158,11 @@ def nearest_rows(queries: np.ndarray, rows: np.ndarray, chunk: int = 16_384) -> 
         better = value > best
         best[better], where[better] = value[better], top[better] + start
     return best, where
+
+
+def who(shard: str, rows: np.ndarray, table: pa.Table, *columns: str) -> list[tuple[str, ...]]:
+    """The named columns of some rows, each with its shard before it; () for row -1, which stands for none."""
+    return [(shard, *(table.column(name)[int(row)].as_py() for name in columns)) if row >= 0 else () for row in rows]
 
 
 def merge_nearest(total: Nearest, part: Nearest) -> None:

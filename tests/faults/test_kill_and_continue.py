@@ -16,7 +16,7 @@ import pytest
 pytestmark = pytest.mark.ray
 ARGS = ["distill", "--preset", "demo", "--source", "scenes:3000", "--pairs", "20", "--decode.steps", "2",
         "--decode.batch_size", "4"]  # fmt: skip
-STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "materialize")
+STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "caption", "materialize")
 
 
 def start(out: Path) -> subprocess.Popen:

@@ -35,6 +35,7 @@ OTHER = {
     "cluster.modality": "joint",
     "match.filter": False,
     "decode.condition": "caption",
+    "caption.nearest_to": "prototype",
     "cluster.iterations": 3,
     "cluster.restarts": 2,
     "cluster.normalize": True,

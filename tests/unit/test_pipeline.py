@@ -44,6 +44,7 @@ def reference() -> dict[str, str]:
         ({"decode__steps": 3}, "decode"),
         ({"decode__image_size": 32}, "decode"),
         ({"decode__rescale": True}, "decode"),
+        ({"caption__nearest_to": "prototype"}, "caption"),
     ],
 )
 def test_a_change_makes_stale_what_depends_on_it(
@@ -75,7 +76,7 @@ def test_where_and_how_fast_changes_nothing(reference: dict[str, str], changes: 
 def test_another_condition_makes_decoding_stale() -> None:
     unclip = {"decode__decoder": "unclip"}
     plain, by_caption = fingerprints(**unclip), fingerprints(**unclip, decode__condition="caption")
-    assert [stage for stage in STAGES if plain[stage] != by_caption[stage]] == ["decode", "materialize"]
+    assert [stage for stage in STAGES if plain[stage] != by_caption[stage]] == ["decode", "caption", "materialize"]
 
 
 @pytest.fixture(scope="module")
@@ -143,5 +144,6 @@ def test_every_option_is_judged() -> None:
         "match.pairless", "match.filter", "decode.decoder", "decode.model", "decode.revision", "decode.condition",
         "decode.steps", "decode.guidance", "decode.noise_level", "decode.negative_prompt", "decode.rescale",
         "decode.precision", "decode.batch_size", "decode.image_size",
+        "caption.nearest_to",
     }  # fmt: skip
     assert {name for name in flatten(to_dict(RunConfig())) if not name.startswith("ray.")} == judged

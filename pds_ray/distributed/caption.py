@@ -1,0 +1,72 @@
+"""Captions of the pictures: one task embeds them, shards look for the nearest, the driver keeps the best."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from pds_ray import catalog
+from pds_ray.artifacts import CHOSEN_CAPTION_SCHEMA, EmbeddingStore, RunFolder, vectors
+from pds_ray.config import EmbedConfig, RunConfig
+from pds_ray.distributed import runtime
+from pds_ray.encoders.base import EncoderInfo
+from pds_ray.progress import progress_bar
+from pds_ray.stages import prototypes as core
+from pds_ray.stages.embed import embed_pictures
+
+
+def _embed(pairs: int, info: EncoderInfo, config: EmbedConfig, run: RunFolder) -> np.ndarray:
+    import torch
+
+    torch.set_num_threads(runtime.MODEL_THREADS)
+    pictures = (Image.open(io.BytesIO(run.images.read_bytes(run.image_name(pair)))) for pair in range(pairs))
+    return embed_pictures(pictures, catalog.load_encoder(info, config.precision), info.preprocess, config.batch_size)
+
+
+def _nearest(shard: str, store: EmbeddingStore, pictures: np.ndarray) -> core.Nearest:
+    captions = store.captions(shard, ["key", "caption", "embedding"])
+    cosine, rows = core.nearest_rows(pictures, vectors(captions, "embedding"))
+    return core.Nearest(cosine, core.who(shard, rows, captions, "key", "caption"))
+
+
+def caption(
+    shards: list[str], info: EncoderInfo, store: EmbeddingStore, run: RunFolder, config: RunConfig
+) -> dict[str, Any]:
+    """Writes captions.parquet: the caption of each pair. Returns how many differ from the one that was retrieved."""
+    prototypes = run.prototypes()
+    pairs = prototypes.num_rows
+    if config.caption.nearest_to == "prototype":
+        columns = ("pair", "caption", "caption_shard", "caption_key", "caption_cosine")
+        run.save_captions(prototypes.select(columns))
+        return {"pairs": pairs, "changed": 0}
+    with progress_bar("caption", 1 + len(shards), "steps") as bar:
+        precision = runtime.precision(config.embed.precision, "bf16")
+        pictures = runtime.run_model(_embed, pairs, info, EmbedConfig(precision=precision), run)
+        bar.update()
+        best = core.no_nearest(pairs)
+        for found in runtime.map_in_order(_nearest, shards, store, pictures):
+            core.merge_nearest(best, found)
+            bar.update()
+    chosen = [who[2] for who in best.who]
+    run.save_captions(
+        pa.table(
+            {
+                "pair": np.arange(pairs, dtype=np.int32),
+                "caption": chosen,
+                "caption_shard": [who[0] for who in best.who],
+                "caption_key": [who[1] for who in best.who],
+                "caption_cosine": best.cosine,
+            },
+            schema=CHOSEN_CAPTION_SCHEMA,
+        )
+    )
+    retrieved = prototypes.column("caption").to_pylist()
+    return {
+        "pairs": pairs,
+        "changed": sum(new != old for new, old in zip(chosen, retrieved, strict=True)),
+        "duplicate_captions": pairs - len(set(chosen)),
+    }
