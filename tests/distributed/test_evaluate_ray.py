@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import threading
@@ -22,6 +21,7 @@ from tiny_models import save_text_model
 from pds_ray import catalog, evaluation, load_distilled
 from pds_ray.config import EvaluateConfig, ProtocolConfig
 from pds_ray.distributed import evaluate as distributed
+from pds_ray.errors import UserError
 from pds_ray.sources.scenes import ScenesSource
 from pds_ray.stages.evaluate import Candidate, Trial, run_trial
 from pds_ray.stages.train import Gallery, TrainingPairs
@@ -144,6 +144,27 @@ def test_sets_side_by_side(evaluated, tmp_path: Path):
     assert found["c"]["val"] is None
 
 
+@pytest.mark.parametrize("damaged", ["weights", "picture"])
+def test_what_only_workers_find_is_one_line_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str):
+    """No lane is started, which would try again what cannot succeed."""
+
+    def lanes(*_: object) -> None:
+        raise AssertionError("lanes were made")
+
+    monkeypatch.setattr(distributed, "_lanes", lanes)
+    path = scenes_set(tmp_path / "set", 4)
+    weights = tmp_path / "junk.safetensors"
+    weights.write_bytes(b"no weights" * 50)
+    config, words = replace(CONFIG, backbones=f"resnet10t:{weights}"), "resnet10t.*cannot be built"
+    if damaged == "picture":
+        Image.new("RGB", (64, 64)).save(path / "imagefolder" / "000002.png")
+        config, words = CONFIG, "000002.png is not the picture that was written"
+    with pytest.raises(UserError, match=words) as caught:
+        evaluation.evaluate(str(path), config)
+    assert "\n" not in str(caught.value)
+    assert trial_files(path) == {}
+
+
 class Killer(threading.Thread):
     """Kills the worker of a trial with SIGKILL once it has reported a few epochs; notes how far each report was."""
 
@@ -156,11 +177,11 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         while not self.over:
-            for file in self.state.rglob("state.safetensors"):
-                with contextlib.suppress(Exception), safe_open(file, "pt") as opened:
-                    done = json.loads(opened.metadata()["progress"])["epochs_done"]
-                    if not self.reported or done != self.reported[-1]:
-                        self.reported.append(done)
+            done = max(
+                map(_epochs_done, self.state.rglob("state.safetensors")), default=0
+            )  # the last goes when a new came
+            if done and (not self.reported or done != self.reported[-1]):
+                self.reported.append(done)
             if self.killed_at is None and self.reported and self.reported[-1] >= self.after:
                 workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in _title(p)]
                 for process in workers:
@@ -170,6 +191,15 @@ class Killer(threading.Thread):
             time.sleep(0.02)
 
 
+def _epochs_done(state: Path) -> int:
+    """0 for one that is being written or has just gone."""
+    try:
+        with safe_open(state, "pt") as opened:
+            return json.loads(opened.metadata()["progress"])["epochs_done"]
+    except Exception:
+        return 0
+
+
 def _title(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
@@ -177,11 +207,11 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def test_a_killed_worker_goes_on_from_its_last_report(evaluated, tmp_path: Path):
-    path, _ = evaluated
-    config = replace(CONFIG, seeds=1, protocol=replace(PROTOCOL, epochs=24, evaluate_every=1))
+def test_a_killed_worker_goes_on_from_its_last_report(tmp_path: Path):
+    path = scenes_set(tmp_path / "set")
+    config = replace(CONFIG, seeds=1, protocol=replace(PROTOCOL, epochs=15, evaluate_every=1))
     (expected,) = in_process(path, config)
-    killer = Killer(tmp_path / "evaluation" / "trials" / "state", after=6)
+    killer = Killer(tmp_path / "evaluation" / "trials" / "state", after=4)
     killer.start()
     try:
         result = evaluation.evaluate(str(path), config, out=str(tmp_path))
@@ -189,7 +219,7 @@ def test_a_killed_worker_goes_on_from_its_last_report(evaluated, tmp_path: Path)
         killer.over = True
         killer.join()
     assert killer.killed_at is not None, "nobody was killed"
-    assert killer.killed_at < 24
+    assert killer.killed_at < 15
     assert killer.reported == sorted(killer.reported), "it began anew"
     (trial,) = result["backbones"][0]["trials"]
     assert trial["epoch"] == expected["epoch"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import subprocess
 import tarfile
 from pathlib import Path
@@ -271,25 +270,3 @@ def test_more_workers_than_there_is_room_for(a_set: Path, pds_ray: Run):
     assert "3 workers" in line
     assert "--workers" in line
     assert files(a_set, ".lock") == before
-
-
-@pytest.mark.ray
-def test_weights_that_turn_out_wrong_on_a_worker(tmp_path: Path, pds_ray: Run):
-    """Found only when the model is built: still one line."""
-    folder = scenes_set(tmp_path / "set", 4)
-    (tmp_path / "junk.safetensors").write_bytes(os.urandom(500))
-    backbone = f"resnet10t:{tmp_path}/junk.safetensors"
-    done = pds_ray("evaluate", str(folder), *JUDGED, "--backbones", backbone)
-    assert done.returncode == 2, done.stderr
-    assert "cannot be built" in done.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.ray
-def test_a_damaged_picture(tmp_path: Path, pds_ray: Run):
-    folder = scenes_set(tmp_path / "set", 4)
-    Image.new("RGB", (64, 64)).save(folder / "imagefolder" / "000002.png")
-    done = pds_ray("evaluate", str(folder), *JUDGED)
-    assert done.returncode == 2, done.stderr
-    assert "000002.png is not the picture that was written" in done.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in done.stderr
