@@ -13,7 +13,10 @@ from command_line import DEMO, Run, content, stages
 from PIL import Image
 
 from pds_ray import load_distilled
+from pds_ray.artifacts import RunFolder
+from pds_ray.encoders.open_clip import demo_folder
 from pds_ray.sources.scenes import ScenesSource
+from pds_ray.storage import Folder
 
 pytestmark = pytest.mark.ray
 Finished = tuple[Path, subprocess.CompletedProcess]
@@ -54,6 +57,28 @@ def test_the_summary_tells_what_happened(finished: Finished) -> None:
     assert "Warning" not in done.stderr
 
 
+def test_a_caption_is_the_nearest_to_its_picture(finished: Finished) -> None:
+    """By open_clip's own transform and model over every caption of the source."""
+    import open_clip
+    import torch
+
+    run, _ = finished
+    pairs = load_distilled(str(run))
+    source = ScenesSource("scenes:1200")
+    captions = [text for shard in source.shards() for sample in source.read(shard) for text in sample.captions]
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{demo_folder()}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{demo_folder()}")
+    with torch.inference_mode():
+        picture = model.eval().encode_image(torch.stack([transform(pairs.image(i)) for i in range(24)]), normalize=True)
+        text = torch.cat(
+            [model.encode_text(tokenizer(captions[i : i + 500]), normalize=True) for i in range(0, 6000, 500)]
+        )
+    cosine = (picture @ text.T).numpy()
+    for pair, record in enumerate(pairs.records):
+        assert cosine[pair, captions.index(pairs.captions[pair])] >= cosine[pair].max() - 2e-3  # stored as float16
+        assert abs(record["caption_cosine"] - cosine[pair].max()) < 2e-3
+
+
 def test_the_distilled_set_is_true(finished: Finished) -> None:
     run, _ = finished
     pairs = load_distilled(str(run))
@@ -69,6 +94,9 @@ def test_the_distilled_set_is_true(finished: Finished) -> None:
         picture = pairs.image(pair)
         assert np.asarray(picture).std() > 2, "an empty picture"
         assert np.array_equal(np.asarray(picture), np.asarray(Image.open(run / "images" / f"{pair:06d}.png")))
+    assert [record["prompt"] for record in pairs.records] == RunFolder(Folder(str(run))).prototypes()[
+        "caption"
+    ].to_pylist()
     for name, file in pairs.manifest["files"].items():
         assert hashlib.sha256((run / "distilled" / name).read_bytes()).hexdigest() == file["sha256"]
 
