@@ -34,6 +34,7 @@ ABLATIONS = (
     "pds+prune.ratio=0",
     "pds+decode.decoder=nearest",
     "pds+decode.condition=caption",
+    "pds+caption.nearest_to=prototype",
     "pds+protocol.text=prototypes",
 )
 """What the paper varies, one thing at a time; another encoder is `pds+embed.encoder=NAME`."""
