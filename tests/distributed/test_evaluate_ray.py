@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import threading
@@ -177,9 +178,7 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         while not self.over:
-            done = max(
-                map(_epochs_done, self.state.rglob("state.safetensors")), default=0
-            )  # the last goes when a new came
+            done = _epochs_done(self.state)
             if done and (not self.reported or done != self.reported[-1]):
                 self.reported.append(done)
             if self.killed_at is None and self.reported and self.reported[-1] >= self.after:
@@ -192,12 +191,14 @@ class Killer(threading.Thread):
 
 
 def _epochs_done(state: Path) -> int:
-    """0 for one that is being written or has just gone."""
-    try:
-        with safe_open(state, "pt") as opened:
-            return json.loads(opened.metadata()["progress"])["epochs_done"]
-    except Exception:
-        return 0
+    """Of the newest report; 0 while there is none, or one is being written or deleted."""
+    found = [0]
+    with contextlib.suppress(Exception):
+        for file in state.rglob("state.safetensors"):  # the last goes when a new one has come
+            with safe_open(file, "pt") as opened:
+                found.append(json.loads(opened.metadata()["progress"])["epochs_done"])
+        return max(found)
+    return 0
 
 
 def _title(process: psutil.Process) -> str:
@@ -221,6 +222,7 @@ def test_a_killed_worker_goes_on_from_its_last_report(tmp_path: Path):
     assert killer.killed_at is not None, "nobody was killed"
     assert killer.killed_at < 15
     assert killer.reported == sorted(killer.reported), "it began anew"
+    assert killer.reported[-1] > killer.killed_at, "nobody looked on afterwards"
     (trial,) = result["backbones"][0]["trials"]
     assert trial["epoch"] == expected["epoch"]
     assert trial["recalls"] == pytest.approx(expected["recalls"], abs=ONE_ITEM)
