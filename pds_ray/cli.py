@@ -124,7 +124,20 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--redo", action="store_true", help="redo what depends on a changed configuration")
     _add_config_options(
         compare,
-        only=("source", "out", "seed", "read", "embed", "select", "prune", "cluster", "match", "decode", "ray"),
+        only=(
+            "source",
+            "out",
+            "seed",
+            "read",
+            "embed",
+            "select",
+            "prune",
+            "cluster",
+            "match",
+            "decode",
+            "caption",
+            "ray",
+        ),
     )
     evaluation_fields = ("test", "val", "backbones", "seeds", "workers", "trials", "max_failures", "protocol")
     _add_config_options(evaluate, only=(*evaluation_fields, "ray"), top=EvaluateConfig)

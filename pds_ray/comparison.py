@@ -40,6 +40,9 @@ ABLATIONS = (
 """What the paper varies, one thing at a time; another encoder is `pds+embed.encoder=NAME`."""
 
 
+FIXED = ("source", "out", "method", "pairs", "embed.store")
+
+
 @dataclass(frozen=True)
 class Entry:
     """A row of the table: a method with its changes, at one size."""
@@ -47,6 +50,8 @@ class Entry:
     method: str
     """As the user wrote it."""
     pairs: int
+    folder: str
+    """Where its set is, below the comparison."""
     run: RunConfig
     evaluation: EvaluateConfig
 
@@ -68,14 +73,19 @@ def entries(config: RunConfig, methods: list[str], sizes: list[int], judged: Eva
             field, mark, value = change.partition("=")
             if not mark:
                 raise ConfigError(f"method {written!r}: {change!r} is no change; write FIELD=VALUE")
+            if field in FIXED:
+                raise ConfigError(f"method {written!r}: {field} is the same for all of a comparison")
             fields[field] = value
         of_protocol = {field: fields.pop(field) for field in list(fields) if field.startswith("protocol.")}
         kept = [change for change in changes if not change.startswith("protocol.")]
         folder = re.sub(r"[^\w.=+-]", "_", "+".join([name, *kept]))
         for pairs in dict.fromkeys(sizes):
-            out = (root / "sets" / f"{folder}-{pairs}").path
-            run = replace(config, {**fields, "method": name, "pairs": pairs, "out": out})
-            found.append(Entry(written, pairs, run, replace(judged, of_protocol)))
+            place = f"sets/{folder}-{pairs}"
+            run = replace(config, {**fields, "method": name, "pairs": pairs, "out": (root / place).path})
+            plain = replace(config, {"method": name, "pairs": pairs, "out": run.out})
+            if fields and pipeline.relevant(run) == pipeline.relevant(plain):
+                raise ConfigError(f"method {written!r}: {' and '.join(fields)} changes nothing here")
+            found.append(Entry(written, pairs, place, run, replace(judged, of_protocol)))
     return found
 
 
@@ -92,9 +102,15 @@ def compare(
     if not methods:
         raise ConfigError(f"no methods to compare: give --methods, some of {', '.join(METHODS)}")
     root = Folder(config.out)
-    rows = [_on_shared_store(entry, root) for entry in entries(config, methods, sizes, judged)]
+    judged = replace(judged, {"ray": config.ray})
+    rows = []
+    for entry in entries(config, methods, sizes, judged):
+        plan = pipeline.plan(entry.run)
+        encoder = plan.encoder
+        evaluation.text_encoder(entry.evaluation.protocol, entry.label, encoder.name, encoder.space, encoder.dim)
+        rows.append(_on_shared_store(entry, plan, root))
     for judging in dict.fromkeys(entry.evaluation for entry in rows):
-        evaluation.check(judging)
+        evaluation.check(judging, plan.shards)
     root.create()
     for number, entry in enumerate(rows):
         print(f"[{number + 1}/{len(rows)}] {entry.label}", flush=True)
@@ -110,31 +126,38 @@ def compare(
         "test": first["test"],
         "protocol": {"name": evaluation.protocol_name(judged), **dataclasses.asdict(judged.protocol)},
         "seeds": judged.seeds,
-        "cells": [cell for entry in rows for cell in _cells(entry, results[entry.label], root)],
-        "notes": sorted({note for result in results.values() for note in result["notes"]}),
+        "cells": [cell for entry in rows for cell in _cells(entry, results[entry.label])],
+        "notes": _notes(rows, results),
     }
     root.write_json(COMPARISON, table)
     root.write_bytes(TABLE, as_csv(table["cells"]).encode())
     return table
 
 
-def _on_shared_store(entry: Entry, root: Folder) -> Entry:
+def _on_shared_store(entry: Entry, plan: pipeline.Plan, root: Folder) -> Entry:
     """The entry with its embeddings in the folder of all that are made the same way."""
     if entry.run.embed.store:
         return entry
-    made_from = pipeline.plan(entry.run).fingerprints["embed"]
-    store = (root / "embeddings" / made_from[:12]).path
+    store = (root / "embeddings" / plan.fingerprints["embed"][:12]).path
     return dataclasses.replace(entry, run=replace(entry.run, {"embed.store": store}))
 
 
-def _cells(entry: Entry, result: dict[str, Any], root: Folder) -> list[dict[str, Any]]:
+def _notes(rows: list[Entry], results: dict[str, dict[str, Any]]) -> list[str]:
+    """What a reader should know: of the whole table once, of some rows with their names."""
+    of: dict[str, list[str]] = {}
+    for entry in rows:
+        for note in results[entry.label]["notes"]:
+            of.setdefault(note, []).append(entry.label)
+    return [note if len(labels) == len(rows) else f"{', '.join(labels)}: {note}" for note, labels in of.items()]
+
+
+def _cells(entry: Entry, result: dict[str, Any]) -> list[dict[str, Any]]:
     """The cells of a row: one a backbone, then their average."""
-    place = entry.run.out.removeprefix(root.path).lstrip("/")
     about = {"method": entry.method, "pairs": entry.pairs}
     parts = [(backbone["name"], backbone, len(backbone["trials"])) for backbone in result["backbones"]]
     parts.append((AVERAGE, result, sum(trials for _, _, trials in parts)))
     return [
-        {**about, "backbone": name, "mean": part["mean"], "std": part["std"], "trials": trials, "set": place}
+        {**about, "backbone": name, "mean": part["mean"], "std": part["std"], "trials": trials, "set": entry.folder}
         for name, part, trials in parts
     ]
 

@@ -251,7 +251,9 @@ class ProtocolConfig:
     captions: str = option("basic", "cleaning of the captions that are encoded: basic, paper or none")
     image_size: int = option(0, "side of the pictures in pixels; 0 is what the backbone was made for")
     normalization: str = option("backbone", "constants of the pixels: backbone (its own) or clip")
-    augment: bool = option(True, "random crops and shifts while the backbone is trained; nothing that belies a caption")
+    augment: bool = option(
+        True, "random shifts and scales while the backbone is trained; nothing that belies a caption"
+    )
     optimizer: str = option("adamw", "adamw or sgd")
     learning_rate: float = option(1e-3, "learning rate at the start")
     momentum: float = option(0.9, "momentum of sgd")
@@ -294,7 +296,7 @@ class EvaluateConfig:
     seeds: int = option(5, "models trained a backbone, with seeds 0, 1, ...", "seeds")
     workers: int = option(1, "workers that share one trial, with gathered negatives", "workers")
     trials: int = option(0, "trials at once; 0 is what the GPUs, or the CPUs, allow", "trials")
-    max_failures: int = option(3, "deaths of a worker that a trial survives", "max-failures")
+    max_failures: int = option(3, "deaths of workers that each row of trials survives", "max-failures")
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 

@@ -15,6 +15,8 @@ from pds_ray import catalog
 from pds_ray.backbones.base import BackboneInfo
 from pds_ray.captions import CLEANERS
 from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig
+from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
+from pds_ray.errors import UserError
 from pds_ray.manifest import fingerprint
 from pds_ray.recipes import protocol_name
 from pds_ray.sources.base import Sample, Shard, Source
@@ -44,7 +46,7 @@ def evaluate(path: str, config: EvaluateConfig, out: str | None = None) -> dict[
     They are also written to OUT/evaluation/ (default: the run folder or set itself). Interrupted and called again, it
     goes on with the trials that are missing. Raises UserError in one line for what the user can mend.
     """
-    label = path.rstrip("/").rpartition("/")[2] or path
+    label = without_secrets(path).rstrip("/").rpartition("/")[2] or path
     target = Folder(out or path)
     result = evaluate_all([Candidate(label, path, config.protocol)], config, target / EVALUATION)[label]
     return {**result, "file": save(result, target)}
@@ -57,12 +59,14 @@ def save(result: dict[str, Any], run: Folder) -> str:
     return (run / EVALUATION).full(name)
 
 
-def check(config: EvaluateConfig) -> None:
+def check(config: EvaluateConfig, trained_on: list[Shard]) -> None:
     """What can be said against an evaluation before there are sets: its splits, backbones and text encoder.
 
-    Raises ConfigError or SourceError in one line.
+    `trained_on` are the shards of the source. Raises ConfigError or SourceError in one line.
     """
-    _splits(config, [config.protocol])
+    for name, split in _splits(config, [config.protocol]).items():
+        if overlap(split.shards, trained_on):
+            raise ConfigError(f"--{name} {split.uri} holds pictures of the source; give one that was held out")
     for name in config.backbone_names:
         catalog.describe_backbone(name)
     if config.protocol.text_encoder != "auto":
@@ -96,6 +100,7 @@ def plan(candidates: Iterable[Candidate], config: EvaluateConfig) -> Plan:
     splits = _splits(config, [candidate.protocol for candidate in candidates])
     backbones = [catalog.describe_backbone(name) for name in config.backbone_names]
     sets = [_check(candidate) for candidate in candidates]
+    _require_held_out(sets, splits)
     trials = [trial for checked in sets for trial in _trials(checked, backbones, splits, config)]
     return Plan(config, splits, sets, trials)
 
@@ -110,10 +115,34 @@ def _splits(config: EvaluateConfig, protocols: list[ProtocolConfig]) -> dict[str
         uri = config.val or test.validation
         if uri:
             splits["val"] = _split(uri, catalog.make_source(uri))
+            if overlap(splits["test"].shards, splits["val"].shards):
+                raise ConfigError(
+                    f"--val {uri} holds pictures of --test {config.test}: the epoch would be chosen on the test split; "
+                    "give another, or --protocol.select test"
+                )
         else:
             splits["val"] = dataclasses.replace(splits["test"], part="val")
             splits["test"] = dataclasses.replace(splits["test"], part="test")
     return splits
+
+
+def _require_held_out(sets: list[CheckedSet], splits: dict[str, Split]) -> None:
+    """Raises ConfigError if a set is known to come from pictures it would be judged by."""
+    for uri in {str(checked.distilled.manifest["about"].get("source", "")) for checked in sets}:
+        for name, split in splits.items():
+            if uri.partition(":")[0] != split.uri.partition(":")[0]:
+                continue
+            try:
+                source = catalog.make_source(uri).shards()
+            except UserError:
+                continue  # a source that is no longer there tells nothing
+            if overlap(split.shards, source):
+                raise ConfigError(f"--{name} {split.uri} holds pictures of {uri}, which the set was made from")
+
+
+def overlap(some: list[Shard], others: list[Shard]) -> bool:
+    """Whether two sources have a shard in common."""
+    return not {(s.name, s.version or s.size) for s in some}.isdisjoint((s.name, s.version or s.size) for s in others)
 
 
 def _split(uri: str, source: Source) -> Split:
@@ -141,17 +170,9 @@ def _check(candidate: Candidate) -> CheckedSet:
     about = distilled.manifest["about"]
     if len(distilled) < MIN_PAIRS:
         raise ConfigError(f"{candidate.path} has {len(distilled)} pairs; training needs at least {MIN_PAIRS}")
-    own = about.get("encoder")
-    name = own if protocol.text_encoder == "auto" else protocol.text_encoder
-    if not name:
-        raise ConfigError(f"{candidate.path} does not say which CLIP made it; give --protocol.text-encoder")
-    encoder = catalog.describe_text_encoder(name)
-    fits = encoder.space == about.get("space") and encoder.dim == distilled.text_prototypes.shape[1]
-    if protocol.text == "prototypes" and not fits:
-        raise ConfigError(
-            f"the text prototypes of {candidate.path} are of {own} and do not fit the text encoder {name}; "
-            "give --protocol.text captions"
-        )
+    own, space, dim = about.get("encoder"), about.get("space"), distilled.text_prototypes.shape[1]
+    encoder = text_encoder(protocol, candidate.path, own, space, dim)
+    name = encoder.name
     clean = CLEANERS[protocol.captions]
     blank = sum(not clean(caption) for caption in distilled.captions)
     if protocol.text == "captions" and blank:
@@ -159,6 +180,25 @@ def _check(candidate: Candidate) -> CheckedSet:
             f"{blank:,} of {len(distilled):,} pairs of {candidate.path} have no caption, and {name} needs them"
         )
     return CheckedSet(candidate, distilled, encoder, TextInput(protocol.text, encoder.identity, protocol.captions))
+
+
+def text_encoder(
+    protocol: ProtocolConfig, path: str, own: str | None, space: str | None, dim: int
+) -> EncoderInfo | TextEncoderInfo:
+    """The text encoder that a protocol wants for the set at `path`, made by the CLIP `own`.
+
+    Raises ConfigError in one line if there is none, or if the set's text prototypes are wanted and do not fit it.
+    """
+    name = own if protocol.text_encoder == "auto" else protocol.text_encoder
+    if not name:
+        raise ConfigError(f"{path} does not say which CLIP made it; give --protocol.text-encoder")
+    encoder = catalog.describe_text_encoder(name)
+    if protocol.text == "prototypes" and (encoder.space, encoder.dim) != (space, dim):
+        raise ConfigError(
+            f"the text prototypes of {path} are of {own} and do not fit the text encoder {name}; "
+            "give --protocol.text captions"
+        )
+    return encoder
 
 
 def _trials(

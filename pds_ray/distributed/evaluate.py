@@ -25,7 +25,6 @@ import torch
 from ray.train.torch import TorchTrainer, get_device
 
 from pds_ray import catalog
-from pds_ray.backbones.base import BackboneInfo
 from pds_ray.captions import CLEANERS
 from pds_ray.config import ConfigError, EvaluateConfig
 from pds_ray.distributed import runtime
@@ -87,8 +86,9 @@ def run_trials(
     gpus = int(resources.get("GPU", 0))
     room = (gpus or int(resources.get("CPU", 1))) // config.workers
     if room == 0:
-        raise ConfigError(f"{config.workers} workers a trial asked for, but there is room for {room}; lower --workers")
-    data = _prepare(trials, sets, splits, gpus > 0)
+        there = f"{gpus} GPUs" if gpus else f"{int(resources.get('CPU', 1))} CPUs"
+        raise ConfigError(f"{config.workers} workers a trial asked for, but the cluster has {there}; lower --workers")
+    data = _prepare(trials, sets, splits, config, gpus > 0)
     lanes = _lanes(trials, min(config.trials or room, len(trials)))
     shared = ray.put(data)
     task = ray.remote(_run_lane).options(num_cpus=0, max_retries=config.max_failures)
@@ -110,7 +110,11 @@ def run_trials(
 
 
 def _prepare(
-    trials: list[core.Trial], sets: list[core.CheckedSet], splits: dict[str, core.Split], on_gpu: bool
+    trials: list[core.Trial],
+    sets: list[core.CheckedSet],
+    splits: dict[str, core.Split],
+    config: EvaluateConfig,
+    on_gpu: bool,
 ) -> LaneData:
     """Reads pictures and encodes captions on the cluster."""
     sizes = sorted({trial.image_size for trial in trials})
@@ -142,8 +146,8 @@ def _prepare(
     made = [*data.pictures.values(), *data.text.values(), *data.held_out_text.values()]
     with runtime.unwrapped_errors():
         list(runtime.map_in_order(_count, made))
-        backbones = {trial.backbone.name: (trial.backbone, trial.image_size) for trial in trials}
-        list(runtime.map_in_order(_try_backbone, backbones.values()))
+        kinds = {(trial.backbone.name, trial.image_size, trial.protocol.train): trial for trial in trials}
+        list(runtime.map_in_order(_try_backbone, kinds.values(), config.workers))
     return data
 
 
@@ -178,9 +182,9 @@ def _count(rows: np.ndarray) -> int:
     return len(rows)
 
 
-def _try_backbone(wanted: tuple[BackboneInfo, int]) -> None:
-    """Finds weights that cannot be had or do not fit."""
-    catalog.build_backbone(*wanted)
+def _try_backbone(trial: core.Trial, workers: int) -> None:
+    """Finds weights that cannot be had or do not fit, and backbones that workers cannot share."""
+    core.check_shared(trial, catalog.build_backbone(trial.backbone, trial.image_size), workers)
 
 
 def _encode(info: EncoderInfo | TextEncoderInfo, captions: list[str]) -> np.ndarray:
@@ -235,6 +239,7 @@ def _train_lane(config: dict[str, Any]) -> None:
     features: core.Features = {}
     galleries: Galleries = {}
     checkpoint = ray.train.get_checkpoint()
+    interrupted = _trial_of(checkpoint) if checkpoint else None
     for trial in config["trials"]:
         if f"{trial.key}.json" in done:
             continue
@@ -251,7 +256,8 @@ def _train_lane(config: dict[str, Any]) -> None:
                 device,
                 workers,
                 features,
-                resume=_saved_state(checkpoint, trial, Path(scratch)),
+                # only of the trial it belongs to: with the next report it is gone
+                resume=Path(checkpoint.to_directory(scratch)) if checkpoint and trial.key == interrupted else None,
                 report=functools.partial(_report, trial, workers),
             )
         if workers.rank == 0:
@@ -279,7 +285,10 @@ def _gallery(data: LaneData, name: str, trial: core.Trial, made: Galleries) -> G
         return None
     key = (name, trial.image_size, rule, encoder)
     if key not in made:
-        pictures = np.concatenate(ray.get(split.pictures[trial.image_size]))[split.chosen]
+        shards = ray.get(split.pictures[trial.image_size])
+        pictures = shards[0] if len(shards) == 1 else np.concatenate(shards)  # one shard stays where it is shared
+        if not split.chosen.all():
+            pictures = pictures[split.chosen]
         rows, owner = split.rows()
         text = ray.get(data.held_out_text[name, rule, encoder])[rows]
         made[key] = Gallery(_tensor(pictures), _tensor(text), torch.from_numpy(owner))
@@ -292,12 +301,10 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
-def _saved_state(checkpoint: ray.train.Checkpoint | None, trial: core.Trial, scratch: Path) -> Path | None:
-    """The state that the last report of this trial left, if there is one."""
-    if checkpoint is None:
-        return None
-    folder = Path(checkpoint.to_directory(str(scratch)))
-    return folder if json.loads((folder / CHECKPOINT_NAME).read_text())["key"] == trial.key else None
+def _trial_of(checkpoint: ray.train.Checkpoint) -> str:
+    """Key of the trial that left a checkpoint."""
+    with checkpoint.as_directory() as folder:
+        return json.loads((Path(folder) / CHECKPOINT_NAME).read_text())["key"]
 
 
 def _report(trial: core.Trial, workers: Workers, progress: Progress, save: Callable[[Path], None]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from pds_ray.config import SelectConfig
 from pds_ray.selectors.base import Candidates
 
-DESCRIPTION = "random: every pair is as likely as any other"
+DESCRIPTION = "random: pairs in random order, the first of each image"
 
 
 def select(candidates: Candidates, pairs: int, seed: int, config: SelectConfig) -> Iterator[int]:  # noqa: ARG001

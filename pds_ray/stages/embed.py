@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -190,9 +191,17 @@ def embed_pictures(
     pictures: Iterable[Image.Image], encoder: Encoder, preprocess: Preprocess, batch_size: int
 ) -> np.ndarray:
     """Un-normalised image embeddings, float32 [n, d]."""
-    pixels = [preprocess(picture.convert("RGB")) for picture in pictures]
     blank = np.zeros((preprocess.size, preprocess.size, 3), np.uint8)
-    return _batched(pixels, lambda chunk: encoder.encode_images(np.stack(chunk)), blank, encoder.dim, batch_size)
+    parts = [np.zeros((0, encoder.dim), np.float32)]
+
+    def encode(chunk: list[np.ndarray]) -> np.ndarray:
+        return encoder.encode_images(np.stack(chunk))
+
+    coming = iter(pictures)
+    while batch := list(islice(coming, batch_size)):
+        pixels = [preprocess(picture.convert("RGB")) for picture in batch]
+        parts.append(_batched(pixels, encode, blank, encoder.dim, batch_size))
+    return np.concatenate(parts)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:

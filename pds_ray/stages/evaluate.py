@@ -16,7 +16,7 @@ import torch
 
 from pds_ray.backbones.base import BackboneInfo
 from pds_ray.captions import CLEANERS
-from pds_ray.config import ProtocolConfig
+from pds_ray.config import ConfigError, ProtocolConfig
 from pds_ray.encoders.base import EncoderInfo, Preprocess, TextEncoder, TextEncoderInfo
 from pds_ray.images import ImageError, decode_image
 from pds_ray.sources.base import Fault, Shard, Source
@@ -28,6 +28,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 ENCODE_CAPTIONS = 256
 VALIDATION_EVERY = 5  # without a split of its own every fifth image of the test split chooses the epoch
+BATCH_NORMS = torch.nn.modules.batchnorm._BatchNorm
 MEASURES = (*RECALLS, "r_mean")
 
 
@@ -147,6 +148,16 @@ def pixels_of(trial: Trial) -> Pixels:
     return Pixels(trial.backbone.mean, trial.backbone.std)
 
 
+def check_shared(trial: Trial, backbone: torch.nn.Module, workers: int) -> None:
+    """Raises ConfigError in one line if several workers would train a backbone otherwise than one."""
+    trained = trial.protocol.train in ("backbone", "all")
+    if workers > 1 and trained and any(isinstance(part, BATCH_NORMS) for part in backbone.modules()):
+        raise ConfigError(
+            f"backbone {trial.backbone.name} normalises over the batch, and {workers} workers would each do so over "
+            "their own share; give --workers 1, or train the heads alone"
+        )
+
+
 Features = dict[tuple[str, ...], torch.Tensor]
 
 
@@ -169,6 +180,7 @@ def run_trial(
     workers = workers or Workers()
     torch.manual_seed(trial.seed)
     backbone = build(trial.backbone, trial.image_size)
+    check_shared(trial, backbone, workers.count)
     width = feature_width(backbone, trial.image_size)
     pixels = pixels_of(trial)
     part = trial.protocol.train

@@ -257,7 +257,12 @@ def load_distilled(path: str) -> DistilledSet:
         rows = [json.loads(line) for line in metadata.decode().split("\n") if line]
         tensors = load_safetensors(prototypes)
         image, text = tensors["image_prototypes"], tensors["text_prototypes"]
-        missing = {row["file_name"] for row in rows}.difference((folder / "imagefolder").names(".png"))
+        pictures = {row["file_name"] for row in rows}
+        if unlisted := {f"imagefolder/{name}" for name in pictures}.difference(files):
+            raise DistilledSetError(f"{path} is a damaged distilled set: its manifest does not list {min(unlisted)}")
+        if not isinstance(manifest["about"], dict):
+            raise DistilledSetError(f"{path} is a damaged distilled set: its manifest does not say what it is about")
+        missing = pictures.difference((folder / "imagefolder").names(".png"))
         captions = [row.get("text") or "" for row in rows]
     except DistilledSetError:
         raise

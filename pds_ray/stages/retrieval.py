@@ -12,7 +12,7 @@ import torch
 
 CUTOFFS = (1, 5, 10)
 RECALLS = tuple(f"{direction}@{k}" for direction in ("tr", "ir") for k in CUTOFFS)
-BLOCK_ELEMENTS = 1 << 25  # scores held at once: 128 MiB
+BLOCK_ELEMENTS = 1 << 23  # scores of a block: 32 MiB, and a few times that while they are compared
 
 
 def recalls(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor) -> dict[str, float]:

@@ -1,9 +1,10 @@
 """Training of a retrieval model on a distilled set: two towers, symmetric InfoNCE (LoRS and PDS evaluation code).
 
-Pictures go through a backbone and, if asked for, a residual head; text vectors through a residual head. Everything
-random is a function of (seed, epoch or step, pair), never of the batch's place or worker: several workers that share a
+Pictures go through a backbone and, if asked for, a residual head; text vectors through a residual head. Batches,
+augmentation and dropout are functions of (seed, epoch or step, pair), never of the worker: several workers that share a
 trial take slices of the same batches, gather the embeddings and compute the loss of the whole batch, so that the
-gradient is that of one process.
+gradient is that of one process. What a backbone draws itself (stochastic depth) is seeded by step and worker: a resumed
+trial draws the same, several workers draw otherwise than one.
 """
 
 from __future__ import annotations
@@ -122,8 +123,13 @@ class Pixels:
 
 def generator(*parts: object) -> torch.Generator:
     """A CPU generator seeded with a hash of the parts."""
+    return torch.Generator().manual_seed(seed_of(*parts))
+
+
+def seed_of(*parts: object) -> int:
+    """A hash of the parts, below 2**63."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def batches(pairs: int, size: int, sampling: str, seed: int, epoch: int) -> list[torch.Tensor]:
@@ -274,6 +280,7 @@ def train(
             images = pixels(pairs.images[mine].to(device))
             if draws is not None:
                 images = augment(images, draws[mine])
+            torch.manual_seed(seed_of(seed, "backbone", epoch, step, workers.rank))
             masks = workers.mine(dropout_masks(len(batch), model.width, generator(seed, "dropout", epoch, step)))
             image, text = wrapped(images, pairs.text[mine].to(device), masks.to(device))
             loss = info_nce(workers.gather(image, len(batch)), workers.gather(text, len(batch)))

@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -209,9 +210,11 @@ def _title(process: psutil.Process) -> str:
 
 
 def test_a_killed_worker_goes_on_from_its_last_report(tmp_path: Path):
+    """And one death is all that the trials behind it on the same workers feel of it."""
     path = scenes_set(tmp_path / "set")
-    config = replace(CONFIG, seeds=1, protocol=replace(PROTOCOL, epochs=15, evaluate_every=1))
-    (expected,) = in_process(path, config)
+    protocol = replace(PROTOCOL, epochs=15, evaluate_every=1)
+    config = replace(CONFIG, seeds=4, trials=1, max_failures=1, protocol=protocol)
+    expected = in_process(path, config)
     killer = Killer(tmp_path / "evaluation" / "trials" / "state", after=4)
     killer.start()
     try:
@@ -221,8 +224,8 @@ def test_a_killed_worker_goes_on_from_its_last_report(tmp_path: Path):
         killer.join()
     assert killer.killed_at is not None, "nobody was killed"
     assert killer.killed_at < 15
-    assert killer.reported == sorted(killer.reported), "it began anew"
-    assert killer.reported[-1] > killer.killed_at, "nobody looked on afterwards"
-    (trial,) = result["backbones"][0]["trials"]
-    assert trial["epoch"] == expected["epoch"]
-    assert trial["recalls"] == pytest.approx(expected["recalls"], abs=ONE_ITEM)
+    drop = next((i for i, (a, b) in enumerate(pairwise(killer.reported)) if b < a), len(killer.reported) - 1)
+    assert killer.reported[drop] > killer.killed_at, "it began anew, or nobody looked on afterwards"
+    for trial, undisturbed in zip(result["backbones"][0]["trials"], expected, strict=True):
+        assert trial["epoch"] == undisturbed["epoch"]
+        assert trial["recalls"] == pytest.approx(undisturbed["recalls"], abs=ONE_ITEM)
