@@ -258,6 +258,27 @@ def test_a_resumed_trial_ends_with_the_same_bits(tmp_path: Path, optimizer: str,
         assert equal(weights(model), end)
 
 
+def test_a_backbone_that_draws_by_itself_is_resumed_exactly(tmp_path: Path):
+    """Stochastic depth draws from torch's global generator, whose state nobody saves."""
+    pairs, test = make_data()
+
+    def with_dropout() -> core.TwoTowers:
+        model = make_model()
+        model.backbone = nn.Sequential(model.backbone, nn.Dropout(0.5))
+        return model
+
+    def keep(progress, save):
+        if progress.epochs_done == 3:
+            save(tmp_path)
+
+    whole = with_dropout()
+    core.train(whole, pairs, test, test, PIXELS, BRIEF, 5, CPU, report=keep)
+    resumed = with_dropout()
+    torch.manual_seed(12345)
+    core.train(resumed, pairs, test, test, PIXELS, BRIEF, 5, CPU, resume=tmp_path)
+    assert equal(weights(resumed), weights(whole))
+
+
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch):
     """Judges that say what they are told: r_mean of val and test by epoch; records whom they were asked about."""
