@@ -3,7 +3,7 @@
 TR@k: the share of images of which any caption is among the k captions nearest to the image. IR@k: the share of captions
 whose image is among the k images nearest to the caption. In percent; r_mean is the mean of the six.
 Ties: of equal scores the earlier item of the gallery ranks first, as a stable sort would have it. A score that is no
-number (a model that diverged) ranks last.
+number (a model that diverged) ranks last. Scores are float32 products, which may tell equal rows apart in the last bit.
 """
 
 from __future__ import annotations
