@@ -59,7 +59,7 @@ SHOWN_APART = ("pair", "text", "cosine", "shared", "members", "file_name")
 MADE_ONLY = ("image_cluster", "text_cluster", "nearest")
 """What the metadata of a pair says only where a prototype was made; a chosen pair is its own."""
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 Json = dict[str, Any]
 
 

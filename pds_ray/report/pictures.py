@@ -37,7 +37,7 @@ def data_uri(image: Image.Image, side: int = PICTURE_SIDE) -> str:
 
 
 def real_thumbnails(
-    uri: str, wanted: Iterable[Place], step: Callable[[], None] = lambda: None
+    uri: str, wanted: Iterable[Place], step: Callable[[], object] = lambda: None
 ) -> tuple[dict[Place, str], list[str]]:
     """Data URIs of pictures of a source, and what there is to say about those that are not there.
 
