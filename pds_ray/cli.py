@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from pds_ray import __version__
 from pds_ray.config import METHODS, ConfigError, EvaluateConfig, RunConfig, flatten, replace, sections, to_dict
-from pds_ray.errors import UserError
+from pds_ray.errors import UserError, first_line
 
 EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
 QUIET = {  # libraries that print on import or on load
@@ -216,7 +216,7 @@ def _report_at_the_end(path: str, verbose: bool) -> None:
     except Exception as error:
         if verbose:
             traceback.print_exc()
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        line = first_line(error)
         print(f"pds-ray: the run is done, but not its report: {type(error).__name__}: {line}", file=sys.stderr)
 
 
@@ -336,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:
         if args.verbose:
             raise
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        line = first_line(error)
         if isinstance(error, UserError):
             print(f"pds-ray: {line}", file=sys.stderr)
             code = EXIT_USER

@@ -103,14 +103,13 @@ def compare(
         raise ConfigError(f"no methods to compare: give --methods, some of {', '.join(METHODS)}")
     root = Folder(config.out)
     judged = replace(judged, {"ray": config.ray})
-    rows = []
+    rows, shards = [], []
     for entry in entries(config, methods, sizes, judged):
         plan = pipeline.plan(entry.run)
-        encoder = plan.encoder
+        encoder, shards = plan.encoder, plan.shards
         evaluation.text_encoder(entry.evaluation.protocol, entry.label, encoder.name, encoder.space, encoder.dim)
         rows.append(_on_shared_store(entry, plan, root))
-    for judging in dict.fromkeys(entry.evaluation for entry in rows):
-        evaluation.check(judging, plan.shards)
+    evaluation.check(judged, [entry.evaluation.protocol for entry in rows], shards)
     root.create()
     for number, entry in enumerate(rows):
         print(f"[{number + 1}/{len(rows)}] {entry.label}", flush=True)

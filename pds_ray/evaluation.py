@@ -59,18 +59,16 @@ def save(result: dict[str, Any], run: Folder) -> str:
     return (run / EVALUATION).full(name)
 
 
-def check(config: EvaluateConfig, trained_on: list[Shard]) -> None:
-    """What can be said against an evaluation before there are sets: its splits, backbones and text encoder.
+def check(config: EvaluateConfig, protocols: list[ProtocolConfig], trained_on: list[Shard]) -> None:
+    """What can be said against an evaluation before there are sets: its splits and backbones.
 
     `trained_on` are the shards of the source. Raises ConfigError or SourceError in one line.
     """
-    for name, split in _splits(config, [config.protocol]).items():
+    for name, split in _splits(config, protocols).items():
         if overlap(split.shards, trained_on):
             raise ConfigError(f"--{name} {split.uri} holds pictures of the source; give one that was held out")
     for name in config.backbone_names:
         catalog.describe_backbone(name)
-    if config.protocol.text_encoder != "auto":
-        catalog.describe_text_encoder(config.protocol.text_encoder)
 
 
 def evaluate_all(candidates: Iterable[Candidate], config: EvaluateConfig, folder: Folder) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from pds_ray.config import ConfigError
+from pds_ray.errors import first_line
 
 TIMEOUT_S = 10
 
@@ -23,7 +24,7 @@ def require_repository(repository: str, revision: str | None, any_of: tuple[str,
                 return
         huggingface_hub.HfApi().repo_info(repository, revision=revision, timeout=TIMEOUT_S)
     except Exception as error:  # no network, no such repository, no permission, offline mode: not to be had
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"{who}: {repository} is not in the cache, and the hub does not give it ({reason}); {instead}"
         ) from error

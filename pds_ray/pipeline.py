@@ -31,6 +31,18 @@ from pds_ray.storage import Folder, without_secrets
 
 STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "caption", "materialize")  # of pds
 SELECTION_STAGES = ("embed", "select", "decode", "materialize")  # of the methods that choose real pairs
+# stage -> (what it counts, which entry of its counts says how many)
+COUNTED = {
+    "embed": ("images", "timed"),
+    "select": ("pairs", "prototypes"),
+    "prune": ("pairs", "pairs"),
+    "cluster": ("", ""),
+    "match": ("couples", "couples"),
+    "prototypes": ("prototypes", "prototypes"),
+    "decode": ("images", "images"),
+    "caption": ("pairs", "pairs"),
+    "materialize": ("pairs", "pairs"),
+}
 PICTURES_TOGETHER = 256  # chosen pictures looked up at once: each lookup reads the shards they are in
 PROBE = 10_000  # images looked at before a run; that there are more pairs than this shows only when all are embedded
 CAPTIONLESS_PROBE = 1_000  # this many samples in a row without a caption: the source has none

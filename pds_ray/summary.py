@@ -8,21 +8,8 @@ import yaml
 
 from pds_ray.artifacts import RunFolder
 from pds_ray.config import to_dict
-from pds_ray.pipeline import Plan, stages
+from pds_ray.pipeline import COUNTED, Plan, stages
 from pds_ray.storage import Folder
-
-# stage -> (what it counts, which entry of its counts says how many)
-RATES = {
-    "embed": ("images", "timed"),
-    "select": ("pairs", "prototypes"),
-    "prune": ("pairs", "pairs"),
-    "cluster": ("", ""),
-    "match": ("couples", "couples"),
-    "prototypes": ("prototypes", "prototypes"),
-    "decode": ("images", "images"),
-    "caption": ("pairs", "pairs"),
-    "materialize": ("pairs", "pairs"),
-}
 
 
 def print_plan(plan: Plan) -> None:
@@ -79,7 +66,7 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
 
 
 def _rate(name: str, entry: dict[str, Any]) -> str:
-    unit, key = RATES[name]
+    unit, key = COUNTED[name]
     count, seconds = entry.get("counts", {}).get(key, 0), entry.get("seconds", 0)
     return f"{count / seconds:,.0f} {unit}/s" if unit and count and seconds else ""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pds_ray.backbones.base import BackboneInfo
 from pds_ray.config import ConfigError
+from pds_ray.errors import first_line
 from pds_ray.hub import require_repository
 from pds_ray.storage import file_sha256
 
@@ -82,5 +83,5 @@ def build(info: BackboneInfo, image_size: int) -> nn.Module:
     try:
         return timm.create_model(**args)
     except Exception as error:  # timm, torch and the hub client raise many kinds: missing, corrupt, of other shapes
-        line = (str(error) or type(error).__name__).strip().splitlines()[0]
+        line = first_line(error)
         raise ConfigError(f"backbone {info.name}: cannot be built ({line})") from error

@@ -17,6 +17,7 @@ from PIL import Image
 from pds_ray.config import ConfigError, DecodeConfig
 from pds_ray.decoders.base import DecodeBatch, DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
+from pds_ray.errors import first_line
 from pds_ray.hub import require_repository
 from pds_ray.sources.base import Source
 from pds_ray.storage import folder_sha256
@@ -123,7 +124,7 @@ def _inspect_hub(model: str, revision: str | None) -> tuple[int, str | None, str
         path = Path(hf_hub_download(model, name, revision=revision))
         dim = int(json.loads(path.read_text())["embedding_dim"])
     except Exception as error:  # no such file (no unCLIP), gone offline, malformed: many kinds
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"decoder {model}: is no unCLIP image pipeline ({reason}); {instead}") from error
     commit = path.parents[1].name  # .../snapshots/COMMIT/image_normalizer/config.json: branches move, commits do not
     return dim, None, f"{model}@{commit}"
@@ -163,7 +164,7 @@ class UnClipDecoder:
                 args["model"], revision=args["revision"], dtype=dtype, use_safetensors=True
             ).to("cuda" if cuda else "cpu")
         except Exception as error:  # missing, cut off, of another version: diffusers and safetensors raise many kinds
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            reason = first_line(error)
             raise ConfigError(f"decoder {args['model']}: cannot load ({reason})") from error
         self.pipeline.set_progress_bar_config(disable=True)
         self.config = config

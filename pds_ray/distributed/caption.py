@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 from PIL import Image
 
 from pds_ray import catalog
@@ -45,7 +46,7 @@ def caption(
         return {"pairs": pairs, "changed": 0}
     with progress_bar("caption", 1 + len(shards), "steps") as bar:
         precision = runtime.precision(config.embed.precision, "bf16")
-        pictures = runtime.run_model(_embed, pairs, info, EmbedConfig(precision=precision), run)
+        pictures = ray.get(runtime.start_model(_embed, pairs, info, EmbedConfig(precision=precision), run))
         bar.update()
         best = core.no_nearest(pairs)
         for found in runtime.map_in_order(_nearest, shards, store, pictures):

@@ -88,7 +88,7 @@ def run_trials(
     if room == 0:
         there = f"{gpus} GPUs" if gpus else f"{int(resources.get('CPU', 1))} CPUs"
         raise ConfigError(f"{config.workers} workers a trial asked for, but the cluster has {there}; lower --workers")
-    data = _prepare(trials, sets, splits, config, gpus > 0)
+    data = _prepare(trials, sets, splits, config)
     lanes = _lanes(trials, min(config.trials or room, len(trials)))
     shared = ray.put(data)
     task = ray.remote(_run_lane).options(num_cpus=0, max_retries=config.max_failures)
@@ -114,7 +114,6 @@ def _prepare(
     sets: list[core.CheckedSet],
     splits: dict[str, core.Split],
     config: EvaluateConfig,
-    on_gpu: bool,
 ) -> LaneData:
     """Reads pictures and encodes captions on the cluster."""
     sizes = sorted({trial.image_size for trial in trials})
@@ -124,8 +123,7 @@ def _prepare(
     data = LaneData({}, {}, {}, {})
 
     def encode(encoder: str, captions: list[str]) -> ray.ObjectRef:
-        options = {"num_cpus": runtime.SMALL_TASK_CPUS, "num_gpus": int(on_gpu)}
-        return ray.remote(_encode).options(**options).remote(encoders[encoder], captions)
+        return runtime.start_model(_encode, encoders[encoder], captions)
 
     for name, split in splits.items():
         for rule in sorted({checked.text.cleaning for checked in sets}):

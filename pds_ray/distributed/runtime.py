@@ -192,10 +192,10 @@ def run_kmeans(function: Callable[..., Result], *args: Any) -> Result:
     return ray.get(ray.remote(_with_faiss_threads).options(num_cpus=cpus).remote(cpus, function, *args))
 
 
-def run_model(function: Callable[..., Result], *args: Any) -> Result:
-    """Calls `function`, which loads a model, where there is a GPU if the cluster has one."""
+def start_model(function: Callable[..., Any], *args: Any) -> ray.ObjectRef:
+    """Starts `function`, which loads a model, where there is a GPU if the cluster has one."""
     gpus = min(1, int(ray.cluster_resources().get("GPU", 0)))
-    return ray.get(ray.remote(function).options(num_cpus=SMALL_TASK_CPUS, num_gpus=gpus).remote(*args))
+    return ray.remote(function).options(num_cpus=SMALL_TASK_CPUS, num_gpus=gpus).remote(*args)
 
 
 def stream(function: Callable[..., Iterator[Result]], *args: Any) -> Iterator[Result]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from pds_ray.config import ConfigError
 from pds_ray.encoders.base import TextEncoderInfo
+from pds_ray.errors import first_line
 from pds_ray.hub import require_repository
 from pds_ray.storage import folder_sha256
 
@@ -38,7 +39,7 @@ def describe(name: str) -> TextEncoderInfo:
         config = AutoConfig.from_pretrained(model)
         found, width = config.model_type, int(config.hidden_size)
     except Exception as error:  # transformers and the hub client raise many kinds, all meaning: no such model
-        line = (str(error) or type(error).__name__).strip().splitlines()[0]
+        line = first_line(error)
         raise ConfigError(f"text encoder {name}: {model} holds no transformers model ({line})") from error
     if found != kind:
         raise ConfigError(f"text encoder {name}: {model} is a model of type {found}, not {kind}")
@@ -63,7 +64,7 @@ class HfTextEncoder:
             self.tokenizer = AutoTokenizer.from_pretrained(model)
             self.model = AutoModel.from_pretrained(model, **options).eval().to(self.device)
         except Exception as error:  # missing, corrupt, unreachable: of many kinds
-            line = (str(error) or type(error).__name__).strip().splitlines()[0]
+            line = first_line(error)
             raise ConfigError(f"text encoder {info.name}: cannot load the weights ({line})") from error
         self.dim = info.dim
         limits = (self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", MAX_TOKENS))

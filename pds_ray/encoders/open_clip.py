@@ -17,6 +17,7 @@ import numpy as np
 
 from pds_ray.config import ConfigError
 from pds_ray.encoders.base import EncoderInfo, Preprocess
+from pds_ray.errors import first_line
 from pds_ray.hub import require_repository
 from pds_ray.storage import file_sha256, folder_sha256
 
@@ -82,7 +83,7 @@ def _describe_hub(name: str) -> EncoderInfo:
     try:
         config = factory._get_hf_config(name.removeprefix("hf-hub:"))
     except Exception as error:  # the hub client raises many kinds, all meaning: not to be had
-        raise ConfigError(f"encoder {name}: cannot be fetched or found in the cache ({_first_line(error)})") from error
+        raise ConfigError(f"encoder {name}: cannot be fetched or found in the cache ({first_line(error)})") from error
     return EncoderInfo(
         name=name,
         dim=int(config["model_cfg"]["embed_dim"]),
@@ -168,10 +169,6 @@ def _preprocess(model_cfg: dict[str, Any], overrides: dict[str, Any]) -> Preproc
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
-
-
 def load(info: EncoderInfo, precision: str) -> OpenClipEncoder:
     """The model on the GPU if there is one. Raises ConfigError in one line if the weights cannot be had."""
     return OpenClipEncoder(info, precision)
@@ -192,7 +189,7 @@ class OpenClipEncoder:
             ).eval()
             self.tokenizer = open_clip.get_tokenizer(dict(info.load_args)["model_name"])
         except Exception as error:  # open_clip and the hub client raise many kinds: missing, corrupt, unreachable
-            raise ConfigError(f"encoder {info.name}: cannot load the weights ({_first_line(error)})") from error
+            raise ConfigError(f"encoder {info.name}: cannot load the weights ({first_line(error)})") from error
         cfg = open_clip.get_model_preprocess_cfg(self.model)
         if precision == "auto":
             precision = "bf16" if self.device.type == "cuda" else "fp32"

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from pds_ray.artifacts import EmbeddingStore, RunFolder, vectors
 from pds_ray.manifest import RunManifest
+from pds_ray.pipeline import COUNTED
 from pds_ray.report import space
 from pds_ray.report.evaluations import (
     AVERAGE,
@@ -42,18 +43,6 @@ SAMPLE, DRAWN, SAMPLE_SEED = 5_000, 2_000, 0
 """Embeddings that the map is fitted on, and how many of them are drawn."""
 QUICK_IMAGES = 1_000_000
 """More images than this are not searched again at the end of a run; `pds-ray report` does it when asked."""
-
-UNITS = {  # stage -> (which of its counts says how much, of what)
-    "embed": ("timed", "images"),
-    "select": ("prototypes", "pairs"),
-    "prune": ("pairs", "pairs"),
-    "cluster": ("", ""),
-    "match": ("couples", "couples"),
-    "prototypes": ("prototypes", "prototypes"),
-    "decode": ("images", "images"),
-    "caption": ("pairs", "pairs"),
-    "materialize": ("pairs", "pairs"),
-}
 
 SHOWN_APART = ("pair", "text", "cosine", "shared", "members", "file_name")
 MADE_ONLY = ("image_cluster", "text_cluster", "nearest")
@@ -483,7 +472,7 @@ def _reading(run: _Run, method: str, distilled: DistilledSet | None, clusters: J
 def _stages(stages: Json) -> list[Json]:
     rows = []
     for name, entry in stages.items():
-        key, unit = UNITS.get(name, ("", ""))
+        unit, key = COUNTED.get(name, ("", ""))
         count, seconds = entry.get("counts", {}).get(key) or 0, entry.get("seconds", 0)
         rate = f"{count / seconds:,.0f} {unit}/s" if count and seconds else ""
         rows.append({"stage": name, "status": entry.get("status", ""), "seconds": seconds, "rate": rate})

@@ -33,8 +33,9 @@ def test_pictures_of_the_source_judge_nothing(tmp_path: Path, split: str) -> Non
     count = made.split(":")[1]
     with pytest.raises(ConfigError, match=f"--{split} .* holds pictures of {made}"):
         plan(scenes_set(tmp_path / "b"), replace(CONFIG, **{split: f"scenes:{count}"}))
+    shards = catalog.make_source("scenes:10000").shards()
     with pytest.raises(ConfigError, match=f"--{split} .* holds pictures of the source"):
-        evaluation.check(replace(CONFIG, **{split: "scenes:60"}), catalog.make_source("scenes:10000").shards())
+        evaluation.check(replace(CONFIG, **{split: "scenes:60"}), [CONFIG.protocol], shards)
 
 
 def test_a_key_is_of_what_training_sees(tmp_path: Path) -> None:
