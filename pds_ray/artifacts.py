@@ -143,6 +143,7 @@ class EmbeddingStore:
     """Of what the embeddings are made from; a marker with another one counts for nothing."""
 
     IMAGES, CAPTIONS, ERRORS, MARKER = ".images.parquet", ".captions.parquet", ".errors.parquet", ".json"
+    FAILED = ".failed"
     STORE = "store"
 
     @property
@@ -175,6 +176,21 @@ class EmbeddingStore:
         }
         marker = {"shard": shard, "fingerprint": self.fingerprint, **info, "sha256": hashes}
         self.folder.write_json(shard + self.MARKER, marker)
+        self.folder.delete(shard + self.FAILED)
+
+    def fail(self, shard: str, problem: str) -> None:
+        """Notes why a shard could not be read."""
+        self.folder.write_json(shard + self.FAILED, {"shard": shard, "problem": problem})
+
+    def failed(self) -> dict[str, str]:
+        """Shard name -> why it could not be read."""
+        names = self.folder.names(self.FAILED)
+        return {name.removesuffix(self.FAILED): self.folder.read_json(name)["problem"] for name in names}
+
+    def forget(self, shard: str) -> None:
+        """Makes a shard look as if it had never been tried."""
+        self.folder.delete(shard + self.MARKER)
+        self.folder.delete(shard + self.FAILED)
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,16 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("run", metavar="RUN")
     report.add_argument("--out", metavar="FILE.html", help="where to [RUN/report.html]")
 
+    retry = commands.add_parser(
+        "retry-failed",
+        help="try again what failed in a run",
+        allow_abbrev=False,
+        description="Tries again the shards that could not be read and the samples that killed their process, then "
+        "redoes what depends on them, if anything came of it.",
+    )
+    retry.add_argument("run", metavar="RUN")
+    _add_config_options(retry, only=("source", "ray"))
+
     commands.add_parser("doctor", help="hardware, versions, weights and paths found, and what is missing")
     for command in commands.choices.values():
         command.add_argument("-v", "--verbose", action="store_true", help="show stack traces and library messages")
@@ -296,6 +306,16 @@ def _show(args: argparse.Namespace) -> None:
         print(f"contact sheet {args.sheet}", file=sys.stderr)
 
 
+def _retry_failed(args: argparse.Namespace) -> None:
+    from pds_ray import pipeline
+    from pds_ray.summary import print_summary
+
+    known = flatten(to_dict(RunConfig()))
+    changes = {name: value for name, value in vars(args).items() if name in known}
+    print_summary(args.run, pipeline.retry_failed(args.run, changes))
+    _report_at_the_end(args.run, args.verbose)
+
+
 def _doctor(_: argparse.Namespace) -> None:
     from pds_ray.doctor import examine
 
@@ -310,6 +330,7 @@ COMMANDS = {
     "compare": _compare,
     "show": _show,
     "report": _report,
+    "retry-failed": _retry_failed,
     "doctor": _doctor,
 }
 

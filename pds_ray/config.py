@@ -202,6 +202,8 @@ class RayConfig:
     embed_workers: int = option(0, "embedding actors; 0 is one a GPU, or what the CPUs allow")
     decode_workers: int = option(0, "decoding actors; 0 is one a GPU, or what the CPUs allow")
     max_bad_share: float = option(0.5, "the run stops when more than this share of the samples is bad")
+    max_failed_share: float = option(0.1, "the run stops when more than this share of the shards cannot be read")
+    sample_timeout_s: float = option(60.0, "a picture that takes longer to decode is given up, seconds")
 
     def __post_init__(self) -> None:
         _require(self.num_cpus is None or self.num_cpus > 0, "ray.num_cpus", self.num_cpus, "positive")
@@ -210,6 +212,9 @@ class RayConfig:
         _require(self.embed_workers >= 0, "ray.embed_workers", self.embed_workers, "0 or positive")
         _require(self.decode_workers >= 0, "ray.decode_workers", self.decode_workers, "0 or positive")
         _require(0 <= self.max_bad_share <= 1, "ray.max_bad_share", self.max_bad_share, "from 0 to 1")
+        _require(0 <= self.max_failed_share <= 1, "ray.max_failed_share", self.max_failed_share, "from 0 to 1")
+        timeout = self.sample_timeout_s
+        _require(0 < timeout < math.inf, "ray.sample_timeout_s", timeout, "positive")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,17 +80,26 @@ class RunManifest:
         entry = self.stages.get(stage, {})
         return entry.get("fingerprint") == print_ and entry.get("status") == "done"
 
+    def forget(self, *stages: str) -> bool:
+        """Takes stages for never begun; whether any was."""
+        known = [stage for stage in stages if self.stages.pop(stage, None) is not None]
+        if known:
+            self.update()
+        return bool(known)
+
     def start(self, stage: str, print_: str) -> None:
         """Records that a stage is under way; time spent on it by interrupted runs is kept."""
         entry = self.stages.get(stage, {})
         spent = entry.get("seconds", 0.0) if entry.get("fingerprint") == print_ else 0.0
         self.stages[stage] = {"status": "running", "fingerprint": print_, "seconds": spent, "started": time.time()}
+        self._began = time.monotonic()  # the wall clock may jump
         self.update()
 
     def stop(self, stage: str, status: str, counts: dict[str, Any] | None = None) -> None:
         """Records how a stage ended: done, interrupted or failed."""
         entry = self.stages[stage]
-        entry["seconds"] = round(entry["seconds"] + time.time() - entry.pop("started"), 3)
+        entry["seconds"] = round(entry["seconds"] + time.monotonic() - self._began, 3)
+        del entry["started"]
         entry["status"] = status
         if counts is not None:
             entry["counts"] = counts

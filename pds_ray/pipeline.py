@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,10 +23,11 @@ from pds_ray.config import (
     flatten,
     to_dict,
 )
+from pds_ray.config import replace as with_fields
 from pds_ray.decoders.base import DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.manifest import ManifestError, RunManifest, fingerprint, versions
-from pds_ray.sources.base import Fault, Sample, Shard, Source, SourceError
+from pds_ray.sources.base import RETRYABLE, Fault, Sample, Shard, Source, SourceError
 from pds_ray.storage import Folder, without_secrets
 
 STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "caption", "materialize")  # of pds
@@ -200,9 +201,7 @@ def open_run(plan_: Plan, redo: bool) -> RunManifest:
     _open_store(plan_, redo)
     if changed:  # what is stale must not look finished, should the redoing be interrupted
         plan_.run.distilled.delete_all()
-        for stage in changed:
-            del manifest.stages[stage]
-        manifest.update()
+        manifest.forget(*changed)
     return manifest
 
 
@@ -274,9 +273,34 @@ def distill(config: RunConfig, redo: bool = False) -> dict[str, Any]:
         return _run(plan_, redo)
 
 
+def retry_failed(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Tries again what could not be read or killed its process in a run, then all that depends on it.
+
+    `changes` to the configuration of the run may say how the source is reached now, or anything of `ray.*`.
+
+    Raises what `distill` does, and ConfigError if nothing failed.
+    """
+    run = RunFolder(Folder(path))
+    if not run.folder.exists(RunFolder.MANIFEST):
+        raise ConfigError(f"{path} is no run folder: it has no {RunFolder.MANIFEST}")
+    recorded = flatten(RunManifest(run).data.get("config", {}))
+    plan_ = plan(with_fields(RunConfig(), {**recorded, "out": path, **changes}))
+    with plan_.run.folder.lock():
+        manifest = open_run(plan_, redo=False)
+        bad = [name for name, marker in plan_.store.committed().items() if marker["reasons"].keys() & set(RETRYABLE)]
+        failed = [*plan_.store.failed(), *bad]
+        if not failed:
+            raise ConfigError(f"nothing to try again: no shard of {path} failed, no sample killed its process")
+        manifest.forget("embed")
+        with plan_.store.folder.lock():
+            for shard in failed:
+                plan_.store.forget(shard)
+        return _run(plan_, redo=False)
+
+
 def _run(plan_: Plan, redo: bool) -> dict[str, Any]:
     manifest = open_run(plan_, redo)
-    began = time.time()
+    began = time.monotonic()
     manifest.update(
         config=_public(plan_.config),
         versions=versions(),
@@ -285,25 +309,50 @@ def _run(plan_: Plan, redo: bool) -> dict[str, Any]:
         notes=list(plan_.decoder.notes),
     )
     steps = _steps(plan_, manifest)
-    todo = [stage for stage in plan_.stages if not manifest.is_done(stage, plan_.fingerprints[stage])]
-    if "embed" not in todo and not plan_.store.committed().keys() >= {shard.name for shard in plan_.shards}:
-        todo = list(plan_.stages)  # the store is another one than before, or lost shards
-    if todo:
-        from pds_ray.distributed import runtime
+    tried = plan_.store.committed().keys() | plan_.store.failed().keys()
+    embedded = manifest.is_done("embed", plan_.fingerprints["embed"])
+    if embedded and not tried >= {shard.name for shard in plan_.shards}:
+        manifest.forget("embed")  # the store is another one than before, or lost shards
+    for stage in plan_.stages:
+        if not manifest.is_done(stage, plan_.fingerprints[stage]):
+            from pds_ray.distributed import runtime
 
-        manifest.update(ray=runtime.start(plan_.config.ray))
-        for stage in plan_.stages[plan_.stages.index(todo[0]) :]:
+            manifest.update(ray=runtime.start(plan_.config.ray))
             with _recorded(manifest, stage, plan_.fingerprints[stage]) as counts, runtime.unwrapped_errors():
                 counts.update(steps[stage]())
-    manifest.update(finished=time.time(), last_run_seconds=round(time.time() - began, 3))
+            if stage != "embed":  # what follows stands on it
+                _forget_after(plan_, manifest, stage)
+        if stage == "embed":
+            content = _content(plan_)
+            if manifest.data.get("store_content", content) != content:
+                _forget_after(plan_, manifest, stage)
+            manifest.update(store_content=content)
+    manifest.update(finished=time.time(), last_run_seconds=round(time.monotonic() - began, 3))
     return manifest.data
+
+
+def _content(plan_: Plan) -> str:
+    """A digest of all embeddings of the run: they may change under one configuration, as when failed shards succeed."""
+    markers = plan_.store.committed()
+    return fingerprint([[shard.name, markers[shard.name]["sha256"]] for shard in plan_.shards if shard.name in markers])
+
+
+def _forget_after(plan_: Plan, manifest: RunManifest, stage: str) -> None:
+    """What is stale must not look finished, should the redoing be interrupted."""
+    later = plan_.stages[plan_.stages.index(stage) + 1 :]
+    if manifest.forget(*later):
+        plan_.run.distilled.delete_all()
 
 
 def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[str, Any]]]:
     """What each stage calls. Ray is imported when the first stage runs, not before."""
     config, run, store = plan_.config, plan_.run, plan_.store
-    names = [shard.name for shard in plan_.shards]
     dim = plan_.encoder.dim
+
+    def names() -> list[str]:
+        """The shards that are embedded, in order: failed ones are not."""
+        embedded = store.committed()
+        return [shard.name for shard in plan_.shards if shard.name in embedded]
 
     def counts(stage: str) -> dict[str, Any]:
         return manifest.stages[stage]["counts"]
@@ -323,12 +372,12 @@ def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[st
     def select() -> dict[str, Any]:
         from pds_ray.distributed.select import select as stage
 
-        return stage(names, dim, store, run, config)
+        return stage(names(), dim, store, run, config)
 
     def prune() -> dict[str, Any]:
         from pds_ray.distributed.prune import prune as stage
 
-        return stage(names, counts("embed")["pairs"], config.prune.ratio, store, run)
+        return stage(names(), counts("embed")["pairs"], config.prune.ratio, store, run)
 
     def cluster() -> dict[str, Any]:
         from pds_ray.distributed.cluster import cluster as stage
@@ -340,17 +389,17 @@ def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[st
                 f"{config.pairs:,} clusters asked for, but pruning leaves {kept['kept']:,} pairs of "
                 f"{kept['images_kept']:,} images; lower --pairs or --prune.ratio"
             )
-        return stage(names, kept, dim, store, run, config)
+        return stage(names(), kept, dim, store, run, config)
 
     def match() -> dict[str, Any]:
         from pds_ray.distributed.match import match as stage
 
-        return stage(names, store, run, config)
+        return stage(names(), store, run, config)
 
     def prototypes() -> dict[str, Any]:
         from pds_ray.distributed.prototypes import make_prototypes as stage
 
-        return stage(names, dim, store, run, config)
+        return stage(names(), dim, store, run, config)
 
     def decode() -> dict[str, Any]:
         from pds_ray.distributed.synthesize import synthesize as stage
@@ -364,7 +413,7 @@ def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[st
     def caption() -> dict[str, Any]:
         from pds_ray.distributed.caption import caption as stage
 
-        return stage(names, plan_.encoder, store, run, config)
+        return stage(names(), plan_.encoder, store, run, config)
 
     def materialize() -> dict[str, Any]:
         from pds_ray.stages.materialize import write_distilled

@@ -1,15 +1,24 @@
-"""Progress as a person wants it: a bar with rate and ETA on a terminal, a line now and then in a log file."""
+"""Progress as a person wants it: a bar with rate and ETA on a terminal, a line now and then in a log file.
+
+Each bar has a watchdog: where nothing gets finished for a while, it says so, and what is being waited for.
+"""
 
 from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
 LOG_INTERVAL_S = 10.0
+STALL_S = 120.0
+"""Without progress for so long, the watchdog speaks; then after twice as long, and so on."""
+
+_waiting_for: Callable[[], str] | None = None  # of the bar that is open: there is one at a time
 
 
 class _Lines(io.TextIOBase):
@@ -29,21 +38,58 @@ def progress_bar(label: str, total: int | None, unit: str, done: int = 0) -> Ite
     Call `.update(n)` for work done and `.set_postfix_str(text, refresh=False)` for what else is worth seeing.
     """
     interactive = sys.stderr.isatty()
-    with tqdm(
-        total=total,
-        initial=done,
-        desc=f"{label:<12}",
-        unit=f" {unit}",
-        file=sys.stderr if interactive else _Lines(),
-        mininterval=0.2 if interactive else LOG_INTERVAL_S,
-        maxinterval=LOG_INTERVAL_S,
-        delay=0 if interactive else 1e-9,  # no line at 0 %
-        leave=interactive,
-        smoothing=0.1 if interactive else 0,  # a log tells the mean rate
-        dynamic_ncols=interactive,
-        ascii=None if interactive else True,
-        bar_format=None if interactive else "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
-    ) as bar:
+    with (
+        tqdm(
+            total=total,
+            initial=done,
+            desc=f"{label:<12}",
+            unit=f" {unit}",
+            file=sys.stderr if interactive else _Lines(),
+            mininterval=0.2 if interactive else LOG_INTERVAL_S,
+            maxinterval=LOG_INTERVAL_S,
+            delay=0 if interactive else 1e-9,  # no line at 0 %
+            leave=interactive,
+            smoothing=0.1 if interactive else 0,  # a log tells the mean rate
+            dynamic_ncols=interactive,
+            ascii=None if interactive else True,
+            bar_format=None
+            if interactive
+            else "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+        ) as bar,
+        _watchdog(label, bar),
+    ):
         yield bar
         if not interactive:
             bar.refresh()  # the last line, with the mean rate
+
+
+def waiting_for(describe: Callable[[], str] | None) -> None:
+    """What the open bar's watchdog asks, in a thread of its own, when nothing gets finished."""
+    global _waiting_for  # noqa: PLW0603 - who waits is deep below who opened the bar
+    _waiting_for = describe
+
+
+@contextmanager
+def _watchdog(label: str, bar: tqdm) -> Iterator[None]:
+    ended = threading.Event()
+    waiting_for(None)
+    threading.Thread(target=_watch, args=(label, bar, ended), daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        waiting_for(None)
+
+
+def _watch(label: str, bar: tqdm, ended: threading.Event) -> None:
+    count, since, patience = bar.n, time.monotonic(), STALL_S
+    while not ended.wait(min(1.0, STALL_S / 4)):
+        waited = time.monotonic() - since
+        if bar.n != count:
+            count, since, patience = bar.n, time.monotonic(), STALL_S
+        elif waited >= patience:
+            patience *= 2
+            what = _waiting_for() if _waiting_for else bar.postfix
+            tqdm.write(
+                f"{label}: nothing finished for {waited:.0f} s; waiting for {what or 'its first result'}", sys.stderr
+            )

@@ -39,6 +39,8 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
     print()
     if embed:
         print(f"in            {embed['pairs']:,} pairs of {embed['images']:,} images, {embed['shards']:,} shards")
+        if embed.get("failed_shards"):
+            print(f"failed        {embed['failed_shards']:,} shards; pds-ray retry-failed {out} tries them again")
         print(f"bad samples   {embed['bad']:,}")
         for reason, count in embed["reasons"].items():
             print(f"  {reason:<20} {count:,}")

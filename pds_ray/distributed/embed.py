@@ -2,46 +2,56 @@
 
 A shard whose rows arrive in one block is committed by the actor that embedded it; a larger one is put together from its
 parts by a small task. Commits are what a restart trusts: a shard without a marker is read again.
+
+What is wrong with data travels as rows. A process that dies loses a block; its shard is embedded anew in isolation,
+where the sample that kills is found out and refused. A shard that cannot be read then either is set aside as failed.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from pds_ray import catalog
 from pds_ray.artifacts import EmbeddingStore
-from pds_ray.config import ConfigError, EmbedConfig, RunConfig
+from pds_ray.config import ConfigError, EmbedConfig, RayConfig, ReadConfig, RunConfig
 from pds_ray.distributed import runtime
-from pds_ray.encoders.base import EncoderInfo
-from pds_ray.progress import progress_bar
+from pds_ray.distributed.runtime import UnderWay
+from pds_ray.encoders.base import Encoder, EncoderInfo
+from pds_ray.errors import first_line
+from pds_ray.progress import progress_bar, waiting_for
 from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
-from pds_ray.storage import without_secrets
+from pds_ray.stages.isolated import Limits, embed_isolated
+from pds_ray.storage import StorageError
 
 MIN_SAMPLES_TO_JUDGE = 100
 READ_RETRY_WAITS_S = (1.0, 5.0, 25.0)
 TABLES = ("images", "captions", "errors")
+UNREADABLE = "unreadable"  # reason of the row that ends a shard of which no more can be read
 
 
 class ShardDatasource(Datasource):
     """One read task a shard: a fault can cost one shard's remainder, never its neighbours."""
 
-    def __init__(self, source: Source, shards: list[Shard]) -> None:
+    def __init__(self, source: Source, shards: list[Shard], under_way: UnderWay) -> None:
         super().__init__()
         self._source = source
         self._shards = shards
+        self._under_way = under_way
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -49,67 +59,107 @@ class ShardDatasource(Datasource):
     def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
         """One a shard, whatever parallelism Ray asks for."""
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(_Reader(self._source, shard), unknown) for shard in self._shards]
+        return [ReadTask(_Reader(self._source, shard, self._under_way), unknown) for shard in self._shards]
 
 
 @dataclass
 class _Reader:
     source: Source
     shard: Shard
+    under_way: UnderWay
 
     def __call__(self) -> Iterable[pa.Table]:
         """The shard's blocks; a disk or a network that fails is tried again, it says nothing about the data."""
+        self.under_way.begin(self.shard.name)
         done = 0
         for wait_s in (*READ_RETRY_WAITS_S, None):
             try:
                 for block in islice(core.read_blocks(self.source, self.shard), done, None):
                     yield block
                     done += 1
-            except OSError as error:
-                if wait_s is None or isinstance(error, SourceError):
-                    where = without_secrets(self.shard.location)
-                    raise SourceError(f"cannot read {where}: {error}; the same command continues") from error
-                time.sleep(wait_s)
-            else:
                 return
+            except SourceError as error:
+                yield _unreadable(self.shard.name, error)
+                return
+            except OSError as error:
+                if wait_s is None:
+                    yield _unreadable(self.shard.name, error)
+                    return
+                time.sleep(wait_s)
+
+
+def _unreadable(shard: str, error: Exception) -> pa.Table:
+    row = {"shard": shard, "ordinal": -1, "key": "", "reason": UNREADABLE, "detail": first_line(error)}
+    return pa.Table.from_pylist([row], schema=core.RAW_SCHEMA)
+
+
+def _decode(block: pa.Table, info: EncoderInfo, read: ReadConfig, seconds: float) -> pa.Table:
+    """`core.decode_block`; a picture that takes longer than `seconds` ends the process, even stuck in C code."""
+    try:
+        return core.decode_block(
+            block, info.preprocess, read, lambda _: faulthandler.dump_traceback_later(seconds, exit=True)
+        )
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _load(info: EncoderInfo, precision: str) -> Encoder:
+    import torch
+
+    torch.set_num_threads(runtime.MODEL_THREADS)
+    return catalog.load_encoder(info, precision)
 
 
 class EmbedWorker:
     """Loads the encoder once; embeds blocks and writes what they give."""
 
     def __init__(self, info: EncoderInfo, config: EmbedConfig, store: EmbeddingStore) -> None:
-        import torch
-
-        torch.set_num_threads(runtime.MODEL_THREADS)
         self.size = info.preprocess.size
-        self.encoder = catalog.load_encoder(info, config.precision)
+        self.encoder = _load(info, config.precision)
         self.config = config
         self.store = store
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """A decoded block -> one summary row for each shard in it."""
-        rows = []
-        for shard in dict.fromkeys(block.column("shard").to_pylist()):
-            mine = block.filter(pa.compute.equal(block.column("shard"), shard))
-            part = core.embed_block(mine, self.encoder, self.size, self.config)
-            counts = core.shard_counts(part.images, part.captions, part.errors)
-            whole = part.first == 0 and part.total == part.rows
-            if whole:
-                self.store.commit(shard, part.images, part.captions, part.errors, commit_info(counts, self.config))
-            else:
-                for name, table in core.part_to_tables(part).items():
-                    self.store.parts.write_table(part_name(shard, part.first, name), table)
-            rows.append(
-                {
-                    "shard": shard,
-                    "first": part.first,
-                    "rows": part.rows,
-                    "total": -1 if part.total is None else part.total,
-                    "committed": whole,
-                    "counts": json.dumps(counts),
-                }
-            )
-        return pa.Table.from_pylist(rows)
+        try:
+            rows = [self._embed(shard, block) for shard in dict.fromkeys(block.column("shard").to_pylist())]
+        except OSError as error:  # the store fails, not the data: the driver stops the run
+            rows = [{"shard": "", "problem": first_line(error)}]
+        return pa.Table.from_pylist(rows, schema=SUMMARY_SCHEMA)
+
+    def _embed(self, shard: str, block: pa.Table) -> dict[str, Any]:
+        mine = block.filter(pc.equal(block.column("shard"), shard))
+        if mine.column("reason")[-1].as_py() == UNREADABLE:
+            return {"shard": shard, "problem": mine.column("detail")[-1].as_py()}
+        part = core.embed_block(mine, self.encoder, self.size, self.config)
+        counts = core.shard_counts(part.images, part.captions, part.errors)
+        whole = part.first == 0 and part.total == part.rows
+        if whole:
+            self.store.commit(shard, part.images, part.captions, part.errors, commit_info(counts, self.config))
+        else:
+            for name, table in core.part_to_tables(part).items():
+                self.store.parts.write_table(part_name(shard, part.first, name), table)
+        return {
+            "shard": shard,
+            "first": part.first,
+            "rows": part.rows,
+            "total": part.total,
+            "committed": whole,
+            "counts": json.dumps(counts),
+        }
+
+
+SUMMARY_SCHEMA = pa.schema(
+    [
+        ("shard", pa.string()),  # "" if the problem is not the data's
+        ("first", pa.int64()),
+        ("rows", pa.int64()),
+        ("total", pa.int64()),  # rows of the whole shard; null before its end
+        ("committed", pa.bool_()),
+        ("counts", pa.string()),  # JSON
+        ("problem", pa.string()),  # why nothing came of it; null if something did
+    ]
+)
 
 
 def part_name(shard: str, first: int, table: str) -> str:
@@ -133,31 +183,50 @@ def commit_parts(shard: str, firsts: list[int], store: EmbeddingStore, config: E
 
 
 @dataclass
-class _Open:
-    """What has arrived of a shard."""
+class _Progress:
+    """What has arrived of a shard in this sitting."""
 
     rows: dict[int, int] = field(default_factory=dict)
-    total: int = -1
+    total: int | None = None
+    counts: dict[str, Any] = field(default_factory=core.no_counts)
+    closed: bool = False
+    problem: str = ""
 
-    def complete(self) -> bool:
-        return self.total >= 0 and sum(self.rows.values()) == self.total
+    def add(self, row: dict[str, Any]) -> None:
+        if row["problem"] is not None:
+            self.problem = row["problem"]
+            return
+        self.rows[row["first"]] = row["rows"]
+        self.total = row["total"] if self.total is None else self.total
+        core.add_counts(self.counts, json.loads(row["counts"]))
+        self.closed = sum(self.rows.values()) == self.total
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every worker is told."""
+
+    source: Source
+    info: EncoderInfo
+    read: ReadConfig
+    config: EmbedConfig
+    """With its precision resolved."""
+    ray: RayConfig
+    store: EmbeddingStore
 
 
 def embed(
     source: Source, shards: list[Shard], info: EncoderInfo, config: RunConfig, store: EmbeddingStore
 ) -> dict[str, Any]:
-    """Embeds the shards that are not committed yet; returns the counts of all.
+    """Embeds the shards that are not committed yet; returns the counts of all that are then.
 
-    Raises ConfigError when more than `ray.max_bad_share` of the samples is bad, or the store was begun in another
-    precision.
+    Raises ConfigError when more than `ray.max_bad_share` of the samples or `ray.max_failed_share` of the shards is
+    lost, or the store was begun in another precision; StorageError if the store cannot be written.
     """
     done = store.committed()
-    totals: dict[str, Any] = {"images": 0, "pairs": 0, "bad": 0, "reasons": {}}
-    for shard in shards:
-        if shard.name in done:
-            core.add_counts(totals, done[shard.name])
-    resumed = totals["images"]
     todo = [shard for shard in shards if shard.name not in done]
+    reused = core.sum_counts(done[shard.name] for shard in shards if shard.name in done)
+    totals, failed = reused, 0
     if todo:
         embed_config = replace(config.embed, precision=runtime.precision(config.embed.precision, "bf16"))
         begun = {marker["precision"] for marker in done.values()} - {embed_config.precision}
@@ -167,81 +236,136 @@ def embed(
                 f"{embed_config.precision}; say --embed.precision, and give another --out or --redo"
             )
         store.parts.delete_all()
-        with progress_bar("embed", None, "images", resumed) as bar:
-            finished = len(shards) - len(todo)
-            bar.set_postfix_str(f"{finished}/{len(shards)} shards, starting", refresh=sys.stderr.isatty())
-            for counts, closed in _stream(source, todo, info, config, embed_config, store):
-                core.add_counts(totals, counts)
-                finished += closed
-                if finished:
-                    bar.total = max(totals["images"], round(totals["images"] * len(shards) / finished))
-                bar.set_postfix_str(
-                    f"{finished}/{len(shards)} shards, {totals['pairs']:,} pairs, {totals['bad']:,} bad", refresh=False
-                )
-                bar.update(counts["images"])
-                check_bad_share(totals, config.ray.max_bad_share, final=False)
+        work = _Work(source, info, config.read, embed_config, config.ray, store)
+        totals, failed = _embed(todo, work, reused, len(shards))
         store.parts.delete_all()
     check_bad_share(totals, config.ray.max_bad_share, final=True)
     # images that the seconds booked for this stage were spent on: those of a shared store were another run's
-    timed = totals["images"] - (resumed if config.embed.store else 0)
+    timed = totals["images"] - (reused["images"] if config.embed.store else 0)
     return {
         **totals,
         "shards": len(shards),
+        "failed_shards": failed,
         "shards_reused": len(shards) - len(todo),
-        "images_reused": resumed,
+        "images_reused": reused["images"],
         "timed": timed,
     }
 
 
+def _embed(todo: list[Shard], work: _Work, reused: dict[str, Any], shards: int) -> tuple[dict[str, Any], int]:
+    """Embeds some shards of `shards`; returns the counts of all, and how many shards failed."""
+    arrived = {shard.name: _Progress() for shard in todo}
+    totals, limits = core.sum_counts([reused]), work.ray
+    under_way = UnderWay()
+    with progress_bar("embed", None, "images", reused["images"]) as bar:
+        waiting_for(lambda: under_way.describe({name for name, shard in arrived.items() if shard.closed}))
+
+        def show(state: str = "") -> None:
+            finished = shards - len(todo) + sum(shard.closed for shard in arrived.values())
+            if finished:
+                bar.total = max(totals["images"], round(totals["images"] * shards / finished))
+            counts = f"{finished}/{shards} shards, {totals['pairs']:,} pairs, {totals['bad']:,} bad"
+            bar.set_postfix_str(counts + state, refresh=bool(state) and sys.stderr.isatty())
+            bar.update(totals["images"] - bar.n)
+
+        show(", starting")
+        for counts in _stream(todo, work, arrived, under_way):
+            core.add_counts(totals, counts)
+            check_bad_share(totals, limits.max_bad_share, final=False)
+            problems = {name: shard.problem for name, shard in arrived.items() if shard.problem}
+            check_failed_share(problems, shards, limits.max_failed_share)
+            show()
+        lost = [shard for shard in todo if not arrived[shard.name].closed]
+        if lost:
+            show(f", {len(lost)} shards once more")
+            for name, progress in _again(lost, work):
+                arrived[name] = progress
+                totals = core.sum_counts([reused, *(shard.counts for shard in arrived.values() if shard.closed)])
+                show()
+    failed = {name: shard.problem for name, shard in arrived.items() if not shard.closed}
+    for name, problem in failed.items():
+        work.store.fail(name, problem)
+    check_failed_share(failed, shards, limits.max_failed_share)
+    return totals, len(failed)
+
+
 def _stream(
-    source: Source,
-    shards: list[Shard],
-    info: EncoderInfo,
-    config: RunConfig,
-    embed_config: EmbedConfig,
-    store: EmbeddingStore,
-) -> Iterable[tuple[dict[str, Any], bool]]:
-    """Runs the data set; yields the counts of each block, and whether a shard ended with it."""
-    actors = runtime.pool(config.ray.embed_workers)
-    dataset = (
-        ray.data.read_datasource(
-            ShardDatasource(source, shards), override_num_blocks=len(shards), num_cpus=runtime.READ_CPUS
+    shards: list[Shard], work: _Work, arrived: dict[str, _Progress], under_way: UnderWay
+) -> Iterator[dict[str, Any]]:
+    """Runs the data set and books in `arrived` what comes; yields the counts of each block."""
+    with runtime.lost_blocks_allowed():
+        dataset = (
+            ray.data.read_datasource(
+                ShardDatasource(work.source, shards, under_way),
+                override_num_blocks=len(shards),
+                num_cpus=runtime.READ_CPUS,
+                ray_remote_args={"max_retries": runtime.TASK_RETRIES},
+            )
+            .map_batches(
+                _decode,
+                fn_args=(work.info, work.read, work.ray.sample_timeout_s),
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=runtime.DECODE_CPUS,
+                max_retries=runtime.TASK_RETRIES,
+            )
+            .map_batches(
+                EmbedWorker,
+                fn_constructor_args=(work.info, work.config, work.store),
+                batch_size=None,
+                batch_format="pyarrow",
+                **runtime.actor_options(runtime.pool(work.ray.embed_workers)),
+            )
         )
-        .map_batches(
-            core.decode_block,
-            fn_args=(info.preprocess, config.read),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=runtime.DECODE_CPUS,
-        )
-        .map_batches(
-            EmbedWorker,
-            fn_constructor_args=(info, embed_config, store),
-            batch_size=None,
-            batch_format="pyarrow",
-            **runtime.actor_options(actors),
-        )
-    )
-    arrived: dict[str, _Open] = defaultdict(_Open)
     commits: list[ray.ObjectRef] = []
     commit = ray.remote(commit_parts).options(num_cpus=runtime.DECODE_CPUS)
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in batch.to_pylist():
-            closed = row["committed"]
-            if not closed:
-                shard = arrived[row["shard"]]
-                shard.rows[row["first"]] = row["rows"]
-                shard.total = max(shard.total, row["total"])
-                closed = shard.complete()
-                if closed:
-                    commits.append(commit.remote(row["shard"], sorted(shard.rows), store, embed_config))
-                    del arrived[row["shard"]]
-            yield json.loads(row["counts"]), closed
+            if not row["shard"]:
+                raise StorageError(row["problem"])
+            shard = arrived[row["shard"]]
+            shard.add(row)
+            if shard.closed and not row["committed"]:
+                commits.append(commit.remote(row["shard"], sorted(shard.rows), work.store, work.config))
+            yield json.loads(row["counts"]) if row["counts"] else core.no_counts()
         ended, commits = ray.wait(commits, num_returns=len(commits), timeout=0) if commits else ([], [])
         ray.get(ended)  # a commit that failed ends the run now, not after the last shard
     ray.get(commits)
-    if arrived:
-        raise RuntimeError(f"{len(arrived)} shards never ended, first {next(iter(arrived))}")
+
+
+def _again(shards: list[Shard], work: _Work) -> Iterator[tuple[str, _Progress]]:
+    """Embeds shards that were lost, each in processes of its own; yields them as they end, well or not."""
+    actors = runtime.pool(work.ray.embed_workers)
+    remote = ray.remote(_embed_alone).options(
+        num_cpus=actors.num_cpus, num_gpus=actors.num_gpus, max_retries=runtime.TASK_RETRIES
+    )
+    pending = {remote.remote(shard, work): shard.name for shard in shards}
+    while pending:
+        (ready,), _ = ray.wait(list(pending))
+        name = pending.pop(ready)
+        try:
+            outcome = ray.get(ready)
+        except ray.exceptions.RayTaskError:
+            raise
+        except ray.exceptions.RayError as error:
+            outcome = first_line(error)
+        if isinstance(outcome, str):
+            yield name, _Progress(problem=outcome)
+        else:
+            yield name, _Progress(counts=outcome, closed=True)
+
+
+def _embed_alone(shard: Shard, work: _Work) -> dict[str, Any] | str:
+    """Embeds and commits a shard in a child process; returns its counts, or why it cannot be read."""
+    load = partial(_load, work.info, work.config.precision)
+    limits = Limits(work.ray.sample_timeout_s)
+    try:
+        tables = embed_isolated(work.source, shard, work.info, load, work.read, work.config, limits)
+    except (SourceError, OSError) as error:
+        return first_line(error)
+    counts = core.shard_counts(*tables)
+    work.store.commit(shard.name, *tables, commit_info(counts, work.config))
+    return counts
 
 
 def check_bad_share(totals: dict[str, Any], limit: float, final: bool) -> None:
@@ -254,3 +378,13 @@ def check_bad_share(totals: dict[str, Any], limit: float, final: bool) -> None:
         f"{totals['bad']:,} of {seen:,} samples are bad (mostly {reason}: {count:,}), more than the allowed share "
         f"{limit}; see the .errors.parquet files of the embedding store, or raise --ray.max-bad-share"
     )
+
+
+def check_failed_share(failed: dict[str, str], shards: int, limit: float) -> None:
+    """Stops a run that cannot read its source. Raises ConfigError naming the first of the `failed` (shard -> why)."""
+    if len(failed) > limit * shards:
+        name, problem = next(iter(failed.items()))
+        raise ConfigError(
+            f"{len(failed):,} of {shards:,} shards cannot be read ({name}: {problem}), more than the allowed share "
+            f"{limit}; the same command tries them again, or raise --ray.max-failed-share"
+        )

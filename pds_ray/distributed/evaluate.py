@@ -241,7 +241,7 @@ def _train_lane(config: dict[str, Any]) -> None:
     for trial in config["trials"]:
         if f"{trial.key}.json" in done:
             continue
-        began = time.time()
+        began = time.monotonic()
         val, test = (_gallery(data, name, trial, galleries) for name in ("val", "test"))
         assert test is not None
         with tempfile.TemporaryDirectory() as scratch:
@@ -263,7 +263,7 @@ def _train_lane(config: dict[str, Any]) -> None:
                 name: split.counts() for (name, rule), split in data.splits.items() if rule == trial.text.cleaning
             }
             about = {"label": trial.label, "backbone": trial.backbone.name, "seed": trial.seed}
-            seconds = round(time.time() - began, 3)
+            seconds = round(time.monotonic() - began, 3)
             results.write_json(f"{trial.key}.json", {**about, **found, "splits": splits, "seconds": seconds})
 
 

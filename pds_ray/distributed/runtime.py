@@ -12,10 +12,14 @@ import os
 import re
 import socket
 import sys
+import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import psutil
@@ -23,6 +27,7 @@ import ray
 
 from pds_ray.config import ConfigError, RayConfig
 from pds_ray.errors import UserError
+from pds_ray.progress import waiting_for
 
 Result = TypeVar("Result")
 
@@ -32,6 +37,8 @@ MODEL_THREADS = 4  # of each model, however many CPUs there are: convolutions ro
 NO_PROGRESS_TIMEOUT_S = 6 * 3600  # waiting hours for spot GPUs is no failure; the default is 30 minutes
 CONNECT_TIMEOUT_S = 10
 ACTOR_INIT_DEATHS = 5  # at Ray's default of 0 one machine lost while a model loads ends the job
+OOM_RETRIES = "RAY_task_oom_retries"
+TASK_RETRIES = 3  # of work whose process or machine died; Ray would try a sample that kills its actor for ever
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ def start(config: RayConfig) -> dict[str, Any]:
     address = config.address or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    # a task that eats its machine's memory is killed and tried again; without a limit for ever
+    os.environ.setdefault(OOM_RETRIES, str(TASK_RETRIES))
     # threads of a model that wait for each other must not spin while readers and decoders want the same cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # a report waits for the controller's next look: at the default of 2 s that is as long as a small trial's epochs
@@ -132,6 +141,8 @@ def stop() -> None:
 
 def _set_data_options() -> dict[str, Any]:
     """Ray Data's options, set before any data set is made (each freezes them)."""
+    # the number of retries has no other name in the release that is pinned
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
@@ -148,7 +159,53 @@ def _set_data_options() -> dict[str, Any]:
         "execution_no_progress_timeout_s": context.execution_no_progress_timeout_s,
         "max_consecutive_actor_init_deaths": context.max_consecutive_actor_init_deaths,
         "max_errored_blocks": context.max_errored_blocks,
+        "task_retries": TASK_RETRIES,
+        "oom_retries": os.environ[OOM_RETRIES],
     }
+
+
+@contextmanager
+def lost_blocks_allowed() -> Iterator[None]:
+    """Data sets made in here go on without blocks whose processes died; their maker looks for what is missing."""
+    context = ray.data.DataContext.get_current()
+    before, context.max_errored_blocks = context.max_errored_blocks, -1
+    try:
+        yield
+    finally:
+        context.max_errored_blocks = before
+
+
+class UnderWay:
+    """Which items are being worked on and since when: workers tell, the watchdog asks. Pickles."""
+
+    def __init__(self) -> None:
+        self._board: Any = ray.remote(_Board).options(num_cpus=0, max_restarts=-1).remote()
+
+    def begin(self, name: str) -> None:
+        """Work on `name` begins here and now."""
+        self._board.begin.remote(name, ray.get_runtime_context().get_node_id()[:8])
+
+    def describe(self, ended: set[str]) -> str:
+        """The three items begun first of those that have not `ended`, for a person."""
+        try:
+            begun = ray.get(self._board.begun.remote(), timeout=5)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            return f"unknown ({type(error).__name__})"
+        open_ = sorted((-seconds, name, node) for name, (seconds, node) in begun.items() if name not in ended)
+        return ", ".join(f"{name} (for {-age:.0f} s, on node {node})" for age, name, node in open_[:3]) or "none"
+
+
+class _Board:
+    def __init__(self) -> None:
+        self._begun: dict[str, tuple[float, str]] = {}
+
+    def begin(self, name: str, node: str) -> None:
+        self._begun[name] = (time.monotonic(), node)
+
+    def begun(self) -> dict[str, tuple[float, str]]:
+        """Seconds ago, and where."""
+        now = time.monotonic()
+        return {name: (now - began, node) for name, (began, node) in self._begun.items()}
 
 
 def pool(workers: int, on_gpu: bool = True) -> Pool:
@@ -177,6 +234,7 @@ def actor_options(actors: Pool) -> dict[str, Any]:
     return {
         "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=actors.workers, initial_size=actors.workers),
         "num_cpus": actors.num_cpus,
+        "max_task_retries": TASK_RETRIES,
         **({"num_gpus": actors.num_gpus} if actors.num_gpus else {}),
     }
 
@@ -237,10 +295,13 @@ def map_in_order(function: Callable[..., Result], items: Iterable[Any], *shared:
     window = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
     references = [ray.put(value) for value in shared]
     remote = ray.remote(function).options(num_cpus=SMALL_TASK_CPUS)
-    pending: deque[ray.ObjectRef] = deque()
-    for item in items:
-        if len(pending) >= window:
-            yield ray.get(pending.popleft())
-        pending.append(remote.remote(item, *references))
-    while pending:
-        yield ray.get(pending.popleft())
+    pending: deque[tuple[Any, ray.ObjectRef]] = deque()
+    coming = iter(items)
+    while True:
+        for item in islice(coming, window - len(pending)):
+            pending.append((item, remote.remote(item, *references)))
+        if not pending:
+            return
+        item, reference = pending.popleft()
+        waiting_for(partial(str, item))
+        yield ray.get(reference)

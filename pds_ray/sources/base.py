@@ -66,8 +66,14 @@ REASONS = (
     "image_too_large",  # declares more pixels than the limit; never decoded
     "image_too_small",  # a side below the limit
     "nonfinite_embedding",  # the encoder gave NaN or infinity
+    "crashed_process",  # decoding or encoding it ended the process, each time
+    "timed_out",  # decoding it took longer than the limit
+    "out_of_memory",  # decoding it took more memory than the limit
 )
 """The closed list of reasons for which a sample is kept out; every count in a summary is one of these."""
+
+RETRYABLE = ("crashed_process", "timed_out", "out_of_memory")
+"""Reasons that another machine, or another day, may not have."""
 
 
 class Source(Protocol):

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from pds_ray.artifacts import ERROR_SCHEMA, caption_schema, image_schema, vector_array
@@ -88,12 +89,18 @@ def read_blocks(source: Source, shard: Shard) -> Iterator[pa.Table]:
     yield pa.Table.from_pylist(rows, schema=RAW_SCHEMA)
 
 
-def decode_block(block: pa.Table, preprocess: Preprocess, config: ReadConfig) -> pa.Table:
-    """Pictures decoded and resized to the encoder's size, captions cleaned; what fails gets a reason."""
+def decode_block(
+    block: pa.Table, preprocess: Preprocess, config: ReadConfig, before: Callable[[int], None] = lambda _: None
+) -> pa.Table:
+    """Pictures decoded and resized to the encoder's size, captions cleaned; what fails gets a reason.
+
+    `before` is called with the ordinal of each picture before it is decoded.
+    """
     clean = CLEANERS[config.captions]
     rows = []
     for row in block.to_pylist():
         if row["reason"] is None:
+            before(row["ordinal"])
             try:
                 image = decode_image(row["image"], max_pixels=config.max_pixels, min_side=config.min_side)
             except ImageError as error:
@@ -217,7 +224,7 @@ def merge_parts(parts: Iterable[Part]) -> tuple[pa.Table, pa.Table, pa.Table]:
     ordered = sorted(parts, key=lambda part: part.first)
     offset, captions = 0, []
     for part in ordered:
-        rows = pa.compute.add(part.captions.column("image_row"), pa.scalar(offset, pa.int32()))
+        rows = pc.add(part.captions.column("image_row"), pa.scalar(offset, pa.int32()))
         where = part.captions.schema.get_field_index("image_row")
         captions.append(part.captions.set_column(where, "image_row", rows))
         offset += part.images.num_rows
@@ -238,12 +245,24 @@ def shard_counts(images: pa.Table, captions: pa.Table, errors: pa.Table) -> dict
     }
 
 
+def no_counts() -> dict[str, Any]:
+    """The counts of nothing."""
+    return {"images": 0, "pairs": 0, "bad": 0, "reasons": {}}
+
+
 def add_counts(totals: dict[str, Any], counts: dict[str, Any]) -> None:
     """Adds a shard's counts to running totals."""
     for name in ("images", "pairs", "bad"):
-        totals[name] = totals.get(name, 0) + counts[name]
-    reasons = Counter(totals.get("reasons", {})) + Counter(counts["reasons"])
-    totals["reasons"] = dict(sorted(reasons.items()))
+        totals[name] += counts[name]
+    totals["reasons"] = dict(sorted((Counter(totals["reasons"]) + Counter(counts["reasons"])).items()))
+
+
+def sum_counts(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The sum of the counts of several shards."""
+    totals = no_counts()
+    for counts in parts:
+        add_counts(totals, counts)
+    return totals
 
 
 def part_to_tables(part: Part) -> dict[str, pa.Table]:

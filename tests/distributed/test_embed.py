@@ -125,7 +125,7 @@ def test_broken_shards_lose_only_what_is_broken(tmp_path: Path, shared_data: Pat
 
 def test_one_read_task_a_shard() -> None:
     source = ScenesSource("scenes:5000")
-    assert len(ShardDatasource(source, source.shards()).get_read_tasks(1)) == 5
+    assert len(ShardDatasource(source, source.shards(), None).get_read_tasks(1)) == 5
 
 
 def test_too_much_bad_data_stops_the_run() -> None:

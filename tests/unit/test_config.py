@@ -59,6 +59,8 @@ OTHER = {
     "ray.embed_workers": 2,
     "ray.decode_workers": 2,
     "ray.max_bad_share": 0.1,
+    "ray.max_failed_share": 0.2,
+    "ray.sample_timeout_s": 5.0,
 }
 
 
@@ -180,6 +182,8 @@ def test_an_unknown_name_lists_the_known():
         ("ray.embed_workers", -1),
         ("ray.decode_workers", -1),
         ("ray.max_bad_share", 1.1),
+        ("ray.max_failed_share", 1.1),
+        ("ray.sample_timeout_s", 0),
     ],
 )
 def test_wrong_values_are_refused_by_name(dotted, value):

@@ -82,7 +82,7 @@ def test_every_change_is_on_disk(run):
 
 def test_time_adds_up_over_interruptions_and_starts_anew_with_a_change(run, monkeypatch):
     clock = iter([100.0, 107.0, 200.0, 203.5, 300.0, 301.0])
-    monkeypatch.setattr("pds_ray.manifest.time.time", lambda: next(clock))
+    monkeypatch.setattr("pds_ray.manifest.time.monotonic", lambda: next(clock))
     manifest = RunManifest(run)
     spent = []
     for print_, status in (("f", "interrupted"), ("f", "done"), ("g", "done")):

@@ -65,6 +65,8 @@ def test_a_change_makes_stale_what_depends_on_it(
         {"ray__num_cpus": 1},
         {"ray__embed_workers": 3},
         {"ray__max_bad_share": 0.1},
+        {"ray__max_failed_share": 0.2},
+        {"ray__sample_timeout_s": 5.0},
         {"select__epochs": 3},  # of other methods
         {"select__forgotten": "most"},
     ],

@@ -62,6 +62,8 @@ OTHER = {
     "ray.embed_workers": 2,
     "ray.decode_workers": 2,
     "ray.max_bad_share": 0.1,
+    "ray.max_failed_share": 0.2,
+    "ray.sample_timeout_s": 5.0,
 }
 FIELDS = sorted(flatten(to_dict(EvaluateConfig()), EvaluateConfig))
 

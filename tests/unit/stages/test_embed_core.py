@@ -178,7 +178,7 @@ def test_counts_add_up():
     assert counts["images"] + counts["bad"] == len(ITEMS)
     assert counts["pairs"] == sum(len(expected_captions(n)) for n in GOOD)
     assert counts["reasons"]["nonfinite_embedding"] == 3
-    totals: dict = {}
+    totals = embed.no_counts()
     embed.add_counts(totals, counts)
     embed.add_counts(totals, {"images": 1, "pairs": 2, "bad": 1, "reasons": {"not_a_tar": 1}})
     assert totals["images"] == counts["images"] + 1
