@@ -28,6 +28,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from pds_ray.artifacts import RunFolder, vectors
+from pds_ray.captions import clean_basic
 from pds_ray.errors import UserError
 from pds_ray.storage import Folder
 
@@ -235,8 +236,8 @@ def _departures(about: dict[str, Any]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """Text as text: nothing in it that Markdown or HTML could act on."""
-    plain = html.escape(" ".join(text.split()), quote=False).replace("`", "'")
+    """Text as text: nothing in it that Markdown, HTML or a terminal could act on."""
+    plain = html.escape(clean_basic(text), quote=False).replace("`", "'")
     return re.sub(r"([\\*_{}\[\]()#+!|~:])", r"\\\1", plain)
 
 
