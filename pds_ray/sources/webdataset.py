@@ -330,9 +330,8 @@ def _decode(raw: bytes) -> str:
 def _parse_pax(data: bytes) -> dict[str, str]:
     """PAX records, each `LENGTH KEYWORD=VALUE\\n` with LENGTH the bytes of the whole record."""
     records: dict[str, str] = {}
-    data = data.rstrip(b"\0")
-    start = 0
-    while start < len(data):
+    start, stop = 0, len(data.rstrip(b"\0"))
+    while start < stop:
         match = _PAX_RECORD.match(data, start)
         end = start + int(match[1]) if match else 0
         if match is None or not match.end() < end <= len(data):
