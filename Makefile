@@ -1,11 +1,13 @@
 # make demo   distil the built-in world (about five minutes after installation, two cores, no network but for packages)
 # make test   lint, types and tests
+# make fuzz   coverage-guided fuzzing of what strangers' bytes reach, FUZZ_SECONDS for each of four targets
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
+FUZZ_SECONDS := 300
 
-.PHONY: install demo test lint types clean
+.PHONY: install demo test lint types fuzz clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +29,15 @@ types: install
 
 test: lint types
 	$(BIN)/pytest
+
+# what reaches new code is kept in runs/fuzz; an input that fails goes to tests/fuzz/found, which `make test` replays
+fuzz: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
+	for target in tar record caption image; do \
+		mkdir -p runs/fuzz/$$target tests/fuzz/found/$$target && \
+		$(BIN)/python tests/fuzz/fuzz.py $$target runs/fuzz/$$target -max_total_time=$(FUZZ_SECONDS) -timeout=20 \
+			-rss_limit_mb=3000 -max_len=16384 -artifact_prefix=tests/fuzz/found/$$target/ || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

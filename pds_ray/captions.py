@@ -1,6 +1,10 @@
 """Caption cleaning: one function per rule set, chosen by name.
 
 A cleaner never raises and may return "": a caption of which nothing is left is the caller's to count as missing.
+
+Whatever the rule, a caption ends after MAX_CHARACTERS characters. A CLIP text encoder reads 77 tokens, 300 to 400
+characters of prose; that it would read beyond the cut takes words of more than 26 characters a token, which real
+captions do not have. Tokenizers, though, take the whole text, and the whole text is stored.
 """
 
 from __future__ import annotations
@@ -9,7 +13,10 @@ import re
 from collections.abc import Callable
 
 MAX_CHARACTERS = 2000
-"""Cut of `clean_basic`; far beyond the 77 tokens a CLIP text encoder reads."""
+"""Longest caption that a cleaner lets pass."""
+
+MAX_CAPTIONS = 1000
+"""Captions of one sample that a source hands out."""
 
 PAPER_MAX_WORDS = 30
 
@@ -35,15 +42,15 @@ def clean_basic(text: str) -> str:
 def clean_paper(text: str) -> str:
     """The rule of the published Flickr30K and COCO protocols: lower case, . ! " ( ) * # : ; ~ to spaces, 30 words.
 
-    Kept to the letter, so only *runs* of white space collapse and a lone tab stays.
+    Kept to the letter, so only *runs* of white space collapse and a lone tab stays; but for the cut at MAX_CHARACTERS.
     """
     line = _WHITE_RUN.sub(" ", _PAPER_PUNCTUATION.sub(" ", text.lower()))
-    return " ".join(line.rstrip("\n").strip(" ").split(" ")[:PAPER_MAX_WORDS])
+    return " ".join(line.rstrip("\n").strip(" ").split(" ")[:PAPER_MAX_WORDS])[:MAX_CHARACTERS]
 
 
 def clean_none(text: str) -> str:
-    """The caption as the source has it."""
-    return text
+    """The caption as the source has it; of one beyond MAX_CHARACTERS, the first ones from where its text begins."""
+    return text if len(text) <= MAX_CHARACTERS else text.lstrip()[:MAX_CHARACTERS]
 
 
 CLEANERS: dict[str, Callable[[str], str]] = {"basic": clean_basic, "paper": clean_paper, "none": clean_none}

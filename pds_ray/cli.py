@@ -253,7 +253,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     result = evaluate(args.set, _evaluation(args), args.out)
     if args.json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        print(json.dumps(result, indent=2))
         return
     print_evaluation(result)
     if args.out is None and Folder(args.set).exists(RunFolder.MANIFEST):
@@ -291,7 +291,7 @@ def _show(args: argparse.Namespace) -> None:
         raise ConfigError(f"{args.run} is no run folder: it has no {RunFolder.MANIFEST}")
     manifest = RunManifest(run).data
     if args.json:
-        print(json.dumps(manifest, indent=2, ensure_ascii=False))
+        print(json.dumps(manifest, indent=2))
     else:
         print_summary(args.run, manifest)
     if args.sheet:

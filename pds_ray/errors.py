@@ -1,4 +1,4 @@
-"""What the user can mend."""
+"""What the user can mend, and how to say it on a terminal."""
 
 from __future__ import annotations
 
@@ -8,5 +8,12 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, cut to one line; its kind if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says, cut to one line that is safe to print; its kind if it says nothing."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def printable(text: str) -> str:
+    """Text that a terminal only shows: what it would act on (escapes, line breaks, directions) is spelled out."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import warnings
 
 import numpy as np
 from PIL import Image
@@ -10,6 +12,10 @@ from PIL import Image
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 """The only decoders that are ever tried: each further one is more code open to hostile bytes."""
 
+MAX_JPEG_SCANS = 100
+"""Passes over a progressive JPEG; each costs as much as a whole picture and may take 10 bytes. Real ones have 10."""
+
+_JPEG_SEGMENT = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # the markers that a length follows, and the end
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {  # EXIF value -> how to turn the stored picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,10 +48,14 @@ def decode_image(data: bytes, *, max_pixels: int = 64_000_000, min_side: int = 2
     Raises ImageError, and nothing else, whatever the bytes are.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_size(image.size, max_pixels, min_side)
-            image.load()
-            return _upright(_to_rgb(image), image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of damaged metadata: up to 65,535 lines for one picture
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_size(image.size, max_pixels, min_side)
+                if image.format in ("JPEG", "MPO"):
+                    _check_scans(data)
+                image.load()
+                return _upright(_to_rgb(image), image)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -63,6 +73,15 @@ def _check_size(size: tuple[int, int], max_pixels: int, min_side: int) -> None:
         raise ImageError("image_too_large", f"{width} x {height} pixels, at most {max_pixels}")
     if min(size) < min_side:
         raise ImageError("image_too_small", f"{width} x {height} pixels, each side at least {min_side}")
+
+
+def _check_scans(jpeg: bytes) -> None:
+    scans, position = 0, 0
+    while (marker := _JPEG_SEGMENT.search(jpeg, position)) and marker[1] != b"\xd9":
+        scans += marker[1] == b"\xda"
+        position = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2])
+    if scans > MAX_JPEG_SCANS:
+        raise ImageError("undecodable_image", f"{scans} scans, at most {MAX_JPEG_SCANS}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

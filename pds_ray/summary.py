@@ -8,8 +8,15 @@ import yaml
 
 from pds_ray.artifacts import RunFolder
 from pds_ray.config import to_dict
+from pds_ray.errors import printable
 from pds_ray.pipeline import COUNTED, Plan, stages
 from pds_ray.storage import Folder
+
+
+def say(*lines: str) -> None:
+    """Prints lines in which names and notes of strangers may stand."""
+    for line in lines:
+        print(printable(line))
 
 
 def print_plan(plan: Plan) -> None:
@@ -17,15 +24,15 @@ def print_plan(plan: Plan) -> None:
     config = plan.config
     done = plan.store.committed() if plan.store.folder.exists(plan.store.STORE) else set()
     embedded = sum(shard.name in done for shard in plan.shards)
-    print(f"source    {config.source}: {len(plan.shards):,} shards, {embedded:,} embedded")
-    print(f"method    {config.method}")
-    print(f"encoder   {plan.encoder.name}: width {plan.encoder.dim}, pictures {plan.encoder.preprocess.size} px")
-    print(f"decoder   {dict(plan.decoder.load_args).get('model', plan.decoder.name)}")
+    say(f"source    {config.source}: {len(plan.shards):,} shards, {embedded:,} embedded")
+    say(f"method    {config.method}")
+    say(f"encoder   {plan.encoder.name}: width {plan.encoder.dim}, pictures {plan.encoder.preprocess.size} px")
+    say(f"decoder   {dict(plan.decoder.load_args).get('model', plan.decoder.name)}")
     for note in plan.decoder.notes:
-        print(f"note      {note}")
-    print(f"result    {config.pairs:,} pairs in {plan.run.distilled.path}")
-    print(f"stages    {' -> '.join(plan.stages)}")
-    print("\n# the resolved configuration, usable with --config")
+        say(f"note      {note}")
+    say(f"result    {config.pairs:,} pairs in {plan.run.distilled.path}")
+    say(f"stages    {' -> '.join(plan.stages)}")
+    say("", "# the resolved configuration, usable with --config")
     print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
 
 
@@ -36,35 +43,35 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
     counts = {name: entry.get("counts", {}) for name, entry in entries.items()}
     embed, prune, match = counts.get("embed", {}), counts.get("prune", {}), counts.get("match", {})
     prototypes = counts.get("prototypes") or counts.get("select", {})
-    print()
+    say("")
     if embed:
-        print(f"in            {embed['pairs']:,} pairs of {embed['images']:,} images, {embed['shards']:,} shards")
+        say(f"in            {embed['pairs']:,} pairs of {embed['images']:,} images, {embed['shards']:,} shards")
         if embed.get("failed_shards"):
-            print(f"failed        {embed['failed_shards']:,} shards; pds-ray retry-failed {out} tries them again")
-        print(f"bad samples   {embed['bad']:,}")
+            say(f"failed        {embed['failed_shards']:,} shards; pds-ray retry-failed {out} tries them again")
+        say(f"bad samples   {embed['bad']:,}")
         for reason, count in embed["reasons"].items():
-            print(f"  {reason:<20} {count:,}")
+            say(f"  {reason:<20} {count:,}")
     if prune:
-        print(f"pruned        {prune['dropped']:,} pairs of lowest image-caption cosine")
+        say(f"pruned        {prune['dropped']:,} pairs of lowest image-caption cosine")
     if match:
-        print(f"not shared    {match['pairs_not_shared']:,} pairs outside matched clusters")
-        print(f"pairless      {match['pairless']:,} of {match['clusters']:,} couples, {match['pairless_policy']}")
+        say(f"not shared    {match['pairs_not_shared']:,} pairs outside matched clusters")
+        say(f"pairless      {match['pairless']:,} of {match['clusters']:,} couples, {match['pairless_policy']}")
     if prototypes:
         duplicates = {**prototypes, **counts.get("caption", {})}["duplicate_captions"]
-        print(f"method        {method}")
-        print(f"out           {prototypes['prototypes']:,} pairs, {duplicates:,} with a caption of another")
+        say(f"method        {method}")
+        say(f"out           {prototypes['prototypes']:,} pairs, {duplicates:,} with a caption of another")
     for note in manifest.get("notes", []):
-        print(f"note          {note}")
-    print(f"\n{'stage':<12} {'status':<12} {'seconds':>8}  rate")
+        say(f"note          {note}")
+    say("", f"{'stage':<12} {'status':<12} {'seconds':>8}  rate")
     for name in stages(method):
         entry = entries.get(name)
         if entry is None:
-            print(f"{name:<12} to do")
+            say(f"{name:<12} to do")
             continue
-        print(f"{name:<12} {entry['status']:<12} {entry.get('seconds', 0):>8.1f}  {_rate(name, entry)}")
+        say(f"{name:<12} {entry['status']:<12} {entry.get('seconds', 0):>8.1f}  {_rate(name, entry)}")
     finished = entries.get("materialize", {}).get("status") == "done"
     run = RunFolder(Folder(out))
-    print(f"\n{'result':<13} {run.distilled.path}" if finished else f"\n{'run folder':<13} {out}")
+    say("", f"{'result':<13} {run.distilled.path}" if finished else f"{'run folder':<13} {out}")
 
 
 def _rate(name: str, entry: dict[str, Any]) -> str:
@@ -79,37 +86,37 @@ MEASURE_TITLES = {"tr@1": "TR@1", "tr@5": "TR@5", "tr@10": "TR@10", "ir@1": "IR@
 def print_evaluation(result: dict[str, Any]) -> None:
     """An evaluation as a table: mean and deviation over the seeds, in percent."""
     about, test = result["set"], result["test"]
-    print(f"\nset       {about['path']}: {about['pairs']:,} pairs, method {about['method']}")
-    print(f"test      {test['source']}: {test['images']:,} images, {test['captions']:,} captions")
+    say("", f"set       {about['path']}: {about['pairs']:,} pairs, method {about['method']}")
+    say(f"test      {test['source']}: {test['images']:,} images, {test['captions']:,} captions")
     if result["val"]:
-        print(f"val       {result['val']['source']}: {result['val']['images']:,} images")
-    print(f"protocol  {result['protocol']['name']}")
+        say(f"val       {result['val']['source']}: {result['val']['images']:,} images")
+    say(f"protocol  {result['protocol']['name']}")
     for name in ("test", "val"):
         bad = (result[name] or {}).get("bad", {})
         if bad:
-            print(f"bad       {sum(bad.values()):,} samples of {name} left out: {bad}")
+            say(f"bad       {sum(bad.values()):,} samples of {name} left out: {bad}")
     for note in result["notes"]:
-        print(f"note      {note}")
+        say(f"note      {note}")
     rows = [([part["name"], str(len(part["trials"]))], part) for part in result["backbones"]]
     if len(rows) > 1:
         rows.append((["average", ""], result))
     _print_recalls(["backbone", "seeds"], rows)
-    print(f"\nresult    {result['file']}")
+    say("", f"result    {result['file']}")
 
 
 def print_comparison(out: str, table: dict[str, Any]) -> None:
     """A comparison as a table: methods by size, on the average of the backbones."""
     test = table["test"]
-    print(f"\nsource    {table['source']}")
-    print(f"test      {test['source']}: {test['images']:,} images, {test['captions']:,} captions")
+    say("", f"source    {table['source']}")
+    say(f"test      {test['source']}: {test['images']:,} images, {test['captions']:,} captions")
     names = sorted({cell["backbone"] for cell in table["cells"]} - {"average"})
-    print(f"protocol  {table['protocol']['name']}; average of {', '.join(names)}; {table['seeds']} seeds")
+    say(f"protocol  {table['protocol']['name']}; average of {', '.join(names)}; {table['seeds']} seeds")
     for note in table["notes"]:
-        print(f"note      {note}")
+        say(f"note      {note}")
     cells = [cell for cell in table["cells"] if cell["backbone"] == "average"]
     cells.sort(key=lambda cell: cell["pairs"])  # stable: methods stay in their order
     _print_recalls(["pairs", "method"], [([str(cell["pairs"]), cell["method"]], cell) for cell in cells])
-    print(f"\nresult    {out}: comparison.json, comparison.csv")
+    say("", f"result    {out}: comparison.json, comparison.csv")
 
 
 def _print_recalls(titles: list[str], rows: list[tuple[list[str], dict[str, Any]]]) -> None:
@@ -119,6 +126,6 @@ def _print_recalls(titles: list[str], rows: list[tuple[list[str], dict[str, Any]
     def line(left: list[str], right: list[str]) -> str:
         return "  ".join([text.ljust(width) for text, width in zip(left, widths, strict=True)] + right)
 
-    print("\n" + line(titles, [title.rjust(11) for title in measures.values()]))
+    say("", line(titles, [title.rjust(11) for title in measures.values()]))
     for cells, part in rows:
-        print(line(cells, [f"{part['mean'][name]:5.1f} ± {part['std'][name]:3.1f}" for name in measures]))
+        say(line(cells, [f"{part['mean'][name]:5.1f} ± {part['std'][name]:3.1f}" for name in measures]))

@@ -152,8 +152,8 @@ def _set_data_options() -> dict[str, Any]:
     context.max_consecutive_actor_init_deaths = ACTOR_INIT_DEATHS
     context.max_errored_blocks = 0  # faults of data are rows; an exception is a fault of ours
     context.issue_detectors_config.detectors = []  # its advice is for pipeline authors, not for users
-    for name in ("ray.data", "ray"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # blocks that are lost are looked for; the rest is raised
     return {
         "target_max_block_size": context.target_max_block_size,
         "execution_no_progress_timeout_s": context.execution_no_progress_timeout_s,

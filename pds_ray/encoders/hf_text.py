@@ -36,7 +36,7 @@ def describe(name: str) -> TextEncoderInfo:
         require_repository(model, None, ("config.json",), f"text encoder {name}", f"give a folder as {kind}:FOLDER")
         identity = model
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         found, width = config.model_type, int(config.hidden_size)
     except Exception as error:  # transformers and the hub client raise many kinds, all meaning: no such model
         line = first_line(error)
@@ -57,12 +57,12 @@ class HfTextEncoder:
         import torch
         from transformers import AutoModel, AutoTokenizer
 
-        options: dict[str, Any] = {"use_safetensors": True}  # never a pickle
+        options: dict[str, Any] = {"trust_remote_code": False}  # left out, it means: ask on the terminal
         model = dict(info.load_args)["model"]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(model)
-            self.model = AutoModel.from_pretrained(model, **options).eval().to(self.device)
+            self.tokenizer = AutoTokenizer.from_pretrained(model, **options)
+            self.model = AutoModel.from_pretrained(model, use_safetensors=True, **options).eval().to(self.device)
         except Exception as error:  # missing, corrupt, unreachable: of many kinds
             line = first_line(error)
             raise ConfigError(f"text encoder {info.name}: cannot load the weights ({line})") from error

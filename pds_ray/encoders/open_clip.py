@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,12 @@ from pds_ray.storage import file_sha256, folder_sha256
 
 if TYPE_CHECKING:
     import torch
+    from open_clip import SimpleTokenizer
 
 DEFAULT_SIZE = 224
+MAX_WORD_BYTES = 768
+"""What is read of one word: 75 tokens, all that fit, would have to hold 10 bytes each to reach its end."""
+MAX_WORDS_KNOWN = 1 << 17
 HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
@@ -174,6 +179,19 @@ def load(info: EncoderInfo, precision: str) -> OpenClipEncoder:
     return OpenClipEncoder(info, precision)
 
 
+def bound_words(tokenizer: SimpleTokenizer) -> None:
+    """Bounds what a word may cost CLIP's own tokenizer: its time grows with the square of the word's length (a minute
+    for 20,000 letters), and it keeps every word that it ever met."""
+    encode, specials = tokenizer.bpe, dict(tokenizer.cache)
+
+    @lru_cache(MAX_WORDS_KNOWN)
+    def bounded(word: str) -> str:
+        tokenizer.cache = dict(specials)
+        return encode(word[:MAX_WORD_BYTES])
+
+    tokenizer.bpe = bounded
+
+
 class OpenClipEncoder:
     """An open_clip model in evaluation mode; pixels are normalised on the device."""
 
@@ -188,6 +206,8 @@ class OpenClipEncoder:
                 **dict(info.load_args), device=self.device, require_pretrained=True
             ).eval()
             self.tokenizer = open_clip.get_tokenizer(dict(info.load_args)["model_name"])
+            if isinstance(self.tokenizer, open_clip.SimpleTokenizer):
+                bound_words(self.tokenizer)
         except Exception as error:  # open_clip and the hub client raise many kinds: missing, corrupt, unreachable
             raise ConfigError(f"encoder {info.name}: cannot load the weights ({first_line(error)})") from error
         cfg = open_clip.get_model_preprocess_cfg(self.model)

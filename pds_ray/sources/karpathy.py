@@ -4,7 +4,8 @@
     COCO/       train2014/  val2014/  coco_karpathy_{train,val,test}.json
 
 An annotation file is one JSON list, plain or gzipped. A record is one image with a list of captions, or one caption as
-a string, in which case the image's further captions are in other records.
+a string, in which case the image's further captions are in other records. Of more than MAX_CAPTIONS of an image the
+first ones count.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
+from pds_ray.captions import MAX_CAPTIONS
 from pds_ray.sources.base import Fault, Sample, Shard, SourceError
 
 SHARD_SIZE = 1000
+MAX_ANNOTATION_BYTES = 256 * 1024**2
+"""Largest annotation file, uncompressed; those of COCO have 70 MB."""
 SPLITS = ("train", "val", "test")
 ANNOTATIONS = {"flickr30k": "flickr30k_{split}.json", "coco": "coco_karpathy_{split}.json"}
 
@@ -113,8 +117,13 @@ def _names_in(folder: str) -> set[str]:
 @lru_cache(maxsize=3)  # one parse per process, not per shard; time and size tell a rewritten file from the old one
 def _parse_annotations(path: Path, _mtime_ns: int, _size: int) -> Images:
     try:
-        data = path.read_bytes()
-        records = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            data = file.read(MAX_ANNOTATION_BYTES + 1)
+        if len(data) > MAX_ANNOTATION_BYTES:
+            raise SourceError(f"{path} holds more than {MAX_ANNOTATION_BYTES} bytes")
+        records = json.loads(data)
+    except SourceError:
+        raise
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise SourceError(f"{path} cannot be read: {error}") from error
     if not isinstance(records, list) or not records:
@@ -126,7 +135,7 @@ def _parse_annotations(path: Path, _mtime_ns: int, _size: int) -> Images:
             raise SourceError(f"{path}, record {index}: {problem}")
         captions = record["caption"] if isinstance(record["caption"], list) else [record["caption"]]
         images[record["image"]] += [_storable(caption) for caption in captions if caption.strip()]
-    return tuple((key, tuple(captions)) for key, captions in images.items())
+    return tuple((key, tuple(captions[:MAX_CAPTIONS])) for key, captions in images.items())
 
 
 def _problem(record: object) -> str:

@@ -1,8 +1,8 @@
 """Image-caption samples in tar shards, the WebDataset layout: `KEY.jpg`, `KEY.txt`, `KEY.json` side by side.
 
 Shards are named by a path, a glob, a brace range, several of these, or a list file, local or on an object store. A
-shard is read once, forwards, member by member; nothing is ever extracted to a path. Memory holds one sample and the
-keys of the shard.
+shard is read once, forwards, member by member; nothing is ever extracted to a path. Memory holds one sample and a
+digest of every key of the shard; work is bounded by the size of the file, compressed or not.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from itertools import takewhile
+from itertools import islice, takewhile
 
 import pyarrow.fs as pafs
 from braceexpand import braceexpand
 
+from pds_ray.captions import MAX_CAPTIONS
 from pds_ray.sources.base import Fault, Sample, Shard, SourceError
 from pds_ray.storage import is_remote, open_filesystem
 
@@ -36,7 +37,16 @@ CAPTION_SUFFIXES = ("txt", "json")
 MAX_HEADER_BYTES = 64 * 1024
 """Largest extension header (PAX, GNU long name) that is read; it holds a path and a few attributes."""
 
+MAX_NAME = 4096
+"""Longest name of a member, in characters: no file system takes a longer path."""
+
+MAX_EXPANSION = 100
+"""Bytes that a compressed shard may give for each byte read of it, once it has given EXPANSION_FREE of them. Pictures
+hardly compress; zeros do 1000:1."""
+EXPANSION_FREE = 64 * 1024**2
+
 _GONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
 _DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
 
 
@@ -48,6 +58,9 @@ class WebDatasetSource:
     which `{a,b}` and `{00000..00041}` are spelled out and `*`, `?`, `[...]`, `**` match files that exist; `@FILE` reads
     patterns from a list, one a line, relative to that file. Settings of a store follow a `?`, as in
     `s3://bucket/*.tar?region=eu-west-1`; so a `?` in a remote pattern is never a wildcard.
+
+    A sample's captions are its .txt and the strings of `captions` and `caption` in its .json; of more than MAX_CAPTIONS
+    the first ones count.
     """
 
     uri: str
@@ -79,7 +92,7 @@ class WebDatasetSource:
             yield from self._read_samples(_TarReader(_decompressed(stream)))
 
     def _read_samples(self, tar: _TarReader) -> Iterator[Sample | Fault]:
-        seen: set[str] = set()
+        seen: set[bytes] = set()
         group: _Group | None = None
         try:
             for member in tar:
@@ -90,9 +103,10 @@ class WebDatasetSource:
                     if group is not None:
                         yield group.outcome()
                     group = _Group(key)
-                    if key in seen:
+                    digest = hashlib.blake2b(key.encode(), digest_size=16).digest()  # names can be long, and many
+                    if digest in seen:
                         group.refuse("duplicate_key", f"second sample at {member.name}")
-                    seen.add(key)
+                    seen.add(digest)
                 if unsafe:
                     group.refuse("unsafe_member", f"{member.name}: {unsafe}")
                 else:
@@ -172,6 +186,8 @@ def _cut_short(tar: _TarReader, group: _Group | None, detail: str) -> Iterator[S
 def _identify(member: tarfile.TarInfo) -> tuple[str | None, str, str]:
     """The key of a member (None: nothing to do with samples), its lower-case suffix, and why it is unsafe or ""."""
     name = member.name
+    if len(name) > MAX_NAME:
+        return name[:MAX_NAME], "", f"a name of {len(name)} characters, at most {MAX_NAME}"
     parts = re.split(r"[/\\]", name)
     if member.isdir():
         return None, "", ""
@@ -195,7 +211,7 @@ def _identify(member: tarfile.TarInfo) -> tuple[str | None, str, str]:
 
 
 def _captions(texts: dict[str, bytes]) -> tuple[str, ...]:
-    """The captions of .txt and .json, in this order, without blank and repeated ones."""
+    """The captions of .txt and .json, in this order, without blank and repeated ones, MAX_CAPTIONS at most."""
     from_json = _json_captions(texts.get("json", b""))
     try:
         from_txt = [texts.get("txt", b"").decode("utf-8-sig")]
@@ -205,7 +221,7 @@ def _captions(texts: dict[str, bytes]) -> tuple[str, ...]:
     for caption in from_txt + from_json:
         unique.setdefault(caption.strip(), caption)
     unique.pop("", None)
-    return tuple(unique.values())
+    return tuple(islice(unique.values(), MAX_CAPTIONS))
 
 
 def _json_captions(data: bytes) -> list[str]:
@@ -233,7 +249,7 @@ class _TarReader:
     memory, and keeps every header it has seen. Damage raises tarfile.ReadError.
     """
 
-    def __init__(self, stream: io.BufferedIOBase) -> None:
+    def __init__(self, stream: io.BufferedReader | _Gunzip) -> None:
         self._stream = stream
         self._unread = 0
         self._padding = 0
@@ -314,13 +330,14 @@ def _decode(raw: bytes) -> str:
 def _parse_pax(data: bytes) -> dict[str, str]:
     """PAX records, each `LENGTH KEYWORD=VALUE\\n` with LENGTH the bytes of the whole record."""
     records: dict[str, str] = {}
-    while data.strip(b"\0"):
-        match = re.match(rb"(\d{1,9}) ([^=]+)=", data)
-        end = int(match[1]) if match else 0
+    start, stop = 0, len(data.rstrip(b"\0"))
+    while start < stop:
+        match = _PAX_RECORD.match(data, start)
+        end = start + int(match[1]) if match else 0
         if match is None or not match.end() < end <= len(data):
             raise tarfile.ReadError("damaged PAX header")
         records[_decode(match[2])] = _decode(data[match.end() : end - 1])
-        data = data[end:]
+        start = end
     return records
 
 
@@ -335,8 +352,37 @@ def _open_stream(location: str) -> io.BufferedReader:
     return io.BufferedReader(filesystem.open_input_stream(path, compression=None), 1024**2)
 
 
-def _decompressed(stream: io.BufferedReader) -> io.BufferedIOBase:
-    return gzip.GzipFile(fileobj=stream) if stream.peek(2)[:2] == b"\x1f\x8b" else stream
+def _decompressed(stream: io.BufferedReader) -> io.BufferedReader | _Gunzip:
+    return _Gunzip(stream) if stream.peek(2)[:2] == b"\x1f\x8b" else stream
+
+
+class _Gunzip:
+    """What a gzip file holds; tarfile.ReadError where it expands beyond MAX_EXPANSION."""
+
+    def __init__(self, stream: io.BufferedReader) -> None:
+        self._compressed = _Counted(stream)
+        self._unzipped = gzip.GzipFile(fileobj=self._compressed, mode="rb")
+        self._given = 0
+
+    def read(self, size: int) -> bytes:
+        data = self._unzipped.read(size)
+        self._given += len(data)
+        if self._given > max(EXPANSION_FREE, MAX_EXPANSION * self._compressed.taken):
+            raise tarfile.ReadError(f"expands to more than {MAX_EXPANSION} times its compressed size")
+        return data
+
+
+class _Counted(io.RawIOBase):
+    """A stream that knows how much was read of it."""
+
+    def __init__(self, stream: io.BufferedReader) -> None:
+        self._stream = stream
+        self.taken = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self.taken += len(data)
+        return data
 
 
 # ---- finding shards --------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from pds_ray.sources.base import Fault, Shard, Source, SourceError
 END = "end"  # reason of the row that closes a shard; its ordinal is the number of rows before it
 BLOCK_SAMPLES = 256
 BLOCK_BYTES = 32 << 20
+BLOCK_CAPTIONS = 8192  # and one sample's more: their embeddings are held at once
 ROW_MULTIPLE = 16  # forward passes take multiples of 16 rows: then a row's result does not depend on its batch
 
 RAW_SCHEMA = pa.schema(
@@ -66,7 +67,7 @@ def read_blocks(source: Source, shard: Shard) -> Iterator[pa.Table]:
     Raises SourceError if the shard cannot be opened, OSError if its disk or network fails.
     """
     rows: list[dict[str, Any]] = []
-    size = ordinal = 0
+    size = ordinal = captions = 0
     for item in source.read(shard):
         row: dict[str, Any] = {"shard": shard.name, "ordinal": ordinal, "key": item.key}
         if isinstance(item, Fault) and item.reason == "missing_shard":
@@ -80,11 +81,12 @@ def read_blocks(source: Source, shard: Shard) -> Iterator[pa.Table]:
         else:
             row |= {"image": item.image, "captions": list(item.captions)}
             size += len(item.image) + sum(map(len, item.captions))
+            captions += len(item.captions)
         rows.append(row)
         ordinal += 1
-        if len(rows) >= BLOCK_SAMPLES or size >= BLOCK_BYTES:
+        if len(rows) >= BLOCK_SAMPLES or size >= BLOCK_BYTES or captions >= BLOCK_CAPTIONS:
             yield pa.Table.from_pylist(rows, schema=RAW_SCHEMA)
-            rows, size = [], 0
+            rows, size, captions = [], 0, 0
     rows.append({"shard": shard.name, "ordinal": ordinal, "key": "", "reason": END})
     yield pa.Table.from_pylist(rows, schema=RAW_SCHEMA)
 

@@ -28,12 +28,16 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from pds_ray.artifacts import RunFolder, vectors
+from pds_ray.captions import clean_basic
 from pds_ray.errors import UserError
+from pds_ray.images import ImageError, decode_image
 from pds_ray.storage import Folder
 
 SET_SCHEMA_VERSION = 1
 PAIRS_PER_TAR = 10_000
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+# what JSON leaves as it is and terminals or readers of lines act on: C1 controls, line separators, directions
+_ACTIVE = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 MANIFEST, CARD, PROTOTYPES = "manifest.json", "README.md", "prototypes.safetensors"
 METADATA = "metadata.jsonl"
 DISTILLED = """Made with pds_ray by Prototype-guided Data Synthesis (Choi, Mo, Chae, ICLR 2026): CLIP embeddings of
@@ -86,7 +90,10 @@ class DistilledSet:
             raise DistilledSetError(f"{self.folder.full(name)} cannot be read ({error.strerror})") from error
         if hashlib.sha256(data).hexdigest() != self.manifest["files"][name]["sha256"]:
             raise DistilledSetError(f"{self.folder.full(name)} is not the picture that was written")
-        return Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGB")
+        try:
+            return decode_image(data, min_side=1)
+        except ImageError as error:
+            raise DistilledSetError(f"{self.folder.full(name)} is no usable picture ({error})") from error
 
 
 def records(prototypes: pa.Table, captions: pa.Table | None = None) -> list[dict[str, Any]]:
@@ -120,7 +127,7 @@ def write_distilled(run: RunFolder, about: dict[str, Any], captions: pa.Table | 
 
     for row, picture in zip(rows, pictures, strict=True):
         write(target / "imagefolder", "imagefolder/", row["file_name"], picture)
-    metadata = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    metadata = "".join(_json_line(row) + "\n" for row in rows).encode()
     write(target / "imagefolder", "imagefolder/", METADATA, metadata)
     for number, tar in enumerate(_tars(rows, pictures)):
         write(target / "webdataset", "webdataset/", f"{number:06d}.tar", tar)
@@ -141,13 +148,18 @@ def _tars(rows: list[dict[str, Any]], pictures: list[bytes]) -> Iterator[bytes]:
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for row, picture in zip(rows[start:][:PAIRS_PER_TAR], pictures[start:][:PAIRS_PER_TAR], strict=True):
                 key = f"{row['pair']:06d}"
-                record = json.dumps(row, ensure_ascii=False).encode()
+                record = _json_line(row).encode()
                 for suffix, data in (("png", picture), ("txt", row["text"].encode()), ("json", record)):
                     member = tarfile.TarInfo(f"{key}.{suffix}")
                     member.size = len(data)
                     member.mode = 0o644
                     tar.addfile(member, io.BytesIO(data))
         yield buffer.getvalue()
+
+
+def _json_line(row: dict[str, Any]) -> str:
+    """A record as JSON in which no terminal and no reader of lines finds anything but one line of text."""
+    return _ACTIVE.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(row, ensure_ascii=False))
 
 
 def card(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
@@ -235,8 +247,8 @@ def _departures(about: dict[str, Any]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """Text as text: nothing in it that Markdown or HTML could act on."""
-    plain = html.escape(" ".join(text.split()), quote=False).replace("`", "'")
+    """Text as text: nothing in it that Markdown, HTML or a terminal could act on."""
+    plain = html.escape(clean_basic(text), quote=False).replace("`", "'")
     return re.sub(r"([\\*_{}\[\]()#+!|~:])", r"\\\1", plain)
 
 

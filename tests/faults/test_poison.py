@@ -21,7 +21,7 @@ def pds_ray(*args: str, poison: bool = False) -> subprocess.CompletedProcess[str
     path = os.pathsep.join([str(HOOK)] * poison + [os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-m", "pds_ray.cli", *args],
-        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=500, check=False,
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
 
 

@@ -1,0 +1,154 @@
+"""What must hold of any bytes at all, one function for each place where a stranger's bytes come in."""
+
+from __future__ import annotations
+
+import io
+import json
+import unicodedata
+import zlib
+from collections.abc import Callable, Iterator
+
+from hostile import CAPTIONS, GOOD, JSON, SHARDS, encoded, gif, jpeg_with_scans, overlapping_exif, png, webp_canvas
+from PIL import Image
+
+from pds_ray.captions import CLEANERS, MAX_CAPTIONS, MAX_CHARACTERS, clean_basic
+from pds_ray.images import FORMATS, ImageError, decode_image
+from pds_ray.report.page import _data
+from pds_ray.sources import webdataset
+from pds_ray.sources.base import REASONS, Sample
+from pds_ray.stages.materialize import _cell
+
+MAX_PIXELS = 1_000_000
+PNG_START = b"\x89PNG\r\n\x1a\n"
+
+
+def storable(text: str) -> bool:
+    return text.encode("utf-8").decode("utf-8") == text
+
+
+def has_commands(text: str) -> bool:
+    """Whether a text holds what a terminal or a line-based format acts on, or what turns the direction of writing."""
+    return any(
+        unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+        or unicodedata.bidirectional(character) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+        for character in text
+    )
+
+
+def check_captions(captions: tuple[str, ...]) -> None:
+    assert len(captions) <= MAX_CAPTIONS
+    assert all(storable(caption) and caption.strip() for caption in captions)
+    assert len({caption.strip() for caption in captions}) == len(captions)
+
+
+def tar(data: bytes) -> None:
+    """A shard gives samples and faults with known reasons, no sample twice, and no more of them than members."""
+    read_shard(data)
+    read_shard(with_header_sums(data))
+
+
+def with_header_sums(data: bytes) -> bytes:
+    """The data with the checksums that belong to its tar headers, which a change would otherwise never get past."""
+    blocks = [data[start : start + 512] for start in range(0, len(data), 512)]
+    for number, head in enumerate(blocks):
+        if head[257:262] == b"ustar" and len(head) == 512:
+            total = sum(head) - sum(head[148:156]) + 8 * 32
+            blocks[number] = head[:148] + b"%06o\0 " % total + head[156:]
+    return b"".join(blocks)
+
+
+def read_shard(data: bytes) -> None:
+    reader = webdataset._TarReader(webdataset._decompressed(io.BufferedReader(io.BytesIO(data))))
+    keys: list[str] = []
+    faults = 0
+    for item in webdataset.WebDatasetSource("x.tar")._read_samples(reader):
+        assert storable(item.key)
+        if isinstance(item, Sample):
+            keys.append(item.key)
+            check_captions(item.captions)
+        else:
+            assert item.reason in REASONS
+            faults += 1
+    assert len(set(keys)) == len(keys)
+    if data[:2] != b"\x1f\x8b":
+        assert len(keys) + faults <= len(data) // 512 + 1
+
+
+def record(data: bytes) -> None:
+    """The .json, and the .txt, of a sample give captions that can be stored, or none."""
+    for texts in ({"json": data}, {"txt": data}, {"txt": data, "json": data}):
+        check_captions(webdataset._captions(texts))
+
+
+def caption(data: bytes) -> None:
+    """A caption is cleaned to a bounded text, and neither the page nor the card lets it act."""
+    try:
+        text = data.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")
+    for clean in CLEANERS.values():
+        assert len(clean(text)) <= MAX_CHARACTERS
+    line = clean_basic(text)
+    assert clean_basic(line) == line
+    assert line == " ".join(line.split())
+    assert storable(line)
+    assert not has_commands(line)
+    shown = _data({"text": text})
+    assert json.loads(shown) == {"text": text}
+    assert shown.isascii()
+    assert not set("<>&") & set(shown)
+    cell = _cell(text)
+    assert not has_commands(cell)
+    assert not set("<>`") & set(cell)
+
+
+def image(data: bytes) -> None:
+    """Bytes are an RGB picture within the limits, or an ImageError with a known reason that names no object."""
+    decode(data)
+    if data.startswith(PNG_START):
+        decode(with_chunk_sums(data))
+
+
+def with_chunk_sums(data: bytes) -> bytes:
+    """The data with the checksums that belong to its PNG chunks."""
+    chunks, start = [PNG_START], len(PNG_START)
+    while start + 12 <= len(data):
+        end = start + 8 + int.from_bytes(data[start : start + 4])
+        chunks += [data[start:end], zlib.crc32(data[start + 4 : end]).to_bytes(4)]
+        start = end + 4
+    return b"".join(chunks)
+
+
+def decode(data: bytes) -> None:
+    outcome, detail = "", ""
+    try:
+        picture = decode_image(data, max_pixels=MAX_PIXELS)
+    except ImageError as error:
+        outcome, detail = error.reason, error.detail
+    else:
+        assert picture.mode == "RGB"
+        assert picture.width * picture.height <= MAX_PIXELS
+    assert outcome in ("", *REASONS)
+    assert " at 0x" not in detail
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {"tar": tar, "record": record, "caption": caption, "image": image}
+
+
+def seeds(target: str) -> Iterator[bytes]:
+    """Inputs to start from, small enough to be changed to some purpose."""
+    if target == "tar":
+        yield from (data + GOOD + bytes(1024) for data in SHARDS.values() if len(data) < 1 << 16)
+    elif target == "record":
+        yield from (data if len(data) < 1 << 12 else data[: 1 << 11] for data in JSON.values())
+    elif target == "caption":
+        yield from (text.encode() for text in CAPTIONS)
+    else:
+        picture = Image.effect_noise((24, 16), 40)
+        for fmt in FORMATS:
+            yield encoded(picture.convert("RGB"), fmt, exif=overlapping_exif(600)) if fmt != "GIF" else gif(4, 4)
+        yield encoded(picture.convert("CMYK"), "JPEG", progressive=True)
+        yield encoded(picture.convert("P"), "PNG", transparency=1)
+        yield encoded(picture, "PNG", bits=1)
+        yield encoded(picture.convert("P"), "GIF", save_all=True, append_images=[picture.convert("P")])
+        yield from (jpeg_with_scans(16, 3), webp_canvas(16, 3), png(8, 8), gif(9, 9, frames=3))
