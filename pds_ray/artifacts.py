@@ -28,8 +28,9 @@ configuration, data and seed, byte for byte.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -117,6 +118,7 @@ def prototype_schema(dim: int) -> pa.Schema:
 
 
 MEMBER_SAMPLE = 8
+HASH_THREADS = 16  # files read at once to be hashed: object stores answer slowly, but to many
 
 
 def vectors(table: pa.Table, column: str) -> np.ndarray:
@@ -200,6 +202,32 @@ class RunFolder:
     folder: Folder
 
     MANIFEST = "run.json"
+    FILES: ClassVar[dict[str, str]] = {  # stage -> the folder it fills, or the file it writes; embed and materialize keep manifests
+        "select": "prototypes.parquet",
+        "prune": "pruning",
+        "cluster": "clusters",
+        "match": "matching",
+        "prototypes": "prototypes.parquet",
+        "decode": "images",
+        "caption": "captions.parquet",
+    }
+
+    def hash_files(self, stage: str) -> dict[str, str]:
+        """SHA-256 of every file that a stage left, by its name below the run folder."""
+        place = self.FILES[stage]
+        names = [f"{place}/{name}" for name in (self.folder / place).names()]
+        if not names and self.folder.exists(place):
+            names = [place]
+        with ThreadPoolExecutor(HASH_THREADS) as threads:
+            return dict(zip(names, threads.map(self.folder.sha256, names), strict=True))
+
+    def save_hashes(self, stage: str, hashes: dict[str, str]) -> None:
+        (self.folder / "hashes").write_json(f"{stage}.json", hashes)
+
+    def hashes(self, stage: str) -> dict[str, str]:
+        """Those of the stage's files when it ended; none if it never did."""
+        folder = self.folder / "hashes"
+        return folder.read_json(f"{stage}.json") if folder.exists(f"{stage}.json") else {}
 
     @property
     def embeddings(self) -> Folder:

@@ -320,8 +320,8 @@ def _run(plan_: Plan, redo: bool) -> dict[str, Any]:
             manifest.update(ray=runtime.start(plan_.config.ray))
             with _recorded(manifest, stage, plan_.fingerprints[stage]) as counts, runtime.unwrapped_errors():
                 counts.update(steps[stage]())
-            if stage != "embed":  # what follows stands on it
-                _forget_after(plan_, manifest, stage)
+                if stage in RunFolder.FILES:
+                    _book_files(plan_, manifest, stage)
         if stage == "embed":
             content = _content(plan_)
             if manifest.data.get("store_content", content) != content:
@@ -329,6 +329,14 @@ def _run(plan_: Plan, redo: bool) -> dict[str, Any]:
             manifest.update(store_content=content)
     manifest.update(finished=time.time(), last_run_seconds=round(time.monotonic() - began, 3))
     return manifest.data
+
+
+def _book_files(plan_: Plan, manifest: RunManifest, stage: str) -> None:
+    """Keeps the hashes of what a stage wrote; what follows stands as long as they are what they were."""
+    hashes = plan_.run.hash_files(stage)
+    if hashes != plan_.run.hashes(stage):
+        _forget_after(plan_, manifest, stage)
+    plan_.run.save_hashes(stage, hashes)
 
 
 def _content(plan_: Plan) -> str:

@@ -155,6 +155,15 @@ class Folder:
         with fs.open_input_stream(f"{root}/{name}") as stream:
             return stream.read()
 
+    def sha256(self, name: str) -> str:
+        """Hex SHA-256 of a file."""
+        digest = hashlib.sha256()
+        fs, root = self._fs
+        with fs.open_input_stream(f"{root}/{name}") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+        return digest.hexdigest()
+
     def write_json(self, name: str, value: Any) -> None:
         self.write_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
