@@ -28,6 +28,7 @@ configuration, data and seed, byte for byte.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,7 @@ from safetensors.numpy import save as save_safetensors
 from pds_ray.storage import Folder
 
 STORE_SCHEMA_VERSION = 1
+MARKERS_AT_ONCE = 32  # one after the other, the round trips to an object store would take half an hour for 40,000
 MODALITIES = ("image", "text")
 
 ERROR_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
@@ -151,11 +153,23 @@ class EmbeddingStore:
         return self.folder / "parts"
 
     def committed(self) -> dict[str, dict[str, Any]]:
-        """Shard name -> marker (counts, hashes) of the shards that are there."""
-        markers = {
-            name.removesuffix(self.MARKER): self.folder.read_json(name) for name in self.folder.names(self.MARKER)
-        }
-        return {shard: marker for shard, marker in markers.items() if marker["fingerprint"] == self.fingerprint}
+        """Shard name -> marker (counts, hashes) of the shards that are there. A damaged marker is none."""
+        names = self.folder.names(self.MARKER)
+        with ThreadPoolExecutor(MARKERS_AT_ONCE) as readers:
+            markers = zip(names, readers.map(self._marker, names), strict=True)
+            return {
+                name.removesuffix(self.MARKER): marker
+                for name, marker in markers
+                if marker.get("fingerprint") == self.fingerprint
+            }
+
+    def _marker(self, name: str) -> dict[str, Any]:
+        """A marker, empty if it is damaged or gone."""
+        try:
+            marker = self.folder.read_json(name)
+        except (ValueError, FileNotFoundError):
+            return {}
+        return marker if isinstance(marker, dict) else {}
 
     def images(self, shard: str, columns: list[str] | None = None) -> pa.Table:
         return self.folder.read_table(shard + self.IMAGES, columns)

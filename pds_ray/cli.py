@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from pds_ray import __version__
 from pds_ray.config import METHODS, ConfigError, EvaluateConfig, RunConfig, flatten, replace, sections, to_dict
-from pds_ray.errors import UserError, first_line
+from pds_ray.errors import UserError, first_line, without_secrets
 
 EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
 QUIET = {  # libraries that print on import or on load
@@ -34,7 +34,10 @@ QUIET = {  # libraries that print on import or on load
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"pds-ray: {message} (see {self.prog} --help; patterns of --source need quotes)", file=sys.stderr)
+        print(
+            f"pds-ray: {without_secrets(message)} (see {self.prog} --help; patterns of --source need quotes)",
+            file=sys.stderr,
+        )
         raise SystemExit(EXIT_USER)
 
 

@@ -25,9 +25,10 @@ from pds_ray.config import (
 )
 from pds_ray.decoders.base import DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
+from pds_ray.errors import without_secrets
 from pds_ray.manifest import ManifestError, RunManifest, fingerprint, versions
 from pds_ray.sources.base import Fault, Sample, Shard, Source, SourceError
-from pds_ray.storage import Folder, without_secrets
+from pds_ray.storage import Folder
 
 STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "caption", "materialize")  # of pds
 SELECTION_STAGES = ("embed", "select", "decode", "materialize")  # of the methods that choose real pairs
@@ -140,7 +141,7 @@ def _readable(source: Source, shard: Shard) -> Iterator[Sample | Fault]:
     try:
         yield from source.read(shard)
     except OSError as error:
-        raise SourceError(f"cannot read {without_secrets(shard.location)}: {error}") from error
+        raise SourceError(f"cannot read {shard.location}: {error}") from error
 
 
 def _fingerprints(config: RunConfig, shards: list[Shard], encoder: EncoderInfo, decoder: DecoderInfo) -> dict[str, str]:
@@ -186,15 +187,15 @@ def open_run(plan_: Plan, redo: bool) -> RunManifest:
     recorded = {stage: entry["fingerprint"] for stage, entry in manifest.stages.items()}
     changed = [stage for stage, print_ in recorded.items() if print_ != plan_.fingerprints.get(stage)]
     if "config" in manifest.data and not redo:
-        differing = _differences(manifest.data["config"], _public(plan_.config))
+        differing = _differences(manifest.data["config"], public(plan_.config))
         if differing:
             raise ManifestError(
-                f"{plan_.run.folder.path} was made with another configuration ({'; '.join(differing)}); give another "
+                f"{plan_.run.folder.shown} was made with another configuration ({'; '.join(differing)}); give another "
                 "--out, or --redo to redo what depends on the change"
             )
         if changed:
             raise ManifestError(
-                f"the source or a model changed since {plan_.run.folder.path} was begun (stage {changed[0]} no longer "
+                f"the source or a model changed since {plan_.run.folder.shown} was begun (stage {changed[0]} no longer "
                 "matches); give another --out, or --redo to redo what depends on it"
             )
     _open_store(plan_, redo)
@@ -216,7 +217,7 @@ def _open_store(plan_: Plan, redo: bool) -> None:
         shared = plan_.config.embed.store is not None
         if shared or not redo:  # a shared store is never wiped: other runs stand on it
             raise ManifestError(
-                f"the embeddings in {store.folder.path} were made from other data or by another encoder "
+                f"the embeddings in {store.folder.shown} were made from other data or by another encoder "
                 f"({found.get('source')}, {found.get('encoder')}); give another "
                 + ("--embed.store" if shared else "--out, or --redo")
             )
@@ -231,10 +232,13 @@ def _open_store(plan_: Plan, redo: bool) -> None:
     store.folder.write_json(store.STORE, {"fingerprint": wanted, **about, **sizes})
 
 
-def _public(config: RunConfig) -> dict[str, Any]:
-    """The configuration as run.json holds it."""
-    source, out = without_secrets(config.source), without_secrets(config.out)
-    return to_dict(replace(config, source=source, out=out))
+def public(config: RunConfig) -> dict[str, Any]:
+    """The configuration as it may be shown and published; run.json holds it so."""
+    values = to_dict(config)
+    values["source"], values["out"] = without_secrets(config.source), without_secrets(config.out)
+    if config.embed.store:
+        values["embed"]["store"] = without_secrets(config.embed.store)
+    return values
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -278,7 +282,7 @@ def _run(plan_: Plan, redo: bool) -> dict[str, Any]:
     manifest = open_run(plan_, redo)
     began = time.time()
     manifest.update(
-        config=_public(plan_.config),
+        config=public(plan_.config),
         versions=versions(),
         encoder=plan_.encoder.name,
         space=plan_.encoder.space,
@@ -388,7 +392,7 @@ def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[st
 
 def _about(plan_: Plan, manifest: RunManifest) -> dict[str, Any]:
     """What the distilled set says of its making: nothing that differs between two runs of one configuration."""
-    config = _public(plan_.config)
+    config = public(plan_.config)
     del config["ray"]
     for field in FREE_FIELDS:
         section, _, name = field.rpartition(".")

@@ -7,26 +7,25 @@ from typing import Any
 import yaml
 
 from pds_ray.artifacts import RunFolder
-from pds_ray.config import to_dict
-from pds_ray.pipeline import COUNTED, Plan, stages
+from pds_ray.pipeline import COUNTED, Plan, public, stages
 from pds_ray.storage import Folder
 
 
 def print_plan(plan: Plan) -> None:
     """What would be done, and the resolved configuration as YAML."""
-    config = plan.config
+    config, shown = plan.config, public(plan.config)
     done = plan.store.committed() if plan.store.folder.exists(plan.store.STORE) else set()
     embedded = sum(shard.name in done for shard in plan.shards)
-    print(f"source    {config.source}: {len(plan.shards):,} shards, {embedded:,} embedded")
+    print(f"source    {shown['source']}: {len(plan.shards):,} shards, {embedded:,} embedded")
     print(f"method    {config.method}")
     print(f"encoder   {plan.encoder.name}: width {plan.encoder.dim}, pictures {plan.encoder.preprocess.size} px")
     print(f"decoder   {dict(plan.decoder.load_args).get('model', plan.decoder.name)}")
     for note in plan.decoder.notes:
         print(f"note      {note}")
-    print(f"result    {config.pairs:,} pairs in {plan.run.distilled.path}")
+    print(f"result    {config.pairs:,} pairs in {plan.run.distilled.shown}")
     print(f"stages    {' -> '.join(plan.stages)}")
     print("\n# the resolved configuration, usable with --config")
-    print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+    print(yaml.safe_dump(shown, sort_keys=False), end="")
 
 
 def print_summary(out: str, manifest: dict[str, Any]) -> None:
@@ -62,7 +61,7 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
         print(f"{name:<12} {entry['status']:<12} {entry.get('seconds', 0):>8.1f}  {_rate(name, entry)}")
     finished = entries.get("materialize", {}).get("status") == "done"
     run = RunFolder(Folder(out))
-    print(f"\n{'result':<13} {run.distilled.path}" if finished else f"\n{'run folder':<13} {out}")
+    print(f"\n{'result':<13} {run.distilled.shown}" if finished else f"\n{'run folder':<13} {run.folder.shown}")
 
 
 def _rate(name: str, entry: dict[str, Any]) -> str:
@@ -107,7 +106,7 @@ def print_comparison(out: str, table: dict[str, Any]) -> None:
     cells = [cell for cell in table["cells"] if cell["backbone"] == "average"]
     cells.sort(key=lambda cell: cell["pairs"])  # stable: methods stay in their order
     _print_recalls(["pairs", "method"], [([str(cell["pairs"]), cell["method"]], cell) for cell in cells])
-    print(f"\nresult    {out}: comparison.json, comparison.csv")
+    print(f"\nresult    {Folder(out).shown}: comparison.json, comparison.csv")
 
 
 def _print_recalls(titles: list[str], rows: list[tuple[list[str], dict[str, Any]]]) -> None:

@@ -28,7 +28,6 @@ from pds_ray.encoders.base import EncoderInfo
 from pds_ray.progress import progress_bar
 from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
-from pds_ray.storage import without_secrets
 
 MIN_SAMPLES_TO_JUDGE = 100
 READ_RETRY_WAITS_S = (1.0, 5.0, 25.0)
@@ -67,8 +66,9 @@ class _Reader:
                     done += 1
             except OSError as error:
                 if wait_s is None or isinstance(error, SourceError):
-                    where = without_secrets(self.shard.location)
-                    raise SourceError(f"cannot read {where}: {error}; the same command continues") from error
+                    raise SourceError(
+                        f"cannot read {self.shard.location}: {error}; the same command continues"
+                    ) from error
                 time.sleep(wait_s)
             else:
                 return
@@ -163,7 +163,7 @@ def embed(
         begun = {marker["precision"] for marker in done.values()} - {embed_config.precision}
         if begun:
             raise ConfigError(
-                f"the embeddings in {store.folder.path} were begun in {begun.pop()}, here they would go on in "
+                f"the embeddings in {store.folder.shown} were begun in {begun.pop()}, here they would go on in "
                 f"{embed_config.precision}; say --embed.precision, and give another --out or --redo"
             )
         store.parts.delete_all()

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pds_ray.artifacts import EmbeddingStore, RunFolder, vectors
+from pds_ray.errors import without_secrets
 from pds_ray.manifest import RunManifest
 from pds_ray.pipeline import COUNTED
 from pds_ray.report import space
@@ -30,7 +31,7 @@ from pds_ray.report.evaluations import (
 )
 from pds_ray.report.pictures import data_uri, real_thumbnails
 from pds_ray.stages.materialize import DistilledSet, DistilledSetError, load_distilled
-from pds_ray.storage import Folder, without_secrets
+from pds_ray.storage import Folder
 
 PAIR_LIMIT = 1_000
 """Pairs on the page."""

@@ -27,7 +27,7 @@ import pyarrow.fs as pafs
 from braceexpand import braceexpand
 
 from pds_ray.sources.base import Fault, Sample, Shard, SourceError
-from pds_ray.storage import is_remote, open_filesystem
+from pds_ray.storage import StorageError, is_remote, open_filesystem, open_stream, patiently
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
@@ -50,7 +50,7 @@ class WebDatasetSource:
     `s3://bucket/*.tar?region=eu-west-1`; so a `?` in a remote pattern is never a wildcard.
     """
 
-    uri: str
+    uri: str = field(repr=False)
     max_image_bytes: int = 64 * 1024**2
     max_text_bytes: int = 1024**2
     validation: None = None
@@ -332,7 +332,7 @@ def _parse_size(text: str) -> int:
 
 def _open_stream(location: str) -> io.BufferedReader:
     filesystem, path = _open_root(location)
-    return io.BufferedReader(filesystem.open_input_stream(path, compression=None), 1024**2)
+    return open_stream(filesystem, path, location)
 
 
 def _decompressed(stream: io.BufferedReader) -> io.BufferedIOBase:
@@ -355,7 +355,7 @@ def _find_shards(uri: str) -> dict[str, pafs.FileInfo]:
                 stores[prefix, query] = _Store(prefix, query)
             store = stores[prefix, query]
             shards = _only_shards(pattern, list(store.walk(store.root, path.split("/"))))
-        except OSError as error:
+        except (OSError, StorageError) as error:
             raise SourceError(f"cannot look for {pattern}: {str(error).partition(chr(10))[0]}") from error
         found |= {store.location(info.path): info for info in shards}
         if not shards:
@@ -446,8 +446,9 @@ class _Store:
 
     def _list(self, folder: str) -> dict[str, pafs.FileInfo]:
         if folder not in self._listings:
+            selector = pafs.FileSelector(folder, allow_not_found=True)
             try:
-                infos = self._filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
+                infos = patiently(lambda: self._filesystem.get_file_info(selector), self.location(folder))
             except NotADirectoryError:
                 infos = []
             self._listings[folder] = {info.base_name: info for info in infos}
