@@ -8,7 +8,9 @@ PLAIN_SETTINGS = ("region", "scheme", "endpoint_override")
 """Settings of an object store that are part of its address; any other may be a secret."""
 
 _REMOTE = re.compile(r"(?<=://)(?:(?!::[\w+.-]+://)\S)*")
-_LOGIN = re.compile(r"^[^/@]*(?::[^@]*)?@")  # secrets hold slashes, and people forget to encode them
+_LOGIN = re.compile(  # secrets hold slashes that people forget to encode: all up to the @, or what a slash left of one
+    r"^(?:[^/@]*(?::[^@]*)?@|[^/@?:]*:(?!\d{1,5}(?:[^\w+%=.~-]|$))[^/@?]*)"
+)
 
 
 class UserError(Exception):

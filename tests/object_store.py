@@ -88,7 +88,9 @@ class Faults:
     cut_uploads: float = 0.0
     """The connection closes in the middle of the request's body."""
     hidden: int = 0
-    """So many looks at a fresh object (HEAD, GET) find nothing, and so many listings leave it out."""
+    """So many looks at a fresh object (HEAD, GET) find nothing, and so many listings leave it out;"""
+    late: float = 1.0
+    """of a share of the objects."""
     limit: int | None = None
     """Errors and cuts come to an end after so many."""
     struck: int = 0
@@ -131,7 +133,9 @@ class Faults:
 
     def written(self, path: str) -> None:
         with self._lock:
-            self._unseen.setdefault(path, self.hidden)
+            if path not in self._unseen:
+                late = self._random.random() < self.late
+                self._unseen[path] = self._unseen[f"{path}#listed"] = self.hidden if late else 0
 
     def hides(self, path: str) -> bool:
         with self._lock:
@@ -190,7 +194,6 @@ def proxy(port: int, faults: Faults) -> Iterator[int]:
                 inner.close()
             if self.command in ("PUT", "POST") and answer.status == 200 and "uploads" not in self.path:
                 faults.written(path)
-                faults.written(f"{path}#listed")
             if self.command == "GET" and b"<ListBucketResult" in data[:400]:
                 data = faults.without_hidden(data)
             if self.command == "GET" and len(data) > 1 and faults.strikes(faults.cut_downloads, path):

@@ -57,7 +57,11 @@ class _Reader:
     shard: Shard
 
     def __call__(self) -> Iterable[pa.Table]:
-        """The shard's blocks; a disk or a network that fails is tried again, it says nothing about the data."""
+        """The shard's blocks; a disk that fails is read again, it says nothing about the data.
+
+        Object stores are asked again where they are read (`storage.open_stream`), and have failed for good if that
+        raises.
+        """
         done = 0
         for wait_s in (*READ_RETRY_WAITS_S, None):
             try:

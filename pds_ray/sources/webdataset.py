@@ -395,8 +395,8 @@ def _expand(uri: str) -> Iterator[str]:
 def _expand_braces(pattern: str) -> Iterator[str]:
     try:
         yield from map(_absolute, braceexpand(pattern))
-    except ValueError as error:
-        raise SourceError(f"braces do not match in {pattern!r}") from error
+    except ValueError:
+        raise SourceError(f"braces do not match in {pattern!r}") from None  # it shows the URI as it is
 
 
 def _read_list(location: str) -> list[str]:

@@ -23,6 +23,8 @@ from pds_ray.storage import StorageError
         ("s3://KEY:SECRET@bucket/x", "s3://bucket/x"),
         ("s3://KEY:SEC/RET+1@bucket/x", "s3://bucket/x"),  # not encoded, as the user pasted it
         ("s3://KEY@bucket/x", "s3://bucket/x"),
+        ("cannot open s3://KEY:SEC?region=eu", "cannot open s3://?region=eu"),  # what is left of it, split at the slash
+        ("no 'hdfs://host:8020'", "no 'hdfs://host:8020'"),
         ("s3://bucket/x?region=eu&scheme=http&endpoint_override=h:9", "s3://bucket/x?region=eu&scheme=http&endpoint_override=h:9"),
         ("s3://bucket/x?secret_key=S&region=eu&token=T", "s3://bucket/x?region=eu"),
         ("gs://bucket/x?token=T", "gs://bucket/x"),
