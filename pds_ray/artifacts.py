@@ -37,7 +37,7 @@ import pyarrow as pa
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from pds_ray.storage import Folder
+from pds_ray.storage import Folder, is_remote
 
 STORE_SCHEMA_VERSION = 1
 MARKERS_AT_ONCE = 32  # one after the other, the round trips to an object store would take half an hour for 40,000
@@ -155,13 +155,16 @@ class EmbeddingStore:
     def committed(self) -> dict[str, dict[str, Any]]:
         """Shard name -> marker (counts, hashes) of the shards that are there. A damaged marker is none."""
         names = self.folder.names(self.MARKER)
-        with ThreadPoolExecutor(MARKERS_AT_ONCE) as readers:
-            markers = zip(names, readers.map(self._marker, names), strict=True)
-            return {
-                name.removesuffix(self.MARKER): marker
-                for name, marker in markers
-                if marker.get("fingerprint") == self.fingerprint
-            }
+        if is_remote(self.folder.path):
+            with ThreadPoolExecutor(MARKERS_AT_ONCE) as readers:
+                markers = list(readers.map(self._marker, names))
+        else:
+            markers = [self._marker(name) for name in names]
+        return {
+            name.removesuffix(self.MARKER): marker
+            for name, marker in zip(names, markers, strict=True)
+            if marker.get("fingerprint") == self.fingerprint
+        }
 
     def _marker(self, name: str) -> dict[str, Any]:
         """A marker, empty if it is damaged or gone."""

@@ -283,9 +283,9 @@ class Folder:
 class _RemoteFile(io.RawIOBase):
     """An object read forwards. A transfer that breaks off is taken up where it was, and is never taken for the end."""
 
-    def __init__(self, filesystem: pafs.FileSystem, path: str, where: str) -> None:
-        self._file = patiently(lambda: filesystem.open_input_file(path), where)
-        self._size = self._file.size()
+    def __init__(self, file: pa.NativeFile, where: str) -> None:
+        self._file = file
+        self._size = file.size()
         self._where = where
         self._position = 0
 
@@ -320,7 +320,8 @@ def open_stream(filesystem: pafs.FileSystem, path: str, where: str) -> io.Buffer
     """
     if isinstance(filesystem, pafs.LocalFileSystem):
         return io.BufferedReader(filesystem.open_input_stream(path, compression=None), STREAM_BUFFER_BYTES)
-    return io.BufferedReader(_RemoteFile(filesystem, path, where), STREAM_BUFFER_BYTES)
+    file = patiently(lambda: filesystem.open_input_file(path), where)
+    return io.BufferedReader(_RemoteFile(file, where), STREAM_BUFFER_BYTES)
 
 
 @functools.lru_cache(maxsize=32)
