@@ -37,9 +37,10 @@ import pyarrow as pa
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from pds_ray.storage import Folder
+from pds_ray.storage import Folder, is_remote
 
 STORE_SCHEMA_VERSION = 1
+MARKERS_AT_ONCE = 32  # one after the other, the round trips to an object store would take half an hour for 40,000
 MODALITIES = ("image", "text")
 
 ERROR_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
@@ -154,11 +155,26 @@ class EmbeddingStore:
         return self.folder / "parts"
 
     def committed(self) -> dict[str, dict[str, Any]]:
-        """Shard name -> marker (counts, hashes) of the shards that are there."""
-        markers = {
-            name.removesuffix(self.MARKER): self.folder.read_json(name) for name in self.folder.names(self.MARKER)
+        """Shard name -> marker (counts, hashes) of the shards that are there. A damaged marker is none."""
+        names = self.folder.names(self.MARKER)
+        if is_remote(self.folder.path):
+            with ThreadPoolExecutor(MARKERS_AT_ONCE) as readers:
+                markers = list(readers.map(self._marker, names))
+        else:
+            markers = [self._marker(name) for name in names]
+        return {
+            name.removesuffix(self.MARKER): marker
+            for name, marker in zip(names, markers, strict=True)
+            if marker.get("fingerprint") == self.fingerprint
         }
-        return {shard: marker for shard, marker in markers.items() if marker["fingerprint"] == self.fingerprint}
+
+    def _marker(self, name: str) -> dict[str, Any]:
+        """A marker, empty if it is damaged or gone."""
+        try:
+            marker = self.folder.read_json(name)
+        except (ValueError, FileNotFoundError):
+            return {}
+        return marker if isinstance(marker, dict) else {}
 
     def images(self, shard: str, columns: list[str] | None = None) -> pa.Table:
         return self.folder.read_table(shard + self.IMAGES, columns)
@@ -202,7 +218,9 @@ class RunFolder:
     folder: Folder
 
     MANIFEST = "run.json"
-    FILES: ClassVar[dict[str, str]] = {  # stage -> the folder it fills, or the file it writes; embed and materialize keep manifests
+    FILES: ClassVar[
+        dict[str, str]
+    ] = {  # stage -> the folder it fills, or the file it writes; embed and materialize keep manifests
         "select": "prototypes.parquet",
         "prune": "pruning",
         "cluster": "clusters",

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from pds_ray import __version__
 from pds_ray.config import METHODS, ConfigError, EvaluateConfig, RunConfig, flatten, replace, sections, to_dict
-from pds_ray.errors import UserError, first_line
+from pds_ray.errors import UserError, first_line, without_secrets
 
 EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
 QUIET = {  # libraries that print on import or on load
@@ -34,7 +34,10 @@ QUIET = {  # libraries that print on import or on load
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"pds-ray: {message} (see {self.prog} --help; patterns of --source need quotes)", file=sys.stderr)
+        print(
+            f"pds-ray: {without_secrets(message)} (see {self.prog} --help; patterns of --source need quotes)",
+            file=sys.stderr,
+        )
         raise SystemExit(EXIT_USER)
 
 
@@ -168,6 +171,17 @@ def build_parser() -> argparse.ArgumentParser:
     retry.add_argument("run", metavar="RUN")
     _add_config_options(retry, only=("source", "ray"))
 
+    verify = commands.add_parser(
+        "verify",
+        help="check every file and count of a run",
+        allow_abbrev=False,
+        description="Checks every file of a run against the hashes and counts of its manifests. Exit code 2 if "
+        "something is missing or corrupt.",
+    )
+    verify.add_argument("run", metavar="RUN")
+    verify.add_argument("--repair", action="store_true", help="do anew what is missing or corrupt, and nothing else")
+    _add_config_options(verify, only=("source", "embed.store", "ray"))
+
     commands.add_parser("doctor", help="hardware, versions, weights and paths found, and what is missing")
     for command in commands.choices.values():
         command.add_argument("-v", "--verbose", action="store_true", help="show stack traces and library messages")
@@ -181,8 +195,7 @@ def resolve(args: argparse.Namespace) -> RunConfig:
     config = recipe(args.preset)
     if args.config:
         config = replace(config, flatten(_read_yaml(args.config)))
-    fields = {name: value for name, value in vars(args).items() if name in flatten(to_dict(config))}
-    return replace(config, fields)
+    return replace(config, _changes(args))
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -306,14 +319,34 @@ def _show(args: argparse.Namespace) -> None:
         print(f"contact sheet {args.sheet}", file=sys.stderr)
 
 
-def _retry_failed(args: argparse.Namespace) -> None:
-    from pds_ray import pipeline
-    from pds_ray.summary import print_summary
-
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a run's configuration that flags were given for."""
     known = flatten(to_dict(RunConfig()))
-    changes = {name: value for name, value in vars(args).items() if name in known}
-    print_summary(args.run, pipeline.retry_failed(args.run, changes))
+    return {name: value for name, value in vars(args).items() if name in known}
+
+
+def _retry_failed(args: argparse.Namespace) -> None:
+    from pds_ray.summary import print_summary
+    from pds_ray.upkeep import retry_failed
+
+    print_summary(args.run, retry_failed(args.run, _changes(args)))
     _report_at_the_end(args.run, args.verbose)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from pds_ray.summary import print_problems, print_summary
+    from pds_ray.upkeep import repair, verify
+
+    files, problems = verify(args.run, _changes(args))
+    print_problems(files, problems)
+    if problems and not args.repair:
+        raise SystemExit(EXIT_USER)
+    if problems:
+        print_summary(args.run, repair(args.run, problems, _changes(args)))
+        files, problems = verify(args.run, _changes(args))
+        print_problems(files, problems)
+        if problems:
+            raise SystemExit(EXIT_BUG)
 
 
 def _doctor(_: argparse.Namespace) -> None:
@@ -331,6 +364,7 @@ COMMANDS = {
     "show": _show,
     "report": _report,
     "retry-failed": _retry_failed,
+    "verify": _verify,
     "doctor": _doctor,
 }
 

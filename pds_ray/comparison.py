@@ -20,8 +20,9 @@ from typing import Any
 
 from pds_ray import evaluation, pipeline
 from pds_ray.config import METHODS, ConfigError, EvaluateConfig, RunConfig, replace
+from pds_ray.errors import without_secrets
 from pds_ray.stages.evaluate import MEASURES, Candidate
-from pds_ray.storage import Folder, without_secrets
+from pds_ray.storage import Folder
 
 SCHEMA_VERSION = 1
 COMPARISON, TABLE = "comparison.json", "comparison.csv"

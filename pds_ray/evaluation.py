@@ -16,13 +16,13 @@ from pds_ray.backbones.base import BackboneInfo
 from pds_ray.captions import CLEANERS
 from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig
 from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
-from pds_ray.errors import UserError
+from pds_ray.errors import UserError, without_secrets
 from pds_ray.manifest import fingerprint
 from pds_ray.recipes import protocol_name
 from pds_ray.sources.base import Sample, Shard, Source
 from pds_ray.stages.evaluate import VALIDATION_EVERY, Candidate, CheckedSet, Split, TextInput, Trial, average, summarize
 from pds_ray.stages.materialize import PROTOTYPES, DistilledSet, load_distilled
-from pds_ray.storage import Folder, without_secrets
+from pds_ray.storage import Folder
 
 SCHEMA_VERSION = 1
 EVALUATION, TRIALS = "evaluation", "trials"
@@ -46,7 +46,7 @@ def evaluate(path: str, config: EvaluateConfig, out: str | None = None) -> dict[
     They are also written to OUT/evaluation/ (default: the run folder or set itself). Interrupted and called again, it
     goes on with the trials that are missing. Raises UserError in one line for what the user can mend.
     """
-    label = without_secrets(path).rstrip("/").rpartition("/")[2] or path
+    label = Folder(path).name
     target = Folder(out or path)
     result = evaluate_all([Candidate(label, path, config.protocol)], config, target / EVALUATION)[label]
     return {**result, "file": save(result, target)}
@@ -56,7 +56,7 @@ def save(result: dict[str, Any], run: Folder) -> str:
     """Writes an evaluation into a run folder; returns where."""
     name = f"{result['protocol']['name'].partition(',')[0]}-{result['fingerprint'][:8]}.json"
     (run / EVALUATION).write_json(name, result)
-    return (run / EVALUATION).full(name)
+    return (run / EVALUATION / name).shown
 
 
 def check(config: EvaluateConfig, protocols: list[ProtocolConfig], trained_on: list[Shard]) -> None:
@@ -283,8 +283,8 @@ def _notes(checked: CheckedSet, plan_: Plan) -> list[str]:
         notes.append("the epoch was chosen on the test split, as in the published evaluation: figures are optimistic")
     if plan_.splits["test"].part:
         notes.append(
-            f"no validation split is known for {plan_.config.test}: every {VALIDATION_EVERY}th image of it chose the "
-            "epoch, the others were the test; --val SOURCE gives one"
+            f"no validation split is known for {without_secrets(plan_.config.test)}: every {VALIDATION_EVERY}th image "
+            "of it chose the epoch, the others were the test; --val SOURCE gives one"
         )
     pairs = len(checked.distilled)
     if pairs < protocol.batch_size:

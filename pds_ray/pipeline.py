@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,12 +23,12 @@ from pds_ray.config import (
     flatten,
     to_dict,
 )
-from pds_ray.config import replace as with_fields
 from pds_ray.decoders.base import DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
+from pds_ray.errors import without_secrets
 from pds_ray.manifest import ManifestError, RunManifest, fingerprint, versions
-from pds_ray.sources.base import RETRYABLE, Fault, Sample, Shard, Source, SourceError
-from pds_ray.storage import Folder, without_secrets
+from pds_ray.sources.base import Fault, Sample, Shard, Source, SourceError
+from pds_ray.storage import Folder
 
 STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "caption", "materialize")  # of pds
 SELECTION_STAGES = ("embed", "select", "decode", "materialize")  # of the methods that choose real pairs
@@ -141,7 +141,7 @@ def _readable(source: Source, shard: Shard) -> Iterator[Sample | Fault]:
     try:
         yield from source.read(shard)
     except OSError as error:
-        raise SourceError(f"cannot read {without_secrets(shard.location)}: {error}") from error
+        raise SourceError(f"cannot read {shard.location}: {error}") from error
 
 
 def _fingerprints(config: RunConfig, shards: list[Shard], encoder: EncoderInfo, decoder: DecoderInfo) -> dict[str, str]:
@@ -187,15 +187,15 @@ def open_run(plan_: Plan, redo: bool) -> RunManifest:
     recorded = {stage: entry["fingerprint"] for stage, entry in manifest.stages.items()}
     changed = [stage for stage, print_ in recorded.items() if print_ != plan_.fingerprints.get(stage)]
     if "config" in manifest.data and not redo:
-        differing = _differences(manifest.data["config"], _public(plan_.config))
+        differing = _differences(manifest.data["config"], public(plan_.config))
         if differing:
             raise ManifestError(
-                f"{plan_.run.folder.path} was made with another configuration ({'; '.join(differing)}); give another "
+                f"{plan_.run.folder.shown} was made with another configuration ({'; '.join(differing)}); give another "
                 "--out, or --redo to redo what depends on the change"
             )
         if changed:
             raise ManifestError(
-                f"the source or a model changed since {plan_.run.folder.path} was begun (stage {changed[0]} no longer "
+                f"the source or a model changed since {plan_.run.folder.shown} was begun (stage {changed[0]} no longer "
                 "matches); give another --out, or --redo to redo what depends on it"
             )
     _open_store(plan_, redo)
@@ -215,7 +215,7 @@ def _open_store(plan_: Plan, redo: bool) -> None:
         shared = plan_.config.embed.store is not None
         if shared or not redo:  # a shared store is never wiped: other runs stand on it
             raise ManifestError(
-                f"the embeddings in {store.folder.path} were made from other data or by another encoder "
+                f"the embeddings in {store.folder.shown} were made from other data or by another encoder "
                 f"({found.get('source')}, {found.get('encoder')}); give another "
                 + ("--embed.store" if shared else "--out, or --redo")
             )
@@ -230,10 +230,13 @@ def _open_store(plan_: Plan, redo: bool) -> None:
     store.folder.write_json(store.STORE, {"fingerprint": wanted, **about, **sizes})
 
 
-def _public(config: RunConfig) -> dict[str, Any]:
-    """The configuration as run.json holds it."""
-    source, out = without_secrets(config.source), without_secrets(config.out)
-    return to_dict(replace(config, source=source, out=out))
+def public(config: RunConfig) -> dict[str, Any]:
+    """The configuration as it may be shown and published; run.json holds it so."""
+    values = to_dict(config)
+    values["source"], values["out"] = without_secrets(config.source), without_secrets(config.out)
+    if config.embed.store:
+        values["embed"]["store"] = without_secrets(config.embed.store)
+    return values
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -273,27 +276,18 @@ def distill(config: RunConfig, redo: bool = False) -> dict[str, Any]:
         return _run(plan_, redo)
 
 
-def retry_failed(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Tries again what could not be read or killed its process in a run, then all that depends on it.
+def redo(config: RunConfig, shards: Iterable[str], stages_: Iterable[str]) -> dict[str, Any]:
+    """Does some shards and some stages of a run anew, then what depends on them if they come out otherwise.
 
-    `changes` to the configuration of the run may say how the source is reached now, or anything of `ray.*`.
-
-    Raises what `distill` does, and ConfigError if nothing failed.
+    `config` is that of the run. Returns and raises what `distill` does.
     """
-    run = RunFolder(Folder(path))
-    if not run.folder.exists(RunFolder.MANIFEST):
-        raise ConfigError(f"{path} is no run folder: it has no {RunFolder.MANIFEST}")
-    recorded = flatten(RunManifest(run).data.get("config", {}))
-    plan_ = plan(with_fields(RunConfig(), {**recorded, "out": path, **changes}))
+    plan_ = plan(config)
     with plan_.run.folder.lock():
         manifest = open_run(plan_, redo=False)
-        bad = [name for name, marker in plan_.store.committed().items() if marker["reasons"].keys() & set(RETRYABLE)]
-        failed = [*plan_.store.failed(), *bad]
-        if not failed:
-            raise ConfigError(f"nothing to try again: no shard of {path} failed, no sample killed its process")
-        manifest.forget("embed")
+        shards = list(shards)
+        manifest.forget(*stages_, *(["embed"] if shards else []))
         with plan_.store.folder.lock():
-            for shard in failed:
+            for shard in shards:
                 plan_.store.forget(shard)
         return _run(plan_, redo=False)
 
@@ -302,7 +296,7 @@ def _run(plan_: Plan, redo: bool) -> dict[str, Any]:
     manifest = open_run(plan_, redo)
     began = time.monotonic()
     manifest.update(
-        config=_public(plan_.config),
+        config=public(plan_.config),
         versions=versions(),
         encoder=plan_.encoder.name,
         space=plan_.encoder.space,
@@ -445,7 +439,7 @@ def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[st
 
 def _about(plan_: Plan, manifest: RunManifest) -> dict[str, Any]:
     """What the distilled set says of its making: nothing that differs between two runs of one configuration."""
-    config = _public(plan_.config)
+    config = public(plan_.config)
     del config["ray"]
     for field in FREE_FIELDS:
         section, _, name = field.rpartition(".")

@@ -1,7 +1,8 @@
 """Files, local or on an object store: one handle on a folder, writes that are whole or not there.
 
-On a local disk a file is written aside, flushed and renamed; on an object store an object becomes visible when its
-upload closes, so a plain write is already all-or-nothing.
+On a local disk a file is written aside, flushed and renamed. On an object store an object becomes visible when its
+upload is completed, so a plain write is all-or-nothing; it is looked at afterwards nevertheless. Stores fail, time out
+and show an object late: every call of one is repeated with growing waits (`patiently`).
 """
 
 from __future__ import annotations
@@ -13,30 +14,84 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pds_ray.errors import UserError
+from pds_ray.errors import UserError, first_line, without_secrets
 
 PART_SUFFIX = ".part"
 LOCK = ".lock"
+WAITS_S = (1.0, 4.0, 16.0)
+"""Before a call that failed is repeated, on average; a store's client has by then tried for some seconds itself."""
+STREAM_BUFFER_BYTES = 1024**2
+
+_FACTS = (PermissionError, IsADirectoryError, NotADirectoryError)
+_REFUSED = re.compile(  # what another try will not change
+    r"AWS Error (ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH)"
+    r"|HTTP status (3|4(?!08|29))\d\d|Bucket '.*' not found"
+)
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
-class StorageError(UserError, OSError):
-    """A folder cannot be used."""
+class StorageError(UserError):
+    """A folder or an object store cannot be used. No OSError: what could be tried again has been."""
 
 
 def is_remote(path: str) -> bool:
     """Whether `path` names an object store (s3://, gs://, hdfs://) rather than a local path."""
     return "://" in path and not path.startswith("file://")
+
+
+def patiently(action: Callable[[], Result], where: str) -> Result:
+    """What `action` returns, which does something at `where`. On an object store it is repeated while the store fails.
+
+    So it is when a file is not found: a listing or a marker promised it, and it may not be visible yet. If it never
+    is, FileNotFoundError is raised as it came.
+
+    Raises StorageError in one line if the store refuses or goes on failing.
+    """
+    if not is_remote(where):
+        return action()
+    for wait_s in (*WAITS_S, None):
+        try:
+            return action()
+        except _FACTS:
+            raise
+        except OSError as error:
+            if wait_s is None and isinstance(error, FileNotFoundError):
+                raise
+            if wait_s is None or _REFUSED.search(str(error)):
+                raise StorageError(
+                    f"the object store fails at {where} ({first_line(error)}); check its address and state and the "
+                    "credentials; the same command continues"
+                ) from None
+            time.sleep(wait_s * random.uniform(0.5, 1.5))  # many workers must not come back at once
+    raise AssertionError("unreachable")
+
+
+def _patient(
+    method: Callable[Concatenate[Folder, Arguments], Result],
+) -> Callable[Concatenate[Folder, Arguments], Result]:
+    """A method of `Folder` that does `patiently` what it does."""
+
+    @functools.wraps(method)
+    def call(folder: Folder, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        return patiently(lambda: method(folder, *args, **kwargs), folder.path)
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -53,6 +108,14 @@ class Folder:
             local = os.path.abspath(os.path.expanduser(self.path.removeprefix("file://")))
             object.__setattr__(self, "path", local)
 
+    def __repr__(self) -> str:
+        return f"Folder({self.shown!r})"
+
+    @property
+    def shown(self) -> str:
+        """The path or URI as it may be shown and published."""
+        return without_secrets(self.path) if is_remote(self.path) else self.path
+
     @property
     def _fs(self) -> tuple[pafs.FileSystem, str]:
         return open_filesystem(self.path)
@@ -60,38 +123,56 @@ class Folder:
     def __truediv__(self, name: str) -> Folder:
         return Folder(self.full(name))
 
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self._split()[0].rpartition("/")[2]
+
     def full(self, name: str) -> str:
         """The path or URI of a file in this folder; the settings of a store (`?region=...`) stay at the end."""
+        base, settings = self._split()
+        return f"{base}/{name}{settings}"
+
+    def _split(self) -> tuple[str, str]:
+        """The path proper, and the settings of a store or ""."""
         base, mark, settings = self.path.partition("?") if is_remote(self.path) else (self.path, "", "")
-        return base.rstrip("/") + "/" + name + mark + settings
+        return base.rstrip("/"), mark + settings
 
     def create(self) -> None:
         """Makes the folder and proves that it can be written. Raises StorageError in one line."""
-        fs, root = self._fs
         probe = f".write-test-{uuid.uuid4().hex}"
         try:
-            fs.create_dir(root, recursive=True)
+            self._make()
             self.write_bytes(probe, b"")
-            fs.delete_file(f"{root}/{probe}")
+            self.delete(probe)
         except OSError as error:
-            raise StorageError(f"cannot write to {self.path}: {_reason(error)}") from error
+            raise StorageError(f"cannot write to {self.shown}: {_reason(error)}") from error
 
+    @_patient
+    def _make(self) -> None:
+        fs, root = self._fs
+        fs.create_dir(root, recursive=True)
+
+    @_patient
     def exists(self, name: str) -> bool:
         fs, root = self._fs
         return fs.get_file_info(f"{root}/{name}").type == pafs.FileType.File
 
+    @_patient
     def names(self, suffix: str = "") -> list[str]:
         """The names of the files directly in this folder that end in `suffix`, sorted; none if there is no folder."""
         fs, root = self._fs
         infos = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
         return sorted(i.base_name for i in infos if i.type == pafs.FileType.File and i.base_name.endswith(suffix))
 
+    @_patient
     def delete(self, name: str) -> None:
         """Removes a file; one that is not there is no error."""
         fs, root = self._fs
         with contextlib.suppress(FileNotFoundError):
             fs.delete_file(f"{root}/{name}")
 
+    @_patient
     def delete_all(self) -> None:
         """Removes the folder and all in it; one that is not there is no error."""
         fs, root = self._fs
@@ -99,7 +180,12 @@ class Folder:
             fs.delete_dir(root)
 
     def sweep(self) -> None:
-        """Removes what interrupted writers left behind, here and below. Only for the holder of the lock."""
+        """Removes what interrupted writers left behind, here and below. Only for the holder of the lock.
+
+        On an object store that is nothing visible; a lifecycle rule of the bucket removes uploads never completed.
+        """
+        if is_remote(self.path):
+            return
         fs, root = self._fs
         for info in fs.get_file_info(pafs.FileSelector(root, allow_not_found=True, recursive=True)):
             if info.type == pafs.FileType.File and info.base_name.endswith(PART_SUFFIX):
@@ -107,7 +193,11 @@ class Folder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the folder for this process; it is free again however the process ends. Object stores have no locks.
+        """Holds the folder for this process; it is free again however the process ends.
+
+        Object stores have no locks. Two runs of one configuration in one folder there do the same work twice and may
+        take each other's unfinished pieces away, which ends one of them; but every object is whole, both write the
+        same bytes under the same name, and markers come last, so that what is there can be trusted.
 
         Raises StorageError in one line if another process holds it.
         """
@@ -119,21 +209,19 @@ class Folder:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise StorageError(
-                    f"another run is at work in {self.path}; wait for it or give another --out"
+                    f"another run is at work in {self.shown}; wait for it or give another --out"
                 ) from error
             yield
 
     @contextlib.contextmanager
     def writer(self, name: str) -> Iterator[IO[bytes]]:
         """A binary stream whose content appears as file `name` when the block ends well, and not otherwise."""
-        fs, root = self._fs
-        final = f"{root}/{name}"
-        if not isinstance(fs, pafs.LocalFileSystem):
+        if is_remote(self.path):
             buffer = io.BytesIO()  # gathered first: an upload closed by an error would publish half an object
             yield buffer
-            with fs.open_output_stream(final) as upload:
-                upload.write(buffer.getbuffer())
+            self._upload(name, buffer.getvalue())
             return
+        final = self.full(name)
         aside = Path(f"{final}.{uuid.uuid4().hex[:8]}{PART_SUFFIX}")
         aside.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -146,14 +234,29 @@ class Folder:
             aside.unlink(missing_ok=True)
             raise
 
+    @_patient
+    def _upload(self, name: str, data: bytes) -> None:
+        fs, root = self._fs
+
+        def upload() -> None:
+            with fs.open_output_stream(f"{root}/{name}") as stream:
+                stream.write(data)
+
+        with ThreadPoolExecutor(1) as thread:  # a signal in the middle, too, would publish half; threads get none
+            thread.submit(upload).result()
+        seen = fs.get_file_info(f"{root}/{name}").size
+        if seen != len(data):
+            raise OSError(f"{name}: {len(data)} bytes were written, {seen or 0} are there")
+
     def write_bytes(self, name: str, data: bytes) -> None:
         with self.writer(name) as stream:
             stream.write(data)
 
+    @_patient
     def read_bytes(self, name: str) -> bytes:
         fs, root = self._fs
-        with fs.open_input_stream(f"{root}/{name}") as stream:
-            return stream.read()
+        with fs.open_input_file(f"{root}/{name}") as file:
+            return _read_at(file, 0, file.size())
 
     def sha256(self, name: str) -> str:
         """Hex SHA-256 of a file."""
@@ -180,16 +283,54 @@ class Folder:
         self.write_bytes(name, buffer.getvalue())
         return hashlib.sha256(buffer.getbuffer()).hexdigest()
 
+    @_patient
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         fs, root = self._fs
         return pq.read_table(f"{root}/{name}", columns=columns, filesystem=fs, partitioning=None)
 
 
-def without_secrets(uri: str) -> str:
-    """A URI as it may be shown and published: without user, password and settings of the store."""
-    if "://" not in uri:
-        return uri
-    return re.sub(r"(?<=://)[^/@\s]*@", "", re.sub(r"\?\S*", "", uri))
+class _RemoteFile(io.RawIOBase):
+    """An object read forwards. A transfer that breaks off is taken up where it was, and is never taken for the end."""
+
+    def __init__(self, file: pa.NativeFile, where: str) -> None:
+        self._file = file
+        self._size = file.size()
+        self._where = where
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._position)
+        data = patiently(lambda: _read_at(self._file, self._position, wanted), self._where)
+        buffer[:wanted] = data
+        self._position += wanted
+        return wanted
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+def _read_at(file: pa.NativeFile, position: int, size: int) -> bytes:
+    """Raises OSError if there is less."""
+    data = file.read_at(size, position) if size else b""
+    if len(data) < size:
+        raise OSError(f"the transfer ended after {len(data)} of {size} bytes")
+    return data
+
+
+def open_stream(filesystem: pafs.FileSystem, path: str, where: str) -> io.BufferedReader:
+    """A file to read forwards, as it is stored. `where` is its path or URI, for messages.
+
+    Raises FileNotFoundError if it is not there, and StorageError if it lies on an object store that goes on failing.
+    """
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return io.BufferedReader(filesystem.open_input_stream(path, compression=None), STREAM_BUFFER_BYTES)
+    file = patiently(lambda: filesystem.open_input_file(path), where)
+    return io.BufferedReader(_RemoteFile(file, where), STREAM_BUFFER_BYTES)
 
 
 @functools.lru_cache(maxsize=32)
@@ -201,15 +342,15 @@ def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     if not is_remote(path):
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path.removeprefix("file://")))
     try:
-        return pafs.FileSystem.from_uri(path.rstrip("/"))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise StorageError(f"cannot open {path}: {_reason(error)}") from error
+        return patiently(lambda: pafs.FileSystem.from_uri(path.rstrip("/")), path)
+    except pa.ArrowInvalid as error:
+        raise StorageError(f"cannot open {path}: {_reason(error)}") from None  # it shows the URI as it is
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).splitlines()[0]
+    return first_line(error)
 
 
 @functools.lru_cache(maxsize=256)

@@ -7,10 +7,10 @@ from typing import Any
 import yaml
 
 from pds_ray.artifacts import RunFolder
-from pds_ray.config import to_dict
 from pds_ray.errors import printable
-from pds_ray.pipeline import COUNTED, Plan, stages
+from pds_ray.pipeline import COUNTED, Plan, public, stages
 from pds_ray.storage import Folder
+from pds_ray.upkeep import Problem
 
 
 def say(*lines: str) -> None:
@@ -21,19 +21,19 @@ def say(*lines: str) -> None:
 
 def print_plan(plan: Plan) -> None:
     """What would be done, and the resolved configuration as YAML."""
-    config = plan.config
+    config, shown = plan.config, public(plan.config)
     done = plan.store.committed() if plan.store.folder.exists(plan.store.STORE) else set()
     embedded = sum(shard.name in done for shard in plan.shards)
-    say(f"source    {config.source}: {len(plan.shards):,} shards, {embedded:,} embedded")
+    say(f"source    {shown['source']}: {len(plan.shards):,} shards, {embedded:,} embedded")
     say(f"method    {config.method}")
     say(f"encoder   {plan.encoder.name}: width {plan.encoder.dim}, pictures {plan.encoder.preprocess.size} px")
     say(f"decoder   {dict(plan.decoder.load_args).get('model', plan.decoder.name)}")
     for note in plan.decoder.notes:
         say(f"note      {note}")
-    say(f"result    {config.pairs:,} pairs in {plan.run.distilled.path}")
+    say(f"result    {config.pairs:,} pairs in {plan.run.distilled.shown}")
     say(f"stages    {' -> '.join(plan.stages)}")
     say("", "# the resolved configuration, usable with --config")
-    print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+    print(yaml.safe_dump(shown, sort_keys=False), end="")
 
 
 def print_summary(out: str, manifest: dict[str, Any]) -> None:
@@ -71,13 +71,20 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
         say(f"{name:<12} {entry['status']:<12} {entry.get('seconds', 0):>8.1f}  {_rate(name, entry)}")
     finished = entries.get("materialize", {}).get("status") == "done"
     run = RunFolder(Folder(out))
-    say("", f"{'result':<13} {run.distilled.path}" if finished else f"{'run folder':<13} {out}")
+    say("", f"{'result':<13} {run.distilled.shown}" if finished else f"{'run folder':<13} {run.folder.shown}")
 
 
 def _rate(name: str, entry: dict[str, Any]) -> str:
     unit, key = COUNTED[name]
     count, seconds = entry.get("counts", {}).get(key, 0), entry.get("seconds", 0)
     return f"{count / seconds:,.0f} {unit}/s" if unit and count and seconds else ""
+
+
+def print_problems(files: int, problems: list[Problem]) -> None:
+    """What `verify` found."""
+    for problem in problems:
+        say(f"{problem.stage:<12} {problem.name}: {problem.what}")
+    say(f"{files:,} files checked, " + (f"{len(problems):,} problems" if problems else "all as written"))
 
 
 MEASURE_TITLES = {"tr@1": "TR@1", "tr@5": "TR@5", "tr@10": "TR@10", "ir@1": "IR@1", "ir@5": "IR@5", "ir@10": "IR@10"}
@@ -116,7 +123,7 @@ def print_comparison(out: str, table: dict[str, Any]) -> None:
     cells = [cell for cell in table["cells"] if cell["backbone"] == "average"]
     cells.sort(key=lambda cell: cell["pairs"])  # stable: methods stay in their order
     _print_recalls(["pairs", "method"], [([str(cell["pairs"]), cell["method"]], cell) for cell in cells])
-    say("", f"result    {out}: comparison.json, comparison.csv")
+    say("", f"result    {Folder(out).shown}: comparison.json, comparison.csv")
 
 
 def _print_recalls(titles: list[str], rows: list[tuple[list[str], dict[str, Any]]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,3 +15,21 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no test data in {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """The port of an S3 server with an empty bucket."""
+    from object_store import running_server
+
+    with running_server() as port:
+        yield port
+
+
+@pytest.fixture
+def s3_login(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials of the server in the environment."""
+    from object_store import KEY, SECRET
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)

@@ -69,7 +69,11 @@ class _Reader:
     under_way: UnderWay
 
     def __call__(self) -> Iterable[pa.Table]:
-        """The shard's blocks; a disk or a network that fails is tried again, it says nothing about the data."""
+        """The shard's blocks; a disk that fails is read again, it says nothing about the data.
+
+        Object stores are asked again where they are read (`storage.open_stream`), and have failed for good if that
+        raises.
+        """
         self.under_way.begin(self.shard.name)
         done = 0
         for wait_s in (*READ_RETRY_WAITS_S, None):
@@ -78,7 +82,7 @@ class _Reader:
                     yield block
                     done += 1
                 return
-            except SourceError as error:
+            except (SourceError, StorageError) as error:
                 yield _unreadable(self.shard.name, error)
                 return
             except OSError as error:
@@ -123,7 +127,7 @@ class EmbedWorker:
         """A decoded block -> one summary row for each shard in it."""
         try:
             rows = [self._embed(shard, block) for shard in dict.fromkeys(block.column("shard").to_pylist())]
-        except OSError as error:  # the store fails, not the data: the driver stops the run
+        except (StorageError, OSError) as error:  # the store fails, not the data: the driver stops the run
             rows = [{"shard": "", "problem": first_line(error)}]
         return pa.Table.from_pylist(rows, schema=SUMMARY_SCHEMA)
 
@@ -232,7 +236,7 @@ def embed(
         begun = {marker["precision"] for marker in done.values()} - {embed_config.precision}
         if begun:
             raise ConfigError(
-                f"the embeddings in {store.folder.path} were begun in {begun.pop()}, here they would go on in "
+                f"the embeddings in {store.folder.shown} were begun in {begun.pop()}, here they would go on in "
                 f"{embed_config.precision}; say --embed.precision, and give another --out or --redo"
             )
         store.parts.delete_all()
@@ -361,7 +365,7 @@ def _embed_alone(shard: Shard, work: _Work) -> dict[str, Any] | str:
     limits = Limits(work.ray.sample_timeout_s)
     try:
         tables = embed_isolated(work.source, shard, work.info, load, work.read, work.config, limits)
-    except (SourceError, OSError) as error:
+    except (SourceError, StorageError, OSError) as error:
         return first_line(error)
     counts = core.shard_counts(*tables)
     work.store.commit(shard.name, *tables, commit_info(counts, work.config))

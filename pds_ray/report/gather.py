@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pds_ray.artifacts import EmbeddingStore, RunFolder, vectors
+from pds_ray.errors import without_secrets
 from pds_ray.manifest import RunManifest
 from pds_ray.pipeline import COUNTED
 from pds_ray.report import space
@@ -30,7 +31,7 @@ from pds_ray.report.evaluations import (
 )
 from pds_ray.report.pictures import data_uri, real_thumbnails
 from pds_ray.stages.materialize import DistilledSet, DistilledSetError, load_distilled
-from pds_ray.storage import Folder, without_secrets
+from pds_ray.storage import Folder, StorageError
 
 PAIR_LIMIT = 1_000
 """Pairs on the page."""
@@ -79,7 +80,7 @@ class _Run:
     """Of the stages that are done."""
     store: EmbeddingStore
     markers: dict[str, Json]
-    """Shard -> marker, in the order of names; empty if the embeddings are not there."""
+    """Shard -> marker, in the order of names; empty if the embeddings cannot be had."""
 
 
 def _open(folder: RunFolder) -> _Run:
@@ -90,7 +91,10 @@ def _open(folder: RunFolder) -> _Run:
     elsewhere = config.get("embed", {}).get("store")
     fingerprint = stages.get("embed", {}).get("fingerprint", "")
     store = EmbeddingStore(Folder(elsewhere) if elsewhere else folder.embeddings, fingerprint)
-    markers = store.committed() if "embed" in counts else {}
+    try:
+        markers = store.committed() if "embed" in counts else {}
+    except StorageError:  # a shared store whose credentials are not known here
+        markers = {}
     return _Run(folder, manifest, config, counts, store, markers)
 
 
@@ -108,7 +112,9 @@ def gather_run(folder: RunFolder, quick: bool = False, step: Step = lambda: None
     else:
         notes.append("The run is not finished: " + _where_it_stands(run.manifest["stages"]) + ".")
     if "embed" in run.counts and not run.markers:
-        notes.append("The embeddings are no longer there: no nearest images, no clusters and no map.")
+        notes.append(
+            "The embeddings are no longer there, or cannot be reached: no nearest images, no clusters and no map."
+        )
     searched = bool(run.markers) and not (quick and run.counts["embed"].get("images", 0) > QUICK_IMAGES)
     if run.markers and not searched:
         notes.append(

@@ -37,8 +37,8 @@ def write_report(path: str, out: str | None = None, quick: bool = False) -> str:
     try:
         target.write_bytes(name, page.encode())
     except OSError as error:
-        raise ReportError(f"cannot write {target.full(name)}: {error.strerror or error}") from error
-    return target.full(name)
+        raise ReportError(f"cannot write {(target / name).shown}: {error.strerror or error}") from error
+    return (target / name).shown
 
 
 def render(report: dict[str, Any]) -> str:

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterable
 from PIL import Image
 
 from pds_ray import catalog
-from pds_ray.errors import UserError
+from pds_ray.errors import UserError, first_line
 from pds_ray.images import ImageError, decode_image
 from pds_ray.sources.base import Sample
-from pds_ray.storage import without_secrets
 
 PICTURE_SIDE, THUMB_SIDE, QUALITY = 160, 96, 80
 SHARD_LIMIT = 32
@@ -73,8 +72,7 @@ def real_thumbnails(
                         break
             step()
     except (UserError, OSError) as error:
-        line = (without_secrets(str(error)).strip() or type(error).__name__).splitlines()[0]
-        notes.append(f"The source cannot be read any more, so real pictures are missing ({line}).")
+        notes.append(f"The source cannot be read any more, so real pictures are missing ({first_line(error)}).")
         return found, notes
     missing = sum(len(needed[name]) for name in chosen) - len(found)
     if missing:

@@ -7,7 +7,7 @@ A source knows where image-caption samples come from and nothing of what is done
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from pds_ray.errors import UserError
@@ -23,7 +23,7 @@ class Shard:
 
     name: str
     """Unique in its source, made of letters, digits, '.', '_' and '-': artifacts are named after it."""
-    location: str
+    location: str = field(repr=False)
     """What `Source.read` needs to find it: a path, a URI, a range of rows."""
     size: int = 0
     """Bytes for files, samples otherwise; 0 if unknown."""

@@ -28,7 +28,7 @@ from braceexpand import braceexpand
 
 from pds_ray.captions import MAX_CAPTIONS
 from pds_ray.sources.base import Fault, Sample, Shard, SourceError
-from pds_ray.storage import is_remote, open_filesystem
+from pds_ray.storage import StorageError, is_remote, open_filesystem, open_stream, patiently
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
@@ -63,7 +63,7 @@ class WebDatasetSource:
     the first ones count.
     """
 
-    uri: str
+    uri: str = field(repr=False)
     max_image_bytes: int = 64 * 1024**2
     max_text_bytes: int = 1024**2
     validation: None = None
@@ -349,7 +349,7 @@ def _parse_size(text: str) -> int:
 
 def _open_stream(location: str) -> io.BufferedReader:
     filesystem, path = _open_root(location)
-    return io.BufferedReader(filesystem.open_input_stream(path, compression=None), 1024**2)
+    return open_stream(filesystem, path, location)
 
 
 def _decompressed(stream: io.BufferedReader) -> io.BufferedReader | _Gunzip:
@@ -401,7 +401,7 @@ def _find_shards(uri: str) -> dict[str, pafs.FileInfo]:
                 stores[prefix, query] = _Store(prefix, query)
             store = stores[prefix, query]
             shards = _only_shards(pattern, list(store.walk(store.root, path.split("/"))))
-        except OSError as error:
+        except (OSError, StorageError) as error:
             raise SourceError(f"cannot look for {pattern}: {str(error).partition(chr(10))[0]}") from error
         found |= {store.location(info.path): info for info in shards}
         if not shards:
@@ -441,8 +441,8 @@ def _expand(uri: str) -> Iterator[str]:
 def _expand_braces(pattern: str) -> Iterator[str]:
     try:
         yield from map(_absolute, braceexpand(pattern))
-    except ValueError as error:
-        raise SourceError(f"braces do not match in {pattern!r}") from error
+    except ValueError:
+        raise SourceError(f"braces do not match in {pattern!r}") from None  # it shows the URI as it is
 
 
 def _read_list(location: str) -> list[str]:
@@ -492,8 +492,9 @@ class _Store:
 
     def _list(self, folder: str) -> dict[str, pafs.FileInfo]:
         if folder not in self._listings:
+            selector = pafs.FileSelector(folder, allow_not_found=True)
             try:
-                infos = self._filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
+                infos = patiently(lambda: self._filesystem.get_file_info(selector), self.location(folder))
             except NotADirectoryError:
                 infos = []
             self._listings[folder] = {info.base_name: info for info in infos}

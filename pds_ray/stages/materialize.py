@@ -274,7 +274,8 @@ def load_distilled(path: str) -> DistilledSet:
             raise DistilledSetError(f"{path} is a damaged distilled set: its manifest does not list {min(unlisted)}")
         if not isinstance(manifest["about"], dict):
             raise DistilledSetError(f"{path} is a damaged distilled set: its manifest does not say what it is about")
-        missing = pictures.difference((folder / "imagefolder").names(".png"))
+        images = folder / "imagefolder"  # listings of object stores may be behind
+        missing = {name for name in pictures.difference(images.names(".png")) if not images.exists(name)}
         captions = [row.get("text") or "" for row in rows]
     except DistilledSetError:
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import signal
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pds_ray import storage
-from pds_ray.storage import PART_SUFFIX, Folder, StorageError, is_remote, open_filesystem
+from pds_ray.storage import PART_SUFFIX, Folder, StorageError, is_remote, open_filesystem, patiently
 
 
 @pytest.fixture(params=["local", "object store"])
@@ -20,6 +21,7 @@ def folder(request, tmp_path, monkeypatch):
     """A folder on disk, and one that takes the road of the object stores (a sub-tree of the disk stands in)."""
     if request.param == "local":
         return Folder(str(tmp_path))
+    monkeypatch.setattr(storage, "WAITS_S", (0.01,))
     bucket = pafs.SubTreeFileSystem(str(tmp_path.parent), pafs.LocalFileSystem())
     monkeypatch.setattr(storage, "open_filesystem", lambda path: (bucket, path.removeprefix("s3://bucket/")))
     return Folder(f"s3://bucket/{tmp_path.name}")
@@ -175,6 +177,117 @@ def test_an_unknown_scheme_is_one_line():
     assert "\n" not in str(caught.value)
     with pytest.raises(StorageError):
         Folder("ftp://host/x").create()
+
+
+class Flaky:
+    """Fails as told, then works."""
+
+    def __init__(self, *errors):
+        self.errors, self.calls = list(errors), 0
+
+    def __call__(self):
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return "done"
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The waits between tries, which take no time here."""
+    found = []
+    monkeypatch.setattr(storage.time, "sleep", found.append)
+    return found
+
+
+def test_a_store_that_fails_is_asked_again(waits):
+    action = Flaky(OSError("AWS Error SLOW_DOWN"), FileNotFoundError(2, "not yet"), OSError("HTTP status 503"))
+    assert patiently(action, "s3://b/x") == "done"
+    assert len(waits) == 3
+    assert all(mean / 2 <= wait <= mean * 3 / 2 for wait, mean in zip(waits, storage.WAITS_S, strict=True))
+
+
+def test_a_store_that_goes_on_failing_is_left(waits):
+    action = Flaky(*[OSError("AWS Error SLOW_DOWN\nmore")] * 99)
+    with pytest.raises(StorageError) as caught:
+        patiently(action, "s3://KEY:SE/CRET@b/x?region=r&token=TOKEN")
+    assert action.calls == len(waits) + 1 == len(storage.WAITS_S) + 1
+    message = str(caught.value)
+    assert message.startswith("the object store fails at s3://b/x?region=r (AWS Error SLOW_DOWN); check ")
+    assert caught.value.__suppress_context__  # a trace back shows nothing that is not in the message
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (OSError("AWS Error ACCESS_DENIED during PutObject operation"), StorageError),
+        (OSError("AWS Error UNKNOWN (HTTP status 400) during HeadObject operation"), StorageError),
+        (PermissionError(13, "closed"), PermissionError),
+        (ZeroDivisionError(), ZeroDivisionError),
+    ],
+)
+def test_what_another_try_will_not_change(waits, error, raised):
+    with pytest.raises(raised):
+        patiently(Flaky(error), "s3://b/x")
+    assert waits == []
+
+
+def test_a_disk_is_asked_once(waits):
+    with pytest.raises(OSError, match="broken"):
+        patiently(Flaky(OSError("broken")), "/x")
+    with pytest.raises(FileNotFoundError):
+        Folder("/x").read_bytes("y")
+    assert waits == []
+
+
+class Lossy:
+    """An object store on a folder of the disk that keeps half of the first uploads, or is interrupted in them."""
+
+    def __init__(self, root, losses=0, interrupts=False):
+        self.inner = pafs.SubTreeFileSystem(str(root), pafs.LocalFileSystem())
+        self.losses, self.interrupts = losses, interrupts
+
+    def open_output_stream(self, path):
+        if self.interrupts:
+            signal.raise_signal(signal.SIGINT)
+        stream = self.inner.open_output_stream(path)
+        self.losses -= 1
+        return HalfStream(stream) if self.losses >= 0 else stream
+
+    def get_file_info(self, path):
+        return self.inner.get_file_info(path)
+
+
+class HalfStream:
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stream.close()
+
+    def write(self, data):
+        self.stream.write(data[: len(data) // 2])
+
+
+def test_an_object_of_another_size_is_written_again(tmp_path, monkeypatch, waits):
+    store = Lossy(tmp_path, losses=2)
+    monkeypatch.setattr(storage, "open_filesystem", lambda _: (store, ""))
+    Folder("s3://b").write_bytes("x", b"0123456789")
+    assert (tmp_path / "x").read_bytes() == b"0123456789"
+    assert len(waits) == 2
+    store.losses = 99
+    with pytest.raises(StorageError, match="x: 10 bytes were written, 5 are there"):
+        Folder("s3://b").write_bytes("x", b"0123456789")
+
+
+def test_an_upload_is_not_cut_by_an_interrupt(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "open_filesystem", lambda _: (Lossy(tmp_path, interrupts=True), ""))
+    with pytest.raises(KeyboardInterrupt):
+        Folder("s3://b").write_bytes("x", b"whole")
+    assert (tmp_path / "x").read_bytes() == b"whole"
 
 
 def test_folders_travel():

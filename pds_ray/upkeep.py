@@ -1,0 +1,156 @@
+"""Looking after a run: is all there that the manifests promise, and doing anew what is not, or what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from pds_ray import pipeline
+from pds_ray.artifacts import HASH_THREADS, EmbeddingStore, RunFolder
+from pds_ray.config import ConfigError, RunConfig, flatten, replace
+from pds_ray.manifest import RunManifest
+from pds_ray.progress import progress_bar
+from pds_ray.sources.base import RETRYABLE
+from pds_ray.stages.embed import sum_counts
+from pds_ray.stages.materialize import MANIFEST
+from pds_ray.storage import Folder, StorageError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file that is not what it should be."""
+
+    stage: str
+    name: str
+    """Below the run folder; of embeddings, below their store."""
+    what: str
+    """Missing, corrupt, or what it disagrees with."""
+    shard: str = ""
+    """Of embeddings."""
+
+
+@dataclass(frozen=True)
+class _Promise:
+    """A file with the bytes that a manifest promises."""
+
+    stage: str
+    folder: Folder
+    name: str
+    sha256: str
+    shard: str = ""
+
+    def problem(self) -> Problem | None:
+        try:
+            found = self.folder.sha256(self.name)
+        except FileNotFoundError:
+            return Problem(self.stage, self.name, "missing", self.shard)
+        except (OSError, StorageError) as error:
+            return Problem(self.stage, self.name, f"unreadable ({error})", self.shard)
+        return None if found == self.sha256 else Problem(self.stage, self.name, "corrupt", self.shard)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run by its folder alone: neither source nor models are looked at."""
+
+    folder: RunFolder
+    manifest: RunManifest
+    config: RunConfig
+    """As recorded, with the changes that were given."""
+
+    @property
+    def done(self) -> list[str]:
+        entries = self.manifest.stages
+        return [s for s in pipeline.stages(self.config.method) if entries.get(s, {}).get("status") == "done"]
+
+    @property
+    def store(self) -> EmbeddingStore:
+        fingerprint = self.manifest.stages.get("embed", {}).get("fingerprint", "")
+        path = self.config.embed.store
+        return EmbeddingStore(Folder(path) if path else self.folder.embeddings, fingerprint)
+
+
+def _open(path: str, changes: Mapping[str, Any]) -> _Run:
+    run = RunFolder(Folder(path))
+    if not run.folder.exists(RunFolder.MANIFEST):
+        raise ConfigError(f"{path} is no run folder: it has no {RunFolder.MANIFEST}")
+    manifest = RunManifest(run)
+    recorded = flatten(manifest.data.get("config", {}))
+    return _Run(run, manifest, replace(RunConfig(), {**recorded, "out": path, **changes}))
+
+
+def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
+    """Checks every file and count of the finished stages of a run; how many files were looked at, and what is wrong.
+
+    `changes` to the recorded configuration may say where the embedding store is now.
+
+    Raises ConfigError or ManifestError if `path` is no run folder or a damaged one.
+    """
+    run = _open(path, changes)
+    problems, promises = [], []
+    for stage in run.done:
+        if stage == "embed":
+            markers = run.store.committed()
+            problems += list(_disagreements(run, markers))
+            for shard, marker in markers.items():
+                hashes = marker["sha256"].items()
+                promises += [_Promise(stage, run.store.folder, name, sha256, shard) for name, sha256 in hashes]
+        elif stage == "materialize":
+            distilled = run.folder.distilled
+            if not distilled.exists(MANIFEST):
+                problems.append(Problem(stage, f"distilled/{MANIFEST}", "missing"))
+                continue
+            files = distilled.read_json(MANIFEST)["files"]
+            promises += [_Promise(stage, distilled, name, file["sha256"]) for name, file in files.items()]
+        else:
+            hashes = run.folder.hashes(stage).items()
+            promises += [_Promise(stage, run.folder.folder, name, sha256) for name, sha256 in hashes]
+    with ThreadPoolExecutor(HASH_THREADS) as threads, progress_bar("verify", len(promises), "files") as bar:
+        for problem in threads.map(_Promise.problem, promises):
+            problems += [problem] if problem else []
+            bar.update()
+    return len(promises), problems
+
+
+def _disagreements(run: _Run, markers: dict[str, dict[str, Any]]) -> Iterator[Problem]:
+    """Where the markers of the store and run.json do not tell the same."""
+    store, counts = run.store, run.manifest.stages["embed"]["counts"]
+    for name in store.folder.names(store.IMAGES):
+        shard = name.removesuffix(store.IMAGES)
+        if shard not in markers:
+            yield Problem("embed", shard + store.MARKER, "missing or corrupt", shard)
+    found = {"shards": len(markers) + len(store.failed().keys() - markers.keys()), **sum_counts(markers.values())}
+    for what in ("shards", "images", "pairs", "bad"):
+        if found[what] != counts[what]:
+            yield Problem("embed", store.STORE, f"holds {found[what]:,} {what}, run.json says {counts[what]:,}")
+
+
+def repair(path: str, problems: list[Problem], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Does anew what `verify` found wrong, and nothing else unless it comes out otherwise.
+
+    Raises what `pipeline.distill` does: source and models are needed again.
+    """
+    run = _open(path, changes)
+    for problem in problems:
+        if problem.stage not in ("embed", "materialize"):
+            run.folder.folder.delete(problem.name)  # what is there is taken for good
+    shards = {problem.shard for problem in problems} - {""}
+    return pipeline.redo(run.config, shards, {problem.stage for problem in problems})
+
+
+def retry_failed(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Tries again what could not be read or killed its process in a run, then all that depends on it.
+
+    `changes` to the configuration of the run may say how the source is reached now, or anything of `ray.*`.
+
+    Raises what `pipeline.distill` does, and ConfigError if nothing failed.
+    """
+    run = _open(path, changes)
+    markers = run.store.committed()
+    deadly = [shard for shard, marker in markers.items() if marker["reasons"].keys() & set(RETRYABLE)]
+    shards = [*run.store.failed(), *deadly]
+    if not shards:
+        raise ConfigError(f"nothing to try again: no shard of {path} failed, no sample killed its process")
+    return pipeline.redo(run.config, shards, ())
