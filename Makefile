@@ -1,5 +1,6 @@
 # make demo   distil the built-in world (about five minutes after installation, two cores, no network but for packages)
 # make test   lint, types and tests
+# make test-faults   all tests of faults, the long ones too (twenty kills, dying nodes; about half an hour)
 # make fuzz   coverage-guided fuzzing of what strangers' bytes reach, FUZZ_SECONDS for each of four targets
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 RUN := runs/demo
 FUZZ_SECONDS := 300
 
-.PHONY: install demo test lint types fuzz clean
+.PHONY: install demo test test-faults lint types fuzz clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +30,10 @@ types: install
 
 test: lint types
 	$(BIN)/pytest
+
+# the long ones too: twenty kills, dying nodes
+test-faults: install
+	$(BIN)/pytest tests/faults -m ray
 
 # what reaches new code is kept in runs/fuzz; an input that fails goes to tests/fuzz/found, which `make test` replays
 fuzz: install

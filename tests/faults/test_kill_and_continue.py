@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.ray
@@ -19,9 +20,9 @@ ARGS = ["distill", "--preset", "demo", "--source", "scenes:3000", "--pairs", "20
 STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "caption", "materialize")
 
 
-def start(out: Path) -> subprocess.Popen:
+def start(out: Path, *more: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "pds_ray.cli", *ARGS, "--out", str(out)],
+        [sys.executable, "-m", "pds_ray.cli", *ARGS, "--out", str(out), *more],
         start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -52,6 +53,21 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def wait_for(stage: str, out: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 240
+    while progress(out) != stage and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None, f"ended before {stage}"
+
+
+def check_finished(process: subprocess.Popen, out: Path, undisturbed: Path) -> None:
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    mine, reference = content(out), content(undisturbed)
+    assert mine.keys() == reference.keys()
+    assert [name for name in reference if mine[name] != reference[name]] == []
+
+
 @pytest.mark.parametrize(("how", "expected"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_killed_again_and_again(undisturbed: Path, tmp_path: Path, how: signal.Signals, expected: int) -> None:
     """Killed once in each of two stages, at a random moment of it; finished work is not redone."""
@@ -60,10 +76,7 @@ def test_killed_again_and_again(undisturbed: Path, tmp_path: Path, how: signal.S
     finished: dict[Path, int] = {}
     for stage in ("embed", "decode"):
         process = start(out)
-        deadline = time.monotonic() + 120
-        while progress(out) != stage and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert process.poll() is None, f"ended before {stage}"
+        wait_for(stage, out, process)
         time.sleep(moments.uniform(0, 3))
         os.killpg(process.pid, how)
         _, errors = process.communicate(timeout=60)
@@ -74,9 +87,79 @@ def test_killed_again_and_again(undisturbed: Path, tmp_path: Path, how: signal.S
         done = [*(out / "embeddings").glob("*.json"), *(out / "images").glob("*.png")]
         finished = {path: path.stat().st_mtime_ns for path in done}
     process = start(out)
-    _, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, errors
+    check_finished(process, out, undisturbed)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished work was redone"
-    mine, reference = content(out), content(undisturbed)
-    assert mine.keys() == reference.keys()
-    assert [name for name in reference if mine[name] != reference[name]] == []
+
+
+def workers(process: psutil.Process, name: str) -> list[psutil.Process]:
+    """The Ray workers below a process that do what is named."""
+    found = []
+    for child in process.children(recursive=True):
+        try:
+            found += [child] if name in " ".join(child.cmdline()) else []
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+@pytest.mark.parametrize(("stage", "worker"), [("embed", "EmbedWorker"), ("decode", "SynthesizeWorker")])
+def test_an_actor_is_killed(undisturbed: Path, tmp_path: Path, stage: str, worker: str) -> None:
+    """Once while its model loads, and once when it has begun to work; the run itself goes on."""
+    out = tmp_path / "run"
+    process = start(out)
+    wait_for(stage, out, process)
+    killed: set[int] = set()
+    for wait_s in (0.0, 5.0):
+        deadline = time.monotonic() + 120
+        while not (alive := [w for w in workers(psutil.Process(process.pid), worker) if w.pid not in killed]):
+            assert process.poll() is None, f"ended before there was another {worker}"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(wait_s)
+        if process.poll() is None and alive[0].is_running():
+            alive[0].kill()
+            killed.add(alive[0].pid)
+    assert killed
+    check_finished(process, out, undisturbed)
+
+
+@pytest.mark.long
+def test_killed_twenty_times(undisturbed: Path, tmp_path: Path) -> None:
+    """In every stage at a random moment of it, then at random instants; whoever gets through begins a new run."""
+    out, moments, instants = tmp_path / "0", random.Random(20), 20
+    for number in range(instants):
+        process = start(out)
+        if number < len(STAGES):
+            stage = STAGES[number]
+            while progress(out) != stage and process.poll() is None:
+                time.sleep(0.005)
+            time.sleep(moments.uniform(0, 0.3))
+        else:
+            time.sleep(moments.uniform(1, 60))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+        if process.returncode == 0:
+            check_finished(start(out), out, undisturbed)
+            out = tmp_path / str(number + 1)
+    check_finished(start(out), out, undisturbed)
+
+
+@pytest.mark.long
+def test_nodes_die_and_others_come(undisturbed: Path, tmp_path: Path) -> None:
+    """In a cluster of three nodes one dies while it embeds, another while it decodes; new ones join."""
+    from ray.cluster_utils import Cluster
+
+    store = 300 << 20
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": store})
+    try:
+        nodes = [cluster.add_node(num_cpus=2, object_store_memory=store) for _ in range(2)]
+        out = tmp_path / "run"
+        process = start(out, "--address", cluster.address, "--ray.embed_workers", "3", "--ray.decode_workers", "3")
+        for stage, node in zip(("embed", "decode"), nodes, strict=True):
+            wait_for(stage, out, process)
+            time.sleep(4)
+            cluster.remove_node(node, allow_graceful=False)
+            cluster.add_node(num_cpus=2, object_store_memory=store)
+        check_finished(process, out, undisturbed)
+    finally:
+        cluster.shutdown()

@@ -1,0 +1,89 @@
+"""`verify` names what is missing or corrupt, `verify --repair` does just that anew."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from command_line import Run, content
+
+from pds_ray.stages.materialize import MANIFEST
+from pds_ray.upkeep import verify
+
+pytestmark = pytest.mark.ray
+Finished = tuple[Path, subprocess.CompletedProcess]
+
+
+@pytest.fixture
+def copy(finished: Finished, tmp_path: Path) -> Path:
+    shutil.copytree(finished[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def promised(run: Path) -> list[str]:
+    """Every file of a finished run that verification must know, read off the folder."""
+    return sorted(
+        name for name in content(run) if not name.startswith(("hashes/", "embeddings/store")) and ".lock" not in name
+    )
+
+
+def test_a_good_run_has_no_problem(finished: Finished) -> None:
+    run, _ = finished
+    files, problems = verify(str(run), {})
+    assert problems == []
+    markers = sorted(path.name for path in (run / "embeddings").glob("*.json"))
+    assert files == len(promised(run)) - len(markers) - 1  # the manifest of the set promises, too
+
+
+def test_every_file_is_missed_and_every_flipped_bit_is_seen(copy: Path) -> None:
+    """Whatever file it is: taken away, it is named; with one bit turned, it is named."""
+    chance = random.Random(4)
+    for name in promised(copy):
+        path = copy / name
+        whole = path.read_bytes()
+        place = chance.randrange(len(whole))
+        for broken in (None, whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1 :]):
+            promise = name.endswith(MANIFEST) or (path.parent.name == "embeddings" and path.suffix == ".json")
+            if broken is not None and promise:
+                continue  # what promises is not itself promised; its loss is seen
+            path.unlink()
+            if broken is not None:
+                path.write_bytes(broken)
+            _, problems = verify(str(copy), {})
+            named = {problem.name for problem in problems}
+            assert any(name.endswith(each) for each in named), f"{name}: {problems}"
+            path.write_bytes(whole)
+    assert verify(str(copy), {})[1] == []
+
+
+def test_repair_does_just_that_anew(copy: Path, finished: Finished, pds_ray: Run) -> None:
+    reference = content(finished[0])
+    broken = [
+        "embeddings/scenes-00001.images.parquet", "pruning/scenes-00000.keep.parquet", "clusters/text.safetensors",
+        "images/000003.png", "prototypes.parquet", "distilled/webdataset/000000.tar",
+    ]  # fmt: skip
+    for name in broken:
+        (copy / name).write_bytes(b"not what it was")
+    untouched = {
+        path: path.stat().st_mtime_ns
+        for path in [*copy.glob("embeddings/scenes-00000.*"), *copy.glob("images/00001*.png")]
+    }
+    assert len(untouched) > 5
+    found = pds_ray("verify", str(copy))
+    assert found.returncode == 2
+    assert [name for name in broken if Path(name).name not in found.stdout] == []
+    mended = pds_ray("verify", str(copy), "--repair")
+    assert mended.returncode == 0, mended.stderr
+    assert content(copy) == reference
+    assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
+    assert json.loads((copy / "run.json").read_text())["stages"].keys() >= {"embed", "caption", "materialize"}
+
+
+def test_no_run(tmp_path: Path, pds_ray: Run) -> None:
+    for name in ("verify", "retry-failed"):
+        done = pds_ray(name, str(tmp_path))
+        assert (done.returncode, "no run folder" in done.stderr) == (2, True)
