@@ -340,7 +340,7 @@ def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[st
                 f"{config.pairs:,} clusters asked for, but pruning leaves {kept['kept']:,} pairs of "
                 f"{kept['images_kept']:,} images; lower --pairs or --prune.ratio"
             )
-        return stage(names, kept, dim, store, run, config)
+        return stage(names, kept, dim, store, run, config, plan_.fingerprints["cluster"])
 
     def match() -> dict[str, Any]:
         from pds_ray.distributed.match import match as stage

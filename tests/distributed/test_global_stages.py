@@ -33,7 +33,7 @@ def run_stages(folder: Path, rows_per_shard: list[int], config: RunConfig = CONF
     store, data = make_store(folder / "store", rows_per_shard)
     run = RunFolder(Folder(str(folder / "run")))
     counts = prune(data.shards, len(data.keys), 0.2, store, run)
-    counts["cluster"] = cluster(data.shards, counts, DIM, store, run, config)
+    counts["cluster"] = cluster(data.shards, counts, DIM, store, run, config, "fingerprint")
     counts["match"] = match(data.shards, store, run, config)
     counts["prototypes"] = make_prototypes(data.shards, DIM, store, run, config)
     return run, data, counts
@@ -69,7 +69,7 @@ def test_training_vectors_are_weighted_images(tmp_path: Path) -> None:
     run = RunFolder(Folder(str(tmp_path / "run")))
     prune(data.shards, len(data.keys), 0.3, store, run)
     kept = np.concatenate([run.keep(shard) for shard in data.shards])
-    rows, weights = gather("image", data.shards, store, run, 1.0, 0)
+    rows, weights = gather("image", data.shards, store, run, 1.0, DIM, CONFIG)
     copies = data.image[kept]  # the authors' way: an image once per kept caption
     assert weights.sum() == len(copies)
     np.testing.assert_allclose((rows * weights[:, None]).sum(axis=0), copies.sum(axis=0), rtol=1e-5)
@@ -177,13 +177,15 @@ def test_joint_rows_are_drawn_by_their_double_width(tmp_path: Path) -> None:
     budget = ClusterConfig(modality="joint", memory_gib=400 * 2 * 4 * 2 * DIM / 2**30)
     config = RunConfig(pairs=5, cluster=budget)
     run.save_centroids("image", np.zeros((5, DIM), np.float32))
-    found = [cluster(data.shards, counts, DIM, store, run, config)["joint"] for _ in range(2)]
+    run.save_labels("left over", np.zeros(1, np.int32), np.zeros(1, np.int32))
+    found = [cluster(data.shards, counts, DIM, store, run, config, "fingerprint")["joint"] for _ in range(2)]
     assert found[0] == found[1]
     assert found[0]["rows"] == pytest.approx(400, rel=0.2)
     assert run.clusters.names(".safetensors") == ["joint.safetensors"], "what a run before it left is gone"
+    assert run.labelled() == set(data.shards)
 
-    rows, weights = gather("joint", data.shards, store, run, 0.4, 0)
-    alone = [gather("joint", [shard], store, run, 0.4, 0)[0] for shard in data.shards]
+    rows, weights = gather("joint", data.shards, store, run, 0.4, 2 * DIM, CONFIG)
+    alone = [gather("joint", [shard], store, run, 0.4, 2 * DIM, CONFIG)[0] for shard in data.shards]
     np.testing.assert_array_equal(rows, np.concatenate(alone))
     assert (weights == 1).all()
     kept = np.concatenate([run.keep(shard) for shard in data.shards])
