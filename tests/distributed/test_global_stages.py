@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 from synthetic_store import Gathered, make_store
 
-from pds_ray.artifacts import RunFolder, vectors
+from pds_ray.artifacts import EmbeddingStore, RunFolder, vectors
 from pds_ray.config import ClusterConfig, MatchConfig, RunConfig
+from pds_ray.distributed import nearest
 from pds_ray.distributed.cluster import cluster, gather
 from pds_ray.distributed.match import match
 from pds_ray.distributed.prototypes import make_prototypes
 from pds_ray.distributed.prune import prune
+from pds_ray.distributed.runtime import map_in_order
 from pds_ray.storage import Folder
 
 pytestmark = pytest.mark.ray
@@ -124,6 +128,30 @@ def test_cutting_the_data_in_other_shards_changes_nothing(
     whole, cut = other.prototypes().select(columns).to_pydict(), finished[0].prototypes().select(columns).to_pydict()
     np.testing.assert_allclose(whole.pop("cosine"), cut.pop("cosine"), rtol=1e-9)
     assert whole == cut
+
+
+@pytest.mark.parametrize("queries_per_shard", [1, 5, 10])
+def test_shards_searched_together_find_the_same(
+    finished: tuple[RunFolder, Gathered, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queries_per_shard: int
+) -> None:
+    """All four shards in one task, or in twos, or each by itself; at most nine prototypes."""
+    monkeypatch.setattr(nearest, "QUERIES_PER_SHARD", queries_per_shard)
+    answers = []
+
+    def counted(*args: Any) -> Iterator[Any]:
+        for answer in map_in_order(*args):
+            answers.append(args[0])
+            yield answer
+
+    monkeypatch.setattr(nearest.runtime, "map_in_order", counted)
+    run, data, _ = finished
+    other = RunFolder(Folder(str(tmp_path)))
+    for folder in ("clusters", "matching"):
+        (tmp_path / folder).symlink_to(Path(run.folder.path) / folder)
+    make_prototypes(data.shards, DIM, EmbeddingStore(Folder(run.folder.path) / "../store"), other, CONFIG)
+    assert other.folder.read_bytes("prototypes.parquet") == run.folder.read_bytes("prototypes.parquet")
+    together = 1 + run.prototypes().num_rows // queries_per_shard
+    assert answers.count(nearest._search) == 2 * -(-4 // together)  # captions, then images
 
 
 def clustered_rows(modality: str, data: Gathered) -> np.ndarray:
