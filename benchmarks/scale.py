@@ -129,8 +129,12 @@ class Watch:
 
     def now(self) -> np.ndarray:
         """Seconds of the clock and of CPU so far."""
-        times = [process.cpu_times() for process in (self._me, *self._me.children(recursive=True))]
-        return np.array([time.perf_counter(), sum(spent.user + spent.system for spent in times)])
+        cpu = 0.0
+        for process in (self._me, *self._me.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                spent = process.cpu_times()
+                cpu += spent.user + spent.system
+        return np.array([time.perf_counter(), cpu])
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
