@@ -11,8 +11,9 @@ N images, M captions (one pair per caption), d embedding width, K clusters, B di
 | `embeddings/S.errors.parquet` | bad samples | key, reason, detail (str) | reason is one of sources.base.REASONS |
 | `embeddings/S.json` | | | commit marker, written last: fingerprint, counts, SHA-256 of the three files |
 | `pruning/S.keep.parquet` | pairs of S | kept (bool) | in the row order of S.captions |
-| `clusters/image.safetensors`, `text.safetensors` | | centroids (f32 [K, d]) | k-means centroids in the clustered space; where cluster.modality is image or text, that one alone |
+| `clusters/image.safetensors`, `text.safetensors` | | centroids (f32 [K, d]) | k-means centroids in the clustered space; where cluster.modality is image or text, that one alone. Of a two-level fit also coarse (f32 [C, d]) and starts (int64 [C + 1]): cell c holds the centroids starts[c] to starts[c + 1] |
 | `clusters/joint.safetensors` | | centroids (f32 [K, 2d]) | where cluster.modality is joint, instead of the two |
+| `clusters/fits.json` | | | what the folder was made from, and what is to be told of each k-means that is finished |
 | `clusters/S.labels.parquet` | pairs of S | image_cluster, text_cluster (int32) | -1 for pairs pruned away; equal unless cluster.modality is separate |
 | `matching/couples.parquet` | couples | image_cluster, text_cluster (int32), shared (int64), pairless (bool), mean_cosine (f64) | the assignment |
 | `prototypes.parquet` | B | see `prototype_schema` | in the order of the distilled set |
@@ -278,16 +279,50 @@ class RunFolder:
         """bool [pairs of the shard]."""
         return self.pruning.read_table(f"{shard}.keep.parquet").column("kept").to_numpy(zero_copy_only=False)
 
-    def save_centroids(self, space: str, centroids: np.ndarray) -> None:
-        self.clusters.write_bytes(f"{space}.safetensors", save_safetensors({"centroids": centroids}))
+    def save_centroids(self, space: str, centroids: np.ndarray, **cells: np.ndarray) -> None:
+        """`cells`: coarse and starts of a two-level fit."""
+        self.clusters.write_bytes(f"{space}.safetensors", save_safetensors({"centroids": centroids, **cells}))
+
+    def has_centroids(self, space: str) -> bool:
+        return self.clusters.exists(f"{space}.safetensors")
 
     def centroids(self, space: str) -> np.ndarray:
         """float32 [K, d], of "joint" [K, 2d]."""
         return load_safetensors(self.clusters.read_bytes(f"{space}.safetensors"))["centroids"]
 
+    def cells(self, space: str) -> dict[str, np.ndarray]:
+        """coarse and starts of a two-level fit, nothing of a flat one."""
+        tensors = load_safetensors(self.clusters.read_bytes(f"{space}.safetensors"))
+        return {name: tensor for name, tensor in tensors.items() if name != "centroids"}
+
+    def cell_samples(self, space: str) -> Folder:
+        """While a two-level fit is made: the training vectors of each coarse cell."""
+        return self.clusters / f"{space}.cells"
+
+    def save_cell_sample(self, space: str, cell: int, vectors: np.ndarray, weights: np.ndarray) -> None:
+        tensors = {"vectors": vectors, "weights": weights}
+        self.cell_samples(space).write_bytes(f"{cell:06d}.safetensors", save_safetensors(tensors))
+
+    def cell_sample(self, space: str, cell: int) -> tuple[np.ndarray, np.ndarray]:
+        """float32 [n, d], float32 [n]."""
+        tensors = load_safetensors(self.cell_samples(space).read_bytes(f"{cell:06d}.safetensors"))
+        return tensors["vectors"], tensors["weights"]
+
+    def save_fits(self, fits: dict[str, Any]) -> None:
+        self.clusters.write_json("fits.json", fits)
+
+    def fits(self) -> dict[str, Any]:
+        """Empty if nothing was begun."""
+        return self.clusters.read_json("fits.json") if self.clusters.exists("fits.json") else {}
+
     def save_labels(self, shard: str, image_cluster: np.ndarray, text_cluster: np.ndarray) -> None:
         table = pa.table({"image_cluster": image_cluster, "text_cluster": text_cluster}, schema=LABEL_SCHEMA)
         self.clusters.write_table(f"{shard}.labels.parquet", table)
+
+    def labelled(self) -> set[str]:
+        """The shards whose labels are there."""
+        suffix = ".labels.parquet"
+        return {name.removesuffix(suffix) for name in self.clusters.names(suffix)}
 
     def labels(self, shard: str) -> tuple[np.ndarray, np.ndarray]:
         """Image and text cluster of each pair of the shard, int32, -1 where pruned."""

@@ -391,7 +391,8 @@ def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[st
                 f"{config.pairs:,} clusters asked for, but pruning leaves {kept['kept']:,} pairs of "
                 f"{kept['images_kept']:,} images; lower --pairs or --prune.ratio"
             )
-        return stage(names(), kept, dim, store, run, config)
+        belongs_to = fingerprint(plan_.fingerprints["cluster"], manifest.data["store_content"])
+        return stage(names(), kept, dim, store, run, config, belongs_to)
 
     def match() -> dict[str, Any]:
         from pds_ray.distributed.match import match as stage

@@ -1,4 +1,4 @@
-"""Captions of the pictures: one task embeds them, shards look for the nearest, the driver keeps the best."""
+"""Captions of the pictures: one task embeds them, then each takes the nearest caption of the source."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import ray
 from PIL import Image
 
 from pds_ray import catalog
-from pds_ray.artifacts import CHOSEN_CAPTION_SCHEMA, EmbeddingStore, RunFolder, vectors
+from pds_ray.artifacts import CHOSEN_CAPTION_SCHEMA, EmbeddingStore, RunFolder
 from pds_ray.config import EmbedConfig, RunConfig
 from pds_ray.distributed import runtime
+from pds_ray.distributed.nearest import nearest
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.progress import progress_bar
-from pds_ray.stages import prototypes as core
 from pds_ray.stages.embed import embed_pictures
 
 
@@ -26,12 +26,6 @@ def _embed(pairs: int, info: EncoderInfo, config: EmbedConfig, run: RunFolder) -
     torch.set_num_threads(runtime.MODEL_THREADS)
     pictures = (Image.open(io.BytesIO(run.images.read_bytes(run.image_name(pair)))) for pair in range(pairs))
     return embed_pictures(pictures, catalog.load_encoder(info, config.precision), info.preprocess, config.batch_size)
-
-
-def _nearest(shard: str, store: EmbeddingStore, pictures: np.ndarray) -> core.Nearest:
-    captions = store.captions(shard, ["key", "caption", "embedding"])
-    cosine, rows = core.nearest_rows(pictures, vectors(captions, "embedding"))
-    return core.Nearest(cosine, core.who(shard, rows, captions, "key", "caption"))
 
 
 def caption(
@@ -48,19 +42,16 @@ def caption(
         precision = runtime.precision(config.embed.precision, "bf16")
         pictures = ray.get(runtime.start_model(_embed, pairs, info, EmbedConfig(precision=precision), run))
         bar.update()
-        best = core.no_nearest(pairs)
-        for found in runtime.map_in_order(_nearest, shards, store, pictures):
-            core.merge_nearest(best, found)
-            bar.update()
-    chosen = [who[2] for who in best.who]
+        found = nearest("captions", shards, store, pictures, bar)
+    chosen = found["caption"]
     run.save_captions(
         pa.table(
             {
                 "pair": np.arange(pairs, dtype=np.int32),
                 "caption": chosen,
-                "caption_shard": [who[0] for who in best.who],
-                "caption_key": [who[1] for who in best.who],
-                "caption_cosine": best.cosine,
+                "caption_shard": found["shard"],
+                "caption_key": found["key"],
+                "caption_cosine": found["cosine"],
             },
             schema=CHOSEN_CAPTION_SCHEMA,
         )

@@ -1,4 +1,8 @@
-"""Clustering: the sample is gathered and fitted in one heavy task a k-means, then every shard is labelled."""
+"""Clustering: the sample is gathered and fitted in one heavy task a k-means, then every shard is labelled.
+
+A two-level k-means has its cells fitted by as many tasks. What is there is kept: a k-means that is finished and the
+labels of a shard, as long as they belong to the same configuration and the same pairs.
+"""
 
 from __future__ import annotations
 
@@ -14,83 +18,162 @@ from pds_ray.stages import cluster as core
 
 
 def gather(
-    space: str, shards: list[str], store: EmbeddingStore, run: RunFolder, share: float, seed: int
+    space: str, shards: list[str], store: EmbeddingStore, run: RunFolder, share: float, width: int, config: RunConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """The sampled training vectors of one space, in shard order, and their weights.
 
-    float32 [n, d] ([n, 2d] if joint), float32 [n]. A row is an image in "image", a pair in "text" and "joint".
+    float32 [n, width], float32 [n]. A row is an image in "image", a pair in "text" and "joint". Besides the result no
+    more than a shard's vectors are held.
     """
-    parts, weights = [], []
+    chosen, weights = [], []
     for shard in shards:
-        owner = store.captions(shard, ["image_row"]).column("image_row").to_numpy()
         weight = run.keep(shard).astype(np.float32)
         if space == "image":
-            weight = np.bincount(owner, weight).astype(np.float32)
+            weight = np.bincount(_owner(shard, store), weight).astype(np.float32)
         candidates = np.flatnonzero(weight)
-        chosen = candidates[core.sample_rows(len(candidates), share, seed, f"{space}/{shard}")]
-        parts.append(_vectors(space, shard, store, owner, chosen))
-        weights.append(weight[chosen])
-    return np.concatenate(parts), np.concatenate(weights)
+        rows = candidates[core.sample_rows(len(candidates), share, config.seed, f"{space}/{shard}")]
+        chosen.append(rows.astype(np.int32))
+        weights.append(weight[rows])
+    sample = np.empty((sum(len(rows) for rows in chosen), width), np.float32)
+    start = 0
+    for shard, rows in zip(shards, chosen, strict=True):
+        sample[start : start + len(rows)] = _vectors(space, shard, store, config.cluster.normalize, rows)
+        start += len(rows)
+    return sample, np.concatenate(weights)
+
+
+def _owner(shard: str, store: EmbeddingStore) -> np.ndarray:
+    """The image row of each pair."""
+    return store.captions(shard, ["image_row"]).column("image_row").to_numpy()
 
 
 def _vectors(
-    space: str, shard: str, store: EmbeddingStore, owner: np.ndarray, rows: np.ndarray | slice = slice(None)
+    space: str, shard: str, store: EmbeddingStore, normalize: bool, rows: np.ndarray | slice = slice(None)
 ) -> np.ndarray:
-    """Some rows of a shard in one space: float32 [rows, d], [rows, 2d] if joint. `owner`: image row of each pair."""
-    if space == "image":
-        return vectors(store.images(shard, ["embedding"]), "embedding")[rows]
-    texts = vectors(store.captions(shard, ["embedding"]), "embedding")[rows]
-    if space == "text":
-        return texts
-    return core.joined(vectors(store.images(shard, ["embedding"]), "embedding")[owner[rows]], texts)
+    """Some rows of a shard as they are clustered: float32 [rows, d], [rows, 2d] if joint."""
+    side = store.images(shard, ["embedding"]) if space == "image" else store.captions(shard, ["embedding"])
+    found = vectors(side, "embedding")[rows]
+    if space == "joint":
+        images = vectors(store.images(shard, ["embedding"]), "embedding")
+        found = core.joined(images[_owner(shard, store)[rows]], found)
+    return core.normalized(found) if normalize else found
 
 
 def _fit(
-    space: str, shards: list[str], store: EmbeddingStore, run: RunFolder, share: float, config: RunConfig
+    space: str, shards: list[str], store: EmbeddingStore, run: RunFolder, share: float, width: int, config: RunConfig
 ) -> dict[str, Any]:
-    rows, weights = gather(space, shards, store, run, share, config.seed)
-    fitted = core.fit(rows, weights, config.pairs, config.seed, config.cluster)
+    fitted = core.fit(
+        *gather(space, shards, store, run, share, width, config), config.pairs, config.seed, config.cluster
+    )
     run.save_centroids(space, fitted.centroids)
     return {"rows": fitted.rows, "objective": fitted.objective}
 
 
+def _fit_coarse(
+    space: str, shards: list[str], store: EmbeddingStore, run: RunFolder, share: float, width: int, config: RunConfig
+) -> core.Cells:
+    """The coarse level of a two-level fit; leaves the sample of each cell as a file."""
+    sample, weights = gather(space, shards, store, run, share, width, config)
+    cells, cell_of = core.fit_cells(sample, weights, config.pairs, config.seed, config.cluster)
+    for cell in range(len(cells.coarse)):
+        mine = cell_of == cell
+        run.save_cell_sample(space, cell, sample[mine], weights[mine])
+    return cells
+
+
+def _fit_cell(item: tuple[int, int], space: str, run: RunFolder, config: RunConfig) -> core.Fit:
+    cell, clusters = item
+    return core.fit(*run.cell_sample(space, cell), clusters, config.seed, config.cluster)
+
+
+def _fit_in_cells(cells: core.Cells, space: str, run: RunFolder, config: RunConfig) -> dict[str, Any]:
+    """The fine level of a two-level fit."""
+    items = [(cell, int(clusters)) for cell, clusters in enumerate(np.diff(cells.starts))]
+    fits = list(runtime.map_in_order(_fit_cell, items, space, run, config))
+    centroids = np.concatenate([fitted.centroids for fitted in fits])
+    run.save_centroids(space, centroids, coarse=cells.coarse, starts=cells.starts)
+    run.cell_samples(space).delete_all()
+    return {"rows": sum(fitted.rows for fitted in fits), "objective": sum(fitted.objective for fitted in fits)}
+
+
+Level = tuple[np.ndarray, core.Cells | None]
+
+
 def _label(
-    shard: str, store: EmbeddingStore, run: RunFolder, centroids: dict[str, np.ndarray], normalize: bool
-) -> np.ndarray:
-    """Saves the labels of a shard's pairs; returns the pairs of each cluster, int64 [spaces, K]."""
-    kept = run.keep(shard)
-    owner = store.captions(shard, ["image_row"]).column("image_row").to_numpy()
-    labels, sizes = [], []
-    for space, fitted in centroids.items():
-        found = core.assign(_vectors(space, shard, store, owner), fitted, normalize)
-        of_pair = found[owner] if space == "image" else found
-        labels.append(np.where(kept, of_pair, -1).astype(np.int32))
-        sizes.append(np.bincount(of_pair[kept], minlength=len(fitted)))
-    run.save_labels(shard, labels[0], labels[-1])  # one k-means alone labels both sides
-    return np.stack(sizes)
+    item: tuple[str, bool], store: EmbeddingStore, run: RunFolder, levels: dict[str, Level], normalize: bool
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Saves the labels of a shard's pairs, unless they are there.
+
+    Returns for each space which clusters the pairs fall in and how many in each.
+    """
+    shard, done = item
+    if not done:
+        kept, owner = run.keep(shard), _owner(shard, store)
+        labels = []
+        for space, (centroids, cells) in levels.items():
+            found = core.assign(_vectors(space, shard, store, normalize), centroids, cells)
+            labels.append(np.where(kept, found[owner] if space == "image" else found, -1).astype(np.int32))
+        run.save_labels(shard, labels[0], labels[-1])  # one k-means alone labels both sides
+    saved = run.labels(shard)[: len(levels)]
+    return [np.unique(label[label >= 0], return_counts=True) for label in saved]
+
+
+def _begin(run: RunFolder, made_from: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the fits so far; clusters of other data or another configuration are removed."""
+    found = run.fits()
+    if found.get("made_from") == made_from:
+        return found
+    run.save_fits({})  # first, lest a removal that is cut short looks whole
+    run.clusters.delete_all()
+    begun = {"made_from": made_from, "fits": {}}
+    run.save_fits(begun)
+    return begun
 
 
 def cluster(
-    shards: list[str], counts: dict[str, int], dim: int, store: EmbeddingStore, run: RunFolder, config: RunConfig
+    shards: list[str],
+    counts: dict[str, int],
+    dim: int,
+    store: EmbeddingStore,
+    run: RunFolder,
+    config: RunConfig,
+    fingerprint: str,
 ) -> dict[str, Any]:
-    """Fits what is clustered and labels every pair. `counts`: of pruning. Returns sizes and objectives."""
-    run.clusters.delete_all()  # another modality's centroids would outlive a redone run
+    """Fits what is clustered and labels every pair. Returns sizes and objectives.
+
+    `counts`: of pruning. `fingerprint`: of all that the clusters depend on; what is there of the same is kept.
+    """
     spaces = core.spaces(config.cluster)
-    result: dict[str, Any] = {}
+    pairs = {name: counts[name] for name in ("pairs", "kept", "images_kept")}
+    begun = _begin(run, {"fingerprint": fingerprint, **pairs})
     with progress_bar("cluster", len(spaces) + len(shards), "steps") as bar:
         for space in spaces:
-            rows = counts["images_kept"] if space == "image" else counts["kept"]
-            width = 2 * dim if space == "joint" else dim
-            bar.set_postfix_str(f"k-means of {rows:,} {space} vectors, K = {config.pairs:,}", refresh=False)
-            share = core.sample_share(rows, width, config.cluster, config.pairs)
-            result[space] = runtime.run_kmeans(_fit, space, shards, store, run, share, config)
+            if space not in begun["fits"] or not run.has_centroids(space):
+                rows = counts["images_kept"] if space == "image" else counts["kept"]
+                width = 2 * dim if space == "joint" else dim
+                bar.set_postfix_str(f"k-means of {rows:,} {space} vectors, K = {config.pairs:,}", refresh=False)
+                share = core.sample_share(rows, width, config.cluster, config.pairs)
+                task = (space, shards, store, run, share, width, config)
+                if config.pairs <= core.FLAT_LIMIT:
+                    begun["fits"][space] = runtime.run_kmeans(_fit, *task)
+                else:
+                    cells = runtime.run_kmeans(_fit_coarse, *task)
+                    begun["fits"][space] = _fit_in_cells(cells, space, run, config)
+                run.save_fits(begun)
             bar.update()
-        centroids = {space: run.centroids(space) for space in spaces}
+        levels: dict[str, Level] = {}
+        for space in spaces:
+            cells_of = run.cells(space)
+            levels[space] = run.centroids(space), core.Cells(**cells_of) if cells_of else None
         sizes = np.zeros((len(spaces), config.pairs), np.int64)
         bar.set_postfix_str("labels", refresh=False)
-        for part in runtime.map_in_order(_label, shards, store, run, centroids, config.cluster.normalize):
-            sizes += part
+        done = run.labelled()
+        items = [(shard, shard in done) for shard in shards]
+        for parts in runtime.map_in_order(_label, items, store, run, levels, config.cluster.normalize):
+            for size, (labels, found) in zip(sizes, parts, strict=True):
+                size[labels] += found
             bar.update()
+    result = {space: dict(begun["fits"][space]) for space in spaces}
     for space, size in zip(spaces, sizes, strict=True):
         result[space] |= {
             "empty": int((size == 0).sum()),

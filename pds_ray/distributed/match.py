@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from pds_ray.artifacts import COUPLE_SCHEMA, EmbeddingStore, RunFolder
@@ -13,26 +13,22 @@ from pds_ray.distributed import runtime
 from pds_ray.progress import progress_bar
 from pds_ray.stages import match as core
 
-MERGE_EVERY = 64  # partial tables held before they are added up
 
-
-def _count(
-    shard: str, store: EmbeddingStore, run: RunFolder, clusters: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _count(shard: str, store: EmbeddingStore, run: RunFolder, clusters: int) -> core.Counts:
     similarity = store.captions(shard, ["similarity"]).column("similarity").to_numpy()
     return core.count_pairs(*run.labels(shard), similarity, clusters)
 
 
 def match(shards: list[str], store: EmbeddingStore, run: RunFolder, config: RunConfig) -> dict[str, Any]:
     """Writes the couples; returns how many there are and what they share."""
-    pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     with progress_bar("match", len(shards) + 1, "shards") as bar:
-        for part in runtime.map_in_order(_count, shards, store, run, config.pairs):
-            pending.append(part)
-            if len(pending) == MERGE_EVERY:
-                pending = [core.merge_counts(pending)]
-            bar.update()
-        cells, counts, cosines = core.merge_counts(pending)
+
+        def parts() -> Iterator[core.Counts]:
+            for part in runtime.map_in_order(_count, shards, store, run, config.pairs):
+                bar.update()
+                yield part
+
+        cells, counts, cosines = core.sum_counts(parts())
         text_of = core.assign_clusters(cells, counts, config.pairs, config.match.solver)
         bar.update()
     columns = core.couples(cells, counts, cosines, text_of, config.pairs, config.match)

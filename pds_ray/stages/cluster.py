@@ -3,6 +3,10 @@
 An image counts as often as it has kept captions: by weight, not by copies. Small data is used whole; of large data a
 seeded sample is used that fits the memory budget. Each shard's sample depends on (seed, shard) alone.
 
+Above FLAT_LIMIT clusters the fit has two levels: a coarse k-means of about sqrt(K) cells, then one k-means inside each
+cell, with clusters in proportion to its weight. A vector's label is then the nearest centroid of its nearest cell: the
+same rule for the sample, when it is fitted, and for all pairs, when they are labelled.
+
 As ablations there is one k-means alone, of either modality or of both joined; every pair then has one label for both
 its sides, and matching has nothing left to decide.
 """
@@ -18,6 +22,7 @@ import numpy as np
 from pds_ray.artifacts import MODALITIES
 from pds_ray.config import ClusterConfig, ConfigError
 
+FLAT_LIMIT = 100_000  # clusters fitted at one level
 MIN_ROWS_PER_CLUSTER = 39  # what FAISS, too, takes for the least that a fit needs
 
 
@@ -26,7 +31,7 @@ class Fit:
     """A fitted k-means."""
 
     centroids: np.ndarray
-    """float32 [K, d], in the clustered space (unit vectors' means if `normalize`)."""
+    """float32 [K, d], in the space of the training vectors."""
     objective: float
     """Weighted sum of squared distances of the training vectors to their centroids."""
     rows: int
@@ -44,7 +49,7 @@ def joined(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
 
 
 def sample_share(rows: int, dim: int, config: ClusterConfig, clusters: int) -> float:
-    """Share of the rows that fits the memory budget (float32, FAISS keeps one copy besides ours).
+    """Share of the rows that fits the memory budget: half of it is for the sample as float32, half for the fit.
 
     Raises ConfigError if a sample that fits is too small for that many clusters.
     """
@@ -76,14 +81,15 @@ def normalized(vectors: np.ndarray) -> np.ndarray:
 def fit(vectors: np.ndarray, weights: np.ndarray, clusters: int, seed: int, config: ClusterConfig) -> Fit:
     """Weighted Lloyd k-means. vectors float32 [n, d], weights float32 [n]; on the GPU if FAISS has one.
 
-    Raises ValueError if there are fewer vectors of positive weight than clusters.
+    The vectors are taken as they are, `normalize` or not, and not copied. Raises ValueError if there are fewer vectors
+    of positive weight than clusters.
     """
     import faiss
 
     if np.count_nonzero(weights) < clusters:
         raise ValueError(f"{np.count_nonzero(weights)} vectors cannot make {clusters} clusters")
     gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-    training = np.ascontiguousarray(normalized(vectors) if config.normalize else vectors, np.float32)
+    training = np.ascontiguousarray(vectors, np.float32)
     weights = np.ascontiguousarray(weights, np.float32)
     best: Fit | None = None
     for restart in range(config.restarts):  # not FAISS's nredo: its objective leaves the weights out
@@ -107,12 +113,67 @@ def fit(vectors: np.ndarray, weights: np.ndarray, clusters: int, seed: int, conf
     return best
 
 
-def assign(vectors: np.ndarray, centroids: np.ndarray, normalize: bool) -> np.ndarray:
-    """Nearest centroid of each row. float32 [n, d], [K, d] -> int32 [n]."""
+@dataclass(frozen=True)
+class Cells:
+    """The coarse level of a two-level fit."""
+
+    coarse: np.ndarray
+    """float32 [C, d]: the centroid of each cell."""
+    starts: np.ndarray
+    """int64 [C + 1]: cell c holds the clusters starts[c] to starts[c + 1], at least one."""
+
+
+def fit_cells(
+    vectors: np.ndarray, weights: np.ndarray, clusters: int, seed: int, config: ClusterConfig
+) -> tuple[Cells, np.ndarray]:
+    """The coarse level, and the cell of each training vector, int32 [n]. Arguments as of `fit`, weights positive.
+
+    A cell that no training vector is nearest to is left out.
+    """
+    if len(vectors) < clusters:
+        raise ValueError(f"{len(vectors)} vectors cannot make {clusters} clusters")
+    coarse = fit(vectors, weights, round(math.sqrt(clusters)), seed, config).centroids
+    filled, cell_of = np.unique(assign(vectors, coarse), return_inverse=True)
+    allotted = allot(clusters, np.bincount(cell_of, weights), np.bincount(cell_of))
+    return Cells(coarse[filled], np.concatenate([[0], np.cumsum(allotted)])), cell_of.astype(np.int32)
+
+
+def allot(clusters: int, weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Clusters of each cell, in proportion to its weight by largest remainders, but from 1 to its rows. int64 [C].
+
+    float64 [C], int64 [C], both positive; C <= clusters <= sum of the rows.
+    """
+
+    def shares(scale: float) -> np.ndarray:
+        return np.clip(scale * weights, 1, rows)
+
+    low, high = 0.0, 2 * float((rows / weights).max())  # from where each cell has 1 to where it has all it can take
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if shares(middle).sum() <= clusters else (low, middle)
+    share = shares(low)
+    allotted = np.floor(share).astype(np.int64)
+    remainder = np.where(allotted < rows, share - allotted, -1.0)
+    order = np.argsort(-remainder, kind="stable")
+    allotted[order[: clusters - int(allotted.sum())]] += 1
+    return allotted
+
+
+def assign(vectors: np.ndarray, centroids: np.ndarray, cells: Cells | None = None) -> np.ndarray:
+    """Nearest centroid of each row, if there are cells of those in its nearest one.
+
+    float32 [n, d], [K, d] -> int32 [n].
+    """
     import faiss
 
     if not len(vectors):
         return np.zeros(0, np.int32)
-    rows = normalized(vectors) if normalize else vectors
-    _, labels = faiss.knn(np.ascontiguousarray(rows, np.float32), centroids, 1)
-    return labels[:, 0].astype(np.int32)
+    if cells is not None:
+        labels = np.empty(len(vectors), np.int32)
+        cell_of = assign(vectors, cells.coarse)
+        for cell in np.unique(cell_of):
+            mine = np.flatnonzero(cell_of == cell)
+            start, end = cells.starts[cell], cells.starts[cell + 1]
+            labels[mine] = start + assign(vectors[mine], centroids[start:end])
+        return labels
+    _, found = faiss.knn(np.ascontiguousarray(vectors, np.float32), centroids, 1)
+    return found[:, 0].astype(np.int32)

@@ -7,6 +7,8 @@ and shifts nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import scipy.sparse as sp
 from scipy.optimize import linear_sum_assignment
@@ -17,25 +19,20 @@ from pds_ray.config import MatchConfig
 DENSE_LIMIT = 5_000
 KEEP_PAIRLESS_BELOW = 300  # pairs; the paper keeps centroids of pairless couples in small sets only
 
-Table = dict[int, tuple[int, float]]
+Counts = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""A sparse contingency table: its cells (int64, i * K + j, ascending), counts (int64) and summed cosines (float64)."""
 
 
-def count_pairs(
-    image_cluster: np.ndarray, text_cluster: np.ndarray, similarity: np.ndarray, clusters: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The contingency table of some pairs, sparse.
-
-    int32 [n], int32 [n] (-1 where pruned), float32 [n] -> cells (int64, i * K + j, ascending), their counts (int64)
-    and their summed cosines (float64).
-    """
+def count_pairs(image_cluster: np.ndarray, text_cluster: np.ndarray, similarity: np.ndarray, clusters: int) -> Counts:
+    """The contingency table of some pairs: int32 [n], int32 [n] (-1 where pruned), float32 [n]."""
     kept = image_cluster >= 0
     packed = image_cluster[kept].astype(np.int64) * clusters + text_cluster[kept]
     cells, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
     return cells, counts.astype(np.int64), np.bincount(inverse, weights=similarity[kept], minlength=len(cells))
 
 
-def merge_counts(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The sum of several contingency tables."""
+def merge_counts(parts: list[Counts]) -> Counts:
+    """The sum of a few contingency tables; the cosines of a cell are added in the order of the tables."""
     cells = np.concatenate([part[0] for part in parts])
     unique, inverse = np.unique(cells, return_inverse=True)
     counts = np.zeros(len(unique), np.int64)
@@ -44,28 +41,60 @@ def merge_counts(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tupl
     return unique, counts, cosines
 
 
+def sum_counts(parts: Iterable[Counts]) -> Counts:
+    """The sum of any number of contingency tables: what `merge_counts` of all of them gives, bit for bit.
+
+    What falls into known cells is added in place; new cells wait until they are half as many as the known ones, so
+    that little more than the sum is held and all merges together cost O(n).
+    """
+    last = np.iinfo(np.int64).max  # a cell beyond all others: every search ends at one
+    known: list[np.ndarray] = [np.array([last]), np.zeros(1, np.int64), np.zeros(1)]
+    new: list[Counts] = []
+    waiting = 0
+
+    def add_new() -> None:
+        merged = merge_counts(new)
+        place = np.searchsorted(known[0], merged[0])
+        for column, theirs in enumerate(merged):
+            known[column] = np.insert(known[column], place, theirs)
+        new.clear()
+
+    for cells, counts, cosines in parts:
+        place = np.searchsorted(known[0], cells)
+        hit = known[0][place] == cells
+        known[1][place[hit]] += counts[hit]
+        known[2][place[hit]] += cosines[hit]
+        new.append((cells[~hit], counts[~hit], cosines[~hit]))
+        waiting += len(new[-1][0])
+        if 2 * waiting > len(known[0]):
+            add_new()
+            waiting = 0
+    if new:
+        add_new()
+    return known[0][:-1], known[1][:-1], known[2][:-1]
+
+
 def assign_clusters(cells: np.ndarray, counts: np.ndarray, clusters: int, solver: str = "auto") -> np.ndarray:
     """The text cluster matched to each image cluster: a permutation, int64 [K].
 
     Dense and sparse give the same total; where several assignments do, which one is the solver's choice.
     """
-    rows, columns = np.divmod(cells, clusters)
     if solver == "dense" or (solver == "auto" and clusters <= DENSE_LIMIT):
-        table = np.zeros((clusters, clusters))
-        table[rows, columns] = counts
-        return linear_sum_assignment(table, maximize=True)[1]
-    return _assign_sparse(rows, columns, counts, clusters)
+        table = np.zeros(clusters * clusters)
+        table[cells] = counts
+        return linear_sum_assignment(table.reshape(clusters, clusters), maximize=True)[1]
+    return _assign_sparse(cells, counts, clusters)
 
 
-def _assign_sparse(rows: np.ndarray, columns: np.ndarray, counts: np.ndarray, clusters: int) -> np.ndarray:
+def _assign_sparse(cells: np.ndarray, counts: np.ndarray, clusters: int) -> np.ndarray:
     """Each image cluster gets a private dummy column of weight 0, so that a full matching always exists."""
     own = np.arange(clusters)
+    ends = np.searchsorted(cells, (own + 1) * clusters)  # the cells are in the order of a CSR array already
     # the solver takes no zero weights: everything is shifted by 1, the same for every full matching
-    weights = np.concatenate([counts, np.zeros(clusters, np.int64)]).astype(np.float64) + 1
-    graph = sp.csr_array(
-        (weights, (np.concatenate([rows, own]), np.concatenate([columns, clusters + own]))),
-        shape=(clusters, 2 * clusters),
-    )
+    weights = np.insert(counts + 1.0, ends, 1.0)
+    columns = np.insert((cells % clusters).astype(np.int32), ends, clusters + own)
+    starts = np.concatenate([[0], ends + own + 1])
+    graph = sp.csr_array((weights, columns, starts), shape=(clusters, 2 * clusters))
     matched = min_weight_full_bipartite_matching(graph, maximize=True)[1].astype(np.int64)
     # those on their dummy share no pair with any free text cluster: they take the free ones in order
     left_over = np.flatnonzero(matched >= clusters)

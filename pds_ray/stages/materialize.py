@@ -18,8 +18,9 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +33,8 @@ from pds_ray.captions import clean_basic
 from pds_ray.errors import UserError
 from pds_ray.images import ImageError, decode_image
 from pds_ray.storage import Folder
+
+Files = dict[str, dict[str, Any]]  # name in the set -> bytes and SHA-256
 
 SET_SCHEMA_VERSION = 1
 PAIRS_PER_TAR = 10_000
@@ -111,50 +114,79 @@ def records(prototypes: pa.Table, captions: pa.Table | None = None) -> list[dict
 def write_distilled(run: RunFolder, about: dict[str, Any], captions: pa.Table | None = None) -> dict[str, Any]:
     """Writes the distilled set of a finished run; `about` is what the card and the manifest say of its making.
 
-    `captions` (rows of captions.parquet) replace those of the prototypes. Returns counts. The manifest comes last:
-    without it the folder is no distilled set.
+    `captions` (rows of captions.parquet) replace those of the prototypes. Returns counts. One picture is held at a
+    time. The manifest comes last: without it the folder is no distilled set.
     """
     prototypes = run.prototypes()
     rows = records(prototypes, captions)
-    pictures = [run.images.read_bytes(row["file_name"]) for row in rows]
     target = run.distilled
     target.delete(MANIFEST)
-    files: dict[str, dict[str, Any]] = {}
-
-    def write(folder: Folder, prefix: str, name: str, data: bytes) -> None:
-        folder.write_bytes(name, data)
-        files[prefix + name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-    for row, picture in zip(rows, pictures, strict=True):
-        write(target / "imagefolder", "imagefolder/", row["file_name"], picture)
+    pictures: Files = {}
+    tars: Files = {}
+    others: Files = {}
+    for number, start in enumerate(range(0, len(rows), PAIRS_PER_TAR)):
+        with (
+            _written(target, f"webdataset/{number:06d}.tar", tars) as stream,
+            tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as tar,
+        ):
+            for row in rows[start : start + PAIRS_PER_TAR]:
+                picture = run.images.read_bytes(row["file_name"])
+                _write(target, "imagefolder/" + row["file_name"], picture, pictures)
+                _add_pair(tar, row, picture)
     metadata = "".join(_json_line(row) + "\n" for row in rows).encode()
-    write(target / "imagefolder", "imagefolder/", METADATA, metadata)
-    for number, tar in enumerate(_tars(rows, pictures)):
-        write(target / "webdataset", "webdataset/", f"{number:06d}.tar", tar)
+    _write(target, f"imagefolder/{METADATA}", metadata, pictures)
     tensors = {
         "image_prototypes": vectors(prototypes, "image_prototype"),
         "text_prototypes": vectors(prototypes, "text_prototype"),
     }
-    write(target, "", PROTOTYPES, save_safetensors(tensors))
-    write(target, "", CARD, card(rows, about).encode())
+    _write(target, PROTOTYPES, save_safetensors(tensors), others)
+    _write(target, CARD, card(rows, about).encode(), others)
+    files = pictures | tars | others
     target.write_json(MANIFEST, {"schema": SET_SCHEMA_VERSION, "pairs": len(rows), "about": about, "files": files})
     return {"pairs": len(rows), "bytes": sum(file["bytes"] for file in files.values())}
 
 
-def _tars(rows: list[dict[str, Any]], pictures: list[bytes]) -> Iterator[bytes]:
-    """WebDataset shards; no times and no owners, so that the same pairs give the same bytes."""
-    for start in range(0, len(rows), PAIRS_PER_TAR):
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for row, picture in zip(rows[start:][:PAIRS_PER_TAR], pictures[start:][:PAIRS_PER_TAR], strict=True):
-                key = f"{row['pair']:06d}"
-                record = _json_line(row).encode()
-                for suffix, data in (("png", picture), ("txt", row["text"].encode()), ("json", record)):
-                    member = tarfile.TarInfo(f"{key}.{suffix}")
-                    member.size = len(data)
-                    member.mode = 0o644
-                    tar.addfile(member, io.BytesIO(data))
-        yield buffer.getvalue()
+class _Hashed(io.RawIOBase):
+    """A binary stream that counts and hashes what is written to it."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        super().__init__()
+        self._stream = stream
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, data: Any, /) -> int:
+        self._digest.update(data)
+        self._bytes += len(data)
+        return self._stream.write(data)
+
+    def entry(self) -> dict[str, Any]:
+        """What the manifest says of the file."""
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
+
+@contextmanager
+def _written(target: Folder, name: str, files: Files) -> Iterator[_Hashed]:
+    """A stream into a file of the set, which is listed in `files` when the block ends."""
+    with target.writer(name) as stream:
+        hashed = _Hashed(stream)
+        yield hashed
+    files[name] = hashed.entry()
+
+
+def _write(target: Folder, name: str, data: bytes, files: Files) -> None:
+    with _written(target, name, files) as stream:
+        stream.write(data)
+
+
+def _add_pair(tar: tarfile.TarFile, row: dict[str, Any], picture: bytes) -> None:
+    """One WebDataset sample; no times and no owners, so that the same pairs give the same bytes."""
+    record = _json_line(row).encode()
+    for suffix, data in (("png", picture), ("txt", row["text"].encode()), ("json", record)):
+        member = tarfile.TarInfo(f"{row['pair']:06d}.{suffix}")
+        member.size = len(data)
+        member.mode = 0o644
+        tar.addfile(member, io.BytesIO(data))
 
 
 def _json_line(row: dict[str, Any]) -> str:

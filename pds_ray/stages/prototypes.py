@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
 from pds_ray.artifacts import MEMBER_SAMPLE
 from pds_ray.stages.cluster import normalized
@@ -129,44 +128,60 @@ def means(sums: Sums) -> Prototypes:
     return Prototypes(*vectors, cosine[order], sums.couple[alive[order]])
 
 
+QUERIES_AT_ONCE, ROWS_AT_ONCE = 2_048, 16_384  # their cosines are 128 MiB, however many there are of both
+
+
 @dataclass
 class Nearest:
-    """For each of B queries the best row so far: its cosine, and who it is."""
+    """For each of B queries the best row so far."""
 
     cosine: np.ndarray
     """float32 [B], -inf before anything was seen."""
-    who: list[tuple[str, ...]]
+    shard: np.ndarray
+    """int32 [B], the number of the row's shard; -1 for none."""
+    row: np.ndarray
+    """int32 [B], its place in the shard; -1 for none."""
 
 
 def no_nearest(queries: int) -> Nearest:
     """The neutral element of `merge_nearest`."""
-    return Nearest(np.full(queries, -np.inf, np.float32), [()] * queries)
+    nowhere = np.full(queries, -1, np.int32)
+    return Nearest(np.full(queries, -np.inf, np.float32), nowhere, nowhere.copy())
 
 
-def nearest_rows(queries: np.ndarray, rows: np.ndarray, chunk: int = 16_384) -> tuple[np.ndarray, np.ndarray]:
-    """The row of highest cosine for each query, the first of equals. float32 [B, d], [n, d] -> float32 [B], int64 [B].
+def nearest_rows(
+    queries: np.ndarray, rows: np.ndarray, block: tuple[int, int] = (QUERIES_AT_ONCE, ROWS_AT_ONCE)
+) -> tuple[np.ndarray, np.ndarray]:
+    """The row of highest cosine for each query, the first of equals. float32 [B, d], [n, d] -> float32 [B], int32 [B].
 
-    Exact, in blocks of `chunk` rows; -inf and -1 where there are no rows.
+    Exact, in blocks of queries and rows; -inf and -1 where there are no rows.
     """
+    some_queries, some_rows = block
     unit = normalized(queries)
     best = np.full(len(queries), -np.inf, np.float32)
-    where = np.full(len(queries), -1, np.int64)
-    for start in range(0, len(rows), chunk):
-        similarity = unit @ normalized(rows[start : start + chunk]).T
-        top = similarity.argmax(axis=1)
-        value = similarity[np.arange(len(queries)), top]
-        better = value > best
-        best[better], where[better] = value[better], top[better] + start
+    where = np.full(len(queries), -1, np.int32)
+    for start in range(0, len(rows), some_rows):
+        unit_rows = normalized(rows[start : start + some_rows]).T
+        for first in range(0, len(queries), some_queries):
+            mine = slice(first, first + some_queries)
+            similarity = unit[mine] @ unit_rows
+            top = similarity.argmax(axis=1)
+            value = similarity[np.arange(len(top)), top]
+            better = value > best[mine]
+            best[mine][better], where[mine][better] = value[better], top[better] + start
     return best, where
-
-
-def who(shard: str, rows: np.ndarray, table: pa.Table, *columns: str) -> list[tuple[str, ...]]:
-    """The named columns of some rows, each with its shard before it; () for row -1, which stands for none."""
-    return [(shard, *(table.column(name)[int(row)].as_py() for name in columns)) if row >= 0 else () for row in rows]
 
 
 def merge_nearest(total: Nearest, part: Nearest) -> None:
     """Keeps the better of both; the earlier shard wins a tie. Called in shard order."""
     better = part.cosine > total.cosine
-    total.cosine = np.where(better, part.cosine, total.cosine)
-    total.who = [theirs if new else mine for mine, theirs, new in zip(total.who, part.who, better, strict=True)]
+    for mine, theirs in ((total.cosine, part.cosine), (total.shard, part.shard), (total.row, part.row)):
+        mine[better] = theirs[better]
+
+
+def by_shard(nearest: Nearest) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """The shards that hold a nearest row of any query: their number, those queries and their rows in it."""
+    order = np.argsort(nearest.shard, kind="stable")
+    numbers, starts = np.unique(nearest.shard[order], return_index=True)
+    parts = np.split(order, starts[1:])
+    return [(int(number), mine, nearest.row[mine]) for number, mine in zip(numbers, parts, strict=False)]

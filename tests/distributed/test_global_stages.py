@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 from synthetic_store import Gathered, make_store
 
-from pds_ray.artifacts import RunFolder, vectors
+from pds_ray.artifacts import EmbeddingStore, RunFolder, vectors
 from pds_ray.config import ClusterConfig, MatchConfig, RunConfig
+from pds_ray.distributed import nearest
 from pds_ray.distributed.cluster import cluster, gather
 from pds_ray.distributed.match import match
 from pds_ray.distributed.prototypes import make_prototypes
 from pds_ray.distributed.prune import prune
+from pds_ray.distributed.runtime import map_in_order
 from pds_ray.storage import Folder
 
 pytestmark = pytest.mark.ray
@@ -33,7 +37,7 @@ def run_stages(folder: Path, rows_per_shard: list[int], config: RunConfig = CONF
     store, data = make_store(folder / "store", rows_per_shard)
     run = RunFolder(Folder(str(folder / "run")))
     counts = prune(data.shards, len(data.keys), 0.2, store, run)
-    counts["cluster"] = cluster(data.shards, counts, DIM, store, run, config)
+    counts["cluster"] = cluster(data.shards, counts, DIM, store, run, config, "fingerprint")
     counts["match"] = match(data.shards, store, run, config)
     counts["prototypes"] = make_prototypes(data.shards, DIM, store, run, config)
     return run, data, counts
@@ -69,7 +73,7 @@ def test_training_vectors_are_weighted_images(tmp_path: Path) -> None:
     run = RunFolder(Folder(str(tmp_path / "run")))
     prune(data.shards, len(data.keys), 0.3, store, run)
     kept = np.concatenate([run.keep(shard) for shard in data.shards])
-    rows, weights = gather("image", data.shards, store, run, 1.0, 0)
+    rows, weights = gather("image", data.shards, store, run, 1.0, DIM, CONFIG)
     copies = data.image[kept]  # the authors' way: an image once per kept caption
     assert weights.sum() == len(copies)
     np.testing.assert_allclose((rows * weights[:, None]).sum(axis=0), copies.sum(axis=0), rtol=1e-5)
@@ -126,6 +130,30 @@ def test_cutting_the_data_in_other_shards_changes_nothing(
     assert whole == cut
 
 
+@pytest.mark.parametrize("queries_per_shard", [1, 5, 10])
+def test_shards_searched_together_find_the_same(
+    finished: tuple[RunFolder, Gathered, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queries_per_shard: int
+) -> None:
+    """All four shards in one task, or in twos, or each by itself; at most nine prototypes."""
+    monkeypatch.setattr(nearest, "QUERIES_PER_SHARD", queries_per_shard)
+    answers = []
+
+    def counted(*args: Any) -> Iterator[Any]:
+        for answer in map_in_order(*args):
+            answers.append(args[0])
+            yield answer
+
+    monkeypatch.setattr(nearest.runtime, "map_in_order", counted)
+    run, data, _ = finished
+    other = RunFolder(Folder(str(tmp_path)))
+    for folder in ("clusters", "matching"):
+        (tmp_path / folder).symlink_to(Path(run.folder.path) / folder)
+    make_prototypes(data.shards, DIM, EmbeddingStore(Folder(run.folder.path) / "../store"), other, CONFIG)
+    assert other.folder.read_bytes("prototypes.parquet") == run.folder.read_bytes("prototypes.parquet")
+    together = 1 + run.prototypes().num_rows // queries_per_shard
+    assert answers.count(nearest._search) == 2 * -(-4 // together)  # captions, then images
+
+
 def clustered_rows(modality: str, data: Gathered) -> np.ndarray:
     """What one k-means alone is fitted on, a row a pair."""
     if modality == "joint":
@@ -177,13 +205,15 @@ def test_joint_rows_are_drawn_by_their_double_width(tmp_path: Path) -> None:
     budget = ClusterConfig(modality="joint", memory_gib=400 * 2 * 4 * 2 * DIM / 2**30)
     config = RunConfig(pairs=5, cluster=budget)
     run.save_centroids("image", np.zeros((5, DIM), np.float32))
-    found = [cluster(data.shards, counts, DIM, store, run, config)["joint"] for _ in range(2)]
+    run.save_labels("left over", np.zeros(1, np.int32), np.zeros(1, np.int32))
+    found = [cluster(data.shards, counts, DIM, store, run, config, "fingerprint")["joint"] for _ in range(2)]
     assert found[0] == found[1]
     assert found[0]["rows"] == pytest.approx(400, rel=0.2)
     assert run.clusters.names(".safetensors") == ["joint.safetensors"], "what a run before it left is gone"
+    assert run.labelled() == set(data.shards)
 
-    rows, weights = gather("joint", data.shards, store, run, 0.4, 0)
-    alone = [gather("joint", [shard], store, run, 0.4, 0)[0] for shard in data.shards]
+    rows, weights = gather("joint", data.shards, store, run, 0.4, 2 * DIM, CONFIG)
+    alone = [gather("joint", [shard], store, run, 0.4, 2 * DIM, CONFIG)[0] for shard in data.shards]
     np.testing.assert_array_equal(rows, np.concatenate(alone))
     assert (weights == 1).all()
     kept = np.concatenate([run.keep(shard) for shard in data.shards])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 
 import faiss
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
 from pds_ray.config import ClusterConfig, ConfigError
@@ -96,26 +98,23 @@ def test_all_rows_are_used():
     np.testing.assert_allclose(fitted.centroids[0], data.astype(np.float64).mean(axis=0), rtol=1e-4)
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_assign_equals_brute_force(normalize):
+def test_assign_equals_brute_force():
     rng = np.random.default_rng(9)
     data, centroids = (rng.standard_normal((n, 12)).astype(np.float32) * 3 for n in (700, 40))
     data[17] = 0
-    labels = cluster.assign(data, centroids, normalize)
-    norms = np.linalg.norm(data.astype(np.float64), axis=1, keepdims=True)
-    rows = data / np.where(norms > 0, norms, 1) if normalize else data
+    labels = cluster.assign(data, centroids)
     assert labels.dtype == np.int32
-    np.testing.assert_array_equal(labels, squared_distances(rows, centroids).argmin(axis=1))
+    np.testing.assert_array_equal(labels, squared_distances(data, centroids).argmin(axis=1))
 
 
 def test_assign_nothing():
-    assert cluster.assign(np.zeros((0, 3), np.float32), np.ones((2, 3), np.float32), False).shape == (0,)
+    assert cluster.assign(np.zeros((0, 3), np.float32), np.ones((2, 3), np.float32)).shape == (0,)
 
 
 def test_an_empty_cluster_keeps_its_label():
     """Centroid 1 is far from everything: labels stay 0 and 2."""
     centroids = np.array([[0, 0], [1e6, 1e6], [5, 5]], np.float32)
-    labels = cluster.assign(np.array([[0.1, 0], [5, 5.1], [4, 4]], np.float32), centroids, False)
+    labels = cluster.assign(np.array([[0.1, 0], [5, 5.1], [4, 4]], np.float32), centroids)
     assert labels.tolist() == [0, 2, 2]
 
 
@@ -128,12 +127,11 @@ def test_duplicate_rows_still_give_k_centroids():
     assert objective(data, np.ones(12), fitted.centroids) < 1e-3
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_same_seed_same_bytes_whatever_the_threads(normalize):
+def test_same_seed_same_bytes_whatever_the_threads():
     rng = np.random.default_rng(10)
     data = rng.standard_normal((1_500, 24)).astype(np.float32)
     weights = rng.integers(1, 6, 1_500).astype(np.float32)
-    config = ClusterConfig(normalize=normalize)
+    config = ClusterConfig()
     before = faiss.omp_get_max_threads()
     found = {}
     try:
@@ -147,18 +145,11 @@ def test_same_seed_same_bytes_whatever_the_threads(normalize):
     assert cluster.fit(data, weights, 20, 4, config).centroids.tobytes() != again
 
 
-def test_normalize_clusters_by_direction():
-    """Two directions, lengths all over: only by direction do they part."""
-    rng = np.random.default_rng(11)
-    angles = np.concatenate([rng.normal(0.2, 0.02, 80), rng.normal(1.2, 0.02, 80)])
-    lengths = rng.uniform(0.1, 50, 160)
-    data = (np.stack([np.cos(angles), np.sin(angles)], axis=1) * lengths[:, None]).astype(np.float32)
-    config = dataclasses.replace(CONFIG, normalize=True)
-    centroids = cluster.fit(data, np.ones(160, np.float32), 2, 0, config).centroids
-    labels = cluster.assign(data, centroids, True)
-    assert len(set(labels[:80])) == len(set(labels[80:])) == 1
-    assert labels[0] != labels[-1]
-    np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-3)
+def test_the_fit_leaves_its_vectors_alone():
+    data = blobs()
+    before = data.copy()
+    cluster.fit(data, np.ones(len(data), np.float32), 4, 0, ClusterConfig(normalize=True))
+    np.testing.assert_array_equal(data, before)
 
 
 def test_normalized_leaves_zero_rows():
@@ -226,3 +217,89 @@ def test_joined_vectors_weigh_both_sides_alike():
     sides = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (images, texts)]
     expected = sum(squared_distances(side, side) for side in sides) / 2
     np.testing.assert_allclose(squared_distances(joined, joined), expected, atol=1e-6)
+
+
+def hamilton(clusters: int, weights: list[int]) -> list[int]:
+    """Largest remainders in whole numbers; the earlier of equal ones first."""
+    quotas = [divmod(clusters * weight, sum(weights)) for weight in weights]
+    allotted = [whole for whole, _ in quotas]
+    order = sorted(range(len(weights)), key=lambda cell: -quotas[cell][1])
+    for cell in order[: clusters - sum(allotted)]:
+        allotted[cell] += 1
+    return allotted
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 1_000), min_size=1, max_size=12), st.integers(1, 300))
+def test_clusters_are_allotted_by_largest_remainders(weights, clusters):
+    expected = hamilton(clusters, weights)
+    assume(all(clusters * weight >= sum(weights) for weight in weights))  # nobody is below one: the plain rule
+    found = cluster.allot(clusters, np.array(weights, float), np.full(len(weights), clusters))
+    ties = len({clusters * weight % sum(weights) for weight in weights}) < len(weights)
+    assert found.sum() == clusters
+    if not ties:  # remainders that are equal as whole numbers may differ in the last bit of a float
+        assert found.tolist() == expected
+    np.testing.assert_allclose(found, clusters * np.array(weights) / sum(weights), atol=1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.floats(1e-3, 1e6), st.integers(1, 50)), min_size=1, max_size=30), st.data())
+def test_no_cell_gets_nothing_or_more_than_its_rows(cells, data):
+    weights, rows = np.array([w for w, _ in cells]), np.array([r for _, r in cells])
+    clusters = data.draw(st.integers(len(cells), int(rows.sum())))
+    found = cluster.allot(clusters, weights, rows)
+    assert found.dtype == np.int64
+    assert found.sum() == clusters
+    assert (found >= 1).all()
+    assert (found <= rows).all()
+    for a, b in itertools.permutations(range(len(cells)), 2):
+        if weights[a] > weights[b] * (1 + 1e-9) and rows[a] >= rows[b]:
+            assert found[a] >= found[b]
+
+
+def two_levels(data: np.ndarray, weights: np.ndarray, clusters: int) -> tuple[np.ndarray, cluster.Cells, float]:
+    cells, cell_of = cluster.fit_cells(data, weights, clusters, 0, CONFIG)
+    fits = [
+        cluster.fit(data[cell_of == cell], weights[cell_of == cell], int(count), 0, CONFIG)
+        for cell, count in enumerate(np.diff(cells.starts))
+    ]
+    return np.concatenate([f.centroids for f in fits]), cells, sum(f.objective for f in fits)
+
+
+def test_two_levels_are_nearly_as_good_as_one():
+    """40 blobs of unequal weight, 40 clusters: within 1.5 of the flat fit, far from what a tenth of them would give."""
+    data = blobs(seed=20, count=40, each=50, dim=8)
+    weights = np.random.default_rng(21).integers(1, 5, len(data)).astype(np.float32)
+    centroids, cells, reported = two_levels(data, weights, 40)
+    assert centroids.shape == (40, 8)
+    assert len(cells.coarse) == 6
+    labels = cluster.assign(data, centroids, cells)
+    ours = float((squared_distances(data, centroids)[np.arange(len(data)), labels] * weights).sum())
+    assert ours == pytest.approx(reported, rel=1e-3), "labels by the rule of the fit"
+    flat = cluster.fit(data, weights, 40, 0, CONFIG).objective
+    coarse = cluster.fit(data, weights, 6, 0, CONFIG).objective
+    assert ours <= 1.5 * flat
+    assert ours < coarse / 10
+
+
+def test_labels_of_two_levels_equal_brute_force():
+    rng = np.random.default_rng(22)
+    data, coarse, centroids = (rng.standard_normal((n, 5)).astype(np.float32) for n in (500, 7, 30))
+    starts = np.array([0, 1, 5, 6, 14, 20, 29, 30])
+    labels = cluster.assign(data, centroids, cluster.Cells(coarse, starts))
+    assert labels.dtype == np.int32
+    for row, label in zip(data, labels, strict=True):
+        cell = ((coarse - row) ** 2).sum(axis=1).argmin()
+        mine = np.arange(starts[cell], starts[cell + 1])
+        assert label == mine[((centroids[mine] - row) ** 2).sum(axis=1).argmin()]
+
+
+def test_a_cell_without_vectors_is_left_out():
+    """Two different points and round(sqrt(10)) = 3 coarse cells."""
+    data = np.repeat(np.array([[0, 0], [9, 9]], np.float32), 8, axis=0)
+    cells, cell_of = cluster.fit_cells(data, np.ones(16, np.float32), 10, 0, CONFIG)
+    assert len(cells.coarse) == 2
+    assert np.diff(cells.starts).tolist() == [5, 5]
+    assert len(set(cell_of[:8])) == len(set(cell_of[8:])) == 1
+    with pytest.raises(ValueError, match="16 vectors cannot make 17 clusters"):
+        cluster.fit_cells(data, np.ones(16, np.float32), 17, 0, CONFIG)

@@ -110,12 +110,31 @@ def test_counts_equal_a_dense_table_however_the_shards_are_cut(seed, pairs, clus
     edges = edges if len(edges) > 1 else [0, 0]
     parts = [match.count_pairs(image[a:b], text[a:b], similarity[a:b], clusters) for a, b in itertools.pairwise(edges)]
     merged = match.merge_counts(parts)
-    early = match.merge_counts([match.merge_counts(parts[:1]), *parts[1:]])  # partial sums may be added up first
-    for cells, counted, summed in (merged, early):
+    one_by_one = match.sum_counts(iter(parts))
+    for cells, counted, summed in (merged, one_by_one):
         assert (np.diff(cells) > 0).all()
         np.testing.assert_array_equal(cells, np.flatnonzero(counts))
         np.testing.assert_array_equal(counted, counts.reshape(-1)[cells])
         np.testing.assert_allclose(summed, cosines.reshape(-1)[cells], atol=1e-9)
+    for at_once, column in zip(merged, one_by_one, strict=True):
+        assert at_once.tobytes() == column.tobytes()
+    assert [column.dtype for column in one_by_one] == [np.int64, np.int64, np.float64]
+
+
+@pytest.mark.parametrize("clusters", [3, 40])
+def test_many_tables_are_added_in_their_order(clusters):
+    """Cosines that differ so much in size that another order of adding them would round otherwise."""
+    rng = np.random.default_rng(clusters)
+    parts, expected = [], {}
+    for _ in range(200):
+        cells = np.sort(rng.choice(clusters**2, rng.integers(0, clusters**2 // 3), replace=False)).astype(np.int64)
+        parts.append((cells, rng.integers(1, 9, len(cells)), 10.0 ** rng.uniform(-8, 8, len(cells))))
+        for cell, count, cosine in zip(*parts[-1], strict=True):
+            counted, summed = expected.get(cell, (0, 0.0))
+            expected[cell] = counted + count, summed + cosine
+    cells, counts, cosines = match.sum_counts(parts)
+    assert cells.tolist() == sorted(expected)
+    assert [(count, cosine) for count, cosine in zip(counts, cosines, strict=True)] == [expected[c] for c in cells]
 
 
 def test_cell_numbers_do_not_overflow():

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -170,6 +171,25 @@ def test_the_manifest_comes_last(tmp_path, monkeypatch):
         write_distilled(run, ABOUT)
     with pytest.raises(DistilledSetError, match="is the run finished"):
         load_distilled(str(tmp_path))
+
+
+def test_pictures_are_not_gathered(tmp_path, monkeypatch):
+    """40 pictures of 256 KiB in tars of 20: neither all of them nor a whole tar is ever in memory."""
+    monkeypatch.setattr(materialize, "PAIRS_PER_TAR", 20)
+    run = RunFolder(Folder(str(tmp_path)))
+    run.save_prototypes(prototypes([f"caption {number}" for number in range(40)]))
+    picture = np.random.default_rng(0).bytes(256 * 1024)
+    for pair in range(40):
+        run.images.write_bytes(run.image_name(pair), picture)
+    write_distilled(run, ABOUT)  # what is imported and cached on the way is not counted
+    tracemalloc.start()
+    try:
+        written = write_distilled(run, ABOUT)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert written["bytes"] > 2 * 40 * len(picture)
+    assert peak < 8 * len(picture)
 
 
 def test_large_sets_are_cut_in_tars(tmp_path, monkeypatch):

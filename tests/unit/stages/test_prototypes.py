@@ -134,11 +134,11 @@ def exact_vectors(seed: int, count: int) -> np.ndarray:
     return np.random.default_rng(seed).choice(np.array([-1, 1], np.float32), (count, 16))
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64, 16_384])
-def test_nearest_is_the_first_of_the_best(chunk):
+@pytest.mark.parametrize("block", [(1, 1), (2_048, 7), (3, 64), (7, 16_384)])
+def test_nearest_is_the_first_of_the_best(block):
     queries, rows = exact_vectors(0, 20), exact_vectors(1, 150)
     rows[100:] = rows[:50]  # every one of these appears twice
-    cosine, where = core.nearest_rows(queries, rows, chunk)
+    cosine, where = core.nearest_rows(queries, rows, block)
     whole = queries @ rows.T / 16
     np.testing.assert_array_equal(where, whole.argmax(axis=1))
     np.testing.assert_array_equal(cosine, whole.max(axis=1))
@@ -152,11 +152,11 @@ def test_nearest_ignores_length():
     np.testing.assert_allclose(cosine, [1, 90 / np.hypot(100, 90)], rtol=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [3, 1000])
-def test_nearest_on_random_vectors(chunk):
+@pytest.mark.parametrize("block", [(4, 3), (1000, 1000)])
+def test_nearest_on_random_vectors(block):
     rng = np.random.default_rng(6)
     queries, rows = rng.standard_normal((11, 9)).astype(np.float32), rng.standard_normal((90, 9)).astype(np.float32)
-    cosine, where = core.nearest_rows(queries, rows, chunk)
+    cosine, where = core.nearest_rows(queries, rows, block)
     a, b = queries.astype(np.float64), rows.astype(np.float64)
     whole = a @ b.T / (np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(b, axis=1))
     np.testing.assert_array_equal(where, whole.argmax(axis=1))
@@ -170,16 +170,33 @@ def test_nearest_of_nothing():
 
 
 @pytest.mark.parametrize("edges", [[], [75], [0, 3, 4, 149]])
-def test_nearest_over_shards_equals_the_whole(edges):
+@pytest.mark.parametrize("together", [1, 2])
+def test_nearest_over_shards_equals_the_whole(edges, together):
+    """However the rows are cut into shards, and however many shards are merged before the rest is."""
     queries, rows = exact_vectors(2, 20), exact_vectors(3, 150)
     rows[75:] = rows[:75]
     expected = core.nearest_rows(queries, rows)
+    shards = np.split(np.arange(len(rows)), edges)
     total = core.no_nearest(len(queries))
-    for mine in np.split(np.arange(len(rows)), edges):
-        cosine, where = core.nearest_rows(queries, rows[mine])
-        core.merge_nearest(total, core.Nearest(cosine, [(str(mine[row]),) if row >= 0 else () for row in where]))
+    for start in range(0, len(shards), together):
+        group = core.no_nearest(len(queries))
+        for number, mine in enumerate(shards[start : start + together], start):
+            cosine, where = core.nearest_rows(queries, rows[mine])
+            core.merge_nearest(group, core.Nearest(cosine, np.full(len(queries), number, np.int32), where))
+        core.merge_nearest(total, group)
     np.testing.assert_array_equal(total.cosine, expected[0])
-    assert total.who == [(str(row),) for row in expected[1]]
+    found = [shards[number][row] for number, row in zip(total.shard, total.row, strict=True)]
+    np.testing.assert_array_equal(found, expected[1])
+
+    looked_up = np.full(len(queries), -1)
+    for number, mine, at in core.by_shard(total):
+        assert len(mine) > 0
+        looked_up[mine] = shards[number][at]
+    np.testing.assert_array_equal(looked_up, expected[1])
+
+
+def test_no_queries_have_no_winners():
+    assert core.by_shard(core.no_nearest(0)) == []
 
 
 def test_perfectly_paired_clusters_give_the_planted_means():

@@ -1,0 +1,60 @@
+"""The nearest row of a store for each query: shards are searched in groups, and only the winners are looked up."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from pds_ray.artifacts import EmbeddingStore, vectors
+from pds_ray.distributed import runtime
+from pds_ray.stages import prototypes as core
+
+Side = Literal["images", "captions"]
+NAMES = {"images": ["key"], "captions": ["key", "caption"]}  # what is told of a winner
+QUERIES_PER_SHARD = 10_000  # a task's answer is 12 bytes a query: the more queries, the more shards share one answer
+
+
+def _read(side: Side, shard: str, store: EmbeddingStore, columns: list[str]) -> pa.Table:
+    return store.images(shard, columns) if side == "images" else store.captions(shard, columns)
+
+
+def _search(group: list[tuple[int, str]], side: Side, store: EmbeddingStore, queries: np.ndarray) -> core.Nearest:
+    best = core.no_nearest(len(queries))
+    for number, shard in group:
+        rows = vectors(_read(side, shard, store, ["embedding"]), "embedding")
+        cosine, row = core.nearest_rows(queries, rows)
+        core.merge_nearest(best, core.Nearest(cosine, np.full(len(queries), number, np.int32), row))
+    return best
+
+
+def _look_up(item: tuple[str, np.ndarray], side: Side, store: EmbeddingStore) -> pa.Table:
+    shard, rows = item
+    found = _read(side, shard, store, NAMES[side]).take(rows)
+    return found.append_column("shard", pa.array([shard] * len(rows), pa.string()))
+
+
+def nearest(
+    side: Side, shards: list[str], store: EmbeddingStore, queries: np.ndarray, bar: tqdm
+) -> dict[str, np.ndarray | list[str]]:
+    """Of each query, float32 [B, d], the image or caption of highest cosine; the earliest of equals.
+
+    Returns columns of B rows: cosine (float32), shard, key and, of captions, caption. Moves `bar` on by the shards.
+    """
+    best = core.no_nearest(len(queries))
+    numbered = list(enumerate(shards))
+    size = 1 + len(queries) // QUERIES_PER_SHARD
+    groups = [numbered[start : start + size] for start in range(0, len(shards), size)]
+    for group, part in zip(groups, runtime.map_in_order(_search, groups, side, store, queries), strict=True):
+        core.merge_nearest(best, part)
+        bar.update(len(group))
+    winners = core.by_shard(best)
+    columns = {name: [""] * len(queries) for name in ("shard", *NAMES[side])}
+    items = ((shards[number], rows) for number, _, rows in winners)
+    for (_, mine, _), found in zip(winners, runtime.map_in_order(_look_up, items, side, store), strict=True):
+        for name, column in columns.items():
+            for query, value in zip(mine, found.column(name).to_pylist(), strict=True):
+                column[query] = value
+    return {"cosine": best.cosine, **columns}

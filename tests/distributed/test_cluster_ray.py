@@ -1,0 +1,153 @@
+"""Clustering on Ray: what an interruption leaves is kept, two levels, and vectors clustered at unit length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic_store import Gathered, make_store
+
+from pds_ray.artifacts import EmbeddingStore, RunFolder
+from pds_ray.config import ClusterConfig, RunConfig
+from pds_ray.distributed import cluster as stage
+from pds_ray.distributed.cluster import cluster
+from pds_ray.distributed.prune import prune
+from pds_ray.stages import cluster as core
+from pds_ray.storage import Folder
+
+pytestmark = pytest.mark.ray
+DIM, CLUSTERS = 8, 12
+CONFIG = RunConfig(pairs=CLUSTERS, cluster=ClusterConfig(iterations=5))
+
+Pruned = tuple[EmbeddingStore, Gathered, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pruned]:
+    folder = tmp_path_factory.mktemp("pruned")
+    store, data = make_store(folder / "store", [40, 1, 120, 39])
+    return folder, (store, data, prune(data.shards, len(data.keys), 0.2, store, RunFolder(Folder(str(folder / "run")))))
+
+
+def new_run(pruned: tuple[Path, Pruned], folder: Path) -> tuple[RunFolder, Callable[..., dict[str, Any]]]:
+    """A run of its own on what is pruned, and a call that clusters it."""
+    made, (store, data, counts) = pruned
+    folder.mkdir(exist_ok=True)
+    (folder / "pruning").symlink_to(made / "run" / "pruning")
+    run = RunFolder(Folder(str(folder)))
+
+    def call(config: RunConfig = CONFIG, fingerprint: str = "one", **other_counts: int) -> dict[str, Any]:
+        return cluster(data.shards, {**counts, **other_counts}, DIM, store, run, config, fingerprint)
+
+    return run, call
+
+
+def contents(run: RunFolder) -> dict[str, bytes]:
+    root = Path(run.clusters.path)
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def no_fit(*_: Any) -> None:
+    raise AssertionError("a k-means was fitted again")
+
+
+def times(run: RunFolder) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in Path(run.clusters.path).iterdir()}
+
+
+def test_labels_that_are_there_are_kept(
+    pruned: tuple[Path, Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, call = new_run(pruned, tmp_path)
+    undisturbed = call()
+    before, written = contents(run), times(run)
+    lost = [f"{shard}.labels.parquet" for shard in pruned[1][1].shards[1:3]]
+    for name in lost:
+        run.clusters.delete(name)
+    monkeypatch.setattr("pds_ray.distributed.runtime.run_kmeans", no_fit)
+    assert call() == undisturbed
+    assert contents(run) == before
+    after = times(run)
+    assert {name for name, at in after.items() if at != written[name]} == set(lost)
+
+
+def test_a_fit_that_is_finished_is_kept(pruned: tuple[Path, Pruned], tmp_path: Path) -> None:
+    """Stopped in the second k-means: only that one and the labels are left to do."""
+    run, call = new_run(pruned, tmp_path)
+    undisturbed = call()
+    before, written = contents(run), times(run)
+    fits = run.fits()
+    del fits["fits"]["text"]
+    run.save_fits(fits)
+    run.clusters.delete("text.safetensors")
+    for name in run.clusters.names(".labels.parquet"):
+        run.clusters.delete(name)
+    assert call() == undisturbed
+    assert contents(run) == before
+    assert times(run)["image.safetensors"] == written["image.safetensors"]
+
+
+@pytest.mark.parametrize("change", ["fingerprint", "pairs"])
+def test_what_is_of_something_else_is_done_anew(pruned: tuple[Path, Pruned], tmp_path: Path, change: str) -> None:
+    run, call = new_run(pruned, tmp_path)
+    call()
+    written = times(run)
+    run.clusters.write_bytes("image.cells/000000.safetensors", b"of a fit that was stopped")
+    call(**({"fingerprint": "two"} if change == "fingerprint" else {"pairs": 10**6}))
+    after = times(run)
+    assert after.keys() == written.keys()
+    assert all(after[name] > written[name] for name in written)
+
+
+def in_reverse(function: Callable[..., Any], items: Iterable[Any], *shared: Any) -> Iterator[Any]:
+    """`map_in_order` whose tasks run last first."""
+    return reversed([function(item, *shared) for item in reversed(list(items))])
+
+
+def test_two_levels(pruned: tuple[Path, Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, (_, data, _) = pruned
+    monkeypatch.setattr(core, "FLAT_LIMIT", CLUSTERS - 1)
+    run, call = new_run(pruned, tmp_path / "run")
+    counts = call()
+    kept = np.concatenate([run.keep(shard) for shard in data.shards])
+    labels = [np.concatenate(column) for column in zip(*(run.labels(shard) for shard in data.shards), strict=True)]
+    assert not Path(run.cell_samples("image").path).exists()
+    for space, rows, found in zip(("image", "text"), (data.image, data.text), labels, strict=True):
+        centroids, cells = run.centroids(space), run.cells(space)
+        coarse, starts = cells["coarse"], cells["starts"]
+        assert centroids.shape == (CLUSTERS, DIM)
+        assert 1 < len(coarse) <= 3  # round(sqrt(12))
+        assert starts[0] == 0
+        assert starts[-1] == CLUSTERS
+        cell_of = ((rows[:, None] - coarse[None]) ** 2).sum(axis=2).argmin(axis=1)
+        distances = ((rows[:, None] - centroids[None]) ** 2).sum(axis=2)
+        for pair in np.flatnonzero(kept):
+            mine = np.arange(starts[cell_of[pair]], starts[cell_of[pair] + 1])
+            assert found[pair] == mine[distances[pair, mine].argmin()]
+        assert (found[~kept] == -1).all()
+        reached = distances[np.flatnonzero(kept), found[kept]].sum()
+        assert counts[space]["objective"] == pytest.approx(reached, rel=1e-3)
+        images = len({data.keys[pair] for pair in np.flatnonzero(kept)})
+        assert counts[space]["rows"] == (images if space == "image" else kept.sum())
+
+    again, call = new_run(pruned, tmp_path / "again")
+    monkeypatch.setattr(stage.runtime, "map_in_order", in_reverse)
+    assert call() == counts
+    assert contents(again) == contents(run), "whatever the order of the tasks"
+
+
+def test_normalize_clusters_unit_vectors(pruned: tuple[Path, Pruned], tmp_path: Path) -> None:
+    _, (_, data, _) = pruned
+    run, call = new_run(pruned, tmp_path)
+    call(RunConfig(pairs=CLUSTERS, cluster=ClusterConfig(iterations=100, normalize=True)))
+    kept = np.concatenate([run.keep(shard) for shard in data.shards])
+    found = np.concatenate([run.labels(shard)[1] for shard in data.shards])
+    rows = data.text / np.linalg.norm(data.text, axis=1, keepdims=True)
+    centroids = run.centroids("text")
+    distances = ((rows[:, None] - centroids[None]) ** 2).sum(axis=2)
+    np.testing.assert_array_equal(found[kept], distances.argmin(axis=1)[kept])
+    for label in range(CLUSTERS):  # run to convergence
+        np.testing.assert_allclose(centroids[label], rows[found == label].mean(axis=0), rtol=1e-4, atol=1e-5)
