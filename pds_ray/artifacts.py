@@ -234,9 +234,8 @@ class RunFolder:
     def hash_files(self, stage: str) -> dict[str, str]:
         """SHA-256 of every file that a stage left, by its name below the run folder."""
         place = self.FILES[stage]
-        names = [f"{place}/{name}" for name in (self.folder / place).names()]
-        if not names and self.folder.exists(place):
-            names = [place]
+        is_file = self.folder.exists(place)
+        names = [place] if is_file else [f"{place}/{name}" for name in (self.folder / place).names()]
         with ThreadPoolExecutor(HASH_THREADS) as threads:
             return dict(zip(names, threads.map(self.folder.sha256, names), strict=True))
 
