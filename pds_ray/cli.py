@@ -274,7 +274,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from pds_ray.comparison import ABLATIONS, compare
+    from pds_ray.comparison import ablations, compare
     from pds_ray.summary import print_comparison
 
     sizes = [size.strip() for size in args.pairs.split(",")]
@@ -282,13 +282,9 @@ def _compare(args: argparse.Namespace) -> None:
         raise ConfigError(f"--pairs is {args.pairs!r}; it must be whole numbers by comma, such as 100,500")
     methods = [method.strip() for method in args.methods.split(",") if method.strip()]
     args.pairs = sizes[0]  # the field of a run; each gets its own
-    table = compare(
-        resolve(args),
-        methods + list(ABLATIONS if args.ablations else ()),
-        [int(size) for size in sizes],
-        _evaluation(args),
-        redo=args.redo,
-    )
+    config, judged = resolve(args), _evaluation(args)
+    methods += ablations(config, judged) if args.ablations else []
+    table = compare(config, methods, [int(size) for size in sizes], judged, redo=args.redo)
     print_comparison(args.out, table)
     _report_at_the_end(args.out, args.verbose)
 

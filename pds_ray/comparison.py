@@ -41,6 +41,18 @@ ABLATIONS = (
 """What the paper varies, one thing at a time; another encoder is `pds+embed.encoder=NAME`."""
 
 
+def ablations(config: RunConfig, judged: EvaluateConfig) -> list[str]:
+    """Those of ABLATIONS that change something in these configurations."""
+
+    def changes(written: str) -> bool:
+        field, _, value = written.partition("+")[2].partition("=")
+        if field.startswith("protocol."):
+            return replace(judged, {field: value}) != judged
+        return replace(config, {field: value}) != config
+
+    return [written for written in ABLATIONS if changes(written)]
+
+
 FIXED = ("source", "out", "method", "pairs", "embed.store")
 
 
@@ -86,6 +98,8 @@ def entries(config: RunConfig, methods: list[str], sizes: list[int], judged: Eva
             plain = replace(config, {"method": name, "pairs": pairs, "out": run.out})
             if fields and pipeline.relevant(run) == pipeline.relevant(plain):
                 raise ConfigError(f"method {written!r}: {' and '.join(fields)} changes nothing here")
+            if of_protocol and replace(judged, of_protocol) == judged:
+                raise ConfigError(f"method {written!r}: {' and '.join(of_protocol)} changes nothing here")
             found.append(Entry(written, pairs, place, run, replace(judged, of_protocol)))
     return found
 
@@ -100,6 +114,8 @@ def compare(
     """
     if not config.out:
         raise ConfigError("no folder for the comparison: give --out FOLDER")
+    if min(sizes) < 2:
+        raise ConfigError(f"--pairs is {min(sizes)}; training needs at least 2")
     if not methods:
         raise ConfigError(f"no methods to compare: give --methods, some of {', '.join(METHODS)}")
     root = Folder(config.out)

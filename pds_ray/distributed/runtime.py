@@ -10,8 +10,10 @@ import logging
 import math
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 import time
 import warnings
 from collections import deque
@@ -65,7 +67,7 @@ def start(config: RayConfig) -> dict[str, Any]:
     # a report waits for the controller's next look: at the default of 2 s that is as long as a small trial's epochs
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     if not ray.is_initialized():
-        with _muffled():
+        with _muffled(), _own_signals():
             _connect(address) if address else _start_local(config)
     settings = _set_data_options()
     resources = ray.cluster_resources()
@@ -102,6 +104,19 @@ def _start_local(config: RayConfig) -> None:
     store = int(config.object_store_gib * 2**30) if config.object_store_gib else min(free // 4, 8 << 30)
     cpus = config.num_cpus or os.cpu_count()
     ray.init(address="local", num_cpus=cpus, object_store_memory=store, include_dashboard=False, **QUIET)
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Sets the handlers of signals again that Ray replaces while it starts: its own abort on SIGTERM with a dump."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        if handler is not None:  # None: not set from Python
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -122,6 +122,7 @@
       { rootMargin: "500px 0px" },
     );
     document.querySelectorAll(".chart").forEach(prepare);
+    addEventListener("beforeprint", () => document.querySelectorAll(".chart").forEach((box) => drawn.has(box) || draw(box)));
     dark.addEventListener("change", () => drawn.forEach((box) => (box.isConnected ? draw(box) : drawn.delete(box))));
   }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pds_ray.comparison import ABLATIONS, entries
+from pds_ray.comparison import ABLATIONS, ablations, entries
 from pds_ray.config import ConfigError, EvaluateConfig, replace
 from pds_ray.recipes import recipe
 
@@ -37,6 +37,14 @@ def test_every_ablation_changes_something() -> None:
     assert len({(row.run.out, row.evaluation.protocol) for row in rows}) == len(ABLATIONS) + 1
 
 
+def test_ablations_that_change_nothing_are_left_out() -> None:
+    paper = replace(CONFIG, {"caption.nearest_to": "prototype"})
+    by_prototypes = replace(JUDGED, {"protocol.text": "prototypes"})
+    left = set(ABLATIONS) - set(ablations(paper, by_prototypes))
+    assert left == {"pds+caption.nearest_to=prototype", "pds+protocol.text=prototypes"}
+    assert ablations(CONFIG, JUDGED) == list(ABLATIONS)
+
+
 def test_nothing_secret_is_in_a_place() -> None:
     config = replace(CONFIG, {"out": "s3://bucket/x?access_key=AK&secret_key=SK"})
     (row,) = entries(config, ["random"], [10], JUDGED)
@@ -54,6 +62,7 @@ def test_nothing_secret_is_in_a_place() -> None:
         ("pds+embed.store=x", "embed.store is the same for all"),
         ("herding+decode.steps=5", "changes nothing"),
         ("pds+match.filter=true", "changes nothing"),
+        ("pds+protocol.text=captions", "changes nothing"),
         ("pds+protocol.text=nothing", "text is 'nothing'"),
     ],
 )
