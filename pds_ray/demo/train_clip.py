@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,19 +69,36 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     return ids["input_ids"]
 
 
-class CaptionTokens:
-    """Every caption of a data set as ids, so that a step only has to look them up."""
+def swapped(caption: str, pairs: Sequence[tuple[str, str]], number: int) -> str:
+    """The caption with the words of a pair exchanged, the `number`th in a circle of those that it has; "" if none."""
+    words = set(re.findall(r"\w+", caption))
+    present = [pair for pair in pairs if words & set(pair)]
+    if not present:
+        return ""
+    one, other = present[number % len(present)]
+    return re.sub(rf"\b({re.escape(one)}|{re.escape(other)})\b", lambda w: other if w[0] == one else one, caption)
 
-    def __init__(self, tokenizer: CLIPTokenizer, data: CaptionedImages) -> None:
+
+class CaptionTokens:
+    """Every caption of a data set as ids, so that a step only has to look them up, and its negative, `swapped`."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, data: CaptionedImages, swaps: Sequence[tuple[str, str]] = ()) -> None:
         counts = torch.tensor([len(captions) for captions in data.captions])
         self.counts = counts
         self.starts = counts.cumsum(0) - counts
-        self.ids = tokenize(tokenizer, [caption for captions in data.captions for caption in captions]).to(torch.int32)
+        flat = [caption for captions in data.captions for caption in captions]
+        self.ids = tokenize(tokenizer, flat).to(torch.int32)
+        negatives = [swapped(caption, swaps, number) for number, caption in enumerate(flat)] if swaps else []
+        self.has_negative = torch.tensor([bool(caption) for caption in negatives] or [False] * len(flat))
+        self.negatives = tokenize(tokenizer, negatives).to(torch.int32) if negatives else self.ids
 
     def draw(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """One random caption for each of the pictures `rows` [B] -> ids int64 [B, context length]."""
-        choice = (torch.rand(len(rows), generator=generator) * self.counts[rows]).long()
-        return self.ids[self.starts[rows] + choice].long()
+        """One random caption for each of the pictures `rows` [B], then the negatives of those that have one.
+
+        Ids, int64 [B + negatives, context length].
+        """
+        choice = self.starts[rows] + (torch.rand(len(rows), generator=generator) * self.counts[rows]).long()
+        return torch.cat([self.ids[choice], self.negatives[choice[self.has_negative[choice]]]]).long()
 
 
 def train_model(
@@ -89,7 +108,11 @@ def train_model(
     args: argparse.Namespace,
     settings: dict,
 ) -> None:
-    """Symmetric InfoNCE over batches of distinct pictures, one random caption each."""
+    """Symmetric InfoNCE over batches of distinct pictures, one random caption each; negatives are further captions.
+
+    Captions with words exchanged teach what contrast alone is slow to: where things are (NegCLIP, Yuksekgonul et al.,
+    ICLR 2023).
+    """
     device = torch.device(args.device)
     # On CPUs the backward pass of the fused attention is several times slower than that of the plain one.
     attention = [SDPBackend.MATH] if device.type == "cpu" else list(SDPBackend.__members__.values())
@@ -106,7 +129,7 @@ def train_model(
             text = model.encode_text(ids, normalize=True)
         logits = model.logit_scale.exp() * image.float() @ text.float().T
         target = torch.arange(len(rows), device=device)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T[: len(rows)], target)) / 2
 
     schedule = Schedule(args.steps, args.learning_rate, 0.1, checkpoint_every=args.checkpoint_every, seed=args.seed)
     train("train CLIP", model, loss_of, schedule, args.out / "checkpoint", settings)
@@ -149,6 +172,14 @@ def save_open_clip(folder: Path, model: open_clip.CLIP, config: dict, tokenizer:
     (folder / "open_clip_config.json").write_text(json.dumps(document, indent=2) + "\n")
 
 
+def word_pairs(text: str) -> list[tuple[str, str]]:
+    """`a/b,c/d` -> [(a, b), (c, d)]. Raises ValueError for anything else."""
+    pairs = [tuple(pair.split("/")) for pair in text.split(",")]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise ValueError(text)
+    return [(one, other) for one, other in pairs]
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a small CLIP and write it as an open_clip folder.")
     add = parser.add_argument
@@ -167,6 +198,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--vocab-size", type=int, default=1024)
     add("--context-length", type=int, default=32, help="tokens; longer captions are cut")
     add("--checkpoint-every", type=int, default=500, help="steps")
+    add("--swap", type=word_pairs, default=[], help="words exchanged to make negatives: top/bottom,left/right")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=("bf16", "fp32"), default="bf16", help="of the towers in training")
@@ -186,8 +218,14 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         open_clip.CLIPVisionCfg(**config["vision_cfg"]),
         open_clip.CLIPTextCfg(**config["text_cfg"]),
     ).to(args.device)
-    settings = {"model": config, "source": args.source, "batch_size": args.batch_size, "seed": args.seed}
-    train_model(model, data, CaptionTokens(tokenizer, data), args, settings)
+    settings = {
+        "model": config,
+        "source": args.source,
+        "batch_size": args.batch_size,
+        "swap": args.swap,
+        "seed": args.seed,
+    }
+    train_model(model, data, CaptionTokens(tokenizer, data, args.swap), args, settings)
     save_open_clip(args.out, model, config, tokenizer)
     metrics = {
         **measure_recall(model, holdout, tokenizer),
