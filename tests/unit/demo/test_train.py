@@ -16,7 +16,7 @@ from pds_ray.demo.tokenizer import train_tokenizer
 from pds_ray.demo.training import Schedule, TrainingError, train
 
 CLIP_ARGS = "--source scenes:60:1 --holdout scenes:20:2 --steps 6 --batch-size 16 --width 64 --layers 1 --text-layers 1"
-CLIP_ARGS += " --embed-dim 32 --vocab-size 600 --checkpoint-every 3 --device cpu"
+CLIP_ARGS += " --embed-dim 32 --vocab-size 600 --checkpoint-every 3 --swap left/right --device cpu"
 UNCLIP_ARGS = "--source scenes:60:1 --vae-channels 8 16 16 16 --vae-steps 2 --vae-batch-size 4 --unet-channels 64 64"
 UNCLIP_ARGS += " --decoder-steps 2 --unet-steps 4 --batch-size 8 --checkpoint-every 2 --device cpu"
 
@@ -173,3 +173,32 @@ def test_vocabulary_too_small_for_bytes_is_refused():
 def test_missing_clip_is_one_clear_line(tmp_path, capsys):
     assert train_unclip.main(["--clip", str(tmp_path), "--out", str(tmp_path / "out"), "--source", "scenes:10"]) == 2
     assert "train_clip writes such a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("caption", "number", "expected"),
+    [
+        ("a red star at the top left, a ring at the bottom right", 0, "a red star at the bottom left, a ring at the top right"),
+        ("a red star at the top left, a ring at the bottom right", 1, "a red star at the top right, a ring at the bottom left"),
+        ("a red star at the top left, a ring at the bottom right", 2, "a red star at the bottom left, a ring at the top right"),
+        ("an overleft star", 0, ""),
+        ("left", 5, "right"),
+    ],
+)  # fmt: skip
+def test_words_exchanged(caption, number, expected):
+    assert train_clip.swapped(caption, [("top", "bottom"), ("left", "right")], number) == expected
+
+
+def test_negatives_follow_the_captions_they_belong_to():
+    data = load_captioned_images("scenes:30:4", 64)
+    captions = [caption for captions in data.captions for caption in captions]
+    tokenizer = train_tokenizer(captions, 700, 32)
+    plain = train_clip.CaptionTokens(tokenizer, data)
+    tokens = train_clip.CaptionTokens(tokenizer, data, [("left", "right")])
+    rows = torch.arange(30)
+    drawn = tokens.draw(rows, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn[:30], plain.draw(rows, torch.Generator().manual_seed(0)))
+    texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
+    exchanged = [train_clip.swapped(text, [("left", "right")], 0) for text in texts[:30]]
+    assert texts[30:] == [text for text in exchanged if text]
+    assert 0 < len(texts) - 30 < 30
