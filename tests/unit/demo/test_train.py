@@ -178,9 +178,9 @@ def test_missing_clip_is_one_clear_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("caption", "number", "expected"),
     [
-        ("a red star at the top left, a ring at the bottom right", 0, "a red star at the bottom left, a ring at the top right"),
-        ("a red star at the top left, a ring at the bottom right", 1, "a red star at the top right, a ring at the bottom left"),
-        ("a red star at the top left, a ring at the bottom right", 2, "a red star at the bottom left, a ring at the top right"),
+        ("a star at the top left, a ring at the bottom right", 0, "a star at the bottom left, a ring at the top right"),
+        ("a star at the top left, a ring at the bottom right", 1, "a star at the top right, a ring at the bottom left"),
+        ("a star at the top left, a ring at the bottom right", 2, "a star at the bottom left, a ring at the top right"),
         ("an overleft star", 0, ""),
         ("left", 5, "right"),
     ],
