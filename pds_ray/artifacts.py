@@ -234,8 +234,11 @@ class RunFolder:
     def hash_files(self, stage: str) -> dict[str, str]:
         """SHA-256 of every file that a stage left, by its name below the run folder."""
         place = self.FILES[stage]
-        is_file = self.folder.exists(place)
-        names = [place] if is_file else [f"{place}/{name}" for name in (self.folder / place).names()]
+        names = [place]
+        if not self.folder.exists(place):
+            inside = self.folder / place
+            inside.sweep()  # workers that were killed may have left parts of files
+            names = [f"{place}/{name}" for name in inside.names()]
         with ThreadPoolExecutor(HASH_THREADS) as threads:
             return dict(zip(names, threads.map(self.folder.sha256, names), strict=True))
 
@@ -322,6 +325,10 @@ class RunFolder:
         """The shards whose labels are there."""
         suffix = ".labels.parquet"
         return {name.removesuffix(suffix) for name in self.clusters.names(suffix)}
+
+    def delete_labels(self) -> None:
+        for shard in self.labelled():
+            self.clusters.delete(f"{shard}.labels.parquet")
 
     def labels(self, shard: str) -> tuple[np.ndarray, np.ndarray]:
         """Image and text cluster of each pair of the shard, int32, -1 where pruned."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from pds_ray import catalog
@@ -27,7 +28,7 @@ from pds_ray.decoders.base import DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import without_secrets
 from pds_ray.manifest import ManifestError, RunManifest, fingerprint, versions
-from pds_ray.sources.base import Fault, Sample, Shard, Source, SourceError
+from pds_ray.sources.base import Sample, Shard, Source, SourceError
 from pds_ray.storage import Folder
 
 STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "caption", "materialize")  # of pds
@@ -118,30 +119,33 @@ def plan(config: RunConfig) -> Plan:
 
 
 def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> None:
-    """Reads just far enough to know that there are `pairs` captioned images, PROBE at most."""
+    """Reads just far enough to know that there are `pairs` captioned images, PROBE at most.
+
+    A shard that cannot be read is passed over, unless none can.
+    """
     clean = CLEANERS[config.read.captions]
-    images = captionless = 0
+    images = captionless = read = 0
+    unreadable: OSError | None = None
     for shard in shards:
-        for item in _readable(source, shard):
-            captioned = isinstance(item, Sample) and any(clean(caption) for caption in item.captions)
-            images += captioned
-            captionless += not isinstance(item, Sample) and item.reason == "missing_caption"
-            if images >= min(config.pairs, PROBE):
-                return
-            if images == 0 and captionless >= CAPTIONLESS_PROBE:
-                raise ConfigError(f"the first {captionless:,} samples of {config.source} have no caption")
+        try:
+            for item in source.read(shard):
+                captioned = isinstance(item, Sample) and any(clean(caption) for caption in item.captions)
+                images += captioned
+                captionless += not isinstance(item, Sample) and item.reason == "missing_caption"
+                if images >= min(config.pairs, PROBE):
+                    return
+                if images == 0 and captionless >= CAPTIONLESS_PROBE:
+                    raise ConfigError(f"the first {captionless:,} samples of {config.source} have no caption")
+            read += 1
+        except OSError as error:
+            unreadable = error
+    if unreadable is not None and not read:
+        raise SourceError(f"no shard of {config.source} can be read: {unreadable}") from unreadable
     if images == 0 and captionless:
         raise ConfigError(f"none of the {captionless:,} samples of {config.source} has a caption (.txt or .json)")
     raise ConfigError(
         f"{config.pairs:,} pairs asked for, but {config.source} has only {images:,} captioned images; lower --pairs"
     )
-
-
-def _readable(source: Source, shard: Shard) -> Iterator[Sample | Fault]:
-    try:
-        yield from source.read(shard)
-    except OSError as error:
-        raise SourceError(f"cannot read {shard.location}: {error}") from error
 
 
 def _fingerprints(config: RunConfig, shards: list[Shard], encoder: EncoderInfo, decoder: DecoderInfo) -> dict[str, str]:
@@ -276,19 +280,18 @@ def distill(config: RunConfig, redo: bool = False) -> dict[str, Any]:
         return _run(plan_, redo)
 
 
-def redo(config: RunConfig, shards: Iterable[str], stages_: Iterable[str]) -> dict[str, Any]:
-    """Does some shards and some stages of a run anew, then what depends on them if they come out otherwise.
+def redo(config: RunConfig, stages_: Iterable[str], prepare: Callable[[Plan], None]) -> dict[str, Any]:
+    """Does some stages of a run anew, then what depends on them if they come out otherwise.
 
-    `config` is that of the run. Returns and raises what `distill` does.
+    `config` is that of the run. `prepare` is called when nothing stands against it any more, with run and store locked.
+    Returns and raises what `distill` does.
     """
     plan_ = plan(config)
     with plan_.run.folder.lock():
         manifest = open_run(plan_, redo=False)
-        shards = list(shards)
-        manifest.forget(*stages_, *(["embed"] if shards else []))
+        manifest.forget(*stages_)
         with plan_.store.folder.lock():
-            for shard in shards:
-                plan_.store.forget(shard)
+            prepare(plan_)
         return _run(plan_, redo=False)
 
 
@@ -318,7 +321,7 @@ def _run(plan_: Plan, redo: bool) -> dict[str, Any]:
                     _book_files(plan_, manifest, stage)
         if stage == "embed":
             content = _content(plan_)
-            if manifest.data.get("store_content", content) != content:
+            if manifest.data.get("store_content") != content:
                 _forget_after(plan_, manifest, stage)
             manifest.update(store_content=content)
     manifest.update(finished=time.time(), last_run_seconds=round(time.monotonic() - began, 3))
@@ -342,8 +345,9 @@ def _content(plan_: Plan) -> str:
 def _forget_after(plan_: Plan, manifest: RunManifest, stage: str) -> None:
     """What is stale must not look finished, should the redoing be interrupted."""
     later = plan_.stages[plan_.stages.index(stage) + 1 :]
-    if manifest.forget(*later):
+    if manifest.stages.keys() & set(later):
         plan_.run.distilled.delete_all()
+        manifest.forget(*later)
 
 
 def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -351,8 +355,9 @@ def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[st
     config, run, store = plan_.config, plan_.run, plan_.store
     dim = plan_.encoder.dim
 
+    @cache
     def names() -> list[str]:
-        """The shards that are embedded, in order: failed ones are not."""
+        """The shards that are embedded, in order: failed ones are not. The same for all stages that follow."""
         embedded = store.committed()
         return [shard.name for shard in plan_.shards if shard.name in embedded]
 
@@ -408,9 +413,11 @@ def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[st
         from pds_ray.distributed.synthesize import synthesize as stage
 
         entry = manifest.data.get("images_fingerprint")
-        if entry != plan_.fingerprints["decode"]:  # pictures of another configuration
+        before = plan_.stages[plan_.stages.index("decode") - 1]
+        wanted = fingerprint(plan_.fingerprints["decode"], run.hashes(before))
+        if entry != wanted:  # pictures of another configuration or of other prototypes
             run.images.delete_all()
-            manifest.update(images_fingerprint=plan_.fingerprints["decode"])
+            manifest.update(images_fingerprint=wanted)
         return stage(plan_.source, plan_.decoder, config, run)
 
     def caption() -> dict[str, Any]:

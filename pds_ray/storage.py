@@ -258,6 +258,7 @@ class Folder:
         with fs.open_input_file(f"{root}/{name}") as file:
             return _read_at(file, 0, file.size())
 
+    @_patient
     def sha256(self, name: str) -> str:
         """Hex SHA-256 of a file."""
         digest = hashlib.sha256()

@@ -15,7 +15,7 @@ from pds_ray.progress import progress_bar
 from pds_ray.sources.base import RETRYABLE
 from pds_ray.stages.embed import sum_counts
 from pds_ray.stages.materialize import MANIFEST
-from pds_ray.storage import Folder, StorageError
+from pds_ray.storage import Folder
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,6 @@ class _Promise:
             found = self.folder.sha256(self.name)
         except FileNotFoundError:
             return Problem(self.stage, self.name, "missing", self.shard)
-        except (OSError, StorageError) as error:
-            return Problem(self.stage, self.name, f"unreadable ({error})", self.shard)
         return None if found == self.sha256 else Problem(self.stage, self.name, "corrupt", self.shard)
 
 
@@ -97,16 +95,20 @@ def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
             for shard, marker in markers.items():
                 hashes = marker["sha256"].items()
                 promises += [_Promise(stage, run.store.folder, name, sha256, shard) for name, sha256 in hashes]
-        elif stage == "materialize":
-            distilled = run.folder.distilled
-            if not distilled.exists(MANIFEST):
-                problems.append(Problem(stage, f"distilled/{MANIFEST}", "missing"))
-                continue
-            files = distilled.read_json(MANIFEST)["files"]
-            promises += [_Promise(stage, distilled, name, file["sha256"]) for name, file in files.items()]
+            continue
+        folder, manifest = run.folder.folder, f"hashes/{stage}.json"
+        try:
+            if stage == "materialize":
+                folder, manifest = run.folder.distilled, MANIFEST
+                hashes = {name: file["sha256"] for name, file in folder.read_json(manifest)["files"].items()}.items()
+            else:
+                hashes = folder.read_json(manifest).items()
+        except FileNotFoundError:
+            problems.append(Problem(stage, manifest, "missing"))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            problems.append(Problem(stage, manifest, "corrupt"))
         else:
-            hashes = run.folder.hashes(stage).items()
-            promises += [_Promise(stage, run.folder.folder, name, sha256) for name, sha256 in hashes]
+            promises += [_Promise(stage, folder, name, sha256) for name, sha256 in hashes]
     with ThreadPoolExecutor(HASH_THREADS) as threads, progress_bar("verify", len(promises), "files") as bar:
         for problem in threads.map(_Promise.problem, promises):
             problems += [problem] if problem else []
@@ -117,11 +119,12 @@ def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
 def _disagreements(run: _Run, markers: dict[str, dict[str, Any]]) -> Iterator[Problem]:
     """Where the markers of the store and run.json do not tell the same."""
     store, counts = run.store, run.manifest.stages["embed"]["counts"]
+    failed = store.failed().keys() - markers.keys()
     for name in store.folder.names(store.IMAGES):
         shard = name.removesuffix(store.IMAGES)
-        if shard not in markers:
+        if shard not in markers and shard not in failed:
             yield Problem("embed", shard + store.MARKER, "missing or corrupt", shard)
-    found = {"shards": len(markers) + len(store.failed().keys() - markers.keys()), **sum_counts(markers.values())}
+    found = {"shards": len(markers) + len(failed), **sum_counts(markers.values())}
     for what in ("shards", "images", "pairs", "bad"):
         if found[what] != counts[what]:
             yield Problem("embed", store.STORE, f"holds {found[what]:,} {what}, run.json says {counts[what]:,}")
@@ -132,12 +135,15 @@ def repair(path: str, problems: list[Problem], changes: Mapping[str, Any]) -> di
 
     Raises what `pipeline.distill` does: source and models are needed again.
     """
-    run = _open(path, changes)
-    for problem in problems:
-        if problem.stage not in ("embed", "materialize"):
-            run.folder.folder.delete(problem.name)  # what is there is taken for good
-    shards = {problem.shard for problem in problems} - {""}
-    return pipeline.redo(run.config, shards, {problem.stage for problem in problems})
+
+    def prepare(plan: pipeline.Plan) -> None:
+        for problem in problems:
+            if problem.shard:
+                plan.store.forget(problem.shard)
+            elif problem.stage not in ("embed", "materialize"):
+                plan.run.folder.delete(problem.name)  # what is there is taken for good
+
+    return pipeline.redo(_open(path, changes).config, {problem.stage for problem in problems}, prepare)
 
 
 def retry_failed(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,4 +159,9 @@ def retry_failed(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     shards = [*run.store.failed(), *deadly]
     if not shards:
         raise ConfigError(f"nothing to try again: no shard of {path} failed, no sample killed its process")
-    return pipeline.redo(run.config, shards, ())
+
+    def prepare(plan: pipeline.Plan) -> None:
+        for shard in shards:
+            plan.store.fail(shard, "to be tried again")  # what there is of it stands until more is
+
+    return pipeline.redo(run.config, ["embed"], prepare)

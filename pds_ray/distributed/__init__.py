@@ -1,0 +1,6 @@
+"""Where things run. Ray reads its settings when it is imported, hence what is set here."""
+
+import os
+
+OOM_RETRIES = os.environ.setdefault("RAY_task_oom_retries", "3")
+"""A task that eats its machine's memory is killed and tried again: so often, where Ray's default is for ever."""

@@ -83,7 +83,8 @@ def _fit_coarse(
 
 def _fit_cell(item: tuple[int, int], space: str, run: RunFolder, config: RunConfig) -> core.Fit:
     cell, clusters = item
-    return core.fit(*run.cell_sample(space, cell), clusters, config.seed, config.cluster)
+    sample = run.cell_sample(space, cell)
+    return runtime.with_faiss_threads(1, core.fit, *sample, clusters, config.seed, config.cluster)
 
 
 def _fit_in_cells(cells: core.Cells, space: str, run: RunFolder, config: RunConfig) -> dict[str, Any]:
@@ -149,6 +150,7 @@ def cluster(
     with progress_bar("cluster", len(spaces) + len(shards), "steps") as bar:
         for space in spaces:
             if space not in begun["fits"] or not run.has_centroids(space):
+                run.delete_labels()  # of centroids that are gone: made anew they may differ in their last bits
                 rows = counts["images_kept"] if space == "image" else counts["kept"]
                 width = 2 * dim if space == "joint" else dim
                 bar.set_postfix_str(f"k-means of {rows:,} {space} vectors, K = {config.pairs:,}", refresh=False)

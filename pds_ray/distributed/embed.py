@@ -19,6 +19,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
@@ -31,17 +32,18 @@ from pds_ray.config import ConfigError, EmbedConfig, RayConfig, ReadConfig, RunC
 from pds_ray.distributed import runtime
 from pds_ray.distributed.runtime import UnderWay
 from pds_ray.encoders.base import Encoder, EncoderInfo
-from pds_ray.errors import first_line
+from pds_ray.errors import UserError, first_line
 from pds_ray.progress import progress_bar, waiting_for
 from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
 from pds_ray.stages.isolated import Limits, embed_isolated
-from pds_ray.storage import StorageError
 
 MIN_SAMPLES_TO_JUDGE = 100
 READ_RETRY_WAITS_S = (1.0, 5.0, 25.0)
+MAX_GROWTH_BYTES = 4 << 30  # by which a process may grow while it decodes one picture
 TABLES = ("images", "captions", "errors")
 UNREADABLE = "unreadable"  # reason of the row that ends a shard of which no more can be read
+FATAL, STORE = "fatal", "store"  # reasons of rows that end the run: our fault, or that of a disk or a store
 
 
 class ShardDatasource(Datasource):
@@ -82,19 +84,33 @@ class _Reader:
                     yield block
                     done += 1
                 return
-            except (SourceError, StorageError) as error:
-                yield _unreadable(self.shard.name, error)
-                return
             except OSError as error:
                 if wait_s is None:
-                    yield _unreadable(self.shard.name, error)
+                    yield _problem(UNREADABLE, error, self.shard.name)
                     return
                 time.sleep(wait_s)
+            except SourceError as error:
+                yield _problem(UNREADABLE, error, self.shard.name)
+                return
+            except Exception as error:
+                yield _problem(_fault(error), error)
+                return
 
 
-def _unreadable(shard: str, error: Exception) -> pa.Table:
-    row = {"shard": shard, "ordinal": -1, "key": "", "reason": UNREADABLE, "detail": first_line(error)}
+def _problem(reason: str, error: Exception, shard: str = "") -> pa.Table:
+    """A block that says why there is no other."""
+    row = {"shard": shard, "ordinal": -1, "key": "", "reason": reason, "detail": _said(error)}
     return pa.Table.from_pylist([row], schema=core.RAW_SCHEMA)
+
+
+def _fault(error: Exception) -> str:
+    """Whose fault it is that something raises where data alone cannot make it."""
+    return STORE if isinstance(error, UserError | OSError) else FATAL
+
+
+def _said(error: Exception) -> str:
+    line = first_line(error)
+    return line if _fault(error) == STORE else f"{type(error).__name__}: {line}"
 
 
 def _decode(block: pa.Table, info: EncoderInfo, read: ReadConfig, seconds: float) -> pa.Table:
@@ -103,6 +119,8 @@ def _decode(block: pa.Table, info: EncoderInfo, read: ReadConfig, seconds: float
         return core.decode_block(
             block, info.preprocess, read, lambda _: faulthandler.dump_traceback_later(seconds, exit=True)
         )
+    except Exception as error:
+        return _problem(_fault(error), error)
     finally:
         faulthandler.cancel_dump_traceback_later()
 
@@ -124,17 +142,21 @@ class EmbedWorker:
         self.store = store
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """A decoded block -> one summary row for each shard in it."""
+        """A decoded block -> one summary row for each shard in it; what is no fault of the data travels as a row, too.
+
+        (Ray Data, told to go on without lost blocks, would go on without those that raise.)
+        """
         try:
             rows = [self._embed(shard, block) for shard in dict.fromkeys(block.column("shard").to_pylist())]
-        except (StorageError, OSError) as error:  # the store fails, not the data: the driver stops the run
-            rows = [{"shard": "", "problem": first_line(error)}]
+        except Exception as error:
+            rows = [{"shard": "", "fault": _fault(error), "problem": _said(error)}]
         return pa.Table.from_pylist(rows, schema=SUMMARY_SCHEMA)
 
     def _embed(self, shard: str, block: pa.Table) -> dict[str, Any]:
         mine = block.filter(pc.equal(block.column("shard"), shard))
-        if mine.column("reason")[-1].as_py() == UNREADABLE:
-            return {"shard": shard, "problem": mine.column("detail")[-1].as_py()}
+        fault = mine.column("reason")[-1].as_py()
+        if fault in (UNREADABLE, FATAL, STORE):
+            return {"shard": shard, "fault": fault, "problem": mine.column("detail")[-1].as_py()}
         part = core.embed_block(mine, self.encoder, self.size, self.config)
         counts = core.shard_counts(part.images, part.captions, part.errors)
         whole = part.first == 0 and part.total == part.rows
@@ -161,7 +183,8 @@ SUMMARY_SCHEMA = pa.schema(
         ("total", pa.int64()),  # rows of the whole shard; null before its end
         ("committed", pa.bool_()),
         ("counts", pa.string()),  # JSON
-        ("problem", pa.string()),  # why nothing came of it; null if something did
+        ("fault", pa.string()),  # UNREADABLE, FATAL or STORE; null if something came of it
+        ("problem", pa.string()),  # why nothing did
     ]
 )
 
@@ -186,6 +209,10 @@ def commit_parts(shard: str, firsts: list[int], store: EmbeddingStore, config: E
     store.commit(shard, *tables, commit_info(core.shard_counts(*tables), config))
 
 
+class EmbedError(UserError, OSError):
+    """A disk or a store fails, whatever the data."""
+
+
 @dataclass
 class _Progress:
     """What has arrived of a shard in this sitting."""
@@ -197,7 +224,7 @@ class _Progress:
     problem: str = ""
 
     def add(self, row: dict[str, Any]) -> None:
-        if row["problem"] is not None:
+        if row["fault"] is not None:
             self.problem = row["problem"]
             return
         self.rows[row["first"]] = row["rows"]
@@ -225,11 +252,14 @@ def embed(
     """Embeds the shards that are not committed yet; returns the counts of all that are then.
 
     Raises ConfigError when more than `ray.max_bad_share` of the samples or `ray.max_failed_share` of the shards is
-    lost, or the store was begun in another precision; StorageError if the store cannot be written.
+    lost, or the store was begun in another precision; EmbedError if the store cannot be
+    written.
     """
-    done = store.committed()
-    todo = [shard for shard in shards if shard.name not in done]
-    reused = core.sum_counts(done[shard.name] for shard in shards if shard.name in done)
+    store.folder.sweep()
+    done, again = store.committed(), store.failed()
+    todo = [shard for shard in shards if shard.name not in done or shard.name in again]
+    names = {shard.name for shard in shards} - {shard.name for shard in todo}
+    reused = core.sum_counts(done[name] for name in sorted(names))
     totals, failed = reused, 0
     if todo:
         embed_config = replace(config.embed, precision=runtime.precision(config.embed.precision, "bf16"))
@@ -241,7 +271,8 @@ def embed(
             )
         store.parts.delete_all()
         work = _Work(source, info, config.read, embed_config, config.ray, store)
-        totals, failed = _embed(todo, work, reused, len(shards))
+        before = {shard.name: done[shard.name] for shard in todo if shard.name in done}
+        totals, failed = _embed(todo, work, reused, before, len(shards))
         store.parts.delete_all()
     check_bad_share(totals, config.ray.max_bad_share, final=True)
     # images that the seconds booked for this stage were spent on: those of a shared store were another run's
@@ -256,16 +287,21 @@ def embed(
     }
 
 
-def _embed(todo: list[Shard], work: _Work, reused: dict[str, Any], shards: int) -> tuple[dict[str, Any], int]:
-    """Embeds some shards of `shards`; returns the counts of all, and how many shards failed."""
+def _embed(
+    todo: list[Shard], work: _Work, reused: dict[str, Any], before: dict[str, dict[str, Any]], shards: int
+) -> tuple[dict[str, Any], int]:
+    """Embeds some shards of `shards`; returns the counts of all, and how many shards there are none of.
+
+    `before`: the markers of those that are tried again; they stand if it fails.
+    """
     arrived = {shard.name: _Progress() for shard in todo}
     totals, limits = core.sum_counts([reused]), work.ray
+    finished, problems = shards - len(todo), dict[str, str]()
     under_way = UnderWay()
     with progress_bar("embed", None, "images", reused["images"]) as bar:
         waiting_for(lambda: under_way.describe({name for name, shard in arrived.items() if shard.closed}))
 
         def show(state: str = "") -> None:
-            finished = shards - len(todo) + sum(shard.closed for shard in arrived.values())
             if finished:
                 bar.total = max(totals["images"], round(totals["images"] * shards / finished))
             counts = f"{finished}/{shards} shards, {totals['pairs']:,} pairs, {totals['bad']:,} bad"
@@ -273,30 +309,36 @@ def _embed(todo: list[Shard], work: _Work, reused: dict[str, Any], shards: int) 
             bar.update(totals["images"] - bar.n)
 
         show(", starting")
-        for counts in _stream(todo, work, arrived, under_way):
+        for name, counts in _stream(todo, work, arrived, under_way):
             core.add_counts(totals, counts)
             check_bad_share(totals, limits.max_bad_share, final=False)
-            problems = {name: shard.problem for name, shard in arrived.items() if shard.problem}
-            check_failed_share(problems, shards, limits.max_failed_share)
+            finished += arrived[name].closed
+            if arrived[name].problem:
+                problems[name] = arrived[name].problem
+                check_failed_share(problems, shards, limits.max_failed_share)
             show()
         lost = [shard for shard in todo if not arrived[shard.name].closed]
         if lost:
+            totals = core.sum_counts([reused, *(shard.counts for shard in arrived.values() if shard.closed)])
             show(f", {len(lost)} shards once more")
-            for name, progress in _again(lost, work):
-                arrived[name] = progress
-                totals = core.sum_counts([reused, *(shard.counts for shard in arrived.values() if shard.closed)])
+            problems.clear()
+            for name, outcome in _again(lost, work, under_way):
+                if isinstance(outcome, str):
+                    problems[name] = outcome
+                    work.store.fail(name, outcome)
+                    check_failed_share(problems, shards, limits.max_failed_share)
+                    core.add_counts(totals, before.get(name, core.no_counts()))
+                else:
+                    finished += 1
+                    core.add_counts(totals, outcome)
                 show()
-    failed = {name: shard.problem for name, shard in arrived.items() if not shard.closed}
-    for name, problem in failed.items():
-        work.store.fail(name, problem)
-    check_failed_share(failed, shards, limits.max_failed_share)
-    return totals, len(failed)
+    return totals, len(problems.keys() - before.keys())
 
 
 def _stream(
     shards: list[Shard], work: _Work, arrived: dict[str, _Progress], under_way: UnderWay
-) -> Iterator[dict[str, Any]]:
-    """Runs the data set and books in `arrived` what comes; yields the counts of each block."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Runs the data set and books in `arrived` what comes; yields the shard and the counts of each block."""
     with runtime.lost_blocks_allowed():
         dataset = (
             ray.data.read_datasource(
@@ -325,47 +367,40 @@ def _stream(
     commit = ray.remote(commit_parts).options(num_cpus=runtime.DECODE_CPUS)
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in batch.to_pylist():
-            if not row["shard"]:
-                raise StorageError(row["problem"])
+            if row["fault"] == STORE:
+                raise EmbedError(row["problem"])
+            if row["fault"] == FATAL:
+                raise RuntimeError(row["problem"])
             shard = arrived[row["shard"]]
             shard.add(row)
             if shard.closed and not row["committed"]:
                 commits.append(commit.remote(row["shard"], sorted(shard.rows), work.store, work.config))
-            yield json.loads(row["counts"]) if row["counts"] else core.no_counts()
+            yield row["shard"], json.loads(row["counts"]) if row["counts"] else core.no_counts()
         ended, commits = ray.wait(commits, num_returns=len(commits), timeout=0) if commits else ([], [])
         ray.get(ended)  # a commit that failed ends the run now, not after the last shard
     ray.get(commits)
 
 
-def _again(shards: list[Shard], work: _Work) -> Iterator[tuple[str, _Progress]]:
-    """Embeds shards that were lost, each in processes of its own; yields them as they end, well or not."""
+def _again(shards: list[Shard], work: _Work, under_way: UnderWay) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Embeds shards that were lost, each in processes of its own; yields their counts, or why they cannot be read."""
     actors = runtime.pool(work.ray.embed_workers)
     remote = ray.remote(_embed_alone).options(
         num_cpus=actors.num_cpus, num_gpus=actors.num_gpus, max_retries=runtime.TASK_RETRIES
     )
-    pending = {remote.remote(shard, work): shard.name for shard in shards}
+    pending = {remote.remote(shard, work, under_way): shard.name for shard in shards}
     while pending:
         (ready,), _ = ray.wait(list(pending))
-        name = pending.pop(ready)
-        try:
-            outcome = ray.get(ready)
-        except ray.exceptions.RayTaskError:
-            raise
-        except ray.exceptions.RayError as error:
-            outcome = first_line(error)
-        if isinstance(outcome, str):
-            yield name, _Progress(problem=outcome)
-        else:
-            yield name, _Progress(counts=outcome, closed=True)
+        yield pending.pop(ready), ray.get(ready)
 
 
-def _embed_alone(shard: Shard, work: _Work) -> dict[str, Any] | str:
+def _embed_alone(shard: Shard, work: _Work, under_way: UnderWay) -> dict[str, Any] | str:
     """Embeds and commits a shard in a child process; returns its counts, or why it cannot be read."""
+    under_way.begin(shard.name)
     load = partial(_load, work.info, work.config.precision)
-    limits = Limits(work.ray.sample_timeout_s)
+    limits = Limits(work.ray.sample_timeout_s, min(MAX_GROWTH_BYTES, psutil.virtual_memory().available // 2))
     try:
         tables = embed_isolated(work.source, shard, work.info, load, work.read, work.config, limits)
-    except (SourceError, StorageError, OSError) as error:
+    except SourceError as error:
         return first_line(error)
     counts = core.shard_counts(*tables)
     work.store.commit(shard.name, *tables, commit_info(counts, work.config))

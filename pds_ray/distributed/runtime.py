@@ -28,7 +28,8 @@ import psutil
 import ray
 
 from pds_ray.config import ConfigError, RayConfig
-from pds_ray.errors import UserError
+from pds_ray.distributed import OOM_RETRIES
+from pds_ray.errors import UserError, first_line
 from pds_ray.progress import waiting_for
 
 Result = TypeVar("Result")
@@ -39,7 +40,6 @@ MODEL_THREADS = 4  # of each model, however many CPUs there are: convolutions ro
 NO_PROGRESS_TIMEOUT_S = 6 * 3600  # waiting hours for spot GPUs is no failure; the default is 30 minutes
 CONNECT_TIMEOUT_S = 10
 ACTOR_INIT_DEATHS = 5  # at Ray's default of 0 one machine lost while a model loads ends the job
-OOM_RETRIES = "RAY_task_oom_retries"
 TASK_RETRIES = 3  # of work whose process or machine died; Ray would try a sample that kills its actor for ever
 
 
@@ -60,8 +60,6 @@ def start(config: RayConfig) -> dict[str, Any]:
     address = config.address or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    # a task that eats its machine's memory is killed and tried again; without a limit for ever
-    os.environ.setdefault(OOM_RETRIES, str(TASK_RETRIES))
     # threads of a model that wait for each other must not spin while readers and decoders want the same cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # a report waits for the controller's next look: at the default of 2 s that is as long as a small trial's epochs
@@ -142,6 +140,9 @@ def unwrapped_errors() -> Iterator[None]:
     try:
         yield
     except (ray.exceptions.RayError, UserError) as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, OSError) and not isinstance(cause, UserError):  # a disk that is full, or gone
+            raise UserError(first_line(cause)) from error
         kinds = r"^pds_ray\.[\w.]*\.(?:Config|Source|Storage|DistilledSet)Error: (.+)$"
         found = re.findall(kinds, str(error), flags=re.MULTILINE)
         if found:
@@ -173,9 +174,9 @@ def _set_data_options() -> dict[str, Any]:
         "target_max_block_size": context.target_max_block_size,
         "execution_no_progress_timeout_s": context.execution_no_progress_timeout_s,
         "max_consecutive_actor_init_deaths": context.max_consecutive_actor_init_deaths,
-        "max_errored_blocks": context.max_errored_blocks,
+        "max_errored_blocks": {"embed": -1, "decode": context.max_errored_blocks},
         "task_retries": TASK_RETRIES,
-        "oom_retries": os.environ[OOM_RETRIES],
+        "task_oom_retries": OOM_RETRIES,
     }
 
 
@@ -262,7 +263,7 @@ def run_kmeans(function: Callable[..., Result], *args: Any) -> Result:
         if ray.get(with_gpu.remote()):
             return ray.get(ray.remote(function).options(num_cpus=SMALL_TASK_CPUS, num_gpus=1).remote(*args))
     cpus = _most_cpus()
-    return ray.get(ray.remote(_with_faiss_threads).options(num_cpus=cpus).remote(cpus, function, *args))
+    return ray.get(ray.remote(with_faiss_threads).options(num_cpus=cpus).remote(cpus, function, *args))
 
 
 def start_model(function: Callable[..., Any], *args: Any) -> ray.ObjectRef:
@@ -294,7 +295,7 @@ def _faiss_gpus() -> int:
     return faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
 
 
-def _with_faiss_threads(threads: int, function: Callable[..., Result], *args: Any) -> Result:
+def with_faiss_threads(threads: int, function: Callable[..., Result], *args: Any) -> Result:
     """A reused worker keeps the thread count it began with: it is set anew."""
     import faiss
 

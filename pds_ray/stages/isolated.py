@@ -7,11 +7,14 @@ or too big, that sample is refused and a new child goes on behind it. The rows o
 
 from __future__ import annotations
 
-import faulthandler
+import ctypes
 import multiprocessing
+import signal
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -27,8 +30,11 @@ from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
 
 POLL_S = 0.1
+PR_SET_PDEATHSIG = 1  # of prctl
 MAX_REFUSED = 100  # samples of one shard that may kill their process, before the shard is given up
-READ, DECODE, ENCODE = "reading", "decoding", "encoding"
+LOAD, READ, DECODE, ENCODE = "loading the encoder", "reading", "decoding", "encoding"
+OTHER_STEPS_S = 3600.0  # longer than any of them takes: only so that a child that hangs ends at all
+DEATHS = 2  # of processes on one sample, before it is refused: one may be another's fault
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Limits:
 
     seconds: float
     """To decode it."""
-    memory_bytes: int = 4 << 30
+    memory_bytes: int
     """By which its process may grow meanwhile."""
 
 
@@ -51,6 +57,8 @@ class _Known:
     """Ordinal of a sample that kills -> reason and detail."""
     one_by_one: set[int] = field(default_factory=set)
     """Blocks (first ordinal) that killed while they were encoded: next time row by row."""
+    deaths: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """At what, and at which ordinal."""
 
 
 def embed_isolated(
@@ -64,8 +72,8 @@ def embed_isolated(
 ) -> tuple[pa.Table, pa.Table, pa.Table]:
     """Image, caption and error tables of a shard. `load`, called in the child, must pickle.
 
-    Raises SourceError if the shard cannot be read or more than MAX_REFUSED of its samples kill; what else the child
-    raises is raised here.
+    Raises SourceError if the shard cannot be read or more than MAX_REFUSED of its samples kill, RuntimeError if the
+    encoder cannot be loaded alive; what else the child raises is raised here.
     """
     known = _Known()
     while not _attempt(known, limits, source, shard, info, load, read, config):
@@ -78,7 +86,7 @@ def _attempt(known: _Known, limits: Limits, source: Source, shard: Shard, *work:
     """One child's life; whether it got through the shard. What it learnt is in `known`."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    arguments = (theirs, set(known.blocks), known.refused, known.one_by_one, limits, source, shard, *work)
+    arguments = (theirs, set(known.blocks), known.refused, known.one_by_one, source, shard, *work)
     child = context.Process(target=_child, args=arguments, daemon=True)
     child.start()
     theirs.close()
@@ -95,15 +103,15 @@ class _Step:
     """What a child last said it is about to do."""
 
     doing: str
-    at: int
+    at: int = 0
     """Ordinal of the first of the rows it does it to; while it reads, of the block it read before."""
-    rows: int
-    memory: int
+    rows: int = 0
+    memory: int = 0
     since: float = field(default_factory=time.monotonic)
 
 
 def _listen(child: SpawnProcess, pipe: Connection, known: _Known, limits: Limits, shard: Shard) -> bool:
-    step = _Step(READ, 0, 0, 0)
+    step = _Step(LOAD)
     while True:
         message, fault = None, None
         try:
@@ -111,7 +119,7 @@ def _listen(child: SpawnProcess, pipe: Connection, known: _Known, limits: Limits
                 message = pipe.recv()
             else:
                 fault = _over_limit(child, step, limits)
-        except (EOFError, ConnectionResetError, psutil.NoSuchProcess):
+        except (EOFError, OSError, psutil.NoSuchProcess):  # OSError: it died while it was sending
             child.join()
             fault = "crashed_process", f"{step.doing} it ended the process (exit code {child.exitcode})"
         if fault is not None:
@@ -130,16 +138,21 @@ def _listen(child: SpawnProcess, pipe: Connection, known: _Known, limits: Limits
 
 def _over_limit(child: SpawnProcess, step: _Step, limits: Limits) -> tuple[str, str] | None:
     """Reason and detail if the one sample that is being decoded takes too much."""
-    if step.doing != DECODE:
-        return None
-    if time.monotonic() - step.since > limits.seconds:
-        return "timed_out", f"{step.doing} it took more than {limits.seconds:g} s"
-    if _memory(child) - step.memory > limits.memory_bytes:
+    seconds = limits.seconds if step.doing == DECODE else OTHER_STEPS_S
+    if time.monotonic() - step.since > seconds:
+        return "timed_out", f"{step.doing} it took more than {seconds:g} s"
+    if step.doing == DECODE and _memory(child) - step.memory > limits.memory_bytes:
         return "out_of_memory", f"{step.doing} it took more than {limits.memory_bytes / 2**30:g} GiB"
     return None
 
 
 def _learn(known: _Known, step: _Step, fault: tuple[str, str], shard: Shard) -> None:
+    reason, detail = fault
+    known.deaths[step.doing, step.at] += 1
+    if reason == "crashed_process" and step.rows <= 1 and known.deaths[step.doing, step.at] < DEATHS:
+        return
+    if step.doing == LOAD:
+        raise RuntimeError(f"the process that loads the encoder dies: {detail}")
     if step.doing == READ:
         raise SourceError(f"{shard.name} ended the process that was reading it, behind row {step.at}")
     if step.rows > 1:
@@ -158,7 +171,6 @@ def _child(
     done: set[int],
     refused: dict[int, tuple[str, str]],
     one_by_one: set[int],
-    limits: Limits,
     source: Source,
     shard: Shard,
     info: EncoderInfo,
@@ -168,14 +180,12 @@ def _child(
 ) -> None:
     def about_to(what: str, ordinal: int, rows: int) -> None:
         pipe.send((what, ordinal, rows))
-        if what == DECODE:  # nobody might be left to kill us: even stuck in C code this ends the process
-            faulthandler.dump_traceback_later(2 * limits.seconds + 10, exit=True)
-        else:
-            faulthandler.cancel_dump_traceback_later()
 
+    _die_with_parent()
     try:
         encoder = load()
-        for block in core.read_blocks(source, shard):
+        about_to(READ, 0, 0)
+        for block in _blocks(source, shard):
             first = block.column("ordinal")[0].as_py()
             if first in done:
                 continue
@@ -190,10 +200,24 @@ def _child(
             pipe.send(("block", first, parts))
             about_to(READ, first, 0)
         pipe.send(("end",))
-    except (UserError, OSError) as error:
+    except UserError as error:
         pipe.send(("error", error))
-    except Exception:  # which need not pickle
-        pipe.send(("error", RuntimeError(traceback.format_exc())))
+    except Exception as error:  # which need not pickle
+        pipe.send(("error", RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")))
+
+
+def _blocks(source: Source, shard: Shard) -> Iterator[pa.Table]:
+    """`core.read_blocks`; that the shard cannot be read is a SourceError."""
+    try:
+        yield from core.read_blocks(source, shard)
+    except OSError as error:
+        raise SourceError(f"cannot read {shard.name}: {error}") from error
+
+
+def _die_with_parent() -> None:
+    """Where Linux offers it: a child that hangs must not outlive whoever would end it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _refuse(block: pa.Table, refused: dict[int, tuple[str, str]]) -> pa.Table:

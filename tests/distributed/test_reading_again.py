@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from pds_ray.distributed import embed
-from pds_ray.sources.base import Fault, Sample, Shard, SourceError
+from pds_ray.sources.base import Fault, Sample, Shard
 from pds_ray.stages import embed as core
 
 
@@ -32,6 +32,13 @@ class FailingSource:
             yield Sample(f"{shard.name}{number}", b"picture", (f"caption {number}",))
 
 
+class Nobody:
+    """Takes no notice of who begins what."""
+
+    def begin(self, name: str) -> None:
+        pass
+
+
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Blocks of three samples; the waits between reads, which take no time here."""
@@ -42,17 +49,29 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_a_shard_is_read_again_and_no_sample_comes_twice(waits: list[float]) -> None:
-    reader = embed._Reader(FailingSource(4, 0, 8), Shard("s", "s"))
+    reader = embed._Reader(FailingSource(4, 0, 8), Shard("s", "s"), Nobody())
     table = pa.concat_tables(list(reader()))
     assert table.column("key").to_pylist() == [*(f"s{number}" for number in range(10)), ""]
     assert table.column("ordinal").to_pylist() == list(range(11))
     assert len(waits) == 3
 
 
-def test_a_disk_that_goes_on_failing_ends_in_one_line(waits: list[float]) -> None:
-    reader = embed._Reader(FailingSource(*[5] * 99), Shard("s", "/data/s.tar"))
-    with pytest.raises(
-        SourceError, match=r"^cannot read /data/s\.tar: .*Input/output error; the same command continues$"
-    ):
-        list(reader())
+def test_a_disk_that_goes_on_failing_ends_the_shard(waits: list[float]) -> None:
+    reader = embed._Reader(FailingSource(*[5] * 99), Shard("s", "/data/s.tar"), Nobody())
+    rows = pa.concat_tables(list(reader())).to_pylist()
+    assert [row["key"] for row in rows[:-1]] == ["s0", "s1", "s2"]
+    assert (rows[-1]["shard"], rows[-1]["reason"]) == ("s", embed.UNREADABLE)
+    assert "Input/output error" in rows[-1]["detail"]
     assert len(waits) == len(embed.READ_RETRY_WAITS_S)
+
+
+class BrokenSource(FailingSource):
+    """One that has a fault of its own."""
+
+    def read(self, shard: Shard) -> Iterator[Sample | Fault]:
+        raise ZeroDivisionError(f"{shard.name} by nothing")
+
+
+def test_what_is_no_fault_of_the_shard_ends_the_run() -> None:
+    (row,) = pa.concat_tables(list(embed._Reader(BrokenSource(), Shard("s", "s"), Nobody())())).to_pylist()
+    assert (row["shard"], row["reason"], row["detail"]) == ("", embed.FATAL, "ZeroDivisionError: s by nothing")

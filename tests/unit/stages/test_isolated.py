@@ -19,7 +19,7 @@ from pds_ray.stages.isolated import MAX_REFUSED, Limits, embed_isolated
 
 READ, EMBED = ReadConfig(), EmbedConfig()
 SAMPLES = 300
-PATIENT = Limits(seconds=20)
+PATIENT = Limits(seconds=20, memory_bytes=4 << 30)
 
 
 class Sums:
