@@ -2,5 +2,5 @@
 
 import os
 
-OOM_RETRIES = os.environ.setdefault("RAY_task_oom_retries", "3")
-"""A task that eats its machine's memory is killed and tried again: so often, where Ray's default is for ever."""
+# a task that eats its machine's memory is killed and tried again: so often, where Ray's default is for ever
+os.environ.setdefault("RAY_task_oom_retries", "3")

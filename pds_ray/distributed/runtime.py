@@ -28,7 +28,6 @@ import psutil
 import ray
 
 from pds_ray.config import ConfigError, RayConfig
-from pds_ray.distributed import OOM_RETRIES
 from pds_ray.errors import UserError, first_line
 from pds_ray.progress import waiting_for
 
@@ -40,6 +39,7 @@ MODEL_THREADS = 4  # of each model, however many CPUs there are: convolutions ro
 NO_PROGRESS_TIMEOUT_S = 6 * 3600  # waiting hours for spot GPUs is no failure; the default is 30 minutes
 CONNECT_TIMEOUT_S = 10
 ACTOR_INIT_DEATHS = 5  # at Ray's default of 0 one machine lost while a model loads ends the job
+OOM_RETRIES = "RAY_task_oom_retries"  # set where the package is imported
 TASK_RETRIES = 3  # of work whose process or machine died; Ray would try a sample that kills its actor for ever
 
 
@@ -176,7 +176,7 @@ def _set_data_options() -> dict[str, Any]:
         "max_consecutive_actor_init_deaths": context.max_consecutive_actor_init_deaths,
         "max_errored_blocks": {"embed": -1, "decode": context.max_errored_blocks},
         "task_retries": TASK_RETRIES,
-        "task_oom_retries": OOM_RETRIES,
+        "task_oom_retries": os.environ[OOM_RETRIES],
     }
 
 
