@@ -10,6 +10,7 @@ where the sample that kills is found out and refused. A shard that cannot be rea
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import sys
 import time
@@ -379,6 +380,8 @@ def _stream(
         ended, commits = ray.wait(commits, num_returns=len(commits), timeout=0) if commits else ([], [])
         ray.get(ended)  # a commit that failed ends the run now, not after the last shard
     ray.get(commits)
+    # the error of a lost block is in a reference cycle with the actors' handles: until it is collected they keep CPUs
+    gc.collect()
 
 
 def _again(shards: list[Shard], work: _Work, under_way: UnderWay) -> Iterator[tuple[str, dict[str, Any] | str]]:
