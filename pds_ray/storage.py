@@ -8,6 +8,7 @@ and show an object late: every call of one is repeated with growing waits (`pati
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -31,6 +32,7 @@ import pyarrow.parquet as pq
 from pds_ray.errors import UserError, first_line, without_secrets
 
 PART_SUFFIX = ".part"
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 LOCK = ".lock"
 WAITS_S = (1.0, 4.0, 16.0)
 """Before a call that failed is repeated, on average; a store's client has by then tried for some seconds itself."""
@@ -215,7 +217,10 @@ class Folder:
 
     @contextlib.contextmanager
     def writer(self, name: str) -> Iterator[IO[bytes]]:
-        """A binary stream whose content appears as file `name` when the block ends well, and not otherwise."""
+        """A binary stream whose content appears as file `name` when the block ends well, and not otherwise.
+
+        Raises StorageError in one line if the disk is full, read-only or broken.
+        """
         if is_remote(self.path):
             buffer = io.BytesIO()  # gathered first: an upload closed by an error would publish half an object
             yield buffer
@@ -223,15 +228,17 @@ class Folder:
             return
         final = self.full(name)
         aside = Path(f"{final}.{uuid.uuid4().hex[:8]}{PART_SUFFIX}")
-        aside.parent.mkdir(parents=True, exist_ok=True)
         try:
+            aside.parent.mkdir(parents=True, exist_ok=True)
             with aside.open("wb") as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             aside.replace(final)
-        except BaseException:
+        except BaseException as error:
             aside.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+                raise StorageError(f"cannot write {final}: {_reason(error)}") from error
             raise
 
     @_patient
