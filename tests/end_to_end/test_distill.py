@@ -133,7 +133,7 @@ def test_a_changed_option_redoes_what_depends_on_it(finished: Finished, pds_ray:
     assert redone.returncode == 0, redone.stderr
     before, after = content(finished[0]), content(run)
     changed = {name.split("/")[0] for name in after if after[name] != before.get(name)}
-    assert changed == {"images", "captions.parquet", "distilled"}
+    assert changed == {"images", "captions.parquet", "distilled", "hashes"}
     assert set(stages(run).values()) == {"done"}
 
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import signal
+import time
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -240,6 +241,14 @@ def test_a_disk_is_asked_once(waits):
     assert waits == []
 
 
+@pytest.fixture
+def interruptible():
+    """Whatever a test before has made of SIGINT, it raises KeyboardInterrupt."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Lossy:
     """An object store on a folder of the disk that keeps half of the first uploads, or is interrupted in them."""
 
@@ -283,11 +292,16 @@ def test_an_object_of_another_size_is_written_again(tmp_path, monkeypatch, waits
         Folder("s3://b").write_bytes("x", b"0123456789")
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_upload_is_not_cut_by_an_interrupt(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "open_filesystem", lambda _: (Lossy(tmp_path, interrupts=True), ""))
     with pytest.raises(KeyboardInterrupt):
         Folder("s3://b").write_bytes("x", b"whole")
-    assert (tmp_path / "x").read_bytes() == b"whole"
+    deadline = time.monotonic() + 10  # the interrupt may come before anybody waits for the thread, which goes on alone
+    written = tmp_path / "x"
+    while not (written.exists() and written.read_bytes() == b"whole") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert written.read_bytes() == b"whole"
 
 
 def test_folders_travel():
