@@ -29,7 +29,7 @@ from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import without_secrets
 from pds_ray.manifest import ManifestError, RunManifest, fingerprint, versions
 from pds_ray.sources.base import Sample, Shard, Source, SourceError
-from pds_ray.storage import Folder
+from pds_ray.storage import Folder, StorageError
 
 STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "caption", "materialize")  # of pds
 SELECTION_STAGES = ("embed", "select", "decode", "materialize")  # of the methods that choose real pairs
@@ -46,6 +46,7 @@ COUNTED = {
     "materialize": ("pairs", "pairs"),
 }
 PICTURES_TOGETHER = 256  # chosen pictures looked up at once: each lookup reads the shards they are in
+LISTING_WAITS_S = (0.0, 1.0, 4.0, 16.0)
 PROBE = 10_000  # images looked at before a run; that there are more pairs than this shows only when all are embedded
 CAPTIONLESS_PROBE = 1_000  # this many samples in a row without a caption: the source has none
 FREE_FIELDS = (
@@ -320,7 +321,7 @@ def _run(plan_: Plan, redo: bool) -> dict[str, Any]:
                 if stage in RunFolder.FILES:
                     _book_files(plan_, manifest, stage)
         if stage == "embed":
-            content = _content(plan_)
+            content = _content(_embedded(plan_, manifest))
             if manifest.data.get("store_content") != content:
                 _forget_after(plan_, manifest, stage)
             manifest.update(store_content=content)
@@ -336,10 +337,27 @@ def _book_files(plan_: Plan, manifest: RunManifest, stage: str) -> None:
     plan_.run.save_hashes(stage, hashes)
 
 
-def _content(plan_: Plan) -> str:
+def _embedded(plan_: Plan, manifest: RunManifest) -> dict[str, dict[str, Any]]:
+    """The markers of the shards that are embedded, in order: failed ones are not.
+
+    Raises StorageError if some do not show up: a store may list late what it holds.
+    """
+    expected = len(plan_.shards) - manifest.stages["embed"]["counts"].get("failed_shards", 0)
+    for wait_s in LISTING_WAITS_S:
+        time.sleep(wait_s)
+        markers = plan_.store.committed()
+        found = {shard.name: markers[shard.name] for shard in plan_.shards if shard.name in markers}
+        if len(found) >= expected:
+            return found
+    raise StorageError(
+        f"{expected - len(found):,} shards that were embedded are not in {plan_.store.folder.shown}; the same command "
+        "continues"
+    )
+
+
+def _content(embedded: dict[str, dict[str, Any]]) -> str:
     """A digest of all embeddings of the run: they may change under one configuration, as when failed shards succeed."""
-    markers = plan_.store.committed()
-    return fingerprint([[shard.name, markers[shard.name]["sha256"]] for shard in plan_.shards if shard.name in markers])
+    return fingerprint([[shard, marker["sha256"]] for shard, marker in embedded.items()])
 
 
 def _forget_after(plan_: Plan, manifest: RunManifest, stage: str) -> None:
@@ -357,9 +375,8 @@ def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[st
 
     @cache
     def names() -> list[str]:
-        """The shards that are embedded, in order: failed ones are not. The same for all stages that follow."""
-        embedded = store.committed()
-        return [shard.name for shard in plan_.shards if shard.name in embedded]
+        """The shards that are embedded, the same for all stages that follow."""
+        return list(_embedded(plan_, manifest))
 
     def counts(stage: str) -> dict[str, Any]:
         return manifest.stages[stage]["counts"]
