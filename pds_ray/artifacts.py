@@ -41,7 +41,7 @@ from safetensors.numpy import save as save_safetensors
 from pds_ray.storage import Folder, is_remote
 
 STORE_SCHEMA_VERSION = 1
-MARKERS_AT_ONCE = 32  # one after the other, the round trips to an object store would take half an hour for 40,000
+READS_AT_ONCE = 32  # one after the other, the round trips to an object store would take half an hour for 40,000
 MODALITIES = ("image", "text")
 
 ERROR_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
@@ -120,7 +120,6 @@ def prototype_schema(dim: int) -> pa.Schema:
 
 
 MEMBER_SAMPLE = 8
-HASH_THREADS = 16  # files read at once to be hashed: object stores answer slowly, but to many
 
 
 def vectors(table: pa.Table, column: str) -> np.ndarray:
@@ -159,7 +158,7 @@ class EmbeddingStore:
         """Shard name -> marker (counts, hashes) of the shards that are there. A damaged marker is none."""
         names = self.folder.names(self.MARKER)
         if is_remote(self.folder.path):
-            with ThreadPoolExecutor(MARKERS_AT_ONCE) as readers:
+            with ThreadPoolExecutor(READS_AT_ONCE) as readers:
                 markers = list(readers.map(self._marker, names))
         else:
             markers = [self._marker(name) for name in names]
@@ -219,9 +218,8 @@ class RunFolder:
     folder: Folder
 
     MANIFEST = "run.json"
-    FILES: ClassVar[
-        dict[str, str]
-    ] = {  # stage -> the folder it fills, or the file it writes; embed and materialize keep manifests
+    # stage -> the folder it fills, or the file it writes; embed and materialize keep manifests
+    FILES: ClassVar[dict[str, str]] = {
         "select": "prototypes.parquet",
         "prune": "pruning",
         "cluster": "clusters",
@@ -239,7 +237,7 @@ class RunFolder:
             inside = self.folder / place
             inside.sweep()  # workers that were killed may have left parts of files
             names = [f"{place}/{name}" for name in inside.names()]
-        with ThreadPoolExecutor(HASH_THREADS) as threads:
+        with ThreadPoolExecutor(READS_AT_ONCE) as threads:
             return dict(zip(names, threads.map(self.folder.sha256, names), strict=True))
 
     def save_hashes(self, stage: str, hashes: dict[str, str]) -> None:
@@ -253,6 +251,10 @@ class RunFolder:
     @property
     def embeddings(self) -> Folder:
         return self.folder / "embeddings"
+
+    def store(self, elsewhere: str | None, fingerprint: str) -> EmbeddingStore:
+        """The embedding store of the run; `elsewhere` if it is one that several runs share."""
+        return EmbeddingStore(Folder(elsewhere) if elsewhere else self.embeddings, fingerprint)
 
     @property
     def pruning(self) -> Folder:

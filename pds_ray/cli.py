@@ -290,15 +290,10 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from pds_ray.artifacts import RunFolder
     from pds_ray.manifest import RunManifest
-    from pds_ray.storage import Folder
     from pds_ray.summary import print_summary
 
-    run = RunFolder(Folder(args.run))
-    if not run.folder.exists(RunFolder.MANIFEST):
-        raise ConfigError(f"{args.run} is no run folder: it has no {RunFolder.MANIFEST}")
-    manifest = RunManifest(run).data
+    manifest = RunManifest.open(args.run).data
     if args.json:
         print(json.dumps(manifest, indent=2))
     else:

@@ -96,11 +96,14 @@ def entries(config: RunConfig, methods: list[str], sizes: list[int], judged: Eva
             place = f"sets/{folder}-{pairs}"
             run = replace(config, {**fields, "method": name, "pairs": pairs, "out": (root / place).path})
             plain = replace(config, {"method": name, "pairs": pairs, "out": run.out})
-            if fields and pipeline.relevant(run) == pipeline.relevant(plain):
-                raise ConfigError(f"method {written!r}: {' and '.join(fields)} changes nothing here")
-            if of_protocol and replace(judged, of_protocol) == judged:
-                raise ConfigError(f"method {written!r}: {' and '.join(of_protocol)} changes nothing here")
-            found.append(Entry(written, pairs, place, run, replace(judged, of_protocol)))
+            changed = replace(judged, of_protocol)
+            for given, same in (
+                (fields, pipeline.relevant(run) == pipeline.relevant(plain)),
+                (of_protocol, changed == judged),
+            ):
+                if given and same:
+                    raise ConfigError(f"method {written!r}: {' and '.join(given)} changes nothing here")
+            found.append(Entry(written, pairs, place, run, changed))
     return found
 
 

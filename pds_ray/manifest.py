@@ -15,6 +15,7 @@ from typing import Any
 
 from pds_ray.artifacts import RunFolder
 from pds_ray.errors import UserError
+from pds_ray.storage import Folder
 
 PACKAGES = (
     "pds-ray",
@@ -80,12 +81,18 @@ class RunManifest:
         entry = self.stages.get(stage, {})
         return entry.get("fingerprint") == print_ and entry.get("status") == "done"
 
-    def forget(self, *stages: str) -> bool:
-        """Takes stages for never begun; whether any was."""
-        known = [stage for stage in stages if self.stages.pop(stage, None) is not None]
-        if known:
+    @classmethod
+    def open(cls, path: str) -> RunManifest:
+        """That of a run which exists. Raises ManifestError in one line if `path` is no run folder or a damaged one."""
+        run = RunFolder(Folder(path))
+        if not run.folder.exists(RunFolder.MANIFEST):
+            raise ManifestError(f"{path} is no run folder: it has no {RunFolder.MANIFEST}")
+        return cls(run)
+
+    def forget(self, *stages: str) -> None:
+        """Takes stages for never begun."""
+        if [stage for stage in stages if self.stages.pop(stage, None) is not None]:
             self.update()
-        return bool(known)
 
     def start(self, stage: str, print_: str) -> None:
         """Records that a stage is under way; time spent on it by interrupted runs is kept."""

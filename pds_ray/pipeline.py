@@ -77,6 +77,9 @@ def relevant(config: RunConfig) -> RunConfig:
     )
 
 
+Markers = dict[str, dict[str, Any]]  # shard -> its commit marker
+
+
 @dataclass(frozen=True)
 class Plan:
     """A validated run: everything that can be known before it starts."""
@@ -115,7 +118,7 @@ def plan(config: RunConfig) -> Plan:
     _check_enough(source, shards, config)
     run = RunFolder(Folder(config.out))
     prints = _fingerprints(config, shards, encoder, decoder)
-    store = EmbeddingStore(Folder(config.embed.store) if config.embed.store else run.embeddings, prints["embed"])
+    store = run.store(config.embed.store, prints["embed"])
     return Plan(config, source, shards, encoder, decoder, prints, run, store)
 
 
@@ -306,22 +309,26 @@ def _run(plan_: Plan, redo: bool) -> dict[str, Any]:
         space=plan_.encoder.space,
         notes=list(plan_.decoder.notes),
     )
-    steps = _steps(plan_, manifest)
-    tried = plan_.store.committed().keys() | plan_.store.failed().keys()
-    embedded = manifest.is_done("embed", plan_.fingerprints["embed"])
-    if embedded and not tried >= {shard.name for shard in plan_.shards}:
-        manifest.forget("embed")  # the store is another one than before, or lost shards
+    embedded = cache(lambda: _embedded(plan_, manifest))  # read once: the same for all stages that follow
+    steps = _steps(plan_, manifest, embedded)
+    if manifest.is_done("embed", plan_.fingerprints["embed"]):
+        tried = plan_.store.committed().keys() | plan_.store.failed().keys()
+        if not tried >= {shard.name for shard in plan_.shards}:
+            manifest.forget("embed")  # the store is another one than before, or lost shards
+    started = False
     for stage in plan_.stages:
         if not manifest.is_done(stage, plan_.fingerprints[stage]):
             from pds_ray.distributed import runtime
 
-            manifest.update(ray=runtime.start(plan_.config.ray))
+            if not started:
+                manifest.update(ray=runtime.start(plan_.config.ray))
+                started = True
             with _recorded(manifest, stage, plan_.fingerprints[stage]) as counts, runtime.unwrapped_errors():
                 counts.update(steps[stage]())
                 if stage in RunFolder.FILES:
                     _book_files(plan_, manifest, stage)
         if stage == "embed":
-            content = _content(_embedded(plan_, manifest))
+            content = _content(embedded())
             if manifest.data.get("store_content") != content:
                 _forget_after(plan_, manifest, stage)
             manifest.update(store_content=content)
@@ -337,7 +344,7 @@ def _book_files(plan_: Plan, manifest: RunManifest, stage: str) -> None:
     plan_.run.save_hashes(stage, hashes)
 
 
-def _embedded(plan_: Plan, manifest: RunManifest) -> dict[str, dict[str, Any]]:
+def _embedded(plan_: Plan, manifest: RunManifest) -> Markers:
     """The markers of the shards that are embedded, in order: failed ones are not.
 
     Raises StorageError if some do not show up: a store may list late what it holds.
@@ -355,7 +362,7 @@ def _embedded(plan_: Plan, manifest: RunManifest) -> dict[str, dict[str, Any]]:
     )
 
 
-def _content(embedded: dict[str, dict[str, Any]]) -> str:
+def _content(embedded: Markers) -> str:
     """A digest of all embeddings of the run: they may change under one configuration, as when failed shards succeed."""
     return fingerprint([[shard, marker["sha256"]] for shard, marker in embedded.items()])
 
@@ -368,15 +375,18 @@ def _forget_after(plan_: Plan, manifest: RunManifest, stage: str) -> None:
         manifest.forget(*later)
 
 
-def _steps(plan_: Plan, manifest: RunManifest) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What each stage calls. Ray is imported when the first stage runs, not before."""
+def _steps(
+    plan_: Plan, manifest: RunManifest, embedded: Callable[[], Markers]
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What each stage calls. Ray is imported when the first stage runs, not before.
+
+    `embedded` gives, once that is done, the markers of the shards that are.
+    """
     config, run, store = plan_.config, plan_.run, plan_.store
     dim = plan_.encoder.dim
 
-    @cache
     def names() -> list[str]:
-        """The shards that are embedded, the same for all stages that follow."""
-        return list(_embedded(plan_, manifest))
+        return list(embedded())
 
     def counts(stage: str) -> dict[str, Any]:
         return manifest.stages[stage]["counts"]

@@ -265,15 +265,11 @@ class Folder:
         with fs.open_input_file(f"{root}/{name}") as file:
             return _read_at(file, 0, file.size())
 
-    @_patient
     def sha256(self, name: str) -> str:
-        """Hex SHA-256 of a file."""
-        digest = hashlib.sha256()
+        """Hex SHA-256 of a file. Raises what `open_stream` does."""
         fs, root = self._fs
-        with fs.open_input_stream(f"{root}/{name}") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-        return digest.hexdigest()
+        with open_stream(fs, f"{root}/{name}", self.full(name)) as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
@@ -363,11 +359,8 @@ def _reason(error: BaseException) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _sha256(path: str, size: int, mtime_ns: int) -> str:  # noqa: ARG001 - size and time key the cache
-    digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def folder_sha256(folder: Path, patterns: tuple[str, ...]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pds_ray import pipeline
-from pds_ray.artifacts import HASH_THREADS, EmbeddingStore, RunFolder
+from pds_ray.artifacts import READS_AT_ONCE, EmbeddingStore, RunFolder
 from pds_ray.config import ConfigError, RunConfig, flatten, replace
 from pds_ray.manifest import RunManifest
 from pds_ray.progress import progress_bar
@@ -66,17 +66,13 @@ class _Run:
     @property
     def store(self) -> EmbeddingStore:
         fingerprint = self.manifest.stages.get("embed", {}).get("fingerprint", "")
-        path = self.config.embed.store
-        return EmbeddingStore(Folder(path) if path else self.folder.embeddings, fingerprint)
+        return self.folder.store(self.config.embed.store, fingerprint)
 
 
 def _open(path: str, changes: Mapping[str, Any]) -> _Run:
-    run = RunFolder(Folder(path))
-    if not run.folder.exists(RunFolder.MANIFEST):
-        raise ConfigError(f"{path} is no run folder: it has no {RunFolder.MANIFEST}")
-    manifest = RunManifest(run)
+    manifest = RunManifest.open(path)
     recorded = flatten(manifest.data.get("config", {}))
-    return _Run(run, manifest, replace(RunConfig(), {**recorded, "out": path, **changes}))
+    return _Run(RunFolder(Folder(path)), manifest, replace(RunConfig(), {**recorded, "out": path, **changes}))
 
 
 def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
@@ -84,7 +80,7 @@ def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
 
     `changes` to the recorded configuration may say where the embedding store is now.
 
-    Raises ConfigError or ManifestError if `path` is no run folder or a damaged one.
+    Raises ManifestError if `path` is no run folder or a damaged one.
     """
     run = _open(path, changes)
     problems, promises = [], []
@@ -109,7 +105,7 @@ def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
             problems.append(Problem(stage, manifest, "corrupt"))
         else:
             promises += [_Promise(stage, folder, name, sha256) for name, sha256 in hashes]
-    with ThreadPoolExecutor(HASH_THREADS) as threads, progress_bar("verify", len(promises), "files") as bar:
+    with ThreadPoolExecutor(READS_AT_ONCE) as threads, progress_bar("verify", len(promises), "files") as bar:
         for problem in threads.map(_Promise.problem, promises):
             problems += [problem] if problem else []
             bar.update()

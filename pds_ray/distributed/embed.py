@@ -31,7 +31,6 @@ from pds_ray import catalog
 from pds_ray.artifacts import EmbeddingStore
 from pds_ray.config import ConfigError, EmbedConfig, RayConfig, ReadConfig, RunConfig
 from pds_ray.distributed import runtime
-from pds_ray.distributed.runtime import UnderWay
 from pds_ray.encoders.base import Encoder, EncoderInfo
 from pds_ray.errors import UserError, first_line
 from pds_ray.progress import progress_bar, waiting_for
@@ -50,7 +49,7 @@ FATAL, STORE = "fatal", "store"  # reasons of rows that end the run: our fault, 
 class ShardDatasource(Datasource):
     """One read task a shard: a fault can cost one shard's remainder, never its neighbours."""
 
-    def __init__(self, source: Source, shards: list[Shard], under_way: UnderWay) -> None:
+    def __init__(self, source: Source, shards: list[Shard], under_way: runtime.UnderWay) -> None:
         super().__init__()
         self._source = source
         self._shards = shards
@@ -69,7 +68,7 @@ class ShardDatasource(Datasource):
 class _Reader:
     source: Source
     shard: Shard
-    under_way: UnderWay
+    under_way: runtime.UnderWay
 
     def __call__(self) -> Iterable[pa.Table]:
         """The shard's blocks; a disk that fails is read again, it says nothing about the data.
@@ -298,7 +297,7 @@ def _embed(
     arrived = {shard.name: _Progress() for shard in todo}
     totals, limits = core.sum_counts([reused]), work.ray
     finished, problems = shards - len(todo), dict[str, str]()
-    under_way = UnderWay()
+    under_way = runtime.UnderWay()
     with progress_bar("embed", None, "images", reused["images"]) as bar:
         waiting_for(lambda: under_way.describe({name for name, shard in arrived.items() if shard.closed}))
 
@@ -337,7 +336,7 @@ def _embed(
 
 
 def _stream(
-    shards: list[Shard], work: _Work, arrived: dict[str, _Progress], under_way: UnderWay
+    shards: list[Shard], work: _Work, arrived: dict[str, _Progress], under_way: runtime.UnderWay
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Runs the data set and books in `arrived` what comes; yields the shard and the counts of each block."""
     with runtime.lost_blocks_allowed():
@@ -384,7 +383,7 @@ def _stream(
     gc.collect()
 
 
-def _again(shards: list[Shard], work: _Work, under_way: UnderWay) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _again(shards: list[Shard], work: _Work, under_way: runtime.UnderWay) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Embeds shards that were lost, each in processes of its own; yields their counts, or why they cannot be read."""
     actors = runtime.pool(work.ray.embed_workers)
     remote = ray.remote(_embed_alone).options(
@@ -396,7 +395,7 @@ def _again(shards: list[Shard], work: _Work, under_way: UnderWay) -> Iterator[tu
         yield pending.pop(ready), ray.get(ready)
 
 
-def _embed_alone(shard: Shard, work: _Work, under_way: UnderWay) -> dict[str, Any] | str:
+def _embed_alone(shard: Shard, work: _Work, under_way: runtime.UnderWay) -> dict[str, Any] | str:
     """Embeds and commits a shard in a child process; returns its counts, or why it cannot be read."""
     under_way.begin(shard.name)
     load = partial(_load, work.info, work.config.precision)

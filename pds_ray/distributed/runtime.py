@@ -93,7 +93,7 @@ def _connect(address: str) -> None:
     try:
         ray.init(address=address, **QUIET)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise ConfigError(f"no Ray cluster can be joined at {address} ({first}); {advice}") from error
 
 

@@ -90,7 +90,7 @@ def _open(folder: RunFolder) -> _Run:
     counts = {name: entry.get("counts", {}) for name, entry in stages.items() if entry.get("status") == "done"}
     elsewhere = config.get("embed", {}).get("store")
     fingerprint = stages.get("embed", {}).get("fingerprint", "")
-    store = EmbeddingStore(Folder(elsewhere) if elsewhere else folder.embeddings, fingerprint)
+    store = folder.store(elsewhere, fingerprint)
     try:
         markers = store.committed() if "embed" in counts else {}
     except StorageError:  # a shared store whose credentials are not known here

@@ -27,6 +27,7 @@ import pyarrow.fs as pafs
 from braceexpand import braceexpand
 
 from pds_ray.captions import MAX_CAPTIONS
+from pds_ray.errors import first_line
 from pds_ray.sources.base import Fault, Sample, Shard, SourceError
 from pds_ray.storage import StorageError, is_remote, open_filesystem, open_stream, patiently
 
@@ -402,7 +403,7 @@ def _find_shards(uri: str) -> dict[str, pafs.FileInfo]:
             store = stores[prefix, query]
             shards = _only_shards(pattern, list(store.walk(store.root, path.split("/"))))
         except (OSError, StorageError) as error:
-            raise SourceError(f"cannot look for {pattern}: {str(error).partition(chr(10))[0]}") from error
+            raise SourceError(f"cannot look for {pattern}: {first_line(error)}") from error
         found |= {store.location(info.path): info for info in shards}
         if not shards:
             unmatched.append(pattern)

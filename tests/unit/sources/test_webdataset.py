@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow.fs as pafs
 import pytest
 import webdataset
+from hostile import block, header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
@@ -38,17 +39,6 @@ def tar_bytes(members: list[Member], fmt: int = tarfile.GNU_FORMAT) -> bytes:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
-
-
-def header(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, link: str = "") -> bytes:
-    """One raw header block, whatever it claims."""
-    info = tarfile.TarInfo(name)
-    info.size, info.type, info.linkname = size, kind, link
-    return info.tobuf(tarfile.GNU_FORMAT)
-
-
-def block(data: bytes) -> bytes:
-    return data + bytes(-len(data) % 512)
 
 
 def read_bytes(path: Path, data: bytes, **limits: int) -> list[Sample | Fault]:
