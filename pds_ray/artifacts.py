@@ -218,6 +218,7 @@ class RunFolder:
     folder: Folder
 
     MANIFEST = "run.json"
+    HEARTBEAT = "heartbeat.json"  # there while a driver works
     # stage -> the folder it fills, or the file it writes; embed and materialize keep manifests
     FILES: ClassVar[dict[str, str]] = {
         "select": "prototypes.parquet",

@@ -6,20 +6,24 @@ Exit codes: 0 done, 1 an error of ours, 2 something the user can mend, 130 inter
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import logging
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
-from typing import Any, NoReturn
+from typing import Any
 
-from pds_ray import __version__
-from pds_ray.config import METHODS, ConfigError, EvaluateConfig, RunConfig, flatten, replace, sections, to_dict
-from pds_ray.errors import UserError, first_line, without_secrets
+from pds_ray import log
+from pds_ray.config import METHODS, ConfigError, EvaluateConfig, RunConfig, flatten, replace, to_dict
+from pds_ray.errors import UserError, first_line
+from pds_ray.parser import EXIT_USER, build_parser
 
-EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
+RUNS = ("distill", "select", "evaluate", "compare", "retry-failed")
+WATCH_S = 5.0
+EXIT_OK, EXIT_BUG, EXIT_INTERRUPTED = 0, 1, 130
 QUIET = {  # libraries that print on import or on load
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -30,162 +34,6 @@ QUIET = {  # libraries that print on import or on load
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(
-            f"pds-ray: {without_secrets(message)} (see {self.prog} --help; patterns of --source need quotes)",
-            file=sys.stderr,
-        )
-        raise SystemExit(EXIT_USER)
-
-
-def _add_config_options(
-    parser: argparse.ArgumentParser, only: tuple[str, ...] | None = None, top: type = RunConfig
-) -> None:
-    """A flag for every field of the configuration `top`: --prune.ratio, and the other names it is known by.
-
-    `only` names the sections and dotted fields that get one; "" are the fields outside of sections.
-    """
-    for section, cls in {"": top, **sections(top)}.items():
-        fields = {
-            f"{section}.{f.name}" if section else f.name: f for f in dataclasses.fields(cls) if "doc" in f.metadata
-        }
-        if only is not None and section not in only:
-            fields = {dotted: field for dotted, field in fields.items() if dotted in only}
-        if not fields:
-            continue
-        about = (cls.__doc__ or "").splitlines()[0] if section else None
-        group = parser.add_argument_group(section or top.__name__.removesuffix("Config").lower(), about)
-        for dotted, field in fields.items():
-            known_as = (dotted.replace("_", "-"), dotted, *field.metadata["aliases"])
-            default = "" if field.default in (None, "") else f" [{field.default}]"
-            group.add_argument(
-                *dict.fromkeys(f"--{name}" for name in known_as),
-                dest=dotted,
-                metavar=field.name.upper(),
-                default=argparse.SUPPRESS,
-                help=(field.metadata["doc"] + default).replace("%", "%%"),
-            )
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    parser = _Parser(prog="pds-ray", description="Distil image-text data into a few image-caption pairs, on Ray.")
-    parser.add_argument("--version", action="version", version=f"pds-ray {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
-
-    distill = commands.add_parser(
-        "distill",
-        help="distil a data set",
-        allow_abbrev=False,
-        description="Distils a data set into image-caption pairs. Repeating an interrupted command continues it.",
-        epilog="Values come from the preset, then the YAML file, then the command line. Every field has a flag.",
-    )
-    select = commands.add_parser(
-        "select",
-        help="choose real pairs of a data set",
-        allow_abbrev=False,
-        description=f"Chooses real pairs of a data set, no picture twice. Methods: {', '.join(METHODS[1:])}.",
-        epilog="The result has the form of a distilled set. Repeating an interrupted command continues it.",
-    )
-    for command in (distill, select):
-        command.add_argument("--preset", default="default", help="default, demo, paper or web_scale")
-        command.add_argument("--config", metavar="FILE.yaml", help="fields as YAML, sections nested")
-        command.add_argument("--dry-run", action="store_true", help="validate, print plan and configuration, stop")
-        command.add_argument("--redo", action="store_true", help="redo what depends on a changed configuration")
-    _add_config_options(distill)
-    _add_config_options(select, only=("", "read", "embed", "select", "decode.image_size", "ray"))
-
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="train models on a distilled set and measure retrieval",
-        allow_abbrev=False,
-        description="Trains fresh models on a distilled set, ours or any in its layout, and measures image-text "
-        "retrieval on a held-out split. Repeating an interrupted command continues it.",
-    )
-    evaluate.add_argument("set", metavar="SET", help="run folder or distilled set")
-    evaluate.add_argument("--out", metavar="FOLDER", help="where evaluation/ is made [SET]")
-    evaluate.add_argument("--json", action="store_true", help="print the result as JSON")
-    compare = commands.add_parser(
-        "compare",
-        help="methods side by side: distil, select, train, measure, tabulate",
-        allow_abbrev=False,
-        description="Makes a set with every method at every size from one source and measures them all alike. "
-        "Repeating an interrupted command continues it.",
-    )
-    compare.add_argument("--preset", default="default", help="default, demo, paper or web_scale")
-    compare.add_argument("--config", metavar="FILE.yaml", help="fields of the runs as YAML, sections nested")
-    compare.add_argument(
-        "--methods",
-        default=",".join(METHODS[1:] + METHODS[:1]),
-        help="methods by comma, each with changes behind it if wanted: pds+match.filter=false [%(default)s]",
-    )
-    compare.add_argument("--ablations", action="store_true", help="add the ablations of the paper to the methods")
-    compare.add_argument("--pairs", default="100", help="sizes by comma [%(default)s]")
-    compare.add_argument("--redo", action="store_true", help="redo what depends on a changed configuration")
-    _add_config_options(
-        compare,
-        only=(
-            "source",
-            "out",
-            "seed",
-            "read",
-            "embed",
-            "select",
-            "prune",
-            "cluster",
-            "match",
-            "decode",
-            "caption",
-            "ray",
-        ),
-    )
-    evaluation_fields = ("test", "val", "backbones", "seeds", "workers", "trials", "max_failures", "protocol")
-    _add_config_options(evaluate, only=(*evaluation_fields, "ray"), top=EvaluateConfig)
-    _add_config_options(compare, only=evaluation_fields, top=EvaluateConfig)
-    for command in (evaluate, compare):
-        command.add_argument("--protocol", default="standard", help="standard, or paper (best epoch on test)")
-
-    show = commands.add_parser("show", help="what a run is and how far it is")
-    show.add_argument("run", metavar="RUN")
-    show.add_argument("--json", action="store_true", help="run.json as it is")
-    show.add_argument("--sheet", metavar="FILE.png", help="also draw the distilled pairs as one picture")
-
-    report = commands.add_parser(
-        "report",
-        help="a run, or a comparison, as one HTML page",
-        description="Writes a run folder, or the folder of a comparison, as one HTML file that opens offline.",
-    )
-    report.add_argument("run", metavar="RUN")
-    report.add_argument("--out", metavar="FILE.html", help="where to [RUN/report.html]")
-
-    retry = commands.add_parser(
-        "retry-failed",
-        help="try again what failed in a run",
-        allow_abbrev=False,
-        description="Tries again the shards that could not be read and the samples that killed their process, then "
-        "redoes what depends on them, if anything came of it.",
-    )
-    retry.add_argument("run", metavar="RUN")
-    _add_config_options(retry, only=("source", "ray"))
-
-    verify = commands.add_parser(
-        "verify",
-        help="check every file and count of a run",
-        allow_abbrev=False,
-        description="Checks every file of a run against the hashes and counts of its manifests. Exit code 2 if "
-        "something is missing or corrupt.",
-    )
-    verify.add_argument("run", metavar="RUN")
-    verify.add_argument("--repair", action="store_true", help="do anew what is missing or corrupt, and nothing else")
-    _add_config_options(verify, only=("source", "embed.store", "ray"))
-
-    commands.add_parser("doctor", help="hardware, versions, weights and paths found, and what is missing")
-    for command in commands.choices.values():
-        command.add_argument("-v", "--verbose", action="store_true", help="show stack traces and library messages")
-    return parser
 
 
 def resolve(args: argparse.Namespace) -> RunConfig:
@@ -223,9 +71,11 @@ def _distill(args: argparse.Namespace) -> None:
     if args.dry_run:
         print_plan(pipeline.plan(config))
         return
-    manifest = pipeline.distill(config, redo=args.redo)
+    only = [stage.strip() for stage in args.only.split(",") if stage.strip()]
+    manifest = pipeline.distill(config, redo=args.redo, only=only)
     print_summary(config.out, manifest)
-    _report_at_the_end(config.out, args.verbose)
+    if manifest["stages"].get("materialize", {}).get("status") == "done":
+        _report_at_the_end(config.out, args.verbose)
 
 
 def _report_at_the_end(path: str, verbose: bool) -> None:
@@ -340,6 +190,51 @@ def _verify(args: argparse.Namespace) -> None:
             raise SystemExit(EXIT_BUG)
 
 
+def _status(args: argparse.Namespace) -> None:
+    from pds_ray.status import status
+    from pds_ray.summary import print_status
+
+    while True:
+        found = status(args.run)
+        if args.json:
+            print(json.dumps(found), flush=True)
+        else:
+            print_status(found)
+        if not args.watch or found["state"] != "running":
+            break
+        time.sleep(WATCH_S)
+    if found["state"] not in ("running", "finished"):
+        raise SystemExit(EXIT_USER)
+
+
+def _submit(args: argparse.Namespace) -> None:
+    command = args.job[1:] if args.job[:1] == ["--"] else args.job
+    if not command or command[0] in ("submit", "doctor"):
+        raise ConfigError("which command? pds-ray submit --address http://HEAD:8265 -- distill --source ... --out ...")
+    told = vars(build_parser().parse_args(command))  # what is wrong is refused here rather than on the cluster
+    if told.get("config"):
+        told = {**flatten(_read_yaml(told["config"])), **told}
+    if not args.verbose:
+        logging.disable(logging.INFO)  # Ray tells of its uploads and connections
+    from pds_ray.distributed import submit as jobs
+
+    paths = {name: str(told[name]) for name in jobs.PATHS if told.get(name)}
+    env = dict(pair.partition("=")[::2] for pair in args.env)
+    job = jobs.Job(command, paths, told.get("config"), env, args.driver_cpus, args.installed)
+    submitted = jobs.submit(job, args.address)
+    log.event("submitted", f"pds-ray: submitted job {submitted}", job=submitted)
+    if args.no_wait:
+        return
+    try:
+        outcome, code = jobs.follow(submitted, args.address)
+    except KeyboardInterrupt:
+        log.event("left", f"\npds-ray: job {submitted} goes on; `ray job stop {submitted}` ends it", job=submitted)
+        os._exit(EXIT_INTERRUPTED)
+    log.event("job_ended", f"pds-ray: job {submitted} {outcome.lower()}", job=submitted, outcome=outcome)
+    if code:
+        raise SystemExit(EXIT_INTERRUPTED if outcome == "STOPPED" else code)
+
+
 def _doctor(_: argparse.Namespace) -> None:
     from pds_ray.doctor import examine
 
@@ -353,6 +248,8 @@ COMMANDS = {
     "evaluate": _evaluate,
     "compare": _compare,
     "show": _show,
+    "status": _status,
+    "submit": _submit,
     "report": _report,
     "retry-failed": _retry_failed,
     "verify": _verify,
@@ -367,13 +264,19 @@ def main(argv: list[str] | None = None) -> None:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         warnings.filterwarnings("ignore")
+    if args.log == "json":
+        log.as_json()
     for number in (signal.SIGINT, signal.SIGTERM):  # a stopped job ends like an interrupted one, in the background too
         signal.signal(number, signal.default_int_handler)
     try:
         COMMANDS[args.command](args)
         code = EXIT_OK
+        # the last line of a log tells the outcome; on a terminal the result does
+        if args.command in RUNS:
+            log.event("done", "" if sys.stderr.isatty() else f"pds-ray: {args.command} done", exit_code=EXIT_OK)
     except KeyboardInterrupt:
-        print("\npds-ray: interrupted; the same command continues", file=sys.stderr, flush=True)
+        text = "\npds-ray: interrupted; the same command continues"
+        log.event("interrupted", text, "error", exit_code=EXIT_INTERRUPTED)
         # not through Ray's own shutdown: interrupted while it starts, it crashes; its processes die with this one
         os._exit(EXIT_INTERRUPTED)
     except BrokenPipeError:  # whoever read our output had enough
@@ -384,11 +287,10 @@ def main(argv: list[str] | None = None) -> None:
             raise
         line = first_line(error)
         if isinstance(error, UserError):
-            print(f"pds-ray: {line}", file=sys.stderr)
-            code = EXIT_USER
+            code, text = EXIT_USER, f"pds-ray: {line}"
         else:
-            print(f"pds-ray: {type(error).__name__}: {line} (-v shows where)", file=sys.stderr)
-            code = EXIT_BUG
+            code, text = EXIT_BUG, f"pds-ray: {type(error).__name__}: {line} (-v shows where)"
+        log.event("failed", text, "error", exit_code=code)
     if "ray" in sys.modules:
         from pds_ray.distributed import runtime
 

@@ -190,6 +190,19 @@ class CaptionConfig:
         _require(self.nearest_to in allowed, "caption.nearest_to", self.nearest_to, "picture or prototype")
 
 
+@dataclass(frozen=True)
+class Actors:
+    """What is wished of a pool of actors."""
+
+    workers: int
+    """At most; 0: as many as the cluster has room for."""
+    min_workers: int
+    gpus: float | None
+    """Each takes so many; None: what the cluster has decides."""
+    resources: dict[str, float]
+    """Custom resources that each takes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RayConfig:
     """Where it runs. None of this changes what comes out."""
@@ -199,8 +212,17 @@ class RayConfig:
     object_store_gib: float | None = option(
         None, "object store of the local Ray; default a quarter of free memory, at most 8 GiB"
     )
-    embed_workers: int = option(0, "embedding actors; 0 is one a GPU, or what the CPUs allow")
-    decode_workers: int = option(0, "decoding actors; 0 is one a GPU, or what the CPUs allow")
+    read_resources: str = option("", "custom resources of each task that reads or decodes pictures, NAME=AMOUNT,...")
+    embed_workers: int = option(0, "embedding actors at most; 0 is one a GPU, or what the CPUs allow")
+    embed_min_workers: int = option(1, "embedding actors at least, as the cluster shrinks")
+    embed_gpus: float | None = option(
+        None, "GPUs of each embedding actor, such as 0.5; default 1 where there are any; say it if they are yet to come"
+    )
+    embed_resources: str = option("", "custom resources of each embedding actor, NAME=AMOUNT,...")
+    decode_workers: int = option(0, "decoding actors at most; 0 is one a GPU, or what the CPUs allow")
+    decode_min_workers: int = option(1, "decoding actors at least, as the cluster shrinks")
+    decode_gpus: float | None = option(None, "GPUs of each decoding actor")
+    decode_resources: str = option("", "custom resources of each decoding actor, NAME=AMOUNT,...")
     max_bad_share: float = option(0.5, "the run stops when more than this share of the samples is bad")
     max_failed_share: float = option(0.1, "the run stops when more than this share of the shards cannot be read")
     sample_timeout_s: float = option(60.0, "a picture that takes longer to decode is given up, seconds")
@@ -209,12 +231,51 @@ class RayConfig:
         _require(self.num_cpus is None or self.num_cpus > 0, "ray.num_cpus", self.num_cpus, "positive")
         store = self.object_store_gib
         _require(store is None or 0 < store < math.inf, "ray.object_store_gib", store, "positive")
-        _require(self.embed_workers >= 0, "ray.embed_workers", self.embed_workers, "0 or positive")
-        _require(self.decode_workers >= 0, "ray.decode_workers", self.decode_workers, "0 or positive")
+        _amounts("ray.read_resources", self.read_resources)
+        for stage, actors in (("embed", self.embed_actors), ("decode", self.decode_actors)):
+            _require(actors.workers >= 0, f"ray.{stage}_workers", actors.workers, "0 or positive")
+            least, most = actors.min_workers, actors.workers or math.inf
+            _require(1 <= least <= most, f"ray.{stage}_min_workers", least, f"from 1 to {stage}_workers")
+            gpus = actors.gpus
+            _require(
+                gpus is None or 0 <= gpus <= 1 or (gpus < math.inf and gpus == int(gpus)),
+                f"ray.{stage}_gpus",
+                gpus,
+                "a share of one GPU or a whole number",
+            )
         _require(0 <= self.max_bad_share <= 1, "ray.max_bad_share", self.max_bad_share, "from 0 to 1")
         _require(0 <= self.max_failed_share <= 1, "ray.max_failed_share", self.max_failed_share, "from 0 to 1")
         timeout = self.sample_timeout_s
         _require(0 < timeout < math.inf, "ray.sample_timeout_s", timeout, "positive")
+
+    @property
+    def embed_actors(self) -> Actors:
+        resources = _amounts("ray.embed_resources", self.embed_resources)
+        return Actors(self.embed_workers, self.embed_min_workers, self.embed_gpus, resources)
+
+    @property
+    def decode_actors(self) -> Actors:
+        resources = _amounts("ray.decode_resources", self.decode_resources)
+        return Actors(self.decode_workers, self.decode_min_workers, self.decode_gpus, resources)
+
+    @property
+    def reader_resources(self) -> dict[str, float]:
+        """Custom resources of each task that reads or decodes."""
+        return _amounts("ray.read_resources", self.read_resources)
+
+
+def _amounts(name: str, text: str) -> dict[str, float]:
+    """ "H100=1,nvme=0.1" -> {"H100": 1.0, "nvme": 0.1}. Raises ConfigError."""
+    amounts: dict[str, float] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        resource, _, amount = part.partition("=")
+        try:
+            amounts[resource.strip()] = float(amount)
+        except ValueError:
+            raise ConfigError(f"{name} is {text!r}; it must be NAME=AMOUNT, more of them by comma") from None
+    good = all(key and key not in ("CPU", "GPU", "memory") and 0 < value < math.inf for key, value in amounts.items())
+    _require(good, name, text, "custom resources, each with a positive amount")
+    return amounts
 
 
 @dataclass(frozen=True, kw_only=True)

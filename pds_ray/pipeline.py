@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from pds_ray import catalog
+from pds_ray import catalog, log
 from pds_ray.artifacts import STORE_SCHEMA_VERSION, EmbeddingStore, RunFolder
 from pds_ray.captions import CLEANERS
 from pds_ray.config import (
@@ -27,6 +27,7 @@ from pds_ray.config import (
 from pds_ray.decoders.base import DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import without_secrets
+from pds_ray.heartbeat import beating
 from pds_ray.manifest import ManifestError, RunManifest, fingerprint, versions
 from pds_ray.sources.base import Sample, Shard, Source, SourceError
 from pds_ray.storage import Folder, StorageError
@@ -262,26 +263,35 @@ def _recorded(manifest: RunManifest, stage: str, print_: str) -> Iterator[dict[s
     """Books a stage in run.json, however it ends; the block fills in the counts."""
     manifest.start(stage, print_)
     counts: dict[str, Any] = {}
-    try:
-        yield counts
-    except BaseException as error:
-        manifest.stop(stage, "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed")
-        raise
-    manifest.stop(stage, "done", counts)
+    with log.context(stage=stage):
+        log.event("stage_started")
+        try:
+            yield counts
+        except BaseException as error:
+            outcome = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+            manifest.stop(stage, outcome)
+            log.event(f"stage_{outcome}", level="error")
+            raise
+        manifest.stop(stage, "done", counts)
+        log.event("stage_done", seconds=manifest.stages[stage]["seconds"], counts=counts)
 
 
-def distill(config: RunConfig, redo: bool = False) -> dict[str, Any]:
+def distill(config: RunConfig, redo: bool = False, only: Collection[str] = ()) -> dict[str, Any]:
     """Runs every stage that is not done yet and returns run.json's content.
 
     Interrupted at any instant and called again with the same configuration, it continues and ends with the same bytes.
-    `redo` allows a run folder of another configuration: what depends on the change is done anew.
+    `redo` allows a run folder of another configuration: what depends on the change is done anew. `only` these stages
+    are run, if any are named; those that come before them must be done.
 
     Raises ConfigError, SourceError, StorageError or ManifestError in one line for what the user can mend.
     """
     plan_ = plan(config)
+    unknown = [stage for stage in only if stage not in plan_.stages]
+    if unknown:
+        raise ConfigError(f"--only names {unknown[0]!r}; stages of method {config.method}: {', '.join(plan_.stages)}")
     plan_.run.folder.create()
     with plan_.run.folder.lock():
-        return _run(plan_, redo)
+        return _run(plan_, redo, only)
 
 
 def redo(config: RunConfig, stages_: Iterable[str], prepare: Callable[[Plan], None]) -> dict[str, Any]:
@@ -299,7 +309,12 @@ def redo(config: RunConfig, stages_: Iterable[str], prepare: Callable[[Plan], No
         return _run(plan_, redo=False)
 
 
-def _run(plan_: Plan, redo: bool) -> dict[str, Any]:
+def _run(plan_: Plan, redo: bool, only: Collection[str] = ()) -> dict[str, Any]:
+    with log.context(run=plan_.run.folder.shown), beating(plan_.run):
+        return _run_stages(plan_, redo, only)
+
+
+def _run_stages(plan_: Plan, redo: bool, only: Collection[str]) -> dict[str, Any]:
     manifest = open_run(plan_, redo)
     began = time.monotonic()
     manifest.update(
@@ -315,13 +330,26 @@ def _run(plan_: Plan, redo: bool) -> dict[str, Any]:
         tried = plan_.store.committed().keys() | plan_.store.failed().keys()
         if not tried >= {shard.name for shard in plan_.shards}:
             manifest.forget("embed")  # the store is another one than before, or lost shards
+    wanted = [stage for stage in plan_.stages if not only or stage in only]
+    until = plan_.stages[: 1 + plan_.stages.index(wanted[-1])]
+
+    def check_order() -> None:
+        """Nothing wanted may stand on what is neither done nor wanted."""
+        for stage in until:
+            if stage not in wanted and not manifest.is_done(stage, plan_.fingerprints[stage]):
+                raise ConfigError(
+                    f"stage {wanted[-1]} comes after {stage}, which is not done in {plan_.run.folder.shown}; run that "
+                    "first, or leave out --only"
+                )
+
     started = False
-    for stage in plan_.stages:
+    for stage in until:
+        check_order()
         if not manifest.is_done(stage, plan_.fingerprints[stage]):
             from pds_ray.distributed import runtime
 
             if not started:
-                manifest.update(ray=runtime.start(plan_.config.ray))
+                manifest.update(ray=runtime.start(plan_.config.ray, plan_.run.folder.shown))
                 started = True
             with _recorded(manifest, stage, plan_.fingerprints[stage]) as counts, runtime.unwrapped_errors():
                 counts.update(steps[stage]())

@@ -11,14 +11,60 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 
 from tqdm import tqdm
+
+from pds_ray import log
 
 LOG_INTERVAL_S = 10.0
 STALL_S = 120.0
 """Without progress for so long, the watchdog speaks; then after twice as long, and so on."""
 
-_waiting_for: Callable[[], str] | None = None  # of the bar that is open: there is one at a time
+_bar: tqdm | None = None  # the one that is open: there is one at a time
+_waiting_for: Callable[[], str] | None = None  # what its watchdog asks
+
+
+@dataclass(frozen=True)
+class State:
+    """How far what is under way has come."""
+
+    label: str
+    unit: str
+    done: int
+    total: int | None
+    per_s: float | None
+    """Of what was done in this sitting."""
+    eta_s: float | None
+    note: str
+
+
+def current() -> State | None:
+    """The state of the bar that is open."""
+    return _state(_bar) if _bar is not None else None
+
+
+def _state(bar: tqdm) -> State:
+    seconds = bar.format_dict["elapsed"]
+    rate = (bar.n - bar.initial) / seconds if seconds and bar.n > bar.initial else None
+    eta = (bar.total - bar.n) / rate if rate and bar.total is not None else None
+    return State(
+        bar.desc.rstrip(" :"),
+        bar.unit.strip(),
+        bar.n,
+        bar.total,
+        rate and round(rate, 3),
+        eta if eta is None else round(eta, 1),
+        (bar.postfix or "").lstrip(", "),
+    )
+
+
+class _JsonBar(tqdm):
+    """A bar that is an event now and then."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:  # noqa: ARG002 - tqdm's signature
+        if msg is None:
+            log.event("progress", **asdict(_state(self)))
 
 
 class _Lines(io.TextIOBase):
@@ -37,9 +83,9 @@ def progress_bar(label: str, total: int | None, unit: str, done: int = 0) -> Ite
     On a terminal it is redrawn in place; elsewhere it prints a line every LOG_INTERVAL_S seconds and one at the end.
     Call `.update(n)` for work done and `.set_postfix_str(text, refresh=False)` for what else is worth seeing.
     """
-    interactive = sys.stderr.isatty()
+    interactive = sys.stderr.isatty() and not log.is_json()
     with (
-        tqdm(
+        (_JsonBar if log.is_json() else tqdm)(
             total=total,
             initial=done,
             desc=f"{label:<12}",
@@ -57,10 +103,21 @@ def progress_bar(label: str, total: int | None, unit: str, done: int = 0) -> Ite
             else "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         ) as bar,
         _watchdog(label, bar),
+        _current(bar),
     ):
         yield bar
         if not interactive:
             bar.refresh()  # the last line, with the mean rate
+
+
+@contextmanager
+def _current(bar: tqdm) -> Iterator[None]:
+    global _bar  # noqa: PLW0603 - a process does one thing at a time
+    _bar = bar
+    try:
+        yield
+    finally:
+        _bar = None
 
 
 def waiting_for(describe: Callable[[], str] | None) -> None:
@@ -90,6 +147,6 @@ def _watch(label: str, bar: tqdm, ended: threading.Event) -> None:
         elif waited >= patience:
             patience *= 2
             what = _waiting_for() if _waiting_for else bar.postfix
-            tqdm.write(
-                f"{label}: nothing finished for {waited:.0f} s; waiting for {what or 'its first result'}", sys.stderr
-            )
+            what = what or "its first result"
+            text = f"{label}: nothing finished for {waited:.0f} s; waiting for {what}"
+            log.event("stalled", text, "warning", seconds=round(waited), waiting_for=what)

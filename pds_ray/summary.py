@@ -76,8 +76,40 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
 
 def _rate(name: str, entry: dict[str, Any]) -> str:
     unit, key = COUNTED[name]
-    count, seconds = entry.get("counts", {}).get(key, 0), entry.get("seconds", 0)
-    return f"{count / seconds:,.0f} {unit}/s" if unit and count and seconds else ""
+    counts, seconds = entry.get("counts", {}), entry.get("seconds", 0)
+    if not (unit and counts.get(key) and seconds):
+        return ""
+    return f"{counts[key] / seconds:,.0f} {unit}/s{_idle(counts)}"
+
+
+def _idle(counts: dict[str, Any]) -> str:
+    """The share of their time that the actors of a stage, and their GPUs, waited."""
+    for actor in ("encoder", "decoder"):
+        busy, idle = counts.get(f"{actor}_busy_s", 0), counts.get(f"{actor}_idle_s", 0)
+        if busy:
+            return f", {actor}s idle {idle / (busy + idle):.0%}"
+    return ""
+
+
+def print_status(found: dict[str, Any]) -> None:
+    """Where a run stands, on a few lines."""
+    done = [stage for stage, state in found["stages"].items() if state == "done"]
+    say(f"{'run':<10} {found['run']}")
+    say(f"{'state':<10} {found['state']}, {len(done)} of {len(found['stages'])} stages done")
+    progress = found["progress"]
+    if found["stage"]:
+        where = f" ({progress['label']})" if progress and progress["label"] != found["stage"] else ""
+        say(f"{'stage':<10} {found['stage']}{where}")
+    if progress:
+        total = f" of {progress['total']:,}" if progress["total"] else ""
+        rate = f", {progress['per_s']:,.1f}/s" if progress["per_s"] else ""
+        eta = f", {progress['eta_s'] / 60:,.1f} min to go" if progress["eta_s"] else ""
+        note = f", {progress['note']}" if progress["note"] else ""
+        say(f"{'progress':<10} {progress['done']:,}{total} {progress['unit']}{rate}{eta}{note}")
+    if found["host"]:
+        say(f"{'driver':<10} on {found['host']}, heard of {found['heartbeat_age_s']:.0f} s ago")
+    if found["state"] == "silent":
+        say("its driver gives no sign of life; if it is gone, the same command continues the run")
 
 
 def print_problems(files: int, problems: list[Problem]) -> None:

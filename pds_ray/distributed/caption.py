@@ -39,8 +39,9 @@ def caption(
         run.save_captions(prototypes.select(columns))
         return {"pairs": pairs, "changed": 0}
     with progress_bar("caption", 1 + len(shards), "steps") as bar:
-        precision = runtime.precision(config.embed.precision, "bf16")
-        pictures = ray.get(runtime.start_model(_embed, pairs, info, EmbedConfig(precision=precision), run))
+        actors = runtime.pool(config.ray.embed_actors)
+        settings = EmbedConfig(precision=runtime.precision(config.embed.precision, actors, "bf16"))
+        pictures = ray.get(runtime.start_model(actors, _embed, pairs, info, settings, run))
         bar.update()
         found = nearest("captions", shards, store, pictures, bar)
     chosen = found["caption"]

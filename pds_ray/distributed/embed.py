@@ -27,10 +27,10 @@ import ray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from pds_ray import catalog
+from pds_ray import catalog, log
 from pds_ray.artifacts import EmbeddingStore
 from pds_ray.config import ConfigError, EmbedConfig, RayConfig, ReadConfig, RunConfig
-from pds_ray.distributed import runtime
+from pds_ray.distributed import metrics, runtime
 from pds_ray.encoders.base import Encoder, EncoderInfo
 from pds_ray.errors import UserError, first_line
 from pds_ray.progress import progress_bar, waiting_for
@@ -140,16 +140,21 @@ class EmbedWorker:
         self.encoder = _load(info, config.precision)
         self.config = config
         self.store = store
+        self.free_since = time.monotonic()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """A decoded block -> one summary row for each shard in it; what is no fault of the data travels as a row, too.
 
         (Ray Data, told to go on without lost blocks, would go on without those that raise.)
         """
+        began = time.monotonic()
+        idle = began - self.free_since
         try:
             rows = [self._embed(shard, block) for shard in dict.fromkeys(block.column("shard").to_pylist())]
         except Exception as error:
             rows = [{"shard": "", "fault": _fault(error), "problem": _said(error)}]
+        self.free_since = time.monotonic()
+        rows[0] |= {"idle_s": idle, "busy_s": self.free_since - began}
         return pa.Table.from_pylist(rows, schema=SUMMARY_SCHEMA)
 
     def _embed(self, shard: str, block: pa.Table) -> dict[str, Any]:
@@ -185,6 +190,8 @@ SUMMARY_SCHEMA = pa.schema(
         ("counts", pa.string()),  # JSON
         ("fault", pa.string()),  # UNREADABLE, FATAL or STORE; null if something came of it
         ("problem", pa.string()),  # why nothing did
+        ("idle_s", pa.float64()),  # the encoder waited for the block; in its first row
+        ("busy_s", pa.float64()),  # and worked on it
     ]
 )
 
@@ -233,6 +240,20 @@ class _Progress:
         self.closed = sum(self.rows.values()) == self.total
 
 
+@dataclass
+class _Encoders:
+    """How the time of the encoders went, summed over them, seconds."""
+
+    busy_s: float = 0.0
+    idle_s: float = 0.0
+
+    def add(self, row: dict[str, Any]) -> None:
+        busy, idle = row["busy_s"] or 0.0, row["idle_s"] or 0.0
+        self.busy_s += busy
+        self.idle_s += idle
+        metrics.count_time("embed", busy, idle)
+
+
 @dataclass(frozen=True)
 class _Work:
     """What every worker is told."""
@@ -260,9 +281,10 @@ def embed(
     todo = [shard for shard in shards if shard.name not in done or shard.name in again]
     names = {shard.name for shard in shards} - {shard.name for shard in todo}
     reused = core.sum_counts(done[name] for name in sorted(names))
-    totals, failed = reused, 0
+    totals, failed, encoders = reused, 0, _Encoders()
     if todo:
-        embed_config = replace(config.embed, precision=runtime.precision(config.embed.precision, "bf16"))
+        precision = runtime.precision(config.embed.precision, runtime.pool(config.ray.embed_actors), "bf16")
+        embed_config = replace(config.embed, precision=precision)
         begun = {marker["precision"] for marker in done.values()} - {embed_config.precision}
         if begun:
             raise ConfigError(
@@ -272,7 +294,7 @@ def embed(
         store.parts.delete_all()
         work = _Work(source, info, config.read, embed_config, config.ray, store)
         before = {shard.name: done[shard.name] for shard in todo if shard.name in done}
-        totals, failed = _embed(todo, work, reused, before, len(shards))
+        totals, failed = _embed(todo, work, reused, before, len(shards), encoders)
         store.parts.delete_all()
     check_bad_share(totals, config.ray.max_bad_share, final=True)
     # images that the seconds booked for this stage were spent on: those of a shared store were another run's
@@ -284,11 +306,18 @@ def embed(
         "shards_reused": len(shards) - len(todo),
         "images_reused": reused["images"],
         "timed": timed,
+        "encoder_busy_s": round(encoders.busy_s, 3),
+        "encoder_idle_s": round(encoders.idle_s, 3),
     }
 
 
 def _embed(
-    todo: list[Shard], work: _Work, reused: dict[str, Any], before: dict[str, dict[str, Any]], shards: int
+    todo: list[Shard],
+    work: _Work,
+    reused: dict[str, Any],
+    before: dict[str, dict[str, Any]],
+    shards: int,
+    encoders: _Encoders,
 ) -> tuple[dict[str, Any], int]:
     """Embeds some shards of `shards`; returns the counts of all, and how many shards there are none of.
 
@@ -309,10 +338,13 @@ def _embed(
             bar.update(totals["images"] - bar.n)
 
         show(", starting")
-        for name, counts in _stream(todo, work, arrived, under_way):
+        for name, counts in _stream(todo, work, arrived, under_way, encoders):
             core.add_counts(totals, counts)
+            metrics.count_embedded(counts)
             check_bad_share(totals, limits.max_bad_share, final=False)
-            finished += arrived[name].closed
+            if arrived[name].closed:
+                finished += 1
+                _tell_committed(name, arrived[name].counts)
             if arrived[name].problem:
                 problems[name] = arrived[name].problem
                 check_failed_share(problems, shards, limits.max_failed_share)
@@ -326,26 +358,39 @@ def _embed(
                 if isinstance(outcome, str):
                     problems[name] = outcome
                     work.store.fail(name, outcome)
+                    metrics.count("pds_ray_shards_failed_total", 1)
+                    log.event("shard_failed", level="warning", shard=name, reason=outcome)
                     check_failed_share(problems, shards, limits.max_failed_share)
                     core.add_counts(totals, before.get(name, core.no_counts()))
                 else:
                     finished += 1
                     core.add_counts(totals, outcome)
+                    metrics.count_embedded(outcome)
+                    _tell_committed(name, outcome)
                 show()
     return totals, len(problems.keys() - before.keys())
 
 
+def _tell_committed(shard: str, counts: dict[str, Any]) -> None:
+    metrics.count("pds_ray_shards_committed_total", 1)
+    log.event("shard_committed", shard=shard, **counts)
+
+
 def _stream(
-    shards: list[Shard], work: _Work, arrived: dict[str, _Progress], under_way: runtime.UnderWay
+    shards: list[Shard],
+    work: _Work,
+    arrived: dict[str, _Progress],
+    under_way: runtime.UnderWay,
+    encoders: _Encoders,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Runs the data set and books in `arrived` what comes; yields the shard and the counts of each block."""
+    """Runs the data set; books in `arrived` and `encoders` what comes; yields shard and counts of each block."""
     with runtime.lost_blocks_allowed():
         dataset = (
             ray.data.read_datasource(
                 ShardDatasource(work.source, shards, under_way),
                 override_num_blocks=len(shards),
                 num_cpus=runtime.READ_CPUS,
-                ray_remote_args={"max_retries": runtime.TASK_RETRIES},
+                ray_remote_args={"max_retries": runtime.TASK_RETRIES, "resources": work.ray.reader_resources},
             )
             .map_batches(
                 _decode,
@@ -353,6 +398,7 @@ def _stream(
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=runtime.DECODE_CPUS,
+                resources=work.ray.reader_resources,
                 max_retries=runtime.TASK_RETRIES,
             )
             .map_batches(
@@ -360,13 +406,14 @@ def _stream(
                 fn_constructor_args=(work.info, work.config, work.store),
                 batch_size=None,
                 batch_format="pyarrow",
-                **runtime.actor_options(runtime.pool(work.ray.embed_workers)),
+                **runtime.actor_options(runtime.pool(work.ray.embed_actors)),
             )
         )
     commits: list[ray.ObjectRef] = []
     commit = ray.remote(commit_parts).options(num_cpus=runtime.DECODE_CPUS)
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in batch.to_pylist():
+            encoders.add(row)
             if row["fault"] == STORE:
                 raise EmbedError(row["problem"])
             if row["fault"] == FATAL:
@@ -385,10 +432,8 @@ def _stream(
 
 def _again(shards: list[Shard], work: _Work, under_way: runtime.UnderWay) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Embeds shards that were lost, each in processes of its own; yields their counts, or why they cannot be read."""
-    actors = runtime.pool(work.ray.embed_workers)
-    remote = ray.remote(_embed_alone).options(
-        num_cpus=actors.num_cpus, num_gpus=actors.num_gpus, max_retries=runtime.TASK_RETRIES
-    )
+    actors = runtime.pool(work.ray.embed_actors)
+    remote = ray.remote(_embed_alone).options(**actors.options(), max_retries=runtime.TASK_RETRIES)
     pending = {remote.remote(shard, work, under_way): shard.name for shard in shards}
     while pending:
         (ready,), _ = ray.wait(list(pending))

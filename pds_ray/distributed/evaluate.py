@@ -121,9 +121,10 @@ def _prepare(
     sets = [checked for checked in sets if checked.candidate.label in wanted]
     encoders = {checked.encoder.identity: checked.encoder for checked in sets}
     data = LaneData({}, {}, {}, {})
+    actors = runtime.pool(config.ray.embed_actors)
 
     def encode(encoder: str, captions: list[str]) -> ray.ObjectRef:
-        return runtime.start_model(_encode, encoders[encoder], captions)
+        return runtime.start_model(actors, _encode, encoders[encoder], captions)
 
     for name, split in splits.items():
         for rule in sorted({checked.text.cleaning for checked in sets}):

@@ -27,7 +27,8 @@ from typing import Any, TypeVar
 import psutil
 import ray
 
-from pds_ray.config import ConfigError, RayConfig
+from pds_ray.config import Actors, ConfigError, RayConfig
+from pds_ray.distributed import metrics
 from pds_ray.errors import UserError, first_line
 from pds_ray.progress import waiting_for
 
@@ -45,15 +46,27 @@ TASK_RETRIES = 3  # of work whose process or machine died; Ray would try a sampl
 
 @dataclass(frozen=True)
 class Pool:
-    """Actors of one kind: how many, and what each takes."""
+    """Actors of one kind: how many at least and at most, and what each takes."""
 
+    min_workers: int
     workers: int
     num_cpus: float
     num_gpus: float
+    resources: dict[str, float]
+
+    def options(self) -> dict[str, Any]:
+        """What an actor takes, as arguments of Ray."""
+        return {
+            "num_cpus": self.num_cpus,
+            **({"num_gpus": self.num_gpus} if self.num_gpus else {}),
+            **({"resources": self.resources} if self.resources else {}),
+        }
 
 
-def start(config: RayConfig) -> dict[str, Any]:
+def start(config: RayConfig, run: str = "") -> dict[str, Any]:
     """Connects to a cluster, or starts a local Ray sized to the machine; returns the settings in force, for run.json.
+
+    `run` is what metrics are tagged with.
 
     Raises ConfigError in one line if a given address does not answer.
     """
@@ -67,6 +80,7 @@ def start(config: RayConfig) -> dict[str, Any]:
     if not ray.is_initialized():
         with _muffled(), _own_signals():
             _connect(address) if address else _start_local(config)
+    metrics.of_run(run)
     settings = _set_data_options()
     resources = ray.cluster_resources()
     return {
@@ -224,34 +238,40 @@ class _Board:
         return {name: (now - began, node) for name, (began, node) in self._begun.items()}
 
 
-def pool(workers: int, on_gpu: bool = True) -> Pool:
+def pool(wish: Actors, on_gpu: bool = True) -> Pool:
     """Actors for a model: one a GPU if the cluster has any, else as many as half of its CPUs feed well.
 
-    `workers` is the user's wish, 0 for none. `on_gpu` is false for work that has no use for a GPU.
+    `on_gpu` is false for work that has no use for a GPU.
     """
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)) if on_gpu else 0, max(1, int(resources.get("CPU", 1)))
-    count = workers or gpus or max(1, cpus // 8)
+    each = wish.gpus if on_gpu else 0.0
+    if each is None:
+        count = wish.workers or gpus or max(1, cpus // 8)
+        each = 1 / math.ceil(count / gpus) if gpus else 0.0
+    else:  # GPUs that an autoscaler brings when they are asked for are not there yet
+        count = wish.workers or max(1, int(gpus / each) if each else cpus // 8)
+    count = max(count, wish.min_workers)
     share = cpus / 2 / count  # the other half reads and decodes
-    if gpus:
-        return Pool(count, min(1.0, share), 1 / math.ceil(count / gpus))
-    return Pool(count, share if share < 1 else float(math.floor(share)), 0.0)
+    num_cpus = min(1.0, share) if each or share < 1 else float(math.floor(share))
+    return Pool(wish.min_workers, count, num_cpus, each, wish.resources)
 
 
-def precision(wish: str, on_gpu: str) -> str:
-    """The precision that `auto` stands for: `on_gpu` if the cluster has a GPU, else fp32."""
+def precision(wish: str, actors: Pool, on_gpu: str) -> str:
+    """The precision that `auto` stands for: `on_gpu` where the actors have GPUs, else fp32."""
     if wish != "auto":
         return wish
-    return on_gpu if ray.cluster_resources().get("GPU", 0) else "fp32"
+    return on_gpu if actors.num_gpus else "fp32"
 
 
 def actor_options(actors: Pool) -> dict[str, Any]:
     """The pool as arguments of `Dataset.map_batches`."""
     return {
-        "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=actors.workers, initial_size=actors.workers),
-        "num_cpus": actors.num_cpus,
+        "compute": ray.data.ActorPoolStrategy(
+            min_size=actors.min_workers, max_size=actors.workers, initial_size=actors.workers
+        ),
         "max_task_retries": TASK_RETRIES,
-        **({"num_gpus": actors.num_gpus} if actors.num_gpus else {}),
+        **actors.options(),
     }
 
 
@@ -266,10 +286,9 @@ def run_kmeans(function: Callable[..., Result], *args: Any) -> Result:
     return ray.get(ray.remote(with_faiss_threads).options(num_cpus=cpus).remote(cpus, function, *args))
 
 
-def start_model(function: Callable[..., Any], *args: Any) -> ray.ObjectRef:
-    """Starts `function`, which loads a model, where there is a GPU if the cluster has one."""
-    gpus = min(1, int(ray.cluster_resources().get("GPU", 0)))
-    return ray.remote(function).options(num_cpus=SMALL_TASK_CPUS, num_gpus=gpus).remote(*args)
+def start_model(actors: Pool, function: Callable[..., Any], *args: Any) -> ray.ObjectRef:
+    """Starts `function`, which loads a model, where one of the actors would run."""
+    return ray.remote(function).options(**{**actors.options(), "num_cpus": SMALL_TASK_CPUS}).remote(*args)
 
 
 def stream(function: Callable[..., Iterator[Result]], *args: Any) -> Iterator[Result]:
@@ -285,8 +304,10 @@ def _yielded(function: Callable[..., Iterator[Result]], *args: Any) -> Iterator[
 
 
 def _most_cpus() -> int:
-    """The CPUs of the node that has most."""
-    return max(1, int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])))
+    """The CPUs that the node with most of them has free: on a shared cluster those of others may stay taken."""
+    free = ray._private.state.available_resources_per_node()  # no public call tells it
+    alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    return max(1, int(max((free.get(node, {}).get("CPU", 0) for node in alive), default=1)))
 
 
 def _faiss_gpus() -> int:

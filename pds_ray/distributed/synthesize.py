@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ from pds_ray import catalog
 from pds_ray.artifacts import RunFolder
 from pds_ray.config import RunConfig
 from pds_ray.decoders.base import DecoderInfo
-from pds_ray.distributed import runtime
+from pds_ray.distributed import metrics, runtime
 from pds_ray.progress import progress_bar
 from pds_ray.sources.base import Source
 from pds_ray.stages import synthesize as core
@@ -30,13 +31,16 @@ class SynthesizeWorker:
         self.config = config
         self.run = run
         self.prototypes = run.prototypes()
+        self.free_since = time.monotonic()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        written = []
+        written, busy_s = [], 0.0
         for start, stop in zip(batch.column("start").to_pylist(), batch.column("stop").to_pylist(), strict=True):
             pairs = range(start, stop)
             request = core.make_batch(self.prototypes, pairs, self.config.seed, self.config.decode)
+            began = time.monotonic()
             images = core.synthesize_chunk(self.decoder, request, self.config.decode)
+            busy_s += time.monotonic() - began
             fresh = 0
             for pair, image in zip(pairs, images, strict=True):
                 name = self.run.image_name(pair)
@@ -46,7 +50,9 @@ class SynthesizeWorker:
                     self.run.images.write_bytes(name, buffer.getvalue())
                     fresh += 1
             written.append(fresh)
-        return pa.table({"written": written})
+        now = time.monotonic()
+        idle_s, self.free_since = now - self.free_since - busy_s, now
+        return pa.table({"written": [sum(written)], "busy_s": [busy_s], "idle_s": [idle_s]})
 
 
 def synthesize(source: Source, info: DecoderInfo, config: RunConfig, run: RunFolder) -> dict[str, Any]:
@@ -60,9 +66,9 @@ def synthesize(source: Source, info: DecoderInfo, config: RunConfig, run: RunFol
         if any(run.image_name(pair) not in there for pair in chunk)
     ]
     found = sum(run.image_name(pair) in there for pair in range(pairs))
-    made = 0
+    made, busy_s, idle_s = 0, 0.0, 0.0
     if todo:
-        actors = runtime.pool(config.ray.decode_workers, on_gpu=info.dim is not None)
+        actors = runtime.pool(config.ray.decode_actors, on_gpu=info.dim is not None)
         dataset = ray.data.from_items(
             [{"start": chunk.start, "stop": chunk.stop} for chunk in todo], override_num_blocks=len(todo)
         ).map_batches(
@@ -74,7 +80,17 @@ def synthesize(source: Source, info: DecoderInfo, config: RunConfig, run: RunFol
         )
         with progress_bar("decode", pairs, "images", found) as bar:
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-                fresh = sum(pa.table(batch).column("written").to_pylist())
-                made += fresh
-                bar.update(fresh)
-    return {"images": pairs, "made": made, "found": found}
+                for row in pa.table(batch).to_pylist():
+                    made += row["written"]
+                    busy_s += row["busy_s"]
+                    idle_s += row["idle_s"]
+                    metrics.count("pds_ray_pictures_decoded_total", row["written"])
+                    metrics.count_time("decode", row["busy_s"], row["idle_s"])
+                    bar.update(row["written"])
+    return {
+        "images": pairs,
+        "made": made,
+        "found": found,
+        "decoder_busy_s": round(busy_s, 3),
+        "decoder_idle_s": round(idle_s, 3),
+    }

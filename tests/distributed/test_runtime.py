@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import ray
 
-from pds_ray.config import ConfigError
+from pds_ray.config import Actors, ConfigError
 from pds_ray.distributed import runtime
 from pds_ray.errors import UserError
 
@@ -35,11 +35,47 @@ def test_pools_fit_the_cluster(
     monkeypatch: pytest.MonkeyPatch, cluster: dict[str, float], wish: int, workers: int, gpus_each: float
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: cluster)
-    pool = runtime.pool(wish)
+    pool = runtime.pool(Actors(wish, 1, None, {}))
     assert (pool.workers, pool.num_gpus) == (workers, gpus_each)
     assert pool.workers * pool.num_gpus <= cluster.get("GPU", 0)
     rest = cluster["CPU"] - pool.workers * pool.num_cpus
     assert rest >= min(runtime.READ_CPUS, runtime.DECODE_CPUS), "nothing left to read and decode with"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "wish", "workers", "gpus_each"),
+    [
+        ({"CPU": 2}, Actors(16, 2, 1.0, {}), 16, 1),  # GPUs that are yet to come
+        ({"CPU": 2}, Actors(0, 4, 1.0, {}), 4, 1),
+        ({"CPU": 32, "GPU": 4}, Actors(0, 1, 0.25, {}), 16, 0.25),
+        ({"CPU": 32, "GPU": 4}, Actors(0, 1, 2.0, {}), 2, 2),
+        ({"CPU": 32, "GPU": 4}, Actors(0, 1, 0.0, {}), 4, 0),  # the CPUs alone
+        ({"CPU": 32, "GPU": 4}, Actors(0, 6, None, {}), 6, 1),  # two of them must wait
+    ],
+)
+def test_wishes_go_before_what_the_cluster_has(
+    monkeypatch: pytest.MonkeyPatch, cluster: dict[str, float], wish: Actors, workers: int, gpus_each: float
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: cluster)
+    pool = runtime.pool(wish)
+    assert (pool.min_workers, pool.workers, pool.num_gpus) == (wish.min_workers, workers, gpus_each)
+    assert 0 < pool.num_cpus <= cluster["CPU"]
+    assert runtime.precision("auto", pool, "bf16") == ("bf16" if gpus_each else "fp32")
+    assert runtime.pool(wish, on_gpu=False).num_gpus == 0
+
+
+def test_kmeans_takes_the_cpus_that_are_free() -> None:
+    """Those of another job on the same node may stay taken: all of the node's would be waited for without end."""
+
+    @ray.remote(num_cpus=1)
+    class Other:
+        def here(self) -> None:
+            pass
+
+    other = Other.remote()
+    ray.get(other.here.remote())
+    assert runtime.run_kmeans(lambda value: value + 1, 1) == 2
+    ray.kill(other)
 
 
 def test_results_come_in_the_order_of_the_items() -> None:

@@ -17,16 +17,17 @@ ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ("sources", "encoders", "decoders", "selectors", "distillers", "backbones")
 
 # The layers, top first: a module may import from its own layer's line and from any below it.
-#   cli, summary, jobs -> report -> comparison -> upkeep -> pipeline, evaluation -> recipes -> distributed -> stages
-#   -> plug-ins -> catalog -> plug-ins' base.py
-#   -> manifest -> artifacts -> hub -> config, images -> storage, progress, captions -> errors
+#   cli, summary, jobs -> report -> comparison -> upkeep, status -> pipeline, evaluation -> heartbeat -> recipes
+#   -> distributed -> stages -> plug-ins -> catalog -> plug-ins' base.py -> manifest -> artifacts -> hub
+#   -> config, images -> storage, progress, captions -> log -> errors
 # `catalog` names the plug-ins as text and imports them when asked, so it stands below them.
 ORDER = (
-    ("pds_ray", "pds_ray.cli", "pds_ray.summary", "pds_ray.doctor", "jobs"),
+    ("pds_ray", "pds_ray.cli", "pds_ray.parser", "pds_ray.summary", "pds_ray.doctor", "jobs"),
     ("pds_ray.report",),
     ("pds_ray.comparison",),
-    ("pds_ray.upkeep",),
+    ("pds_ray.upkeep", "pds_ray.status"),
     ("pds_ray.pipeline", "pds_ray.evaluation"),
+    ("pds_ray.heartbeat",),
     ("pds_ray.recipes",),
     ("pds_ray.distributed",),
     ("pds_ray.stages",),
@@ -38,6 +39,7 @@ ORDER = (
     ("pds_ray.hub",),
     ("pds_ray.config", "pds_ray.images"),
     ("pds_ray.storage", "pds_ray.progress", "pds_ray.captions"),
+    ("pds_ray.log",),
     ("pds_ray.errors",),
 )
 FREE = ("pds_ray.demo",)  # training scripts, no part of a run: nothing may import them

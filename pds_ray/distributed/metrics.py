@@ -1,0 +1,57 @@
+"""What Prometheus sees of a run, through Ray's metrics: counters, each named `ray_` and then as here.
+
+The driver counts what it books; rates (pairs/s, images/s, the idle share of GPUs) are Prometheus' to form. All carry
+the tag `run`, the run folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from ray.util.metrics import Counter
+
+COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    # name -> (description, tags besides the run)
+    "pds_ray_images_embedded_total": ("Images embedded.", ()),
+    "pds_ray_pairs_embedded_total": ("Image-caption pairs embedded.", ()),
+    "pds_ray_bad_samples_total": ("Samples refused, by reason.", ("reason",)),
+    "pds_ray_shards_committed_total": ("Shards whose embeddings are committed.", ()),
+    "pds_ray_shards_failed_total": ("Shards that could not be read.", ()),
+    "pds_ray_pictures_decoded_total": ("Pictures decoded from prototypes.", ()),
+    "pds_ray_actor_busy_seconds_total": ("Seconds that actors worked, by stage, summed over actors.", ("stage",)),
+    "pds_ray_actor_idle_seconds_total": ("Seconds that actors waited for input, by stage.", ("stage",)),
+}
+_run = {"run": ""}
+
+
+def of_run(name: str) -> None:
+    """Names the run that is counted from now on."""
+    _run["run"] = name
+
+
+def count(name: str, amount: float, **tags: str) -> None:
+    """Adds to a counter of `COUNTERS`."""
+    if amount > 0:  # Ray refuses zero
+        _counter(name).inc(amount, {**_run, **tags})
+
+
+def count_embedded(counts: Mapping[str, Any]) -> None:
+    """Adds what was embedded: images, pairs, bad samples by reason."""
+    count("pds_ray_images_embedded_total", counts["images"])
+    count("pds_ray_pairs_embedded_total", counts["pairs"])
+    for reason, bad in counts["reasons"].items():
+        count("pds_ray_bad_samples_total", bad, reason=reason)
+
+
+def count_time(stage: str, busy_s: float, idle_s: float) -> None:
+    """Adds the time of an actor."""
+    count("pds_ray_actor_busy_seconds_total", busy_s, stage=stage)
+    count("pds_ray_actor_idle_seconds_total", idle_s, stage=stage)
+
+
+@cache
+def _counter(name: str) -> Counter:
+    description, tags = COUNTERS[name]
+    return Counter(name, description, ("run", *tags))

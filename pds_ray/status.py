@@ -1,0 +1,47 @@
+"""How far a run is, from any machine that sees its folder."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from pds_ray import heartbeat
+from pds_ray.artifacts import RunFolder
+from pds_ray.manifest import RunManifest
+from pds_ray.pipeline import stages
+from pds_ray.storage import Folder
+
+SILENT_S = 6 * heartbeat.BEAT_S
+"""After so long without a sign of life a driver counts as gone. Clocks of two machines may differ by some of it."""
+
+
+def status(path: str) -> dict[str, Any]:
+    """What a run is doing, as JSON values.
+
+    `state` is finished, running, silent (under way, but its driver gives no sign of life), interrupted, failed, or idle
+    (some stages are done and nothing is under way). `stage` is the one under way, or the next; `progress` is as in
+    `progress.State`, null where the stage has no bar.
+
+    Raises ManifestError in one line if `path` is no run folder.
+    """
+    run = RunFolder(Folder(path))
+    manifest = RunManifest.open(path)
+    sign = heartbeat.read(run)
+    method = manifest.data.get("config", {}).get("method", "pds")
+    entries = {stage: manifest.stages.get(stage, {}).get("status", "to do") for stage in stages(method)}
+    open_ = [stage for stage, state in entries.items() if state != "done"]
+    state = entries[open_[0]] if open_ else "finished"
+    if sign is not None:
+        state = "running" if time.time() - sign["written"] < SILENT_S else "silent"
+    elif state == "running":  # killed before its first sign, or it just took the last away
+        state = "silent"
+    progress = sign["progress"] if sign else None
+    return {
+        "run": run.folder.shown,
+        "state": "idle" if state == "to do" else state,
+        "stage": open_[0] if open_ else None,
+        "stages": entries,
+        "progress": progress,
+        "host": sign["host"] if sign else None,
+        "heartbeat_age_s": round(time.time() - sign["written"], 1) if sign else None,
+    }
