@@ -37,7 +37,7 @@ def lapses(text: str) -> list[str]:
     """What a file says that none should."""
     ray = re.escape(pins()["ray"])
     found = [image for image in IMAGE.findall(text) if not image.endswith(f":{pds_ray.__version__}-ray{pins()['ray']}")]
-    found += re.findall(rf"(?i)(?<!pds-)ray(?:version)?[=:\" ]+(?!{ray})\d+\.\d+\.\d+", text)
+    found += re.findall(rf"(?i)(?<!pds-)(?<!kube)ray(?:version)?[=:\" ]+(?!{ray})\d+\.\d+\.\d+", text)
     found += re.findall(r"\S*:latest\b|\bnightly\b", text)
     found += re.findall(
         r"AKIA[0-9A-Z]{16}|-----BEGIN|(?i:secret_access_key|auth_token|password)\s*[:=]\s*[\"']?[A-Za-z0-9/+]{16,}",
