@@ -279,16 +279,17 @@ def run_kmeans(function: Callable[..., Result], *args: Any) -> Result:
     """Calls `function` with all CPUs of one node for FAISS, or with a GPU where FAISS can use one."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if any(node.get("GPU", 0) >= 1 for node in nodes):
-        with_gpu = ray.remote(_faiss_gpus).options(num_cpus=SMALL_TASK_CPUS, num_gpus=1)
-        if ray.get(with_gpu.remote()):
-            return ray.get(ray.remote(function).options(num_cpus=SMALL_TASK_CPUS, num_gpus=1).remote(*args))
+        # GPUs named here and not in .options(): Ray then ends the process with the task, and with it what it holds
+        with_gpu = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=1)
+        if ray.get(with_gpu(_faiss_gpus).remote()):
+            return ray.get(with_gpu(function).remote(*args))
     cpus = _most_cpus()
     return ray.get(ray.remote(with_faiss_threads).options(num_cpus=cpus).remote(cpus, function, *args))
 
 
 def start_model(actors: Pool, function: Callable[..., Any], *args: Any) -> ray.ObjectRef:
     """Starts `function`, which loads a model, where one of the actors would run."""
-    return ray.remote(function).options(**{**actors.options(), "num_cpus": SMALL_TASK_CPUS}).remote(*args)
+    return ray.remote(**{**actors.options(), "num_cpus": SMALL_TASK_CPUS})(function).remote(*args)
 
 
 def stream(function: Callable[..., Iterator[Result]], *args: Any) -> Iterator[Result]:

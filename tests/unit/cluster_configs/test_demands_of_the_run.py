@@ -53,8 +53,6 @@ def started(types: dict[str, Any], demand: dict[str, float], count: int) -> tupl
 
 
 def test_the_run_is_a_configuration() -> None:
-    if not hasattr(RunConfig().ray, "embed_gpus"):
-        pytest.skip("the configuration has no pools for clusters that grow yet")
     config = replace(RunConfig(), flatten(load(CLUSTERS / "run.yaml")))
     assert config.out.startswith("s3://")
     assert config.ray.embed_gpus == 1

@@ -80,10 +80,7 @@ def missing(text: str) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_the_files_that_are_named_are_there(path: Path) -> None:
-    absent = missing(FILES[path])
-    if not (ROOT / "jobs").exists():
-        absent = {one for one in absent if not one.startswith("jobs/")}
-    assert absent == set()
+    assert missing(FILES[path]) == set()
 
 
 def test_a_file_that_is_not_there_is_found_out() -> None:
