@@ -139,7 +139,7 @@ def print_evaluation(result: dict[str, Any]) -> None:
     rows = [([part["name"], str(len(part["trials"]))], part) for part in result["backbones"]]
     if len(rows) > 1:
         rows.append((["average", ""], result))
-    _print_recalls(["backbone", "seeds"], rows)
+    _print_recalls(["backbone", "seeds"], rows, max(len(part["trials"]) for part in result["backbones"]))
     say("", f"result    {result['file']}")
 
 
@@ -154,11 +154,13 @@ def print_comparison(out: str, table: dict[str, Any]) -> None:
         say(f"note      {note}")
     cells = [cell for cell in table["cells"] if cell["backbone"] == "average"]
     cells.sort(key=lambda cell: cell["pairs"])  # stable: methods stay in their order
-    _print_recalls(["pairs", "method"], [([str(cell["pairs"]), cell["method"]], cell) for cell in cells])
+    rows = [([str(cell["pairs"]), cell["method"]], cell) for cell in cells]
+    _print_recalls(["pairs", "method"], rows, table["seeds"])
     say("", f"result    {Folder(out).shown}: comparison.json, comparison.csv")
 
 
-def _print_recalls(titles: list[str], rows: list[tuple[list[str], dict[str, Any]]]) -> None:
+def _print_recalls(titles: list[str], rows: list[tuple[list[str], dict[str, Any]]], seeds: int) -> None:
+    """A deviation is shown where there are several seeds for it."""
     widths = [max(len(title), *(len(cells[i]) for cells, _ in rows)) for i, title in enumerate(titles)]
     measures = {**MEASURE_TITLES, "r_mean": "r_mean"}
 
@@ -167,4 +169,5 @@ def _print_recalls(titles: list[str], rows: list[tuple[list[str], dict[str, Any]
 
     say("", line(titles, [title.rjust(11) for title in measures.values()]))
     for cells, part in rows:
-        say(line(cells, [f"{part['mean'][name]:5.1f} ± {part['std'][name]:3.1f}" for name in measures]))
+        deviation = {name: f" ± {part['std'][name]:3.1f}" if seeds > 1 else "" for name in measures}
+        say(line(cells, [f"{part['mean'][name]:5.1f}{deviation[name]}".rjust(11) for name in measures]))
