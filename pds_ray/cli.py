@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 import warnings
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pds_ray import __version__
@@ -148,6 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (evaluate, compare):
         command.add_argument("--protocol", default="standard", help="standard, or paper (best epoch on test)")
 
+    _add_planning(commands)
     show = commands.add_parser("show", help="what a run is and how far it is")
     show.add_argument("run", metavar="RUN")
     show.add_argument("--json", action="store_true", help="run.json as it is")
@@ -186,6 +188,56 @@ def build_parser() -> argparse.ArgumentParser:
     for command in commands.choices.values():
         command.add_argument("-v", "--verbose", action="store_true", help="show stack traces and library messages")
     return parser
+
+
+def _add_planning(commands: Any) -> None:
+    """The commands bench and plan."""
+    bench = commands.add_parser(
+        "bench",
+        help="measure this machine for pds-ray plan",
+        allow_abbrev=False,
+        description="Measures with the engine's own code what a plan needs: reading, encoding, clustering, decoding, "
+        "and what it takes to start. Takes a minute or two with the built-in models.",
+    )
+    bench.add_argument("--preset", default="demo", help="default, demo, paper or web_scale [%(default)s]")
+    bench.add_argument("--config", metavar="FILE.yaml", help="fields as YAML, sections nested")
+    bench.add_argument("--out", dest="rates", metavar="RATES.json", help="where to [the cache folder of the user]")
+    _add_config_options(bench, only=("source", "read", "embed", "decode", "ray.num_cpus", "ray.object_store_gib"))
+    plan = commands.add_parser(
+        "plan",
+        help="foretell time, hardware and cost of a run",
+        allow_abbrev=False,
+        description="Foretells stage by stage what a run takes, each figure with its formula and where its rate comes "
+        "from: measured by pds-ray bench, published, or assumed.",
+        epilog="Give --pairs-in, or --source to count one. Without --gpus it is the machine that was measured.",
+    )
+    plan.add_argument("--preset", default="web_scale", help="default, demo, paper or web_scale [%(default)s]")
+    plan.add_argument("--config", metavar="FILE.yaml", help="fields as YAML, sections nested")
+    plan.add_argument("--pairs-in", metavar="N", help="pairs of the source, such as 400M or 5.85B")
+    plan.add_argument("--captions-per-image", metavar="N", default="1", help="of --pairs-in [%(default)s]")
+    plan.add_argument("--bytes-per-pair", metavar="N", default="24k", help="of --pairs-in, as stored [%(default)s]")
+    plan.add_argument("--gpus", metavar="NxKIND", help="such as 64xH100; 0 for none")
+    plan.add_argument("--cpus", metavar="N", help="CPU cores in all [8 a GPU]")
+    plan.add_argument("--rates", metavar="RATES.json", help="what pds-ray bench measured [its default place]")
+    plan.add_argument(
+        "--prices", metavar="FILE.yaml", help="USD: gpu_hour by kind, core_hour, storage_tb_month, egress_tb"
+    )
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    _add_config_options(
+        plan,
+        only=(
+            "source",
+            "pairs",
+            "embed",
+            "prune",
+            "cluster",
+            "match",
+            "decode",
+            "caption",
+            "ray.embed_workers",
+            "ray.decode_workers",
+        ),
+    )
 
 
 def resolve(args: argparse.Namespace) -> RunConfig:
@@ -289,6 +341,52 @@ def _compare(args: argparse.Namespace) -> None:
     _report_at_the_end(args.out, args.verbose)
 
 
+def _bench(args: argparse.Namespace) -> None:
+    from pds_ray.bench import bench
+    from pds_ray.planning import default_rates
+    from pds_ray.storage import Folder
+    from pds_ray.summary import print_rates
+
+    path = os.path.abspath(args.rates or default_rates())
+    folder, name = os.path.split(path)
+    Folder(folder).create()
+    rates = bench(resolve(args))
+    Folder(folder).write_json(name, rates)
+    print_rates(path, rates)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from pds_ray import planning
+    from pds_ray.summary import print_forecast
+
+    count = planning.parse_count
+    config = resolve(args)
+    if args.pairs_in is not None:
+        if "source" in args:
+            raise ConfigError("--pairs-in and --source are given; give one of them")
+        config = replace(config, {"source": ""})
+        work = planning.web_workload(
+            count(args.pairs_in, "--pairs-in"),
+            count(args.captions_per_image, "--captions-per-image"),
+            count(args.bytes_per_pair, "--bytes-per-pair"),
+        )
+    elif not config.source:
+        raise ConfigError("plan what? give --pairs-in, such as 400M, or --source")
+    path = Path(args.rates) if args.rates else planning.default_rates()
+    measured = planning.read_rates(path) if args.rates or path.is_file() else None
+    cluster = planning.make_cluster(args.gpus, count(args.cpus, "--cpus") if args.cpus else None, measured)
+    prices = planning.read_prices(args.prices)
+    if args.pairs_in is None:
+        from pds_ray.bench import survey
+
+        work = survey(config.source)
+    forecast = planning.make_plan(config, work, cluster, measured, prices)
+    if args.json:
+        print(json.dumps(planning.to_json(forecast), indent=2))
+    else:
+        print_forecast(forecast, measured)
+
+
 def _show(args: argparse.Namespace) -> None:
     from pds_ray.artifacts import RunFolder
     from pds_ray.manifest import RunManifest
@@ -357,6 +455,8 @@ COMMANDS = {
     "select": _distill,
     "evaluate": _evaluate,
     "compare": _compare,
+    "bench": _bench,
+    "plan": _plan,
     "show": _show,
     "report": _report,
     "retry-failed": _retry_failed,
