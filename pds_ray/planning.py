@@ -39,6 +39,7 @@ SUFFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 # what distributed/runtime.py and distributed/nearest.py go by; they import Ray, hence not imported here
 MODEL_THREADS, CPUS_A_WORKER, BLOCK_BYTES, QUERIES_PER_SHARD = 4, 8, 64 << 20, 10_000
 QUEUED_BLOCKS = 4  # that wait for an actor, or are in its hands
+NEEDED = ("encode_images", "encode_captions", "fit")  # of a file of rates; what else it lacks is assumed
 JPEG = "jpeg"  # among the sources of a measurement: the pictures it made itself
 
 Case = Literal["value", "worst", "best"]
@@ -186,7 +187,7 @@ class Measured:
 
 def parse_count(text: str, name: str) -> int:
     """`400M`, `5.85B`, `24k`, `100000` -> a whole number, at least 1. Raises ConfigError in one line."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMBGT]?)", text.strip())
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kMBGT]?)", text.strip())
     number = float(found[1]) * SUFFIXES[found[2]] if found else 0.0
     if not 1 <= number < 1e18:
         raise ConfigError(f"{name} is {text!r}; it must be a positive number such as 24k, 400M or 5.85B")
@@ -196,7 +197,7 @@ def parse_count(text: str, name: str) -> int:
 def parse_gpus(text: str) -> tuple[int, str]:
     """`64xH100` -> (64, "H100"), `0` -> (0, ""). Raises ConfigError in one line, naming the known kinds."""
     known = _assumptions()["gpus"]
-    found = re.fullmatch(r"(\d{1,6})x(\w+)", text.strip())
+    found = re.fullmatch(r"([0-9]{1,6})x(\w+)", text.strip())
     if text.strip() == "0":
         return 0, ""
     if not found or int(found[1]) == 0 or found[2].upper() not in known:
@@ -248,6 +249,9 @@ def read_rates(path: Path) -> Measured:
 def parse_rates(data: Mapping[str, Any]) -> Measured:
     """The content of a file of rates. Raises ValueError, KeyError, TypeError or AttributeError if it is none."""
     machine, date = data["machine"], data["date"]
+    missing = sorted({JPEG} - data["sources"].keys() | set(NEEDED) - data["figures"].keys())
+    if missing:
+        raise KeyError(", ".join(missing))
     origin = f"measured on {', '.join(sorted(set(machine['gpus']))) or machine['cpu']}, {date}"
     return Measured(
         date=date,
