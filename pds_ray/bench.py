@@ -107,15 +107,13 @@ def bench(config: RunConfig) -> dict[str, Any]:
     load = os.getloadavg()
     with (
         tempfile.TemporaryDirectory(prefix="pds-ray-bench-") as folder,
-        progress_bar("bench", 5 + RUNS, "parts") as bar,
+        progress_bar("bench", 4 + RUNS, "parts") as bar,
     ):
         jpegs = catalog.make_source(_write_jpegs(Path(folder) / "jpegs.tar"))
         sources = {JPEG: _source_figures(jpegs, info, config)}
         sources |= {without_secrets(uri): _source_figures(catalog.make_source(uri), info, config) for uri in uris}
         bar.update()
-        figures = _encoder_figures(info, jpegs, config)
-        bar.update()
-        figures |= _decoder_figures(decoder, jpegs, config)
+        figures = _in_a_process(_model_figures, info, decoder, jpegs, config)
         bar.update()
         figures |= _stage_figures(Folder(folder), info.dim, config)
         figures["commit"] = _one_after_the_other(figures.pop("around_encoder"), figures.pop("store"))
@@ -170,7 +168,7 @@ def _one_after_the_other(first: Entry, second: Entry) -> Entry:
 
 
 def _in_a_process(function: Callable[..., Result], *args: Any) -> Result:
-    """Called where nothing was imported or started before."""
+    """Called where nothing was imported or started before, and of which nothing stays on a GPU."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *args).result()
 
@@ -235,6 +233,10 @@ def _source_figures(source: Source, info: EncoderInfo, config: RunConfig) -> dic
         "preprocess": _rate(lambda: embedding.decode_block(block, info.preprocess, config.read), images, "images"),
         "image_bytes": _entry([size / images], "bytes", "image"),
     }
+
+
+def _model_figures(info: EncoderInfo, decoder: DecoderInfo, source: Source, config: RunConfig) -> dict[str, Entry]:
+    return {**_encoder_figures(info, source, config), **_decoder_figures(decoder, source, config)}
 
 
 class _NoEncoder:

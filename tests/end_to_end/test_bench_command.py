@@ -24,7 +24,7 @@ def run(*args: str) -> None:
 def rates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bench") / "new" / "rates.json"
     with pytest.MonkeyPatch.context() as patch:
-        for name, small in (("REPEATS", 2), ("RUNS", 1), ("SHARD_PAIRS", 2000), ("CLUSTERS", 50), ("BATCHES", (16,))):
+        for name, small in (("RUNS", 1), ("SHARD_PAIRS", 2000), ("CLUSTERS", 50)):
             patch.setattr(bench, name, small)
         run("bench", *QUICK, "--out", str(path))
     return path
@@ -61,7 +61,9 @@ def test_figures_agree_with_each_other(rates: Path) -> None:
     data = json.loads(rates.read_text())
     figures, jpeg, scenes = data["figures"], data["sources"]["jpeg"], data["sources"]["scenes:10000"]
     for name in ("encode_images", "encode_captions"):
-        assert figures[name]["value"] == max(figures[f"{name}@{size}"]["value"] for size in (16, 32))
+        by_batch = [figure["value"] for size, figure in figures.items() if size.startswith(f"{name}@")]
+        assert len(by_batch) > 1
+        assert figures[name]["value"] == max(by_batch)
     assert figures["draw_with_start"]["value"] < 4 / figures["load_decoder"]["value"]
     assert 20_000 < jpeg["image_bytes"]["value"] < 30_000  # of 341 x 256 pixels; a scene has 64 x 64
     assert scenes["image_bytes"]["value"] < 2_000
