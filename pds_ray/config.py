@@ -284,7 +284,7 @@ class RunConfig:
 
     source: str = option(
         "",
-        "tar path, glob or brace range (local, s3://, gs://), flickr30k:ROOT, coco:ROOT, or scenes:N[:SEED]",
+        "tar path, glob or brace range (local, s3://, gs://), flickr30k:ROOT, coco:ROOT, or scenes:N[:SEED[:NOISE]]",
         "source",
     )
     out: str = option("", "run folder", "out")

@@ -1,7 +1,8 @@
 """The built-in world: captioned pictures of coloured shapes, drawn by this file, any number of them.
 
-`scenes:N[:SEED]` is a source of N pictures. Sample i depends on (SEED, i) alone, so any shard can be drawn anywhere,
-again and again, with the same bytes.
+`scenes:N[:SEED[:NOISE]]` is a source of N pictures. Sample i depends on (SEED, NOISE, i) alone, so any shard can be drawn
+anywhere, again and again, with the same bytes. NOISE percent of the captions speak of some other picture, as captions
+from the web do; the pictures and the other captions are those without it.
 """
 
 from __future__ import annotations
@@ -200,15 +201,19 @@ def _relation(first: Shape, second: Shape) -> str:
 
 
 class ScenesSource:
-    """`scenes:N[:SEED]`: N pictures with five captions each, in shards of SHARD_SIZE."""
+    """`scenes:N[:SEED[:NOISE]]`: N pictures with five captions each, in shards of SHARD_SIZE."""
 
     def __init__(self, uri: str) -> None:
         scheme, *numbers = uri.split(":")
-        if scheme != "scenes" or len(numbers) not in (1, 2) or not all(n.isascii() and n.isdecimal() for n in numbers):
-            raise SourceError(f"not a scenes source: {uri!r}; write scenes:N or scenes:N:SEED, such as scenes:10000:1")
+        if scheme != "scenes" or not 1 <= len(numbers) <= 3 or not all(n.isascii() and n.isdecimal() for n in numbers):
+            raise SourceError(
+                f"not a scenes source: {uri!r}; write scenes:N, scenes:N:SEED or scenes:N:SEED:NOISE, such as "
+                "scenes:10000:1"
+            )
         self.uri = uri
-        self.count = int(numbers[0])
-        self.seed = int(numbers[1]) if len(numbers) == 2 else 0
+        self.count, self.seed, self.noise = (int(number) for number in (*numbers, 0, 0)[:3])
+        if self.noise > 100:
+            raise SourceError(f"{uri!r}: the noise is in percent of the captions, from 0 to 100")
         self.validation = f"scenes:{self.count}:{VALIDATION_SEED + self.seed}"
         if self.count == 0:
             raise SourceError(f"{uri!r} has no pictures; ask for at least one, such as scenes:1000")
@@ -217,8 +222,9 @@ class ScenesSource:
         """Row ranges [start, stop) of SHARD_SIZE samples, the last one perhaps shorter."""
         starts = range(0, self.count, SHARD_SIZE)
         stops = [min(start + SHARD_SIZE, self.count) for start in starts]
+        version = f"seed {self.seed}" + (f", noise {self.noise}" if self.noise else "")
         return [
-            Shard(f"scenes-{number:05d}", f"{start}:{stop}", stop - start, f"seed {self.seed}")
+            Shard(f"scenes-{number:05d}", f"{start}:{stop}", stop - start, version)
             for number, (start, stop) in enumerate(zip(starts, stops, strict=True))
         ]
 
@@ -234,4 +240,13 @@ class ScenesSource:
         scene = make_scene(rng)
         file = io.BytesIO()
         draw_scene(scene).save(file, "PNG", compress_level=1)
-        return Sample(f"{index:09d}", file.getvalue(), write_captions(scene, rng))
+        captions = write_captions(scene, rng)
+        if self.noise:
+            captions = self._disturb(captions, random.Random(f"{self.seed}:{index}:noise"))
+        return Sample(f"{index:09d}", file.getvalue(), captions)
+
+    def _disturb(self, captions: tuple[str, ...], rng: random.Random) -> tuple[str, ...]:
+        """Each caption, or with the probability of the noise one of a picture that is not there."""
+        foreign = [write_captions(make_scene(rng), rng)[0] for _ in captions]
+        wrong = [100 * rng.random() < self.noise for _ in captions]
+        return tuple(other if swap else own for own, other, swap in zip(captions, foreign, wrong, strict=True))

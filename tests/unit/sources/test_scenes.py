@@ -52,6 +52,20 @@ def test_shards_cover_every_sample_once():
     assert [sample.key for sample in last] == [f"{i:09d}" for i in range(2000, 2300)]
 
 
+def test_noise_swaps_its_share_of_captions_and_nothing_else():
+    clean, noisy = read_all("scenes:400:3"), read_all("scenes:400:3:20")
+    assert [(sample.key, sample.image) for sample in noisy] == [(sample.key, sample.image) for sample in clean]
+    pairs = [pair for a, b in zip(clean, noisy, strict=True) for pair in zip(a.captions, b.captions, strict=True)]
+    swapped = sum(own != other for own, other in pairs)
+    assert abs(swapped - 0.2 * len(pairs)) < 4 * (0.2 * 0.8 * len(pairs)) ** 0.5
+    assert read_all("scenes:5:3:20") == noisy[:5]
+    assert read_all("scenes:5:3:0") == clean[:5]
+    everything = read_all("scenes:20:3:100")
+    assert not any(own.captions[0] in other.captions for own, other in zip(clean[:20], everything, strict=True))
+    fingerprints = {ScenesSource(uri).shards()[0].version for uri in ("scenes:5:3", "scenes:5:3:20", "scenes:5:3:30")}
+    assert len(fingerprints) == 3
+
+
 def test_a_sample_depends_on_seed_and_index_alone():
     assert read_all("scenes:5:3") == read_all("scenes:20:3")[:5]
     assert read_all("scenes:5") == read_all("scenes:5:0")
@@ -125,7 +139,8 @@ def test_sizes_are_true():
 
 
 @pytest.mark.parametrize(
-    "uri", ["scenes", "scenes:", "scenes:ten", "scenes:-1", "scenes:1:2:3", "scenes:0", "scenes:1:x"]
+    "uri",
+    ["scenes", "scenes:", "scenes:ten", "scenes:-1", "scenes:1:2:3:4", "scenes:1:2:101", "scenes:0", "scenes:1:x"],
 )
 def test_bad_uri_is_refused_in_one_line(uri):
     with pytest.raises(SourceError) as caught:
