@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 import warnings
+from pathlib import Path
 from typing import Any
 
 from pds_ray import log
@@ -139,6 +140,52 @@ def _compare(args: argparse.Namespace) -> None:
     _report_at_the_end(args.out, args.verbose)
 
 
+def _bench(args: argparse.Namespace) -> None:
+    from pds_ray.bench import bench
+    from pds_ray.planning import default_rates
+    from pds_ray.storage import Folder
+    from pds_ray.summary import print_rates
+
+    path = os.path.abspath(args.rates or default_rates())
+    folder, name = os.path.split(path)
+    Folder(folder).create()
+    rates = bench(resolve(args))
+    Folder(folder).write_json(name, rates)
+    print_rates(path, rates)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from pds_ray import planning
+    from pds_ray.summary import print_forecast
+
+    count = planning.parse_count
+    config = resolve(args)
+    if args.pairs_in is not None:
+        if "source" in args:
+            raise ConfigError("--pairs-in and --source are given; give one of them")
+        config = replace(config, {"source": ""})
+        work = planning.web_workload(
+            count(args.pairs_in, "--pairs-in"),
+            count(args.captions_per_image, "--captions-per-image"),
+            count(args.bytes_per_pair, "--bytes-per-pair"),
+        )
+    elif not config.source:
+        raise ConfigError("plan what? give --pairs-in, such as 400M, or --source")
+    path = Path(args.rates) if args.rates else planning.default_rates()
+    measured = planning.read_rates(path) if args.rates or path.is_file() else None
+    cluster = planning.make_cluster(args.gpus, count(args.cpus, "--cpus") if args.cpus else None, measured)
+    prices = planning.read_prices(args.prices)
+    if args.pairs_in is None:
+        from pds_ray.bench import survey
+
+        work = survey(config.source)
+    forecast = planning.make_plan(config, work, cluster, measured, prices)
+    if args.json:
+        print(json.dumps(planning.to_json(forecast), indent=2))
+    else:
+        print_forecast(forecast, measured)
+
+
 def _show(args: argparse.Namespace) -> None:
     from pds_ray.manifest import RunManifest
     from pds_ray.summary import print_summary
@@ -247,6 +294,8 @@ COMMANDS = {
     "select": _distill,
     "evaluate": _evaluate,
     "compare": _compare,
+    "bench": _bench,
+    "plan": _plan,
     "show": _show,
     "status": _status,
     "submit": _submit,

@@ -83,14 +83,15 @@ def entries(config: RunConfig, methods: list[str], sizes: list[int], judged: Eva
             raise ConfigError(f"unknown method {name!r}; known: {', '.join(METHODS)}, each with +FIELD=VALUE behind it")
         fields = {}
         for change in changes:
-            field, mark, value = change.partition("=")
+            flag, mark, value = change.partition("=")
+            field = flag.replace("-", "_")  # as on the command line
             if not mark:
                 raise ConfigError(f"method {written!r}: {change!r} is no change; write FIELD=VALUE")
             if field in FIXED:
                 raise ConfigError(f"method {written!r}: {field} is the same for all of a comparison")
             fields[field] = value
         of_protocol = {field: fields.pop(field) for field in list(fields) if field.startswith("protocol.")}
-        kept = [change for change in changes if not change.startswith("protocol.")]
+        kept = [f"{field}={value}" for field, value in fields.items()]
         folder = re.sub(r"[^\w.=+-]", "_", "+".join([name, *kept]))
         for pairs in dict.fromkeys(sizes):
             place = f"sets/{folder}-{pairs}"

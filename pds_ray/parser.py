@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
     _add_makers(commands)
     _add_judges(commands)
+    _add_planning(commands)
     _add_viewers(commands)
     _add_upkeep(commands)
     _add_cluster(commands)
@@ -147,6 +148,55 @@ def _add_judges(commands: Commands) -> None:
     _add_config_options(compare, only=evaluation_fields, top=EvaluateConfig)
     for command in (evaluate, compare):
         command.add_argument("--protocol", default="standard", help="standard, or paper (best epoch on test)")
+
+
+def _add_planning(commands: Commands) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="measure this machine for pds-ray plan",
+        allow_abbrev=False,
+        description="Measures with the engine's own code what a plan needs: reading, encoding, clustering, decoding, "
+        "and what it takes to start. Takes a minute or two with the built-in models.",
+    )
+    bench.add_argument("--preset", default="demo", help="default, demo, paper or web_scale [%(default)s]")
+    bench.add_argument("--config", metavar="FILE.yaml", help="fields as YAML, sections nested")
+    bench.add_argument("--out", dest="rates", metavar="RATES.json", help="where to [the cache folder of the user]")
+    _add_config_options(bench, only=("source", "read", "embed", "decode", "ray.num_cpus", "ray.object_store_gib"))
+    plan = commands.add_parser(
+        "plan",
+        help="foretell time, hardware and cost of a run",
+        allow_abbrev=False,
+        description="Foretells stage by stage what a run takes, each figure with its formula and where its rate comes "
+        "from: measured by pds-ray bench, published, or assumed.",
+        epilog="Give --pairs-in, or --source to count one. Without --gpus it is the machine that was measured.",
+    )
+    plan.add_argument("--preset", default="web_scale", help="default, demo, paper or web_scale [%(default)s]")
+    plan.add_argument("--config", metavar="FILE.yaml", help="fields as YAML, sections nested")
+    plan.add_argument("--pairs-in", metavar="N", help="pairs of the source, such as 400M or 5.85B")
+    plan.add_argument("--captions-per-image", metavar="N", default="1", help="of --pairs-in [%(default)s]")
+    plan.add_argument("--bytes-per-pair", metavar="N", default="24k", help="of --pairs-in, as stored [%(default)s]")
+    plan.add_argument("--gpus", metavar="NxKIND", help="such as 64xH100; 0 for none")
+    plan.add_argument("--cpus", metavar="N", help="CPU cores in all [8 a GPU]")
+    plan.add_argument("--rates", metavar="RATES.json", help="what pds-ray bench measured [its default place]")
+    plan.add_argument(
+        "--prices", metavar="FILE.yaml", help="USD: gpu_hour by kind, core_hour, storage_tb_month, egress_tb"
+    )
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    _add_config_options(
+        plan,
+        only=(
+            "source",
+            "pairs",
+            "embed",
+            "prune",
+            "cluster",
+            "match",
+            "decode",
+            "caption",
+            "ray.embed_workers",
+            "ray.decode_workers",
+        ),
+    )
 
 
 def _add_viewers(commands: Commands) -> None:

@@ -9,6 +9,8 @@ import yaml
 from pds_ray.artifacts import RunFolder
 from pds_ray.errors import printable
 from pds_ray.pipeline import COUNTED, Plan, public, stages
+from pds_ray.planning import Demand, Measured
+from pds_ray.planning import Plan as Forecast
 from pds_ray.storage import Folder
 from pds_ray.upkeep import Problem
 
@@ -139,7 +141,7 @@ def print_evaluation(result: dict[str, Any]) -> None:
     rows = [([part["name"], str(len(part["trials"]))], part) for part in result["backbones"]]
     if len(rows) > 1:
         rows.append((["average", ""], result))
-    _print_recalls(["backbone", "seeds"], rows)
+    _print_recalls(["backbone", "seeds"], rows, max(len(part["trials"]) for part in result["backbones"]))
     say("", f"result    {result['file']}")
 
 
@@ -154,11 +156,13 @@ def print_comparison(out: str, table: dict[str, Any]) -> None:
         say(f"note      {note}")
     cells = [cell for cell in table["cells"] if cell["backbone"] == "average"]
     cells.sort(key=lambda cell: cell["pairs"])  # stable: methods stay in their order
-    _print_recalls(["pairs", "method"], [([str(cell["pairs"]), cell["method"]], cell) for cell in cells])
+    rows = [([str(cell["pairs"]), cell["method"]], cell) for cell in cells]
+    _print_recalls(["pairs", "method"], rows, table["seeds"])
     say("", f"result    {Folder(out).shown}: comparison.json, comparison.csv")
 
 
-def _print_recalls(titles: list[str], rows: list[tuple[list[str], dict[str, Any]]]) -> None:
+def _print_recalls(titles: list[str], rows: list[tuple[list[str], dict[str, Any]]], seeds: int) -> None:
+    """A deviation is shown where there are several seeds for it."""
     widths = [max(len(title), *(len(cells[i]) for cells, _ in rows)) for i, title in enumerate(titles)]
     measures = {**MEASURE_TITLES, "r_mean": "r_mean"}
 
@@ -167,4 +171,114 @@ def _print_recalls(titles: list[str], rows: list[tuple[list[str], dict[str, Any]
 
     say("", line(titles, [title.rjust(11) for title in measures.values()]))
     for cells, part in rows:
-        say(line(cells, [f"{part['mean'][name]:5.1f} ± {part['std'][name]:3.1f}" for name in measures]))
+        deviation = {name: f" ± {part['std'][name]:3.1f}" if seeds > 1 else "" for name in measures}
+        say(line(cells, [f"{part['mean'][name]:5.1f}{deviation[name]}".rjust(11) for name in measures]))
+
+
+def print_rates(path: str, rates: dict[str, Any]) -> None:
+    """What was measured, with its range."""
+    machine = rates["machine"]
+    gpus = ", ".join(machine["gpus"]) or "no GPU"
+    say("", f"machine   {machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_bytes'] / 2**30:.0f} GiB; {gpus}")
+    if machine["load"][0] > machine["cpus"] / 4:
+        say(f"note      the machine was busy (load {machine['load'][0]:.1f}): starts are too long, rates hold roughly")
+    say(f"encoder   {rates['encoder']['name']}")
+    say(f"decoder   {rates['decoder']['name']}, {rates['decoder']['steps']} steps", "")
+    figures = {f"{name} ({uri})": entry for uri, found in rates["sources"].items() for name, entry in found.items()}
+    for name, entry in {**figures, **rates["figures"]}.items():
+        spread = f"{_number(entry['worst'])} to {_number(entry['best'])}" if entry["repeats"] > 1 else ""
+        say(f"{name:<30} {_number(entry['value']):>9} {_unit(entry['unit'], entry['per']):<22} {spread}")
+    say("", f"result    {path}")
+
+
+def _unit(unit: str, per: str) -> str:
+    return f"{unit} a {per}" if unit in ("s", "bytes") else f"{unit}/s a {per}"
+
+
+def _number(value: float) -> str:
+    if value >= 1e7:
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def print_forecast(plan: Forecast, measured: Measured | None) -> None:
+    """What a run would take, by stage, and how that comes about."""
+    work, cluster = plan.workload, plan.cluster
+    gpus = f"{cluster.gpus} x {cluster.gpu}" if cluster.gpus else "no GPU"
+    say(f"source    {work.pairs:,} pairs of {work.images:,} images, {_bytes(work.bytes)}, {work.shards:,} shards")
+    say(f"machines  {gpus}, {cluster.cpus:,} CPU cores")
+    if measured is None:
+        say("rates     assumed, every one: pds-ray bench measures them")
+    else:
+        say(f"rates     measured on {', '.join(measured.gpus) or measured.cpu}, {measured.date}, or as said below")
+    say(f"prices    {plan.prices}")
+    titles = ("GPU-h", "core-h", "disk", "network", "obj. store", "USD")
+    say("", f"{'stage':<12} {'time':>8}" + "".join(f"{title:>11}" for title in titles) + "  waits for")
+    say(f"{'start':<12} {_time(plan.start.value):>8}")
+    for stage in plan.stages:
+        columns = (
+            *(f"{hours:,.2f}" if hours else "" for hours in (stage.gpu_hours, stage.core_hours)),
+            *(_bytes(size) for size in (stage.disk_bytes, stage.traffic_bytes, stage.store_bytes)),
+            _usd(stage.usd),
+        )
+        say(
+            f"{stage.name:<12} {_time(stage.seconds):>8}"
+            + "".join(f"{column:>11}" for column in columns)
+            + f"  {stage.bottleneck}"
+        )
+    totals = (
+        sum(stage.gpu_hours for stage in plan.stages),
+        sum(stage.core_hours for stage in plan.stages),
+        sum(stage.disk_bytes for stage in plan.stages),
+        sum(stage.traffic_bytes for stage in plan.stages),
+    )
+    columns = (*(f"{hours:,.2f}" for hours in totals[:2]), *(_bytes(size) for size in totals[2:]), "", _usd(plan.usd))
+    say(f"{'total':<12} {_time(plan.seconds):>8}" + "".join(f"{column:>11}" for column in columns))
+    say("", f"range     {_time(plan.seconds_best)} to {_time(plan.seconds_worst)}, all rates at their best or worst")
+    say(f"also      {_usd(plan.storage_usd_month)} USD a month to keep what is written")
+    if work.remote:
+        say(f"also      {_usd(plan.egress_usd)} USD if the source is read from another region")
+    if cluster.gpus and _fit_on_cpu(plan):
+        say("note      k-means is planned on CPUs, as with faiss-cpu; pds-ray bench measures a FAISS that uses GPUs")
+    say("", "how each time comes about (GPU-h are of GPUs at work; USD are of all machines, waiting ones too)")
+    for stage in plan.stages:
+        say("", f"{stage.name}: start {_time(stage.start.value)} [{stage.start.origin}]")
+        for phase in stage.phases:
+            for number, demand in enumerate(phase):
+                say(("  + " if number else "  ") + _formula(demand))
+
+
+def _fit_on_cpu(plan: Forecast) -> bool:
+    stage = next(stage for stage in plan.stages if stage.name == "cluster")
+    return any(d.rate.unit == "FLOP" and d.rate.per == "core" and d.at_most for phase in stage.phases for d in phase)
+
+
+def _formula(demand: Demand) -> str:
+    rate, unit = demand.rate, demand.rate.per
+    limit = f", at most {demand.at_most:,.0f} at once" if demand.at_most else ""
+    return (
+        f"{demand.what}: {_number(demand.work)} {rate.unit} / {_number(rate.value)} {_unit(rate.unit, unit)} "
+        f"= {_spent(demand.unit_seconds, unit)}{limit} [{rate.origin}]"
+    )
+
+
+def _spent(seconds: float, unit: str) -> str:
+    return f"{_number(seconds / 3600)} {unit}-h" if seconds >= 360 else f"{seconds:.1f} {unit}-s"
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _bytes(size: float) -> str:
+    for scale, unit in ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if size >= scale:
+            return f"{size / scale:,.2f} {unit}"
+    return f"{size / 1e3:,.0f} kB" if size else ""
+
+
+def _usd(usd: float | None) -> str:
+    return "unknown" if usd is None else f"{usd:,.2f}"

@@ -17,6 +17,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from pds_ray.config import ConfigError
 from pds_ray.errors import first_line, without_secrets
+from pds_ray.storage import is_remote
 
 FOLLOW_AGAIN_S = 2.0
 AGENT_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -48,15 +49,15 @@ class Job:
 
     def check(self) -> None:
         """Raises ConfigError for paths that mean nothing on a cluster, and for credentials, which it would show."""
-        for name, path in self.paths.items():
-            if not path.startswith("scenes:") and not path.rpartition(":")[2].startswith("/"):
-                raise ConfigError(
-                    f"{name} is {path!r}; a job needs a path that all nodes have, from the root, or a URI"
-                )
         if any(without_secrets(text) != text for text in (*self.command, *self.paths.values())):
             raise ConfigError(
                 "the command holds credentials, and a cluster shows commands; put them in its environment"
             )
+        for name, path in self.paths.items():
+            if not (is_remote(path) or path.startswith("scenes:") or path.rpartition(":")[2].startswith("/")):
+                raise ConfigError(
+                    f"{name} is {path!r}; a job needs a path that all nodes have, from the root, or a URI"
+                )
 
 
 def submit(job: Job, address: str | None) -> str:
@@ -80,7 +81,8 @@ def submit(job: Job, address: str | None) -> str:
         with tempfile.TemporaryDirectory() as folder:
             if job.config is not None:
                 (Path(folder) / CONFIG).write_bytes(Path(job.config).read_bytes())
-                command = [part.replace(job.config, CONFIG) if part.endswith(job.config) else part for part in command]
+                names = {job.config: CONFIG, f"--config={job.config}": f"--config={CONFIG}"}
+                command = [names.get(part, part) for part in command]
             runtime_env["working_dir"] = folder
             if not job.installed:
                 runtime_env["py_modules"] = [str(PACKAGE)]

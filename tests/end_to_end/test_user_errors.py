@@ -34,6 +34,8 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         (["--source", "scenes:50", "--pairs", "0"], ["pairs is 0", "positive"]),
         (["--source", "scenes:50", "--pairs", "ten"], ["pairs is 'ten'", "int"]),
         (["--source", "scenes:50", "--prune.ratio", "1.5"], ["prune.ratio is 1.5", "below 1"]),
+        (["--source", "scenes:50", "--only", "embedd"], ["--only names 'embedd'", "embed, prune, cluster"]),
+        (["--source", "scenes:50", "--ray.embed-resources", "H100"], ["ray.embed_resources is 'H100'", "NAME=AMOUNT"]),
         (["--source", "scenes:50", "--rm_ratio", "-1"], ["prune.ratio is -1.0"]),
         (["--source", "scenes:50", "--encoder", "ViT-L-15:openai"], ["ViT-L-15", "ViT-L-14"]),
         (["--source", "scenes:50", "--encoder", "ViT-B-32"], ["which weights", "ViT-B-32:openai"]),

@@ -32,6 +32,12 @@ def test_a_change_reaches_the_run_or_the_protocol() -> None:
     assert plain.run == changed.run, "what changes the protocol alone shares the set"
 
 
+def test_fields_are_spelled_as_flags_may_be() -> None:
+    flag, field = entries(CONFIG, ["pds+decode.noise-level=7", "pds+decode.noise_level=7"], [10], JUDGED)
+    assert (flag.run, flag.folder) == (field.run, field.folder)
+    assert flag.run.decode.noise_level == 7
+
+
 def test_every_ablation_changes_something() -> None:
     rows = entries(CONFIG, ["pds", *ABLATIONS], [10], JUDGED)
     assert len({(row.run.out, row.evaluation.protocol) for row in rows}) == len(ABLATIONS) + 1

@@ -17,15 +17,15 @@ ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ("sources", "encoders", "decoders", "selectors", "distillers", "backbones")
 
 # The layers, top first: a module may import from its own layer's line and from any below it.
-#   cli, summary, jobs -> report -> comparison -> upkeep, status -> pipeline, evaluation -> heartbeat -> recipes
-#   -> distributed -> stages -> plug-ins -> catalog -> plug-ins' base.py -> manifest -> artifacts -> hub
+#   cli, summary, jobs -> report -> comparison -> upkeep, status, planning, bench -> pipeline, evaluation -> heartbeat
+#   -> recipes -> distributed -> stages -> plug-ins -> catalog -> plug-ins' base.py -> manifest -> artifacts -> hub
 #   -> config, images -> storage, progress, captions -> log -> errors
 # `catalog` names the plug-ins as text and imports them when asked, so it stands below them.
 ORDER = (
     ("pds_ray", "pds_ray.cli", "pds_ray.parser", "pds_ray.summary", "pds_ray.doctor", "jobs"),
     ("pds_ray.report",),
     ("pds_ray.comparison",),
-    ("pds_ray.upkeep", "pds_ray.status"),
+    ("pds_ray.upkeep", "pds_ray.status", "pds_ray.planning", "pds_ray.bench"),
     ("pds_ray.pipeline", "pds_ray.evaluation"),
     ("pds_ray.heartbeat",),
     ("pds_ray.recipes",),

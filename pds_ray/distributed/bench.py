@@ -1,0 +1,45 @@
+"""What Ray itself asks of the driver: a resource of which there is one, however large the cluster."""
+
+from __future__ import annotations
+
+import time
+from typing import TypeVar
+
+import pyarrow as pa
+import ray
+
+from pds_ray.distributed import runtime
+
+Value = TypeVar("Value")
+
+
+def _same(value: Value) -> Value:
+    return value
+
+
+class _Same:
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return block
+
+
+def task_seconds(tasks: int) -> float:
+    """Seconds of the driver's CPU that so many tasks of `map_in_order` take."""
+    began = time.process_time()
+    for _ in runtime.map_in_order(_same, range(tasks)):
+        pass
+    return time.process_time() - began
+
+
+def block_seconds(blocks: int) -> float:
+    """Seconds of the driver's CPU that so many blocks take on a way like that of embedding: three tasks each."""
+    dataset = (
+        ray.data.range(blocks, override_num_blocks=blocks)
+        .map_batches(_same, batch_size=None, batch_format="pyarrow", num_cpus=runtime.DECODE_CPUS)
+        .map_batches(
+            _Same, batch_size=None, batch_format="pyarrow", **runtime.actor_options(runtime.pool(1, on_gpu=False))
+        )
+    )
+    began = time.process_time()
+    for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        pass
+    return time.process_time() - began
