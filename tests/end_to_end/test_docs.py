@@ -53,6 +53,7 @@ def run(script: str, folder: Path, python_path: Path) -> None:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(python_path),
         "HF_HUB_OFFLINE": "1",
+        "RAY_raylet_start_wait_time_s": "120",
     }
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
