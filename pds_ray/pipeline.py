@@ -310,12 +310,13 @@ def redo(config: RunConfig, stages_: Iterable[str], prepare: Callable[[Plan], No
 
 
 def _run(plan_: Plan, redo: bool, only: Collection[str] = ()) -> dict[str, Any]:
-    with log.context(run=plan_.run.folder.shown), beating(plan_.run):
-        return _run_stages(plan_, redo, only)
+    with log.context(run=plan_.run.folder.shown):
+        manifest = open_run(plan_, redo)  # sweeps the folder: no sign of life may be half written by then
+        with beating(plan_.run):
+            return _run_stages(plan_, manifest, only)
 
 
-def _run_stages(plan_: Plan, redo: bool, only: Collection[str]) -> dict[str, Any]:
-    manifest = open_run(plan_, redo)
+def _run_stages(plan_: Plan, manifest: RunManifest, only: Collection[str]) -> dict[str, Any]:
     began = time.monotonic()
     manifest.update(
         config=public(plan_.config),

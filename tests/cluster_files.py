@@ -95,3 +95,13 @@ def tool(name: str) -> str:
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     assert found, f"no {name}; install the dev extra"
     return found
+
+
+def dashboard() -> dict[str, Any]:
+    """The Grafana dashboard."""
+    return json.loads((CLUSTERS / "grafana" / "pds_ray.json").read_text(encoding="utf-8"))
+
+
+def metrics_of(board: dict[str, Any]) -> set[str]:
+    """The metrics that the panels and variables of a dashboard ask for."""
+    return set(re.findall(r"\bray_\w+", json.dumps([board["panels"], board["templating"]])))

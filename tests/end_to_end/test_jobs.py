@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import yaml
+from cluster_files import dashboard, metrics_of
 from command_line import DEMO, Run, command, content, stages
 
 from pds_ray.distributed.metrics import COUNTERS
@@ -204,11 +205,13 @@ def test_prometheus_sees_what_is_documented(cluster: Cluster, tmp_path: Path) ->
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     seen: dict[str, float] = {}
+    served: set[str] = set()
     deadline = time.monotonic() + 60
     while "ray_pds_ray_pictures_decoded_total" not in seen and time.monotonic() < deadline:
         time.sleep(2)
         with urllib.request.urlopen(cluster.metrics, timeout=10) as answer:
             for line in answer.read().decode().splitlines():
+                served.add(re.split(r"[{ ]", line)[0])
                 if line.startswith("ray_pds_ray") and f'run="{out}"' in line:
                     name, value = line.partition("{")[0], float(line.rpartition(" ")[2])
                     seen[name] = seen.get(name, 0.0) + value
@@ -224,6 +227,7 @@ def test_prometheus_sees_what_is_documented(cluster: Cluster, tmp_path: Path) ->
     }
     assert seen == pytest.approx(truth, abs=0.01)
     assert {name.removeprefix("ray_") for name in seen} <= COUNTERS.keys()
+    assert {name for name in metrics_of(dashboard()) if not name.startswith("ray_pds_ray")} <= served
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from pds_ray import heartbeat
+from pds_ray import heartbeat, pipeline
 from pds_ray.artifacts import RunFolder
+from pds_ray.config import replace
 from pds_ray.manifest import ManifestError, RunManifest
 from pds_ray.pipeline import SELECTION_STAGES, STAGES
 from pds_ray.progress import progress_bar
+from pds_ray.recipes import recipe
 from pds_ray.status import SILENT_S, status
 from pds_ray.storage import Folder, StorageError
 
@@ -97,6 +99,22 @@ def test_it_goes_however_the_run_ends(run: RunFolder) -> None:
     with pytest.raises(KeyboardInterrupt), heartbeat.beating(run):
         raise KeyboardInterrupt
     assert heartbeat.read(run) is None
+
+
+def test_the_folder_is_swept_before_it_holds_a_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is half written would go with what killed writers left."""
+    left = tmp_path / "run" / "heartbeat.json.00000000.part"
+    left.parent.mkdir()
+    left.touch()
+
+    def begin(_: RunFolder) -> None:
+        assert not left.exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "beating", begin)
+    small = {"source": "scenes:20", "pairs": 2, "decode.decoder": "nearest", "out": str(left.parent)}
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.distill(replace(recipe("demo"), small))
 
 
 def test_a_run_goes_on_where_it_cannot_be_watched(
