@@ -1,8 +1,8 @@
 """The built-in world: captioned pictures of coloured shapes, drawn by this file, any number of them.
 
-`scenes:N[:SEED[:NOISE]]` is a source of N pictures. Sample i depends on (SEED, NOISE, i) alone, so any shard can be drawn
-anywhere, again and again, with the same bytes. NOISE percent of the captions speak of some other picture, as captions
-from the web do; the pictures and the other captions are those without it.
+`scenes:N[:SEED[:NOISE]]` is a source of N pictures. Sample i depends on (SEED, NOISE, i) alone, so any shard can be
+drawn anywhere, again and again, with the same bytes. NOISE percent of the captions speak of some other picture, as
+captions from the web do; the pictures and the other captions are those without it.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class ScenesSource:
         self.uri = uri
         self.count, self.seed, self.noise = (int(number) for number in (*numbers, 0, 0)[:3])
         if self.noise > 100:
-            raise SourceError(f"{uri!r}: the noise is in percent of the captions, from 0 to 100")
+            raise SourceError(f"{uri!r}: the noise is a percentage of the captions, such as scenes:1000:1:20")
         self.validation = f"scenes:{self.count}:{VALIDATION_SEED + self.seed}"
         if self.count == 0:
             raise SourceError(f"{uri!r} has no pictures; ask for at least one, such as scenes:1000")
