@@ -211,7 +211,7 @@ class ScenesSource:
                 "scenes:10000:1"
             )
         self.uri = uri
-        self.count, self.seed, self.noise = (int(number) for number in (*numbers, 0, 0)[:3])
+        self.count, self.seed, self.noise = (int(number) for number in (*numbers, "0", "0")[:3])
         if self.noise > 100:
             raise SourceError(f"{uri!r}: the noise is a percentage of the captions, such as scenes:1000:1:20")
         self.validation = f"scenes:{self.count}:{VALIDATION_SEED + self.seed}"
