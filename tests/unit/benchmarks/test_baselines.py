@@ -136,23 +136,26 @@ def test_mini_batch_kmeans_gives_labels_of_its_centroids(pairs):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_recalls_are_counted_ranks_and_those_of_the_package(seed):
+    """Of small whole numbers, whose products are exact in any order; of equal scores the earlier item comes first."""
     rng = np.random.default_rng(seed)
-    counts = rng.integers(1, 7, 150)
-    owner = np.repeat(np.arange(150), counts)
-    image = rng.standard_normal((150, 5), np.float32)
-    text = image[owner] + rng.standard_normal((len(owner), 5), np.float32)
-    image, text = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (image, text))
-    found = evaluation.recalls(torch.from_numpy(image), torch.from_numpy(text), owner)
-    scores = image.astype(np.float64) @ text.T
-    best = [
-        min(int((scores[row] > scores[row, mine]).sum()) for mine in np.flatnonzero(owner == row)) for row in range(150)
-    ]
-    mine = [int((scores[:, column] > scores[owner[column], column]).sum()) for column in range(len(owner))]
+    owner = np.repeat(np.arange(150), rng.integers(1, 7, 150))
+    image = rng.integers(-9, 10, (150, 6))
+    text = image[owner] + rng.integers(-6, 7, (len(owner), 6))
+    scores = image @ text.T
+    places = np.arange(len(owner))
+
+    def rank(scores: np.ndarray, own: int) -> int:
+        before = np.arange(len(scores)) < own
+        return int((scores > scores[own]).sum() + ((scores == scores[own]) & before).sum())
+
+    of_images = [min(rank(scores[row], own) for own in places[owner == row]) for row in range(150)]
+    of_captions = [rank(scores[:, place], owner[place]) for place in places]
+    both = torch.from_numpy(image.astype(np.float32)), torch.from_numpy(text.astype(np.float32))
+    found = evaluation.recalls(*both, owner)
     for k in (1, 5, 10):
-        assert found[f"tr@{k}"] == pytest.approx(100 * np.mean([rank < k for rank in best]))
-        assert found[f"ir@{k}"] == pytest.approx(100 * np.mean([rank < k for rank in mine]))
-    ours = retrieval.recalls(torch.from_numpy(image), torch.from_numpy(text), torch.from_numpy(owner))
-    assert found == pytest.approx(ours)
+        assert found[f"tr@{k}"] == pytest.approx(100 * np.mean(np.array(of_images) < k))
+        assert found[f"ir@{k}"] == pytest.approx(100 * np.mean(np.array(of_captions) < k))
+    assert found == pytest.approx(retrieval.recalls(*both, torch.from_numpy(owner)))
 
 
 def test_a_gallery_below_128_is_no_trouble():
