@@ -127,7 +127,7 @@ def save_random_clip(model: str, folder: Path, seed: int = 0) -> str:
     return f"local-dir:{folder}"
 
 
-def write_set(folder: Path, prototypes: Any, pictures: list[Image.Image], captions: Any = None) -> None:
+def write_set(folder: Path, prototypes: Any, pictures: list[Image.Image]) -> None:
     """A distilled set of the built-in world as `evaluate` takes it, from rows of prototypes.parquet and pictures."""
     from pds_ray import catalog
     from pds_ray.artifacts import RunFolder
@@ -143,7 +143,7 @@ def write_set(folder: Path, prototypes: Any, pictures: list[Image.Image], captio
         run.images.write_bytes(run.image_name(pair), encoded.getvalue())
     encoder = catalog.describe_encoder(EmbedConfig(encoder="demo"))
     about = {"source": "", "method": "pds", "encoder": encoder.name, "space": encoder.space, "decoder": ""}
-    write_distilled(run, {**about, "picture_origin": "", "counts": {}, "config": {}}, captions)
+    write_distilled(run, {**about, "picture_origin": "", "counts": {}, "config": {}})
 
 
 def judge_sets(sets: Mapping[str, Path], folder: Path, quick: bool, backbones: str) -> dict[str, dict[str, float]]:

@@ -99,22 +99,21 @@ def _short(seconds: float) -> str:
 
 def section(results: list[Result]) -> str:
     """The marked section: on what machines, with what, and the tables."""
+    settings: list[tuple[Any, Any]] = []
+    rows: list[list[str]] = []
+    for one in results:
+        setting = one["machine"], one["versions"]
+        if setting not in settings:
+            settings.append(setting)
+            rows.append([])
+        rows[settings.index(setting)].append(str(one["row"]))
     lines = []
-    for one in (
-        entry for number, entry in enumerate(results) if _setting(entry) not in map(_setting, results[:number])
-    ):
-        rows = ", ".join(str(other["row"]) for other in results if _setting(other) == _setting(one))
-        about = one["machine"]
-        packages = ", ".join(f"{name} {version}" for name, version in one["versions"].items() if name != "pds-ray")
+    for (about, packages), numbers in zip(settings, rows, strict=True):
         lines.append(
-            f"Rows {rows}: {about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB, "
-            f"{about['gpu'] or 'no GPU'}; {packages}.\n"
+            f"Rows {', '.join(numbers)}: {about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB, "
+            f"{about['gpu'] or 'no GPU'}; {', '.join(f'{name} {version}' for name, version in packages.items())}.\n"
         )
     return "\n".join([BEGIN, "", *lines, tables(results), "", END])
-
-
-def _setting(one: Result) -> tuple[Any, Any]:
-    return one["machine"], one["versions"]
 
 
 def write(fresh: list[Result], results: Path = RESULTS, markdown: Path = MARKDOWN) -> None:

@@ -30,8 +30,8 @@ def embed(shards: list[str], model_name: str, tuning: Tuning, out: Path) -> dict
     from torch.utils.data import DataLoader
 
     torch.set_num_threads(tuning.threads)
-    config = open_clip.create_model_and_transforms(model_name, load_weights=False)
-    preprocess, tokenizer = config[2], open_clip.get_tokenizer(model_name)
+    _, _, preprocess = open_clip.create_model_and_transforms(model_name, load_weights=False)
+    tokenizer = open_clip.get_tokenizer(model_name)
 
     def prepare(sample: dict[str, Any]) -> tuple[str, torch.Tensor, torch.Tensor]:
         return sample["__key__"], preprocess(sample["jpg"]), tokenizer(sample["json"]["captions"])
@@ -40,7 +40,7 @@ def embed(shards: list[str], model_name: str, tuning: Tuning, out: Path) -> dict
         keys, pixels, tokens = zip(*samples, strict=True)
         return list(keys), torch.stack(pixels), torch.cat(tokens), [len(some) for some in tokens]
 
-    dataset = wds.WebDataset(shards, shardshuffle=False).decode("pilrgb").map(prepare)
+    dataset = wds.WebDataset(shards, empty_check=False, shardshuffle=False).decode("pilrgb").map(prepare)
     loader = iter(DataLoader(dataset, tuning.batch, num_workers=tuning.workers, collate_fn=collate))
     model = open_clip.create_model(model_name).eval()
     all_keys, images, texts, counts = [], [], [], []

@@ -61,7 +61,7 @@ def embed_captions(captions: list[str], model: Any, tokenizer: Any) -> np.ndarra
     with torch.inference_mode():
         for start in range(0, len(captions), TEXT_CHUNK):
             tokens = tokenizer(captions[start : start + TEXT_CHUNK])
-            longest = int((tokens != 0).sum(dim=1).max())
+            longest = int(tokens.argmax(dim=1).max()) + 1  # the token that ends a caption has the highest number
             parts.append(_encode_text(model, tokens[:, :longest]).float().numpy())
     return np.concatenate(parts)
 

@@ -99,5 +99,5 @@ ROW = Row(
     {BASELINE: theirs, OURS: ours},
     checks,
     prepare,
-    notes="All of it: reading the split, encoding its captions, and of ours the start and end of a local Ray.",
+    notes="All of it: reading the split, encoding its captions, and of ours the start of a local Ray.",
 )
