@@ -67,14 +67,17 @@ def main() -> None:
     failed = False
     for number in numbers:
         work = args.work.absolute() / f"{number}{'-quick' * args.quick}"
+        if not args.keep:
+            shutil.rmtree(work, ignore_errors=True)
         try:
             done.append(run_row(load_row(number), args.repeats, args.quick, work))
         except PartError as error:  # the other rows stand by themselves
             print(f"benchmarks: {error}", file=sys.stderr)
             failed = True
             continue
-        if not args.keep:
-            shutil.rmtree(work)
+        finally:
+            if not args.keep:
+                shutil.rmtree(work, ignore_errors=True)
         if args.json:  # after each row: a later one may fail
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(done, indent=1) + "\n")

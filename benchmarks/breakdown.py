@@ -32,18 +32,18 @@ def shares(manifest: dict[str, Any]) -> dict[str, float]:
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
     """Seconds and shares as Markdown. Those of actors, summed over them, are part of their stage's."""
-    found = {name: shares(manifest) for name, manifest in runs.items()}
-    names = list(dict.fromkeys(name for parts in found.values() for name in parts))
-    lines = [f"| part | {' | '.join(f'{name}, s | share' for name in runs)} |", "| --- " * (1 + 2 * len(runs)) + "|"]
-    for name in names:
-        cells = []
-        for run, parts in found.items():
-            seconds = parts.get(name)
-            whole = runs[run]["last_run_seconds"]
-            cells.append("| |" if seconds is None else f"| {seconds:.1f} | {seconds / whole:.0%} ")
-        lines.append(f"| {name} {''.join(cells)}|")
-    totals = "".join(f"| {manifest['last_run_seconds']:.1f} | " for manifest in runs.values())
-    return "\n".join([*lines, f"| all {totals}|"])
+    found = {name: {**shares(manifest), "all": manifest["last_run_seconds"]} for name, manifest in runs.items()}
+    parts = sorted(
+        dict.fromkeys(part for mine in found.values() for part in mine), key="all".__eq__
+    )  # which comes last
+    lines = [["part", *(title for name in runs for title in (f"{name}, s", "share"))], ["---"] * (1 + 2 * len(runs))]
+    for part in parts:
+        line = [part]
+        for mine in found.values():
+            seconds = mine.get(part)
+            line += ["", ""] if seconds is None else [f"{seconds:.1f}", f"{seconds / mine['all']:.0%}"]
+        lines.append(line)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(arguments: list[str]) -> None:

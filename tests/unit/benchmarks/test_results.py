@@ -143,7 +143,8 @@ def test_the_breakdown_adds_up():
     lines = table({"before": run, "after": {**run, "stages": {"embed": {"seconds": 3.0}}}}).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert "| embed | 8.0 | 67% | 3.0 | 25% |" in lines
-    assert "| match | 1.0 | 8% | | |" in lines
+    assert "| match | 1.0 | 8% |  |  |" in lines
+    assert lines[-1] == "| all | 12.0 | 100% | 12.0 | 100% |"
 
 
 def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
