@@ -1,6 +1,7 @@
 # make demo   distil the built-in world (about five minutes after installation, two cores, no network but for packages)
 # make test   lint, types and tests
 # make test-faults   all tests of faults, the long ones too (twenty kills, dying nodes; about half an hour)
+# make bench  all rows of benchmarks/RESULTS.md side by side with what they are measured against (hours, on an idle machine)
 # make fuzz   coverage-guided fuzzing of what strangers' bytes reach, FUZZ_SECONDS for each of four targets
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 RUN := runs/demo
 FUZZ_SECONDS := 300
 
-.PHONY: install demo test test-faults lint types fuzz clean
+.PHONY: install demo test test-faults lint types bench fuzz clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +35,10 @@ test: lint types
 # the long ones too: twenty kills, dying nodes
 test-faults: install
 	$(BIN)/pytest tests/faults -m ray
+
+# each side in a process of its own; writes benchmarks/results.json and the marked section of benchmarks/RESULTS.md
+bench: install
+	$(BIN)/python -m benchmarks all --write
 
 # what reaches new code is kept in runs/fuzz; an input that fails goes to tests/fuzz/found, which `make test` replays
 fuzz: install

@@ -1,8 +1,8 @@
 """How the stages from pruning to prototypes scale: driver and worker memory and time, from millions of pairs on.
 
-    python benchmarks/scale.py run --pairs 10000000 --clusters 1000 --folder runs/scale --keep --json runs/10m-1k.json
-    python benchmarks/scale.py assign --json runs/assign.json
-    python benchmarks/scale.py table runs/*.json
+    python -m benchmarks.scale run --pairs 10000000 --clusters 1000 --folder runs/scale --keep --json runs/10m-1k.json
+    python -m benchmarks.scale assign --json runs/assign.json
+    python -m benchmarks.scale table runs/*.json
 
 `run` writes a store of that many embeddings to the folder, unless one was kept there, and runs prune, cluster, match
 and prototypes on it with a local Ray; each call is a process of its own, so that its peaks are its own. `assign`
@@ -34,6 +34,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
+from benchmarks.measure import GIB, peak_rss
 from pds_ray.artifacts import ERROR_SCHEMA, EmbeddingStore, RunFolder, caption_schema, image_schema, vector_array
 from pds_ray.config import ClusterConfig, RayConfig, RunConfig
 from pds_ray.stages.embed import cosine
@@ -42,7 +43,6 @@ from pds_ray.storage import Folder
 DIM, SHARD_PAIRS = 128, 10_000
 CONCEPTS, STRAYS, SPREAD = 20_000, 0.2, 0.7
 RATIO = 0.2  # pruned
-GIB = 2**30
 
 
 def shard_sizes(pairs: int) -> dict[str, int]:
@@ -150,12 +150,6 @@ class Watch:
             "driver_peak_gib": peak_rss() / GIB,
             "worker_peak_gib": self._worker / GIB,
         }
-
-
-def peak_rss() -> int:
-    """The peak resident memory of this process in bytes. Not ru_maxrss: that begins with the parent's."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
 
 
 def _load(name: str) -> None:

@@ -1,0 +1,61 @@
+"""Where the time of runs goes, from their run.json: a column a run, as for before and after a change.
+
+python -m benchmarks.breakdown before=runs/before after=runs/demo
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from pds_ray.manifest import RunManifest
+
+AROUND = "start of Ray and what is between stages"
+
+
+def shares(manifest: dict[str, Any]) -> dict[str, float]:
+    """Seconds of each stage, of its actors' work and waiting where they tell, and of what is around the stages.
+
+    What is around can be told only of a run that was made at one sitting.
+    """
+    parts: dict[str, float] = {}
+    for stage, entry in manifest["stages"].items():
+        parts[stage] = entry["seconds"]
+        counts = entry.get("counts", {})
+        for actor in ("encoder", "decoder"):
+            if f"{actor}_busy_s" in counts:
+                parts[f"{stage}: {actor}s at work"] = counts[f"{actor}_busy_s"]
+                parts[f"{stage}: {actor}s waiting"] = counts[f"{actor}_idle_s"]
+    parts[AROUND] = manifest["last_run_seconds"] - sum(entry["seconds"] for entry in manifest["stages"].values())
+    return parts
+
+
+def table(runs: dict[str, dict[str, Any]]) -> str:
+    """Seconds and shares as Markdown. Those of actors, summed over them, are part of their stage's."""
+    found = {name: {**shares(manifest), "all": manifest["last_run_seconds"]} for name, manifest in runs.items()}
+    parts = sorted(
+        dict.fromkeys(part for mine in found.values() for part in mine), key="all".__eq__
+    )  # which comes last
+    lines = [["part", *(title for name in runs for title in (f"{name}, s", "share"))], ["---"] * (1 + 2 * len(runs))]
+    for part in parts:
+        line = [part]
+        for mine in found.values():
+            seconds = mine.get(part)
+            line += ["", ""] if seconds is None else [f"{seconds:.1f}", f"{seconds / mine['all']:.0%}"]
+        lines.append(line)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the table of `[NAME=]RUN` folders."""
+    if not arguments:
+        raise SystemExit("python -m benchmarks.breakdown [NAME=]RUN ...")
+    runs = {}
+    for argument in arguments:
+        name, _, path = argument.rpartition("=")
+        runs[name or path] = RunManifest.open(path).data
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,165 @@
+"""Data that rows stand on: embeddings in clusters, pictures as Flickr30K has them, models with random weights."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.measure import SHARED_DATA
+
+CONCEPTS, SPREAD = 2_000, 0.7
+ROWS_AT_ONCE = 50_000
+TEST = "scenes:1000:7"  # what sets of the built-in world are judged by
+
+
+class Concepts:
+    """Concepts of skewed popularity; vectors lie around their concept's centre, at about unit length."""
+
+    def __init__(self, dim: int, seed: int) -> None:
+        self.dim = dim
+        self.rng = np.random.default_rng(seed)
+        popularity = 1 / (np.arange(CONCEPTS) + 50)
+        self.popularity = popularity / popularity.sum()
+        self.centres = self._noise(CONCEPTS)
+
+    def draw(self, rows: int) -> np.ndarray:
+        """The concepts of some vectors, int64 [rows]."""
+        return self.rng.choice(CONCEPTS, rows, p=self.popularity)
+
+    def vectors(self, concepts: np.ndarray) -> np.ndarray:
+        """One vector each, float32 [rows, dim]."""
+        out = np.empty((len(concepts), self.dim), np.float32)
+        for start in range(0, len(out), ROWS_AT_ONCE):
+            some = concepts[start : start + ROWS_AT_ONCE]
+            out[start : start + len(some)] = (self.centres[some] + SPREAD * self._noise(len(some))) / np.hypot(
+                1, SPREAD
+            )
+        return out
+
+    def _noise(self, rows: int) -> np.ndarray:
+        return self.rng.standard_normal((rows, self.dim), np.float32) / np.float32(np.sqrt(self.dim))
+
+
+def real_samples(split: str = "train") -> Iterator[dict[str, bytes]]:
+    """The samples of the real shards as {"jpg", "txt", "json"}, in order. Raises SystemExit if they are not there."""
+    shards = sorted((SHARED_DATA / "clipart").glob(f"{split}-*.tar"))
+    if not shards:
+        raise SystemExit(f"benchmarks: no real shards in {SHARED_DATA / 'clipart'}")
+    for shard in shards:
+        sample: dict[str, bytes] = {}
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                sample[member.name.rpartition(".")[2]] = file.read()
+                if len(sample) == 3:
+                    yield sample
+                    sample = {}
+
+
+def write_shards(samples: Iterable[Mapping[str, bytes]], folder: Path, per_shard: int) -> list[str]:
+    """Samples as WebDataset tars; returns their paths."""
+    folder.mkdir(parents=True)
+    coming, paths = iter(samples), list[str]()
+    while some := list(islice(coming, per_shard)):
+        path = folder / f"{len(paths):05d}.tar"
+        with tarfile.open(path, "w") as tar:
+            for row, sample in enumerate(some):
+                for suffix, data in sample.items():
+                    member = tarfile.TarInfo(f"{len(paths):05d}{row:04d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        paths.append(str(path))
+    return paths
+
+
+def write_flickr(samples: Iterable[tuple[bytes, Iterable[str]]], root: Path) -> int:
+    """Encoded pictures and their captions in the layout of Flickr30K's train split; returns how many pictures.
+
+    One record a caption, as the published annotation files have it.
+    """
+    (root / "flickr30k-images").mkdir(parents=True)
+    records = []
+    number = -1
+    for number, (picture, captions) in enumerate(samples):
+        name = f"flickr30k-images/{number:07d}.jpg"
+        (root / name).write_bytes(picture)
+        records += [{"image": name, "caption": caption, "image_id": name} for caption in captions]
+    (root / "flickr30k_train.json").write_text(json.dumps(records))
+    return number + 1
+
+
+def flickr_shaped(images: int) -> Iterator[tuple[bytes, list[str]]]:
+    """Real pictures at the size of Flickr30K's, 500 x 375, each with five real captions of Flickr30K's test split.
+
+    Pictures and captions do not belong together; nothing but their cost matters.
+    """
+    with gzip.open(SHARED_DATA / "annotations" / "flickr30k_test.json.gz") as file:
+        captions = [record["caption"] for record in json.load(file)]
+    for sample, five in islice(zip(real_samples(), captions, strict=False), images):
+        encoded = io.BytesIO()
+        picture = Image.open(io.BytesIO(sample["jpg"])).convert("RGB")
+        picture.resize((500, 375), Image.Resampling.BICUBIC).save(encoded, "JPEG", quality=90)
+        yield encoded.getvalue(), five
+
+
+def save_random_clip(model: str, folder: Path, seed: int = 0) -> str:
+    """An open_clip architecture with random weights as a folder; returns the encoder's name."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(seed)
+    weights = open_clip.create_model(model).state_dict()
+    folder.mkdir(parents=True)
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "open_clip_model.safetensors")
+    config = {"model_cfg": open_clip.get_model_config(model), "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return f"local-dir:{folder}"
+
+
+def write_set(folder: Path, prototypes: Any, pictures: list[Image.Image]) -> None:
+    """A distilled set of the built-in world as `evaluate` takes it, from rows of prototypes.parquet and pictures."""
+    from pds_ray import catalog
+    from pds_ray.artifacts import RunFolder
+    from pds_ray.config import EmbedConfig
+    from pds_ray.stages.materialize import write_distilled
+    from pds_ray.storage import Folder
+
+    run = RunFolder(Folder(str(folder)))
+    run.save_prototypes(prototypes)
+    for pair, picture in enumerate(pictures):
+        encoded = io.BytesIO()
+        picture.save(encoded, "PNG")
+        run.images.write_bytes(run.image_name(pair), encoded.getvalue())
+    encoder = catalog.describe_encoder(EmbedConfig(encoder="demo"))
+    about = {"source": "", "method": "pds", "encoder": encoder.name, "space": encoder.space, "decoder": ""}
+    write_distilled(run, {**about, "picture_origin": "", "counts": {}, "config": {}})
+
+
+def judge_sets(sets: Mapping[str, Path], folder: Path, quick: bool, backbones: str) -> dict[str, dict[str, float]]:
+    """r_mean of several sets under the protocol `standard`, mean and deviation over five seeds."""
+    from pds_ray.config import replace
+    from pds_ray.evaluation import evaluate_all
+    from pds_ray.recipes import protocol
+    from pds_ray.stages.evaluate import Candidate
+    from pds_ray.storage import Folder
+
+    config = replace(protocol("standard"), {"test": TEST, "backbones": backbones})
+    if quick:
+        small = {"test": "scenes:20:7", "backbones": "small_conv", "seeds": 1, "protocol.epochs": 1}
+        config = replace(config, small)
+    candidates = [Candidate(label, str(path), config.protocol) for label, path in sets.items()]
+    results = evaluate_all(candidates, config, Folder(str(folder)))
+    return {
+        label: {"r_mean": result["mean"]["r_mean"], "std": result["std"]["r_mean"]} for label, result in results.items()
+    }

@@ -1,0 +1,140 @@
+"""A part of a row in a process of its own: its seconds, the peak memory of it and its children, and what it found."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"  # real pictures and captions beside the checkout
+GIB = 2**30
+SAMPLE_EVERY_S = 1.0  # what the processes share is counted once, and to find out is no small work
+ANSWER = "answer.json"
+PREPARE, AFTER = "prepare", "after"
+BASELINE, OURS = "baseline", "ours"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a part of a row is told."""
+
+    data: Path
+    """What was prepared: the same for all sides."""
+    out: Path
+    """A folder of its own; for what comes after, the folder of those of all sides, SIDE-REPEAT."""
+    quick: bool
+    """A size that shows that it works, and nothing else."""
+
+
+Found = dict[str, Any]
+Part = Callable[[Task], Found]
+Runs = Mapping[str, list[Found]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something to be reached."""
+
+    wanted: str
+    found: str
+    reached: bool | None
+    """None where nothing was asked."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table. All parts run in processes of their own, the sides in turn, as often as asked."""
+
+    number: int
+    what: str
+    against: str
+    sides: Mapping[str, Part]
+    """What each finds; without "seconds" of its own, those of the whole process count."""
+    checks: Callable[[Runs, Found], list[Check]]
+    """Given what the sides found, and what was found afterwards."""
+    prepare: Part
+    after: Part | None = None
+    """Looks once, untimed, at what the sides of the first repeat left."""
+    notes: str = ""
+    """What the seconds hold and what they leave out."""
+
+
+class PartError(RuntimeError):
+    """A part of a row failed, and said itself why."""
+
+
+def median(found: list[Found], name: str = "seconds") -> float:
+    return statistics.median(one[name] for one in found)
+
+
+def factor(runs: Runs, slow: str = BASELINE, fast: str = OURS, name: str = "seconds") -> float:
+    """How many times less the one takes than the other, of medians."""
+    return median(runs[slow], name) / median(runs[fast], name)
+
+
+def at_least(runs: Runs, wanted: float, unit: str = "faster", name: str = "seconds") -> Check:
+    """That ours takes `wanted` times less than the baseline."""
+    found = factor(runs, name=name)
+    return Check(f"{wanted:g}x {unit}", f"{found:.2f}x", found >= wanted)
+
+
+def peak_rss() -> int:
+    """The peak resident memory of this process in bytes. Not ru_maxrss: that begins with the parent's."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def tree_memory(pid: int) -> tuple[int, int]:
+    """Memory of a process and all below it, and of the largest Ray worker among them, in bytes.
+
+    What several of them share is counted in equal parts.
+    """
+    total = worker = 0
+    with suppress(psutil.Error):
+        top = psutil.Process(pid)
+        for process in (top, *top.children(recursive=True)):
+            with suppress(psutil.Error):
+                mine = process.memory_full_info().pss
+                total += mine
+                if process.name().startswith("ray::"):
+                    worker = max(worker, mine)
+    return total, worker
+
+
+def run_part(row: int, part: str, task: Task) -> Found:
+    """Runs a part; adds its memory, and the seconds of its whole process, to what it found.
+
+    Raises PartError if it fails.
+    """
+    task.out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "benchmarks.part", str(row), part, str(task.data), str(task.out)]
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        command + ["--quick"] * task.quick, cwd=ROOT, env={**OFFLINE, **os.environ, "PYTHONPATH": paths}
+    )
+    peak = worker = 0
+    while process.poll() is None:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(SAMPLE_EVERY_S)
+        now, worker_now = tree_memory(process.pid)
+        peak, worker = max(peak, now), max(worker, worker_now)
+    wall = time.perf_counter() - began
+    if process.returncode:
+        raise PartError(f"row {row}: {part} ended with {process.returncode}")
+    found = json.loads((task.out / ANSWER).read_text())
+    driver = found.pop("driver_peak_gib")
+    memory = {"peak_gib": max(peak / GIB, driver), "driver_peak_gib": driver, "worker_peak_gib": worker / GIB}
+    return {"seconds": wall, **found, **memory, "process_seconds": wall}

@@ -1,0 +1,133 @@
+"""What rows gave, as JSON and as the tables of RESULTS.md: of its text only the marked section is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.measure import GIB, Check, Found, Row, Runs
+from pds_ray.manifest import versions
+
+FOLDER = Path(__file__).parent
+RESULTS, MARKDOWN = FOLDER / "results.json", FOLDER / "RESULTS.md"
+BEGIN, END = "<!-- measured: begin, written by `make bench` -->", "<!-- measured: end -->"
+MEASURES = ("seconds", "peak_gib", "driver_peak_gib", "worker_peak_gib", "process_seconds")
+
+Result = dict[str, Any]
+
+
+def machine() -> dict[str, Any]:
+    """What it was measured on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(psutil.virtual_memory().total / GIB), "gpu": gpu()}
+
+
+def gpu() -> str | None:
+    """The name of the first GPU, without loading torch; None if there is none."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return names[0] if names else None
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Median, smallest, largest, and all in the order they came."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
+
+
+def result(row: Row, runs: Runs, afterwards: Found, checks: list[Check], command: str, quick: bool) -> Result:
+    """A row as JSON."""
+    sides = {
+        name: {
+            **{measure: spread([one[measure] for one in found]) for measure in MEASURES},
+            "found": {key: value for key, value in found[-1].items() if key not in MEASURES},
+        }
+        for name, found in runs.items()
+    }
+    return {
+        "row": row.number,
+        "what": row.what,
+        "against": row.against,
+        "notes": row.notes,
+        "command": command,
+        "quick": quick,
+        "machine": machine(),
+        "load": os.getloadavg(),
+        "versions": versions(),
+        "sides": sides,
+        "afterwards": afterwards,
+        "checks": [asdict(check) for check in checks],
+    }
+
+
+def tables(results: list[Result]) -> str:
+    """Two tables as Markdown: what was to be reached, and the figures of every side."""
+    lines = ["| # | what | against | to reach | found | reached |", "| --- | --- | --- | --- | --- | --- |"]
+    for one in results:
+        for number, check in enumerate(one["checks"]):
+            head = f"{one['row']} | {one['what']} | {one['against']}" if number == 0 else " | | "
+            lines.append(f"| {head} | {check['wanted']} | {check['found']} | {_verdict(check['reached'])} |")
+    lines += ["", "| # | side | seconds, median (range) | peak GiB | driver | largest worker |", "| --- " * 6 + "|"]
+    for one in results:
+        for name, side in one["sides"].items():
+            seconds = side["seconds"]
+            times = f"{_short(seconds['median'])} ({_short(seconds['min'])} to {_short(seconds['max'])})"
+            memory = (side[f"{part}peak_gib"]["median"] for part in ("", "driver_", "worker_"))
+            lines.append(f"| {one['row']} | {name} | {times} | {' | '.join(f'{gib:.2f}' for gib in memory)} |")
+    lines += ["", *(f"{one['row']}. {one['notes']} `{one['command']}`" for one in results)]
+    return "\n".join(lines)
+
+
+def _verdict(reached: bool | None) -> str:
+    return {True: "yes", False: "**no**", None: ""}[reached]
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.3f}" if seconds < 1 else f"{seconds:.1f}"
+
+
+def section(results: list[Result]) -> str:
+    """The marked section: on what machines, with what, and the tables."""
+    settings: list[tuple[Any, Any]] = []
+    rows: list[list[str]] = []
+    for one in results:
+        setting = one["machine"], one["versions"]
+        if setting not in settings:
+            settings.append(setting)
+            rows.append([])
+        rows[settings.index(setting)].append(str(one["row"]))
+    lines = []
+    for (about, packages), numbers in zip(settings, rows, strict=True):
+        lines.append(
+            f"Rows {', '.join(numbers)}: {about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB, "
+            f"{about['gpu'] or 'no GPU'}; {', '.join(f'{name} {version}' for name, version in packages.items())}.\n"
+        )
+    return "\n".join([BEGIN, "", *lines, tables(results), "", END])
+
+
+def write(fresh: list[Result], results: Path = RESULTS, markdown: Path = MARKDOWN) -> None:
+    """Puts rows in the place of what is known of them, in the JSON and in the marked section of the text.
+
+    Raises ValueError if the text has no such section.
+    """
+    known = {one["row"]: one for one in (json.loads(results.read_text()) if results.exists() else [])}
+    known |= {one["row"]: one for one in fresh}
+    ordered = [known[number] for number in sorted(known)]
+    text = markdown.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{markdown} has no section from {BEGIN} to {END}")
+    results.write_text(json.dumps(ordered, indent=1) + "\n")
+    markdown.write_text(before + section(ordered) + after)

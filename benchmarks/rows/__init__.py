@@ -1,0 +1,26 @@
+"""The rows of the table by number. Heavy packages are imported by the parts that use them: a process holds one part."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from benchmarks.measure import Row
+
+ROWS = {
+    1: "kmeans",
+    2: "matching",
+    3: "embedding",
+    4: "clip_retrieval",
+    5: "captions_per_image",
+    6: "decoding",
+    7: "evaluation",
+    8: "recall",
+    9: "whole_run",
+    10: "workers",
+    11: "startup",
+}
+
+
+def load_row(number: int) -> Row:
+    """The row of that number."""
+    return import_module(f"benchmarks.rows.{ROWS[number]}").ROW

@@ -1,0 +1,98 @@
+"""Row 4: embedding as clip-retrieval does it, in an environment of its own.
+
+    python -m venv runs/clip-retrieval && runs/clip-retrieval/bin/pip install clip-retrieval
+
+Another place of its Python can be named in CLIP_RETRIEVAL_PYTHON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from itertools import islice
+from pathlib import Path
+
+from benchmarks.data import real_samples, save_random_clip, write_shards
+from benchmarks.measure import BASELINE, OURS, ROOT, Check, Found, Row, Runs, Task, at_least
+from benchmarks.rows.embedding import apart, embed_with_engine, stored
+
+PYTHON = Path(os.environ.get("CLIP_RETRIEVAL_PYTHON", ROOT / "runs" / "clip-retrieval" / "bin" / "python"))
+MODEL, BATCH = "ViT-B-32", 64
+SHARDS = 4
+TOLERANCE = 5e-3  # of a unit vector: they normalise before they round to float16, we after
+
+
+def prepare(task: Task) -> Found:
+    """Real pictures with one caption each: of several, clip-retrieval takes none."""
+    if not PYTHON.exists():
+        raise SystemExit(f"benchmarks: row 4 needs clip-retrieval: {PYTHON} does not exist; see {__name__}")
+    one_caption = ({name: sample[name] for name in ("jpg", "txt")} for sample in real_samples())
+    images = 48 if task.quick else 512
+    write_shards(islice(one_caption, images), task.data / "shards", images // SHARDS)
+    told = {"model": save_random_clip(MODEL, task.data / "clip"), "images": images}
+    (task.data / "told.json").write_text(json.dumps(told))
+    return {}
+
+
+def theirs(task: Task) -> Found:
+    """The seconds are those of its own statistics: reading, inference and writing of all batches."""
+    told = json.loads((task.data / "told.json").read_text())
+    out = task.out / "embeddings"
+    options = {
+        "input_dataset": f"{task.data}/shards/{{00000..{SHARDS - 1:05d}}}.tar",
+        "output_folder": out,
+        "input_format": "webdataset",
+        "clip_model": f"open_clip:{MODEL}/{task.data}/clip/open_clip_model.safetensors",
+        "batch_size": BATCH,
+        "num_prepro_workers": os.cpu_count() or 1,
+        "use_jit": False,
+    }
+    command = [str(PYTHON), "-m", "clip_retrieval.cli", "inference"]
+    without_ours = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(
+        command + [f"--{name}={value}" for name, value in options.items()],
+        check=True,
+        env=without_ours,
+        stdout=subprocess.DEVNULL,
+    )
+    stats = json.loads((out / "stats" / "0.json").read_text())
+    if stats["sample_count"] != told["images"]:
+        raise RuntimeError(f"it embedded {stats['sample_count']} of {told['images']} pictures")
+    return {"seconds": stats["total_duration"], "stats": stats}
+
+
+def ours(task: Task) -> Found:
+    model = json.loads((task.data / "told.json").read_text())["model"]
+    return embed_with_engine(f"{task.data}/shards/*.tar", model, task.out / "store")
+
+
+def after(task: Task) -> Found:
+    """How far the sums of all unit embeddings lie apart: the samples come in another order."""
+    import numpy as np
+
+    from pds_ray.stages.cluster import normalized
+
+    found = {}
+    for name, mine in zip(("img", "text"), stored(task.out / f"{OURS}-0" / "store"), strict=True):
+        other = np.load(task.out / f"{BASELINE}-0" / "embeddings" / f"{name}_emb" / f"{name}_emb_0.npy")
+        sums = (rows.astype(np.float32).mean(axis=0, keepdims=True) for rows in (normalized(mine), other))
+        found[name] = apart(*sums)
+    return found
+
+
+def checks(runs: Runs, afterwards: Found) -> list[Check]:
+    far = max(afterwards["img"], afterwards["text"])
+    return [at_least(runs, 1.5), Check("the same embeddings", f"{far:.0e} apart in the mean", far < TOLERANCE)]
+
+
+ROW = Row(
+    4,
+    "embedding 512 real pictures with a caption each, ViT-B-32 at 224 px",
+    "clip-retrieval's inference, in an environment of its own",
+    {BASELINE: theirs, OURS: ours},
+    checks,
+    prepare,
+    after,
+    "From when the model is loaded to when all is written; theirs by its own statistics.",
+)

@@ -1,0 +1,135 @@
+"""Row 3: embedding of real shards on CPUs."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.data import real_samples, save_random_clip, write_shards
+from benchmarks.measure import BASELINE, OURS, Check, Found, Row, Runs, Task, factor, median
+
+SHARD_SAMPLES = 128
+TOLERANCE = 2e-3  # of the norm of an embedding stored in float16
+
+
+def _images(task: Task) -> int:
+    return 48 if task.quick else 512
+
+
+def prepare(task: Task) -> Found:
+    """Real samples in small shards, random weights, and the fastest setting of the bare loop on the first shard."""
+    import os
+
+    from benchmarks.baselines.bare_loop import Tuning, embed
+    from pds_ray.distributed.runtime import MODEL_THREADS
+
+    shards = write_shards(
+        islice(real_samples(), _images(task)), task.data / "shards", 16 if task.quick else SHARD_SAMPLES
+    )
+    model = save_random_clip("ViT-B-32", task.data / "clip")
+    cores = os.cpu_count() or 1
+    threads = {cores, MODEL_THREADS}  # the engine's model has the latter
+    settings = product((32, 128), sorted(threads), [max(1, cores // 4)])
+    grid = [Tuning(*setting) for setting in settings][: 1 if task.quick else None]
+    best = min(grid, key=lambda tuning: embed(shards[:1], model, tuning, task.data / "tuning.npz")["seconds"])
+    (task.data / "told.json").write_text(json.dumps({"shards": shards, "model": model, "tuning": vars(best)}))
+    return {}
+
+
+def theirs(task: Task) -> Found:
+    from benchmarks.baselines.bare_loop import Tuning, embed
+
+    told = json.loads((task.data / "told.json").read_text())
+    return embed(told["shards"], told["model"], Tuning(**told["tuning"]), task.out / "embeddings.npz")
+
+
+def ours(task: Task) -> Found:
+    model = json.loads((task.data / "told.json").read_text())["model"]
+    return embed_with_engine(f"{task.data}/shards/*.tar", model, task.out / "store")
+
+
+def embed_with_engine(source_uri: str, model: str, folder: Path, captions: str = "basic") -> Found:
+    """The engine's embedding stage with a local Ray of all cores.
+
+    The seconds are those of the encoders, from when their model is loaded to when their last shard is committed: what
+    they worked and what they waited.
+    """
+    import time
+
+    from pds_ray import catalog
+    from pds_ray.artifacts import EmbeddingStore
+    from pds_ray.config import RunConfig, replace
+    from pds_ray.distributed import runtime
+    from pds_ray.distributed.embed import embed
+    from pds_ray.storage import Folder
+
+    config = replace(RunConfig(), {"embed.encoder": model, "read.captions": captions, "ray.object_store_gib": 0.5})
+    source = catalog.make_source(source_uri)
+    info = catalog.describe_encoder(config.embed)
+    store = EmbeddingStore(Folder(str(folder)))
+    store.folder.create()
+    runtime.start(config.ray)
+    actors = runtime.pool(config.ray.embed_actors).workers
+    began = time.perf_counter()
+    counts = embed(source, source.shards(), info, config, store)
+    stage = time.perf_counter() - began
+    runtime.stop()
+    busy, idle = counts["encoder_busy_s"], counts["encoder_idle_s"]
+    told = {name: counts[name] for name in ("images", "pairs", "bad")}
+    return {"seconds": (busy + idle) / actors, "stage_seconds": stage, "idle": idle / (busy + idle), **told}
+
+
+def stored(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The embeddings of a store in its order: images [I, d], captions [N, d], float32."""
+    from pds_ray.artifacts import EmbeddingStore, vectors
+    from pds_ray.storage import Folder
+
+    store = EmbeddingStore(Folder(str(folder)))
+    shards = sorted(store.committed())
+    both: list[Any] = [
+        [vectors(read(shard), "embedding") for shard in shards] for read in (store.images, store.captions)
+    ]
+    return np.concatenate(both[0]), np.concatenate(both[1])
+
+
+def apart(found: np.ndarray, other: np.ndarray) -> float:
+    """The largest distance of two rows that should be one, as a share of its norm."""
+    return float((np.linalg.norm(found - other, axis=1) / np.linalg.norm(other, axis=1)).max())
+
+
+def after(task: Task) -> Found:
+    images, captions = stored(task.out / f"{OURS}-0" / "store")
+    with np.load(task.out / f"{BASELINE}-0" / "embeddings.npz") as other:
+        # shards, and rows within them, come in order from one worker, and shard by shard from several
+        order = np.argsort(other["keys"], kind="stable")
+        starts = np.cumsum(other["captions"]) - other["captions"]
+        rows = np.concatenate([np.arange(starts[row], starts[row] + other["captions"][row]) for row in order])
+        pairs = (images, other["image"][order]), (captions, other["text"][rows])
+        return {"apart": max(apart(mine, theirs_.astype(np.float32)) for mine, theirs_ in pairs)}
+
+
+def checks(runs: Runs, afterwards: Found) -> list[Check]:
+    share = factor(runs)
+    pairs = [runs[side][0]["pairs"] for side in (BASELINE, OURS)]
+    same = pairs[0] == pairs[1] and afterwards["apart"] < TOLERANCE
+    rates = " and ".join(f"{runs[side][0]['images'] / median(runs[side]):.2f}" for side in (BASELINE, OURS))
+    return [
+        Check("0.95 of the loop's speed", f"{share:.3f} ({rates} images/s)", share >= 0.95),
+        Check("the same embeddings", f"{pairs[0]} and {pairs[1]} pairs, {afterwards['apart']:.0e} apart", same),
+    ]
+
+
+ROW = Row(
+    3,
+    "embedding 512 real pictures and all their captions, ViT-B-32 at 224 px",
+    "a bare loop: webdataset, DataLoader, open_clip; batch size and threads chosen by trial",
+    {BASELINE: theirs, OURS: ours},
+    checks,
+    prepare,
+    after,
+    "From when the model is loaded to when all is written; readers have begun before, on both sides.",
+)

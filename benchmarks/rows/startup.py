@@ -1,0 +1,78 @@
+"""Row 11: how long until something happens."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.measure import Check, Found, Row, Runs, Task, median
+
+COMMAND = [sys.executable, "-m", "pds_ray.cli"]
+HEAVY = ("torch", "ray", "numpy", "pyarrow")
+POLL_S = 0.01
+SCENES, PAIRS = 64, 16
+
+
+def prepare(task: Task) -> Found:
+    """A run to be shown."""
+    _run(*_distill(task.data / "run"))
+    return {}
+
+
+def _distill(out: Path) -> list[str]:
+    flags = ["--preset", "demo", "--source", f"scenes:{SCENES}", "--pairs", str(PAIRS), "--out", str(out)]
+    return [*COMMAND, "distill", *flags, "--only", "embed"]
+
+
+def _run(*command: str) -> float:
+    began = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def show_help(_: Task) -> Found:
+    traced = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pds_ray.cli", "--help"], check=True, capture_output=True, text=True
+    ).stderr
+    imported = {line.rpartition("|")[2].strip() for line in traced.splitlines()}
+    return {"seconds": _run(*COMMAND, "--help"), "heavy": sorted(imported & set(HEAVY))}
+
+
+def show_run(task: Task) -> Found:
+    return {"seconds": _run(*COMMAND, "show", str(task.data / "run"))}
+
+
+def first_image(task: Task) -> Found:
+    """Until the only shard, of 64 pictures, is embedded and committed."""
+    run = task.out / "run"
+    began = time.perf_counter()
+    with subprocess.Popen(_distill(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not list((run / "embeddings").glob("scenes-*.json")):
+            if process.poll():
+                raise RuntimeError(f"the run ended with {process.returncode}")
+            time.sleep(POLL_S)
+        return {"seconds": time.perf_counter() - began}
+
+
+def checks(runs: Runs, _: Found) -> list[Check]:
+    helped, shown, first = (median(runs[side]) for side in ("help", "show", "first image"))
+    heavy = runs["help"][0]["heavy"]
+    return [
+        Check("help under 0.5 s", f"{helped:.2f} s", helped < 0.5),
+        Check("no torch imported for it", f"imported: {', '.join(heavy) or 'nothing heavy'}", "torch" not in heavy),
+        Check("", f"show {shown:.2f} s", None),
+        Check("first work under 10 s with a local Ray", f"{first:.1f} s", first < 10),
+    ]
+
+
+ROW = Row(
+    11,
+    "start-up: pds-ray --help, pds-ray show, first image embedded",
+    "",
+    {"help": show_help, "show": show_run, "first image": first_image},
+    checks,
+    prepare,
+    notes=f"Whole commands; the first image is that of a shard of {SCENES} scenes, whose embedding is included.",
+)

@@ -1,0 +1,190 @@
+"""What is written of the rows, and that rows run, each side in its own process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import results
+from benchmarks.breakdown import AROUND, shares, table
+from benchmarks.data import Concepts
+from benchmarks.measure import BASELINE, OURS, Check, Row, at_least, factor, tree_memory
+from benchmarks.null_encoder import NullEncoder, describe
+from benchmarks.rows import ROWS, load_row
+from pds_ray import catalog
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def measured(seconds: float) -> dict[str, Any]:
+    return {
+        "seconds": seconds,
+        "process_seconds": 9.0,
+        "peak_gib": 1.0,
+        "driver_peak_gib": 0.5,
+        "worker_peak_gib": 0.25,
+    }
+
+
+def row(number: int = 7) -> Row:
+    return Row(number, "a thing", "another", {}, lambda *_: [], lambda _: {}, notes="All of it.")
+
+
+def outcome(number: int, seconds: float = 2.0) -> results.Result:
+    runs = {BASELINE: [measured(20.0), measured(30.0), measured(22.0)], OURS: [{**measured(seconds), "told": 1}] * 3}
+    checks = [at_least(runs, 10), Check("the same", "0 apart", True)]
+    return results.result(row(number), runs, {"apart": 0.0}, checks, f"python -m benchmarks {number}", quick=False)
+
+
+def test_factors_are_of_medians():
+    runs = {
+        BASELINE: [measured(20.0), measured(30.0), measured(90.0)],
+        OURS: [measured(3.0), measured(1.0), measured(2.0)],
+    }
+    assert factor(runs) == 15
+    assert at_least(runs, 15) == Check("15x faster", "15.00x", True)
+    assert at_least(runs, 15.1).reached is False
+
+
+def test_a_result_is_json_with_medians_and_spread():
+    found = json.loads(json.dumps(outcome(7)))
+    assert found["sides"][BASELINE]["seconds"] == {"median": 22, "min": 20, "max": 30, "all": [20, 30, 22]}
+    assert found["sides"][OURS]["found"] == {"told": 1}
+    assert found["machine"]["cores"] == os.cpu_count()
+    assert found["versions"]["numpy"] == np.__version__
+    assert [check["reached"] for check in found["checks"]] == [True, True]
+
+
+def test_only_the_marked_section_is_written(tmp_path):
+    markdown, stored = tmp_path / "RESULTS.md", tmp_path / "results.json"
+    markdown.write_text(f"# By hand\n\n{results.BEGIN}\nold\n{results.END}\n\nBy hand, too.\n")
+    results.write([outcome(7), outcome(2)], stored, markdown)
+    results.write([outcome(7, seconds=11.0)], stored, markdown)
+    text = markdown.read_text()
+    assert text.startswith("# By hand\n\n<!--")
+    assert text.endswith("-->\n\nBy hand, too.\n")
+    assert "old" not in text
+    assert "| 7 | a thing | another | 10x faster | 2.00x | **no** |" in text
+    assert "| 2 | a thing | another | 10x faster | 11.00x | yes |" in text
+    assert [one["row"] for one in json.loads(stored.read_text())] == [2, 7]
+
+
+def test_a_text_without_the_section_is_left_alone(tmp_path):
+    markdown, stored = tmp_path / "RESULTS.md", tmp_path / "results.json"
+    markdown.write_text("# By hand\n")
+    with pytest.raises(ValueError, match="no section"):
+        results.write([outcome(7)], stored, markdown)
+    assert markdown.read_text() == "# By hand\n"
+    assert not stored.exists()
+
+
+def test_the_text_of_the_results_has_the_section():
+    text = results.MARKDOWN.read_text()
+    assert text.count(results.BEGIN) == text.count(results.END) == 1
+    assert text.index(results.BEGIN) < text.index(results.END)
+
+
+@pytest.mark.parametrize("number", ROWS)
+def test_every_row_can_be_loaded(number):
+    found = load_row(number)
+    assert found.number == number
+    assert found.sides
+
+
+def test_memory_is_that_of_a_process_and_its_children():
+    ballast = "held = bytearray(300 << 20); print(flush=True); input()"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ballast!r}])"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        total, worker = tree_memory(process.pid)
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        process.wait()
+    assert 300 << 20 < total < 500 << 20
+    assert worker == 0
+    assert tree_memory(process.pid) == (0, 0)
+
+
+def test_concepts_give_vectors_of_about_unit_length_in_clusters():
+    concepts = Concepts(64, seed=0)
+    of = concepts.draw(500)
+    vectors = concepts.vectors(of)
+    assert vectors.shape == (500, 64)
+    assert np.linalg.norm(vectors, axis=1).mean() == pytest.approx(1, abs=0.1)
+    apart = np.linalg.norm(vectors[:, None] - vectors[None], axis=2)
+    same = of[:, None] == of[None]
+    assert apart[same & ~np.eye(500, dtype=bool)].mean() < 0.7 * apart[~same].mean()
+
+
+def test_the_null_encoder_is_in_the_catalog():
+    encoder = catalog.load_encoder(describe(), "fp32")
+    assert isinstance(encoder, NullEncoder)
+    assert encoder.encode_captions(["a", "b"]).shape == encoder.encode_images(np.zeros((2, 16, 16, 3))).shape == (2, 16)
+
+
+def test_the_breakdown_adds_up():
+    counts = {"encoder_busy_s": 6.0, "encoder_idle_s": 1.0}
+    run = {
+        "stages": {"embed": {"seconds": 8.0, "counts": counts}, "match": {"seconds": 1.0, "counts": {}}},
+        "last_run_seconds": 12.0,
+    }
+    found = shares(run)
+    assert found["embed"] + found["match"] + found[AROUND] == 12
+    assert found["embed: encoders waiting"] == 1
+    lines = table({"before": run, "after": {**run, "stages": {"embed": {"seconds": 3.0}}}}).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert "| embed | 8.0 | 67% | 3.0 | 25% |" in lines
+    assert "| match | 1.0 | 8% |  |  |" in lines
+    assert lines[-1] == "| all | 12.0 | 100% | 12.0 | 100% |"
+
+
+def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", *arguments]
+    paths = os.pathsep.join([str(ROOT), *sys.path])
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths}
+    )
+
+
+def test_a_row_runs_and_writes_json(tmp_path):
+    file = tmp_path / "found.json"
+    arguments = ("8", "--quick", "--repeats", "1", "--work", str(tmp_path / "work"), "--json", str(file))
+    done = run_benchmark("benchmarks", *arguments)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(file.read_text())
+    assert found["sides"].keys() == {BASELINE, OURS}
+    assert found["sides"][BASELINE]["found"]["recalls"] == pytest.approx(found["sides"][OURS]["found"]["recalls"])
+    assert all(side["seconds"]["median"] > 0 and side["peak_gib"]["median"] > 0 for side in found["sides"].values())
+    assert "| 8 | recall" in done.stdout
+    assert not (tmp_path / "work" / "8-quick").exists()
+
+
+def test_a_row_that_is_none_is_refused_in_one_line():
+    done = run_benchmark("benchmarks", "12")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("python -m benchmarks: error: rows are all, or of 1, 2")
+
+
+def test_quick_figures_are_not_written():
+    done = run_benchmark("benchmarks", "8", "--quick", "--write")
+    assert done.returncode == 2
+    assert "--quick figures say nothing" in done.stderr
+
+
+def test_without_a_gpu_its_part_says_so_in_one_line(tmp_path):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = run_benchmark("benchmarks.gpu", "--json", str(tmp_path / "gpu.json"))
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["benchmarks.gpu: torch finds no GPU on this machine"]
+    assert not (tmp_path / "gpu.json").exists()
