@@ -8,6 +8,7 @@ from typing import TypeVar
 import pyarrow as pa
 import ray
 
+from pds_ray.config import Actors
 from pds_ray.distributed import runtime
 
 Value = TypeVar("Value")
@@ -36,7 +37,7 @@ def block_seconds(blocks: int) -> float:
         ray.data.range(blocks, override_num_blocks=blocks)
         .map_batches(_same, batch_size=None, batch_format="pyarrow", num_cpus=runtime.DECODE_CPUS)
         .map_batches(
-            _Same, batch_size=None, batch_format="pyarrow", **runtime.actor_options(runtime.pool(1, on_gpu=False))
+            _Same, batch_size=None, batch_format="pyarrow", **runtime.actor_options(runtime.pool(Actors(1, 1, None, {}), on_gpu=False))
         )
     )
     began = time.process_time()

@@ -489,7 +489,7 @@ def test_pools_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch, gpus: in
     run = planning._Run(
         configure(web(), {"ray.embed_workers": workers}), web_workload(10**6, 1, 1), cluster, {}, 768, 224
     )
-    assert run.actors == runtime.pool(workers).workers
+    assert run.actors == runtime.pool(run.config.ray.embed_actors).workers
 
 
 def test_constants_are_those_of_the_engine() -> None:
