@@ -37,7 +37,10 @@ def block_seconds(blocks: int) -> float:
         ray.data.range(blocks, override_num_blocks=blocks)
         .map_batches(_same, batch_size=None, batch_format="pyarrow", num_cpus=runtime.DECODE_CPUS)
         .map_batches(
-            _Same, batch_size=None, batch_format="pyarrow", **runtime.actor_options(runtime.pool(Actors(1, 1, None, {}), on_gpu=False))
+            _Same,
+            batch_size=None,
+            batch_format="pyarrow",
+            **runtime.actor_options(runtime.pool(Actors(1, 1, None, {}), on_gpu=False)),
         )
     )
     began = time.process_time()
