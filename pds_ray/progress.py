@@ -51,11 +51,11 @@ def _state(bar: tqdm) -> State:
     return State(
         bar.desc.rstrip(" :"),
         bar.unit.strip(),
-        bar.n,
-        bar.total,
+        int(bar.n),
+        None if bar.total is None else int(bar.total),
         rate and round(rate, 3),
         eta if eta is None else round(eta, 1),
-        (bar.postfix or "").lstrip(", "),
+        str(bar.postfix or "").lstrip(", "),
     )
 
 
