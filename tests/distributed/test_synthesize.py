@@ -40,7 +40,10 @@ def test_pictures_are_made_once_and_remade_alike(run_folder: RunFolder) -> None:
     config = RunConfig(embed=EmbedConfig(encoder="demo"), decode=decode)
     info = catalog.describe_decoder(decode, catalog.describe_encoder(config.embed))
 
-    assert synthesize(source, info, config, run_folder) == {"images": count, "made": count, "found": 0}
+    found = synthesize(source, info, config, run_folder)
+    assert (found["images"], found["made"], found["found"]) == (count, count, 0)
+    assert found["decoder_busy_s"] > 0
+    assert found["decoder_idle_s"] > 0
     folder = Path(run_folder.images.path)
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     for pair, place in enumerate(wanted):
@@ -51,6 +54,7 @@ def test_pictures_are_made_once_and_remade_alike(run_folder: RunFolder) -> None:
     (folder / "000001.png.abcd.part").write_bytes(b"left behind by a killed worker")
     kept = folder / run_folder.image_name(5)
     stamp = kept.stat().st_mtime_ns
-    assert synthesize(source, info, config, run_folder) == {"images": count, "made": 1, "found": count - 1}
+    again = synthesize(source, info, config, run_folder)
+    assert (again["images"], again["made"], again["found"]) == (count, 1, count - 1)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
     assert kept.stat().st_mtime_ns == stamp
