@@ -1,6 +1,8 @@
 """Where the time of runs goes, from their run.json: a column a run, as for before and after a change.
 
-python -m benchmarks.breakdown before=runs/before after=runs/demo
+    python -m benchmarks.breakdown before=runs/before after=runs/demo
+
+Seconds of actors are summed over them, and part of their stage's.
 """
 
 from __future__ import annotations
