@@ -1,6 +1,8 @@
 """Where the time of runs goes, from their run.json: a column a run, as for before and after a change.
 
-python -m benchmarks.breakdown before=runs/before after=runs/demo
+    python -m benchmarks.breakdown before=runs/before after=runs/demo
+
+Seconds of actors are summed over them, and part of their stage's.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ AROUND = "start of Ray and what is between stages"
 def shares(manifest: dict[str, Any]) -> dict[str, float]:
     """Seconds of each stage, of its actors' work and waiting where they tell, and of what is around the stages.
 
-    What is around can be told only of a run that was made at one sitting.
+    Raises ValueError if the run was not made at one sitting: what is around cannot be told then.
     """
     parts: dict[str, float] = {}
     for stage, entry in manifest["stages"].items():
@@ -27,6 +29,8 @@ def shares(manifest: dict[str, Any]) -> dict[str, float]:
                 parts[f"{stage}: {actor}s at work"] = counts[f"{actor}_busy_s"]
                 parts[f"{stage}: {actor}s waiting"] = counts[f"{actor}_idle_s"]
     parts[AROUND] = manifest["last_run_seconds"] - sum(entry["seconds"] for entry in manifest["stages"].values())
+    if parts[AROUND] < 0:
+        raise ValueError("the run was made at several sittings, of which run.json times the last")
     return parts
 
 
@@ -53,8 +57,11 @@ def main(arguments: list[str]) -> None:
     runs = {}
     for argument in arguments:
         name, _, path = argument.rpartition("=")
-        runs[name or path] = RunManifest.open(path).data
-    print(table(runs))
+        runs[name or path] = path
+    try:
+        print(table({name: RunManifest.open(path).data for name, path in runs.items()}))
+    except ValueError as error:
+        raise SystemExit(f"benchmarks.breakdown: {error}") from None
 
 
 if __name__ == "__main__":

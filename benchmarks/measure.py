@@ -23,7 +23,7 @@ SAMPLE_EVERY_S = 1.0  # what the processes share is counted once, and to find ou
 ANSWER = "answer.json"
 PREPARE, AFTER = "prepare", "after"
 BASELINE, OURS = "baseline", "ours"
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+QUIET = {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def run_part(row: int, part: str, task: Task) -> Found:
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     began = time.perf_counter()
     process = subprocess.Popen(
-        command + ["--quick"] * task.quick, cwd=ROOT, env={**OFFLINE, **os.environ, "PYTHONPATH": paths}
+        command + ["--quick"] * task.quick, cwd=ROOT, env={**QUIET, **os.environ, "PYTHONPATH": paths}
     )
     peak = worker = 0
     while process.poll() is None:

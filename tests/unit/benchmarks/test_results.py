@@ -140,6 +140,8 @@ def test_the_breakdown_adds_up():
     found = shares(run)
     assert found["embed"] + found["match"] + found[AROUND] == 12
     assert found["embed: encoders waiting"] == 1
+    with pytest.raises(ValueError, match="several sittings"):
+        shares({**run, "last_run_seconds": 5.0})
     lines = table({"before": run, "after": {**run, "stages": {"embed": {"seconds": 3.0}}}}).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert "| embed | 8.0 | 67% | 3.0 | 25% |" in lines
