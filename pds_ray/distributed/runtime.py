@@ -106,7 +106,7 @@ def _connect(address: str) -> None:
             raise ConfigError(f"nothing answers at --address {address} ({error.strerror or error}); {advice}") from None
     try:
         ray.init(address=address, **QUIET)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         first = first_line(error)
         raise ConfigError(f"no Ray cluster can be joined at {address} ({first}); {advice}") from error
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from pds_ray.config import ConfigError
@@ -140,7 +141,7 @@ async def _follow(client: JobSubmissionClient, job: str) -> None:
 def _client(address: str | None) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         why = "nothing answers" if isinstance(error, ConnectionError) else first_line(error)
         raise ConfigError(
             f"no Ray cluster takes jobs at {address or 'the default address'} ({why}); give --address "
