@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from typing import Any
 import psutil
 
 from benchmarks.measure import GIB, Check, Found, Row, Runs
+from pds_ray.bench import cpu_name
 from pds_ray.manifest import versions
 
 FOLDER = Path(__file__).parent
@@ -26,9 +26,12 @@ Result = dict[str, Any]
 
 def machine() -> dict[str, Any]:
     """What it was measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(psutil.virtual_memory().total / GIB), "gpu": gpu()}
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / GIB),
+        "gpu": gpu(),
+    }
 
 
 def gpu() -> str | None:

@@ -175,14 +175,15 @@ def _in_a_process(function: Callable[..., Result], *args: Any) -> Result:
 
 def _machine(config: RunConfig) -> dict[str, Any]:
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpus": config.ray.num_cpus or os.cpu_count(),
         "gpus": _gpus(),
         "memory_bytes": psutil.virtual_memory().total,
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Of this machine, as its kernel calls it; its architecture where that is not told."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

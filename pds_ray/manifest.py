@@ -58,14 +58,14 @@ class RunManifest:
     """run.json in memory; every change is written at once."""
 
     def __init__(self, run: RunFolder) -> None:
-        self._folder = run.folder
+        self.run = run
         self.data: dict[str, Any] = {"stages": {}}
-        if self._folder.exists(RunFolder.MANIFEST):
+        if self.run.folder.exists(RunFolder.MANIFEST):
             try:
-                self.data = self._folder.read_json(RunFolder.MANIFEST)
+                self.data = self.run.folder.read_json(RunFolder.MANIFEST)
                 self.data["stages"].items()
             except (ValueError, KeyError, AttributeError, TypeError) as error:
-                where = self._folder.full(RunFolder.MANIFEST)
+                where = self.run.folder.full(RunFolder.MANIFEST)
                 raise ManifestError(f"{where} is not a run manifest ({error}); give another --out") from error
 
     @property
@@ -75,7 +75,7 @@ class RunManifest:
     def update(self, **values: Any) -> None:
         """Sets top-level entries and writes."""
         self.data.update(values)
-        self._folder.write_json(RunFolder.MANIFEST, self.data)
+        self.run.folder.write_json(RunFolder.MANIFEST, self.data)
 
     def is_done(self, stage: str, print_: str) -> bool:
         entry = self.stages.get(stage, {})

@@ -53,6 +53,12 @@ def _add_config_options(
             )
 
 
+def _add_recipe(parser: argparse.ArgumentParser, preset: str) -> None:
+    """Where the fields of a run come from before flags change them."""
+    parser.add_argument("--preset", default=preset, help="default, demo, paper or web_scale [%(default)s]")
+    parser.add_argument("--config", metavar="FILE.yaml", help="fields as YAML, sections nested")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = _Parser(prog="pds-ray", description="Distil image-text data into a few image-caption pairs, on Ray.")
@@ -87,8 +93,7 @@ def _add_makers(commands: Commands) -> None:
         epilog="The result has the form of a distilled set. Repeating an interrupted command continues it.",
     )
     for command in (distill, select):
-        command.add_argument("--preset", default="default", help="default, demo, paper or web_scale")
-        command.add_argument("--config", metavar="FILE.yaml", help="fields as YAML, sections nested")
+        _add_recipe(command, "default")
         command.add_argument("--dry-run", action="store_true", help="validate, print plan and configuration, stop")
         command.add_argument("--redo", action="store_true", help="redo what depends on a changed configuration")
         command.add_argument(
@@ -116,8 +121,7 @@ def _add_judges(commands: Commands) -> None:
         description="Makes a set with every method at every size from one source and measures them all alike. "
         "Repeating an interrupted command continues it.",
     )
-    compare.add_argument("--preset", default="default", help="default, demo, paper or web_scale")
-    compare.add_argument("--config", metavar="FILE.yaml", help="fields of the runs as YAML, sections nested")
+    _add_recipe(compare, "default")
     compare.add_argument(
         "--methods",
         default=",".join(METHODS[1:] + METHODS[:1]),
@@ -158,8 +162,7 @@ def _add_planning(commands: Commands) -> None:
         description="Measures with the engine's own code what a plan needs: reading, encoding, clustering, decoding, "
         "and what it takes to start. Takes a minute or two with the built-in models.",
     )
-    bench.add_argument("--preset", default="demo", help="default, demo, paper or web_scale [%(default)s]")
-    bench.add_argument("--config", metavar="FILE.yaml", help="fields as YAML, sections nested")
+    _add_recipe(bench, "demo")
     bench.add_argument("--out", dest="rates", metavar="RATES.json", help="where to [the cache folder of the user]")
     _add_config_options(bench, only=("source", "read", "embed", "decode", "ray.num_cpus", "ray.object_store_gib"))
     plan = commands.add_parser(
@@ -170,8 +173,7 @@ def _add_planning(commands: Commands) -> None:
         "from: measured by pds-ray bench, published, or assumed.",
         epilog="Give --pairs-in, or --source to count one. Without --gpus it is the machine that was measured.",
     )
-    plan.add_argument("--preset", default="web_scale", help="default, demo, paper or web_scale [%(default)s]")
-    plan.add_argument("--config", metavar="FILE.yaml", help="fields as YAML, sections nested")
+    _add_recipe(plan, "web_scale")
     plan.add_argument("--pairs-in", metavar="N", help="pairs of the source, such as 400M or 5.85B")
     plan.add_argument("--captions-per-image", metavar="N", default="1", help="of --pairs-in [%(default)s]")
     plan.add_argument("--bytes-per-pair", metavar="N", default="24k", help="of --pairs-in, as stored [%(default)s]")

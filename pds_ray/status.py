@@ -6,10 +6,8 @@ import time
 from typing import Any
 
 from pds_ray import heartbeat
-from pds_ray.artifacts import RunFolder
 from pds_ray.manifest import RunManifest
 from pds_ray.pipeline import stages
-from pds_ray.storage import Folder
 
 SILENT_S = 6 * heartbeat.BEAT_S
 """After so long without a sign of life a driver counts as gone. Clocks of two machines may differ by some of it."""
@@ -24,9 +22,8 @@ def status(path: str) -> dict[str, Any]:
 
     Raises ManifestError in one line if `path` is no run folder.
     """
-    run = RunFolder(Folder(path))
     manifest = RunManifest.open(path)
-    sign = heartbeat.read(run)
+    sign = heartbeat.read(manifest.run)
     method = manifest.data.get("config", {}).get("method", "pds")
     entries = {stage: manifest.stages.get(stage, {}).get("status", "to do") for stage in stages(method)}
     open_ = [stage for stage, state in entries.items() if state != "done"]
@@ -37,7 +34,7 @@ def status(path: str) -> dict[str, Any]:
         state = "silent"
     progress = sign["progress"] if sign else None
     return {
-        "run": run.folder.shown,
+        "run": manifest.run.folder.shown,
         "state": "idle" if state == "to do" else state,
         "stage": open_[0] if open_ else None,
         "stages": entries,

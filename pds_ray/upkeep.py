@@ -72,7 +72,7 @@ class _Run:
 def _open(path: str, changes: Mapping[str, Any]) -> _Run:
     manifest = RunManifest.open(path)
     recorded = flatten(manifest.data.get("config", {}))
-    return _Run(RunFolder(Folder(path)), manifest, replace(RunConfig(), {**recorded, "out": path, **changes}))
+    return _Run(manifest.run, manifest, replace(RunConfig(), {**recorded, "out": path, **changes}))
 
 
 def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:

@@ -61,8 +61,13 @@ def _decode(decoder: Any, prototypes: Any, config: Any) -> list[Any]:
     return pictures
 
 
-def _leave(pictures: list[Any], out: Path) -> None:
+def _timed(decoder: Any, prototypes: Any, config: Any, out: Path) -> float:
+    """Seconds of decoding; leaves the pictures."""
+    began = time.perf_counter()
+    pictures = _decode(decoder, prototypes, config)
+    seconds = time.perf_counter() - began
     np.save(out, np.stack([np.asarray(picture) for picture in pictures]))
+    return seconds
 
 
 def theirs(task: Task) -> Found:
@@ -71,20 +76,12 @@ def theirs(task: Task) -> Found:
 
     config, prototypes, decoder = _load(task)
     one = dataclasses.replace(config, decode=dataclasses.replace(config.decode, batch_size=1))
-    began = time.perf_counter()
-    pictures = _decode(decoder, prototypes, one)
-    seconds = time.perf_counter() - began
-    _leave(pictures, task.out / "pictures.npy")
-    return {"seconds": seconds}
+    return {"seconds": _timed(decoder, prototypes, one, task.out / "pictures.npy")}
 
 
 def ours(task: Task) -> Found:
     config, prototypes, decoder = _load(task)
-    began = time.perf_counter()
-    pictures = _decode(decoder, prototypes, config)
-    seconds = time.perf_counter() - began
-    _leave(pictures, task.out / "pictures.npy")
-    return {"seconds": seconds}
+    return {"seconds": _timed(decoder, prototypes, config, task.out / "pictures.npy")}
 
 
 def samplers(task: Task) -> Found:
@@ -100,11 +97,8 @@ def samplers(task: Task) -> Found:
         for steps in all_steps[: 1 if task.quick else None]:
             decoder.pipeline.scheduler = getattr(diffusers, name).from_config(published)
             decoder.config = dataclasses.replace(config.decode, steps=2 if task.quick else steps)
-            began = time.perf_counter()
-            pictures = _decode(decoder, prototypes, config)
             label = f"{name.removesuffix('Scheduler')}-{steps}"
-            times[label] = time.perf_counter() - began
-            _leave(pictures, task.out / f"{label}.npy")
+            times[label] = _timed(decoder, prototypes, config, task.out / f"{label}.npy")
     return {"seconds": sum(times.values()), "times": times}
 
 

@@ -240,20 +240,6 @@ class _Progress:
         self.closed = sum(self.rows.values()) == self.total
 
 
-@dataclass
-class _Encoders:
-    """How the time of the encoders went, summed over them, seconds."""
-
-    busy_s: float = 0.0
-    idle_s: float = 0.0
-
-    def add(self, row: dict[str, Any]) -> None:
-        busy, idle = row["busy_s"] or 0.0, row["idle_s"] or 0.0
-        self.busy_s += busy
-        self.idle_s += idle
-        metrics.count_time("embed", busy, idle)
-
-
 @dataclass(frozen=True)
 class _Work:
     """What every worker is told."""
@@ -281,7 +267,7 @@ def embed(
     todo = [shard for shard in shards if shard.name not in done or shard.name in again]
     names = {shard.name for shard in shards} - {shard.name for shard in todo}
     reused = core.sum_counts(done[name] for name in sorted(names))
-    totals, failed, encoders = reused, 0, _Encoders()
+    totals, failed, encoders = reused, 0, metrics.ActorTime("embed")
     if todo:
         precision = runtime.precision(config.embed.precision, runtime.pool(config.ray.embed_actors), "bf16")
         embed_config = replace(config.embed, precision=precision)
@@ -306,8 +292,7 @@ def embed(
         "shards_reused": len(shards) - len(todo),
         "images_reused": reused["images"],
         "timed": timed,
-        "encoder_busy_s": round(encoders.busy_s, 3),
-        "encoder_idle_s": round(encoders.idle_s, 3),
+        **encoders.counts("encoder"),
     }
 
 
@@ -317,7 +302,7 @@ def _embed(
     reused: dict[str, Any],
     before: dict[str, dict[str, Any]],
     shards: int,
-    encoders: _Encoders,
+    encoders: metrics.ActorTime,
 ) -> tuple[dict[str, Any], int]:
     """Embeds some shards of `shards`; returns the counts of all, and how many shards there are none of.
 
@@ -381,7 +366,7 @@ def _stream(
     work: _Work,
     arrived: dict[str, _Progress],
     under_way: runtime.UnderWay,
-    encoders: _Encoders,
+    encoders: metrics.ActorTime,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Runs the data set; books in `arrived` and `encoders` what comes; yields shard and counts of each block."""
     with runtime.lost_blocks_allowed():

@@ -7,6 +7,7 @@ the tag `run`, the run folder.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -45,10 +46,25 @@ def count_embedded(counts: Mapping[str, Any]) -> None:
         count("pds_ray_bad_samples_total", bad, reason=reason)
 
 
-def count_time(stage: str, busy_s: float, idle_s: float) -> None:
-    """Adds the time of an actor."""
-    count("pds_ray_actor_busy_seconds_total", busy_s, stage=stage)
-    count("pds_ray_actor_idle_seconds_total", idle_s, stage=stage)
+@dataclass
+class ActorTime:
+    """How the time of a stage's actors went, summed over them, in seconds."""
+
+    stage: str
+    busy_s: float = 0.0
+    idle_s: float = 0.0
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """What an actor said: `busy_s` and `idle_s`, null in rows that tell no time."""
+        busy_s, idle_s = row["busy_s"] or 0.0, row["idle_s"] or 0.0
+        self.busy_s += busy_s
+        self.idle_s += idle_s
+        count("pds_ray_actor_busy_seconds_total", busy_s, stage=self.stage)
+        count("pds_ray_actor_idle_seconds_total", idle_s, stage=self.stage)
+
+    def counts(self, actor: str) -> dict[str, float]:
+        """For run.json."""
+        return {f"{actor}_busy_s": round(self.busy_s, 3), f"{actor}_idle_s": round(self.idle_s, 3)}
 
 
 @cache

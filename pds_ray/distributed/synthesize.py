@@ -66,7 +66,7 @@ def synthesize(source: Source, info: DecoderInfo, config: RunConfig, run: RunFol
         if any(run.image_name(pair) not in there for pair in chunk)
     ]
     found = sum(run.image_name(pair) in there for pair in range(pairs))
-    made, busy_s, idle_s = 0, 0.0, 0.0
+    made, decoders = 0, metrics.ActorTime("decode")
     if todo:
         actors = runtime.pool(config.ray.decode_actors, on_gpu=info.dim is not None)
         dataset = ray.data.from_items(
@@ -82,15 +82,7 @@ def synthesize(source: Source, info: DecoderInfo, config: RunConfig, run: RunFol
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
                 for row in pa.table(batch).to_pylist():
                     made += row["written"]
-                    busy_s += row["busy_s"]
-                    idle_s += row["idle_s"]
+                    decoders.add(row)
                     metrics.count("pds_ray_pictures_decoded_total", row["written"])
-                    metrics.count_time("decode", row["busy_s"], row["idle_s"])
                     bar.update(row["written"])
-    return {
-        "images": pairs,
-        "made": made,
-        "found": found,
-        "decoder_busy_s": round(busy_s, 3),
-        "decoder_idle_s": round(idle_s, 3),
-    }
+    return {"images": pairs, "made": made, "found": found, **decoders.counts("decoder")}
