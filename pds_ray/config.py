@@ -238,7 +238,7 @@ class RayConfig:
             _require(1 <= least <= most, f"ray.{stage}_min_workers", least, f"from 1 to {stage}_workers")
             gpus = actors.gpus
             _require(
-                gpus is None or 0 <= gpus <= 1 or (gpus < math.inf and gpus == int(gpus)),
+                gpus is None or 0 <= gpus <= 1 or (1 < gpus < math.inf and gpus == int(gpus)),
                 f"ray.{stage}_gpus",
                 gpus,
                 "a share of one GPU or a whole number",

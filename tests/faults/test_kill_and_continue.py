@@ -72,7 +72,11 @@ def check_finished(process: subprocess.Popen, out: Path, undisturbed: Path) -> N
     ("how", "expected"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 130)]
 )
 def test_killed_again_and_again(undisturbed: Path, tmp_path: Path, how: signal.Signals, expected: int) -> None:
-    """Killed once in each of two stages, at a random moment of it; finished work is not redone."""
+    """Killed once in each of two stages, at a random moment of it; finished work is not redone.
+
+    SIGINT and SIGKILL reach Ray's processes too, as from a terminal; SIGTERM the driver alone, as when a job is
+    stopped: Ray's own processes would end at once by it, and Ray ends a driver that has lost them.
+    """
     out = tmp_path / "run"
     moments = random.Random(int(how))
     finished: dict[Path, int] = {}
@@ -80,7 +84,7 @@ def test_killed_again_and_again(undisturbed: Path, tmp_path: Path, how: signal.S
         process = start(out)
         wait_for(stage, out, process)
         time.sleep(moments.uniform(0, 3))
-        os.killpg(process.pid, how)
+        (os.kill if how == signal.SIGTERM else os.killpg)(process.pid, how)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == expected, errors
         if how != signal.SIGKILL:
