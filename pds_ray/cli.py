@@ -254,6 +254,13 @@ def _status(args: argparse.Namespace) -> None:
         raise SystemExit(EXIT_USER)
 
 
+def _environment(pairs: list[str]) -> dict[str, str]:
+    named = dict(pair.partition("=")[::2] for pair in pairs if "=" in pair[1:])
+    if len(named) < len(pairs):
+        raise ConfigError("--env takes NAME=VALUE, and each name once")
+    return named
+
+
 def _submit(args: argparse.Namespace) -> None:
     command = args.job[1:] if args.job[:1] == ["--"] else args.job
     if not command or command[0] in ("submit", "doctor"):
@@ -266,8 +273,7 @@ def _submit(args: argparse.Namespace) -> None:
     from pds_ray.distributed import submit as jobs
 
     paths = {name: str(told[name]) for name in jobs.PATHS if told.get(name)}
-    env = dict(pair.partition("=")[::2] for pair in args.env)
-    job = jobs.Job(command, paths, told.get("config"), env, args.driver_cpus, args.installed)
+    job = jobs.Job(command, paths, told.get("config"), _environment(args.env), args.driver_cpus, args.installed)
     submitted = jobs.submit(job, args.address)
     log.event("submitted", f"pds-ray: submitted job {submitted}", job=submitted)
     if args.no_wait:

@@ -18,6 +18,8 @@ from tqdm import tqdm
 from pds_ray import log
 
 LOG_INTERVAL_S = 10.0
+LINE = "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+LINE_WITHOUT_TOTAL = "{desc}: {n_fmt} [{elapsed}, {rate_fmt}{postfix}]"
 STALL_S = 120.0
 """Without progress for so long, the watchdog speaks; then after twice as long, and so on."""
 
@@ -98,15 +100,14 @@ def progress_bar(label: str, total: int | None, unit: str, done: int = 0) -> Ite
             smoothing=0.1 if interactive else 0,  # a log tells the mean rate
             dynamic_ncols=interactive,
             ascii=None if interactive else True,
-            bar_format=None
-            if interactive
-            else "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+            bar_format=None if interactive else LINE if total is not None else LINE_WITHOUT_TOTAL,
         ) as bar,
         _watchdog(label, bar),
         _current(bar),
     ):
         yield bar
-        if not interactive:
+        told = bar.last_print_n == bar.n > bar.initial
+        if not interactive and not told:
             bar.refresh()  # the last line, with the mean rate
 
 

@@ -8,6 +8,7 @@ import shlex
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,14 +126,12 @@ async def _follow(client: JobSubmissionClient, job: str) -> None:
     shown = 0  # characters; whoever follows anew is told everything again
     while True:
         position = 0
-        try:
+        with suppress(RuntimeError, aiohttp.ClientError):  # the connection broke; the job does not depend on it
             async for text in client.tail_job_logs(job):
                 sys.stdout.write(text[max(0, shown - position) :])
                 sys.stdout.flush()
                 position += len(text)
                 shown = max(shown, position)
-        except (RuntimeError, aiohttp.ClientError):  # the connection broke; the job does not depend on it
-            pass
         if client.get_job_status(job).is_terminal():
             return
         await asyncio.sleep(FOLLOW_AGAIN_S)

@@ -238,6 +238,8 @@ def test_prometheus_sees_what_is_documented(cluster: Cluster, tmp_path: Path) ->
         (["--", "distill", "--source", "shards/{0..9}.tar", "--out", "/x"], "source is 'shards/{0..9}.tar'"),
         (["--", "distill", "--source", "s3://KEY:SECRET@bucket/a.tar", "--out", "/x"], "credentials"),
         (["--", "distil", "--out", "/x"], "invalid choice: 'distil'"),
+        (["--env", "HF_HUB_OFFLINE", "--", "distill", "--source", "scenes:9", "--out", "/x"], "NAME=VALUE"),
+        (["--env", "A=1", "--env", "A=2", "--", "distill", "--source", "scenes:9", "--out", "/x"], "each name once"),
         (["--", "distill", "--source", "scenes:9", "--out", "/x"], "no Ray cluster takes jobs"),
     ],
 )

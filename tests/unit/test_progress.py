@@ -24,3 +24,11 @@ def test_a_log_gets_one_whole_line_at_the_end(capsys: pytest.CaptureFixture[str]
 def test_an_error_passes_through() -> None:
     with pytest.raises(KeyError), progress_bar("x", 3, "shards"):
         raise KeyError("inside")
+
+
+def test_the_last_line_comes_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pds_ray.progress.LOG_INTERVAL_S", 0.0)
+    with progress_bar("embed", 3, "images") as bar:
+        for _ in range(3):
+            bar.update(1)
+    assert capsys.readouterr().err.count("3/3") == 1
