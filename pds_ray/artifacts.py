@@ -29,7 +29,6 @@ configuration, data and seed, byte for byte.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,10 +37,9 @@ import pyarrow as pa
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from pds_ray.storage import Folder, is_remote
+from pds_ray.storage import Folder, is_remote, side_by_side
 
 STORE_SCHEMA_VERSION = 1
-READS_AT_ONCE = 32  # one after the other, the round trips to an object store would take half an hour for 40,000
 MODALITIES = ("image", "text")
 
 ERROR_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
@@ -157,11 +155,7 @@ class EmbeddingStore:
     def committed(self) -> dict[str, dict[str, Any]]:
         """Shard name -> marker (counts, hashes) of the shards that are there. A damaged marker is none."""
         names = self.folder.names(self.MARKER)
-        if is_remote(self.folder.path):
-            with ThreadPoolExecutor(READS_AT_ONCE) as readers:
-                markers = list(readers.map(self._marker, names))
-        else:
-            markers = [self._marker(name) for name in names]
+        markers = (side_by_side if is_remote(self.folder.path) else map)(self._marker, names)
         return {
             name.removesuffix(self.MARKER): marker
             for name, marker in zip(names, markers, strict=True)
@@ -238,8 +232,7 @@ class RunFolder:
             inside = self.folder / place
             inside.sweep()  # workers that were killed may have left parts of files
             names = [f"{place}/{name}" for name in inside.names()]
-        with ThreadPoolExecutor(READS_AT_ONCE) as threads:
-            return dict(zip(names, threads.map(self.folder.sha256, names), strict=True))
+        return dict(zip(names, side_by_side(self.folder.sha256, names), strict=True))
 
     def save_hashes(self, stage: str, hashes: dict[str, str]) -> None:
         (self.folder / "hashes").write_json(f"{stage}.json", hashes)

@@ -19,8 +19,9 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Concatenate, ParamSpec, TypeVar
@@ -37,6 +38,7 @@ LOCK = ".lock"
 WAITS_S = (1.0, 4.0, 16.0)
 """Before a call that failed is repeated, on average; a store's client has by then tried for some seconds itself."""
 STREAM_BUFFER_BYTES = 1024**2
+CALLS_AT_ONCE = 32  # one after the other, the round trips to an object store would take half an hour for 40,000
 
 _FACTS = (PermissionError, IsADirectoryError, NotADirectoryError)
 _REFUSED = re.compile(  # what another try will not change
@@ -45,6 +47,7 @@ _REFUSED = re.compile(  # what another try will not change
 )
 
 Arguments = ParamSpec("Arguments")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -82,6 +85,18 @@ def patiently(action: Callable[[], Result], where: str) -> Result:
                 ) from None
             time.sleep(wait_s * random.uniform(0.5, 1.5))  # many workers must not come back at once
     raise AssertionError("unreachable")
+
+
+def side_by_side(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`function(item)` for each item, in their order, CALLS_AT_ONCE of them in threads; no more results are held."""
+    pending: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(CALLS_AT_ONCE) as threads:
+        for item in items:
+            pending.append(threads.submit(function, item))
+            if len(pending) == CALLS_AT_ONCE:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _patient(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from pds_ray import pipeline
-from pds_ray.artifacts import READS_AT_ONCE, EmbeddingStore, RunFolder
+from pds_ray.artifacts import EmbeddingStore, RunFolder
 from pds_ray.config import ConfigError, RunConfig, flatten, replace
 from pds_ray.manifest import RunManifest
 from pds_ray.progress import progress_bar
 from pds_ray.sources.base import RETRYABLE
 from pds_ray.stages.embed import sum_counts
 from pds_ray.stages.materialize import MANIFEST
-from pds_ray.storage import Folder
+from pds_ray.storage import Folder, side_by_side
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,8 @@ def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
             problems.append(Problem(stage, manifest, "corrupt"))
         else:
             promises += [_Promise(stage, folder, name, sha256) for name, sha256 in hashes]
-    with ThreadPoolExecutor(READS_AT_ONCE) as threads, progress_bar("verify", len(promises), "files") as bar:
-        for problem in threads.map(_Promise.problem, promises):
+    with progress_bar("verify", len(promises), "files") as bar:
+        for problem in side_by_side(_Promise.problem, promises):
             problems += [problem] if problem else []
             bar.update()
     return len(promises), problems

@@ -18,13 +18,15 @@ from pds_ray.distributed.nearest import nearest
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.progress import progress_bar
 from pds_ray.stages.embed import embed_pictures
+from pds_ray.storage import side_by_side
 
 
 def _embed(pairs: int, info: EncoderInfo, config: EmbedConfig, run: RunFolder) -> np.ndarray:
     import torch
 
     torch.set_num_threads(runtime.MODEL_THREADS)
-    pictures = (Image.open(io.BytesIO(run.images.read_bytes(run.image_name(pair)))) for pair in range(pairs))
+    files = side_by_side(run.images.read_bytes, map(run.image_name, range(pairs)))
+    pictures = (Image.open(io.BytesIO(file)) for file in files)
     return embed_pictures(pictures, catalog.load_encoder(info, config.precision), info.preprocess, config.batch_size)
 
 

@@ -147,14 +147,14 @@ class EmbedWorker:
 
         (Ray Data, told to go on without lost blocks, would go on without those that raise.)
         """
-        began = time.monotonic()
-        idle = began - self.free_since
+        self.busy_s = 0.0
         try:
             rows = [self._embed(shard, block) for shard in dict.fromkeys(block.column("shard").to_pylist())]
         except Exception as error:
             rows = [{"shard": "", "fault": _fault(error), "problem": _said(error)}]
-        self.free_since = time.monotonic()
-        rows[0] |= {"idle_s": idle, "busy_s": self.free_since - began}
+        now = time.monotonic()
+        rows[0] |= {"busy_s": self.busy_s, "idle_s": now - self.free_since - self.busy_s}
+        self.free_since = now
         return pa.Table.from_pylist(rows, schema=SUMMARY_SCHEMA)
 
     def _embed(self, shard: str, block: pa.Table) -> dict[str, Any]:
@@ -162,7 +162,9 @@ class EmbedWorker:
         fault = mine.column("reason")[-1].as_py()
         if fault in (UNREADABLE, FATAL, STORE):
             return {"shard": shard, "fault": fault, "problem": mine.column("detail")[-1].as_py()}
+        began = time.monotonic()
         part = core.embed_block(mine, self.encoder, self.size, self.config)
+        self.busy_s += time.monotonic() - began
         counts = core.shard_counts(part.images, part.captions, part.errors)
         whole = part.first == 0 and part.total == part.rows
         if whole:
@@ -190,8 +192,8 @@ SUMMARY_SCHEMA = pa.schema(
         ("counts", pa.string()),  # JSON
         ("fault", pa.string()),  # UNREADABLE, FATAL or STORE; null if something came of it
         ("problem", pa.string()),  # why nothing did
-        ("idle_s", pa.float64()),  # the encoder waited for the block; in its first row
-        ("busy_s", pa.float64()),  # and worked on it
+        ("busy_s", pa.float64()),  # the encoder worked on the block; in its first row
+        ("idle_s", pa.float64()),  # and waited since the one before: for input, or for what it gave to be written
     ]
 )
 
@@ -325,7 +327,6 @@ def _embed(
         show(", starting")
         for name, counts in _stream(todo, work, arrived, under_way, encoders):
             core.add_counts(totals, counts)
-            metrics.count_embedded(counts)
             check_bad_share(totals, limits.max_bad_share, final=False)
             if arrived[name].closed:
                 finished += 1
@@ -350,7 +351,6 @@ def _embed(
                 else:
                     finished += 1
                     core.add_counts(totals, outcome)
-                    metrics.count_embedded(outcome)
                     _tell_committed(name, outcome)
                 show()
     return totals, len(problems.keys() - before.keys())
@@ -358,6 +358,7 @@ def _embed(
 
 def _tell_committed(shard: str, counts: dict[str, Any]) -> None:
     metrics.count("pds_ray_shards_committed_total", 1)
+    metrics.count_embedded(counts)
     log.event("shard_committed", shard=shard, **counts)
 
 
@@ -375,7 +376,8 @@ def _stream(
                 ShardDatasource(work.source, shards, under_way),
                 override_num_blocks=len(shards),
                 num_cpus=runtime.READ_CPUS,
-                ray_remote_args={"max_retries": runtime.TASK_RETRIES, "resources": work.ray.reader_resources},
+                resources=work.ray.reader_resources,
+                ray_remote_args={"max_retries": runtime.TASK_RETRIES},
             )
             .map_batches(
                 _decode,

@@ -32,7 +32,7 @@ from pds_ray.artifacts import RunFolder, vectors
 from pds_ray.captions import clean_basic
 from pds_ray.errors import UserError
 from pds_ray.images import ImageError, decode_image
-from pds_ray.storage import Folder
+from pds_ray.storage import Folder, side_by_side
 
 Files = dict[str, dict[str, Any]]  # name in the set -> bytes and SHA-256
 
@@ -114,8 +114,8 @@ def records(prototypes: pa.Table, captions: pa.Table | None = None) -> list[dict
 def write_distilled(run: RunFolder, about: dict[str, Any], captions: pa.Table | None = None) -> dict[str, Any]:
     """Writes the distilled set of a finished run; `about` is what the card and the manifest say of its making.
 
-    `captions` (rows of captions.parquet) replace those of the prototypes. Returns counts. One picture is held at a
-    time. The manifest comes last: without it the folder is no distilled set.
+    `captions` (rows of captions.parquet) replace those of the prototypes. Returns counts. Few pictures are held
+    at a time. The manifest comes last: without it the folder is no distilled set.
     """
     prototypes = run.prototypes()
     rows = records(prototypes, captions)
@@ -124,14 +124,20 @@ def write_distilled(run: RunFolder, about: dict[str, Any], captions: pa.Table | 
     pictures: Files = {}
     tars: Files = {}
     others: Files = {}
+
+    def copy(row: dict[str, Any]) -> tuple[bytes, Files]:
+        picture, listed = run.images.read_bytes(row["file_name"]), Files()
+        _write(target, "imagefolder/" + row["file_name"], picture, listed)
+        return picture, listed
+
     for number, start in enumerate(range(0, len(rows), PAIRS_PER_TAR)):
         with (
             _written(target, f"webdataset/{number:06d}.tar", tars) as stream,
             tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as tar,
         ):
-            for row in rows[start : start + PAIRS_PER_TAR]:
-                picture = run.images.read_bytes(row["file_name"])
-                _write(target, "imagefolder/" + row["file_name"], picture, pictures)
+            some = rows[start : start + PAIRS_PER_TAR]
+            for row, (picture, listed) in zip(some, side_by_side(copy, some), strict=True):
+                pictures |= listed
                 _add_pair(tar, row, picture)
     metadata = "".join(_json_line(row) + "\n" for row in rows).encode()
     _write(target, f"imagefolder/{METADATA}", metadata, pictures)

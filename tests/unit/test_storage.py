@@ -14,7 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from pds_ray import storage
-from pds_ray.storage import PART_SUFFIX, Folder, StorageError, is_remote, open_filesystem, patiently
+from pds_ray.storage import (
+    CALLS_AT_ONCE,
+    PART_SUFFIX,
+    Folder,
+    StorageError,
+    is_remote,
+    open_filesystem,
+    patiently,
+    side_by_side,
+)
 
 
 @pytest.fixture(params=["local", "object store"])
@@ -306,3 +315,24 @@ def test_an_upload_is_not_cut_by_an_interrupt(tmp_path, monkeypatch):
 
 def test_folders_travel():
     assert pickle.loads(pickle.dumps(Folder("/x"))) == Folder("/x")  # noqa: S301 - our own bytes
+
+
+def test_calls_side_by_side_keep_their_order_and_run_no_further_than_their_number():
+    begun = []
+
+    def call(item):
+        begun.append(item)
+        time.sleep(0.002 * (item % 3))
+        return item * item
+
+    for item, result in enumerate(side_by_side(call, range(200))):
+        assert result == item * item
+        assert len(begun) <= item + 1 + CALLS_AT_ONCE
+    assert sorted(begun) == list(range(200))
+
+
+def test_what_a_call_raises_comes_at_its_place():
+    results = side_by_side(lambda item: 1 // item, [1, 1, 0, 1])
+    assert [next(results), next(results)] == [1, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
