@@ -82,17 +82,12 @@ def run_trials(
     config: EvaluateConfig,
 ) -> None:
     """Runs the trials. Each leaves KEY.json in `results`, whole or not at all."""
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    room = (gpus or int(resources.get("CPU", 1))) // config.workers
-    if room == 0:
-        there = f"{gpus} GPUs" if gpus else f"{int(resources.get('CPU', 1))} CPUs"
-        raise ConfigError(f"{config.workers} workers a trial asked for, but the cluster has {there}; lower --workers")
+    on_gpu, room = _room(config)
     data = _prepare(trials, sets, splits, config)
     lanes = _lanes(trials, min(config.trials or room, len(trials)))
     shared = ray.put(data)
     task = ray.remote(_run_lane).options(num_cpus=0, max_retries=config.max_failures)
-    pending = [task.remote(lane, [shared], results, config, gpus > 0) for lane in lanes]
+    pending = [task.remote(lane, [shared], results, config, on_gpu) for lane in lanes]
     missing = {trial.key for trial in trials}
     with progress_bar("evaluate", len(trials), "trials") as bar:
         try:
@@ -107,6 +102,23 @@ def run_trials(
             for lane in pending:
                 ray.cancel(lane, force=True)
     (results / STATE).delete_all()
+
+
+def _room(config: EvaluateConfig) -> tuple[bool, int]:
+    """Whether trials take GPUs, and how many trials there is room for.
+
+    GPUs that an autoscaler brings are not there yet: they are asked for where `ray.embed_gpus` says so. Raises
+    ConfigError if there is no room.
+    """
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    if not gpus and config.ray.embed_gpus:
+        return True, max(1, config.trials)
+    room = (gpus or cpus) // config.workers
+    if room == 0:
+        there = f"{gpus} GPUs" if gpus else f"{cpus} CPUs"
+        raise ConfigError(f"{config.workers} workers a trial asked for, but the cluster has {there}; lower --workers")
+    return gpus > 0, room
 
 
 def _prepare(

@@ -22,7 +22,7 @@ from pds_ray.errors import first_line, without_secrets
 from pds_ray.storage import is_remote
 
 FOLLOW_AGAIN_S = 2.0
-AGENT_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
+AGENT_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 PACKAGE = Path(__file__).parents[1]
 CONFIG = "run.yaml"  # the configuration's name in the job's working directory
 PATHS = ("out", "set", "run", "source", "embed.store", "test", "val")

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from tiny_models import save_text_model
 
 from pds_ray import catalog, evaluation, load_distilled
-from pds_ray.config import EvaluateConfig, ProtocolConfig
+from pds_ray.config import EvaluateConfig, ProtocolConfig, RayConfig
 from pds_ray.distributed import evaluate as distributed
 from pds_ray.errors import UserError
 from pds_ray.sources.scenes import ScenesSource
@@ -229,3 +229,20 @@ def test_a_killed_worker_goes_on_from_its_last_report(tmp_path: Path):
     for trial, undisturbed in zip(result["backbones"][0]["trials"], expected, strict=True):
         assert trial["epoch"] == undisturbed["epoch"]
         assert trial["recalls"] == pytest.approx(undisturbed["recalls"], abs=ONE_ITEM)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "config", "on_gpu", "room"),
+    [
+        ({"CPU": 8.0}, EvaluateConfig(), False, 8),
+        ({"CPU": 8.0, "GPU": 4.0}, EvaluateConfig(workers=2), True, 2),
+        ({"CPU": 8.0}, EvaluateConfig(ray=RayConfig(embed_gpus=1)), True, 1),
+        ({"CPU": 8.0}, EvaluateConfig(ray=RayConfig(embed_gpus=0.5), trials=5), True, 5),
+        ({"CPU": 8.0, "GPU": 2.0}, EvaluateConfig(ray=RayConfig(embed_gpus=1)), True, 2),
+    ],
+)
+def test_trials_take_gpus_that_are_there_or_asked_for(
+    monkeypatch: pytest.MonkeyPatch, cluster: dict[str, float], config: EvaluateConfig, on_gpu: bool, room: int
+):
+    monkeypatch.setattr("ray.cluster_resources", lambda: cluster)
+    assert distributed._room(config) == (on_gpu, room)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import urllib.request
@@ -23,6 +25,7 @@ import pytest
 import yaml
 from cluster_files import dashboard, metrics_of
 from command_line import DEMO, Run, command, content, stages
+from poisoned import write_shard
 
 from pds_ray.distributed.metrics import COUNTERS
 
@@ -197,11 +200,18 @@ def test_stages_as_jobs_of_their_own(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def test_prometheus_sees_what_is_documented(cluster: Cluster, tmp_path: Path) -> None:
-    """Every counter that a run with a bad sample and a failed shard moves, by the figures of its run.json."""
+    """Every counter that a run with bad samples moves (no shard fails), by the figures of its run.json."""
     out = tmp_path / "run"
+    write_shard(tmp_path / "a.tar", {}, samples=30)
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        for suffix in ("png", "txt"):
+            member = tarfile.TarInfo(f"bad.{suffix}")
+            member.size = 10
+            tar.addfile(member, io.BytesIO(b"no picture"))
+    (tmp_path / "b.tar").write_bytes(b"no tar either" * 1000)
     done = cluster.submit(
-        "--", "distill", "--preset", "demo", "--source", "scenes:90", "--pairs", "3", "--decode.steps", "1",
-        "--out", str(out),
+        "--", "distill", "--preset", "demo", "--source", str(tmp_path / "*.tar"), "--pairs", "3",
+        "--decoder", "nearest", "--out", str(out),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     seen: dict[str, float] = {}
@@ -209,24 +219,29 @@ def test_prometheus_sees_what_is_documented(cluster: Cluster, tmp_path: Path) ->
     deadline = time.monotonic() + 60
     while "ray_pds_ray_pictures_decoded_total" not in seen and time.monotonic() < deadline:
         time.sleep(2)
+        seen.clear()
         with urllib.request.urlopen(cluster.metrics, timeout=10) as answer:
             for line in answer.read().decode().splitlines():
                 served.add(re.split(r"[{ ]", line)[0])
                 if line.startswith("ray_pds_ray") and f'run="{out}"' in line:
-                    name, value = line.partition("{")[0], float(line.rpartition(" ")[2])
+                    reason = "".join(re.findall(r'reason="(\w+)"', line))
+                    name, value = line.partition("{")[0] + reason, float(line.rpartition(" ")[2])
                     seen[name] = seen.get(name, 0.0) + value
     counts = {name: entry["counts"] for name, entry in json.loads((out / "run.json").read_text())["stages"].items()}
     embed, decode = counts["embed"], counts["decode"]
+    assert (embed["images"], embed["bad"], embed["failed_shards"], decode["made"]) == (30, 2, 0, 3)
     truth = {
         "ray_pds_ray_images_embedded_total": embed["images"],
         "ray_pds_ray_pairs_embedded_total": embed["pairs"],
+        **{f"ray_pds_ray_bad_samples_total{reason}": bad for reason, bad in embed["reasons"].items()},
         "ray_pds_ray_shards_committed_total": embed["shards"],
         "ray_pds_ray_pictures_decoded_total": decode["made"],
         "ray_pds_ray_actor_busy_seconds_total": embed["encoder_busy_s"] + decode["decoder_busy_s"],
         "ray_pds_ray_actor_idle_seconds_total": embed["encoder_idle_s"] + decode["decoder_idle_s"],
     }
     assert seen == pytest.approx(truth, abs=0.01)
-    assert {name.removeprefix("ray_") for name in seen} <= COUNTERS.keys()
+    moved = {name.removeprefix("ray_").partition("_total")[0] + "_total" for name in seen}
+    assert moved == COUNTERS.keys() - {"pds_ray_shards_failed_total"}
     assert {name for name in metrics_of(dashboard()) if not name.startswith("ray_pds_ray")} <= served
 
 
