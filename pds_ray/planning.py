@@ -7,7 +7,7 @@ A stage starts, then goes through phases. The demands of a phase overlap; each a
 
 and no stage is foretold shorter than any resource needs for its work. The rates are figures of `pds-ray bench`, of the
 machine they were measured on, or those of assumptions.yaml; each says which. What a GPU of another kind does is derived
-in one way only: by the ratio of the peaks.
+in one way only: by the ratio of the peaks. What hangs on encoder or decoder is taken as measured only for its like.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Workload:
     images: int
     pairs: int
     bytes: float
-    """Of all shards; 0 if the source draws its pictures."""
+    """Of all encoded pictures and captions, drawn ones too."""
     shards: int
     remote: bool
     """Read over a network."""
@@ -306,7 +306,7 @@ def _assumptions() -> dict[str, Any]:
 
 def _kind(gpu: str) -> str:
     """The name in assumptions.yaml of a GPU as its driver calls it; that itself if there is none."""
-    return next((kind for kind in _assumptions()["gpus"] if kind in gpu), gpu)
+    return next((kind for kind in _assumptions()["gpus"] if re.search(rf"\b{kind}\b", gpu)), gpu)
 
 
 # ---- the figures a plan goes by --------------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ def encoder_shape(config: RunConfig, measured: Measured | None) -> tuple[int, in
 
 
 def choose_figures(config: RunConfig, cluster: Cluster, measured: Measured | None) -> dict[str, Figure]:
-    """Measured figures where there are any, assumed ones elsewhere; those of models for the hardware of the cluster.
+    """Measured figures where there are any that hold here, assumed ones elsewhere.
 
     Raises ConfigError in one line if nothing is known of a model.
     """
@@ -355,8 +355,9 @@ def choose_figures(config: RunConfig, cluster: Cluster, measured: Measured | Non
         for name, entry in table["figures"].items()
     }
     if measured is not None:
-        chosen |= {name: measured.figures[name] for name in chosen.keys() & measured.figures.keys()}
-        chosen |= _pictures(config.source, measured)
+        own = {**measured.figures, **_pictures(config.source, measured)}
+        elsewhere = {"fit", *_of_another_model(config, measured)}
+        chosen |= {name: own[name] for name in (chosen.keys() & own.keys()) - elsewhere}
         chosen["fit"] = _on(cluster, measured.figures["fit"], measured) or chosen["fit"]
     encoder = model_name(config.embed.encoder)
     for name, item in (("encode_images", "image"), ("encode_captions", "text")):
@@ -373,6 +374,18 @@ def choose_figures(config: RunConfig, cluster: Cluster, measured: Measured | Non
     if config.decode.decoder == "unclip":
         chosen["draw"] = _draw(config, cluster, measured)
     return chosen
+
+
+def _of_another_model(config: RunConfig, measured: Measured) -> set[str]:
+    """The figures that hang on encoder or decoder and were measured with one that is not alike."""
+    dim, size = encoder_shape(config, measured)
+    alike = {
+        ("commit", "gather", "label_rows", "sums", "search_rows"): measured.dim == dim,
+        ("preprocess",): measured.size == size,
+        ("start_embed", "start_caption"): model_name(measured.encoder) == model_name(config.embed.encoder),
+        ("start_decode",): measured.decoder == decoder_name(config),
+    }
+    return {name for names, same in alike.items() if not same for name in names}
 
 
 def _draw(config: RunConfig, cluster: Cluster, measured: Measured | None) -> Figure:

@@ -163,7 +163,7 @@ def test_a_phase_waits_for_its_busiest_resource() -> None:
 
 def test_embedding_on_two_cores_is_the_sum_of_its_work() -> None:
     """On CPUs alone readers and encoder share the cores, whatever runtime.pool sets apart for each."""
-    plan = make_plan(machine_config(), Workload(20_000, 100_000, 0.0, 20, False), MACHINE_HERE, MACHINE, PRICES)
+    plan = make_plan(machine_config(), Workload(20_000, 100_000, 19.4e6, 20, False), MACHINE_HERE, MACHINE, PRICES)
     work = 20_000 * (1 / 4000 + 1 / 5000 + 1 / 500) + 100_000 * (1 / 2000 + 1 / 50_000)
     assert stage(plan, "embed").seconds == pytest.approx(9 + work / 2)
     assert stage(plan, "embed").core_hours == pytest.approx(work / HOUR)
@@ -269,6 +269,22 @@ def test_gpus(text: str, gpus: tuple[int, str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", "L40S"),
+        *((name, name) for name in ("NVIDIA L40", "NVIDIA RTX A1000", "NVIDIA A10", "NVIDIA GH200 480GB", "L40S2")),
+    ],
+)
+def test_a_gpu_is_known_by_its_whole_name(name: str, kind: str) -> None:
+    """Another one has another peak: none is better than a wrong one."""
+    assert make_cluster(None, None, machine("GPU", (name,))).gpu == kind
+
+
+@pytest.mark.parametrize(
     "text", ["", "64", "H100", "0xH100", "64xH101", "64 x H100", "-1xH100", "1.5xH100", "64xH100x"]
 )
 def test_bad_gpus(text: str) -> None:
@@ -365,6 +381,74 @@ def test_a_gpu_of_another_kind_goes_by_its_peak_and_says_so() -> None:
         assert other[name].worst == pytest.approx(same[name].worst * 989 / 312)
         assert other[name].origin == "made up, x 989/312 TFLOP/s of H100 to A100"
     assert other["fit"] == measured.figures["fit"]  # of a core: FAISS used no GPU there
+
+
+FAISS_GPU = {"fit": rate(7e12, "GPU", "FLOP")}
+
+
+@pytest.mark.parametrize(
+    ("cluster", "gpu"),
+    [
+        (Cluster(0, "", 64, 64), "NVIDIA H100 80GB HBM3"),
+        (Cluster(8, "H100", 64, 64), "NVIDIA GeForce RTX 4090"),
+        (Cluster(8, "H100", 64, 64), "NVIDIA L40"),
+    ],
+    ids=["no GPU", "unknown", "not an L4"],
+)
+def test_k_means_on_a_gpu_says_nothing_where_that_does_not_carry_over(cluster: Cluster, gpu: str) -> None:
+    """The assumed rate of a core, straight from the file: 30 GFLOP/s."""
+    measured = machine("GPU", (gpu,))
+    measured = replace(measured, figures=measured.figures | FAISS_GPU)
+    work = web_workload(10**6, 1, 1)
+    plan = make_plan(web(pairs=1000), work, cluster, measured, PRICES)
+    fit = demand(plan, "cluster", "fit image k-means")
+    assert (fit.rate.value, fit.rate.per, fit.at_most) == (30e9, "core", 64)
+
+
+def test_k_means_on_a_gpu_carries_over_by_the_peaks() -> None:
+    measured = machine("GPU", ("NVIDIA A100-SXM4-80GB",))
+    measured = replace(measured, figures=measured.figures | FAISS_GPU)
+    assert chosen(machine_config(), Cluster(8, "A100", 64, 64), measured)["fit"] == FAISS_GPU["fit"]
+    assert chosen(machine_config(), Cluster(8, "H100", 64, 64), measured)["fit"].value == pytest.approx(
+        7e12 * 989 / 312
+    )
+
+
+# what a figure hangs on -> its names
+HANGING = {
+    "dim": {"commit", "gather", "label_rows", "sums", "search_rows"},
+    "size": {"preprocess"},
+    "encoder": {"start_embed", "start_caption", "encode_images", "encode_captions"},
+    "decoder": {"start_decode", "draw"},
+}
+MADE_UP = Figure(7.0, 7.0, 7.0, "things", "core", "made up")
+
+
+def measured_all(**changes: Any) -> Measured:
+    """Every figure measured, with the models of `web()`."""
+    figures = dict.fromkeys({*chosen(web(), MACHINE_HERE, None), *(f"start_{name}" for name in STAGES)}, MADE_UP)
+    known = replace(
+        MACHINE, encoder="ViT-L-14:openai", dim=768, size=224, decoder="stable-diffusion-2-1-unclip", passes=50
+    )
+    return replace(known, sources={"jpeg": {"read": MADE_UP, "preprocess": MADE_UP}}, figures=figures, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "of"),
+    [
+        ({}, set()),
+        ({"dim": 128}, {"dim"}),
+        ({"size": 64}, {"size"}),
+        ({"encoder": "ViT-B-32:openai"}, {"encoder"}),
+        ({"encoder": "ViT-L-14:laion2b_s32b_b82k"}, set()),
+        ({"decoder": "auto for demo"}, {"decoder"}),
+        ({"encoder": "demo", "dim": 128, "size": 64, "decoder": "auto for demo"}, {*HANGING}),
+    ],
+)
+def test_what_was_measured_with_another_model_is_assumed(changes: dict[str, Any], of: set[str]) -> None:
+    figures = chosen(web(), MACHINE_HERE, measured_all(**changes))
+    unmeasured = {name for name, figure in figures.items() if figure.origin != "made up"}
+    assert unmeasured == set().union(*(HANGING[name] for name in of))
 
 
 def test_what_a_cpu_does_says_nothing_of_a_gpu() -> None:
