@@ -459,7 +459,7 @@ def _whole_run(config: RunConfig) -> dict[str, float]:
 def _start_figures(folder: Folder, config: RunConfig, data: dict[str, Any], bar: tqdm) -> dict[str, Entry]:
     """What each stage takes however little it has to do: the seconds of small runs less those of their work."""
     small = replace(
-        config, {"source": f"scenes:{RUN_IMAGES}", "pairs": RUN_PAIRS, "method": "pds", "embed.store": None}
+        config, {"source": f"scenes:{RUN_IMAGES}", "out": "", "pairs": RUN_PAIRS, "method": "pds", "embed.store": None}
     )
     measured = parse_rates(data)
     plan = make_plan(small, survey(small.source), make_cluster(None, None, measured), measured, read_prices(None))

@@ -7,7 +7,7 @@ A stage starts, then goes through phases. The demands of a phase overlap; each a
 
 and no stage is foretold shorter than any resource needs for its work. The rates are figures of `pds-ray bench`, of the
 machine they were measured on, or those of assumptions.yaml; each says which. What a GPU of another kind does is derived
-in one way only: by the ratio of the peaks.
+in one way only: by the ratio of the peaks. What hangs on encoder or decoder is taken as measured only for its like.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from typing import Any, Literal
 
 import yaml
 
+from pds_ray.artifacts import READS_AT_ONCE
 from pds_ray.catalog import SOURCES
-from pds_ray.config import ConfigError, RunConfig
+from pds_ray.config import Actors, ConfigError, RunConfig
 from pds_ray.errors import first_line
 from pds_ray.pipeline import STAGES
 from pds_ray.stages.cluster import FLAT_LIMIT, sample_share, spaces
 from pds_ray.stages.match import DENSE_LIMIT
+from pds_ray.storage import is_remote
 
 SCHEMA_VERSION = 1
 SHARD_IMAGES = 10_000  # of a shard that nobody has seen, as img2dataset writes them
@@ -39,6 +41,7 @@ SUFFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 # what distributed/runtime.py and distributed/nearest.py go by; they import Ray, hence not imported here
 MODEL_THREADS, CPUS_A_WORKER, BLOCK_BYTES, QUERIES_PER_SHARD = 4, 8, 64 << 20, 10_000
 QUEUED_BLOCKS = 4  # that wait for an actor, or are in its hands
+LOOK_TRIPS, READ_TRIPS, WRITE_TRIPS = 2, 2, 4  # requests of an object store: is a file there, read it, write it
 NEEDED = ("encode_images", "encode_captions", "fit")  # of a file of rates; what else it lacks is assumed
 JPEG = "jpeg"  # among the sources of a measurement: the pictures it made itself
 
@@ -55,7 +58,8 @@ class Figure:
     best: float
     unit: str
     per: str
-    """core, GPU, node or driver (of which there is one); of times and sizes, what they are of."""
+    """core, GPU, node, driver (of which there is one) or connection (to an object store; each demand says how many);
+    of times and sizes, what they are of."""
     origin: str
     """measured, published or assumed, and how."""
 
@@ -79,7 +83,7 @@ class Workload:
     images: int
     pairs: int
     bytes: float
-    """Of all shards; 0 if the source draws its pictures."""
+    """Of all encoded pictures and captions, drawn ones too."""
     shards: int
     remote: bool
     """Read over a network."""
@@ -98,7 +102,8 @@ class Cluster:
 
     def units(self, per: str) -> float:
         """How many there are of what a rate is of."""
-        return {"core": self.cpus, "GPU": self.gpus, "node": max(1.0, self.cpus / self.node_cpus), "driver": 1.0}[per]
+        nodes = max(1.0, self.cpus / self.node_cpus)
+        return {"core": self.cpus, "GPU": self.gpus, "node": nodes, "driver": 1.0, "connection": math.inf}[per]
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class Demand:
     """In the unit of the rate."""
     rate: Figure
     at_most: float | None = None
-    """Cores or GPUs that can share it; None if all can."""
+    """Cores, GPUs or connections that can share it; None if all can."""
 
     @property
     def unit_seconds(self) -> float:
@@ -306,7 +311,7 @@ def _assumptions() -> dict[str, Any]:
 
 def _kind(gpu: str) -> str:
     """The name in assumptions.yaml of a GPU as its driver calls it; that itself if there is none."""
-    return next((kind for kind in _assumptions()["gpus"] if kind in gpu), gpu)
+    return next((kind for kind in _assumptions()["gpus"] if re.search(rf"\b{kind}\b", gpu)), gpu)
 
 
 # ---- the figures a plan goes by --------------------------------------------------------------------------------------
@@ -345,7 +350,7 @@ def encoder_shape(config: RunConfig, measured: Measured | None) -> tuple[int, in
 
 
 def choose_figures(config: RunConfig, cluster: Cluster, measured: Measured | None) -> dict[str, Figure]:
-    """Measured figures where there are any, assumed ones elsewhere; those of models for the hardware of the cluster.
+    """Measured figures where there are any that hold here, assumed ones elsewhere.
 
     Raises ConfigError in one line if nothing is known of a model.
     """
@@ -355,8 +360,9 @@ def choose_figures(config: RunConfig, cluster: Cluster, measured: Measured | Non
         for name, entry in table["figures"].items()
     }
     if measured is not None:
-        chosen |= {name: measured.figures[name] for name in chosen.keys() & measured.figures.keys()}
-        chosen |= _pictures(config.source, measured)
+        own = {**measured.figures, **_pictures(config.source, measured)}
+        elsewhere = {"fit", *_of_another_model(config, measured)}
+        chosen |= {name: own[name] for name in (chosen.keys() & own.keys()) - elsewhere}
         chosen["fit"] = _on(cluster, measured.figures["fit"], measured) or chosen["fit"]
     encoder = model_name(config.embed.encoder)
     for name, item in (("encode_images", "image"), ("encode_captions", "text")):
@@ -373,6 +379,18 @@ def choose_figures(config: RunConfig, cluster: Cluster, measured: Measured | Non
     if config.decode.decoder == "unclip":
         chosen["draw"] = _draw(config, cluster, measured)
     return chosen
+
+
+def _of_another_model(config: RunConfig, measured: Measured) -> set[str]:
+    """The figures that hang on encoder or decoder and were measured with one that is not alike."""
+    dim, size = encoder_shape(config, measured)
+    alike = {
+        ("commit", "gather", "label_rows", "sums", "search_rows"): measured.dim == dim,
+        ("preprocess",): measured.size == size,
+        ("start_embed", "start_caption"): model_name(measured.encoder) == model_name(config.embed.encoder),
+        ("start_decode",): measured.decoder == decoder_name(config),
+    }
+    return {name for names, same in alike.items() if not same for name in names}
 
 
 def _draw(config: RunConfig, cluster: Cluster, measured: Measured | None) -> Figure:
@@ -484,10 +502,13 @@ class _Run:
         """Of all pictures as the encoder takes them."""
         return float(self.work.images) * 3 * self.size**2
 
-    @property
-    def actors(self) -> int:
-        """Those of runtime.pool."""
-        return self.config.ray.embed_workers or self.cluster.gpus or max(1, self.cluster.cpus // CPUS_A_WORKER)
+    def actors(self, wish: Actors, on_gpu: bool = True) -> int:
+        """Those of runtime.pool that find room."""
+        if on_gpu and wish.gpus:
+            room = int(self.cluster.gpus / wish.gpus)
+            return min(room, wish.workers or room)
+        gpus = self.cluster.gpus if on_gpu else 0
+        return max(wish.workers or gpus or max(1, self.cluster.cpus // CPUS_A_WORKER), wish.min_workers)
 
     def demand(self, what: str, work: float, figure: str, at_most: float | None = None) -> Demand:
         return Demand(what, work, self.figures[figure], at_most)
@@ -496,11 +517,17 @@ class _Run:
         """No demand where all is on a disk."""
         return (self.demand(what, bytes_, "network", at_most),) if self.work.remote else ()
 
-    def shared_by(self, workers: int) -> float:
-        """GPUs, or cores, that a pool of models can use; `workers` as the user wishes, 0 for none."""
+    def round_trips(self, what: str, trips: float, at_once: int) -> Phase:
+        """Requests of the store that the run folder lies on, or the source if no folder is told; none of a disk."""
+        remote = is_remote(self.config.out) if self.config.out else self.work.remote
+        return (self.demand(what, trips, "round_trips", at_once),) if remote else ()
+
+    def shared_by(self, wish: Actors) -> float:
+        """GPUs, or cores, that a pool of models can use; a model takes one GPU, however many its actor has."""
+        actors = self.actors(wish)
         if self.cluster.gpus:
-            return min(self.cluster.gpus, workers or self.cluster.gpus)
-        return MODEL_THREADS * (workers or max(1, self.cluster.cpus // CPUS_A_WORKER))
+            return min(self.cluster.gpus, actors * min(1.0, wish.gpus or 1.0))
+        return MODEL_THREADS * actors
 
 
 def embed_tasks(work: Workload, pixel_bytes: float) -> float:
@@ -520,7 +547,7 @@ def distance_flop(rows: float, clusters: float, dim: int) -> float:
 
 
 def _embed(run: _Run) -> list[Phase]:
-    work, together = run.work, run.shared_by(run.config.ray.embed_workers)
+    work, together = run.work, run.shared_by(run.config.ray.embed_actors)
     gpu = run.figures["encode_images"].per == "GPU"
     commit = run.figures["commit"]
     waits = (Demand("waiting while it is committed", work.pairs, replace(commit, per="GPU")),) if gpu else ()
@@ -538,12 +565,16 @@ def _embed(run: _Run) -> list[Phase]:
 
 
 def _prune(run: _Run) -> list[Phase]:
-    return [
-        (
-            run.demand("four passes over the cosines", run.work.pairs, "prune"),
-            run.demand("schedule", 4.0 * run.work.shards, "tasks"),
-        )
-    ]
+    passes_ = (
+        run.demand("four passes over the cosines", run.work.pairs, "prune"),
+        run.demand("schedule", 4.0 * run.work.shards, "tasks"),
+    )
+    return [passes_, _hashes(run, run.work.shards)]
+
+
+def _hashes(run: _Run, files: int) -> Phase:
+    """Of what a stage left, file by file."""
+    return run.round_trips("hash the files", READ_TRIPS * files, READS_AT_ONCE)
 
 
 def _cluster(run: _Run) -> list[Phase]:
@@ -569,7 +600,7 @@ def _cluster(run: _Run) -> list[Phase]:
         run.demand("schedule", run.work.shards, "tasks"),
         *run.over_network("read vectors", run.vector_bytes),
     )
-    return [*phases, labels]
+    return [*phases, labels, _hashes(run, run.work.shards)]
 
 
 def _match(run: _Run) -> list[Phase]:
@@ -601,12 +632,15 @@ def _prototypes(run: _Run) -> list[Phase]:
 
 
 def _decode(run: _Run) -> list[Phase]:
-    workers = run.config.ray.decode_workers
-    if run.config.decode.decoder == "unclip":
-        return [(run.demand("draw", run.clusters, "draw", run.shared_by(workers)),)]
-    images = looked_through(run.clusters, run.config.decode.batch_size, run.work)
-    together = workers or max(1, run.cluster.cpus // CPUS_A_WORKER)
-    return [(run.demand("look pictures up", images, "read", together),)]
+    wish, drawn = run.config.ray.decode_actors, run.config.decode.decoder == "unclip"
+    actors = run.actors(wish, on_gpu=drawn)
+    if drawn:
+        work = run.demand("draw", run.clusters, "draw", run.shared_by(wish))
+    else:
+        images = looked_through(run.clusters, run.config.decode.batch_size, run.work)
+        work = run.demand("look pictures up", images, "read", actors)
+    trips = (LOOK_TRIPS + WRITE_TRIPS) * run.clusters  # each picture by the actor that made it, one after the other
+    return [(work,), run.round_trips("write pictures", trips, actors), _hashes(run, run.clusters)]
 
 
 def looked_through(pairs: int, batch: int, work: Workload) -> float:
@@ -622,11 +656,14 @@ def _caption(run: _Run) -> list[Phase]:
         return []
     one = 1 if run.figures["encode_images"].per == "GPU" else MODEL_THREADS
     pictures = run.demand("encode pictures", run.clusters, "encode_images", one)
-    return [(pictures,), _search(run, "captions", run.work.pairs)]
+    read = run.round_trips("read pictures", READ_TRIPS * run.clusters, READS_AT_ONCE)
+    return [read, (pictures,), _search(run, "captions", run.work.pairs)]
 
 
 def _materialize(run: _Run) -> list[Phase]:
-    return [(run.demand("write the set", run.clusters, "materialize"),)]
+    trips = (READ_TRIPS + WRITE_TRIPS) * run.clusters
+    copy = run.round_trips("read and write pictures", trips, READS_AT_ONCE)
+    return [(run.demand("write the set", run.clusters, "materialize"), *copy)]
 
 
 PHASES: dict[str, Callable[[_Run], list[Phase]]] = {
@@ -661,7 +698,7 @@ def _store_bytes(run: _Run) -> dict[str, float]:
     """Of Ray's object store: blocks and results under way, and what each machine is sent."""
     nodes, tasks = run.cluster.units("node"), 2 * run.cluster.cpus
     queries = run.clusters * run.dim * 4.0
-    blocks = (run.cluster.cpus + QUEUED_BLOCKS * run.actors) * BLOCK_BYTES
+    blocks = (run.cluster.cpus + QUEUED_BLOCKS * run.actors(run.config.ray.embed_actors)) * BLOCK_BYTES
     search = nodes * queries + tasks * 12.0 * run.clusters  # an answer holds cosine, shard and row of every query
     return {
         "embed": min(blocks, run.pixel_bytes + run.work.bytes),
@@ -688,11 +725,11 @@ def phase_seconds(phase: Phase, cluster: Cluster) -> tuple[float, str]:
     return seconds, f"{RESOURCES[per]}: {demand.what}"
 
 
-RESOURCES = {"core": "CPU", "GPU": "GPU", "node": "network", "driver": "driver"}
+RESOURCES = {"core": "CPU", "GPU": "GPU", "node": "network", "driver": "driver", "connection": "round trips"}
 
 
 def _plan_stage(name: str, run: _Run, prices: Mapping[str, Any]) -> StagePlan:
-    phases, start = tuple(PHASES[name](run)), run.figures[f"start_{name}"]
+    phases, start = tuple(filter(None, PHASES[name](run))), run.figures[f"start_{name}"]
     spans = [(start.value, "start"), *(phase_seconds(phase, run.cluster) for phase in phases)]
     seconds = sum(span for span, _ in spans)
     demands = [demand for phase in phases for demand in phase]
@@ -732,6 +769,7 @@ def make_plan(
         raise ConfigError(f"method is {config.method!r}; only runs of pds can be planned")
     if config.pairs > work.images:
         raise ConfigError(f"{config.pairs:,} pairs asked for, but there are only {work.images:,} images; lower --pairs")
+    _check_room(config, cluster)
     figures = choose_figures(config, cluster, measured)
     shape = encoder_shape(config, measured)
 
@@ -756,6 +794,19 @@ def make_plan(
         egress_usd=work.bytes / 1e12 * prices["egress_tb"],
         prices=prices["from"],
     )
+
+
+def _check_room(config: RunConfig, cluster: Cluster) -> None:
+    """Raises ConfigError where the actors of a model would wait for ever, or compute on CPUs beside idle GPUs."""
+    asked = {"embed": config.ray.embed_gpus}
+    if config.decode.decoder == "unclip":
+        asked["decode"] = config.ray.decode_gpus
+    for stage, gpus in asked.items():
+        if gpus is not None and (gpus > cluster.gpus or (gpus == 0 and cluster.gpus)):
+            raise ConfigError(
+                f"ray.{stage}_gpus is {gpus:g}, of {cluster.gpus} GPUs; give --gpus for at least one actor, or 0 if "
+                "none takes a GPU"
+            )
 
 
 def to_json(plan: Plan) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from docs_pages import PAGES, ROOT, Block, blocks, commands
 
 from pds_ray.cli import resolve
 from pds_ray.parser import build_parser
+from pds_ray.planning import read_prices
 
 CONFIGURED = ("distill", "select")
 MARKED = [
@@ -105,6 +106,8 @@ def test_what_cannot_be_run_here_can_be_asked_for(
         args = build_parser().parse_args(command)
         if args.command == "submit":
             args = build_parser().parse_args(args.job[1:])
+        if args.command == "plan" and args.prices:
+            read_prices(args.prices)
         if args.command in CONFIGURED and not any("$" in word for word in command):
             resolve(args)
     for command in commands(block, "python"):

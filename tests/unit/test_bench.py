@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pds_ray import bench
-from pds_ray.sources.base import SourceError
+from pds_ray import bench, catalog
+from pds_ray.sources.base import Sample, SourceError
 
 
 def tar(path: Path, samples: int, captioned: bool = True) -> None:
@@ -30,6 +30,17 @@ def test_scenes_are_counted(images: int) -> None:
     """Five captions a picture, shards of 1,000."""
     work = bench.survey(f"scenes:{images}")
     assert (work.images, work.pairs, work.shards, work.remote) == (images, 5 * images, -(-images // 1000), False)
+
+
+def test_drawn_pictures_have_bytes(tmp_path: Path) -> None:
+    """As many as they and their captions take on a disk."""
+    for shard in (source := catalog.make_source("scenes:100")).shards():
+        for item in source.read(shard):
+            assert isinstance(item, Sample)
+            (tmp_path / f"{item.key}.png").write_bytes(item.image)
+            (tmp_path / f"{item.key}.txt").write_text("".join(item.captions))
+    written = [file.stat().st_size for file in tmp_path.iterdir()]
+    assert (len(written), bench.survey("scenes:100").bytes) == (200, sum(written))
 
 
 def test_tars_are_counted_by_the_first(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from object_store import Faults, proxy, uri
 
 from pds_ray import planning
 from pds_ray.config import ConfigError, RunConfig
@@ -38,6 +39,7 @@ from pds_ray.planning import (
     web_workload,
 )
 from pds_ray.recipes import recipe
+from pds_ray.storage import Folder
 
 H100_PEAK, HOUR = 989e12, 3600.0
 PRICES = {"from": "test", "gpu_hour": {"H100": 2.0}, "core_hour": 0.1, "storage_tb_month": 10.0, "egress_tb": 50.0}
@@ -163,7 +165,7 @@ def test_a_phase_waits_for_its_busiest_resource() -> None:
 
 def test_embedding_on_two_cores_is_the_sum_of_its_work() -> None:
     """On CPUs alone readers and encoder share the cores, whatever runtime.pool sets apart for each."""
-    plan = make_plan(machine_config(), Workload(20_000, 100_000, 0.0, 20, False), MACHINE_HERE, MACHINE, PRICES)
+    plan = make_plan(machine_config(), Workload(20_000, 100_000, 19.4e6, 20, False), MACHINE_HERE, MACHINE, PRICES)
     work = 20_000 * (1 / 4000 + 1 / 5000 + 1 / 500) + 100_000 * (1 / 2000 + 1 / 50_000)
     assert stage(plan, "embed").seconds == pytest.approx(9 + work / 2)
     assert stage(plan, "embed").core_hours == pytest.approx(work / HOUR)
@@ -182,6 +184,59 @@ def test_pictures_looked_through_by_nearest() -> None:
     assert planning.looked_through(64, 16, work) == pytest.approx(4 * 1000 * 16 / 17)
     many = Workload(10**9, 10**9, 0.0, 10**6, False)
     assert planning.looked_through(64, 16, many) == pytest.approx(64 * 1000 / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("out", "source_is_remote", "counted"),
+    [("", True, True), ("s3://bucket/run", False, True), ("/data/run", True, False), ("", False, False)],
+)
+def test_round_trips_to_a_store(out: str, source_is_remote: bool, counted: bool) -> None:
+    """50 ms each: 100,000 pictures looked for (2) and written (4) by 64 actors, hashed (2), read (2), copied (2 + 4)
+    with 32 at once; and a file a shard hashed (2)."""
+    work = replace(web_workload(400_000_000, 1, 24_000), remote=source_is_remote)
+    plan = make_plan(web(out=out), work, make_cluster("64xH100", None, None), None, PRICES)
+    found: dict[str, list[float]] = {}
+    for name in STAGES:
+        for phase in stage(plan, name).phases:
+            for trips in (d for d in phase if d.rate.per == "connection"):
+                assert trips.at_most is not None
+                found.setdefault(name, []).append(trips.unit_seconds / trips.at_most)
+    if not counted:
+        assert found == {}
+        return
+    a_shard, a_picture = 40_000 * 0.05 / 32, 100_000 * 0.05 / 32
+    expected = {
+        "prune": [2 * a_shard],
+        "cluster": [2 * a_shard],
+        "decode": [6 * a_picture / 2, 2 * a_picture],
+        "caption": [2 * a_picture],
+        "materialize": [6 * a_picture],
+    }
+    assert found == {name: pytest.approx(seconds) for name, seconds in expected.items()}
+    assert stage(plan, "materialize").seconds == pytest.approx(1 + 6 * a_picture)
+    assert stage(plan, "materialize").bottleneck == "round trips: read and write pictures"
+
+
+@pytest.mark.parametrize(
+    ("ray", "gpus"),
+    [
+        ({}, 64),
+        ({"workers": 8}, 8),
+        ({"workers": 128}, 64),
+        ({"gpus": 0.5}, 64),
+        ({"gpus": 0.5, "workers": 64}, 32),
+        ({"gpus": 2}, 32),
+        ({"gpus": 2, "workers": 64}, 32),
+        ({"gpus": 2, "workers": 8}, 8),
+        ({"gpus": 1, "workers": 64}, 64),
+    ],
+)
+def test_gpus_at_work(ray: dict[str, float], gpus: int) -> None:
+    """Of 64. Two actors fit on a GPU of which each takes half; the second GPU of an actor has no work."""
+    options = {f"ray__{stage}_{name}": value for name, value in ray.items() for stage in ("embed", "decode")}
+    plan = forecast(**options)
+    assert demand(plan, "embed", "encode images").at_most == gpus
+    assert demand(plan, "decode", "draw").at_most == gpus
 
 
 # ---- what must always hold -------------------------------------------------------------------------------------------
@@ -269,6 +324,22 @@ def test_gpus(text: str, gpus: tuple[int, str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", "L40S"),
+        *((name, name) for name in ("NVIDIA L40", "NVIDIA RTX A1000", "NVIDIA A10", "NVIDIA GH200 480GB", "L40S2")),
+    ],
+)
+def test_a_gpu_is_known_by_its_whole_name(name: str, kind: str) -> None:
+    """Another one has another peak: none is better than a wrong one."""
+    assert make_cluster(None, None, machine("GPU", (name,))).gpu == kind
+
+
+@pytest.mark.parametrize(
     "text", ["", "64", "H100", "0xH100", "64xH101", "64 x H100", "-1xH100", "1.5xH100", "64xH100x"]
 )
 def test_bad_gpus(text: str) -> None:
@@ -295,6 +366,8 @@ def test_machines_that_are_not_told() -> None:
         ({"embed__encoder": "demo"}, "nothing is known of encoder demo .*ViT-L-14"),
         ({"decode__model": "mine"}, "nothing is known of decoder mine"),
         ({"cluster__memory_gib": 0.01}, "raise it to"),
+        ({"ray__embed_gpus": 128}, r"ray\.embed_gpus is 128, of 64 GPUs"),
+        ({"ray__decode_gpus": 0}, r"ray\.decode_gpus is 0, of 64 GPUs"),
     ],
 )
 def test_what_cannot_be_planned(changes: dict[str, Any], words: str) -> None:
@@ -365,6 +438,74 @@ def test_a_gpu_of_another_kind_goes_by_its_peak_and_says_so() -> None:
         assert other[name].worst == pytest.approx(same[name].worst * 989 / 312)
         assert other[name].origin == "made up, x 989/312 TFLOP/s of H100 to A100"
     assert other["fit"] == measured.figures["fit"]  # of a core: FAISS used no GPU there
+
+
+FAISS_GPU = {"fit": rate(7e12, "GPU", "FLOP")}
+
+
+@pytest.mark.parametrize(
+    ("cluster", "gpu"),
+    [
+        (Cluster(0, "", 64, 64), "NVIDIA H100 80GB HBM3"),
+        (Cluster(8, "H100", 64, 64), "NVIDIA GeForce RTX 4090"),
+        (Cluster(8, "H100", 64, 64), "NVIDIA L40"),
+    ],
+    ids=["no GPU", "unknown", "not an L4"],
+)
+def test_k_means_on_a_gpu_says_nothing_where_that_does_not_carry_over(cluster: Cluster, gpu: str) -> None:
+    """The assumed rate of a core, straight from the file: 30 GFLOP/s."""
+    measured = machine("GPU", (gpu,))
+    measured = replace(measured, figures=measured.figures | FAISS_GPU)
+    work = web_workload(10**6, 1, 1)
+    plan = make_plan(web(pairs=1000), work, cluster, measured, PRICES)
+    fit = demand(plan, "cluster", "fit image k-means")
+    assert (fit.rate.value, fit.rate.per, fit.at_most) == (30e9, "core", 64)
+
+
+def test_k_means_on_a_gpu_carries_over_by_the_peaks() -> None:
+    measured = machine("GPU", ("NVIDIA A100-SXM4-80GB",))
+    measured = replace(measured, figures=measured.figures | FAISS_GPU)
+    assert chosen(machine_config(), Cluster(8, "A100", 64, 64), measured)["fit"] == FAISS_GPU["fit"]
+    assert chosen(machine_config(), Cluster(8, "H100", 64, 64), measured)["fit"].value == pytest.approx(
+        7e12 * 989 / 312
+    )
+
+
+# what a figure hangs on -> its names
+HANGING = {
+    "dim": {"commit", "gather", "label_rows", "sums", "search_rows"},
+    "size": {"preprocess"},
+    "encoder": {"start_embed", "start_caption", "encode_images", "encode_captions"},
+    "decoder": {"start_decode", "draw"},
+}
+MADE_UP = Figure(7.0, 7.0, 7.0, "things", "core", "made up")
+
+
+def measured_all(**changes: Any) -> Measured:
+    """Every figure measured, with the models of `web()`."""
+    figures = dict.fromkeys({*chosen(web(), MACHINE_HERE, None), *(f"start_{name}" for name in STAGES)}, MADE_UP)
+    known = replace(
+        MACHINE, encoder="ViT-L-14:openai", dim=768, size=224, decoder="stable-diffusion-2-1-unclip", passes=50
+    )
+    return replace(known, sources={"jpeg": {"read": MADE_UP, "preprocess": MADE_UP}}, figures=figures, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "of"),
+    [
+        ({}, set()),
+        ({"dim": 128}, {"dim"}),
+        ({"size": 64}, {"size"}),
+        ({"encoder": "ViT-B-32:openai"}, {"encoder"}),
+        ({"encoder": "ViT-L-14:laion2b_s32b_b82k"}, set()),
+        ({"decoder": "auto for demo"}, {"decoder"}),
+        ({"encoder": "demo", "dim": 128, "size": 64, "decoder": "auto for demo"}, {*HANGING}),
+    ],
+)
+def test_what_was_measured_with_another_model_is_assumed(changes: dict[str, Any], of: set[str]) -> None:
+    figures = chosen(web(), MACHINE_HERE, measured_all(**changes))
+    unmeasured = {name for name, figure in figures.items() if figure.origin != "made up"}
+    assert unmeasured == set().union(*(HANGING[name] for name in of))
 
 
 def test_what_a_cpu_does_says_nothing_of_a_gpu() -> None:
@@ -481,15 +622,28 @@ def test_rates_lie_in_the_cache_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.mark.parametrize(("gpus", "cpus"), [(0, 1), (0, 2), (0, 15), (0, 64), (1, 16), (8, 64)])
 @pytest.mark.parametrize("workers", [0, 3])
-def test_pools_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch, gpus: int, cpus: int, workers: int) -> None:
+@pytest.mark.parametrize("each", [None, 0.5, 1])
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_pools_are_those_of_the_engine(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, cpus: int, workers: int, each: float | None, on_gpu: bool
+) -> None:
+    """But for actors that find no room."""
     from pds_ray.distributed import runtime
 
     monkeypatch.setattr(runtime.ray, "cluster_resources", lambda: {"GPU": gpus, "CPU": cpus})
     cluster = Cluster(gpus, "H100" if gpus else "", cpus, cpus)
     run = planning._Run(
-        configure(web(), {"ray.embed_workers": workers}), web_workload(10**6, 1, 1), cluster, {}, 768, 224
+        configure(web(), {"ray.embed_workers": workers, "ray.embed_gpus": each if gpus else None}),
+        web_workload(10**6, 1, 1),
+        cluster,
+        {},
+        768,
+        224,
     )
-    assert run.actors == runtime.pool(run.config.ray.embed_actors).workers
+    wish = run.config.ray.embed_actors
+    pool = runtime.pool(wish, on_gpu)
+    room = gpus // pool.num_gpus if wish.gpus and on_gpu else math.inf
+    assert run.actors(wish, on_gpu) == min(pool.workers, room)
 
 
 def test_constants_are_those_of_the_engine() -> None:
@@ -498,6 +652,24 @@ def test_constants_are_those_of_the_engine() -> None:
     assert planning.MODEL_THREADS == runtime.MODEL_THREADS
     assert planning.BLOCK_BYTES == runtime.BLOCK_BYTES
     assert planning.QUERIES_PER_SHARD == nearest.QUERIES_PER_SHARD
+
+
+@pytest.mark.usefixtures("s3_login")
+def test_requests_of_a_store_are_those_of_the_engine(s3_port: int) -> None:
+    """Counted between it and a store."""
+    requests = Faults()
+    with proxy(s3_port, requests) as port:
+        folder = Folder(uri(port, "trips"))
+        folder.write_bytes("another", b"")
+        for trips, call in (
+            (planning.LOOK_TRIPS, lambda: folder.exists("picture")),
+            (planning.WRITE_TRIPS, lambda: folder.write_bytes("picture", bytes(100_000))),
+            (planning.READ_TRIPS, lambda: folder.read_bytes("picture")),
+            (planning.READ_TRIPS, lambda: folder.sha256("picture")),
+        ):
+            before = len(requests.requests)
+            call()
+            assert len(requests.requests) - before == trips
 
 
 def test_planning_is_quick_to_start(tmp_path: Path) -> None:
