@@ -26,14 +26,13 @@ from typing import Any, Literal
 
 import yaml
 
-from pds_ray.artifacts import READS_AT_ONCE
 from pds_ray.catalog import SOURCES
 from pds_ray.config import Actors, ConfigError, RunConfig
 from pds_ray.errors import first_line
 from pds_ray.pipeline import STAGES
 from pds_ray.stages.cluster import FLAT_LIMIT, sample_share, spaces
 from pds_ray.stages.match import DENSE_LIMIT
-from pds_ray.storage import is_remote
+from pds_ray.storage import CALLS_AT_ONCE, is_remote
 
 SCHEMA_VERSION = 1
 SHARD_IMAGES = 10_000  # of a shard that nobody has seen, as img2dataset writes them
@@ -532,8 +531,16 @@ class _Run:
 
 def embed_tasks(work: Workload, pixel_bytes: float) -> float:
     """Tasks of Ray Data: a read a shard, a decode a block of encoded pictures, an encode a block of decoded ones."""
-    encoded = max(work.shards, work.bytes / BLOCK_BYTES)
-    return work.shards + encoded + max(encoded, pixel_bytes / BLOCK_BYTES)
+    return work.shards + _encoded_blocks(work) + decoded_blocks(work, pixel_bytes)
+
+
+def _encoded_blocks(work: Workload) -> float:
+    return max(work.shards, work.bytes / BLOCK_BYTES)
+
+
+def decoded_blocks(work: Workload, pixel_bytes: float) -> float:
+    """Blocks that the encoders are given; each leaves its tables in the store."""
+    return max(_encoded_blocks(work), pixel_bytes / BLOCK_BYTES)
 
 
 def compared(clusters: int) -> int:
@@ -548,16 +555,15 @@ def distance_flop(rows: float, clusters: float, dim: int) -> float:
 
 def _embed(run: _Run) -> list[Phase]:
     work, together = run.work, run.shared_by(run.config.ray.embed_actors)
-    gpu = run.figures["encode_images"].per == "GPU"
-    commit = run.figures["commit"]
-    waits = (Demand("waiting while it is committed", work.pairs, replace(commit, per="GPU")),) if gpu else ()
+    # an actor writes its tables side by side, and encodes meanwhile
+    written = WRITE_TRIPS * decoded_blocks(work, run.pixel_bytes)
     phase = (
         run.demand("read", work.images, "read"),
         run.demand("decode and resize", work.images, "preprocess"),
         run.demand("encode images", work.images, "encode_images", together),
         run.demand("encode captions", work.pairs, "encode_captions", together),
         run.demand("commit", work.pairs, "commit"),
-        *waits,
+        *run.round_trips("write tables", written, run.actors(run.config.ray.embed_actors)),
         run.demand("schedule blocks", embed_tasks(work, run.pixel_bytes), "blocks"),
         *run.over_network("read and write", work.bytes + run.vector_bytes),
     )
@@ -574,7 +580,7 @@ def _prune(run: _Run) -> list[Phase]:
 
 def _hashes(run: _Run, files: int) -> Phase:
     """Of what a stage left, file by file."""
-    return run.round_trips("hash the files", READ_TRIPS * files, READS_AT_ONCE)
+    return run.round_trips("hash the files", READ_TRIPS * files, CALLS_AT_ONCE)
 
 
 def _cluster(run: _Run) -> list[Phase]:
@@ -656,13 +662,13 @@ def _caption(run: _Run) -> list[Phase]:
         return []
     one = 1 if run.figures["encode_images"].per == "GPU" else MODEL_THREADS
     pictures = run.demand("encode pictures", run.clusters, "encode_images", one)
-    read = run.round_trips("read pictures", READ_TRIPS * run.clusters, READS_AT_ONCE)
+    read = run.round_trips("read pictures", READ_TRIPS * run.clusters, CALLS_AT_ONCE)
     return [read, (pictures,), _search(run, "captions", run.work.pairs)]
 
 
 def _materialize(run: _Run) -> list[Phase]:
     trips = (READ_TRIPS + WRITE_TRIPS) * run.clusters
-    copy = run.round_trips("read and write pictures", trips, READS_AT_ONCE)
+    copy = run.round_trips("read and write pictures", trips, CALLS_AT_ONCE)
     return [(run.demand("write the set", run.clusters, "materialize"), *copy)]
 
 

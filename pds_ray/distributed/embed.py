@@ -13,6 +13,7 @@ import faulthandler
 import gc
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,7 @@ from pds_ray.progress import progress_bar, waiting_for
 from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
 from pds_ray.stages.isolated import Limits, embed_isolated
+from pds_ray.storage import side_by_side
 
 MIN_SAMPLES_TO_JUDGE = 100
 READ_RETRY_WAITS_S = (1.0, 5.0, 25.0)
@@ -133,13 +135,19 @@ def _load(info: EncoderInfo, precision: str) -> Encoder:
 
 
 class EmbedWorker:
-    """Loads the encoder once; embeds blocks and writes what they give."""
+    """Loads the encoder once; embeds blocks and writes what they give.
+
+    It is called by several threads: while one encodes, another writes.
+    """
+
+    THREADS = 2
 
     def __init__(self, info: EncoderInfo, config: EmbedConfig, store: EmbeddingStore) -> None:
         self.size = info.preprocess.size
         self.encoder = _load(info, config.precision)
         self.config = config
         self.store = store
+        self.encoding = threading.Lock()
         self.free_since = time.monotonic()
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -147,14 +155,10 @@ class EmbedWorker:
 
         (Ray Data, told to go on without lost blocks, would go on without those that raise.)
         """
-        self.busy_s = 0.0
         try:
             rows = [self._embed(shard, block) for shard in dict.fromkeys(block.column("shard").to_pylist())]
         except Exception as error:
             rows = [{"shard": "", "fault": _fault(error), "problem": _said(error)}]
-        now = time.monotonic()
-        rows[0] |= {"busy_s": self.busy_s, "idle_s": now - self.free_since - self.busy_s}
-        self.free_since = now
         return pa.Table.from_pylist(rows, schema=SUMMARY_SCHEMA)
 
     def _embed(self, shard: str, block: pa.Table) -> dict[str, Any]:
@@ -162,16 +166,18 @@ class EmbedWorker:
         fault = mine.column("reason")[-1].as_py()
         if fault in (UNREADABLE, FATAL, STORE):
             return {"shard": shard, "fault": fault, "problem": mine.column("detail")[-1].as_py()}
-        began = time.monotonic()
-        part = core.embed_block(mine, self.encoder, self.size, self.config)
-        self.busy_s += time.monotonic() - began
+        with self.encoding:
+            began = time.monotonic()
+            part = core.embed_block(mine, self.encoder, self.size, self.config)
+            ended = time.monotonic()
+            idle_s, self.free_since = began - self.free_since, ended
         counts = core.shard_counts(part.images, part.captions, part.errors)
         whole = part.first == 0 and part.total == part.rows
         if whole:
             self.store.commit(shard, part.images, part.captions, part.errors, commit_info(counts, self.config))
         else:
-            for name, table in core.part_to_tables(part).items():
-                self.store.parts.write_table(part_name(shard, part.first, name), table)
+            names = {part_name(shard, part.first, name): table for name, table in core.part_to_tables(part).items()}
+            list(side_by_side(lambda name: self.store.parts.write_table(name, names[name]), names))
         return {
             "shard": shard,
             "first": part.first,
@@ -179,6 +185,8 @@ class EmbedWorker:
             "total": part.total,
             "committed": whole,
             "counts": json.dumps(counts),
+            "busy_s": ended - began,
+            "idle_s": idle_s,
         }
 
 
@@ -192,8 +200,8 @@ SUMMARY_SCHEMA = pa.schema(
         ("counts", pa.string()),  # JSON
         ("fault", pa.string()),  # UNREADABLE, FATAL or STORE; null if something came of it
         ("problem", pa.string()),  # why nothing did
-        ("busy_s", pa.float64()),  # the encoder worked on the block; in its first row
-        ("idle_s", pa.float64()),  # and waited since the one before: for input, or for what it gave to be written
+        ("busy_s", pa.float64()),  # the encoder worked on it
+        ("idle_s", pa.float64()),  # after it had waited: for input, or for its threads, which write
     ]
 )
 
@@ -393,7 +401,7 @@ def _stream(
                 fn_constructor_args=(work.info, work.config, work.store),
                 batch_size=None,
                 batch_format="pyarrow",
-                **runtime.actor_options(runtime.pool(work.ray.embed_actors)),
+                **runtime.actor_options(runtime.pool(work.ray.embed_actors), EmbedWorker.THREADS),
             )
         )
     commits: list[ray.ObjectRef] = []

@@ -264,11 +264,15 @@ def precision(wish: str, actors: Pool, on_gpu: str) -> str:
     return on_gpu if actors.num_gpus else "fp32"
 
 
-def actor_options(actors: Pool) -> dict[str, Any]:
-    """The pool as arguments of `Dataset.map_batches`."""
+def actor_options(actors: Pool, threads: int = 1) -> dict[str, Any]:
+    """The pool as arguments of `Dataset.map_batches`; that many `threads` of each actor call it at once."""
     return {
         "compute": ray.data.ActorPoolStrategy(
-            min_size=actors.min_workers, max_size=actors.workers, initial_size=actors.workers
+            min_size=actors.min_workers,
+            max_size=actors.workers,
+            initial_size=actors.workers,
+            max_concurrent_calls_per_actor=threads,
+            enable_true_multi_threading=threads > 1,
         ),
         "max_task_retries": TASK_RETRIES,
         **actors.options(),

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import ray
 
@@ -12,11 +16,12 @@ from pds_ray import catalog
 from pds_ray.artifacts import EmbeddingStore
 from pds_ray.config import ConfigError, EmbedConfig, RayConfig, RunConfig
 from pds_ray.distributed import embed as embed_module
-from pds_ray.distributed.embed import ShardDatasource, check_bad_share, embed
+from pds_ray.distributed.embed import EmbedWorker, ShardDatasource, check_bad_share, embed
 from pds_ray.distributed.runtime import unwrapped_errors
 from pds_ray.errors import UserError
 from pds_ray.sources.scenes import ScenesSource
 from pds_ray.sources.webdataset import WebDatasetSource
+from pds_ray.stages import embed as core
 from pds_ray.stages.embed import embed_shard
 from pds_ray.storage import Folder
 
@@ -152,3 +157,36 @@ def test_weights_that_cannot_be_loaded_are_one_clear_line(tmp_path: Path) -> Non
     info = catalog.describe_encoder(config.embed)
     with pytest.raises(UserError, match="cannot load the weights"), unwrapped_errors():
         embed(source, source.shards(), info, config, open_store(tmp_path / "store"))
+
+
+def test_an_actor_encodes_while_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two threads stays in its write until the other is there: both have encoded, and never at once."""
+    source = ScenesSource("scenes:8")
+    (raw,) = core.read_blocks(source, source.shards()[0])
+    info = catalog.describe_encoder(CONFIG.embed)
+    worker = EmbedWorker(info, dataclasses.replace(CONFIG.embed, precision="fp32"), open_store(tmp_path))
+    writing, encoding, most = threading.Barrier(EmbedWorker.THREADS), 0, 0
+    embed_block, commit = core.embed_block, EmbeddingStore.commit
+
+    def embed_slowly(*args):
+        nonlocal encoding, most
+        encoding += 1
+        most = max(most, encoding)
+        time.sleep(0.1)
+        part = embed_block(*args)
+        encoding -= 1
+        return part
+
+    def commit_together(*args):
+        writing.wait(timeout=60)
+        commit(*args)
+
+    monkeypatch.setattr(core, "embed_block", embed_slowly)
+    monkeypatch.setattr(EmbeddingStore, "commit", commit_together)
+    block = core.decode_block(raw, info.preprocess, CONFIG.read)
+    other = block.set_column(block.schema.get_field_index("shard"), "shard", pa.array(["other"] * block.num_rows))
+    with ThreadPoolExecutor(EmbedWorker.THREADS) as threads:
+        rows = [row for table in threads.map(worker, [block, other]) for row in table.to_pylist()]
+    assert [(row["committed"], row["problem"]) for row in rows] == [(True, None)] * 2
+    assert most == 1
+    assert all(row["busy_s"] >= 0.1 and row["idle_s"] >= 0 for row in rows)

@@ -191,8 +191,9 @@ def test_pictures_looked_through_by_nearest() -> None:
     [("", True, True), ("s3://bucket/run", False, True), ("/data/run", True, False), ("", False, False)],
 )
 def test_round_trips_to_a_store(out: str, source_is_remote: bool, counted: bool) -> None:
-    """50 ms each: 100,000 pictures looked for (2) and written (4) by 64 actors, hashed (2), read (2), copied (2 + 4)
-    with 32 at once; and a file a shard hashed (2)."""
+    """50 ms each: blocks of 64 MiB of pixels whose tables are written (4) by 64 actors, 100,000 pictures looked for
+    (2) and written (4) by 64 actors, hashed (2), read (2), copied (2 + 4) with 32 at once; and a file a shard
+    hashed (2)."""
     work = replace(web_workload(400_000_000, 1, 24_000), remote=source_is_remote)
     plan = make_plan(web(out=out), work, make_cluster("64xH100", None, None), None, PRICES)
     found: dict[str, list[float]] = {}
@@ -205,7 +206,9 @@ def test_round_trips_to_a_store(out: str, source_is_remote: bool, counted: bool)
         assert found == {}
         return
     a_shard, a_picture = 40_000 * 0.05 / 32, 100_000 * 0.05 / 32
+    blocks = 400_000_000 * 3 * 224**2 / 2**26
     expected = {
+        "embed": [4 * blocks * 0.05 / 64],
         "prune": [2 * a_shard],
         "cluster": [2 * a_shard],
         "decode": [6 * a_picture / 2, 2 * a_picture],
