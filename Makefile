@@ -1,6 +1,7 @@
 # make demo   distil the built-in world (about five minutes after installation, two cores, no network but for packages)
 # make test   lint, types and tests
-# make test-faults   all tests of faults, the long ones too (twenty kills, dying nodes; about half an hour)
+# make test-long   the tests that make test leaves out: docs/ word by word, twenty kills, dying nodes
+# make test-faults   all tests of faults, the long ones too (about half an hour)
 # make bench  all rows of benchmarks/RESULTS.md side by side with what they are measured against (hours, on an idle machine)
 # make fuzz   coverage-guided fuzzing of what strangers' bytes reach, FUZZ_SECONDS for each of four targets
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 RUN := runs/demo
 FUZZ_SECONDS := 300
 
-.PHONY: install demo test test-faults lint types bench fuzz clean
+.PHONY: install demo test test-long test-faults lint types bench fuzz clean
 
 install: $(VENV)/.installed
 
@@ -31,6 +32,9 @@ types: install
 
 test: lint types
 	$(BIN)/pytest
+
+test-long: install
+	$(BIN)/pytest -m long
 
 # the long ones too: twenty kills, dying nodes
 test-faults: install

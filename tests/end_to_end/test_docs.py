@@ -73,11 +73,20 @@ def follow(page: Path, folder: Path, python_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("name", ["laptop.md", "flickr30k-coco.md", "laion-on-a-cluster.md", "watching.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("laptop.md", marks=pytest.mark.long),
+        "flickr30k-coco.md",
+        "laion-on-a-cluster.md",
+        "watching.md",
+    ],
+)
 def test_a_page_word_by_word(name: str, tmp_path: Path) -> None:
     follow(ROOT / "docs" / name, tmp_path, ROOT)
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_plugins_are_added_word_by_word(tmp_path: Path) -> None:
     for part in ("pds_ray", "tests", "jobs", "pyproject.toml"):

@@ -69,7 +69,12 @@ def check_finished(process: subprocess.Popen, out: Path, undisturbed: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("how", "expected"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 130)]
+    ("how", "expected"),
+    [
+        (signal.SIGKILL, -signal.SIGKILL),
+        (signal.SIGTERM, 130),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.long),
+    ],
 )
 def test_killed_again_and_again(undisturbed: Path, tmp_path: Path, how: signal.Signals, expected: int) -> None:
     """Killed once in each of two stages, at a random moment of it; finished work is not redone.
