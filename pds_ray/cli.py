@@ -154,8 +154,8 @@ def _compare(args: argparse.Namespace) -> None:
     config, judged = resolve(args), resolve_evaluation(args)
     methods += ablations(config, judged) if args.ablations else []
     table = compare(config, methods, [int(size) for size in sizes], judged, redo=args.redo)
-    print_comparison(args.out, table)
-    _report_at_the_end(args.out, args.verbose)
+    print_comparison(config.out, table)
+    _report_at_the_end(config.out, args.verbose)
 
 
 def _bench(args: argparse.Namespace) -> None:

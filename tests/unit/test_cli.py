@@ -95,6 +95,15 @@ def comparison(called: Any, folder: Path, *flags: str, **fields: Any) -> tuple[R
     return run, judged, sizes
 
 
+def test_a_comparison_is_shown_where_the_file_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr("pds_ray.comparison.compare", lambda *_, **__: {})
+    monkeypatch.setattr("pds_ray.summary.print_comparison", lambda out, _: shown.append(out))
+    monkeypatch.setattr(cli, "_report_at_the_end", lambda out, _: shown.append(out))
+    cli.COMMANDS["compare"](cli.build_parser().parse_args(["compare", "--config", written(tmp_path, out="/x")]))
+    assert shown == ["/x", "/x"]
+
+
 @pytest.mark.parametrize(
     ("command", "fields", "line"),
     [
