@@ -1,6 +1,7 @@
-"""The pictures alone as a Ray job, from prototypes that are there: python jobs/synthesize.py --config run.yaml ...
+"""The pictures alone as a Ray job, from prototypes that are there:
+ray job submit --working-dir . -- python jobs/synthesize.py --config run.yaml ...
 
-`jobs/distill.py` with the same options, up to `--only embed,prune,cluster,match,prototypes`, makes the prototypes.
+`jobs/distill.py` with the same options and `--only embed,prune,cluster,match,prototypes` makes the prototypes.
 """
 
 import sys

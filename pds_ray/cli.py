@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,11 @@ from pds_ray.parser import EXIT_USER, build_parser
 
 RUNS = ("distill", "select", "evaluate", "compare", "retry-failed")
 WATCH_S = 5.0
+ENDS = ("finished", "interrupted", "failed")
+"""The states of a run in which `status --watch` ends; a silent or idle one may go on."""
 EXIT_OK, EXIT_BUG, EXIT_INTERRUPTED = 0, 1, 130
+OF_EVALUATION = {field.name for field in fields(EvaluateConfig)} - {field.name for field in fields(RunConfig)}
+"""Fields and sections of an evaluation that a run has not."""
 QUIET = {  # libraries that print on import or on load
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -41,10 +46,20 @@ def resolve(args: argparse.Namespace) -> RunConfig:
     """Preset, YAML file and flags -> the configuration. Raises ConfigError in one line."""
     from pds_ray.recipes import recipe
 
-    config = recipe(args.preset)
-    if args.config:
-        config = replace(config, flatten(_read_yaml(args.config)))
-    return replace(config, _changes(args))
+    written = _written(args)
+    if args.command == "compare":
+        written = {name: value for name, value in written.items() if not _of_evaluation(name)}
+    return replace(recipe(args.preset), {**written, **_changes(args)})
+
+
+def _written(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields in the file of --config, with dots: those of a run, of an evaluation, or of both in a comparison."""
+    path = vars(args).get("config")
+    return flatten(flatten(_read_yaml(path)), EvaluateConfig) if path else {}
+
+
+def _of_evaluation(name: str) -> bool:
+    return name.partition(".")[0] in OF_EVALUATION
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -90,8 +105,8 @@ def _report_at_the_end(path: str, verbose: bool) -> None:
     except Exception as error:
         if verbose:
             traceback.print_exc()
-        line = first_line(error)
-        print(f"pds-ray: the run is done, but not its report: {type(error).__name__}: {line}", file=sys.stderr)
+        why = f"{type(error).__name__}: {first_line(error)}"
+        log.event("no_report", f"pds-ray: the run is done, but not its report: {why}", "warning", why=why)
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -100,13 +115,15 @@ def _report(args: argparse.Namespace) -> None:
     print(write_report(args.run, args.out))
 
 
-def _evaluation(args: argparse.Namespace) -> EvaluateConfig:
-    """Protocol and flags -> the configuration of an evaluation. Raises ConfigError in one line."""
+def resolve_evaluation(args: argparse.Namespace) -> EvaluateConfig:
+    """Protocol, YAML file and flags -> the configuration of an evaluation. Raises ConfigError in one line."""
     from pds_ray.recipes import protocol
 
-    config = protocol(args.protocol)
+    config, written = protocol(args.protocol), _written(args)
+    if args.command == "compare":
+        written = {name: value for name, value in written.items() if _of_evaluation(name)}
     known = flatten(to_dict(config), EvaluateConfig)
-    return replace(config, {name: value for name, value in vars(args).items() if name in known})
+    return replace(config, {**written, **{name: value for name, value in vars(args).items() if name in known}})
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -115,7 +132,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from pds_ray.storage import Folder
     from pds_ray.summary import print_evaluation
 
-    result = evaluate(args.set, _evaluation(args), args.out)
+    result = evaluate(args.set, resolve_evaluation(args), args.out)
     if args.json:
         print(json.dumps(result, indent=2))
         return
@@ -128,16 +145,17 @@ def _compare(args: argparse.Namespace) -> None:
     from pds_ray.comparison import ablations, compare
     from pds_ray.summary import print_comparison
 
-    sizes = [size.strip() for size in args.pairs.split(",")]
+    pairs = str(args.pairs or _written(args).get("pairs", 100))
+    sizes = [size.strip() for size in pairs.split(",")]
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise ConfigError(f"--pairs is {args.pairs!r}; it must be whole numbers by comma, such as 100,500")
+        raise ConfigError(f"--pairs is {pairs!r}; it must be whole numbers by comma, such as 100,500")
     methods = [method.strip() for method in args.methods.split(",") if method.strip()]
     args.pairs = sizes[0]  # the field of a run; each gets its own
-    config, judged = resolve(args), _evaluation(args)
+    config, judged = resolve(args), resolve_evaluation(args)
     methods += ablations(config, judged) if args.ablations else []
     table = compare(config, methods, [int(size) for size in sizes], judged, redo=args.redo)
-    print_comparison(args.out, table)
-    _report_at_the_end(args.out, args.verbose)
+    print_comparison(config.out, table)
+    _report_at_the_end(config.out, args.verbose)
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -204,7 +222,7 @@ def _show(args: argparse.Namespace) -> None:
             sheet.save(args.sheet)
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot write --sheet {args.sheet}: {error}") from error
-        print(f"contact sheet {args.sheet}", file=sys.stderr)
+        log.event("sheet", f"contact sheet {args.sheet}", path=args.sheet)
 
 
 def _changes(args: argparse.Namespace) -> dict[str, Any]:
@@ -241,16 +259,20 @@ def _status(args: argparse.Namespace) -> None:
     from pds_ray.status import status
     from pds_ray.summary import print_status
 
+    state = None
     while True:
         found = status(args.run)
-        if args.json:
-            print(json.dumps(found), flush=True)
-        else:
-            print_status(found)
-        if not args.watch or found["state"] != "running":
+        if found["state"] == "running" or found["state"] != state:  # nothing moves in the others
+            if args.json:
+                print(json.dumps(found))
+            else:
+                print_status(found)
+            sys.stdout.flush()
+        state = found["state"]
+        if not args.watch or state in ENDS:
             break
         time.sleep(WATCH_S)
-    if found["state"] not in ("running", "finished"):
+    if state not in ("running", "finished"):
         raise SystemExit(EXIT_USER)
 
 
@@ -265,9 +287,8 @@ def _submit(args: argparse.Namespace) -> None:
     command = args.job[1:] if args.job[:1] == ["--"] else args.job
     if not command or command[0] in ("submit", "doctor"):
         raise ConfigError("which command? pds-ray submit --address http://HEAD:8265 -- distill --source ... --out ...")
-    told = vars(build_parser().parse_args(command))  # what is wrong is refused here rather than on the cluster
-    if told.get("config"):
-        told = {**flatten(_read_yaml(told["config"])), **told}
+    asked = build_parser().parse_args(command)  # what is wrong is refused here rather than on the cluster
+    told = {**_written(asked), **vars(asked)}
     if not args.verbose:
         logging.disable(logging.INFO)  # Ray tells of its uploads and connections
     from pds_ray.distributed import submit as jobs
@@ -312,6 +333,14 @@ COMMANDS = {
 }
 
 
+def _flush() -> None:
+    """Writes what standard output holds back in files and pipes; nowhere, if whoever reads it had enough."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `pds-ray`."""
     args = build_parser().parse_args(argv)
@@ -326,16 +355,18 @@ def main(argv: list[str] | None = None) -> None:
     try:
         COMMANDS[args.command](args)
         code = EXIT_OK
+        _flush()
         # the last line of a log tells the outcome; on a terminal the result does
         if args.command in RUNS:
             log.event("done", "" if sys.stderr.isatty() else f"pds-ray: {args.command} done", exit_code=EXIT_OK)
     except KeyboardInterrupt:
         text = "\npds-ray: interrupted; the same command continues"
+        _flush()
         log.event("interrupted", text, "error", exit_code=EXIT_INTERRUPTED)
         # not through Ray's own shutdown: interrupted while it starts, it crashes; its processes die with this one
         os._exit(EXIT_INTERRUPTED)
     except BrokenPipeError:  # whoever read our output had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _flush()
         code = EXIT_OK
     except Exception as error:
         if args.verbose:
@@ -345,6 +376,7 @@ def main(argv: list[str] | None = None) -> None:
             code, text = EXIT_USER, f"pds-ray: {line}"
         else:
             code, text = EXIT_BUG, f"pds-ray: {type(error).__name__}: {line} (-v shows where)"
+        _flush()
         log.event("failed", text, "error", exit_code=code)
     if "ray" in sys.modules:
         from pds_ray.distributed import runtime

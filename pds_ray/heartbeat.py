@@ -35,7 +35,12 @@ def beating(run: RunFolder) -> Iterator[None]:
 
 def read(run: RunFolder) -> dict[str, Any] | None:
     """The last sign of life (host, pid, time `written`, `progress`), if the driver left one and did not end."""
-    return run.folder.read_json(RunFolder.HEARTBEAT) if run.folder.exists(RunFolder.HEARTBEAT) else None
+    if not run.folder.exists(RunFolder.HEARTBEAT):
+        return None
+    try:
+        return run.folder.read_json(RunFolder.HEARTBEAT)
+    except FileNotFoundError:  # the driver has just ended
+        return None
 
 
 def _beat(run: RunFolder, ended: threading.Event) -> None:

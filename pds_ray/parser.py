@@ -56,6 +56,10 @@ def _add_config_options(
 def _add_recipe(parser: argparse.ArgumentParser, preset: str) -> None:
     """Where the fields of a run come from before flags change them."""
     parser.add_argument("--preset", default=preset, help="default, demo, paper or web_scale [%(default)s]")
+    _add_config_file(parser)
+
+
+def _add_config_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE.yaml", help="fields as YAML, sections nested")
 
 
@@ -110,8 +114,10 @@ def _add_judges(commands: Commands) -> None:
         allow_abbrev=False,
         description="Trains fresh models on a distilled set, ours or any in its layout, and measures image-text "
         "retrieval on a held-out split. Repeating an interrupted command continues it.",
+        epilog="Values come from the protocol, then the YAML file, then the command line. Every field has a flag.",
     )
     evaluate.add_argument("set", metavar="SET", help="run folder or distilled set")
+    _add_config_file(evaluate)
     evaluate.add_argument("--out", metavar="FOLDER", help="where evaluation/ is made [SET]")
     evaluate.add_argument("--json", action="store_true", help="print the result as JSON")
     compare = commands.add_parser(
@@ -120,6 +126,8 @@ def _add_judges(commands: Commands) -> None:
         allow_abbrev=False,
         description="Makes a set with every method at every size from one source and measures them all alike. "
         "Repeating an interrupted command continues it.",
+        epilog="Values come from preset and protocol, then the YAML file, which holds fields of a run and of an "
+        "evaluation, then the command line.",
     )
     _add_recipe(compare, "default")
     compare.add_argument(
@@ -128,7 +136,7 @@ def _add_judges(commands: Commands) -> None:
         help="methods by comma, each with changes behind it if wanted: pds+match.filter=false [%(default)s]",
     )
     compare.add_argument("--ablations", action="store_true", help="add the ablations of the paper to the methods")
-    compare.add_argument("--pairs", default="100", help="sizes by comma [%(default)s]")
+    compare.add_argument("--pairs", help="sizes by comma [100]")
     compare.add_argument("--redo", action="store_true", help="redo what depends on a changed configuration")
     _add_config_options(
         compare,
@@ -215,7 +223,9 @@ def _add_viewers(commands: Commands) -> None:
     )
     status.add_argument("run", metavar="RUN")
     status.add_argument("--json", action="store_true", help="as JSON")
-    status.add_argument("--watch", action="store_true", help="again every few seconds, until the run ends")
+    status.add_argument(
+        "--watch", action="store_true", help="again and again, until the run is finished, interrupted or failed"
+    )
 
     report = commands.add_parser(
         "report",

@@ -43,7 +43,8 @@ class State:
 
 def current() -> State | None:
     """The state of the bar that is open."""
-    return _state(_bar) if _bar is not None else None
+    bar = _bar  # once: another thread may close it
+    return None if bar is None else _state(bar)
 
 
 def _state(bar: tqdm) -> State:
@@ -147,7 +148,7 @@ def _watch(label: str, bar: tqdm, ended: threading.Event) -> None:
             count, since, patience = bar.n, time.monotonic(), STALL_S
         elif waited >= patience:
             patience *= 2
-            what = _waiting_for() if _waiting_for else bar.postfix
-            what = what or "its first result"
+            describe = _waiting_for  # once: another thread may take it back
+            what = (describe() if describe else bar.postfix) or "its first result"
             text = f"{label}: nothing finished for {waited:.0f} s; waiting for {what}"
             log.event("stalled", text, "warning", seconds=round(waited), waiting_for=what)

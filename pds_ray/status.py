@@ -6,8 +6,10 @@ import time
 from typing import Any
 
 from pds_ray import heartbeat
+from pds_ray.artifacts import RunFolder
 from pds_ray.manifest import RunManifest
 from pds_ray.pipeline import stages
+from pds_ray.storage import Folder
 
 SILENT_S = 6 * heartbeat.BEAT_S
 """After so long without a sign of life a driver counts as gone. Clocks of two machines may differ by some of it."""
@@ -22,15 +24,15 @@ def status(path: str) -> dict[str, Any]:
 
     Raises ManifestError in one line if `path` is no run folder.
     """
+    sign = heartbeat.read(RunFolder(Folder(path)))  # first: a driver takes it away after its last word in the manifest
     manifest = RunManifest.open(path)
-    sign = heartbeat.read(manifest.run)
     method = manifest.data.get("config", {}).get("method", "pds")
     entries = {stage: manifest.stages.get(stage, {}).get("status", "to do") for stage in stages(method)}
     open_ = [stage for stage, state in entries.items() if state != "done"]
     state = entries[open_[0]] if open_ else "finished"
-    if sign is not None:
-        state = "running" if time.time() - sign["written"] < SILENT_S else "silent"
-    elif state == "running":  # killed before its first sign, or it just took the last away
+    if sign is not None and time.time() - sign["written"] < SILENT_S:
+        state = "running"
+    elif state == "running" or (sign is not None and open_):  # killed, perhaps before its first sign
         state = "silent"
     progress = sign["progress"] if sign else None
     return {

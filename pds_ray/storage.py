@@ -145,6 +145,11 @@ class Folder:
         """The last part of the path."""
         return self._split()[0].rpartition("/")[2]
 
+    @property
+    def place(self) -> str:
+        """The path or URI without the settings of a store: the same for every way of writing it."""
+        return self._split()[0]
+
     def full(self, name: str) -> str:
         """The path or URI of a file in this folder; the settings of a store (`?region=...`) stay at the end."""
         base, settings = self._split()

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from docs_pages import PAGES, ROOT, Block, blocks, commands
 
-from pds_ray.cli import resolve
+from pds_ray.cli import resolve, resolve_evaluation
 from pds_ray.parser import build_parser
 from pds_ray.planning import read_prices
 
-CONFIGURED = ("distill", "select")
+CONFIGURED = {"distill": resolve, "select": resolve, "evaluate": resolve_evaluation}
 MARKED = [
     pytest.param(page, block, id=f"{page.stem}-{number}")
     for page in PAGES
@@ -118,6 +118,6 @@ def test_what_cannot_be_run_here_can_be_asked_for(
         if args.command == "plan" and args.prices:
             read_prices(args.prices)
         if args.command in CONFIGURED and not any("$" in word for word in command):
-            resolve(args)
+            CONFIGURED[args.command](args)
     for command in commands(block, "python"):
         assert command[0] == "-m" or (ROOT / command[0]).is_file()

@@ -17,6 +17,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,8 @@ def cluster() -> Iterator[Cluster]:
         yield running
     finally:
         for node in nodes:
-            os.killpg(node.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ended by itself, which the test has said
+                os.killpg(node.pid, signal.SIGKILL)
             node.wait()
         shutil.rmtree(logs)
 

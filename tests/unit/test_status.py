@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,6 +49,7 @@ def sign(run: RunFolder, age_s: float) -> None:
     ("done", "last", "how", "age_s", "state", "stage"),
     [
         (STAGES, "", "", None, "finished", None),
+        (STAGES, "", "", SILENT_S + 5, "finished", None),  # killed after its last word
         (STAGES[:2], "cluster", "", 1.0, "running", "cluster"),
         (STAGES[:2], "", "", 1.0, "running", "cluster"),  # between two stages
         (STAGES[:2], "cluster", "", SILENT_S + 5, "silent", "cluster"),  # killed
@@ -67,6 +70,32 @@ def test_the_state(
     assert (found["state"], found["stage"]) == (state, stage)
     assert list(found["stages"]) == list(STAGES)
     assert [name for name, how in found["stages"].items() if how == "done"] == list(done)
+
+
+@pytest.mark.parametrize("accesses", range(8))
+def test_a_run_that_ends_meanwhile_is_not_silent(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, accesses: int
+) -> None:
+    """It ends after so many accesses of the folder, as a driver does: the manifest first, then its sign."""
+    book(run, STAGES[:-1], STAGES[-1])
+    sign(run, 1.0)
+    left = accesses
+
+    def then_end(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: object) -> Any:
+            nonlocal left
+            if left == 0:
+                left -= 1
+                book(run, STAGES)
+                run.folder.delete(RunFolder.HEARTBEAT)
+            left -= 1
+            return method(*args)
+
+        return call
+
+    for name in ("exists", "read_bytes"):
+        monkeypatch.setattr(Folder, name, then_end(getattr(Folder, name)))
+    assert status(run.folder.path)["state"] in ("running", "finished")
 
 
 def test_other_methods_have_other_stages(run: RunFolder) -> None:
