@@ -55,6 +55,7 @@ class Preprocess:
         return -((self.size - side) // 2) if side < self.size else round((side - self.size) / 2)
 
 
+ROW_MULTIPLE = 16  # forward passes take multiples of 16 rows: then a row's result does not depend on its batch
 MAX_ASPECT = 32
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 from pds_ray.artifacts import ERROR_SCHEMA, caption_schema, image_schema, vector_array
 from pds_ray.captions import CLEANERS
 from pds_ray.config import EmbedConfig, ReadConfig
-from pds_ray.encoders.base import Encoder, Preprocess
+from pds_ray.encoders.base import ROW_MULTIPLE, Encoder, Preprocess
 from pds_ray.images import ImageError, decode_image
 from pds_ray.sources.base import Fault, Shard, Source, SourceError
 
@@ -30,7 +30,6 @@ END = "end"  # reason of the row that closes a shard; its ordinal is the number 
 BLOCK_SAMPLES = 256
 BLOCK_BYTES = 32 << 20
 BLOCK_CAPTIONS = 8192  # and one sample's more: their embeddings are held at once
-ROW_MULTIPLE = 16  # forward passes take multiples of 16 rows: then a row's result does not depend on its batch
 
 RAW_SCHEMA = pa.schema(
     [

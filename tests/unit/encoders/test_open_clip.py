@@ -13,7 +13,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from tiny_models import CLIP, save_clip
+from tiny_models import CLIP, VOCABULARY, save_clip
 
 from pds_ray.config import ConfigError
 from pds_ray.encoders import open_clip as encoders
@@ -212,3 +212,34 @@ def test_half_precision_is_near(clip_info, clip):
     full = clip.encode_images(pixels)
     cosine = (half * full).sum(axis=1) / np.linalg.norm(half, axis=1) / np.linalg.norm(full, axis=1)
     assert (cosine > 0.99).all()
+
+
+@pytest.mark.parametrize("pool", ["argmax", "eos"])
+def test_a_caption_costs_no_more_than_its_length(clip_info, monkeypatch, pool):
+    """Its embedding is that of the whole context, and does not depend on its neighbours."""
+    monkeypatch.setattr(encoders, "SHORT_CONTEXTS", (4, 6, 9, 40))
+    clip = encoders.load(clip_info, "fp32")
+    clip.model.text_pool_type, clip.model.text_eos_id = pool, VOCABULARY - 1
+    for model in clip.by_length.values():
+        model.text_pool_type, model.text_eos_id = pool, VOCABULARY - 1
+    seen = []
+    clip.model.transformer.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
+    captions = ["", "a", "a b", "a b c", "a b c d e f", "a b c d e f g h", "a b c d e f g h i j k l m n", "b"]
+    tokens = clip.tokenizer(captions)
+    lengths = tokens.argmax(dim=1) + 1
+    with torch.inference_mode():
+        whole = clip.model.encode_text(tokens).numpy()
+    seen.clear()
+    found = clip.encode_captions(captions)
+    np.testing.assert_allclose(found, whole, atol=1e-6)
+    expected = [next(size for size in (4, 6, 9, 12) if length <= size) for length in lengths]
+    assert sorted(seen) == sorted((16, size) for size in set(expected))  # rows are filled up to 16
+    assert len(set(expected)) > 2
+    alone = np.concatenate([clip.encode_captions([caption]) for caption in captions])
+    np.testing.assert_allclose(alone, found, atol=1e-6)
+
+
+def test_texts_seen_whole_are_not_cut(clip_info):
+    model = encoders.load(clip_info, "fp32").model
+    model.text_pool_type = "last"
+    assert encoders._by_length(model) == {}

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pds_ray.artifacts import vectors
 from pds_ray.config import EmbedConfig, ReadConfig
-from pds_ray.encoders.base import Preprocess
+from pds_ray.encoders.base import ROW_MULTIPLE, Preprocess
 from pds_ray.sources.base import Fault, Sample, Shard
 from pds_ray.stages import embed
 
@@ -189,7 +189,7 @@ def test_counts_add_up():
 def test_each_image_and_each_caption_is_encoded_once(batch_size):
     toy = Toy()
     run(config=EmbedConfig(batch_size=batch_size), encoder=toy)
-    assert all(size % embed.ROW_MULTIPLE == 0 and size <= batch_size for size in toy.batches)
+    assert all(size % ROW_MULTIPLE == 0 and size <= batch_size for size in toy.batches)
     padding = bytes(SIZE * SIZE * 3)
     asked = [image for image in toy.images if image != padding]
     assert len(asked) == len(set(asked)) == len(GOOD) + 3  # the three whose embeddings are not finite
