@@ -168,7 +168,7 @@ def _add_planning(commands: Commands) -> None:
         help="measure this machine for pds-ray plan",
         allow_abbrev=False,
         description="Measures with the engine's own code what a plan needs: reading, encoding, clustering, decoding, "
-        "and what it takes to start. Takes a minute or two with the built-in models.",
+        "and what it takes to start. Takes some minutes with the built-in models.",
     )
     _add_recipe(bench, "demo")
     bench.add_argument("--out", dest="rates", metavar="RATES.json", help="where to [the cache folder of the user]")
