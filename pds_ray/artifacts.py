@@ -180,7 +180,11 @@ class EmbeddingStore:
         return self.folder.read_table(shard + self.ERRORS)
 
     def commit(self, shard: str, images: pa.Table, captions: pa.Table, errors: pa.Table, info: dict[str, Any]) -> None:
-        """Writes a shard's three files, then its marker: from then on the shard is there."""
+        """Writes a shard's three files, then its marker: from then on the shard is there.
+
+        One that was there is not, until it is whole again: no marker ever stands beside files that it does not mean.
+        """
+        self.folder.delete(shard + self.MARKER)
         hashes = {
             shard + self.IMAGES: self.folder.write_table(shard + self.IMAGES, images),
             shard + self.CAPTIONS: self.folder.write_table(shard + self.CAPTIONS, captions),
