@@ -327,10 +327,8 @@ def _run_stages(plan_: Plan, manifest: RunManifest, only: Collection[str]) -> di
     )
     embedded = cache(lambda: _embedded(plan_, manifest))  # read once: the same for all stages that follow
     steps = _steps(plan_, manifest, embedded)
-    if manifest.is_done("embed", plan_.fingerprints["embed"]):
-        tried = plan_.store.committed().keys() | plan_.store.failed().keys()
-        if not tried >= {shard.name for shard in plan_.shards}:
-            manifest.forget("embed")  # the store is another one than before, or lost shards
+    if manifest.is_done("embed", plan_.fingerprints["embed"]) and _content_changed(plan_, manifest):
+        manifest.forget("embed")  # another run brought shards back, or some are lost: the counts are no longer true
     wanted = [stage for stage in plan_.stages if not only or stage in only]
     until = plan_.stages[: 1 + plan_.stages.index(wanted[-1])]
 
@@ -373,27 +371,46 @@ def _book_files(plan_: Plan, manifest: RunManifest, stage: str) -> None:
     plan_.run.save_hashes(stage, hashes)
 
 
-def _embedded(plan_: Plan, manifest: RunManifest) -> Markers:
+def _markers(plan_: Plan, expected: int) -> Markers:
     """The markers of the shards that are embedded, in order: failed ones are not.
 
-    Raises StorageError if some do not show up: a store may list late what it holds.
+    Waits a while for as many as `expected`: a store may list late what it holds.
     """
-    expected = len(plan_.shards) - manifest.stages["embed"]["counts"].get("failed_shards", 0)
+    found: Markers = {}
     for wait_s in LISTING_WAITS_S:
         time.sleep(wait_s)
         markers = plan_.store.committed()
         found = {shard.name: markers[shard.name] for shard in plan_.shards if shard.name in markers}
         if len(found) >= expected:
-            return found
-    raise StorageError(
-        f"{expected - len(found):,} shards that were embedded are not in {plan_.store.folder.shown}; the same command "
-        "continues"
-    )
+            break
+    return found
+
+
+def _expected(plan_: Plan, manifest: RunManifest) -> int:
+    """How many shards are embedded, as the stage counted them."""
+    return len(plan_.shards) - manifest.stages["embed"]["counts"].get("failed_shards", 0)
+
+
+def _embedded(plan_: Plan, manifest: RunManifest) -> Markers:
+    """What `_markers` gives. Raises StorageError if some do not show up."""
+    expected = _expected(plan_, manifest)
+    found = _markers(plan_, expected)
+    if len(found) < expected:
+        raise StorageError(
+            f"{expected - len(found):,} shards that were embedded are not in {plan_.store.folder.shown}; the same "
+            "command continues"
+        )
+    return found
 
 
 def _content(embedded: Markers) -> str:
     """A digest of all embeddings of the run: they may change under one configuration, as when failed shards succeed."""
     return fingerprint([[shard, marker["sha256"]] for shard, marker in embedded.items()])
+
+
+def _content_changed(plan_: Plan, manifest: RunManifest) -> bool:
+    """Whether the store holds something else than when it was looked at last."""
+    return _content(_markers(plan_, _expected(plan_, manifest))) != manifest.data.get("store_content")
 
 
 def _forget_after(plan_: Plan, manifest: RunManifest, stage: str) -> None:
@@ -484,6 +501,11 @@ def _steps(
     def materialize() -> dict[str, Any]:
         from pds_ray.stages.materialize import write_distilled
 
+        if _content_changed(plan_, manifest):  # under readers, who take no lock: they may have seen a mixture
+            raise StorageError(
+                f"the embeddings in {store.folder.shown} changed while they were read, as when another run tries "
+                "failed shards again; the same command redoes what depends on them"
+            )
         run.distilled.delete_all()
         captions = run.captions() if "caption" in plan_.stages else None
         return write_distilled(run, _about(plan_, manifest), captions)
