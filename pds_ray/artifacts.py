@@ -37,10 +37,20 @@ import pyarrow as pa
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
+from pds_ray.config import PRECISIONS
 from pds_ray.storage import Folder, is_remote, side_by_side
 
 STORE_SCHEMA_VERSION = 1
 MODALITIES = ("image", "text")
+MARKER_FIELDS = {  # what a commit marker says besides its fingerprint
+    "shard": str,
+    "images": int,
+    "pairs": int,
+    "bad": int,
+    "reasons": dict,  # of the bad samples -> how many
+    "precision": str,
+    "sha256": dict,
+}
 
 ERROR_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 KEEP_SCHEMA = pa.schema([("kept", pa.bool_())])
@@ -164,11 +174,22 @@ class EmbeddingStore:
 
     def _marker(self, name: str) -> dict[str, Any]:
         """A marker, empty if it is damaged or gone."""
+        marker, shard = self._read(name), name.removesuffix(self.MARKER)
+        whole = (
+            all(isinstance(marker.get(field), kind) for field, kind in MARKER_FIELDS.items())
+            and marker["shard"] == shard
+            and marker["precision"] in PRECISIONS
+            and marker["sha256"].keys() == {shard + table for table in (self.IMAGES, self.CAPTIONS, self.ERRORS)}
+        )
+        return marker if whole else {}
+
+    def _read(self, name: str) -> dict[str, Any]:
+        """A JSON object, empty if it is damaged, cannot be read or is gone."""
         try:
-            marker = self.folder.read_json(name)
-        except (ValueError, FileNotFoundError):
+            found = self.folder.read_json(name)
+        except (ValueError, OSError):
             return {}
-        return marker if isinstance(marker, dict) else {}
+        return found if isinstance(found, dict) else {}
 
     def images(self, shard: str, columns: list[str] | None = None) -> pa.Table:
         return self.folder.read_table(shard + self.IMAGES, columns)
@@ -181,6 +202,8 @@ class EmbeddingStore:
 
     def commit(self, shard: str, images: pa.Table, captions: pa.Table, errors: pa.Table, info: dict[str, Any]) -> None:
         """Writes a shard's three files, then its marker: from then on the shard is there.
+
+        `info`: the counts and the precision, as in MARKER_FIELDS.
 
         One that was there is not, until it is whole again: no marker ever stands beside files that it does not mean.
         """
@@ -199,9 +222,9 @@ class EmbeddingStore:
         self.folder.write_json(shard + self.FAILED, {"shard": shard, "problem": problem})
 
     def failed(self) -> dict[str, str]:
-        """Shard name -> why it could not be read."""
-        names = self.folder.names(self.FAILED)
-        return {name.removesuffix(self.FAILED): self.folder.read_json(name)["problem"] for name in names}
+        """Shard name -> why it could not be read. A damaged note is none."""
+        notes = {name.removesuffix(self.FAILED): self._read(name) for name in self.folder.names(self.FAILED)}
+        return {shard: note["problem"] for shard, note in notes.items() if isinstance(note.get("problem"), str)}
 
     def forget(self, shard: str) -> None:
         """Makes a shard look as if it had never been tried."""

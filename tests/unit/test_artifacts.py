@@ -94,12 +94,12 @@ def test_a_shard_is_there_when_its_marker_is(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "write_json", dies)
         with pytest.raises(KeyboardInterrupt):
-            store.commit("s0", images, captions, errors, {})
+            store.commit("s0", images, captions, errors, COUNTS)
     assert store.committed() == {}
 
     store.folder.write_json(store.STORE, {})
-    store.commit("s0", images, captions, errors, {"shard": "s0", "images": 4})
-    store.commit("s1.x-y_z", *(table.slice(0, 0) for table in (images, captions, errors)), {})
+    store.commit("s0", images, captions, errors, COUNTS)
+    store.commit("s1.x-y_z", *(table.slice(0, 0) for table in (images, captions, errors)), COUNTS)
     assert store.committed().keys() == {"s0", "s1.x-y_z"}
     assert EmbeddingStore(store.folder, "of other data").committed() == {}, "markers of another fingerprint count"
     assert store.images("s0").equals(images)

@@ -116,8 +116,9 @@ def test_a_bucket_that_is_not_there_is_said_at_once(s3_port):
 def test_markers_are_read_together_and_a_damaged_one_is_none(s3_port, place):
     store = EmbeddingStore(Folder(uri(s3_port, place)), "mine")
     tables = [pa.table({"n": [1]})] * 3
+    rest = {"pairs": 1, "bad": 0, "reasons": {}, "precision": "fp32"}
     for number in range(40):
-        store.commit(f"s{number:02d}", *tables, {"images": number})
+        store.commit(f"s{number:02d}", *tables, {"images": number, **rest})
     broken = {"half": b'{"shard": "half", "fing', "list": b"[]", "other": b'{"fingerprint": "theirs"}', "none": b""}
     for name, data in broken.items():
         client(s3_port).put_object(Bucket=BUCKET, Key=f"{place}/{name}.json", Body=data)
