@@ -15,7 +15,6 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from pds_ray.captions import CLEANERS
 from pds_ray.errors import UserError
 
-
 PRECISIONS = ("fp32", "fp16", "bf16")
 
 

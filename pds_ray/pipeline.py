@@ -352,8 +352,8 @@ def _run_stages(plan_: Plan, manifest: RunManifest, only: Collection[str]) -> di
                 started = True
             with _recorded(manifest, stage, plan_.fingerprints[stage]) as counts, runtime.unwrapped_errors():
                 counts.update(steps[stage]())
-                if stage in RunFolder.FILES:
-                    _book_files(plan_, manifest, stage)
+                if stage != "embed":
+                    _book_files(plan_, manifest, stage, list(embedded()))
         if stage == "embed":
             content = _content(embedded())
             if manifest.data.get("store_content") != content:
@@ -363,9 +363,12 @@ def _run_stages(plan_: Plan, manifest: RunManifest, only: Collection[str]) -> di
     return manifest.data
 
 
-def _book_files(plan_: Plan, manifest: RunManifest, stage: str) -> None:
+def _book_files(plan_: Plan, manifest: RunManifest, stage: str, shards: list[str]) -> None:
     """Keeps the hashes of what a stage wrote; what follows stands as long as they are what they were."""
-    hashes = plan_.run.hash_files(stage)
+    from pds_ray.stages.cluster import spaces
+
+    pairs = plan_.run.prototypes().num_rows if stage == "decode" else 0
+    hashes = plan_.run.hash_files(plan_.run.files(stage, shards, spaces(plan_.config.cluster), pairs))
     if hashes != plan_.run.hashes(stage):
         _forget_after(plan_, manifest, stage)
     plan_.run.save_hashes(stage, hashes)
@@ -489,7 +492,7 @@ def _steps(
         before = plan_.stages[plan_.stages.index("decode") - 1]
         wanted = fingerprint(plan_.fingerprints["decode"], run.hashes(before))
         if entry != wanted:  # pictures of another configuration or of other prototypes
-            run.images.delete_all()
+            run.delete_images(run.prototypes().num_rows)
             manifest.update(images_fingerprint=wanted)
         return stage(plan_.source, plan_.decoder, config, run)
 

@@ -95,19 +95,17 @@ def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
                 hashes = marker["sha256"].items()
                 promises += [_Promise(stage, run.store.folder, name, sha256, shard) for name, sha256 in hashes]
             continue
-        folder, manifest = run.folder.folder, f"hashes/{stage}.json"
+        manifest = f"hashes/{stage}.json"
         try:
-            if stage == "materialize":
-                folder, manifest = run.folder.distilled, MANIFEST
-                hashes = {name: file["sha256"] for name, file in folder.read_json(manifest)["files"].items()}.items()
-            else:
-                hashes = folder.read_json(manifest).items()
+            hashes = run.folder.folder.read_json(manifest).items()
         except FileNotFoundError:
             problems.append(Problem(stage, manifest, "missing"))
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, AttributeError):
             problems.append(Problem(stage, manifest, "corrupt"))
         else:
-            promises += [_Promise(stage, folder, name, sha256) for name, sha256 in hashes]
+            promises += [_Promise(stage, run.folder.folder, name, sha256) for name, sha256 in hashes]
+        if stage == "materialize":
+            promises += [_Promise(stage, run.folder.distilled, name, sha256) for name, sha256 in _set_files(run)]
     with progress_bar("verify", len(promises) + len(markers), "files") as bar:
         for problem in side_by_side(_Promise.problem, promises):
             problems += [problem] if problem else []
@@ -118,6 +116,15 @@ def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
             problems += [problem] if problem else []
             bar.update()
     return len(promises), problems
+
+
+def _set_files(run: _Run) -> list[tuple[str, str]]:
+    """Names and hashes of the files of the distilled set; none if its manifest, a promised file, is not as it was."""
+    try:
+        files = run.folder.distilled.read_json(MANIFEST)["files"]
+        return [(name, file["sha256"]) for name, file in files.items()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
 
 
 def _miscounted(store: EmbeddingStore, shard: str, marker: dict[str, Any]) -> Problem | None:
