@@ -15,7 +15,7 @@ from pds_ray import pipeline
 from pds_ray.artifacts import EmbeddingStore
 from pds_ray.config import RunConfig, replace
 from pds_ray.distributed import embed, runtime
-from pds_ray.manifest import RunManifest
+from pds_ray.manifest import ManifestError, RunManifest
 from pds_ray.recipes import recipe
 from pds_ray.sources import scenes
 from pds_ray.stages.embed import shard_counts
@@ -105,6 +105,22 @@ def test_nothing_is_done_twice_where_nothing_changed(config: RunConfig, fill: Ca
     before = mask.stat().st_mtime_ns
     pipeline.distill(config, only=FIRST)
     assert mask.stat().st_mtime_ns == before
+
+
+def test_without_its_manifest_a_run_goes_on_from_what_is_embedded(
+    config: RunConfig, fill: Callable[..., EmbeddingStore]
+) -> None:
+    store = fill(0, 1, 2, 3)
+    pipeline.distill(config, only=FIRST)
+    before = {path: path.stat().st_mtime_ns for path in Path(store.folder.path).glob("scenes-*")}
+    manifest = Path(config.out) / "run.json"
+    manifest.write_bytes(manifest.read_bytes()[:100])
+    with pytest.raises(ManifestError, match="delete it"):
+        pipeline.distill(config, only=FIRST)
+    manifest.unlink()
+    counts = pipeline.distill(config, only=FIRST)["stages"]["embed"]["counts"]
+    assert (counts["shards_reused"], counts["timed"], counts["pairs"]) == (4, 0, held(config, range(4)))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_a_set_of_two_contents_is_not_written(config: RunConfig, fill: Callable[..., EmbeddingStore]) -> None:
