@@ -34,7 +34,7 @@ from pds_ray.storage import Folder, StorageError
 
 STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "caption", "materialize")  # of pds
 SELECTION_STAGES = ("embed", "select", "decode", "materialize")  # of the methods that choose real pairs
-# stage -> (what it counts, which entry of its counts says how many)
+# stage -> (what it counts, which entry of its counts says how many the last sitting did)
 COUNTED = {
     "embed": ("images", "timed"),
     "select": ("pairs", "prototypes"),
@@ -42,7 +42,7 @@ COUNTED = {
     "cluster": ("", ""),
     "match": ("couples", "couples"),
     "prototypes": ("prototypes", "prototypes"),
-    "decode": ("images", "images"),
+    "decode": ("images", "made"),
     "caption": ("pairs", "pairs"),
     "materialize": ("pairs", "pairs"),
 }
@@ -191,7 +191,6 @@ def open_run(plan_: Plan, redo: bool) -> RunManifest:
 
     Raises ManifestError in one line if either belongs to another configuration and `redo` does not allow the change.
     """
-    plan_.run.folder.sweep()
     manifest = RunManifest(plan_.run)
     recorded = {stage: entry["fingerprint"] for stage, entry in manifest.stages.items()}
     changed = [stage for stage, print_ in recorded.items() if print_ != plan_.fingerprints.get(stage)]
@@ -290,8 +289,8 @@ def distill(config: RunConfig, redo: bool = False, only: Collection[str] = ()) -
     if unknown:
         raise ConfigError(f"--only names {unknown[0]!r}; stages of method {config.method}: {', '.join(plan_.stages)}")
     plan_.run.folder.create()
-    with plan_.run.folder.lock():
-        return _run(plan_, redo, only)
+    with _holding(plan_.run):
+        return _run_stages(plan_, open_run(plan_, redo), only)
 
 
 def redo(config: RunConfig, stages_: Iterable[str], prepare: Callable[[Plan], None]) -> dict[str, Any]:
@@ -301,22 +300,25 @@ def redo(config: RunConfig, stages_: Iterable[str], prepare: Callable[[Plan], No
     Returns and raises what `distill` does.
     """
     plan_ = plan(config)
-    with plan_.run.folder.lock():
+    with _holding(plan_.run):
         manifest = open_run(plan_, redo=False)
         manifest.forget(*stages_)
         with plan_.store.folder.lock():
             prepare(plan_)
-        return _run(plan_, redo=False)
+        return _run_stages(plan_, manifest)
 
 
-def _run(plan_: Plan, redo: bool, only: Collection[str] = ()) -> dict[str, Any]:
-    with log.context(run=plan_.run.folder.shown):
-        manifest = open_run(plan_, redo)  # sweeps the folder: no sign of life may be half written by then
-        with beating(plan_.run):
-            return _run_stages(plan_, manifest, only)
+@contextmanager
+def _holding(run: RunFolder) -> Iterator[None]:
+    """The run folder is this process's alone."""
+    with log.context(run=run.folder.shown), run.folder.lock():
+        # before there is a sign of life, which might be half written; the store has a lock of its own
+        run.folder.sweep(spare=run.embeddings.name)
+        with beating(run):
+            yield
 
 
-def _run_stages(plan_: Plan, manifest: RunManifest, only: Collection[str]) -> dict[str, Any]:
+def _run_stages(plan_: Plan, manifest: RunManifest, only: Collection[str] = ()) -> dict[str, Any]:
     began = time.monotonic()
     manifest.update(
         config=public(plan_.config),

@@ -6,11 +6,9 @@ import time
 from typing import Any
 
 from pds_ray import heartbeat
+from pds_ray.heartbeat import SILENT_S
 from pds_ray.manifest import RunManifest
 from pds_ray.pipeline import stages
-
-SILENT_S = 6 * heartbeat.BEAT_S
-"""After so long without a sign of life a driver counts as gone. Clocks of two machines may differ by some of it."""
 
 
 def status(path: str) -> dict[str, Any]:
@@ -29,7 +27,8 @@ def status(path: str) -> dict[str, Any]:
     open_ = [stage for stage, state in entries.items() if state != "done"]
     state = entries[open_[0]] if open_ else "finished"
     if sign is not None:
-        state = "running" if time.time() - sign["written"] < SILENT_S else "silent"
+        # a sign from far ahead is older than it looks: the clock was set back
+        state = "running" if abs(time.time() - sign["written"]) < SILENT_S else "silent"
     elif state == "running":  # killed before its first sign, or it just took the last away
         state = "silent"
     progress = sign["progress"] if sign else None
