@@ -89,7 +89,8 @@ def shard_tables(number: int, rows: int, seed: int) -> tuple[pa.Table, pa.Table]
 def write_shard(store: EmbeddingStore, shard: str, rows: int, seed: int) -> None:
     """Commits one shard of the store."""
     images, captions = shard_tables(int(shard), rows, seed)
-    store.commit(shard, images, captions, ERROR_SCHEMA.empty_table(), {"images": rows, "pairs": rows, "bad": 0})
+    counts = {"images": rows, "pairs": rows, "bad": 0, "reasons": {}}
+    store.commit(shard, images, captions, ERROR_SCHEMA.empty_table(), {**counts, "precision": "fp16"})
 
 
 def make_store(folder: Folder, pairs: int, seed: int, processes: int) -> EmbeddingStore:

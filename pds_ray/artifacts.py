@@ -29,18 +29,30 @@ configuration, data and seed, byte for byte.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from pds_ray.storage import Folder, is_remote, side_by_side
+from pds_ray.config import PRECISIONS
+from pds_ray.errors import first_line
+from pds_ray.storage import Folder, StorageError, is_remote, side_by_side
 
 STORE_SCHEMA_VERSION = 1
 MODALITIES = ("image", "text")
+MARKER_FIELDS = {  # what a commit marker says besides its fingerprint
+    "shard": str,
+    "images": int,
+    "pairs": int,
+    "bad": int,
+    "reasons": dict,  # of the bad samples -> how many
+    "precision": str,
+    "sha256": dict,
+}
 
 ERROR_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 KEEP_SCHEMA = pa.schema([("kept", pa.bool_())])
@@ -164,11 +176,22 @@ class EmbeddingStore:
 
     def _marker(self, name: str) -> dict[str, Any]:
         """A marker, empty if it is damaged or gone."""
+        marker, shard = self._read(name), name.removesuffix(self.MARKER)
+        whole = (
+            all(isinstance(marker.get(field), kind) for field, kind in MARKER_FIELDS.items())
+            and marker["shard"] == shard
+            and marker["precision"] in PRECISIONS
+            and marker["sha256"].keys() == {shard + table for table in (self.IMAGES, self.CAPTIONS, self.ERRORS)}
+        )
+        return marker if whole else {}
+
+    def _read(self, name: str) -> dict[str, Any]:
+        """A JSON object, empty if it is damaged, cannot be read or is gone."""
         try:
-            marker = self.folder.read_json(name)
-        except (ValueError, FileNotFoundError):
+            found = self.folder.read_json(name)
+        except (ValueError, OSError):
             return {}
-        return marker if isinstance(marker, dict) else {}
+        return found if isinstance(found, dict) else {}
 
     def images(self, shard: str, columns: list[str] | None = None) -> pa.Table:
         return self.folder.read_table(shard + self.IMAGES, columns)
@@ -180,7 +203,13 @@ class EmbeddingStore:
         return self.folder.read_table(shard + self.ERRORS)
 
     def commit(self, shard: str, images: pa.Table, captions: pa.Table, errors: pa.Table, info: dict[str, Any]) -> None:
-        """Writes a shard's three files, then its marker: from then on the shard is there."""
+        """Writes a shard's three files, then its marker: from then on the shard is there.
+
+        `info`: the counts and the precision, as in MARKER_FIELDS.
+
+        One that was there is not, until it is whole again: no marker ever stands beside files that it does not mean.
+        """
+        self.folder.delete(shard + self.MARKER)
         hashes = {
             shard + self.IMAGES: self.folder.write_table(shard + self.IMAGES, images),
             shard + self.CAPTIONS: self.folder.write_table(shard + self.CAPTIONS, captions),
@@ -195,9 +224,9 @@ class EmbeddingStore:
         self.folder.write_json(shard + self.FAILED, {"shard": shard, "problem": problem})
 
     def failed(self) -> dict[str, str]:
-        """Shard name -> why it could not be read."""
-        names = self.folder.names(self.FAILED)
-        return {name.removesuffix(self.FAILED): self.folder.read_json(name)["problem"] for name in names}
+        """Shard name -> why it could not be read. A damaged note is none."""
+        notes = {name.removesuffix(self.FAILED): self._read(name) for name in self.folder.names(self.FAILED)}
+        return {shard: note["problem"] for shard, note in notes.items() if isinstance(note.get("problem"), str)}
 
     def forget(self, shard: str) -> None:
         """Makes a shard look as if it had never been tried."""
@@ -213,26 +242,43 @@ class RunFolder:
 
     MANIFEST = "run.json"
     HEARTBEAT = "heartbeat.json"  # there while a driver works
-    # stage -> the folder it fills, or the file it writes; embed and materialize keep manifests
-    FILES: ClassVar[dict[str, str]] = {
-        "select": "prototypes.parquet",
-        "prune": "pruning",
-        "cluster": "clusters",
-        "match": "matching",
-        "prototypes": "prototypes.parquet",
-        "decode": "images",
-        "caption": "captions.parquet",
-    }
 
-    def hash_files(self, stage: str) -> dict[str, str]:
-        """SHA-256 of every file that a stage left, by its name below the run folder."""
-        place = self.FILES[stage]
-        names = [place]
-        if not self.folder.exists(place):
-            inside = self.folder / place
-            inside.sweep()  # workers that were killed may have left parts of files
-            names = [f"{place}/{name}" for name in inside.names()]
-        return dict(zip(names, side_by_side(self.folder.sha256, names), strict=True))
+    def files(self, stage: str, shards: Iterable[str], spaces: Iterable[str], pairs: int) -> list[str]:
+        """The names below the run folder of all that a stage after embedding must leave.
+
+        `shards` that are embedded, `spaces` that are clustered, `pairs` of the distilled set.
+        """
+        match stage:
+            case "prune":
+                return [f"pruning/{self.keep_name(shard)}" for shard in shards]
+            case "cluster":
+                centroids, labels = map(self.centroids_name, spaces), map(self.labels_name, shards)
+                return [f"clusters/{name}" for name in ("fits.json", *centroids, *labels)]
+            case "decode":
+                return [f"images/{self.image_name(pair)}" for pair in range(pairs)]
+        return [
+            {
+                "match": "matching/couples.parquet",
+                "select": "prototypes.parquet",
+                "prototypes": "prototypes.parquet",
+                "caption": "captions.parquet",
+                "materialize": "distilled/manifest.json",  # which promises the rest of the set
+            }[stage]
+        ]
+
+    def hash_files(self, names: list[str]) -> dict[str, str]:
+        """SHA-256 of files by their names below the run folder; parts that killed workers left beside them go.
+
+        The names are not those that a store lists: it may list one late. Raises StorageError if one is not there.
+        """
+        for place in {name.rpartition("/")[0] for name in names} - {""}:
+            (self.folder / place).sweep()
+        try:
+            return dict(zip(names, side_by_side(self.folder.sha256, names), strict=True))
+        except FileNotFoundError as error:
+            raise StorageError(
+                f"a file that was written is not there ({first_line(error)}); the same command continues"
+            ) from error
 
     def save_hashes(self, stage: str, hashes: dict[str, str]) -> None:
         (self.folder / "hashes").write_json(f"{stage}.json", hashes)
@@ -271,26 +317,26 @@ class RunFolder:
         return self.folder / "distilled"
 
     def save_keep(self, shard: str, kept: np.ndarray) -> None:
-        self.pruning.write_table(f"{shard}.keep.parquet", pa.table({"kept": kept}, schema=KEEP_SCHEMA))
+        self.pruning.write_table(self.keep_name(shard), pa.table({"kept": kept}, schema=KEEP_SCHEMA))
 
     def keep(self, shard: str) -> np.ndarray:
         """bool [pairs of the shard]."""
-        return self.pruning.read_table(f"{shard}.keep.parquet").column("kept").to_numpy(zero_copy_only=False)
+        return self.pruning.read_table(self.keep_name(shard)).column("kept").to_numpy(zero_copy_only=False)
 
     def save_centroids(self, space: str, centroids: np.ndarray, **cells: np.ndarray) -> None:
         """`cells`: coarse and starts of a two-level fit."""
-        self.clusters.write_bytes(f"{space}.safetensors", save_safetensors({"centroids": centroids, **cells}))
+        self.clusters.write_bytes(self.centroids_name(space), save_safetensors({"centroids": centroids, **cells}))
 
     def has_centroids(self, space: str) -> bool:
-        return self.clusters.exists(f"{space}.safetensors")
+        return self.clusters.exists(self.centroids_name(space))
 
     def centroids(self, space: str) -> np.ndarray:
         """float32 [K, d], of "joint" [K, 2d]."""
-        return load_safetensors(self.clusters.read_bytes(f"{space}.safetensors"))["centroids"]
+        return load_safetensors(self.clusters.read_bytes(self.centroids_name(space)))["centroids"]
 
     def cells(self, space: str) -> dict[str, np.ndarray]:
         """coarse and starts of a two-level fit, nothing of a flat one."""
-        tensors = load_safetensors(self.clusters.read_bytes(f"{space}.safetensors"))
+        tensors = load_safetensors(self.clusters.read_bytes(self.centroids_name(space)))
         return {name: tensor for name, tensor in tensors.items() if name != "centroids"}
 
     def cell_samples(self, space: str) -> Folder:
@@ -315,20 +361,21 @@ class RunFolder:
 
     def save_labels(self, shard: str, image_cluster: np.ndarray, text_cluster: np.ndarray) -> None:
         table = pa.table({"image_cluster": image_cluster, "text_cluster": text_cluster}, schema=LABEL_SCHEMA)
-        self.clusters.write_table(f"{shard}.labels.parquet", table)
+        self.clusters.write_table(self.labels_name(shard), table)
 
     def labelled(self) -> set[str]:
         """The shards whose labels are there."""
-        suffix = ".labels.parquet"
+        suffix = self.labels_name("")
         return {name.removesuffix(suffix) for name in self.clusters.names(suffix)}
 
-    def delete_labels(self) -> None:
-        for shard in self.labelled():
-            self.clusters.delete(f"{shard}.labels.parquet")
+    def delete_labels(self, shards: Iterable[str]) -> None:
+        """Also those that a store does not list yet, and would list later."""
+        for _ in side_by_side(self.clusters.delete, map(self.labels_name, shards)):
+            pass
 
     def labels(self, shard: str) -> tuple[np.ndarray, np.ndarray]:
         """Image and text cluster of each pair of the shard, int32, -1 where pruned."""
-        table = self.clusters.read_table(f"{shard}.labels.parquet")
+        table = self.clusters.read_table(self.labels_name(shard))
         return table.column("image_cluster").to_numpy(), table.column("text_cluster").to_numpy()
 
     def save_couples(self, couples: pa.Table) -> None:
@@ -343,11 +390,30 @@ class RunFolder:
     def prototypes(self) -> pa.Table:
         return self.folder.read_table("prototypes.parquet")
 
+    def delete_images(self, pairs: int) -> None:
+        """All pictures; also those that a store does not list yet, of as many pairs as there are now."""
+        self.images.delete_all()
+        if is_remote(self.images.path):
+            for _ in side_by_side(self.images.delete, map(self.image_name, range(pairs))):
+                pass
+
     def save_captions(self, captions: pa.Table) -> None:
         self.folder.write_table("captions.parquet", captions)
 
     def captions(self) -> pa.Table:
         return self.folder.read_table("captions.parquet")
+
+    @staticmethod
+    def keep_name(shard: str) -> str:
+        return f"{shard}.keep.parquet"
+
+    @staticmethod
+    def centroids_name(space: str) -> str:
+        return f"{space}.safetensors"
+
+    @staticmethod
+    def labels_name(shard: str) -> str:
+        return f"{shard}.labels.parquet"
 
     @staticmethod
     def image_name(pair: int) -> str:

@@ -15,6 +15,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from pds_ray.captions import CLEANERS
 from pds_ray.errors import UserError
 
+PRECISIONS = ("fp32", "fp16", "bf16")
+
 
 class ConfigError(UserError, ValueError):
     """Asked for something that cannot be."""
@@ -60,7 +62,7 @@ class EmbedConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.precision in ("auto", "fp32", "fp16", "bf16"),
+            self.precision in ("auto", *PRECISIONS),
             "embed.precision",
             self.precision,
             "auto, fp32, fp16 or bf16",
@@ -170,7 +172,7 @@ class DecodeConfig:
         _require(self.batch_size > 0, "decode.batch_size", self.batch_size, "positive")
         _require(self.image_size >= 0, "decode.image_size", self.image_size, "0 or positive")
         _require(
-            self.precision in ("auto", "fp32", "fp16", "bf16"),
+            self.precision in ("auto", *PRECISIONS),
             "decode.precision",
             self.precision,
             "auto, fp32, fp16 or bf16",

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pds_ray.artifacts import RunFolder
-from pds_ray.errors import UserError
+from pds_ray.errors import UserError, first_line
 from pds_ray.storage import Folder
 
 PACKAGES = (
@@ -54,6 +54,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def rate(stage: dict[str, Any], count: str) -> float:
+    """Of a stage's entry in run.json: what it counts under that name, a second of its last sitting; 0 if unknown."""
+    done, seconds = stage.get("counts", {}).get(count), stage.get("sitting_s")
+    return done / seconds if done and seconds else 0.0
+
+
 class RunManifest:
     """run.json in memory; every change is written at once."""
 
@@ -66,7 +72,10 @@ class RunManifest:
                 self.data["stages"].items()
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 where = self.run.folder.full(RunFolder.MANIFEST)
-                raise ManifestError(f"{where} is not a run manifest ({error}); give another --out") from error
+                raise ManifestError(
+                    f"{where} is damaged or no run manifest ({first_line(error)}); give another --out, or delete it: a "
+                    "run goes on without it from the shards that are embedded"
+                ) from error
 
     @property
     def stages(self) -> dict[str, dict[str, Any]]:
@@ -95,7 +104,7 @@ class RunManifest:
             self.update()
 
     def start(self, stage: str, print_: str) -> None:
-        """Records that a stage is under way; time spent on it by interrupted runs is kept."""
+        """Records that a stage is under way; time spent on it by interrupted runs is kept, unless they were killed."""
         entry = self.stages.get(stage, {})
         spent = entry.get("seconds", 0.0) if entry.get("fingerprint") == print_ else 0.0
         self.stages[stage] = {"status": "running", "fingerprint": print_, "seconds": spent, "started": time.time()}
@@ -105,7 +114,9 @@ class RunManifest:
     def stop(self, stage: str, status: str, counts: dict[str, Any] | None = None) -> None:
         """Records how a stage ended: done, interrupted or failed."""
         entry = self.stages[stage]
-        entry["seconds"] = round(entry["seconds"] + time.monotonic() - self._began, 3)
+        sitting_s = time.monotonic() - self._began
+        entry["sitting_s"] = round(sitting_s, 3)  # for rates: what a killed sitting did is there, its time is not known
+        entry["seconds"] = round(entry["seconds"] + sitting_s, 3)
         del entry["started"]
         entry["status"] = status
         if counts is not None:

@@ -34,7 +34,7 @@ from pds_ray.storage import Folder, StorageError
 
 STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "caption", "materialize")  # of pds
 SELECTION_STAGES = ("embed", "select", "decode", "materialize")  # of the methods that choose real pairs
-# stage -> (what it counts, which entry of its counts says how many)
+# stage -> (what it counts, which entry of its counts says how many the last sitting did)
 COUNTED = {
     "embed": ("images", "timed"),
     "select": ("pairs", "prototypes"),
@@ -42,7 +42,7 @@ COUNTED = {
     "cluster": ("", ""),
     "match": ("couples", "couples"),
     "prototypes": ("prototypes", "prototypes"),
-    "decode": ("images", "images"),
+    "decode": ("images", "made"),
     "caption": ("pairs", "pairs"),
     "materialize": ("pairs", "pairs"),
 }
@@ -191,7 +191,6 @@ def open_run(plan_: Plan, redo: bool) -> RunManifest:
 
     Raises ManifestError in one line if either belongs to another configuration and `redo` does not allow the change.
     """
-    plan_.run.folder.sweep()
     manifest = RunManifest(plan_.run)
     recorded = {stage: entry["fingerprint"] for stage, entry in manifest.stages.items()}
     changed = [stage for stage, print_ in recorded.items() if print_ != plan_.fingerprints.get(stage)]
@@ -290,8 +289,8 @@ def distill(config: RunConfig, redo: bool = False, only: Collection[str] = ()) -
     if unknown:
         raise ConfigError(f"--only names {unknown[0]!r}; stages of method {config.method}: {', '.join(plan_.stages)}")
     plan_.run.folder.create()
-    with plan_.run.folder.lock():
-        return _run(plan_, redo, only)
+    with _holding(plan_.run):
+        return _run_stages(plan_, open_run(plan_, redo), only)
 
 
 def redo(config: RunConfig, stages_: Iterable[str], prepare: Callable[[Plan], None]) -> dict[str, Any]:
@@ -301,22 +300,25 @@ def redo(config: RunConfig, stages_: Iterable[str], prepare: Callable[[Plan], No
     Returns and raises what `distill` does.
     """
     plan_ = plan(config)
-    with plan_.run.folder.lock():
+    with _holding(plan_.run):
         manifest = open_run(plan_, redo=False)
         manifest.forget(*stages_)
         with plan_.store.folder.lock():
             prepare(plan_)
-        return _run(plan_, redo=False)
+        return _run_stages(plan_, manifest)
 
 
-def _run(plan_: Plan, redo: bool, only: Collection[str] = ()) -> dict[str, Any]:
-    with log.context(run=plan_.run.folder.shown):
-        manifest = open_run(plan_, redo)  # sweeps the folder: no sign of life may be half written by then
-        with beating(plan_.run):
-            return _run_stages(plan_, manifest, only)
+@contextmanager
+def _holding(run: RunFolder) -> Iterator[None]:
+    """The run folder is this process's alone."""
+    with log.context(run=run.folder.shown), run.folder.lock():
+        # before there is a sign of life, which might be half written; the store has a lock of its own
+        run.folder.sweep(spare=run.embeddings.name)
+        with beating(run):
+            yield
 
 
-def _run_stages(plan_: Plan, manifest: RunManifest, only: Collection[str]) -> dict[str, Any]:
+def _run_stages(plan_: Plan, manifest: RunManifest, only: Collection[str] = ()) -> dict[str, Any]:
     began = time.monotonic()
     manifest.update(
         config=public(plan_.config),
@@ -327,10 +329,8 @@ def _run_stages(plan_: Plan, manifest: RunManifest, only: Collection[str]) -> di
     )
     embedded = cache(lambda: _embedded(plan_, manifest))  # read once: the same for all stages that follow
     steps = _steps(plan_, manifest, embedded)
-    if manifest.is_done("embed", plan_.fingerprints["embed"]):
-        tried = plan_.store.committed().keys() | plan_.store.failed().keys()
-        if not tried >= {shard.name for shard in plan_.shards}:
-            manifest.forget("embed")  # the store is another one than before, or lost shards
+    if manifest.is_done("embed", plan_.fingerprints["embed"]) and _content_changed(plan_, manifest):
+        manifest.forget("embed")  # another run brought shards back, or some are lost: the counts are no longer true
     wanted = [stage for stage in plan_.stages if not only or stage in only]
     until = plan_.stages[: 1 + plan_.stages.index(wanted[-1])]
 
@@ -354,8 +354,8 @@ def _run_stages(plan_: Plan, manifest: RunManifest, only: Collection[str]) -> di
                 started = True
             with _recorded(manifest, stage, plan_.fingerprints[stage]) as counts, runtime.unwrapped_errors():
                 counts.update(steps[stage]())
-                if stage in RunFolder.FILES:
-                    _book_files(plan_, manifest, stage)
+                if stage != "embed":
+                    _book_files(plan_, manifest, stage, list(embedded()))
         if stage == "embed":
             content = _content(embedded())
             if manifest.data.get("store_content") != content:
@@ -365,35 +365,57 @@ def _run_stages(plan_: Plan, manifest: RunManifest, only: Collection[str]) -> di
     return manifest.data
 
 
-def _book_files(plan_: Plan, manifest: RunManifest, stage: str) -> None:
+def _book_files(plan_: Plan, manifest: RunManifest, stage: str, shards: list[str]) -> None:
     """Keeps the hashes of what a stage wrote; what follows stands as long as they are what they were."""
-    hashes = plan_.run.hash_files(stage)
+    from pds_ray.stages.cluster import spaces
+
+    pairs = plan_.run.prototypes().num_rows if stage == "decode" else 0
+    hashes = plan_.run.hash_files(plan_.run.files(stage, shards, spaces(plan_.config.cluster), pairs))
     if hashes != plan_.run.hashes(stage):
         _forget_after(plan_, manifest, stage)
     plan_.run.save_hashes(stage, hashes)
 
 
-def _embedded(plan_: Plan, manifest: RunManifest) -> Markers:
+def _markers(plan_: Plan, expected: int) -> Markers:
     """The markers of the shards that are embedded, in order: failed ones are not.
 
-    Raises StorageError if some do not show up: a store may list late what it holds.
+    Waits a while for as many as `expected`: a store may list late what it holds.
     """
-    expected = len(plan_.shards) - manifest.stages["embed"]["counts"].get("failed_shards", 0)
+    found: Markers = {}
     for wait_s in LISTING_WAITS_S:
         time.sleep(wait_s)
         markers = plan_.store.committed()
         found = {shard.name: markers[shard.name] for shard in plan_.shards if shard.name in markers}
         if len(found) >= expected:
-            return found
-    raise StorageError(
-        f"{expected - len(found):,} shards that were embedded are not in {plan_.store.folder.shown}; the same command "
-        "continues"
-    )
+            break
+    return found
+
+
+def _expected(plan_: Plan, manifest: RunManifest) -> int:
+    """How many shards are embedded, as the stage counted them."""
+    return len(plan_.shards) - manifest.stages["embed"]["counts"].get("failed_shards", 0)
+
+
+def _embedded(plan_: Plan, manifest: RunManifest) -> Markers:
+    """What `_markers` gives. Raises StorageError if some do not show up."""
+    expected = _expected(plan_, manifest)
+    found = _markers(plan_, expected)
+    if len(found) < expected:
+        raise StorageError(
+            f"{expected - len(found):,} shards that were embedded are not in {plan_.store.folder.shown}; the same "
+            "command continues"
+        )
+    return found
 
 
 def _content(embedded: Markers) -> str:
     """A digest of all embeddings of the run: they may change under one configuration, as when failed shards succeed."""
     return fingerprint([[shard, marker["sha256"]] for shard, marker in embedded.items()])
+
+
+def _content_changed(plan_: Plan, manifest: RunManifest) -> bool:
+    """Whether the store holds something else than when it was looked at last."""
+    return _content(_markers(plan_, _expected(plan_, manifest))) != manifest.data.get("store_content")
 
 
 def _forget_after(plan_: Plan, manifest: RunManifest, stage: str) -> None:
@@ -472,7 +494,7 @@ def _steps(
         before = plan_.stages[plan_.stages.index("decode") - 1]
         wanted = fingerprint(plan_.fingerprints["decode"], run.hashes(before))
         if entry != wanted:  # pictures of another configuration or of other prototypes
-            run.images.delete_all()
+            run.delete_images(run.prototypes().num_rows)
             manifest.update(images_fingerprint=wanted)
         return stage(plan_.source, plan_.decoder, config, run)
 
@@ -484,6 +506,11 @@ def _steps(
     def materialize() -> dict[str, Any]:
         from pds_ray.stages.materialize import write_distilled
 
+        if _content_changed(plan_, manifest):  # under readers, who take no lock: they may have seen a mixture
+            raise StorageError(
+                f"the embeddings in {store.folder.shown} changed while they were read, as when another run tries "
+                "failed shards again; the same command redoes what depends on them"
+            )
         run.distilled.delete_all()
         captions = run.captions() if "caption" in plan_.stages else None
         return write_distilled(run, _about(plan_, manifest), captions)

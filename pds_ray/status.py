@@ -7,12 +7,10 @@ from typing import Any
 
 from pds_ray import heartbeat
 from pds_ray.artifacts import RunFolder
+from pds_ray.heartbeat import SILENT_S
 from pds_ray.manifest import RunManifest
 from pds_ray.pipeline import stages
 from pds_ray.storage import Folder
-
-SILENT_S = 6 * heartbeat.BEAT_S
-"""After so long without a sign of life a driver counts as gone. Clocks of two machines may differ by some of it."""
 
 
 def status(path: str) -> dict[str, Any]:
@@ -30,7 +28,8 @@ def status(path: str) -> dict[str, Any]:
     entries = {stage: manifest.stages.get(stage, {}).get("status", "to do") for stage in stages(method)}
     open_ = [stage for stage, state in entries.items() if state != "done"]
     state = entries[open_[0]] if open_ else "finished"
-    if sign is not None and time.time() - sign["written"] < SILENT_S:
+    # a sign from far ahead is older than it looks: the clock was set back
+    if sign is not None and abs(time.time() - sign["written"]) < SILENT_S:
         state = "running"
     elif state == "running" or (sign is not None and open_):  # killed, perhaps before its first sign
         state = "silent"

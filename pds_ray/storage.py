@@ -35,6 +35,7 @@ from pds_ray.errors import UserError, first_line, without_secrets
 PART_SUFFIX = ".part"
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 LOCK = ".lock"
+WRITE_TEST = f".write-test{PART_SUFFIX}"  # of one name, so that the next run removes what a killed one left
 WAITS_S = (1.0, 4.0, 16.0)
 """Before a call that failed is repeated, on average; a store's client has by then tried for some seconds itself."""
 STREAM_BUFFER_BYTES = 1024**2
@@ -162,13 +163,15 @@ class Folder:
 
     def create(self) -> None:
         """Makes the folder and proves that it can be written. Raises StorageError in one line."""
-        probe = f".write-test-{uuid.uuid4().hex}"
         try:
             self._make()
-            self.write_bytes(probe, b"")
-            self.delete(probe)
-        except OSError as error:
-            raise StorageError(f"cannot write to {self.shown}: {_reason(error)}") from error
+            self.write_bytes(WRITE_TEST, b"")
+            self.delete(WRITE_TEST)
+        except (OSError, StorageError) as error:
+            cause = error.__cause__ if isinstance(error, StorageError) else error
+            if cause is None:  # of an object store, which says where itself
+                raise
+            raise StorageError(f"cannot write to {self.shown}: {_reason(cause)}") from error
 
     @_patient
     def _make(self) -> None:
@@ -189,44 +192,52 @@ class Folder:
 
     @_patient
     def delete(self, name: str) -> None:
-        """Removes a file; one that is not there is no error."""
+        """Removes a file; one that is not there is no error. Raises what `writer` does."""
         fs, root = self._fs
-        with contextlib.suppress(FileNotFoundError):
+        with _in_one_line(f"delete {self.full(name)}"), contextlib.suppress(FileNotFoundError):
             fs.delete_file(f"{root}/{name}")
 
     @_patient
     def delete_all(self) -> None:
-        """Removes the folder and all in it; one that is not there is no error."""
+        """Removes the folder and all in it; one that is not there is no error. Raises what `writer` does."""
         fs, root = self._fs
-        with contextlib.suppress(FileNotFoundError):
+        with _in_one_line(f"delete {self.shown}"), contextlib.suppress(FileNotFoundError):
             fs.delete_dir(root)
 
-    def sweep(self) -> None:
+    def sweep(self, spare: str = "") -> None:
         """Removes what interrupted writers left behind, here and below. Only for the holder of the lock.
 
-        On an object store that is nothing visible; a lifecycle rule of the bucket removes uploads never completed.
+        A folder directly in this one that has the name `spare` is left alone. On an object store there is nothing
+        visible; a lifecycle rule of the bucket removes uploads never completed. Raises what `writer` does.
         """
         if is_remote(self.path):
             return
-        fs, root = self._fs
-        for info in fs.get_file_info(pafs.FileSelector(root, allow_not_found=True, recursive=True)):
-            if info.type == pafs.FileType.File and info.base_name.endswith(PART_SUFFIX):
-                fs.delete_file(info.path)
+        for place, folders, files in os.walk(self.path):
+            if place == self.path and spare in folders:
+                folders.remove(spare)
+            for name in files:
+                if name.endswith(PART_SUFFIX):
+                    part = Path(place, name)
+                    with _in_one_line(f"delete {part}"):
+                        part.unlink(missing_ok=True)  # orphans of a killed driver may still finish it
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the folder for this process; it is free again however the process ends.
 
-        Object stores have no locks. Two runs of one configuration in one folder there do the same work twice and may
-        take each other's unfinished pieces away, which ends one of them; but every object is whole, both write the
-        same bytes under the same name, and markers come last, so that what is there can be trusted.
+        Object stores have no locks; there a run looks for the signs of life of others (`heartbeat.beating`). Should two
+        runs of one configuration be at work in one folder nevertheless, they do the same work twice and may take each
+        other's unfinished pieces away, which ends one of them; but every object is whole, both write the same bytes
+        under the same name, and markers come last, so that what is there can be trusted.
 
-        Raises StorageError in one line if another process holds it.
+        Raises StorageError in one line if another process holds it, or what `writer` does.
         """
         if is_remote(self.path):
             yield
             return
-        with open(self.full(LOCK), "a") as handle:
+        with _in_one_line(f"write to {self.shown}"):
+            handle = open(self.full(LOCK), "a")  # noqa: SIM115 - closed below
+        with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -248,18 +259,18 @@ class Folder:
             return
         final = self.full(name)
         aside = Path(f"{final}.{uuid.uuid4().hex[:8]}{PART_SUFFIX}")
-        try:
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as stream:
-                yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            aside.replace(final)
-        except BaseException as error:
-            aside.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno in DISK_FAULTS:
-                raise StorageError(f"cannot write {final}: {_reason(error)}") from error
-            raise
+        with _in_one_line(f"write {final}"):
+            try:
+                aside.parent.mkdir(parents=True, exist_ok=True)
+                with aside.open("wb") as stream:
+                    yield stream
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                aside.replace(final)
+            except BaseException:
+                with contextlib.suppress(OSError):  # a broken disk may keep it; what broke it first is to be told
+                    aside.unlink(missing_ok=True)
+                raise
 
     @_patient
     def _upload(self, name: str, data: bytes) -> None:
@@ -311,6 +322,17 @@ class Folder:
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         fs, root = self._fs
         return pq.read_table(f"{root}/{name}", columns=columns, filesystem=fs, partitioning=None)
+
+
+@contextlib.contextmanager
+def _in_one_line(what: str) -> Iterator[None]:
+    """Raises StorageError, saying what cannot be done, if the disk is full, read-only or broken."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        raise StorageError(f"cannot {what}: {_reason(error)}") from error
 
 
 class _RemoteFile(io.RawIOBase):
@@ -372,8 +394,8 @@ def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)  # pyarrow's own text names the file once more
     return first_line(error)
 
 

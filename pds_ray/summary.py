@@ -8,6 +8,7 @@ import yaml
 
 from pds_ray.artifacts import RunFolder
 from pds_ray.errors import printable
+from pds_ray.manifest import rate
 from pds_ray.pipeline import COUNTED, Plan, public, stages
 from pds_ray.planning import Demand, Measured
 from pds_ray.planning import Plan as Forecast
@@ -78,10 +79,8 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
 
 def _rate(name: str, entry: dict[str, Any]) -> str:
     unit, key = COUNTED[name]
-    counts, seconds = entry.get("counts", {}), entry.get("seconds", 0)
-    if not (unit and counts.get(key) and seconds):
-        return ""
-    return f"{counts[key] / seconds:,.0f} {unit}/s{_idle(counts)}"
+    per_s = rate(entry, key)
+    return f"{per_s:,.0f} {unit}/s{_idle(entry['counts'])}" if per_s else ""
 
 
 def _idle(counts: dict[str, Any]) -> str:

@@ -9,10 +9,11 @@ from typing import Any
 from pds_ray import pipeline
 from pds_ray.artifacts import EmbeddingStore, RunFolder
 from pds_ray.config import ConfigError, RunConfig, flatten, replace
+from pds_ray.errors import first_line
 from pds_ray.manifest import RunManifest
 from pds_ray.progress import progress_bar
 from pds_ray.sources.base import RETRYABLE
-from pds_ray.stages.embed import sum_counts
+from pds_ray.stages.embed import shard_counts, sum_counts
 from pds_ray.stages.materialize import MANIFEST
 from pds_ray.storage import Folder, side_by_side
 
@@ -42,10 +43,12 @@ class _Promise:
 
     def problem(self) -> Problem | None:
         try:
-            found = self.folder.sha256(self.name)
+            what = "" if self.folder.sha256(self.name) == self.sha256 else "corrupt"
         except FileNotFoundError:
-            return Problem(self.stage, self.name, "missing", self.shard)
-        return None if found == self.sha256 else Problem(self.stage, self.name, "corrupt", self.shard)
+            what = "missing"
+        except OSError as error:
+            what = f"unreadable ({first_line(error)})"
+        return Problem(self.stage, self.name, what, self.shard) if what else None
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
     """
     run = _open(path, changes)
     problems, promises = [], []
+    markers: dict[str, dict[str, Any]] = {}
     for stage in run.done:
         if stage == "embed":
             markers = run.store.committed()
@@ -91,24 +95,45 @@ def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
                 hashes = marker["sha256"].items()
                 promises += [_Promise(stage, run.store.folder, name, sha256, shard) for name, sha256 in hashes]
             continue
-        folder, manifest = run.folder.folder, f"hashes/{stage}.json"
+        manifest = f"hashes/{stage}.json"
         try:
-            if stage == "materialize":
-                folder, manifest = run.folder.distilled, MANIFEST
-                hashes = {name: file["sha256"] for name, file in folder.read_json(manifest)["files"].items()}.items()
-            else:
-                hashes = folder.read_json(manifest).items()
+            hashes = run.folder.folder.read_json(manifest).items()
         except FileNotFoundError:
             problems.append(Problem(stage, manifest, "missing"))
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, AttributeError):
             problems.append(Problem(stage, manifest, "corrupt"))
         else:
-            promises += [_Promise(stage, folder, name, sha256) for name, sha256 in hashes]
-    with progress_bar("verify", len(promises), "files") as bar:
+            promises += [_Promise(stage, run.folder.folder, name, sha256) for name, sha256 in hashes]
+        if stage == "materialize":
+            promises += [_Promise(stage, run.folder.distilled, name, sha256) for name, sha256 in _set_files(run)]
+    with progress_bar("verify", len(promises) + len(markers), "files") as bar:
         for problem in side_by_side(_Promise.problem, promises):
             problems += [problem] if problem else []
             bar.update()
+        broken = {problem.shard for problem in problems}
+        whole = [(shard, marker) for shard, marker in markers.items() if shard not in broken]
+        for problem in side_by_side(lambda item: _miscounted(run.store, *item), whole):
+            problems += [problem] if problem else []
+            bar.update()
     return len(promises), problems
+
+
+def _set_files(run: _Run) -> list[tuple[str, str]]:
+    """Names and hashes of the files of the distilled set; none if its manifest, a promised file, is not as it was."""
+    try:
+        files = run.folder.distilled.read_json(MANIFEST)["files"]
+        return [(name, file["sha256"]) for name, file in files.items()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
+
+
+def _miscounted(store: EmbeddingStore, shard: str, marker: dict[str, Any]) -> Problem | None:
+    """Whether the marker of a shard whose files are good counts other than what is in them."""
+    counts = shard_counts(store.images(shard, []), store.captions(shard, []), store.errors(shard))
+    told = {name: marker[name] for name in counts}
+    if told == counts:
+        return None
+    return Problem("embed", shard + store.MARKER, f"counts {told}, its files hold {counts}", shard)
 
 
 def _disagreements(run: _Run, markers: dict[str, dict[str, Any]]) -> Iterator[Problem]:

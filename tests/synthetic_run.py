@@ -110,11 +110,11 @@ def make_run(
             "pairs_not_shared": int(kept.sum()) - shared_pairs,
         },
         "prototypes": {"prototypes": pairs},
-        "decode": {"images": pairs},
+        "decode": {"images": pairs, "made": pairs},
         "materialize": {"pairs": pairs},
     }
     stages = {
-        name: {"status": "done", "fingerprint": "store", "seconds": 1.5, "counts": entry}
+        name: {"status": "done", "fingerprint": "store", "seconds": 1.5, "sitting_s": 1.5, "counts": entry}
         for name, entry in counts.items()
     }
     config = to_dict(RunConfig(source=uri, out=str(path), pairs=pairs))

@@ -65,7 +65,7 @@ def make_store(folder: Path, rows_per_shard: list[int], seed: int = 0, dim: int 
             ),
             ERROR_SCHEMA.empty_table(),
         )
-        store.commit(name, *tables, {"shard": name, **shard_counts(*tables)})
+        store.commit(name, *tables, {**shard_counts(*tables), "precision": "fp32"})
         names.append(name)
         start += rows
     captions = [f"caption {pair}" for pair in range(len(owner))]

@@ -79,7 +79,7 @@ def prepare(task: Task) -> Found:
             pa.table(pictures, schema=image_schema(DIM, "float16")),
             pa.table(captions, schema=caption_schema(DIM, "float16")),
             ERROR_SCHEMA.empty_table(),
-            {"images": len(keys), "pairs": len(rows), "bad": 0},
+            {"images": len(keys), "pairs": len(rows), "bad": 0, "reasons": {}, "precision": "fp16"},
         )
     return {}
 

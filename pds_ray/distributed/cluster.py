@@ -150,7 +150,7 @@ def cluster(
     with progress_bar("cluster", len(spaces) + len(shards), "steps") as bar:
         for space in spaces:
             if space not in begun["fits"] or not run.has_centroids(space):
-                run.delete_labels()  # of centroids that are gone: made anew they may differ in their last bits
+                run.delete_labels(shards)  # of centroids that are gone: made anew they may differ in their last bits
                 rows = counts["images_kept"] if space == "image" else counts["kept"]
                 width = 2 * dim if space == "joint" else dim
                 bar.set_postfix_str(f"k-means of {rows:,} {space} vectors, K = {config.pairs:,}", refresh=False)

@@ -292,16 +292,15 @@ def embed(
         before = {shard.name: done[shard.name] for shard in todo if shard.name in done}
         totals, failed = _embed(todo, work, reused, before, len(shards), encoders)
         store.parts.delete_all()
+        store.folder.sweep()  # actors that were killed may have left parts of files
     check_bad_share(totals, config.ray.max_bad_share, final=True)
-    # images that the seconds booked for this stage were spent on: those of a shared store were another run's
-    timed = totals["images"] - (reused["images"] if config.embed.store else 0)
     return {
         **totals,
         "shards": len(shards),
         "failed_shards": failed,
         "shards_reused": len(shards) - len(todo),
         "images_reused": reused["images"],
-        "timed": timed,
+        "timed": totals["images"] - reused["images"],
         **encoders.counts("encoder"),
     }
 

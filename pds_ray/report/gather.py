@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from pds_ray.artifacts import EmbeddingStore, RunFolder, vectors
 from pds_ray.errors import without_secrets
-from pds_ray.manifest import RunManifest
+from pds_ray.manifest import RunManifest, rate
 from pds_ray.pipeline import COUNTED
 from pds_ray.report import space
 from pds_ray.report.evaluations import (
@@ -479,9 +479,11 @@ def _stages(stages: Json) -> list[Json]:
     rows = []
     for name, entry in stages.items():
         unit, key = COUNTED.get(name, ("", ""))
-        count, seconds = entry.get("counts", {}).get(key) or 0, entry.get("seconds", 0)
-        rate = f"{count / seconds:,.0f} {unit}/s" if count and seconds else ""
-        rows.append({"stage": name, "status": entry.get("status", ""), "seconds": seconds, "rate": rate})
+        per_s = rate(entry, key)
+        told = f"{per_s:,.0f} {unit}/s" if per_s else ""
+        rows.append(
+            {"stage": name, "status": entry.get("status", ""), "seconds": entry.get("seconds", 0), "rate": told}
+        )
     return rows
 
 

@@ -46,6 +46,9 @@ MAX_EXPANSION = 100
 hardly compress; zeros do 1000:1."""
 EXPANSION_FREE = 64 * 1024**2
 
+NAME_LENGTH = 150
+"""Of a shard, in characters: a file name has 255, of which the run folder needs some for what it adds."""
+
 _GONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
 _DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
@@ -543,12 +546,15 @@ def _fixed_folder(pattern: str) -> str:
 
 
 def _shard_names(locations: list[str]) -> dict[str, str]:
-    """Location -> name: the file's stem in safe characters, with a hash of the location where two would be the same."""
+    """Location -> name: the file's stem in safe characters, with a hash of the location where two would be the same.
+
+    Longer than NAME_LENGTH it is cut there, with a hash as well.
+    """
     names = {location: _safe_stem(location) for location in locations}
     uses = Counter(names.values())
     for location, name in names.items():
-        if uses[name] > 1:
-            names[location] = f"{name}-{hashlib.blake2b(location.encode(), digest_size=4).hexdigest()}"
+        if uses[name] > 1 or len(name) > NAME_LENGTH:
+            names[location] = f"{name[:NAME_LENGTH]}-{hashlib.blake2b(location.encode(), digest_size=4).hexdigest()}"
     return names
 
 

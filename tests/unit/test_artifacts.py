@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -80,6 +81,9 @@ def tables(dim=3, dtype="float16", rows=4):
     return images, captions, errors
 
 
+COUNTS = {"images": 4, "pairs": 4, "bad": 1, "reasons": {"not_a_tar": 1}, "precision": "fp32"}
+
+
 def test_a_shard_is_there_when_its_marker_is(tmp_path, monkeypatch):
     store = EmbeddingStore(Folder(str(tmp_path)))
     images, captions, errors = tables()
@@ -90,12 +94,12 @@ def test_a_shard_is_there_when_its_marker_is(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "write_json", dies)
         with pytest.raises(KeyboardInterrupt):
-            store.commit("s0", images, captions, errors, {})
+            store.commit("s0", images, captions, errors, COUNTS)
     assert store.committed() == {}
 
     store.folder.write_json(store.STORE, {})
-    store.commit("s0", images, captions, errors, {"shard": "s0", "images": 4})
-    store.commit("s1.x-y_z", *(table.slice(0, 0) for table in (images, captions, errors)), {})
+    store.commit("s0", images, captions, errors, COUNTS)
+    store.commit("s1.x-y_z", *(table.slice(0, 0) for table in (images, captions, errors)), COUNTS)
     assert store.committed().keys() == {"s0", "s1.x-y_z"}
     assert EmbeddingStore(store.folder, "of other data").committed() == {}, "markers of another fingerprint count"
     assert store.images("s0").equals(images)
@@ -109,6 +113,59 @@ def test_a_shard_is_there_when_its_marker_is(tmp_path, monkeypatch):
     assert len(marker["sha256"]) == 3
     for name, digest in marker["sha256"].items():
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
+
+
+class Killed(BaseException):
+    """As by SIGKILL: nobody cleans up behind it."""
+
+
+def whole(store):
+    """The shards that are there; each with the very files that its marker means."""
+    there = store.committed()
+    for marker in there.values():
+        for name, digest in marker["sha256"].items():
+            assert hashlib.sha256((Path(store.folder.path) / name).read_bytes()).hexdigest() == digest
+    return there
+
+
+def kill_at(step, after, patch):
+    """The process dies before or after the given change of files."""
+    steps = iter(range(100))
+
+    def dying(method):
+        def call(*args):
+            mine = next(steps) == step
+            if mine and not after:
+                raise Killed
+            method(*args)
+            if mine:
+                raise Killed
+
+        return call
+
+    for name in ("delete", "write_bytes"):
+        patch.setattr(Folder, name, dying(getattr(Folder, name)))
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("step", range(6))  # the marker away, three files, the marker, the note of failure away
+def test_a_shard_that_is_committed_again_is_never_a_mixture(tmp_path, monkeypatch, step, after):
+    """Killed at any step it is as it was, as it is to be, or not there; a repetition mends it."""
+    store = EmbeddingStore(Folder(str(tmp_path)))
+    old, new = tables(), tables(rows=3)
+    store.commit("s0", *old, COUNTS)
+    store.fail("s0", "to be tried again")
+    with monkeypatch.context() as patch:
+        kill_at(step, after, patch)
+        with pytest.raises(Killed):
+            store.commit("s0", *new, COUNTS)
+    assert bool(whole(store)) == (step + after in (0, 5, 6))
+    if whole(store):
+        assert store.images("s0").equals((new if step else old)[0])
+    store.commit("s0", *new, COUNTS)
+    assert whole(store).keys() == {"s0"}
+    assert store.images("s0").equals(new[0])
+    assert store.failed() == {}
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from docs_pages import DOCS, PAGES, ROOT, Block, blocks, commands
 
 from pds_ray import catalog, progress, status
 from pds_ray.distributed.metrics import COUNTERS
-from pds_ray.heartbeat import BEAT_S
+from pds_ray.heartbeat import BEAT_S, SILENT_S
 from pds_ray.sources.base import Sample
 from pds_ray.stages.embed import no_counts
 
@@ -91,7 +91,7 @@ def test_the_sign_of_life_looks_as_shown() -> None:
     (shown,) = (json.loads(block.text) for block in blocks(DOCS / "watching.md") if block.language == "json")
     assert shown.keys() == {"host", "pid", "written", "progress"}
     assert shown["progress"].keys() == {f.name for f in dataclasses.fields(progress.State)}
-    assert (BEAT_S, status.SILENT_S) == (10, 60)  # as the page says
+    assert (BEAT_S, SILENT_S) == (10, 60)  # as the page says
 
 
 def test_the_states_are_those_that_are_told() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pds_ray.artifacts import RunFolder
-from pds_ray.manifest import ManifestError, RunManifest, fingerprint, versions
+from pds_ray.manifest import ManifestError, RunManifest, fingerprint, rate, versions
 from pds_ray.storage import Folder
 
 JSON = st.recursive(
@@ -92,6 +92,19 @@ def test_time_adds_up_over_interruptions_and_starts_anew_with_a_change(run, monk
     assert spent == [7.0, 10.5, 1.0]
 
 
+def test_a_rate_leaves_out_what_a_killed_sitting_did(run, monkeypatch):
+    """900 images in 90 s and a kill, then 100 in 10 s: 10 a second, not 100."""
+    clock = iter([0.0, 100.0, 110.0])
+    monkeypatch.setattr("pds_ray.manifest.time.monotonic", lambda: next(clock))
+    RunManifest(run).start("embed", "f")
+    manifest = RunManifest(run)
+    manifest.start("embed", "f")
+    assert rate(manifest.stages["embed"], "timed") == 0
+    manifest.stop("embed", "done", {"images": 1000, "timed": 100})
+    assert rate(manifest.stages["embed"], "timed") == 10
+    assert rate(manifest.stages["embed"], "") == 0
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "5", "null", "{}", '{"stages": 5}', '{"stages": []}', "\udcff"])
 def test_another_file_under_that_name_is_refused_in_one_line(run, tmp_path, content):
     (tmp_path / "run.json").write_bytes(content.encode(errors="surrogateescape"))
@@ -99,6 +112,7 @@ def test_another_file_under_that_name_is_refused_in_one_line(run, tmp_path, cont
         RunManifest(run)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+    assert "delete it" in str(caught.value)
 
 
 def test_versions_of_what_decides_results():

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as pafs
 import pytest
 
-from pds_ray import heartbeat, pipeline
+from pds_ray import heartbeat, pipeline, storage
 from pds_ray.artifacts import RunFolder
 from pds_ray.config import replace
+from pds_ray.heartbeat import SILENT_S
 from pds_ray.manifest import ManifestError, RunManifest
 from pds_ray.pipeline import SELECTION_STAGES, STAGES
 from pds_ray.progress import progress_bar
 from pds_ray.recipes import recipe
-from pds_ray.status import SILENT_S, status
+from pds_ray.status import status
 from pds_ray.storage import Folder, StorageError
 
 
@@ -98,6 +102,18 @@ def test_a_run_that_ends_meanwhile_is_not_silent(
     assert status(run.folder.path)["state"] in ("running", "finished")
 
 
+@pytest.mark.parametrize(("jump_s", "state"), [(-3600.0, "silent"), (-20.0, "running"), (3600.0, "silent")])
+def test_a_clock_that_jumps_brings_no_dead_driver_to_life(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, jump_s: float, state: str
+) -> None:
+    """Set back by an hour, it would show one that was killed as running for that hour."""
+    book(run, (), "embed")
+    sign(run, 1.0)
+    now = time.time
+    monkeypatch.setattr("pds_ray.status.time.time", lambda: now() + jump_s)
+    assert status(run.folder.path)["state"] == state
+
+
 def test_other_methods_have_other_stages(run: RunFolder) -> None:
     book(run, SELECTION_STAGES, method="herding")
     assert status(run.folder.path)["state"] == "finished"
@@ -156,6 +172,77 @@ def test_a_run_goes_on_where_it_cannot_be_watched(
     with heartbeat.beating(run):
         time.sleep(0.2)
     assert "cannot follow this run: the store is away" in capsys.readouterr().err
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A run folder that takes the road of the object stores, where nothing waits for long."""
+    bucket = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+    monkeypatch.setattr(storage, "open_filesystem", lambda path: (bucket, path.removeprefix("s3://bucket/")))
+    for name, seconds in (("BEAT_S", 0.05), ("SILENT_S", 1.0), ("SETTLE_S", 0.3)):
+        monkeypatch.setattr(heartbeat, name, seconds)
+    (tmp_path / "run").mkdir()
+    return RunFolder(Folder("s3://bucket/run"))
+
+
+def elsewhere(run: RunFolder, age_s: float = 0.0, pid: int = 1) -> None:
+    other = {"host": "elsewhere", "pid": pid, "written": time.time() - age_s, "progress": None}
+    run.folder.write_json(RunFolder.HEARTBEAT, other)
+
+
+def test_a_driver_that_lives_keeps_another_out_of_a_store_without_locks(remote: RunFolder) -> None:
+    ended = threading.Event()
+
+    def live() -> None:
+        while not ended.wait(0.05):
+            elsewhere(remote)
+
+    elsewhere(remote)
+    other = threading.Thread(target=live)
+    other.start()
+    try:
+        with pytest.raises(
+            StorageError, match=r"another driver \(process 1 on elsewhere\) is at work in s3://bucket/run"
+        ):
+            heartbeat.beating(remote).__enter__()
+    finally:
+        ended.set()
+        other.join()
+    sign = heartbeat.read(remote)
+    assert sign is not None
+    assert sign["host"] == "elsewhere", "the refused one takes nothing away"
+
+
+@pytest.mark.parametrize(("age_s", "waits"), [(0.2, True), (5.0, False), (-5.0, False)])
+def test_one_that_was_killed_is_waited_for_and_then_forgotten(
+    remote: RunFolder, capsys: pytest.CaptureFixture[str], age_s: float, waits: bool
+) -> None:
+    elsewhere(remote, age_s)
+    began = time.monotonic()
+    with heartbeat.beating(remote):
+        sign = heartbeat.read(remote)
+        assert sign is not None
+        assert sign["pid"] == os.getpid()
+    assert ("waiting to see whether it is gone" in capsys.readouterr().err) == waits
+    assert (time.monotonic() - began > 1.0) == waits
+    assert heartbeat.read(remote) is None
+
+
+def test_of_two_that_begin_at_once_one_goes_on(remote: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have seen an empty folder; the other's sign comes last."""
+    monkeypatch.setattr(heartbeat, "_wait_for_silence", lambda _: None)
+    other = threading.Timer(0.1, elsewhere, (remote,))
+    other.start()
+    with pytest.raises(StorageError, match="another driver"):
+        heartbeat.beating(remote).__enter__()
+    other.join()
+
+
+def test_a_process_that_has_the_number_of_a_dead_one_need_not_wait(remote: RunFolder) -> None:
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "written": time.time(), "progress": None}
+    remote.folder.write_json(RunFolder.HEARTBEAT, mine)
+    heartbeat._wait_for_silence(remote)
+    assert heartbeat.read(remote) == mine
 
 
 def test_status_is_json(run: RunFolder) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
 import signal
+import subprocess
+import threading
 import time
 
 import pyarrow as pa
@@ -13,7 +16,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from pds_ray import storage
+from pds_ray import cli, heartbeat, storage
+from pds_ray.artifacts import RunFolder
 from pds_ray.storage import (
     CALLS_AT_ONCE,
     PART_SUFFIX,
@@ -98,6 +102,113 @@ def test_sweep_removes_what_a_killed_writer_left(tmp_path):
     assert [name for name in folder.names() if name.endswith(PART_SUFFIX)]
     folder.sweep()
     assert folder.names() == ["good"]
+
+
+def test_sweep_spares_a_folder_that_has_a_lock_of_its_own(tmp_path):
+    folder = Folder(str(tmp_path))
+    for place in ("embeddings", "embeddings/parts", "images", "images/embeddings"):
+        (folder / place).write_bytes(f"x{PART_SUFFIX}", b"")
+    folder.sweep(spare="embeddings")
+    assert files(tmp_path) == [f"embeddings/parts/x{PART_SUFFIX}", f"embeddings/x{PART_SUFFIX}"]
+    folder.sweep()
+    assert files(tmp_path) == []
+
+
+def test_sweep_and_writers_that_finish_meanwhile(tmp_path):
+    """Orphans of a killed driver rename their parts while they are looked for; none of what they finish is lost."""
+    folder, number, ended = Folder(str(tmp_path)), 0, threading.Event()
+
+    def write():
+        nonlocal number
+        while not ended.is_set():
+            with contextlib.suppress(FileNotFoundError):  # their part was taken
+                folder.write_bytes(f"{number % 50}", b"whole")
+            number += 1
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    deadline = time.monotonic() + 3
+    try:
+        while time.monotonic() < deadline:
+            folder.sweep()
+    finally:
+        ended.set()
+        writer.join()
+    assert number > 50
+    assert {(tmp_path / name).read_bytes() for name in folder.names() if not name.endswith(PART_SUFFIX)} == {b"whole"}
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of its own, and what makes it read-only."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"cannot mount a disk: {made.stderr.strip()}")
+    yield disk, lambda: subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_read_only_disk_is_one_line_whatever_is_done(disk):
+    path, close = disk
+    folder = Folder(str(path))
+    (folder / "sub").write_bytes("x", b"1")
+    folder.write_bytes(f"left{PART_SUFFIX}", b"")
+    close()
+
+    def locked():
+        with folder.lock():
+            pass
+
+    for action in (
+        lambda: folder.write_bytes("x", b"2"), lambda: folder.write_json("new/y", {}), folder.create, folder.sweep,
+        locked, (folder / "sub").delete_all, lambda: (folder / "sub").delete("x"), (folder / "new").create,
+    ):  # fmt: skip
+        with pytest.raises(StorageError, match=f"^cannot .*{path}.*: Read-only file system$") as caught:
+            action()
+        assert "write-test" not in str(caught.value), "a file that nobody knows"
+    assert (folder / "sub").read_bytes("x") == b"1"
+
+
+def test_a_run_whose_disk_becomes_read_only_ends_in_the_line_that_says_so(disk, capsys):
+    path, close = disk
+    run = RunFolder(Folder(str(path)))
+
+    def work():
+        with heartbeat.beating(run):
+            while heartbeat.read(run) is None:
+                time.sleep(0.01)
+            close()
+            run.folder.write_json("result", {})
+
+    with pytest.raises(StorageError, match=r"cannot write .*result: Read-only file system"):
+        work()
+    assert "cannot follow this run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["distill"], ["distill", "--redo"]])
+def test_a_read_only_run_folder_ends_the_command_in_one_line(disk, command, capsys):
+    path, close = disk
+    (path / "run").mkdir()
+    close()
+    small = ["--source", "scenes:20", "--pairs", "2", "--decoder", "nearest", "--preset", "demo"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, *small, "--out", str(path / "run")])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert said == f"pds-ray: cannot write to {path / 'run'}: Read-only file system"
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_trial_that_was_killed_is_taken_away_by_the_next(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "delete", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            folder.create()
+    assert len(files(tmp_path)) == 1
+    folder.create()
+    assert files(tmp_path) == []
 
 
 def test_names_are_sorted_files_of_this_folder(folder):

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 import webdataset
@@ -22,10 +23,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
+from pds_ray.artifacts import EmbeddingStore
+from pds_ray.distributed.embed import TABLES, part_name
 from pds_ray.images import ImageError, decode_image
 from pds_ray.sources import webdataset as module
 from pds_ray.sources.base import REASONS, Fault, Sample, Shard, SourceError
 from pds_ray.sources.webdataset import MAX_HEADER_BYTES, WebDatasetSource
+from pds_ray.storage import Folder
 
 Member = tuple[str, bytes]
 END_MARK = bytes(1024)
@@ -556,6 +560,24 @@ def test_relative_paths_are_found_from_another_folder(tree: Path, monkeypatch: p
     monkeypatch.chdir(tree)
     (shard,) = WebDatasetSource("a/00001.tar").shards()
     assert shard.location == f"{tree.resolve()}/a/00001.tar"
+
+
+@pytest.mark.parametrize("length", [1, 149, 150, 151, 223, 251])
+def test_a_long_name_leaves_room_for_what_is_added(tmp_path: Path, length: int) -> None:
+    """All files of a shard can be written, and two that differ at their ends alone have two names."""
+    stems = [letter.rjust(length, "x") for letter in "ab"]
+    for stem in stems:
+        (tmp_path / f"{stem}.tar").write_bytes(b"")
+    names = [shard.name for shard in WebDatasetSource(str(tmp_path / "*.tar")).shards()]
+    assert len(set(names)) == 2
+    assert (names == stems) == (length <= 150)
+    store = EmbeddingStore(Folder(str(tmp_path / "store")))
+    table = pa.table({"n": [1]})
+    for name in names:
+        store.commit(name, table, table, table, {})
+        for kind in TABLES:
+            store.parts.write_table(part_name(name, 10**9, kind), table)
+    assert len(store.folder.names()) == 8
 
 
 def test_names_are_unique_and_stay_the_same(tree: Path) -> None:
