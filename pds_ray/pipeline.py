@@ -26,7 +26,7 @@ from pds_ray.config import (
 )
 from pds_ray.decoders.base import DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
-from pds_ray.errors import without_secrets
+from pds_ray.errors import first_line, without_secrets
 from pds_ray.heartbeat import beating
 from pds_ray.manifest import ManifestError, RunManifest, fingerprint, versions
 from pds_ray.sources.base import Sample, Shard, Source, SourceError
@@ -50,6 +50,7 @@ PICTURES_TOGETHER = 256  # chosen pictures looked up at once: each lookup reads 
 LISTING_WAITS_S = (0.0, 1.0, 4.0, 16.0)
 PROBE = 10_000  # images looked at before a run; that there are more pairs than this shows only when all are embedded
 CAPTIONLESS_PROBE = 1_000  # this many samples in a row without a caption: the source has none
+UNREADABLE_PROBE = 10  # the first shards, none of which can be read to its end: nor can the others
 FREE_FIELDS = (
     "out",
     "embed.batch_size",
@@ -126,11 +127,10 @@ def plan(config: RunConfig) -> Plan:
 def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> None:
     """Reads just far enough to know that there are `pairs` captioned images, PROBE at most.
 
-    A shard that cannot be read is passed over, unless none can.
+    A shard that cannot be read is passed over, unless none can or none of the first UNREADABLE_PROBE.
     """
     clean = CLEANERS[config.read.captions]
-    images = captionless = read = 0
-    unreadable: OSError | None = None
+    images = captionless = read = unreadable = 0
     for shard in shards:
         try:
             for item in source.read(shard):
@@ -142,10 +142,11 @@ def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> Non
                 if images == 0 and captionless >= CAPTIONLESS_PROBE:
                     raise ConfigError(f"the first {captionless:,} samples of {config.source} have no caption")
             read += 1
-        except OSError as error:
-            unreadable = error
-    if unreadable is not None and not read:
-        raise SourceError(f"no shard of {config.source} can be read: {unreadable}") from unreadable
+        except (OSError, StorageError) as error:
+            unreadable += 1
+            if unreadable == min(len(shards), UNREADABLE_PROBE) and not read:
+                which = "no shard" if unreadable == len(shards) else f"none of the first {unreadable} shards"
+                raise SourceError(f"{which} of {config.source} can be read: {first_line(error)}") from error
     if images == 0 and captionless:
         raise ConfigError(f"none of the {captionless:,} samples of {config.source} has a caption (.txt or .json)")
     raise ConfigError(

@@ -37,6 +37,7 @@ from pds_ray.progress import progress_bar, waiting_for
 from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
 from pds_ray.stages.isolated import Limits, embed_isolated
+from pds_ray.storage import StorageError
 
 MIN_SAMPLES_TO_JUDGE = 100
 READ_RETRY_WAITS_S = (1.0, 5.0, 25.0)
@@ -74,7 +75,7 @@ class _Reader:
         """The shard's blocks; a disk that fails is read again, it says nothing about the data.
 
         Object stores are asked again where they are read (`storage.open_stream`), and have failed for good if that
-        raises.
+        raises: one object that cannot be had costs its shard, and a store that is down more shards than may be lost.
         """
         self.under_way.begin(self.shard.name)
         done = 0
@@ -89,7 +90,7 @@ class _Reader:
                     yield _problem(UNREADABLE, error, self.shard.name)
                     return
                 time.sleep(wait_s)
-            except SourceError as error:
+            except (SourceError, StorageError) as error:
                 yield _problem(UNREADABLE, error, self.shard.name)
                 return
             except Exception as error:

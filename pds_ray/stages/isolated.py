@@ -28,6 +28,7 @@ from pds_ray.encoders.base import Encoder, EncoderInfo
 from pds_ray.errors import UserError
 from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
+from pds_ray.storage import StorageError
 
 POLL_S = 0.1
 PR_SET_PDEATHSIG = 1  # of prctl
@@ -210,7 +211,7 @@ def _blocks(source: Source, shard: Shard) -> Iterator[pa.Table]:
     """`core.read_blocks`; that the shard cannot be read is a SourceError."""
     try:
         yield from core.read_blocks(source, shard)
-    except OSError as error:
+    except (OSError, StorageError) as error:
         raise SourceError(f"cannot read {shard.name}: {error}") from error
 
 

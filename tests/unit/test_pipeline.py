@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from pds_ray.config import RunConfig, replace
+from pds_ray import pipeline
+from pds_ray.config import ConfigError, RunConfig, replace
 from pds_ray.pipeline import SELECTION_STAGES, STAGES, plan
 from pds_ray.recipes import recipe
+from pds_ray.sources.base import Sample, Shard, SourceError
+from pds_ray.storage import StorageError
 
 BASE = {"source": "scenes:120", "pairs": 5, "out": "unused", "decode.decoder": "nearest"}
 
@@ -156,3 +160,40 @@ def test_every_option_is_judged() -> None:
         "caption.nearest_to",
     }  # fmt: skip
     assert {name for name in flatten(to_dict(RunConfig())) if not name.startswith("ray.")} == judged
+
+
+class Refusing:
+    """Ten captioned samples a shard; the store refuses the shards that are named."""
+
+    uri, validation = "refusing", None
+
+    def __init__(self, refused: set[int]) -> None:
+        self.refused = refused
+        self.asked: list[str] = []
+
+    def read(self, shard: Shard) -> Iterator[Sample]:
+        self.asked.append(shard.name)
+        if int(shard.name) in self.refused:
+            raise StorageError("the object store fails at s3://b/0.tar (HTTP status 403)")
+        for number in range(10):
+            yield Sample(str(number), b"", ("a caption",))
+
+
+def check_enough(source: Refusing, shards: int, pairs: int) -> None:
+    config = RunConfig(source="s3://b/*.tar", pairs=pairs)
+    pipeline._check_enough(source, [Shard(str(n), "") for n in range(shards)], config)
+
+
+def test_a_shard_that_its_store_refuses_is_passed_over() -> None:
+    check_enough(Refusing({0, 2}), shards=4, pairs=20)
+    with pytest.raises(ConfigError, match="has only 20 captioned images"):
+        check_enough(Refusing({0, 2}), shards=4, pairs=21)
+
+
+def test_a_store_that_refuses_all_is_not_asked_for_long() -> None:
+    source = Refusing(set(range(40_000)))
+    with pytest.raises(SourceError, match=r"none of the first 10 shards of s3://b/\*.tar can be read: .*403"):
+        check_enough(source, shards=40_000, pairs=5)
+    assert len(source.asked) == 10
+    with pytest.raises(SourceError, match="no shard of"):
+        check_enough(Refusing({0, 1, 2}), shards=3, pairs=5)
