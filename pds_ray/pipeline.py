@@ -528,6 +528,7 @@ def _about(plan_: Plan, manifest: RunManifest) -> dict[str, Any]:
                 ("images embedded", "embed", "images"),
                 ("pairs embedded", "embed", "pairs"),
                 ("bad samples", "embed", "bad"),
+                ("shards not read", "embed", "failed_shards"),
                 ("pairs pruned", "prune", "dropped"),
                 ("pairs in matched clusters", "match", "shared_pairs"),
                 ("pairless couples", "match", "pairless"),

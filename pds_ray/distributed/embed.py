@@ -42,6 +42,7 @@ from pds_ray.storage import StorageError
 MIN_SAMPLES_TO_JUDGE = 100
 READ_RETRY_WAITS_S = (1.0, 5.0, 25.0)
 MAX_GROWTH_BYTES = 4 << 30  # by which a process may grow while it decodes one picture
+FAILED_SHOWN = 20  # shards that could not be read, of which run.json says why
 TABLES = ("images", "captions", "errors")
 UNREADABLE = "unreadable"  # reason of the row that ends a shard of which no more can be read
 FATAL, STORE = "fatal", "store"  # reasons of rows that end the run: our fault, or that of a disk or a store
@@ -270,7 +271,7 @@ def embed(
     todo = [shard for shard in shards if shard.name not in done or shard.name in again]
     names = {shard.name for shard in shards} - {shard.name for shard in todo}
     reused = core.sum_counts(done[name] for name in sorted(names))
-    totals, failed, encoders = reused, 0, metrics.ActorTime("embed")
+    totals, failed, encoders = reused, dict[str, str](), metrics.ActorTime("embed")
     if todo:
         precision = runtime.precision(config.embed.precision, runtime.pool(config.ray.embed_actors), "bf16")
         embed_config = replace(config.embed, precision=precision)
@@ -291,7 +292,8 @@ def embed(
     return {
         **totals,
         "shards": len(shards),
-        "failed_shards": failed,
+        "failed_shards": len(failed),
+        "failed": {name: failed[name] for name in sorted(failed)[:FAILED_SHOWN]},
         "shards_reused": len(shards) - len(todo),
         "images_reused": reused["images"],
         "timed": timed,
@@ -306,8 +308,8 @@ def _embed(
     before: dict[str, dict[str, Any]],
     shards: int,
     encoders: metrics.ActorTime,
-) -> tuple[dict[str, Any], int]:
-    """Embeds some shards of `shards`; returns the counts of all, and how many shards there are none of.
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Embeds some shards of `shards`; returns the counts of all, and of which shards there are none, and why.
 
     `before`: the markers of those that are tried again; they stand if it fails.
     """
@@ -354,7 +356,7 @@ def _embed(
                     core.add_counts(totals, outcome)
                     _tell_committed(name, outcome)
                 show()
-    return totals, len(problems.keys() - before.keys())
+    return totals, {name: problem for name, problem in problems.items() if name not in before}
 
 
 def _tell_committed(shard: str, counts: dict[str, Any]) -> None:

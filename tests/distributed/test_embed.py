@@ -100,6 +100,11 @@ def test_a_shard_that_cannot_be_opened_is_no_bad_sample(tmp_path: Path, shared_d
     with pytest.raises(UserError, match="bomb was listed but cannot be opened"), unwrapped_errors():
         embed(source, shards, catalog.describe_encoder(CONFIG.embed), CONFIG, store)
     assert "bomb" not in store.committed()
+    config = dataclasses.replace(CONFIG, ray=RayConfig(max_bad_share=1.0, max_failed_share=0.5))
+    for _ in range(2):  # how often it was tried changes nothing
+        counts = embed(source, shards, catalog.describe_encoder(CONFIG.embed), config, store)
+        assert (counts["shards"], counts["failed_shards"], list(counts["failed"])) == (2, 1, ["bomb"])
+        assert "cannot be opened" in counts["failed"]["bomb"]
 
 
 def test_broken_shards_lose_only_what_is_broken(tmp_path: Path, shared_data: Path) -> None:

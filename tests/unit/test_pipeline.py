@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pds_ray import pipeline
 from pds_ray.config import ConfigError, RunConfig, replace
+from pds_ray.manifest import RunManifest
 from pds_ray.pipeline import SELECTION_STAGES, STAGES, plan
 from pds_ray.recipes import recipe
 from pds_ray.sources.base import Sample, Shard, SourceError
@@ -160,6 +162,16 @@ def test_every_option_is_judged() -> None:
         "caption.nearest_to",
     }  # fmt: skip
     assert {name for name in flatten(to_dict(RunConfig())) if not name.startswith("ray.")} == judged
+
+
+def test_a_card_counts_the_shards_that_were_not_read(tmp_path: Path) -> None:
+    plan_ = plan(replace(recipe("demo"), {**BASE, "out": str(tmp_path), "method": "random"}))
+    counts = {"images": 90, "pairs": 450, "bad": 3, "failed_shards": 2, "failed": {"a": "gone", "b": "gone"}}
+    manifest = RunManifest(plan_.run)
+    manifest.data["stages"] = {"embed": {"counts": counts}, "decode": {"counts": {"images": 5}}}
+    about = pipeline._about(plan_, manifest)
+    assert about["counts"]["shards not read"] == 2
+    assert "gone" not in str(about), "why may differ from one try to the next"
 
 
 class Refusing:
