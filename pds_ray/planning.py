@@ -487,7 +487,8 @@ class _Run:
     @property
     def actors(self) -> int:
         """Those of runtime.pool."""
-        return self.config.ray.embed_workers or self.cluster.gpus or max(1, self.cluster.cpus // CPUS_A_WORKER)
+        by_cpus = max(1, self.cluster.cpus // min(CPUS_A_WORKER, self.cluster.node_cpus))
+        return self.config.ray.embed_workers or self.cluster.gpus or by_cpus
 
     def demand(self, what: str, work: float, figure: str, at_most: float | None = None) -> Demand:
         return Demand(what, work, self.figures[figure], at_most)

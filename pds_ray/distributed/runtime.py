@@ -36,6 +36,7 @@ Result = TypeVar("Result")
 
 READ_CPUS, DECODE_CPUS, SMALL_TASK_CPUS = 0.5, 0.25, 1.0
 BLOCK_BYTES = 64 << 20
+CPUS_A_WORKER = 8  # of a cluster without GPUs, or a node's if those have fewer, for each actor and what feeds it
 MODEL_THREADS = 4  # of each model, however many CPUs there are: convolutions round by how they are shared out
 NO_PROGRESS_TIMEOUT_S = 6 * 3600  # waiting hours for spot GPUs is no failure; the default is 30 minutes
 CONNECT_TIMEOUT_S = 10
@@ -46,10 +47,14 @@ TASK_RETRIES = 3  # of work whose process or machine died; Ray would try a sampl
 
 @dataclass(frozen=True)
 class Pool:
-    """Actors of one kind: how many at least and at most, and what each takes."""
+    """Actors of one kind: how many, and what each takes."""
 
     min_workers: int
+    """Without so many the work does not begin."""
     workers: int
+    """That the cluster has room for now, or that are wished for."""
+    max_workers: int | None
+    """None: as many as there are GPUs for, whenever they come."""
     num_cpus: float
     num_gpus: float
     resources: dict[str, float]
@@ -241,20 +246,25 @@ class _Board:
 def pool(wish: Actors, on_gpu: bool = True) -> Pool:
     """Actors for a model: one a GPU if the cluster has any, else as many as half of its CPUs feed well.
 
-    `on_gpu` is false for work that has no use for a GPU.
+    None takes more than half of the largest node's CPUs: more would fit on no node that reads as well. `on_gpu` is
+    false for work that has no use for a GPU.
     """
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)) if on_gpu else 0, max(1, int(resources.get("CPU", 1)))
+    largest = max([1.0, *(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])])
+    by_cpus = max(1, int(cpus // min(CPUS_A_WORKER, largest)))
     each = wish.gpus if on_gpu else 0.0
     if each is None:
-        count = wish.workers or gpus or max(1, cpus // 8)
+        count = wish.workers or gpus or by_cpus
         each = 1 / math.ceil(count / gpus) if gpus else 0.0
     else:  # GPUs that an autoscaler brings when they are asked for are not there yet
-        count = wish.workers or max(1, int(gpus / each) if each else cpus // 8)
+        count = wish.workers or (max(1, int(gpus / each)) if each else by_cpus)
     count = max(count, wish.min_workers)
-    share = cpus / 2 / count  # the other half reads and decodes
+    share = min(cpus / count, largest) / 2  # the other half reads and decodes
     num_cpus = min(1.0, share) if each or share < 1 else float(math.floor(share))
-    return Pool(wish.min_workers, count, num_cpus, each, wish.resources)
+    # Ray Data starts no actor that there is no GPU for, so that the number of GPUs is limit enough
+    limit = None if each and not wish.workers else count
+    return Pool(wish.min_workers, count, limit, num_cpus, each, wish.resources)
 
 
 def precision(wish: str, actors: Pool, on_gpu: str) -> str:
@@ -268,7 +278,7 @@ def actor_options(actors: Pool) -> dict[str, Any]:
     """The pool as arguments of `Dataset.map_batches`."""
     return {
         "compute": ray.data.ActorPoolStrategy(
-            min_size=actors.min_workers, max_size=actors.workers, initial_size=actors.workers
+            min_size=actors.min_workers, max_size=actors.max_workers, initial_size=actors.workers
         ),
         "max_task_retries": TASK_RETRIES,
         **actors.options(),

@@ -479,13 +479,19 @@ def test_rates_lie_in_the_cache_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp
 # ---- the engine it speaks of -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("gpus", "cpus"), [(0, 1), (0, 2), (0, 15), (0, 64), (1, 16), (8, 64)])
+@pytest.mark.parametrize(
+    ("gpus", "cpus", "nodes"), [(0, 1, 1), (0, 2, 1), (0, 15, 1), (0, 64, 1), (1, 16, 1), (8, 64, 1), (0, 20, 10)]
+)
 @pytest.mark.parametrize("workers", [0, 3])
-def test_pools_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch, gpus: int, cpus: int, workers: int) -> None:
+def test_pools_are_those_of_the_engine(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, cpus: int, nodes: int, workers: int
+) -> None:
     from pds_ray.distributed import runtime
 
     monkeypatch.setattr(runtime.ray, "cluster_resources", lambda: {"GPU": gpus, "CPU": cpus})
-    cluster = Cluster(gpus, "H100" if gpus else "", cpus, cpus)
+    node = {"Alive": True, "Resources": {"CPU": cpus // nodes}}
+    monkeypatch.setattr(runtime.ray, "nodes", lambda: [node] * nodes)
+    cluster = Cluster(gpus, "H100" if gpus else "", cpus, cpus // nodes)
     run = planning._Run(
         configure(web(), {"ray.embed_workers": workers}), web_workload(10**6, 1, 1), cluster, {}, 768, 224
     )
@@ -496,6 +502,7 @@ def test_constants_are_those_of_the_engine() -> None:
     from pds_ray.distributed import nearest, runtime
 
     assert planning.MODEL_THREADS == runtime.MODEL_THREADS
+    assert planning.CPUS_A_WORKER == runtime.CPUS_A_WORKER
     assert planning.BLOCK_BYTES == runtime.BLOCK_BYTES
     assert planning.QUERIES_PER_SHARD == nearest.QUERIES_PER_SHARD
 
