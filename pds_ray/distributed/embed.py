@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import psutil
@@ -37,10 +36,8 @@ from pds_ray.progress import progress_bar, waiting_for
 from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
 from pds_ray.stages.isolated import Limits, embed_isolated
-from pds_ray.storage import StorageError
 
 MIN_SAMPLES_TO_JUDGE = 100
-READ_RETRY_WAITS_S = (1.0, 5.0, 25.0)
 MAX_GROWTH_BYTES = 4 << 30  # by which a process may grow while it decodes one picture
 FAILED_SHOWN = 20  # shards that could not be read, of which run.json says why
 TABLES = ("images", "captions", "errors")
@@ -73,30 +70,17 @@ class _Reader:
     under_way: runtime.UnderWay
 
     def __call__(self) -> Iterable[pa.Table]:
-        """The shard's blocks; a disk that fails is read again, it says nothing about the data.
+        """The shard's blocks.
 
-        Object stores are asked again where they are read (`storage.open_stream`), and have failed for good if that
-        raises: one object that cannot be had costs its shard, and a store that is down more shards than may be lost.
+        One that cannot be read costs itself, and a disk or a store that is down more shards than may be lost.
         """
         self.under_way.begin(self.shard.name)
-        done = 0
-        for wait_s in (*READ_RETRY_WAITS_S, None):
-            try:
-                for block in islice(core.read_blocks(self.source, self.shard), done, None):
-                    yield block
-                    done += 1
-                return
-            except OSError as error:
-                if wait_s is None:
-                    yield _problem(UNREADABLE, error, self.shard.name)
-                    return
-                time.sleep(wait_s)
-            except (SourceError, StorageError) as error:
-                yield _problem(UNREADABLE, error, self.shard.name)
-                return
-            except Exception as error:
-                yield _problem(_fault(error), error)
-                return
+        try:
+            yield from core.read_blocks(self.source, self.shard)
+        except SourceError as error:
+            yield _problem(UNREADABLE, error, self.shard.name)
+        except Exception as error:
+            yield _problem(_fault(error), error)
 
 
 def _problem(reason: str, error: Exception, shard: str = "") -> pa.Table:
@@ -374,34 +358,26 @@ def _stream(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Runs the data set; books in `arrived` and `encoders` what comes; yields shard and counts of each block."""
     with runtime.lost_blocks_allowed():
-        dataset = (
-            ray.data.read_datasource(
-                ShardDatasource(work.source, shards, under_way),
-                override_num_blocks=len(shards),
-                num_cpus=runtime.READ_CPUS,
-                resources=work.ray.reader_resources,
-                ray_remote_args={"max_retries": runtime.TASK_RETRIES},
-            )
-            .map_batches(
-                _decode,
-                fn_args=(work.info, work.read, work.ray.sample_timeout_s),
-                batch_size=None,
-                batch_format="pyarrow",
-                num_cpus=runtime.DECODE_CPUS,
-                resources=work.ray.reader_resources,
-                max_retries=runtime.TASK_RETRIES,
-            )
-            .map_batches(
-                EmbedWorker,
-                fn_constructor_args=(work.info, work.config, work.store),
-                batch_size=None,
-                batch_format="pyarrow",
-                **runtime.actor_options(runtime.pool(work.ray.embed_actors)),
-            )
+        decoded = ray.data.read_datasource(
+            ShardDatasource(work.source, shards, under_way),
+            override_num_blocks=len(shards),
+            num_cpus=runtime.READ_CPUS,
+            resources=work.ray.reader_resources,
+            ray_remote_args={"max_retries": runtime.TASK_RETRIES},
+        ).map_batches(
+            _decode,
+            fn_args=(work.info, work.read, work.ray.sample_timeout_s),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=runtime.DECODE_CPUS,
+            resources=work.ray.reader_resources,
+            max_retries=runtime.TASK_RETRIES,
         )
+        actors = runtime.pool(work.ray.embed_actors)
+        embedded = runtime.map_blocks(decoded, EmbedWorker, (work.info, work.config, work.store), actors)
     commits: list[ray.ObjectRef] = []
     commit = ray.remote(commit_parts).options(num_cpus=runtime.DECODE_CPUS)
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+    for batch in embedded.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in batch.to_pylist():
             encoders.add(row)
             if row["fault"] == STORE:

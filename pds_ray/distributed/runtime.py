@@ -285,6 +285,14 @@ def actor_options(actors: Pool) -> dict[str, Any]:
     }
 
 
+def map_blocks(dataset: ray.data.Dataset, worker: type, arguments: tuple[Any, ...], actors: Pool) -> ray.data.Dataset:
+    """`dataset` with each block, whole, given to one of the actors `worker(*arguments)`, as an Arrow table."""
+    # map_batches itself, which calls this, refuses whole blocks where actors have GPUs
+    return dataset.map_batches_internal(
+        worker, fn_constructor_args=arguments, batch_size=None, batch_format="pyarrow", **actor_options(actors)
+    )
+
+
 def run_kmeans(function: Callable[..., Result], *args: Any) -> Result:
     """Calls `function` with all CPUs of one node for FAISS, or with a GPU where FAISS can use one."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -38,17 +38,17 @@ class SynthesizeWorker:
         for start, stop in zip(batch.column("start").to_pylist(), batch.column("stop").to_pylist(), strict=True):
             pairs = range(start, stop)
             request = core.make_batch(self.prototypes, pairs, self.config.seed, self.config.decode)
-            began = time.monotonic()
             images = core.synthesize_chunk(self.decoder, request, self.config.decode)
-            busy_s += time.monotonic() - began
-            fresh = 0
+            fresh, began = 0, time.monotonic()
             for pair, image in zip(pairs, images, strict=True):
+                busy_s += time.monotonic() - began
                 name = self.run.image_name(pair)
                 if not self.run.images.exists(name):
                     buffer = io.BytesIO()
                     image.save(buffer, format="PNG")
                     self.run.images.write_bytes(name, buffer.getvalue())
                     fresh += 1
+                began = time.monotonic()
             written.append(fresh)
         now = time.monotonic()
         idle_s, self.free_since = now - self.free_since - busy_s, now

@@ -13,7 +13,8 @@ from object_store import BUCKET, Faults, client, proxy, uri
 
 from pds_ray import storage
 from pds_ray.distributed import embed
-from pds_ray.sources.base import Fault, Sample, Shard
+from pds_ray.sources import base
+from pds_ray.sources.base import READ_RETRY_WAITS_S, Fault, Sample, Shard
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.stages import embed as core
 from pds_ray.storage import StorageError
@@ -50,7 +51,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Blocks of three samples; the waits between reads, which take no time here."""
     found: list[float] = []
     monkeypatch.setattr(core, "BLOCK_SAMPLES", 3)
-    monkeypatch.setattr(embed.time, "sleep", found.append)
+    monkeypatch.setattr(base.time, "sleep", found.append)
     return found
 
 
@@ -68,7 +69,7 @@ def test_a_disk_that_goes_on_failing_ends_the_shard(waits: list[float]) -> None:
     assert [row["key"] for row in rows[:-1]] == ["s0", "s1", "s2"]
     assert (rows[-1]["shard"], rows[-1]["reason"]) == ("s", embed.UNREADABLE)
     assert "Input/output error" in rows[-1]["detail"]
-    assert len(waits) == len(embed.READ_RETRY_WAITS_S)
+    assert len(waits) == len(READ_RETRY_WAITS_S)
 
 
 class BrokenSource(FailingSource):

@@ -139,7 +139,7 @@ class Refused:
 
 
 def test_a_shard_that_its_store_refuses(info: EncoderInfo) -> None:
-    with pytest.raises(SourceError, match=r"cannot read s: the object store fails.*403"):
+    with pytest.raises(SourceError, match=r"cannot read shard s: the object store fails.*403"):
         embed_isolated(Refused(), Refused().shards()[0], info, Sums, READ, EMBED, PATIENT)
 
 
