@@ -467,20 +467,30 @@ def _steps(
         return stage(names(), dim, store, run, config)
 
     def decode() -> dict[str, Any]:
-        from pds_ray.distributed.synthesize import synthesize as stage
+        from pds_ray.distributed import synthesize as stage
 
         entry = manifest.data.get("images_fingerprint")
+        precision = stage.precision(plan_.decoder, config)
         before = plan_.stages[plan_.stages.index("decode") - 1]
         wanted = fingerprint(plan_.fingerprints["decode"], run.hashes(before))
         if entry != wanted:  # pictures of another configuration or of other prototypes
             run.images.delete_all()
-            manifest.update(images_fingerprint=wanted)
-        return stage(plan_.source, plan_.decoder, config, run)
+            manifest.update(images_fingerprint=wanted, images_precision=precision)
+        begun = manifest.data.get("images_precision", precision)
+        if begun != precision:
+            raise ConfigError(
+                f"the pictures in {run.folder.shown} were begun in {begun}, here they would go on in {precision}; go "
+                "on where they were begun, or say --decode.precision, and give another --out or --redo"
+            )
+        settled = replace(config, decode=replace(config.decode, precision=precision))
+        return stage.synthesize(plan_.source, plan_.decoder, settled, run)
 
     def caption() -> dict[str, Any]:
         from pds_ray.distributed.caption import caption as stage
 
-        return stage(names(), plan_.encoder, store, run, config)
+        # the pictures are compared with what is in the store, hence embedded in its precision
+        settled = replace(config.embed, precision=next(iter(embedded().values()))["precision"])
+        return stage(names(), plan_.encoder, store, run, replace(config, embed=settled))
 
     def materialize() -> dict[str, Any]:
         from pds_ray.stages.materialize import write_distilled

@@ -9,7 +9,6 @@ where the sample that kills is found out and refused. A shard that cannot be rea
 
 from __future__ import annotations
 
-import faulthandler
 import gc
 import json
 import sys
@@ -102,13 +101,10 @@ def _said(error: Exception) -> str:
 def _decode(block: pa.Table, info: EncoderInfo, read: ReadConfig, seconds: float) -> pa.Table:
     """`core.decode_block`; a picture that takes longer than `seconds` ends the process, even stuck in C code."""
     try:
-        return core.decode_block(
-            block, info.preprocess, read, lambda _: faulthandler.dump_traceback_later(seconds, exit=True)
-        )
+        with runtime.time_limit(seconds) as begin:
+            return core.decode_block(block, info.preprocess, read, lambda _: begin())
     except Exception as error:
         return _problem(_fault(error), error)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
 
 
 def _load(info: EncoderInfo, precision: str) -> Encoder:
@@ -378,7 +374,7 @@ def _stream(
     commits: list[ray.ObjectRef] = []
     commit = ray.remote(commit_parts).options(num_cpus=runtime.DECODE_CPUS)
     for batch in embedded.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for row in batch.to_pylist():
+        for row in pa.table(batch).to_pylist():
             encoders.add(row)
             if row["fault"] == STORE:
                 raise EmbedError(row["problem"])

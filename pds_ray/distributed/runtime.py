@@ -6,6 +6,7 @@ them into one operator; on a machine without a GPU the encoder takes half of the
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import math
 import os
@@ -208,6 +209,20 @@ def lost_blocks_allowed() -> Iterator[None]:
         yield
     finally:
         context.max_errored_blocks = before
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[Callable[[], None]]:
+    """Ends the process, even one stuck in C code, when the block takes longer; what is given starts the clock anew."""
+
+    def begin() -> None:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+
+    begin()
+    try:
+        yield begin
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 class UnderWay:

@@ -55,6 +55,15 @@ class SynthesizeWorker:
         return pa.table({"written": [sum(written)], "busy_s": [busy_s], "idle_s": [idle_s]})
 
 
+def precision(info: DecoderInfo, config: RunConfig) -> str:
+    """In which pictures are decoded here: settled once, lest actors on unlike machines differ."""
+    return runtime.precision(config.decode.precision, _actors(info, config), "fp16")
+
+
+def _actors(info: DecoderInfo, config: RunConfig) -> runtime.Pool:
+    return runtime.pool(config.ray.decode_actors, on_gpu=info.dim is not None)
+
+
 def synthesize(source: Source, info: DecoderInfo, config: RunConfig, run: RunFolder) -> dict[str, Any]:
     """Decodes every pair whose picture is not there; returns how many were made and how many were found."""
     pairs = run.prototypes().num_rows
@@ -68,7 +77,6 @@ def synthesize(source: Source, info: DecoderInfo, config: RunConfig, run: RunFol
     found = sum(run.image_name(pair) in there for pair in range(pairs))
     made, decoders = 0, metrics.ActorTime("decode")
     if todo:
-        actors = runtime.pool(config.ray.decode_actors, on_gpu=info.dim is not None)
         dataset = ray.data.from_items(
             [{"start": chunk.start, "stop": chunk.stop} for chunk in todo], override_num_blocks=len(todo)
         ).map_batches(
@@ -76,7 +84,7 @@ def synthesize(source: Source, info: DecoderInfo, config: RunConfig, run: RunFol
             fn_constructor_args=(info, config, source, run),
             batch_size=1,
             batch_format="pyarrow",
-            **runtime.actor_options(actors),
+            **runtime.actor_options(_actors(info, config)),
         )
         with progress_bar("decode", pairs, "images", found) as bar:
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):

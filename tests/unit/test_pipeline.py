@@ -174,6 +174,30 @@ def test_a_card_counts_the_shards_that_were_not_read(tmp_path: Path) -> None:
     assert "gone" not in str(about), "why may differ from one try to the next"
 
 
+def test_pictures_are_not_continued_in_another_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pds_ray.distributed import runtime, synthesize
+
+    plan_ = plan(replace(recipe("demo"), {**BASE, "out": str(tmp_path), "decode.decoder": "unclip"}))
+    plan_.run.folder.create()
+    told: list[str] = []
+    monkeypatch.setattr(synthesize, "synthesize", lambda *args: told.append(args[2].decode.precision) or {})
+
+    def decode(gpus: float) -> None:
+        monkeypatch.setattr(runtime, "pool", lambda *_, **__: runtime.Pool(1, 1, 1, 1.0, gpus, {}))
+        pipeline._steps(plan_, RunManifest(plan_.run), dict)["decode"]()
+
+    decode(gpus=1.0)
+    decode(gpus=0.5)
+    with pytest.raises(ConfigError, match="were begun in fp16, here they would go on in fp32"):
+        decode(gpus=0.0)
+    assert told == ["fp16", "fp16"], "every actor is told, none decides for itself"
+    manifest = RunManifest(plan_.run)
+    del manifest.data["images_precision"]  # as of a run begun before it was recorded
+    manifest.update()
+    decode(gpus=0.0)
+    assert told[-1] == "fp32"
+
+
 class Refusing:
     """Ten captioned samples a shard; the store refuses the shards that are named."""
 
