@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from tqdm import tqdm
+
 from pds_ray import catalog, log
 from pds_ray.artifacts import STORE_SCHEMA_VERSION, EmbeddingStore, RunFolder
 from pds_ray.captions import CLEANERS
@@ -29,6 +31,7 @@ from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import first_line, without_secrets
 from pds_ray.heartbeat import beating
 from pds_ray.manifest import ManifestError, RunManifest, fingerprint, versions
+from pds_ray.progress import QUIET_S, progress_bar
 from pds_ray.sources.base import Sample, Shard, Source, SourceError
 from pds_ray.storage import Folder, StorageError
 
@@ -129,15 +132,24 @@ def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> Non
 
     A shard that cannot be read is passed over, unless none can or none of the first UNREADABLE_PROBE.
     """
+    wanted = min(config.pairs, PROBE)
+    with progress_bar("check", wanted, "images", delay_s=QUIET_S) as bar:
+        _look_for(wanted, source, shards, config, bar)
+
+
+def _look_for(wanted: int, source: Source, shards: list[Shard], config: RunConfig, bar: tqdm) -> None:
+    """Reads until there are `wanted` captioned images; moves `bar` on by each."""
     clean = CLEANERS[config.read.captions]
     images = captionless = read = unreadable = 0
     for shard in shards:
+        bar.set_postfix_str(shard.name, refresh=False)
         try:
             for item in source.read(shard):
                 captioned = isinstance(item, Sample) and any(clean(caption) for caption in item.captions)
                 images += captioned
+                bar.update(captioned)
                 captionless += not isinstance(item, Sample) and item.reason == "missing_caption"
-                if images >= min(config.pairs, PROBE):
+                if images >= wanted:
                     return
                 if images == 0 and captionless >= CAPTIONLESS_PROBE:
                     raise ConfigError(f"the first {captionless:,} samples of {config.source} have no caption")
@@ -329,7 +341,7 @@ def _run_stages(plan_: Plan, manifest: RunManifest, only: Collection[str]) -> di
     embedded = cache(lambda: _embedded(plan_, manifest))  # read once: the same for all stages that follow
     steps = _steps(plan_, manifest, embedded)
     if manifest.is_done("embed", plan_.fingerprints["embed"]):
-        tried = plan_.store.committed().keys() | plan_.store.failed().keys()
+        tried = _committed(plan_).keys() | plan_.store.failed().keys()
         if not tried >= {shard.name for shard in plan_.shards}:
             manifest.forget("embed")  # the store is another one than before, or lost shards
     wanted = [stage for stage in plan_.stages if not only or stage in only]
@@ -368,10 +380,18 @@ def _run_stages(plan_: Plan, manifest: RunManifest, only: Collection[str]) -> di
 
 def _book_files(plan_: Plan, manifest: RunManifest, stage: str) -> None:
     """Keeps the hashes of what a stage wrote; what follows stands as long as they are what they were."""
-    hashes = plan_.run.hash_files(stage)
+    with progress_bar("hash", None, "files", delay_s=QUIET_S) as bar:
+        bar.set_postfix_str(f"the files of {stage}", refresh=False)
+        hashes = plan_.run.hash_files(stage)
     if hashes != plan_.run.hashes(stage):
         _forget_after(plan_, manifest, stage)
     plan_.run.save_hashes(stage, hashes)
+
+
+def _committed(plan_: Plan) -> Markers:
+    with progress_bar("list", None, "shards", delay_s=QUIET_S) as bar:
+        bar.set_postfix_str(f"the markers in {plan_.store.folder.shown}", refresh=False)
+        return plan_.store.committed()
 
 
 def _embedded(plan_: Plan, manifest: RunManifest) -> Markers:
@@ -382,7 +402,7 @@ def _embedded(plan_: Plan, manifest: RunManifest) -> Markers:
     expected = len(plan_.shards) - manifest.stages["embed"]["counts"].get("failed_shards", 0)
     for wait_s in LISTING_WAITS_S:
         time.sleep(wait_s)
-        markers = plan_.store.committed()
+        markers = _committed(plan_)
         found = {shard.name: markers[shard.name] for shard in plan_.shards if shard.name in markers}
         if len(found) >= expected:
             return found
@@ -497,7 +517,8 @@ def _steps(
 
         run.distilled.delete_all()
         captions = run.captions() if "caption" in plan_.stages else None
-        return write_distilled(run, _about(plan_, manifest), captions)
+        with progress_bar("materialize", counts("decode")["images"], "pairs", delay_s=QUIET_S) as bar:
+            return write_distilled(run, _about(plan_, manifest), captions, bar.update)
 
     return {
         "embed": embed,

@@ -335,6 +335,7 @@ def _embed(
                     finished += 1
                     core.add_counts(totals, outcome)
                     _tell_committed(name, outcome)
+                arrived[name].closed = True  # nobody waits for it any more
                 show()
     return totals, {name: problem for name, problem in problems.items() if name not in before}
 
@@ -399,7 +400,12 @@ def _again(shards: list[Shard], work: _Work, under_way: runtime.UnderWay) -> Ite
     pending = {remote.remote(shard, work, under_way): shard.name for shard in shards}
     while pending:
         (ready,), _ = ray.wait(list(pending))
-        yield pending.pop(ready), ray.get(ready)
+        name = pending.pop(ready)
+        try:
+            yield name, ray.get(ready)
+        except runtime.LOST as error:
+            tries = runtime.TASK_RETRIES + 1
+            yield name, f"its process or machine was lost each of {tries} times ({type(error).__name__})"
 
 
 def _embed_alone(shard: Shard, work: _Work, under_way: runtime.UnderWay) -> dict[str, Any] | str:

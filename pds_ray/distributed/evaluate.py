@@ -156,8 +156,9 @@ def _read_split(name: str, split: core.Split, sizes: list[int], rule: str, secon
 
     Raises in one line ConfigError if nothing in it can be used, UserError if not all of it can be read.
     """
-    options = {"num_cpus": runtime.SMALL_TASK_CPUS, "num_returns": 3, "max_retries": runtime.TASK_RETRIES}
-    task = ray.remote(**options)(core.read_split)
+    task = ray.remote(core.read_split).options(
+        num_cpus=runtime.SMALL_TASK_CPUS, num_returns=3, max_retries=runtime.TASK_RETRIES
+    )
     pick = ray.remote(_pick).options(num_cpus=0)
     limit = partial(runtime.time_limit, seconds)
     pending: list[Any] = [task.remote(split.source, shard, sizes, rule, limit) for shard in split.shards]

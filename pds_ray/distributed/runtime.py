@@ -46,6 +46,16 @@ OOM_RETRIES = "RAY_task_oom_retries"  # set where the package is imported
 TASK_RETRIES = 3  # of work whose process or machine died; Ray would try a sample that kills its actor for ever
 
 
+# What a task ends with whose process or machine is gone. Ray would try it again with the CPUs asked for at first, which
+# no node may have any more.
+LOST = (
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.ObjectLostError,
+)
+
+
 @dataclass(frozen=True)
 class Pool:
     """Actors of one kind: how many, and what each takes."""
@@ -309,15 +319,28 @@ def map_blocks(dataset: ray.data.Dataset, worker: type, arguments: tuple[Any, ..
 
 
 def run_kmeans(function: Callable[..., Result], *args: Any) -> Result:
-    """Calls `function` with all CPUs of one node for FAISS, or with a GPU where FAISS can use one."""
+    """Calls `function` with all CPUs of one node for FAISS, or with a GPU where FAISS can use one.
+
+    If the process or its machine is lost, again on what the cluster then has: up to TASK_RETRIES times.
+    """
+    for _ in range(TASK_RETRIES):
+        try:
+            return _run_kmeans(function, *args)
+        except LOST:
+            continue
+    return _run_kmeans(function, *args)
+
+
+def _run_kmeans(function: Callable[..., Result], *args: Any) -> Result:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if any(node.get("GPU", 0) >= 1 for node in nodes):
         # GPUs named here and not in .options(): Ray then ends the process with the task, and with it what it holds
-        with_gpu = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=1)
+        with_gpu = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=1, max_retries=0)
         if ray.get(with_gpu(_faiss_gpus).remote()):
             return ray.get(with_gpu(function).remote(*args))
     cpus = _most_cpus()
-    return ray.get(ray.remote(with_faiss_threads).options(num_cpus=cpus).remote(cpus, function, *args))
+    remote = ray.remote(with_faiss_threads).options(num_cpus=cpus, max_retries=0)
+    return ray.get(remote.remote(cpus, function, *args))
 
 
 def start_model(actors: Pool, function: Callable[..., Any], *args: Any) -> ray.ObjectRef:
@@ -326,10 +349,24 @@ def start_model(actors: Pool, function: Callable[..., Any], *args: Any) -> ray.O
 
 
 def stream(function: Callable[..., Iterator[Result]], *args: Any) -> Iterator[Result]:
-    """What `function` yields, as it does, with all CPUs of one node to itself."""
-    remote = ray.remote(_yielded).options(num_cpus=_most_cpus(), num_returns="streaming")
-    for reference in remote.remote(function, *args):
-        yield ray.get(reference)
+    """What `function` yields, as it does, with all CPUs of one node to itself.
+
+    If the process or its machine is lost, again on what the cluster then has, up to TASK_RETRIES times: `function` must
+    yield the same each time.
+    """
+    told = 0
+    for tries_left in reversed(range(TASK_RETRIES + 1)):
+        remote = ray.remote(_yielded).options(num_cpus=_most_cpus(), num_returns="streaming", max_retries=0)
+        try:
+            for number, reference in enumerate(remote.remote(function, *args)):
+                value = ray.get(reference)  # also of those told before: one may say that the process is lost
+                if number == told:
+                    yield value
+                    told += 1
+            return
+        except LOST:
+            if not tries_left:
+                raise
 
 
 def _yielded(function: Callable[..., Iterator[Result]], *args: Any) -> Iterator[Result]:
@@ -375,4 +412,8 @@ def map_in_order(function: Callable[..., Result], items: Iterable[Any], *shared:
             return
         item, reference = pending.popleft()
         waiting_for(partial(str, item))
-        yield ray.get(reference)
+        try:
+            result = ray.get(reference)
+        finally:
+            waiting_for(None)
+        yield result

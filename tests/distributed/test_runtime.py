@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 
+from pds_ray import progress
 from pds_ray.config import Actors, ConfigError
 from pds_ray.distributed import runtime
 from pds_ray.errors import UserError
@@ -109,6 +115,81 @@ def test_kmeans_takes_the_cpus_that_are_free() -> None:
     ray.get(other.here.remote())
     assert runtime.run_kmeans(lambda value: value + 1, 1) == 2
     ray.kill(other)
+
+
+def test_a_kmeans_whose_node_dies_takes_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two CPUs asked for at first may have gone with the node: the next try asks anew."""
+    tries, most = tmp_path / "tries", iter([2, 1])
+
+    def die_once() -> float:
+        with tries.open("a") as file:
+            file.write("x")
+        if tries.read_text() == "x":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ray.get_runtime_context().get_assigned_resources()["CPU"]
+
+    monkeypatch.setattr(runtime, "_most_cpus", lambda: next(most))
+    assert runtime.run_kmeans(die_once) == 1
+    assert tries.read_text() == "xx"
+
+
+def test_what_always_kills_is_not_tried_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = tmp_path / "tries"
+
+    def die() -> None:
+        with tries.open("a") as file:
+            file.write("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(runtime, "TASK_RETRIES", 1)
+    with pytest.raises(runtime.LOST):
+        runtime.run_kmeans(die)
+    assert tries.read_text() == "xx"
+
+
+def test_a_stream_that_breaks_off_is_taken_up(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+
+    def count() -> Iterator[int]:
+        for number in range(5):
+            if number == 3 and not broken.exists():
+                broken.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield number
+
+    assert list(runtime.stream(count)) == [0, 1, 2, 3, 4]
+    assert broken.exists()
+
+
+def test_the_watchdog_names_what_is_waited_for(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The item while its result is awaited, and no longer once all of them are there."""
+    monkeypatch.setattr(progress, "STALL_S", 0.4)
+
+    def slow(item: str) -> str:
+        time.sleep(2 if item == "00007" else 0)
+        return item
+
+    with progress.progress_bar("prune", 2, "shards") as bar:
+        for _ in runtime.map_in_order(slow, ["00006", "00007"]):
+            bar.update()
+        awaited = capsys.readouterr().err
+        bar.set_postfix_str("the assignment", refresh=False)
+        time.sleep(1.5)
+    solved = capsys.readouterr().err
+    assert "prune: nothing finished for" in awaited
+    assert "waiting for 00007" in awaited
+    assert "waiting for the assignment" in solved
+    assert "00007" not in solved
+
+
+def test_who_begins_something_is_told_until_it_ends() -> None:
+    under_way = runtime.UnderWay()
+    here = ray.get_runtime_context().get_node_id()[:8]
+    under_way.begin("a")
+    under_way.begin("b")
+    assert re.fullmatch(rf"a \(for \d+ s, on node {here}\), b \(.*\)", under_way.describe(set()))
+    assert under_way.describe({"a"}).startswith("b ")
+    assert under_way.describe({"a", "b"}) == "none"
 
 
 def test_results_come_in_the_order_of_the_items() -> None:
