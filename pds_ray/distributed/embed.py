@@ -31,7 +31,7 @@ from pds_ray.config import ConfigError, EmbedConfig, RayConfig, ReadConfig, RunC
 from pds_ray.distributed import metrics, runtime
 from pds_ray.encoders.base import Encoder, EncoderInfo
 from pds_ray.errors import UserError, first_line
-from pds_ray.progress import progress_bar, waiting_for
+from pds_ray.progress import QUIET_S, progress_bar, waiting_for
 from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
 from pds_ray.stages.isolated import Limits, embed_isolated
@@ -247,7 +247,8 @@ def embed(
     written.
     """
     store.folder.sweep()
-    done, again = store.committed(), store.failed()
+    with progress_bar("list", None, "shards", delay_s=QUIET_S):
+        done, again = store.committed(), store.failed()
     todo = [shard for shard in shards if shard.name not in done or shard.name in again]
     names = {shard.name for shard in shards} - {shard.name for shard in todo}
     reused = core.sum_counts(done[name] for name in sorted(names))
