@@ -456,7 +456,7 @@ def _steps(
     def select() -> dict[str, Any]:
         from pds_ray.distributed.select import select as stage
 
-        return stage(names(), dim, store, run, config)
+        return stage(names(), counts("embed"), dim, store, run, config)
 
     def prune() -> dict[str, Any]:
         from pds_ray.distributed.prune import prune as stage

@@ -29,21 +29,16 @@ import psutil
 import ray
 
 from pds_ray.config import Actors, ConfigError, RayConfig
-from pds_ray.distributed import metrics
+from pds_ray.distributed import DATA, DRIVER, NODES, TASK_RETRIES, metrics
 from pds_ray.errors import UserError, first_line
 from pds_ray.progress import waiting_for
 
 Result = TypeVar("Result")
 
 READ_CPUS, DECODE_CPUS, SMALL_TASK_CPUS = 0.5, 0.25, 1.0
-BLOCK_BYTES = 64 << 20
 CPUS_A_WORKER = 8  # of a cluster without GPUs, or a node's if those have fewer, for each actor and what feeds it
 MODEL_THREADS = 4  # of each model, however many CPUs there are: convolutions round by how they are shared out
-NO_PROGRESS_TIMEOUT_S = 6 * 3600  # waiting hours for spot GPUs is no failure; the default is 30 minutes
 CONNECT_TIMEOUT_S = 10
-ACTOR_INIT_DEATHS = 5  # at Ray's default of 0 one machine lost while a model loads ends the job
-OOM_RETRIES = "RAY_task_oom_retries"  # set where the package is imported
-TASK_RETRIES = 3  # of work whose process or machine died; Ray would try a sample that kills its actor for ever
 
 
 # What a task ends with whose process or machine is gone. Ray would try it again with the CPUs asked for at first, which
@@ -97,14 +92,14 @@ def start(config: RayConfig, run: str = "") -> dict[str, Any]:
         with _muffled(), _own_signals():
             _connect(address) if address else _start_local(config)
     metrics.of_run(run)
-    settings = _set_data_options()
+    _set_data_options()
     resources = ray.cluster_resources()
     return {
         "address": address or "local",
         "cpus": resources.get("CPU", 0),
         "gpus": resources.get("GPU", 0),
         "object_store_bytes": int(resources.get("object_store_memory", 0)),
-        **settings,
+        **_limits_in_force(local=address is None),
     }
 
 
@@ -185,7 +180,18 @@ def stop() -> None:
     ray.shutdown()
 
 
-def _set_data_options() -> dict[str, Any]:
+def _limits_in_force(local: bool) -> dict[str, Any]:
+    """The limits of the package as they are; those of the nodes of a cluster that others started are not known."""
+    context = ray.data.DataContext.get_current()
+    environment = {**DRIVER, **(NODES if local else {})}
+    found: dict[str, Any] = {name: os.environ[f"RAY_{name}"] for name in environment}
+    if local:
+        found["object_spilling_directory"] = ray._private.worker._global_node.get_session_dir_path()
+    found |= {name: getattr(context, name) for name in DATA}
+    return {**found, "max_errored_blocks": {"embed": -1, "decode": 0}, "task_retries": TASK_RETRIES}
+
+
+def _set_data_options() -> None:
     """Ray Data's options, set before any data set is made (each freezes them)."""
     # the number of retries has no other name in the release that is pinned
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
@@ -193,21 +199,11 @@ def _set_data_options() -> dict[str, Any]:
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = BLOCK_BYTES
-    context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
-    context.max_consecutive_actor_init_deaths = ACTOR_INIT_DEATHS
-    context.max_errored_blocks = 0  # faults of data are rows; an exception is a fault of ours
+    for name, (value, _) in DATA.items():
+        setattr(context, name, value)
     context.issue_detectors_config.detectors = []  # its advice is for pipeline authors, not for users
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # blocks that are lost are looked for; the rest is raised
-    return {
-        "target_max_block_size": context.target_max_block_size,
-        "execution_no_progress_timeout_s": context.execution_no_progress_timeout_s,
-        "max_consecutive_actor_init_deaths": context.max_consecutive_actor_init_deaths,
-        "max_errored_blocks": {"embed": -1, "decode": context.max_errored_blocks},
-        "task_retries": TASK_RETRIES,
-        "task_oom_retries": os.environ[OOM_RETRIES],
-    }
 
 
 @contextmanager
@@ -379,6 +375,11 @@ def _most_cpus() -> int:
     free = ray._private.state.available_resources_per_node()  # no public call tells it
     alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     return max(1, int(max((free.get(node, {}).get("CPU", 0) for node in alive), default=1)))
+
+
+def most_memory() -> float:
+    """Bytes that Ray gives to tasks on the node that has most."""
+    return max((node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
 
 
 def _faiss_gpus() -> int:

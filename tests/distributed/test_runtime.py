@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 
-from pds_ray import progress
-from pds_ray.config import Actors, ConfigError
+from pds_ray import distributed, progress
+from pds_ray.config import Actors, ConfigError, RayConfig
 from pds_ray.distributed import runtime
 from pds_ray.errors import UserError
 
@@ -101,6 +102,23 @@ def test_wishes_go_before_what_the_cluster_has(
     assert 0 < pool.num_cpus <= cluster["CPU"]
     assert runtime.precision("auto", pool, "bf16") == ("bf16" if gpus_each else "fp32")
     assert runtime.pool(wish, on_gpu=False).num_gpus == 0
+
+
+def test_limits_are_in_force_and_told() -> None:
+    """Of nodes, by the environment of the raylet that runs; of Ray Data, by its context."""
+    told = runtime.start(RayConfig())
+    raylets = [p for p in psutil.Process().children(recursive=True) if p.name() == "raylet"]
+    environment = raylets[0].environ()
+    for name, (value, why) in {**distributed.DRIVER, **distributed.NODES}.items():
+        assert environment[f"RAY_{name}"] == os.environ[f"RAY_{name}"] == told[name]
+        assert value == told[name], "set otherwise by whoever runs the tests"
+        assert why
+    context = ray.data.DataContext.get_current()
+    for name, (value, why) in distributed.DATA.items():
+        assert getattr(context, name) == value
+        assert name in told
+        assert why
+    assert Path(told["object_spilling_directory"]).is_dir()
 
 
 def test_kmeans_takes_the_cpus_that_are_free() -> None:

@@ -499,11 +499,12 @@ def test_pools_are_those_of_the_engine(
 
 
 def test_constants_are_those_of_the_engine() -> None:
+    from pds_ray import distributed
     from pds_ray.distributed import nearest, runtime
 
     assert planning.MODEL_THREADS == runtime.MODEL_THREADS
     assert planning.CPUS_A_WORKER == runtime.CPUS_A_WORKER
-    assert planning.BLOCK_BYTES == runtime.BLOCK_BYTES
+    assert planning.BLOCK_BYTES == distributed.BLOCK_BYTES
     assert planning.QUERIES_PER_SHARD == nearest.QUERIES_PER_SHARD
 
 
