@@ -58,7 +58,7 @@ FREE_FIELDS = (
     "out",
     "embed.batch_size",
     "embed.store",
-    "decode.batch_size",
+    "decode.batch_size",  # while no picture of a model is half of the way
 )  # may differ when a run is continued; so may all of ray.*
 
 
@@ -491,16 +491,18 @@ def _steps(
 
         entry = manifest.data.get("images_fingerprint")
         precision = stage.precision(plan_.decoder, config)
+        drawn = plan_.decoder.dim is not None
+        made = f"{precision}, batches of {config.decode.batch_size}" if drawn else "no model"
         before = plan_.stages[plan_.stages.index("decode") - 1]
         wanted = fingerprint(plan_.fingerprints["decode"], run.hashes(before))
         if entry != wanted:  # pictures of another configuration or of other prototypes
             run.images.delete_all()
-            manifest.update(images_fingerprint=wanted, images_precision=precision)
-        begun = manifest.data.get("images_precision", precision)
-        if begun != precision:
+            manifest.update(images_fingerprint=wanted, images_made=made)
+        begun = manifest.data.get("images_made", made)
+        if begun != made:  # last bits depend on both: a set must not be made of two kinds of pictures
             raise ConfigError(
-                f"the pictures in {run.folder.shown} were begun in {begun}, here they would go on in {precision}; go "
-                "on where they were begun, or say --decode.precision, and give another --out or --redo"
+                f"the pictures in {run.folder.shown} were begun in {begun}, here they would go on in {made}; go on as "
+                "they were begun, or say --decode.precision or --decode.batch_size, and give another --out"
             )
         settled = replace(config, decode=replace(config.decode, precision=precision))
         return stage.synthesize(plan_.source, plan_.decoder, settled, run)

@@ -186,7 +186,8 @@ def _limits_in_force(local: bool) -> dict[str, Any]:
     environment = {**DRIVER, **(NODES if local else {})}
     found: dict[str, Any] = {name: os.environ[f"RAY_{name}"] for name in environment}
     if local:
-        found["object_spilling_directory"] = ray._private.worker._global_node.get_session_dir_path()
+        node: Any = ray._private.worker._global_node
+        found["object_spilling_directory"] = node.get_session_dir_path()  # unless it was said otherwise, as it is not
     found |= {name: getattr(context, name) for name in DATA}
     return {**found, "max_errored_blocks": {"embed": -1, "decode": 0}, "task_retries": TASK_RETRIES}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,25 +175,29 @@ def test_a_card_counts_the_shards_that_were_not_read(tmp_path: Path) -> None:
     assert "gone" not in str(about), "why may differ from one try to the next"
 
 
-def test_pictures_are_not_continued_in_another_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_not_continued_in_another_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pds_ray.distributed import runtime, synthesize
 
-    plan_ = plan(replace(recipe("demo"), {**BASE, "out": str(tmp_path), "decode.decoder": "unclip"}))
+    options = {**BASE, "out": str(tmp_path), "decode.decoder": "unclip"}
+    plan_ = plan(replace(recipe("demo"), options))
     plan_.run.folder.create()
     told: list[str] = []
     monkeypatch.setattr(synthesize, "synthesize", lambda *args: told.append(args[2].decode.precision) or {})
 
-    def decode(gpus: float) -> None:
+    def decode(gpus: float, **changes: Any) -> None:
         monkeypatch.setattr(runtime, "pool", lambda *_, **__: runtime.Pool(1, 1, 1, 1.0, gpus, {}))
-        pipeline._steps(plan_, RunManifest(plan_.run), dict)["decode"]()
+        changed = dataclasses.replace(plan_, config=replace(plan_.config, changes))
+        pipeline._steps(changed, RunManifest(plan_.run), dict)["decode"]()
 
     decode(gpus=1.0)
     decode(gpus=0.5)
-    with pytest.raises(ConfigError, match="were begun in fp16, here they would go on in fp32"):
+    with pytest.raises(ConfigError, match=r"were begun in fp16, batches of .* here they would go on in fp32, batches"):
         decode(gpus=0.0)
+    with pytest.raises(ConfigError, match="here they would go on in fp16, batches of 3;"):
+        decode(gpus=1.0, **{"decode.batch_size": 3})
     assert told == ["fp16", "fp16"], "every actor is told, none decides for itself"
     manifest = RunManifest(plan_.run)
-    del manifest.data["images_precision"]  # as of a run begun before it was recorded
+    del manifest.data["images_made"]  # as of a run begun before it was recorded
     manifest.update()
     decode(gpus=0.0)
     assert told[-1] == "fp32"
