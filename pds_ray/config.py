@@ -207,7 +207,8 @@ class Actors:
 
 @dataclass(frozen=True, kw_only=True)
 class RayConfig:
-    """Where it runs. None of this changes what comes out."""
+    """Where it runs, and what is given up. What comes out depends on it only by what is refused: pictures that take
+    more time (`sample_timeout_s`) or memory than they may."""
 
     address: str | None = option(None, "address of a running cluster; without it a local Ray is started", "address")
     num_cpus: int | None = option(None, "CPUs of the local Ray; default all")

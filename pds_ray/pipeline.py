@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from tqdm import tqdm
+
 from pds_ray import catalog, log
 from pds_ray.artifacts import STORE_SCHEMA_VERSION, EmbeddingStore, RunFolder
 from pds_ray.captions import CLEANERS
@@ -26,9 +28,10 @@ from pds_ray.config import (
 )
 from pds_ray.decoders.base import DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
-from pds_ray.errors import without_secrets
+from pds_ray.errors import first_line, without_secrets
 from pds_ray.heartbeat import beating
 from pds_ray.manifest import ManifestError, RunManifest, fingerprint, versions
+from pds_ray.progress import QUIET_S, progress_bar
 from pds_ray.sources.base import Sample, Shard, Source, SourceError
 from pds_ray.storage import Folder, StorageError
 
@@ -50,11 +53,12 @@ PICTURES_TOGETHER = 256  # chosen pictures looked up at once: each lookup reads 
 LISTING_WAITS_S = (0.0, 1.0, 4.0, 16.0)
 PROBE = 10_000  # images looked at before a run; that there are more pairs than this shows only when all are embedded
 CAPTIONLESS_PROBE = 1_000  # this many samples in a row without a caption: the source has none
+UNREADABLE_PROBE = 10  # the first shards, none of which can be read to its end: nor can the others
 FREE_FIELDS = (
     "out",
     "embed.batch_size",
     "embed.store",
-    "decode.batch_size",
+    "decode.batch_size",  # while no picture of a model is half of the way
 )  # may differ when a run is continued; so may all of ray.*
 
 
@@ -126,26 +130,35 @@ def plan(config: RunConfig) -> Plan:
 def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> None:
     """Reads just far enough to know that there are `pairs` captioned images, PROBE at most.
 
-    A shard that cannot be read is passed over, unless none can.
+    A shard that cannot be read is passed over, unless none can or none of the first UNREADABLE_PROBE.
     """
+    wanted = min(config.pairs, PROBE)
+    with progress_bar("check", wanted, "images", delay_s=QUIET_S) as bar:
+        _look_for(wanted, source, shards, config, bar)
+
+
+def _look_for(wanted: int, source: Source, shards: list[Shard], config: RunConfig, bar: tqdm) -> None:
+    """Reads until there are `wanted` captioned images; moves `bar` on by each."""
     clean = CLEANERS[config.read.captions]
-    images = captionless = read = 0
-    unreadable: OSError | None = None
+    images = captionless = read = unreadable = 0
     for shard in shards:
+        bar.set_postfix_str(shard.name, refresh=False)
         try:
             for item in source.read(shard):
                 captioned = isinstance(item, Sample) and any(clean(caption) for caption in item.captions)
                 images += captioned
+                bar.update(captioned)
                 captionless += not isinstance(item, Sample) and item.reason == "missing_caption"
-                if images >= min(config.pairs, PROBE):
+                if images >= wanted:
                     return
                 if images == 0 and captionless >= CAPTIONLESS_PROBE:
                     raise ConfigError(f"the first {captionless:,} samples of {config.source} have no caption")
             read += 1
-        except OSError as error:
-            unreadable = error
-    if unreadable is not None and not read:
-        raise SourceError(f"no shard of {config.source} can be read: {unreadable}") from unreadable
+        except (OSError, StorageError) as error:
+            unreadable += 1
+            if unreadable == min(len(shards), UNREADABLE_PROBE) and not read:
+                which = "no shard" if unreadable == len(shards) else f"none of the first {unreadable} shards"
+                raise SourceError(f"{which} of {config.source} can be read: {first_line(error)}") from error
     if images == 0 and captionless:
         raise ConfigError(f"none of the {captionless:,} samples of {config.source} has a caption (.txt or .json)")
     raise ConfigError(
@@ -370,10 +383,19 @@ def _book_files(plan_: Plan, manifest: RunManifest, stage: str, shards: list[str
     from pds_ray.stages.cluster import spaces
 
     pairs = plan_.run.prototypes().num_rows if stage == "decode" else 0
-    hashes = plan_.run.hash_files(plan_.run.files(stage, shards, spaces(plan_.config.cluster), pairs))
+    files = plan_.run.files(stage, shards, spaces(plan_.config.cluster), pairs)
+    with progress_bar("hash", None, "files", delay_s=QUIET_S) as bar:
+        bar.set_postfix_str(f"the files of {stage}", refresh=False)
+        hashes = plan_.run.hash_files(files)
     if hashes != plan_.run.hashes(stage):
         _forget_after(plan_, manifest, stage)
     plan_.run.save_hashes(stage, hashes)
+
+
+def _committed(plan_: Plan) -> Markers:
+    with progress_bar("list", None, "shards", delay_s=QUIET_S) as bar:
+        bar.set_postfix_str(f"the markers in {plan_.store.folder.shown}", refresh=False)
+        return plan_.store.committed()
 
 
 def _markers(plan_: Plan, expected: int) -> Markers:
@@ -384,7 +406,7 @@ def _markers(plan_: Plan, expected: int) -> Markers:
     found: Markers = {}
     for wait_s in LISTING_WAITS_S:
         time.sleep(wait_s)
-        markers = plan_.store.committed()
+        markers = _committed(plan_)
         found = {shard.name: markers[shard.name] for shard in plan_.shards if shard.name in markers}
         if len(found) >= expected:
             break
@@ -457,7 +479,7 @@ def _steps(
     def select() -> dict[str, Any]:
         from pds_ray.distributed.select import select as stage
 
-        return stage(names(), dim, store, run, config)
+        return stage(names(), counts("embed"), dim, store, run, config)
 
     def prune() -> dict[str, Any]:
         from pds_ray.distributed.prune import prune as stage
@@ -488,20 +510,19 @@ def _steps(
         return stage(names(), dim, store, run, config)
 
     def decode() -> dict[str, Any]:
-        from pds_ray.distributed.synthesize import synthesize as stage
+        from pds_ray.distributed import synthesize as stage
 
-        entry = manifest.data.get("images_fingerprint")
-        before = plan_.stages[plan_.stages.index("decode") - 1]
-        wanted = fingerprint(plan_.fingerprints["decode"], run.hashes(before))
-        if entry != wanted:  # pictures of another configuration or of other prototypes
-            run.delete_images(run.prototypes().num_rows)
-            manifest.update(images_fingerprint=wanted)
-        return stage(plan_.source, plan_.decoder, config, run)
+        precision = stage.precision(plan_.decoder, config)
+        _keep_pictures_alike(plan_, manifest, precision)
+        settled = replace(config, decode=replace(config.decode, precision=precision))
+        return stage.synthesize(plan_.source, plan_.decoder, settled, run)
 
     def caption() -> dict[str, Any]:
         from pds_ray.distributed.caption import caption as stage
 
-        return stage(names(), plan_.encoder, store, run, config)
+        # the pictures are compared with what is in the store, hence embedded in its precision
+        settled = replace(config.embed, precision=next(iter(embedded().values()))["precision"])
+        return stage(names(), plan_.encoder, store, run, replace(config, embed=settled))
 
     def materialize() -> dict[str, Any]:
         from pds_ray.stages.materialize import write_distilled
@@ -513,7 +534,8 @@ def _steps(
             )
         run.distilled.delete_all()
         captions = run.captions() if "caption" in plan_.stages else None
-        return write_distilled(run, _about(plan_, manifest), captions)
+        with progress_bar("materialize", counts("decode")["images"], "pairs", delay_s=QUIET_S) as bar:
+            return write_distilled(run, _about(plan_, manifest), captions, bar.update)
 
     return {
         "embed": embed,
@@ -526,6 +548,26 @@ def _steps(
         "caption": caption,
         "materialize": materialize,
     }
+
+
+def _keep_pictures_alike(plan_: Plan, manifest: RunManifest, precision: str) -> None:
+    """Deletes the pictures of another configuration or of other prototypes.
+
+    Raises ConfigError if those that stay were begun otherwise than they would go on.
+    """
+    run, batch = plan_.run, plan_.config.decode.batch_size
+    before = plan_.stages[plan_.stages.index("decode") - 1]
+    wanted = fingerprint(plan_.fingerprints["decode"], run.hashes(before))
+    made = f"{precision}, batches of {batch}" if plan_.decoder.dim is not None else "no model"
+    if manifest.data.get("images_fingerprint") != wanted:
+        run.delete_images(run.prototypes().num_rows)
+        manifest.update(images_fingerprint=wanted, images_made=made)
+    begun = manifest.data.get("images_made", made)
+    if begun != made:  # last bits depend on both: a set must not be made of two kinds of pictures
+        raise ConfigError(
+            f"the pictures in {run.folder.shown} were begun in {begun}, here they would go on in {made}; go on as they "
+            "were begun, or say --decode.precision or --decode.batch_size, and give another --out"
+        )
 
 
 def _about(plan_: Plan, manifest: RunManifest) -> dict[str, Any]:
@@ -554,6 +596,7 @@ def _about(plan_: Plan, manifest: RunManifest) -> dict[str, Any]:
                 ("images embedded", "embed", "images"),
                 ("pairs embedded", "embed", "pairs"),
                 ("bad samples", "embed", "bad"),
+                ("shards not read", "embed", "failed_shards"),
                 ("pairs pruned", "prune", "dropped"),
                 ("pairs in matched clusters", "match", "shared_pairs"),
                 ("pairless couples", "match", "pairless"),

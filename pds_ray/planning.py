@@ -507,7 +507,8 @@ class _Run:
             room = int(self.cluster.gpus / wish.gpus)
             return min(room, wish.workers or room)
         gpus = self.cluster.gpus if on_gpu else 0
-        return max(wish.workers or gpus or max(1, self.cluster.cpus // CPUS_A_WORKER), wish.min_workers)
+        by_cpus = max(1, self.cluster.cpus // min(CPUS_A_WORKER, self.cluster.node_cpus))
+        return max(wish.workers or gpus or by_cpus, wish.min_workers)
 
     def demand(self, what: str, work: float, figure: str, at_most: float | None = None) -> Demand:
         return Demand(what, work, self.figures[figure], at_most)

@@ -20,6 +20,8 @@ from pds_ray import log
 LOG_INTERVAL_S = 10.0
 LINE = "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 LINE_WITHOUT_TOTAL = "{desc}: {n_fmt} [{elapsed}, {rate_fmt}{postfix}]"
+QUIET_S = 10.0
+"""As `delay_s`: what is no stage is worth a bar only when it takes long."""
 STALL_S = 120.0
 """Without progress for so long, the watchdog speaks; then after twice as long, and so on."""
 
@@ -80,8 +82,10 @@ class _Lines(io.TextIOBase):
 
 
 @contextmanager
-def progress_bar(label: str, total: int | None, unit: str, done: int = 0) -> Iterator[tqdm]:
+def progress_bar(label: str, total: int | None, unit: str, done: int = 0, delay_s: float = 0.0) -> Iterator[tqdm]:
     """A bar named `label` counting `unit`s up to `total`, of which `done` were finished earlier.
+
+    With a `delay_s` nothing is shown of what takes no longer.
 
     On a terminal it is redrawn in place; elsewhere it prints a line every LOG_INTERVAL_S seconds and one at the end.
     Call `.update(n)` for work done and `.set_postfix_str(text, refresh=False)` for what else is worth seeing.
@@ -96,7 +100,7 @@ def progress_bar(label: str, total: int | None, unit: str, done: int = 0) -> Ite
             file=sys.stderr if interactive else _Lines(),
             mininterval=0.2 if interactive else LOG_INTERVAL_S,
             maxinterval=LOG_INTERVAL_S,
-            delay=0 if interactive else 1e-9,  # no line at 0 %
+            delay=max(delay_s, 0 if interactive else 1e-9),  # no line at 0 %
             leave=interactive,
             smoothing=0.1 if interactive else 0,  # a log tells the mean rate
             dynamic_ncols=interactive,
@@ -108,7 +112,7 @@ def progress_bar(label: str, total: int | None, unit: str, done: int = 0) -> Ite
     ):
         yield bar
         told = bar.last_print_n == bar.n > bar.initial
-        if not interactive and not told:
+        if not interactive and not told and bar.format_dict["elapsed"] >= delay_s:
             bar.refresh()  # the last line, with the mean rate
 
 

@@ -17,6 +17,8 @@ import json
 import os
 import random
 import re
+import shutil
+import tempfile
 import time
 import uuid
 from collections import deque
@@ -39,6 +41,8 @@ WRITE_TEST = f".write-test{PART_SUFFIX}"  # of one name, so that the next run re
 WAITS_S = (1.0, 4.0, 16.0)
 """Before a call that failed is repeated, on average; a store's client has by then tried for some seconds itself."""
 STREAM_BUFFER_BYTES = 1024**2
+SPOOL_BYTES = 16 * 1024**2
+"""Of an object to be written that are held in memory; a larger one waits on the local disk."""
 CALLS_AT_ONCE = 32  # one after the other, the round trips to an object store would take half an hour for 40,000
 
 _FACTS = (PermissionError, IsADirectoryError, NotADirectoryError)
@@ -253,9 +257,15 @@ class Folder:
         Raises StorageError in one line if the disk is full, read-only or broken.
         """
         if is_remote(self.path):
-            buffer = io.BytesIO()  # gathered first: an upload closed by an error would publish half an object
-            yield buffer
-            self._upload(name, buffer.getvalue())
+            # gathered first: an upload closed by an error would publish half an object
+            with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as gathered:
+                try:
+                    yield gathered
+                except OSError as error:
+                    if error.errno in DISK_FAULTS:
+                        raise StorageError(f"cannot write {tempfile.gettempdir()}: {_reason(error)}") from error
+                    raise
+                self._upload(name, gathered)
             return
         final = self.full(name)
         aside = Path(f"{final}.{uuid.uuid4().hex[:8]}{PART_SUFFIX}")
@@ -273,18 +283,20 @@ class Folder:
                 raise
 
     @_patient
-    def _upload(self, name: str, data: bytes) -> None:
+    def _upload(self, name: str, data: IO[bytes]) -> None:
         fs, root = self._fs
+        size = data.seek(0, os.SEEK_END)
 
         def upload() -> None:
+            data.seek(0)
             with fs.open_output_stream(f"{root}/{name}") as stream:
-                stream.write(data)
+                shutil.copyfileobj(data, stream, STREAM_BUFFER_BYTES)
 
         with ThreadPoolExecutor(1) as thread:  # a signal in the middle, too, would publish half; threads get none
             thread.submit(upload).result()
         seen = fs.get_file_info(f"{root}/{name}").size
-        if seen != len(data):
-            raise OSError(f"{name}: {len(data)} bytes were written, {seen or 0} are there")
+        if seen != size:
+            raise OSError(f"{name}: {size} bytes were written, {seen or 0} are there")
 
     def write_bytes(self, name: str, data: bytes) -> None:
         with self.writer(name) as stream:

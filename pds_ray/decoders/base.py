@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,6 +39,6 @@ class DecodeBatch:
 class Decoder(Protocol):
     """A loaded decoder. Picture i depends on row i of the batch alone, up to float tolerance."""
 
-    def decode(self, batch: DecodeBatch) -> list[Image.Image]:
-        """One RGB picture a row."""
+    def decode(self, batch: DecodeBatch) -> Iterable[Image.Image]:
+        """One RGB picture a row, made when it is asked for where a batch of them would take much memory."""
         ...

@@ -1,6 +1,35 @@
-"""Where things run. Ray reads its settings when it is imported, hence what is set here."""
+"""Where things run; and here Ray's limits, all in one place: what is set on purpose, and why.
+
+run.json tells what is in force. Ray reads DRIVER and NODES from the environment, as RAY_NAME, when it is imported,
+hence what is set here; a user may have set other values there. Those of NODES are read by the processes of each node:
+a cluster has them from whoever started it.
+"""
+
+from __future__ import annotations
 
 import os
+from typing import Any
 
-# a task that eats its machine's memory is killed and tried again: so often, where Ray's default is for ever
-os.environ.setdefault("RAY_task_oom_retries", "3")
+TASK_RETRIES = 3  # of work whose process or machine died; Ray would try a sample that kills its actor for ever
+BLOCK_BYTES = 64 << 20
+
+DRIVER: dict[str, tuple[str, str]] = {
+    "task_oom_retries": ("3", "a task that eats its machine's memory is killed and tried again, by default for ever"),
+}
+NODES: dict[str, tuple[str, str]] = {
+    "memory_usage_threshold": ("0.95", "beyond this share Ray ends the newest task, before the kernel ends anything"),
+    "memory_monitor_refresh_ms": ("250", "a picture that unpacks to gigabytes does so within a second"),
+    "health_check_period_ms": ("3000", "a machine that dies is noticed soon, and its shards read elsewhere"),
+    "health_check_timeout_ms": ("10000", "one that is only busy answers within this"),
+    "health_check_failure_threshold": ("5", "or at one of so many times: a node taken for dead loses all it holds"),
+}
+DATA: dict[str, tuple[Any, str]] = {
+    "target_max_block_size": (BLOCK_BYTES, "pictures of one block are decoded and encoded together"),
+    "execution_no_progress_timeout_s": (6 * 3600, "waiting hours for spot GPUs is no failure; by default 30 minutes"),
+    "max_consecutive_actor_init_deaths": (5, "by default one machine lost while a model loads ends the job"),
+    "max_errored_blocks": (0, "faults of data are rows; an exception is a fault of ours. Embedding sets it to -1"),
+}
+"""Attributes of Ray Data's context."""
+
+for _name, (_value, _) in {**DRIVER, **NODES}.items():
+    os.environ.setdefault(f"RAY_{_name}", _value)

@@ -33,16 +33,10 @@ def task_seconds(tasks: int) -> float:
 
 def block_seconds(blocks: int) -> float:
     """Seconds of the driver's CPU that so many blocks take on a way like that of embedding: three tasks each."""
-    dataset = (
-        ray.data.range(blocks, override_num_blocks=blocks)
-        .map_batches(_same, batch_size=None, batch_format="pyarrow", num_cpus=runtime.DECODE_CPUS)
-        .map_batches(
-            _Same,
-            batch_size=None,
-            batch_format="pyarrow",
-            **runtime.actor_options(runtime.pool(Actors(1, 1, None, {}), on_gpu=False)),
-        )
+    read = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
+        _same, batch_size=None, batch_format="pyarrow", num_cpus=runtime.DECODE_CPUS
     )
+    dataset = runtime.map_blocks(read, _Same, (), runtime.pool(Actors(1, 1, None, {}), on_gpu=False))
     began = time.process_time()
     for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         pass

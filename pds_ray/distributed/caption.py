@@ -33,7 +33,10 @@ def _embed(pairs: int, info: EncoderInfo, config: EmbedConfig, run: RunFolder) -
 def caption(
     shards: list[str], info: EncoderInfo, store: EmbeddingStore, run: RunFolder, config: RunConfig
 ) -> dict[str, Any]:
-    """Writes captions.parquet: the caption of each pair. Returns how many differ from the one that was retrieved."""
+    """Writes captions.parquet: the caption of each pair. Returns how many differ from the one that was retrieved.
+
+    `config.embed.precision` is that of the store.
+    """
     prototypes = run.prototypes()
     pairs = prototypes.num_rows
     if config.caption.nearest_to == "prototype":
@@ -42,7 +45,7 @@ def caption(
         return {"pairs": pairs, "changed": 0}
     with progress_bar("caption", 1 + len(shards), "steps") as bar:
         actors = runtime.pool(config.ray.embed_actors)
-        settings = EmbedConfig(precision=runtime.precision(config.embed.precision, actors, "bf16"))
+        settings = EmbedConfig(precision=config.embed.precision)
         pictures = ray.get(runtime.start_model(actors, _embed, pairs, info, settings, run))
         bar.update()
         found = nearest("captions", shards, store, pictures, bar)

@@ -9,7 +9,6 @@ where the sample that kills is found out and refused. A shard that cannot be rea
 
 from __future__ import annotations
 
-import faulthandler
 import gc
 import json
 import sys
@@ -18,7 +17,6 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import psutil
@@ -34,15 +32,15 @@ from pds_ray.config import ConfigError, EmbedConfig, RayConfig, ReadConfig, RunC
 from pds_ray.distributed import metrics, runtime
 from pds_ray.encoders.base import Encoder, EncoderInfo
 from pds_ray.errors import UserError, first_line
-from pds_ray.progress import progress_bar, waiting_for
+from pds_ray.progress import QUIET_S, progress_bar, waiting_for
 from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
 from pds_ray.stages.isolated import Limits, embed_isolated
 from pds_ray.storage import side_by_side
 
 MIN_SAMPLES_TO_JUDGE = 100
-READ_RETRY_WAITS_S = (1.0, 5.0, 25.0)
 MAX_GROWTH_BYTES = 4 << 30  # by which a process may grow while it decodes one picture
+FAILED_SHOWN = 20  # shards that could not be read, of which run.json says why
 TABLES = ("images", "captions", "errors")
 UNREADABLE = "unreadable"  # reason of the row that ends a shard of which no more can be read
 FATAL, STORE = "fatal", "store"  # reasons of rows that end the run: our fault, or that of a disk or a store
@@ -73,30 +71,17 @@ class _Reader:
     under_way: runtime.UnderWay
 
     def __call__(self) -> Iterable[pa.Table]:
-        """The shard's blocks; a disk that fails is read again, it says nothing about the data.
+        """The shard's blocks.
 
-        Object stores are asked again where they are read (`storage.open_stream`), and have failed for good if that
-        raises.
+        One that cannot be read costs itself, and a disk or a store that is down more shards than may be lost.
         """
         self.under_way.begin(self.shard.name)
-        done = 0
-        for wait_s in (*READ_RETRY_WAITS_S, None):
-            try:
-                for block in islice(core.read_blocks(self.source, self.shard), done, None):
-                    yield block
-                    done += 1
-                return
-            except OSError as error:
-                if wait_s is None:
-                    yield _problem(UNREADABLE, error, self.shard.name)
-                    return
-                time.sleep(wait_s)
-            except SourceError as error:
-                yield _problem(UNREADABLE, error, self.shard.name)
-                return
-            except Exception as error:
-                yield _problem(_fault(error), error)
-                return
+        try:
+            yield from core.read_blocks(self.source, self.shard)
+        except SourceError as error:
+            yield _problem(UNREADABLE, error, self.shard.name)
+        except Exception as error:
+            yield _problem(_fault(error), error)
 
 
 def _problem(reason: str, error: Exception, shard: str = "") -> pa.Table:
@@ -118,13 +103,10 @@ def _said(error: Exception) -> str:
 def _decode(block: pa.Table, info: EncoderInfo, read: ReadConfig, seconds: float) -> pa.Table:
     """`core.decode_block`; a picture that takes longer than `seconds` ends the process, even stuck in C code."""
     try:
-        return core.decode_block(
-            block, info.preprocess, read, lambda _: faulthandler.dump_traceback_later(seconds, exit=True)
-        )
+        with runtime.time_limit(seconds) as begin:
+            return core.decode_block(block, info.preprocess, read, lambda _: begin())
     except Exception as error:
         return _problem(_fault(error), error)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
 
 
 def _load(info: EncoderInfo, precision: str) -> Encoder:
@@ -273,11 +255,12 @@ def embed(
     written.
     """
     store.folder.sweep()
-    done, again = store.committed(), store.failed()
+    with progress_bar("list", None, "shards", delay_s=QUIET_S):
+        done, again = store.committed(), store.failed()
     todo = [shard for shard in shards if shard.name not in done or shard.name in again]
     names = {shard.name for shard in shards} - {shard.name for shard in todo}
     reused = core.sum_counts(done[name] for name in sorted(names))
-    totals, failed, encoders = reused, 0, metrics.ActorTime("embed")
+    totals, failed, encoders = reused, dict[str, str](), metrics.ActorTime("embed")
     if todo:
         precision = runtime.precision(config.embed.precision, runtime.pool(config.ray.embed_actors), "bf16")
         embed_config = replace(config.embed, precision=precision)
@@ -297,7 +280,8 @@ def embed(
     return {
         **totals,
         "shards": len(shards),
-        "failed_shards": failed,
+        "failed_shards": len(failed),
+        "failed": {name: failed[name] for name in sorted(failed)[:FAILED_SHOWN]},
         "shards_reused": len(shards) - len(todo),
         "images_reused": reused["images"],
         "timed": totals["images"] - reused["images"],
@@ -312,8 +296,8 @@ def _embed(
     before: dict[str, dict[str, Any]],
     shards: int,
     encoders: metrics.ActorTime,
-) -> tuple[dict[str, Any], int]:
-    """Embeds some shards of `shards`; returns the counts of all, and how many shards there are none of.
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Embeds some shards of `shards`; returns the counts of all, and of which shards there are none, and why.
 
     `before`: the markers of those that are tried again; they stand if it fails.
     """
@@ -359,8 +343,9 @@ def _embed(
                     finished += 1
                     core.add_counts(totals, outcome)
                     _tell_committed(name, outcome)
+                arrived[name].closed = True  # nobody waits for it any more
                 show()
-    return totals, len(problems.keys() - before.keys())
+    return totals, {name: problem for name, problem in problems.items() if name not in before}
 
 
 def _tell_committed(shard: str, counts: dict[str, Any]) -> None:
@@ -378,35 +363,28 @@ def _stream(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Runs the data set; books in `arrived` and `encoders` what comes; yields shard and counts of each block."""
     with runtime.lost_blocks_allowed():
-        dataset = (
-            ray.data.read_datasource(
-                ShardDatasource(work.source, shards, under_way),
-                override_num_blocks=len(shards),
-                num_cpus=runtime.READ_CPUS,
-                resources=work.ray.reader_resources,
-                ray_remote_args={"max_retries": runtime.TASK_RETRIES},
-            )
-            .map_batches(
-                _decode,
-                fn_args=(work.info, work.read, work.ray.sample_timeout_s),
-                batch_size=None,
-                batch_format="pyarrow",
-                num_cpus=runtime.DECODE_CPUS,
-                resources=work.ray.reader_resources,
-                max_retries=runtime.TASK_RETRIES,
-            )
-            .map_batches(
-                EmbedWorker,
-                fn_constructor_args=(work.info, work.config, work.store),
-                batch_size=None,
-                batch_format="pyarrow",
-                **runtime.actor_options(runtime.pool(work.ray.embed_actors), EmbedWorker.THREADS),
-            )
+        decoded = ray.data.read_datasource(
+            ShardDatasource(work.source, shards, under_way),
+            override_num_blocks=len(shards),
+            num_cpus=runtime.READ_CPUS,
+            resources=work.ray.reader_resources,
+            ray_remote_args={"max_retries": runtime.TASK_RETRIES},
+        ).map_batches(
+            _decode,
+            fn_args=(work.info, work.read, work.ray.sample_timeout_s),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=runtime.DECODE_CPUS,
+            resources=work.ray.reader_resources,
+            max_retries=runtime.TASK_RETRIES,
         )
+        actors = runtime.pool(work.ray.embed_actors)
+        arguments = (work.info, work.config, work.store)
+        embedded = runtime.map_blocks(decoded, EmbedWorker, arguments, actors, EmbedWorker.THREADS)
     commits: list[ray.ObjectRef] = []
     commit = ray.remote(commit_parts).options(num_cpus=runtime.DECODE_CPUS)
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for row in batch.to_pylist():
+    for batch in embedded.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in pa.table(batch).to_pylist():
             encoders.add(row)
             if row["fault"] == STORE:
                 raise EmbedError(row["problem"])
@@ -431,7 +409,12 @@ def _again(shards: list[Shard], work: _Work, under_way: runtime.UnderWay) -> Ite
     pending = {remote.remote(shard, work, under_way): shard.name for shard in shards}
     while pending:
         (ready,), _ = ray.wait(list(pending))
-        yield pending.pop(ready), ray.get(ready)
+        name = pending.pop(ready)
+        try:
+            yield name, ray.get(ready)
+        except runtime.LOST as error:
+            tries = runtime.TASK_RETRIES + 1
+            yield name, f"its process or machine was lost each of {tries} times ({type(error).__name__})"
 
 
 def _embed_alone(shard: Shard, work: _Work, under_way: runtime.UnderWay) -> dict[str, Any] | str:

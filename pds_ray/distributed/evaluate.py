@@ -7,7 +7,6 @@ and takes up the trial it was in from the last report.
 
 from __future__ import annotations
 
-import functools
 import json
 import tempfile
 import time
@@ -15,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from pds_ray.config import ConfigError, EvaluateConfig
 from pds_ray.distributed import runtime
 from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
 from pds_ray.progress import progress_bar
+from pds_ray.sources.base import SourceError
 from pds_ray.stages import evaluate as core
 from pds_ray.stages.train import Gallery, Progress, TrainingPairs, Workers
 from pds_ray.storage import Folder, open_filesystem
@@ -140,7 +141,7 @@ def _prepare(
 
     for name, split in splits.items():
         for rule in sorted({checked.text.cleaning for checked in sets}):
-            data.splits[name, rule] = read = _read_split(name, split, sizes, rule)
+            data.splits[name, rule] = read = _read_split(name, split, sizes, rule, config.ray.sample_timeout_s)
             for encoder in sorted({checked.text.encoder for checked in sets if checked.text.cleaning == rule}):
                 data.held_out_text[name, rule, encoder] = encode(encoder, read.captions)
     for checked in sets:
@@ -162,17 +163,30 @@ def _prepare(
     return data
 
 
-def _read_split(name: str, split: core.Split, sizes: list[int], rule: str) -> SplitData:
-    """Reads a split on the cluster. Raises ConfigError in one line if nothing in it can be used."""
-    task = ray.remote(core.read_split).options(num_cpus=runtime.SMALL_TASK_CPUS, num_returns=3)
+def _read_split(name: str, split: core.Split, sizes: list[int], rule: str, seconds: float) -> SplitData:
+    """Reads a split on the cluster. A picture may take so many `seconds` to decode.
+
+    Raises in one line ConfigError if nothing in it can be used, UserError if not all of it can be read.
+    """
+    task = ray.remote(core.read_split).options(
+        num_cpus=runtime.SMALL_TASK_CPUS, num_returns=3, max_retries=runtime.TASK_RETRIES
+    )
     pick = ray.remote(_pick).options(num_cpus=0)
-    pending: list[Any] = [task.remote(split.source, shard, sizes, rule) for shard in split.shards]
+    limit = partial(runtime.time_limit, seconds)
+    pending: list[Any] = [task.remote(split.source, shard, sizes, rule, limit) for shard in split.shards]
     texts: list[list[str]] = []
     bad: Counter[str] = Counter()
     with progress_bar(f"read {name}", len(pending), "shards") as bar:
-        for _, captions, faults in pending:
-            texts += ray.get(captions)
-            bad.update(ray.get(faults))
+        for shard, (_, captions, faults) in zip(split.shards, pending, strict=True):
+            try:
+                with runtime.unwrapped_errors():
+                    texts += ray.get(captions)
+                    bad.update(ray.get(faults))
+            except ray.exceptions.WorkerCrashedError as error:
+                raise SourceError(
+                    f"a picture of shard {shard.name} of {split.uri} ends the process that decodes it, or takes more "
+                    f"than {seconds:g} s (--ray.sample-timeout-s); recalls would leave it out"
+                ) from error
             bar.update()
     if not texts:
         raise ConfigError(f"no sample of {split.uri} can be used: {dict(bad)}")
@@ -269,7 +283,7 @@ def _train_lane(config: dict[str, Any]) -> None:
                 features,
                 # only of the trial it belongs to: with the next report it is gone
                 resume=Path(checkpoint.to_directory(scratch)) if checkpoint and trial.key == interrupted else None,
-                report=functools.partial(_report, trial, workers),
+                report=partial(_report, trial, workers),
             )
         if workers.rank == 0:
             splits = {

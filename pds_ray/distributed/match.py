@@ -29,6 +29,7 @@ def match(shards: list[str], store: EmbeddingStore, run: RunFolder, config: RunC
                 yield part
 
         cells, counts, cosines = core.sum_counts(parts())
+        bar.set_postfix_str("the assignment", refresh=False)
         text_of = core.assign_clusters(cells, counts, config.pairs, config.match.solver)
         bar.update()
     columns = core.couples(cells, counts, cosines, text_of, config.pairs, config.match)

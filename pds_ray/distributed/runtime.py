@@ -6,6 +6,7 @@ them into one operator; on a machine without a GPU the encoder takes half of the
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import math
 import os
@@ -28,28 +29,38 @@ import psutil
 import ray
 
 from pds_ray.config import Actors, ConfigError, RayConfig
-from pds_ray.distributed import metrics
+from pds_ray.distributed import DATA, DRIVER, NODES, TASK_RETRIES, metrics
 from pds_ray.errors import UserError, first_line
 from pds_ray.progress import waiting_for
 
 Result = TypeVar("Result")
 
 READ_CPUS, DECODE_CPUS, SMALL_TASK_CPUS = 0.5, 0.25, 1.0
-BLOCK_BYTES = 64 << 20
+CPUS_A_WORKER = 8  # of a cluster without GPUs, or a node's if those have fewer, for each actor and what feeds it
 MODEL_THREADS = 4  # of each model, however many CPUs there are: convolutions round by how they are shared out
-NO_PROGRESS_TIMEOUT_S = 6 * 3600  # waiting hours for spot GPUs is no failure; the default is 30 minutes
 CONNECT_TIMEOUT_S = 10
-ACTOR_INIT_DEATHS = 5  # at Ray's default of 0 one machine lost while a model loads ends the job
-OOM_RETRIES = "RAY_task_oom_retries"  # set where the package is imported
-TASK_RETRIES = 3  # of work whose process or machine died; Ray would try a sample that kills its actor for ever
+
+
+# What a task ends with whose process or machine is gone. Ray would try it again with the CPUs asked for at first, which
+# no node may have any more.
+LOST = (
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.ObjectLostError,
+)
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Actors of one kind: how many at least and at most, and what each takes."""
+    """Actors of one kind: how many, and what each takes."""
 
     min_workers: int
+    """Without so many the work does not begin."""
     workers: int
+    """That the cluster has room for now, or that are wished for."""
+    max_workers: int | None
+    """None: as many as there are GPUs for, whenever they come."""
     num_cpus: float
     num_gpus: float
     resources: dict[str, float]
@@ -81,14 +92,14 @@ def start(config: RayConfig, run: str = "") -> dict[str, Any]:
         with _muffled(), _own_signals():
             _connect(address) if address else _start_local(config)
     metrics.of_run(run)
-    settings = _set_data_options()
+    _set_data_options()
     resources = ray.cluster_resources()
     return {
         "address": address or "local",
         "cpus": resources.get("CPU", 0),
         "gpus": resources.get("GPU", 0),
         "object_store_bytes": int(resources.get("object_store_memory", 0)),
-        **settings,
+        **_limits_in_force(local=address is None),
     }
 
 
@@ -169,7 +180,19 @@ def stop() -> None:
     ray.shutdown()
 
 
-def _set_data_options() -> dict[str, Any]:
+def _limits_in_force(local: bool) -> dict[str, Any]:
+    """The limits of the package as they are; those of the nodes of a cluster that others started are not known."""
+    context = ray.data.DataContext.get_current()
+    environment = {**DRIVER, **(NODES if local else {})}
+    found: dict[str, Any] = {name: os.environ[f"RAY_{name}"] for name in environment}
+    if local:
+        node: Any = ray._private.worker._global_node
+        found["object_spilling_directory"] = node.get_session_dir_path()  # unless it was said otherwise, as it is not
+    found |= {name: getattr(context, name) for name in DATA}
+    return {**found, "max_errored_blocks": {"embed": -1, "decode": 0}, "task_retries": TASK_RETRIES}
+
+
+def _set_data_options() -> None:
     """Ray Data's options, set before any data set is made (each freezes them)."""
     # the number of retries has no other name in the release that is pinned
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
@@ -177,21 +200,11 @@ def _set_data_options() -> dict[str, Any]:
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = BLOCK_BYTES
-    context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
-    context.max_consecutive_actor_init_deaths = ACTOR_INIT_DEATHS
-    context.max_errored_blocks = 0  # faults of data are rows; an exception is a fault of ours
+    for name, (value, _) in DATA.items():
+        setattr(context, name, value)
     context.issue_detectors_config.detectors = []  # its advice is for pipeline authors, not for users
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # blocks that are lost are looked for; the rest is raised
-    return {
-        "target_max_block_size": context.target_max_block_size,
-        "execution_no_progress_timeout_s": context.execution_no_progress_timeout_s,
-        "max_consecutive_actor_init_deaths": context.max_consecutive_actor_init_deaths,
-        "max_errored_blocks": {"embed": -1, "decode": context.max_errored_blocks},
-        "task_retries": TASK_RETRIES,
-        "task_oom_retries": os.environ[OOM_RETRIES],
-    }
 
 
 @contextmanager
@@ -203,6 +216,20 @@ def lost_blocks_allowed() -> Iterator[None]:
         yield
     finally:
         context.max_errored_blocks = before
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[Callable[[], None]]:
+    """Ends the process, even one stuck in C code, when the block takes longer; what is given starts the clock anew."""
+
+    def begin() -> None:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+
+    begin()
+    try:
+        yield begin
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 class UnderWay:
@@ -241,20 +268,25 @@ class _Board:
 def pool(wish: Actors, on_gpu: bool = True) -> Pool:
     """Actors for a model: one a GPU if the cluster has any, else as many as half of its CPUs feed well.
 
-    `on_gpu` is false for work that has no use for a GPU.
+    None takes more than half of the largest node's CPUs: more would fit on no node that reads as well. `on_gpu` is
+    false for work that has no use for a GPU.
     """
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)) if on_gpu else 0, max(1, int(resources.get("CPU", 1)))
+    largest = max([1.0, *(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])])
+    by_cpus = max(1, int(cpus // min(CPUS_A_WORKER, largest)))
     each = wish.gpus if on_gpu else 0.0
     if each is None:
-        count = wish.workers or gpus or max(1, cpus // 8)
+        count = wish.workers or gpus or by_cpus
         each = 1 / math.ceil(count / gpus) if gpus else 0.0
     else:  # GPUs that an autoscaler brings when they are asked for are not there yet
-        count = wish.workers or max(1, int(gpus / each) if each else cpus // 8)
+        count = wish.workers or (max(1, int(gpus / each)) if each else by_cpus)
     count = max(count, wish.min_workers)
-    share = cpus / 2 / count  # the other half reads and decodes
+    share = min(cpus / count, largest) / 2  # the other half reads and decodes
     num_cpus = min(1.0, share) if each or share < 1 else float(math.floor(share))
-    return Pool(wish.min_workers, count, num_cpus, each, wish.resources)
+    # Ray Data starts no actor that there is no GPU for, so that the number of GPUs is limit enough
+    limit = None if each and not wish.workers else count
+    return Pool(wish.min_workers, count, limit, num_cpus, each, wish.resources)
 
 
 def precision(wish: str, actors: Pool, on_gpu: str) -> str:
@@ -269,7 +301,7 @@ def actor_options(actors: Pool, threads: int = 1) -> dict[str, Any]:
     return {
         "compute": ray.data.ActorPoolStrategy(
             min_size=actors.min_workers,
-            max_size=actors.workers,
+            max_size=actors.max_workers,
             initial_size=actors.workers,
             max_concurrent_calls_per_actor=threads,
             enable_true_multi_threading=threads > 1,
@@ -279,16 +311,39 @@ def actor_options(actors: Pool, threads: int = 1) -> dict[str, Any]:
     }
 
 
+def map_blocks(
+    dataset: ray.data.Dataset, worker: type, arguments: tuple[Any, ...], actors: Pool, threads: int = 1
+) -> ray.data.Dataset:
+    """`dataset` with each block, whole, given to one of the actors `worker(*arguments)`, as an Arrow table."""
+    # map_batches itself, which calls this, refuses whole blocks where actors have GPUs
+    return dataset.map_batches_internal(
+        worker, fn_constructor_args=arguments, batch_size=None, batch_format="pyarrow", **actor_options(actors, threads)
+    )
+
+
 def run_kmeans(function: Callable[..., Result], *args: Any) -> Result:
-    """Calls `function` with all CPUs of one node for FAISS, or with a GPU where FAISS can use one."""
+    """Calls `function` with all CPUs of one node for FAISS, or with a GPU where FAISS can use one.
+
+    If the process or its machine is lost, again on what the cluster then has: up to TASK_RETRIES times.
+    """
+    for _ in range(TASK_RETRIES):
+        try:
+            return _run_kmeans(function, *args)
+        except LOST:
+            continue
+    return _run_kmeans(function, *args)
+
+
+def _run_kmeans(function: Callable[..., Result], *args: Any) -> Result:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if any(node.get("GPU", 0) >= 1 for node in nodes):
         # GPUs named here and not in .options(): Ray then ends the process with the task, and with it what it holds
-        with_gpu = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=1)
+        with_gpu = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=1, max_retries=0)
         if ray.get(with_gpu(_faiss_gpus).remote()):
             return ray.get(with_gpu(function).remote(*args))
     cpus = _most_cpus()
-    return ray.get(ray.remote(with_faiss_threads).options(num_cpus=cpus).remote(cpus, function, *args))
+    remote = ray.remote(with_faiss_threads).options(num_cpus=cpus, max_retries=0)
+    return ray.get(remote.remote(cpus, function, *args))
 
 
 def start_model(actors: Pool, function: Callable[..., Any], *args: Any) -> ray.ObjectRef:
@@ -297,10 +352,24 @@ def start_model(actors: Pool, function: Callable[..., Any], *args: Any) -> ray.O
 
 
 def stream(function: Callable[..., Iterator[Result]], *args: Any) -> Iterator[Result]:
-    """What `function` yields, as it does, with all CPUs of one node to itself."""
-    remote = ray.remote(_yielded).options(num_cpus=_most_cpus(), num_returns="streaming")
-    for reference in remote.remote(function, *args):
-        yield ray.get(reference)
+    """What `function` yields, as it does, with all CPUs of one node to itself.
+
+    If the process or its machine is lost, again on what the cluster then has, up to TASK_RETRIES times: `function` must
+    yield the same each time.
+    """
+    told = 0
+    for tries_left in reversed(range(TASK_RETRIES + 1)):
+        remote = ray.remote(_yielded).options(num_cpus=_most_cpus(), num_returns="streaming", max_retries=0)
+        try:
+            for number, reference in enumerate(remote.remote(function, *args)):
+                value = ray.get(reference)  # also of those told before: one may say that the process is lost
+                if number == told:
+                    yield value
+                    told += 1
+            return
+        except LOST:
+            if not tries_left:
+                raise
 
 
 def _yielded(function: Callable[..., Iterator[Result]], *args: Any) -> Iterator[Result]:
@@ -313,6 +382,11 @@ def _most_cpus() -> int:
     free = ray._private.state.available_resources_per_node()  # no public call tells it
     alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     return max(1, int(max((free.get(node, {}).get("CPU", 0) for node in alive), default=1)))
+
+
+def most_memory() -> float:
+    """Bytes that Ray gives to tasks on the node that has most."""
+    return max((node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
 
 
 def _faiss_gpus() -> int:
@@ -346,4 +420,8 @@ def map_in_order(function: Callable[..., Result], items: Iterable[Any], *shared:
             return
         item, reference = pending.popleft()
         waiting_for(partial(str, item))
-        yield ray.get(reference)
+        try:
+            result = ray.get(reference)
+        finally:
+            waiting_for(None)
+        yield result

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pds_ray import catalog
 from pds_ray.artifacts import EmbeddingStore, RunFolder
-from pds_ray.config import RunConfig
+from pds_ray.config import ConfigError, RunConfig
 from pds_ray.distributed import runtime
 from pds_ray.progress import progress_bar
 from pds_ray.stages import select as core
@@ -25,8 +25,19 @@ def _look_up(picks: tuple[str, np.ndarray, np.ndarray], store: EmbeddingStore) -
     return core.chosen_pairs(*picks, store)
 
 
-def select(shards: list[str], dim: int, store: EmbeddingStore, run: RunFolder, config: RunConfig) -> dict[str, Any]:
-    """Writes prototypes.parquet; returns what was chosen."""
+def select(
+    shards: list[str], counts: dict[str, int], dim: int, store: EmbeddingStore, run: RunFolder, config: RunConfig
+) -> dict[str, Any]:
+    """Writes prototypes.parquet; returns what was chosen. `counts`: of embedding.
+
+    Raises ConfigError if the embeddings do not fit in the memory of one node.
+    """
+    needed, there = core.candidate_bytes(counts["images"], counts["pairs"], dim), runtime.most_memory()
+    if needed > there:
+        raise ConfigError(
+            f"method {config.method} holds all embeddings at once, {needed / 2**30:,.1f} GiB of {counts['pairs']:,} "
+            f"pairs; the largest node has {there / 2**30:,.1f} GiB for it; take larger nodes, fewer data, or method pds"
+        )
     picks = []
     with progress_bar("select", config.pairs, "pairs") as bar:
         for pick in runtime.stream(_pick, shards, dim, store, config):

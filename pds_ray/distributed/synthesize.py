@@ -14,7 +14,7 @@ from pds_ray.artifacts import RunFolder
 from pds_ray.config import RunConfig
 from pds_ray.decoders.base import DecoderInfo
 from pds_ray.distributed import metrics, runtime
-from pds_ray.progress import progress_bar
+from pds_ray.progress import progress_bar, waiting_for
 from pds_ray.sources.base import Source
 from pds_ray.stages import synthesize as core
 
@@ -22,7 +22,9 @@ from pds_ray.stages import synthesize as core
 class SynthesizeWorker:
     """Loads the decoder once; decodes chunks and writes the pictures that are not there yet."""
 
-    def __init__(self, info: DecoderInfo, config: RunConfig, source: Source, run: RunFolder) -> None:
+    def __init__(
+        self, info: DecoderInfo, config: RunConfig, source: Source, run: RunFolder, under_way: runtime.UnderWay
+    ) -> None:
         if info.dim is not None:  # a decoder that takes embeddings is a model
             import torch
 
@@ -30,6 +32,7 @@ class SynthesizeWorker:
         self.decoder = catalog.load_decoder(info, config.decode, source)
         self.config = config
         self.run = run
+        self.under_way = under_way
         self.prototypes = run.prototypes()
         self.free_since = time.monotonic()
 
@@ -37,22 +40,44 @@ class SynthesizeWorker:
         written, busy_s = [], 0.0
         for start, stop in zip(batch.column("start").to_pylist(), batch.column("stop").to_pylist(), strict=True):
             pairs = range(start, stop)
+            self.under_way.begin(_named(start))
             request = core.make_batch(self.prototypes, pairs, self.config.seed, self.config.decode)
-            began = time.monotonic()
             images = core.synthesize_chunk(self.decoder, request, self.config.decode)
-            busy_s += time.monotonic() - began
-            fresh = 0
+            fresh, began = 0, time.monotonic()
             for pair, image in zip(pairs, images, strict=True):
+                busy_s += time.monotonic() - began
                 name = self.run.image_name(pair)
                 if not self.run.images.exists(name):
                     buffer = io.BytesIO()
                     image.save(buffer, format="PNG")
                     self.run.images.write_bytes(name, buffer.getvalue())
                     fresh += 1
+                began = time.monotonic()
             written.append(fresh)
         now = time.monotonic()
         idle_s, self.free_since = now - self.free_since - busy_s, now
-        return pa.table({"written": [sum(written)], "busy_s": [busy_s], "idle_s": [idle_s]})
+        return pa.table(
+            {
+                "start": [batch.column("start")[0].as_py()],
+                "written": [sum(written)],
+                "busy_s": [busy_s],
+                "idle_s": [idle_s],
+            }
+        )
+
+
+def _named(start: int) -> str:
+    """A chunk, as the watchdog tells of it."""
+    return f"the pictures from {RunFolder.image_name(start)} on"
+
+
+def precision(info: DecoderInfo, config: RunConfig) -> str:
+    """In which pictures are decoded here: settled once, lest actors on unlike machines differ."""
+    return runtime.precision(config.decode.precision, _actors(info, config), "fp16")
+
+
+def _actors(info: DecoderInfo, config: RunConfig) -> runtime.Pool:
+    return runtime.pool(config.ray.decode_actors, on_gpu=info.dim is not None)
 
 
 def synthesize(source: Source, info: DecoderInfo, config: RunConfig, run: RunFolder) -> dict[str, Any]:
@@ -68,20 +93,22 @@ def synthesize(source: Source, info: DecoderInfo, config: RunConfig, run: RunFol
     found = sum(run.image_name(pair) in there for pair in range(pairs))
     made, decoders = 0, metrics.ActorTime("decode")
     if todo:
-        actors = runtime.pool(config.ray.decode_actors, on_gpu=info.dim is not None)
+        under_way, ended = runtime.UnderWay(), set[str]()
         dataset = ray.data.from_items(
             [{"start": chunk.start, "stop": chunk.stop} for chunk in todo], override_num_blocks=len(todo)
         ).map_batches(
             SynthesizeWorker,
-            fn_constructor_args=(info, config, source, run),
+            fn_constructor_args=(info, config, source, run, under_way),
             batch_size=1,
             batch_format="pyarrow",
-            **runtime.actor_options(actors),
+            **runtime.actor_options(_actors(info, config)),
         )
         with progress_bar("decode", pairs, "images", found) as bar:
+            waiting_for(lambda: under_way.describe(ended))
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
                 for row in pa.table(batch).to_pylist():
                     made += row["written"]
+                    ended.add(_named(row["start"]))
                     decoders.add(row)
                     metrics.count("pds_ray_pictures_decoded_total", row["written"])
                     bar.update(row["written"])

@@ -367,6 +367,9 @@ def _dropped(run: _Run) -> Json | None:
         steps.append(
             {"what": "pairless couples", "count": match.get("pairless", 0), "of": match.get("clusters", 0), "why": why}
         )
+    if failed := embed.get("failed_shards", 0):
+        why = "none of their samples is counted here; pds-ray retry-failed tries them again"
+        steps.append({"what": "shards not read", "count": failed, "of": embed["shards"], "why": why})
     reasons = embed.get("reasons", {})
     bad = embed.get("bad", 0)
     if not steps and not bad:
@@ -378,6 +381,7 @@ def _dropped(run: _Run) -> Json | None:
         "samples": samples,
         "reasons": [{"reason": reason, "count": count} for reason, count in reasons.items()],
         "examples": _examples(run),
+        "failed": [{"shard": shard, "problem": problem} for shard, problem in embed.get("failed", {}).items()],
         "flow": {
             "pruned": prune.get("dropped", 0),
             "not shared": match.get("pairs_not_shared", 0),

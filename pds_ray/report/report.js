@@ -380,6 +380,7 @@
     if (dropped.examples.length) {
       parts.push(table("Examples of bad samples", [{ name: "reason" }, { name: "shard" }, { name: "key", text: true }, { name: "detail", text: true }], dropped.examples.map((row) => [row.reason.replaceAll("_", " "), row.shard, row.key, row.detail])));
     }
+    if (dropped.failed.length) parts.push(table("Shards that could not be read", [{ name: "shard" }, { name: "why", text: true }], dropped.failed.map((row) => [row.shard, row.problem])));
     section("dropped", "What was dropped, and why", ...parts);
   }
 

@@ -6,11 +6,16 @@ A source knows where image-caption samples come from and nothing of what is done
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 from pds_ray.errors import UserError
+from pds_ray.storage import StorageError
+
+READ_RETRY_WAITS_S = (1.0, 5.0, 25.0)
 
 
 class SourceError(UserError, ValueError):
@@ -72,6 +77,9 @@ REASONS = (
 )
 """The closed list of reasons for which a sample is kept out; every count in a summary is one of these."""
 
+SHARD_ENDS = ("not_a_tar", "truncated_shard")
+"""Reasons that tell of the rest of a shard, whatever it held."""
+
 RETRYABLE = ("crashed_process", "timed_out", "out_of_memory")
 """Reasons that another machine, or another day, may not have."""
 
@@ -90,3 +98,28 @@ class Source(Protocol):
     def read(self, shard: Shard) -> Iterator[Sample | Fault]:
         """The samples of a shard in their stored order, faults in between. Never raises for bad data."""
         ...
+
+
+def read_shard(source: Source, shard: Shard) -> Iterator[Sample | Fault]:
+    """What `source.read` gives of a shard that must be there.
+
+    A disk that fails is read again, it says nothing about the data; object stores are asked again where they are read
+    (`storage.open_stream`). Raises SourceError naming the shard if it is gone or cannot be read to its end.
+    """
+    done = 0
+    for wait_s in (*READ_RETRY_WAITS_S, None):
+        try:
+            for item in islice(source.read(shard), done, None):
+                if isinstance(item, Fault) and item.reason == "missing_shard":
+                    # not one bad sample but a whole shard: taken as such, it would never be tried again
+                    raise SourceError(
+                        f"shard {shard.name} was listed but cannot be opened where it is read ({item.detail}); every "
+                        "node must see the source"
+                    )
+                yield item
+                done += 1
+            return
+        except (OSError, StorageError) as error:
+            if wait_s is None or isinstance(error, StorageError):
+                raise SourceError(f"cannot read shard {shard.name}: {error}") from error
+            time.sleep(wait_s)

@@ -24,7 +24,7 @@ from pds_ray.captions import CLEANERS
 from pds_ray.config import EmbedConfig, ReadConfig
 from pds_ray.encoders.base import ROW_MULTIPLE, Encoder, Preprocess
 from pds_ray.images import ImageError, decode_image
-from pds_ray.sources.base import Fault, Shard, Source, SourceError
+from pds_ray.sources.base import Fault, Shard, Source, read_shard
 
 END = "end"  # reason of the row that closes a shard; its ordinal is the number of rows before it
 BLOCK_SAMPLES = 256
@@ -63,18 +63,12 @@ class Part:
 def read_blocks(source: Source, shard: Shard) -> Iterator[pa.Table]:
     """The rows of a shard in tables of bounded size; the last row says END.
 
-    Raises SourceError if the shard cannot be opened, OSError if its disk or network fails.
+    Raises SourceError if the shard cannot be read.
     """
     rows: list[dict[str, Any]] = []
     size = ordinal = captions = 0
-    for item in source.read(shard):
+    for item in read_shard(source, shard):
         row: dict[str, Any] = {"shard": shard.name, "ordinal": ordinal, "key": item.key}
-        if isinstance(item, Fault) and item.reason == "missing_shard":
-            # not one bad sample but a whole shard: committed as such, it would never be tried again
-            raise SourceError(
-                f"shard {shard.name} was listed but cannot be opened where it is read ({item.detail}); every node "
-                "must see the source"
-            )
         if isinstance(item, Fault):
             row |= {"reason": item.reason, "detail": item.detail[:500]}
         else:

@@ -7,6 +7,7 @@ over backbones, the means of the seeds are averaged first, and the deviation is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from pds_ray.captions import CLEANERS
 from pds_ray.config import ConfigError, ProtocolConfig
 from pds_ray.encoders.base import EncoderInfo, Preprocess, TextEncoder, TextEncoderInfo
 from pds_ray.images import ImageError, decode_image
-from pds_ray.sources.base import Fault, Shard, Source
+from pds_ray.sources.base import SHARD_ENDS, Fault, Shard, Source, SourceError, read_shard
 from pds_ray.stages.materialize import DistilledSet
 from pds_ray.stages.retrieval import RECALLS
 from pds_ray.stages.train import Gallery, Pixels, Progress, TrainingPairs, TwoTowers, Workers, embed_images, train
@@ -95,22 +96,30 @@ class Trial:
 
 
 def read_split(
-    source: Source, shard: Shard, sizes: list[int], captions: str
+    source: Source,
+    shard: Shard,
+    sizes: list[int],
+    captions: str,
+    limit: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[dict[int, np.ndarray], list[list[str]], dict[str, int]]:
     """The pictures of a shard at each of the sizes, their cleaned captions, and how many samples were bad and why.
 
     Pictures are resized to squares, their aspect not kept (B.4 of the published evaluation): uint8 [n, 3, S, S].
+    `limit` is entered for each. Raises SourceError if the shard cannot be read to its end: recalls are of all images.
     """
     clean = CLEANERS[captions]
     squares = {size: Preprocess(size, resize_mode="squash") for size in sizes}
     pictures: dict[int, list[np.ndarray]] = {size: [] for size in sizes}
     texts: list[list[str]] = []
     bad: dict[str, int] = {}
-    for item in source.read(shard):
+    for item in read_shard(source, shard):
         reason = item.reason if isinstance(item, Fault) else None
+        if isinstance(item, Fault) and reason in SHARD_ENDS:
+            raise SourceError(f"shard {shard.name} ends early ({reason}: {item.detail}); recalls would miss images")
         if not isinstance(item, Fault):
             try:
-                image = decode_image(item.image)
+                with limit():
+                    image = decode_image(item.image)
             except ImageError as error:
                 reason = error.reason
             kept = [cleaned for caption in item.captions if (cleaned := clean(caption))]

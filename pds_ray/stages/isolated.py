@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -185,7 +185,7 @@ def _child(
     try:
         encoder = load()
         about_to(READ, 0, 0)
-        for block in _blocks(source, shard):
+        for block in core.read_blocks(source, shard):
             first = block.column("ordinal")[0].as_py()
             if first in done:
                 continue
@@ -204,14 +204,6 @@ def _child(
         pipe.send(("error", error))
     except Exception as error:  # which need not pickle
         pipe.send(("error", RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")))
-
-
-def _blocks(source: Source, shard: Shard) -> Iterator[pa.Table]:
-    """`core.read_blocks`; that the shard cannot be read is a SourceError."""
-    try:
-        yield from core.read_blocks(source, shard)
-    except OSError as error:
-        raise SourceError(f"cannot read {shard.name}: {error}") from error
 
 
 def _die_with_parent() -> None:

@@ -17,7 +17,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
@@ -111,11 +111,16 @@ def records(prototypes: pa.Table, captions: pa.Table | None = None) -> list[dict
     return [{"file_name": RunFolder.image_name(row["pair"]), "text": row.pop("caption"), **row} for row in plain]
 
 
-def write_distilled(run: RunFolder, about: dict[str, Any], captions: pa.Table | None = None) -> dict[str, Any]:
+def write_distilled(
+    run: RunFolder,
+    about: dict[str, Any],
+    captions: pa.Table | None = None,
+    step: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
     """Writes the distilled set of a finished run; `about` is what the card and the manifest say of its making.
 
     `captions` (rows of captions.parquet) replace those of the prototypes. Returns counts. Few pictures are held
-    at a time. The manifest comes last: without it the folder is no distilled set.
+    at a time; `step` is called after each pair. The manifest comes last: without it the folder is no distilled set.
     """
     prototypes = run.prototypes()
     rows = records(prototypes, captions)
@@ -139,6 +144,7 @@ def write_distilled(run: RunFolder, about: dict[str, Any], captions: pa.Table | 
             for row, (picture, listed) in zip(some, side_by_side(copy, some), strict=True):
                 pictures |= listed
                 _add_pair(tar, row, picture)
+                step()
     metadata = "".join(_json_line(row) + "\n" for row in rows).encode()
     _write(target, f"imagefolder/{METADATA}", metadata, pictures)
     tensors = {

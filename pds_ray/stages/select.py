@@ -14,6 +14,11 @@ from pds_ray.selectors.base import Candidates
 from pds_ray.stages.cluster import normalized
 
 
+def candidate_bytes(images: int, pairs: int, dim: int) -> int:
+    """What `load_candidates` returns takes so many."""
+    return 4 * dim * (images + pairs) + (8 + 4) * pairs
+
+
 def load_candidates(shards: list[str], store: EmbeddingStore, dim: int) -> Candidates:
     """All pairs of the shards, in their order; besides the result no more than a shard is held at a time."""
     markers = store.committed()

@@ -7,6 +7,7 @@ there already: a picture's last bits may depend on the shape of its batch.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -52,12 +53,14 @@ def _image_prototypes(rows: pa.Table, rescale: bool) -> np.ndarray:
     return image * (rows.column("member_norm").to_numpy() / np.where(norms > 0, norms, 1))[:, None]
 
 
-def synthesize_chunk(decoder: Decoder, batch: DecodeBatch, config: DecodeConfig) -> list[Image.Image]:
-    """One picture a row, `image_size` square if one is asked for (LANCZOS, methods.md A.1, step 15)."""
-    images = decoder.decode(batch)
-    if len(images) != len(batch.captions):
-        raise RuntimeError(f"the decoder gave {len(images)} pictures for {len(batch.captions)} prototypes")
-    if config.image_size == 0:
-        return images
-    side = (config.image_size, config.image_size)
-    return [image if image.size == side else image.resize(side, Image.Resampling.LANCZOS) for image in images]
+def synthesize_chunk(decoder: Decoder, batch: DecodeBatch, config: DecodeConfig) -> Iterator[Image.Image]:
+    """One picture a row, `image_size` square if one is asked for (LANCZOS, methods.md A.1, step 15).
+
+    A picture is made when it is asked for, if the decoder allows.
+    """
+    count, side = 0, (config.image_size, config.image_size)
+    for image in decoder.decode(batch):
+        count += 1
+        yield image if config.image_size == 0 or image.size == side else image.resize(side, Image.Resampling.LANCZOS)
+    if count != len(batch.captions):
+        raise RuntimeError(f"the decoder gave {count} pictures for {len(batch.captions)} prototypes")

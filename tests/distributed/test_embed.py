@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -105,6 +107,27 @@ def test_a_shard_that_cannot_be_opened_is_no_bad_sample(tmp_path: Path, shared_d
     with pytest.raises(UserError, match="bomb was listed but cannot be opened"), unwrapped_errors():
         embed(source, shards, catalog.describe_encoder(CONFIG.embed), CONFIG, store)
     assert "bomb" not in store.committed()
+    config = dataclasses.replace(CONFIG, ray=RayConfig(max_bad_share=1.0, max_failed_share=0.5))
+    for _ in range(2):  # how often it was tried changes nothing
+        counts = embed(source, shards, catalog.describe_encoder(CONFIG.embed), config, store)
+        assert (counts["shards"], counts["failed_shards"], list(counts["failed"])) == (2, 1, ["bomb"])
+        assert "cannot be opened" in counts["failed"]["bomb"]
+
+
+def test_a_shard_that_loses_every_process_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def alone(shard, *_):
+        if shard.name.endswith("1"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"images": 7}
+
+    monkeypatch.setattr(embed_module, "_embed_alone", alone)
+    monkeypatch.setattr(embed_module.runtime, "TASK_RETRIES", 1)
+    source = ScenesSource("scenes:2000")
+    info = catalog.describe_encoder(CONFIG.embed)
+    work = embed_module._Work(source, info, CONFIG.read, CONFIG.embed, CONFIG.ray, open_store(tmp_path))
+    outcomes = dict(embed_module._again(source.shards(), work, None))
+    assert outcomes["scenes-00000"] == {"images": 7}
+    assert outcomes["scenes-00001"].startswith("its process or machine was lost each of 2 times")
 
 
 def test_broken_shards_lose_only_what_is_broken(tmp_path: Path, shared_data: Path) -> None:

@@ -25,7 +25,7 @@ from pds_ray.config import EvaluateConfig, ProtocolConfig, RayConfig
 from pds_ray.distributed import evaluate as distributed
 from pds_ray.errors import UserError
 from pds_ray.sources.scenes import ScenesSource
-from pds_ray.stages.evaluate import Candidate, Trial, run_trial
+from pds_ray.stages.evaluate import Candidate, Split, Trial, run_trial
 from pds_ray.stages.train import Gallery, TrainingPairs
 from pds_ray.storage import Folder
 
@@ -207,6 +207,25 @@ def _title(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
+
+
+def test_a_held_out_picture_that_hangs_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    class Hanging(ScenesSource):
+        """Whoever reads it hangs in C at the next picture, with the interpreter's lock held."""
+
+        def read(self, shard):
+            import ctypes
+
+            from pds_ray.stages import evaluate
+
+            evaluate.decode_image = lambda _: ctypes.PyDLL(None).sleep(1_000)
+            return super().read(shard)
+
+    monkeypatch.setattr(distributed.runtime, "TASK_RETRIES", 0)
+    source = Hanging("scenes:3:7")
+    with pytest.raises(UserError, match=r"picture of shard scenes-00000 of there .* takes more than 1 s") as caught:
+        distributed._read_split("test", Split("there", source, source.shards()), [8], "none", 1.0)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_killed_worker_goes_on_from_its_last_report(tmp_path: Path):

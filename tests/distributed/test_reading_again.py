@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import errno
+import io
+import tarfile
 from collections.abc import Iterator
 
 import pyarrow as pa
 import pytest
+from object_store import BUCKET, Faults, client, proxy, uri
 
+from pds_ray import storage
 from pds_ray.distributed import embed
-from pds_ray.sources.base import Fault, Sample, Shard
+from pds_ray.sources import base
+from pds_ray.sources.base import READ_RETRY_WAITS_S, Fault, Sample, Shard
+from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.stages import embed as core
+from pds_ray.storage import StorageError
 
 
 class FailingSource:
@@ -44,7 +51,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Blocks of three samples; the waits between reads, which take no time here."""
     found: list[float] = []
     monkeypatch.setattr(core, "BLOCK_SAMPLES", 3)
-    monkeypatch.setattr(embed.time, "sleep", found.append)
+    monkeypatch.setattr(base.time, "sleep", found.append)
     return found
 
 
@@ -62,7 +69,7 @@ def test_a_disk_that_goes_on_failing_ends_the_shard(waits: list[float]) -> None:
     assert [row["key"] for row in rows[:-1]] == ["s0", "s1", "s2"]
     assert (rows[-1]["shard"], rows[-1]["reason"]) == ("s", embed.UNREADABLE)
     assert "Input/output error" in rows[-1]["detail"]
-    assert len(waits) == len(embed.READ_RETRY_WAITS_S)
+    assert len(waits) == len(READ_RETRY_WAITS_S)
 
 
 class BrokenSource(FailingSource):
@@ -75,3 +82,41 @@ class BrokenSource(FailingSource):
 def test_what_is_no_fault_of_the_shard_ends_the_run() -> None:
     (row,) = pa.concat_tables(list(embed._Reader(BrokenSource(), Shard("s", "s"), Nobody())())).to_pylist()
     assert (row["shard"], row["reason"], row["detail"]) == ("", embed.FATAL, "ZeroDivisionError: s by nothing")
+
+
+class RefusedSource(FailingSource):
+    """One whose store refuses an object for good."""
+
+    def read(self, shard: Shard) -> Iterator[Sample | Fault]:
+        raise StorageError(f"the object store fails at {shard.location} (HTTP status 403)")
+
+
+def test_an_object_that_is_refused_for_good_costs_its_shard(waits: list[float]) -> None:
+    (row,) = pa.concat_tables(list(embed._Reader(RefusedSource(), Shard("s", "s3://b/s.tar"), Nobody())())).to_pylist()
+    assert (row["shard"], row["reason"]) == ("s", embed.UNREADABLE)
+    assert "403" in row["detail"]
+    assert waits == [], "the store was asked again where it is read"
+
+
+@pytest.mark.usefixtures("s3_login")
+def test_one_bad_object_of_a_store_costs_its_shard(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "WAITS_S", ())
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name in ("k.jpg", "k.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            tar.addfile(member, io.BytesIO(b"data"))
+    for name in ("good", "bad"):
+        client(s3_port).put_object(Bucket=BUCKET, Key=f"again/{name}.tar", Body=stream.getvalue())
+    with proxy(s3_port, Faults(errors=1.0, only=r"bad\.tar")) as port:
+        source = WebDatasetSource(uri(port, "again/*.tar"))
+        read = {
+            shard.name: pa.concat_tables(list(embed._Reader(source, shard, Nobody())())).to_pylist()
+            for shard in source.shards()
+        }
+    assert [(row["key"], row["image"], row["reason"]) for row in read["good"]] == [
+        ("k", b"data", None),
+        ("", None, core.END),
+    ]
+    assert [(row["shard"], row["reason"]) for row in read["bad"]] == [("bad", embed.UNREADABLE)]

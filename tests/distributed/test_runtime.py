@@ -2,66 +2,123 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 
-from pds_ray.config import Actors, ConfigError
+from pds_ray import distributed, progress
+from pds_ray.config import Actors, ConfigError, RayConfig
 from pds_ray.distributed import runtime
 from pds_ray.errors import UserError
 
 pytestmark = pytest.mark.ray
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch, *nodes: dict[str, float]) -> dict[str, float]:
+    """A cluster of such nodes, and one that is gone; returns its resources."""
+    alive = [{"Alive": True, "Resources": node} for node in nodes]
+    monkeypatch.setattr(ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 999.0}}])
+    total = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {name: value for name, value in total.items() if value})
+    return total
+
+
 @pytest.mark.parametrize(
-    ("cluster", "wish", "workers", "gpus_each"),
+    ("nodes", "wish", "workers", "gpus_each"),
     [
-        ({"CPU": 2}, 0, 1, 0),
-        ({"CPU": 1}, 0, 1, 0),
-        ({"CPU": 64}, 0, 8, 0),
-        ({"CPU": 4}, 3, 3, 0),
-        ({"CPU": 32, "GPU": 4}, 0, 4, 1),
-        ({"CPU": 32, "GPU": 4}, 2, 2, 1),
-        ({"CPU": 32, "GPU": 2}, 4, 4, 0.5),
-        ({"CPU": 32, "GPU": 2}, 3, 3, 0.5),
-        ({"CPU": 1, "GPU": 1}, 0, 1, 1),
-        ({"CPU": 8, "GPU": 8}, 0, 8, 1),
-        ({"CPU": 1}, 20, 20, 0),
+        ([{"CPU": 2}], 0, 1, 0),
+        ([{"CPU": 1}], 0, 1, 0),
+        ([{"CPU": 64}], 0, 8, 0),
+        ([{"CPU": 4}], 3, 3, 0),
+        ([{"CPU": 32, "GPU": 4}], 0, 4, 1),
+        ([{"CPU": 32, "GPU": 4}], 2, 2, 1),
+        ([{"CPU": 32, "GPU": 2}], 4, 4, 0.5),
+        ([{"CPU": 32, "GPU": 2}], 3, 3, 0.5),
+        ([{"CPU": 1, "GPU": 1}], 0, 1, 1),
+        ([{"CPU": 8, "GPU": 8}], 0, 8, 1),
+        ([{"CPU": 1}], 20, 20, 0),
+        ([{"CPU": 2}] * 10, 0, 10, 0),
+        ([{"CPU": 4}] * 3, 0, 3, 0),
+        ([{"CPU": 2}] * 3, 0, 3, 0),
+        ([{"CPU": 5}] * 3, 0, 3, 0),
+        ([{"CPU": 2}] * 10, 2, 2, 0),
+        ([{"CPU": 5}] * 3, 1, 1, 0),
+        ([{"CPU": 1}] * 7, 0, 7, 0),
+        ([{"CPU": 16}, {"CPU": 2}, {"CPU": 2}], 0, 2, 0),
+        ([{"CPU": 0}, {"CPU": 16, "GPU": 2}, {"CPU": 16, "GPU": 2}], 0, 4, 1),
     ],
 )
 def test_pools_fit_the_cluster(
-    monkeypatch: pytest.MonkeyPatch, cluster: dict[str, float], wish: int, workers: int, gpus_each: float
+    monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]], wish: int, workers: int, gpus_each: float
 ) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: cluster)
+    """Each actor is put on the first node that has room for it, as a scheduler would at worst."""
+    total = stand_in(monkeypatch, *nodes)
     pool = runtime.pool(Actors(wish, 1, None, {}))
     assert (pool.workers, pool.num_gpus) == (workers, gpus_each)
-    assert pool.workers * pool.num_gpus <= cluster.get("GPU", 0)
-    rest = cluster["CPU"] - pool.workers * pool.num_cpus
-    assert rest >= min(runtime.READ_CPUS, runtime.DECODE_CPUS), "nothing left to read and decode with"
+    assert pool.workers * pool.num_gpus <= total["GPU"]
+    free = [dict(node) for node in nodes]
+    for _ in range(pool.workers):
+        room = [n for n in free if n["CPU"] + 1e-9 >= pool.num_cpus and n.get("GPU", 0) + 1e-9 >= pool.num_gpus]
+        assert room, "an actor fits on no node"
+        room[0]["CPU"] -= pool.num_cpus
+        room[0]["GPU"] = room[0].get("GPU", 0) - pool.num_gpus
+    needed = min(runtime.READ_CPUS, runtime.DECODE_CPUS)
+    assert max(node["CPU"] for node in free) >= needed, "nothing left to read and decode with"
 
 
 @pytest.mark.parametrize(
-    ("cluster", "wish", "workers", "gpus_each"),
+    ("cluster", "wish", "workers", "gpus_each", "at_most"),
     [
-        ({"CPU": 2}, Actors(16, 2, 1.0, {}), 16, 1),  # GPUs that are yet to come
-        ({"CPU": 2}, Actors(0, 4, 1.0, {}), 4, 1),
-        ({"CPU": 32, "GPU": 4}, Actors(0, 1, 0.25, {}), 16, 0.25),
-        ({"CPU": 32, "GPU": 4}, Actors(0, 1, 2.0, {}), 2, 2),
-        ({"CPU": 32, "GPU": 4}, Actors(0, 1, 0.0, {}), 4, 0),  # the CPUs alone
-        ({"CPU": 32, "GPU": 4}, Actors(0, 6, None, {}), 6, 1),  # two of them must wait
+        ({"CPU": 2}, Actors(16, 2, 1.0, {}), 16, 1, 16),  # GPUs that are yet to come
+        ({"CPU": 2}, Actors(0, 4, 1.0, {}), 4, 1, None),
+        ({"CPU": 32, "GPU": 4}, Actors(0, 1, 0.25, {}), 16, 0.25, None),
+        ({"CPU": 32, "GPU": 4}, Actors(0, 1, 2.0, {}), 2, 2, None),
+        ({"CPU": 32, "GPU": 4}, Actors(0, 1, 0.0, {}), 4, 0, 4),  # the CPUs alone
+        ({"CPU": 32, "GPU": 4}, Actors(0, 6, None, {}), 6, 1, None),  # two of them must wait
+        ({"CPU": 32, "GPU": 4}, Actors(2, 1, None, {}), 2, 1, 2),
+        ({"CPU": 32}, Actors(0, 1, None, {}), 4, 0, 4),
     ],
 )
 def test_wishes_go_before_what_the_cluster_has(
-    monkeypatch: pytest.MonkeyPatch, cluster: dict[str, float], wish: Actors, workers: int, gpus_each: float
+    monkeypatch: pytest.MonkeyPatch,
+    cluster: dict[str, float],
+    wish: Actors,
+    workers: int,
+    gpus_each: float,
+    at_most: int | None,
 ) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: cluster)
+    stand_in(monkeypatch, cluster)
     pool = runtime.pool(wish)
     assert (pool.min_workers, pool.workers, pool.num_gpus) == (wish.min_workers, workers, gpus_each)
+    assert pool.max_workers == at_most, "more GPUs that come are used, unless the number of actors was given"
     assert 0 < pool.num_cpus <= cluster["CPU"]
     assert runtime.precision("auto", pool, "bf16") == ("bf16" if gpus_each else "fp32")
     assert runtime.pool(wish, on_gpu=False).num_gpus == 0
+
+
+def test_limits_are_in_force_and_told() -> None:
+    """Of nodes, by the environment of the raylet that runs; of Ray Data, by its context."""
+    told = runtime.start(RayConfig())
+    raylets = [p for p in psutil.Process().children(recursive=True) if p.name() == "raylet"]
+    environment = raylets[0].environ()
+    for name, (value, why) in {**distributed.DRIVER, **distributed.NODES}.items():
+        assert environment[f"RAY_{name}"] == os.environ[f"RAY_{name}"] == told[name]
+        assert value == told[name], "set otherwise by whoever runs the tests"
+        assert why
+    context = ray.data.DataContext.get_current()
+    for name, (value, why) in distributed.DATA.items():
+        assert getattr(context, name) == value
+        assert name in told
+        assert why
+    assert Path(told["object_spilling_directory"]).is_dir()
 
 
 def test_kmeans_takes_the_cpus_that_are_free() -> None:
@@ -76,6 +133,81 @@ def test_kmeans_takes_the_cpus_that_are_free() -> None:
     ray.get(other.here.remote())
     assert runtime.run_kmeans(lambda value: value + 1, 1) == 2
     ray.kill(other)
+
+
+def test_a_kmeans_whose_node_dies_takes_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two CPUs asked for at first may have gone with the node: the next try asks anew."""
+    tries, most = tmp_path / "tries", iter([2, 1])
+
+    def die_once() -> float:
+        with tries.open("a") as file:
+            file.write("x")
+        if tries.read_text() == "x":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ray.get_runtime_context().get_assigned_resources()["CPU"]
+
+    monkeypatch.setattr(runtime, "_most_cpus", lambda: next(most))
+    assert runtime.run_kmeans(die_once) == 1
+    assert tries.read_text() == "xx"
+
+
+def test_what_always_kills_is_not_tried_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = tmp_path / "tries"
+
+    def die() -> None:
+        with tries.open("a") as file:
+            file.write("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(runtime, "TASK_RETRIES", 1)
+    with pytest.raises(runtime.LOST):
+        runtime.run_kmeans(die)
+    assert tries.read_text() == "xx"
+
+
+def test_a_stream_that_breaks_off_is_taken_up(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+
+    def count() -> Iterator[int]:
+        for number in range(5):
+            if number == 3 and not broken.exists():
+                broken.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield number
+
+    assert list(runtime.stream(count)) == [0, 1, 2, 3, 4]
+    assert broken.exists()
+
+
+def test_the_watchdog_names_what_is_waited_for(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The item while its result is awaited, and no longer once all of them are there."""
+    monkeypatch.setattr(progress, "STALL_S", 0.4)
+
+    def slow(item: str) -> str:
+        time.sleep(2 if item == "00007" else 0)
+        return item
+
+    with progress.progress_bar("prune", 2, "shards") as bar:
+        for _ in runtime.map_in_order(slow, ["00006", "00007"]):
+            bar.update()
+        awaited = capsys.readouterr().err
+        bar.set_postfix_str("the assignment", refresh=False)
+        time.sleep(1.5)
+    solved = capsys.readouterr().err
+    assert "prune: nothing finished for" in awaited
+    assert "waiting for 00007" in awaited
+    assert "waiting for the assignment" in solved
+    assert "00007" not in solved
+
+
+def test_who_begins_something_is_told_until_it_ends() -> None:
+    under_way = runtime.UnderWay()
+    here = ray.get_runtime_context().get_node_id()[:8]
+    under_way.begin("a")
+    under_way.begin("b")
+    assert re.fullmatch(rf"a \(for \d+ s, on node {here}\), b \(.*\)", under_way.describe(set()))
+    assert under_way.describe({"a"}).startswith("b ")
+    assert under_way.describe({"a", "b"}) == "none"
 
 
 def test_results_come_in_the_order_of_the_items() -> None:

@@ -10,10 +10,11 @@ from synthetic_store import Gathered, make_store
 
 from pds_ray import catalog
 from pds_ray.artifacts import EmbeddingStore, RunFolder
-from pds_ray.config import RunConfig, SelectConfig
+from pds_ray.config import ConfigError, RunConfig, SelectConfig
 from pds_ray.distributed import runtime
 from pds_ray.distributed.select import select
 from pds_ray.selectors.base import Candidates
+from pds_ray.stages.select import load_candidates
 
 pytestmark = pytest.mark.ray
 PAIRS = 15
@@ -32,11 +33,30 @@ def gathered_candidates(data: Gathered) -> Candidates:
     return Candidates(image[first], text, owner, data.similarity)
 
 
+def counts_of(data: Gathered) -> dict[str, int]:
+    return {"images": len(set(data.keys)), "pairs": len(data.captions)}
+
+
+def test_embeddings_that_no_node_can_hold_are_refused(
+    made: tuple[EmbeddingStore, Gathered], run_folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+):
+    """Before the task begins; what it would hold is what the arrays take."""
+    store, data = made
+    all_ = load_candidates(data.shards, store, 8)
+    needed = sum(array.nbytes for array in (all_.image, all_.text, all_.owner, all_.similarity))
+    config = RunConfig(method="random", pairs=PAIRS)
+    monkeypatch.setattr(runtime, "most_memory", lambda: needed)
+    select(data.shards, counts_of(data), 8, store, run_folder, config)
+    monkeypatch.setattr(runtime, "most_memory", lambda: needed - 1)
+    with pytest.raises(ConfigError, match="method random holds all embeddings at once"):
+        select(data.shards, counts_of(data), 8, store, run_folder, config)
+
+
 @pytest.mark.parametrize("method", sorted(catalog.SELECTORS))
 def test_the_same_pairs_as_without_ray(made: tuple[EmbeddingStore, Gathered], run_folder: RunFolder, method: str):
     store, data = made
     config = RunConfig(method=method, pairs=PAIRS, seed=5, select=SelectConfig(epochs=3))
-    counts = select(data.shards, 8, store, run_folder, config)
+    counts = select(data.shards, counts_of(data), 8, store, run_folder, config)
     picks = list(catalog.selector(method).select(gathered_candidates(data), PAIRS, 5, config.select))
     table = run_folder.prototypes()
     assert table.column("pair").to_pylist() == list(range(PAIRS))
@@ -57,7 +77,7 @@ def test_the_table_is_the_same_bytes_twice(made: tuple[EmbeddingStore, Gathered]
     written = []
     for name in ("one", "two"):
         run = RunFolder(Folder(str(tmp_path / name)))
-        select(data.shards, 8, store, run, config)
+        select(data.shards, counts_of(data), 8, store, run, config)
         written.append(run.folder.read_bytes("prototypes.parquet"))
     assert written[0] == written[1]
 

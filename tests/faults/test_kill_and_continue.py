@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -68,6 +69,16 @@ def check_finished(process: subprocess.Popen, out: Path, undisturbed: Path) -> N
     assert [name for name in reference if mine[name] != reference[name]] == []
 
 
+def finished_work(out: Path) -> dict[Path, int]:
+    """When each shard was committed and each picture written."""
+    done = [*(out / "embeddings").glob("*.json"), *(out / "images").glob("*.png")]
+    return {path: path.stat().st_mtime_ns for path in done}
+
+
+def check_kept(finished: dict[Path, int]) -> None:
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished work was redone"
+
+
 @pytest.mark.parametrize(
     ("how", "expected"),
     [
@@ -94,12 +105,11 @@ def test_killed_again_and_again(undisturbed: Path, tmp_path: Path, how: signal.S
         assert process.returncode == expected, errors
         if how != signal.SIGKILL:
             assert "the same command continues" in errors
-        assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished work was redone"
-        done = [*(out / "embeddings").glob("*.json"), *(out / "images").glob("*.png")]
-        finished = {path: path.stat().st_mtime_ns for path in done}
+        check_kept(finished)
+        finished = finished_work(out)
     process = start(out)
     check_finished(process, out, undisturbed)
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished work was redone"
+    check_kept(finished)
 
 
 def workers(process: psutil.Process, name: str) -> list[psutil.Process]:
@@ -138,21 +148,40 @@ def test_an_actor_is_killed(undisturbed: Path, tmp_path: Path, stage: str, worke
 def test_killed_twenty_times(undisturbed: Path, tmp_path: Path) -> None:
     """In every stage at a random moment of it, then at random instants; whoever gets through begins a new run."""
     out, moments, instants = tmp_path / "0", random.Random(20), 20
+    finished: dict[Path, int] = {}
     for number in range(instants):
         process = start(out)
         if number < len(STAGES):
-            stage = STAGES[number]
+            stage, deadline = STAGES[number], time.monotonic() + 400
             while progress(out) != stage and process.poll() is None:
+                assert time.monotonic() < deadline, f"{stage} was not reached"
                 time.sleep(0.005)
             time.sleep(moments.uniform(0, 0.3))
         else:
             time.sleep(moments.uniform(1, 60))
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate(timeout=60)
+        check_kept(finished)
+        finished = finished_work(out)
         if process.returncode == 0:
             check_finished(start(out), out, undisturbed)
-            out = tmp_path / str(number + 1)
+            check_kept(finished)
+            out, finished = tmp_path / str(number + 1), {}
     check_finished(start(out), out, undisturbed)
+    check_kept(finished)
+
+
+def node_with(worker: str, nodes: list[Any], process: subprocess.Popen) -> Any:
+    """One of the nodes on which such an actor works; none else would be missed."""
+    deadline = time.monotonic() + 240
+    while True:
+        for node in nodes:
+            raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+            if workers(raylet, worker):
+                return node
+        assert process.poll() is None, f"ended before there was a {worker} on a node that may die"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.long
@@ -166,11 +195,13 @@ def test_nodes_die_and_others_come(undisturbed: Path, tmp_path: Path) -> None:
         nodes = [cluster.add_node(num_cpus=2, object_store_memory=store) for _ in range(2)]
         out = tmp_path / "run"
         process = start(out, "--address", cluster.address, "--ray.embed_workers", "3", "--ray.decode_workers", "3")
-        for stage, node in zip(("embed", "decode"), nodes, strict=True):
+        for stage, worker in (("embed", "EmbedWorker"), ("decode", "SynthesizeWorker")):
             wait_for(stage, out, process)
-            time.sleep(4)
+            node = node_with(worker, nodes, process)
+            time.sleep(2)
+            nodes.remove(node)
             cluster.remove_node(node, allow_graceful=False)
-            cluster.add_node(num_cpus=2, object_store_memory=store)
+            nodes.append(cluster.add_node(num_cpus=2, object_store_memory=store))
         check_finished(process, out, undisturbed)
     finally:
         cluster.shutdown()

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from pds_ray.config import RunConfig, replace
+from pds_ray import pipeline
+from pds_ray.artifacts import RunFolder
+from pds_ray.config import ConfigError, RunConfig, replace
+from pds_ray.manifest import RunManifest
 from pds_ray.pipeline import SELECTION_STAGES, STAGES, plan
 from pds_ray.recipes import recipe
+from pds_ray.sources.base import Sample, Shard, SourceError
+from pds_ray.storage import StorageError
 
 BASE = {"source": "scenes:120", "pairs": 5, "out": "unused", "decode.decoder": "nearest"}
 
@@ -156,3 +165,79 @@ def test_every_option_is_judged() -> None:
         "caption.nearest_to",
     }  # fmt: skip
     assert {name for name in flatten(to_dict(RunConfig())) if not name.startswith("ray.")} == judged
+
+
+def test_a_card_counts_the_shards_that_were_not_read(tmp_path: Path) -> None:
+    plan_ = plan(replace(recipe("demo"), {**BASE, "out": str(tmp_path), "method": "random"}))
+    counts = {"images": 90, "pairs": 450, "bad": 3, "failed_shards": 2, "failed": {"a": "gone", "b": "gone"}}
+    manifest = RunManifest(plan_.run)
+    manifest.data["stages"] = {"embed": {"counts": counts}, "decode": {"counts": {"images": 5}}}
+    about = pipeline._about(plan_, manifest)
+    assert about["counts"]["shards not read"] == 2
+    assert "gone" not in str(about), "why may differ from one try to the next"
+
+
+def test_pictures_are_not_continued_in_another_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pds_ray.distributed import runtime, synthesize
+
+    options = {**BASE, "out": str(tmp_path), "decode.decoder": "unclip"}
+    plan_ = plan(replace(recipe("demo"), options))
+    plan_.run.folder.create()
+    told: list[str] = []
+    monkeypatch.setattr(synthesize, "synthesize", lambda *args: told.append(args[2].decode.precision) or {})
+    monkeypatch.setattr(RunFolder, "prototypes", lambda _: pa.table({"pair": [0, 1]}))
+
+    def decode(gpus: float, **changes: Any) -> None:
+        monkeypatch.setattr(runtime, "pool", lambda *_, **__: runtime.Pool(1, 1, 1, 1.0, gpus, {}))
+        changed = dataclasses.replace(plan_, config=replace(plan_.config, changes))
+        pipeline._steps(changed, RunManifest(plan_.run), dict)["decode"]()
+
+    decode(gpus=1.0)
+    decode(gpus=0.5)
+    with pytest.raises(ConfigError, match=r"were begun in fp16, batches of .* here they would go on in fp32, batches"):
+        decode(gpus=0.0)
+    with pytest.raises(ConfigError, match="here they would go on in fp16, batches of 3;"):
+        decode(gpus=1.0, **{"decode.batch_size": 3})
+    assert told == ["fp16", "fp16"], "every actor is told, none decides for itself"
+    manifest = RunManifest(plan_.run)
+    del manifest.data["images_made"]  # as of a run begun before it was recorded
+    manifest.update()
+    decode(gpus=0.0)
+    assert told[-1] == "fp32"
+
+
+class Refusing:
+    """Ten captioned samples a shard; the store refuses the shards that are named."""
+
+    uri, validation = "refusing", None
+
+    def __init__(self, refused: set[int]) -> None:
+        self.refused = refused
+        self.asked: list[str] = []
+
+    def read(self, shard: Shard) -> Iterator[Sample]:
+        self.asked.append(shard.name)
+        if int(shard.name) in self.refused:
+            raise StorageError("the object store fails at s3://b/0.tar (HTTP status 403)")
+        for number in range(10):
+            yield Sample(str(number), b"", ("a caption",))
+
+
+def check_enough(source: Refusing, shards: int, pairs: int) -> None:
+    config = RunConfig(source="s3://b/*.tar", pairs=pairs)
+    pipeline._check_enough(source, [Shard(str(n), "") for n in range(shards)], config)
+
+
+def test_a_shard_that_its_store_refuses_is_passed_over() -> None:
+    check_enough(Refusing({0, 2}), shards=4, pairs=20)
+    with pytest.raises(ConfigError, match="has only 20 captioned images"):
+        check_enough(Refusing({0, 2}), shards=4, pairs=21)
+
+
+def test_a_store_that_refuses_all_is_not_asked_for_long() -> None:
+    source = Refusing(set(range(40_000)))
+    with pytest.raises(SourceError, match=r"none of the first 10 shards of s3://b/\*.tar can be read: .*403"):
+        check_enough(source, shards=40_000, pairs=5)
+    assert len(source.asked) == 10
+    with pytest.raises(SourceError, match="no shard of"):
+        check_enough(Refusing({0, 1, 2}), shards=3, pairs=5)

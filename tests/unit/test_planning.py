@@ -623,18 +623,22 @@ def test_rates_lie_in_the_cache_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp
 # ---- the engine it speaks of -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("gpus", "cpus"), [(0, 1), (0, 2), (0, 15), (0, 64), (1, 16), (8, 64)])
+@pytest.mark.parametrize(
+    ("gpus", "cpus", "nodes"), [(0, 1, 1), (0, 2, 1), (0, 15, 1), (0, 64, 1), (1, 16, 1), (8, 64, 1), (0, 20, 10)]
+)
 @pytest.mark.parametrize("workers", [0, 3])
 @pytest.mark.parametrize("each", [None, 0.5, 1])
 @pytest.mark.parametrize("on_gpu", [True, False])
 def test_pools_are_those_of_the_engine(
-    monkeypatch: pytest.MonkeyPatch, gpus: int, cpus: int, workers: int, each: float | None, on_gpu: bool
+    monkeypatch: pytest.MonkeyPatch, gpus: int, cpus: int, nodes: int, workers: int, each: float | None, on_gpu: bool
 ) -> None:
     """But for actors that find no room."""
     from pds_ray.distributed import runtime
 
     monkeypatch.setattr(runtime.ray, "cluster_resources", lambda: {"GPU": gpus, "CPU": cpus})
-    cluster = Cluster(gpus, "H100" if gpus else "", cpus, cpus)
+    node = {"Alive": True, "Resources": {"CPU": cpus // nodes}}
+    monkeypatch.setattr(runtime.ray, "nodes", lambda: [node] * nodes)
+    cluster = Cluster(gpus, "H100" if gpus else "", cpus, cpus // nodes)
     run = planning._Run(
         configure(web(), {"ray.embed_workers": workers, "ray.embed_gpus": each if gpus else None}),
         web_workload(10**6, 1, 1),
@@ -650,10 +654,12 @@ def test_pools_are_those_of_the_engine(
 
 
 def test_constants_are_those_of_the_engine() -> None:
+    from pds_ray import distributed
     from pds_ray.distributed import nearest, runtime
 
     assert planning.MODEL_THREADS == runtime.MODEL_THREADS
-    assert planning.BLOCK_BYTES == runtime.BLOCK_BYTES
+    assert planning.CPUS_A_WORKER == runtime.CPUS_A_WORKER
+    assert planning.BLOCK_BYTES == distributed.BLOCK_BYTES
     assert planning.QUERIES_PER_SHARD == nearest.QUERIES_PER_SHARD
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -147,3 +148,29 @@ def test_files_that_are_not_listed_yet_are_hashed_and_deleted(s3_port, place, mo
     assert objects(s3_port, place) == {}
     with pytest.raises(StorageError, match="is not there"):
         RunFolder(Folder(uri(s3_port, place))).hash_files(names)
+
+
+def test_a_large_object_is_not_held_in_memory(s3_port, place):
+    """A tar of the distilled set has thousands of pictures."""
+    pieces = [bytes([number]) * 2**20 for number in range(48)]
+    Folder(uri(s3_port, place)).write_bytes("warm", b"")
+    tracemalloc.start()
+    with Folder(uri(s3_port, place)).writer("large") as stream:
+        for piece in pieces:
+            stream.write(piece)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert objects(s3_port, place)["large"] == b"".join(pieces)
+    assert peak < 24 * 2**20, "twice what is spooled would be held, or the whole"
+
+
+def test_an_upload_in_pieces_is_repeated_whole(s3_port, place, monkeypatch):
+    monkeypatch.setattr(storage, "WAITS_S", (0.05,) * 8)
+    monkeypatch.setattr(storage, "SPOOL_BYTES", 1000)
+    data = random.Random(1).randbytes(3 * 2**20 + 17)
+    faults = Faults(seed=2, errors=0.3, cut_uploads=0.3, limit=6)
+    with proxy(s3_port, faults) as port, Folder(uri(port, place)).writer("x") as stream:
+        stream.write(data[:100])
+        stream.write(data[100:])
+    assert faults.struck
+    assert objects(s3_port, place)["x"] == data

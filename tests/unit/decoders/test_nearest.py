@@ -11,8 +11,11 @@ from PIL import Image
 
 from pds_ray import catalog
 from pds_ray.config import ConfigError, DecodeConfig
+from pds_ray.decoders import nearest
 from pds_ray.decoders.base import DecodeBatch
-from pds_ray.sources.base import Fault, Sample, Shard
+from pds_ray.decoders.nearest import NearestDecoder
+from pds_ray.sources import base
+from pds_ray.sources.base import Fault, Sample, Shard, SourceError
 
 
 def colour(shard: int, number: int) -> tuple[int, int, int]:
@@ -69,8 +72,67 @@ def test_each_shard_is_read_once_and_no_further_than_needed(decoder, source):
 
 
 def test_a_picture_that_is_gone_is_an_error(decoder):
-    with pytest.raises(KeyError):
-        decoder.decode(ask(("s0", "k9")))
+    with pytest.raises(SourceError, match=r"^picture k9 of shard s0 is not there any more \(no such sample\)"):
+        decoder.decode(ask(("s0", "k9"), ("s0", "k1")))
+    with pytest.raises(SourceError, match="shard s7 is not in two any more"):
+        decoder.decode(ask(("s7", "k1")))
+
+
+class Changed(TwoShards):
+    """The same source later: cut short, gone, or with a picture that is none; its disk fails as often as told."""
+
+    def __init__(self, how: str, failures: int = 0):
+        super().__init__()
+        self.how, self.failures = how, failures
+
+    def read(self, shard):
+        if self.how == "gone":
+            yield Fault("", "missing_shard", "No such file or directory")
+            return
+        for item in super().read(shard):
+            if isinstance(item, Fault):
+                continue
+            if item.key == "k2":
+                if self.failures:
+                    self.failures -= 1
+                    raise OSError(5, "Input/output error")
+                if self.how == "cut":
+                    yield Fault("", "truncated_shard", "unexpected end of data")
+                    return
+            overwritten = item.key == "k2" and self.how == "overwritten"
+            yield replace(item, image=b"no picture") if overwritten else item
+
+
+@pytest.mark.parametrize(
+    ("how", "failures", "said"),
+    [
+        ("gone", 0, "shard s0 was listed but cannot be opened .*No such file"),
+        ("cut", 0, r"picture k2 of shard s0 is not there any more \(truncated_shard: unexpected end of data\)"),
+        ("overwritten", 0, r"picture k2 of shard s0 is not what was embedded \(undecodable_image"),
+        ("broken", 99, "cannot read shard s0: .*Input/output error"),
+    ],
+)
+def test_what_became_of_the_source_is_said_in_one_line(monkeypatch, how, failures, said):
+    monkeypatch.setattr(base, "READ_RETRY_WAITS_S", (0.0, 0.0))
+    with pytest.raises(SourceError, match=said) as caught:
+        list(NearestDecoder(Changed(how, failures)).decode(ask(("s0", "k1"), ("s0", "k2"), ("s0", "k3"))))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_disk_that_fails_is_read_again(monkeypatch):
+    monkeypatch.setattr(base, "READ_RETRY_WAITS_S", (0.0, 0.0))
+    images = list(NearestDecoder(Changed("", failures=2)).decode(ask(("s0", "k1"), ("s1", "k3"))))
+    assert [image.getpixel((2, 2)) for image in images] == [colour(0, 1), colour(1, 3)]
+
+
+def test_pictures_are_decoded_one_by_one(monkeypatch, decoder):
+    """Of a batch whose pictures would not fit in memory together, no two need be held."""
+    decoded = []
+    monkeypatch.setattr(nearest, "decode_image", lambda data, **_: decoded.append(data) or Image.new("RGB", (6, 6)))
+    images = iter(decoder.decode(ask(("s0", "k1"), ("s0", "k2"), ("s1", "k0"))))
+    assert decoded == []
+    next(images)
+    assert len(decoded) == 1
 
 
 def test_fits_every_encoder(clip_info):

@@ -198,6 +198,18 @@ def test_examples_of_bad_samples_show_every_reason(copy):
     assert examples[0]["shard"] == "00001"
 
 
+def test_a_shard_that_was_not_read_is_told(made, copy):
+    manifest = json.loads((copy / "run.json").read_text())
+    manifest["stages"] = {n: manifest["stages"][n] for n in ("embed", "decode", "materialize")}  # nothing else to tell
+    told = {"shards": 4, "failed_shards": 1, "failed": {"00003": "<b>HTTP status 403</b>"}}
+    manifest["stages"]["embed"]["counts"] |= told
+    (copy / "run.json").write_text(json.dumps(manifest))
+    dropped = gather(str(copy))["dropped"]
+    assert [(step["what"], step["count"], step["of"]) for step in dropped["steps"]] == [("shards not read", 1, 4)]
+    assert dropped["failed"] == [{"shard": "00003", "problem": "<b>HTTP status 403</b>"}]
+    assert "shards not read" not in json.dumps(gather(str(made.path)))
+
+
 def test_evaluations_and_baselines(copy, tmp_path):
     add_evaluation(copy)
     (copy / "evaluation" / "broken.json").write_text("{}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pds_ray import catalog, evaluation, load_distilled
 from pds_ray.backbones.base import BackboneInfo
 from pds_ray.config import EvaluateConfig, ProtocolConfig
 from pds_ray.recipes import protocol
+from pds_ray.sources.base import SourceError
 from pds_ray.sources.scenes import ScenesSource
 from pds_ray.stages import evaluate as core
 from pds_ray.stages.evaluate import Candidate, Split, TextInput, Trial, average, pixels_of, read_split, summarize
@@ -75,6 +77,40 @@ def test_bad_samples_are_counted_and_left_out(tmp_path: Path):
         assert np.array_equal(pictures[48][row], expected), "squashed, not cropped"
     pictures, captions, bad = read_split(source, source.shards()[0], [48], "none")
     assert len(captions) == len(pictures[48]) == 3
+
+
+@pytest.mark.parametrize(("keep", "said"), [(0.6, "truncated_shard"), (None, "cannot be opened")])
+def test_a_shard_that_is_not_whole_ends_the_evaluation(tmp_path: Path, keep: float | None, said: str):
+    """Recalls of fewer images than the split has would look better than they are."""
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in range(4):
+            for name, data in ((f"{number}.png", png(9, 9, number)[1]), (f"{number}.txt", b"one")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    source = catalog.make_source(str(path))
+    (shard,) = source.shards()
+    if keep is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: int(keep * 4 * 2048)])
+    with pytest.raises(SourceError, match=said):
+        read_split(source, shard, [8], "none")
+
+
+def test_each_picture_has_a_limit_of_its_own():
+    entered = []
+
+    @contextmanager
+    def limit():
+        entered.append("begun")
+        yield
+        entered.append("ended")
+
+    source = ScenesSource("scenes:3:3")
+    read_split(source, source.shards()[0], [32], "none", limit)
+    assert entered == ["begun", "ended"] * 3
 
 
 def test_pictures_of_a_set_are_squashed_the_same_way(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from poisoned import HOOK, write_shard
 
 from pds_ray.config import EmbedConfig, ReadConfig
 from pds_ray.encoders.base import EncoderInfo, Preprocess
-from pds_ray.sources.base import SourceError
+from pds_ray.sources.base import Sample, Shard, SourceError
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.stages import embed as core
 from pds_ray.stages.isolated import MAX_REFUSED, Limits, embed_isolated
+from pds_ray.storage import StorageError
 
 READ, EMBED = ReadConfig(), EmbedConfig()
 SAMPLES = 300
@@ -122,6 +124,23 @@ def test_a_shard_that_is_gone(folder: Path, info: EncoderInfo) -> None:
     (folder / "shard.tar").unlink()
     with pytest.raises(SourceError, match="shard was listed but cannot be opened"):
         embed_isolated(source, shard, info, Sums, READ, EMBED, PATIENT)
+
+
+class Refused:
+    """A source whose store refuses an object for good."""
+
+    uri, validation = "refused", None
+
+    def shards(self) -> list[Shard]:
+        return [Shard("s", "s3://b/s.tar")]
+
+    def read(self, shard: Shard) -> Iterator[Sample]:
+        raise StorageError(f"the object store fails at {shard.location} (HTTP status 403)")
+
+
+def test_a_shard_that_its_store_refuses(info: EncoderInfo) -> None:
+    with pytest.raises(SourceError, match=r"cannot read shard s: the object store fails.*403"):
+        embed_isolated(Refused(), Refused().shards()[0], info, Sums, READ, EMBED, PATIENT)
 
 
 def test_a_shard_full_of_poison_is_given_up(folder: Path, info: EncoderInfo, monkeypatch) -> None:

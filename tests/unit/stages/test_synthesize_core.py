@@ -108,7 +108,7 @@ class Painter:
 def test_pictures_have_the_size_asked_for(made, asked, saved):
     config = DecodeConfig(image_size=asked)
     batch = synthesize.make_batch(prototypes(CAPTIONS), range(3), 0, config)
-    images = synthesize.synthesize_chunk(Painter(made), batch, config)
+    images = list(synthesize.synthesize_chunk(Painter(made), batch, config))
     assert [image.size for image in images] == [saved] * 3
     assert [image.getpixel((5, 5))[0] for image in images] == [seed % 256 for seed in batch.seeds]
 
@@ -116,4 +116,4 @@ def test_pictures_have_the_size_asked_for(made, asked, saved):
 def test_a_decoder_that_loses_pictures_is_caught():
     batch = synthesize.make_batch(prototypes(CAPTIONS), range(3), 0, DecodeConfig())
     with pytest.raises(RuntimeError, match="2 pictures for 3"):
-        synthesize.synthesize_chunk(Painter((8, 8), lost=1), batch, DecodeConfig())
+        list(synthesize.synthesize_chunk(Painter((8, 8), lost=1), batch, DecodeConfig()))

@@ -1,0 +1,49 @@
+"""A run begun with one GPU uses the others as they come, and asks for none that do not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.ray
+DRIVER = """
+import json, os, time
+import pyarrow as pa, ray
+from ray.cluster_utils import Cluster
+from ray.util.state import list_actors
+from pds_ray.config import Actors, RayConfig
+from pds_ray.distributed import runtime
+
+class Slow:
+    def __call__(self, block):
+        time.sleep(0.5)
+        return pa.table({"process": [os.getpid()]})
+
+node = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": 200 << 20}  # Ray takes our word for the GPU
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "object_store_memory": 200 << 20})
+cluster.add_node(**node)
+runtime.start(RayConfig(address=cluster.address))
+blocks = ray.data.range(120, override_num_blocks=120)
+processes = []
+for batch in runtime.map_blocks(blocks, Slow, (), runtime.pool(Actors(0, 1, None, {}))).iter_batches(batch_size=None):
+    processes += batch["process"].tolist()
+    if len(processes) == 10:
+        cluster.add_node(**node)
+    if len(processes) == 110:
+        waiting = sum(actor.state == "PENDING_CREATION" for actor in list_actors(limit=1000))
+print(json.dumps([len(processes), len(set(processes[:5])), len(set(processes)), waiting]))
+runtime.stop()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.long
+def test_gpus_that_come_are_used() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER], env=dict(os.environ), capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[120, 1, 2, 0]"
