@@ -73,8 +73,8 @@ class RunManifest:
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 where = self.run.folder.full(RunFolder.MANIFEST)
                 raise ManifestError(
-                    f"{where} is damaged or no run manifest ({first_line(error)}); give another --out, or delete it: a "
-                    "run goes on without it from the shards that are embedded"
+                    f"{where} is not a run manifest, or a damaged one ({first_line(error)}); give another --out, or "
+                    "delete it: a run goes on without it from the shards that are embedded"
                 ) from error
 
     @property

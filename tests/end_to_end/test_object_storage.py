@@ -10,7 +10,7 @@ import subprocess
 import tarfile
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -74,6 +74,29 @@ def told(name: str, text: str | bytes) -> list[str]:
     return [
         f"{name}: {data[max(0, at - 200) : at + 60]!r}" for word in TELLTALES if (at := data.find(word.encode())) >= 0
     ]
+
+
+def _check_repair(port: int, run: list[str], source: str, call: Callable[..., tuple[int, str]], pds_ray: Run) -> None:
+    """What is missing or wrong on the store is named, and done anew to the same bytes."""
+    s3 = client(port)
+    before = objects(port, "run"), objects(port, "store")
+    code, said = call("verify", *run)
+    assert (code, "all as written" in said) == (0, True), said
+    marker = next(name for name in before[1] if name.endswith(".json"))
+    wrong = {**json.loads(before[1][marker]), "pairs": 1}
+    s3.put_object(Bucket=BUCKET, Key=f"store/{marker}", Body=json.dumps(wrong).encode())
+    s3.delete_object(Bucket=BUCKET, Key="run/images/000003.png")
+    code, said = call("verify", *run)
+    assert code == 2
+    assert marker in said
+    assert "images/000003.png: missing" in said
+    done = pds_ray("verify", *run, "--repair", "--source", source)
+    assert done.returncode == 0, done.stderr
+    after = objects(port, "run"), objects(port, "store")
+    for made, expected in zip(after, before, strict=True):
+        told = {"run.json", "report.html"}
+        assert made.keys() == expected.keys()
+        assert [name for name in made.keys() - told if made[name] != expected[name]] == []
 
 
 def test_a_run_on_an_object_store(
@@ -141,6 +164,8 @@ def test_a_run_on_an_object_store(
         code, text = call(*failing)
         assert code in (1, 2), text
         assert BUCKET in text or "unrecognized" in text or "Cannot parse" in text, text
+    _check_repair(s3_port, [out, "--embed.store", store], source, call, pds_ray)
+
     leaks = [leak for text in said for leak in told("output", text)]
     for name, data in {**made, "run.json": json.dumps(manifest), "report.html": page}.items():
         leaks += told(name, data)
