@@ -126,11 +126,7 @@ class EmbedWorker:
 
     def __init__(self, info: EncoderInfo, config: EmbedConfig, store: EmbeddingStore) -> None:
         self.size = info.preprocess.size
-        self.problem: UserError | None = None
-        try:
-            self.encoder = _load(info, config.precision)
-        except UserError as error:  # told of the first block: Ray would start an actor that raises here again and again
-            self.problem = error
+        self.encoder = _load(info, config.precision)
         self.config = config
         self.store = store
         self.encoding = threading.Lock()
@@ -142,8 +138,6 @@ class EmbedWorker:
         (Ray Data, told to go on without lost blocks, would go on without those that raise.)
         """
         try:
-            if self.problem:
-                raise self.problem
             rows = [self._embed(shard, block) for shard in dict.fromkeys(block.column("shard").to_pylist())]
         except Exception as error:
             rows = [{"shard": "", "fault": _fault(error), "problem": _said(error)}]

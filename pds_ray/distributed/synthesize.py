@@ -14,7 +14,6 @@ from pds_ray.artifacts import RunFolder
 from pds_ray.config import RunConfig
 from pds_ray.decoders.base import DecoderInfo
 from pds_ray.distributed import metrics, runtime
-from pds_ray.errors import UserError
 from pds_ray.progress import progress_bar, waiting_for
 from pds_ray.sources.base import Source
 from pds_ray.stages import synthesize as core
@@ -30,13 +29,7 @@ class SynthesizeWorker:
             import torch
 
             torch.set_num_threads(runtime.MODEL_THREADS)
-        self.problem: UserError | None = None
-        try:
-            self.decoder = catalog.load_decoder(info, config.decode, source)
-        except (
-            UserError
-        ) as error:  # raised at the first chunk: Ray would start an actor that raises here again and again
-            self.problem = error
+        self.decoder = catalog.load_decoder(info, config.decode, source)
         self.config = config
         self.run = run
         self.under_way = under_way
@@ -44,8 +37,6 @@ class SynthesizeWorker:
         self.free_since = time.monotonic()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        if self.problem:
-            raise self.problem
         written, busy_s = [], 0.0
         for start, stop in zip(batch.column("start").to_pylist(), batch.column("stop").to_pylist(), strict=True):
             pairs = range(start, stop)
