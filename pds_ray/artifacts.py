@@ -29,7 +29,7 @@ configuration, data and seed, byte for byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ from pds_ray.config import PRECISIONS
 from pds_ray.errors import first_line
 from pds_ray.storage import Folder, StorageError, is_remote, side_by_side
 
-STORE_SCHEMA_VERSION = 1
+STORE_SCHEMA_VERSION = 2  # 2: captions are embedded in contexts of their length
 MODALITIES = ("image", "text")
 MARKER_FIELDS = {  # what a commit marker says besides its fingerprint
     "shard": str,
@@ -164,15 +164,19 @@ class EmbeddingStore:
         """Pieces of shards not yet committed."""
         return self.folder / "parts"
 
-    def committed(self) -> dict[str, dict[str, Any]]:
-        """Shard name -> marker (counts, hashes) of the shards that are there. A damaged marker is none."""
+    def committed(self, told: Callable[[], object] = lambda: None) -> dict[str, dict[str, Any]]:
+        """Shard name -> marker (counts, hashes) of the shards that are there. A damaged marker is none.
+
+        `told` is called after each marker.
+        """
         names = self.folder.names(self.MARKER)
         markers = (side_by_side if is_remote(self.folder.path) else map)(self._marker, names)
-        return {
-            name.removesuffix(self.MARKER): marker
-            for name, marker in zip(names, markers, strict=True)
-            if marker.get("fingerprint") == self.fingerprint
-        }
+        found = {}
+        for name, marker in zip(names, markers, strict=True):
+            if marker.get("fingerprint") == self.fingerprint:
+                found[name.removesuffix(self.MARKER)] = marker
+            told()
+        return found
 
     def _marker(self, name: str) -> dict[str, Any]:
         """A marker, empty if it is damaged or gone."""
@@ -225,8 +229,13 @@ class EmbeddingStore:
 
     def failed(self) -> dict[str, str]:
         """Shard name -> why it could not be read. A damaged note is none."""
-        notes = {name.removesuffix(self.FAILED): self._read(name) for name in self.folder.names(self.FAILED)}
-        return {shard: note["problem"] for shard, note in notes.items() if isinstance(note.get("problem"), str)}
+        names = self.folder.names(self.FAILED)
+        notes = (side_by_side if is_remote(self.folder.path) else map)(self._read, names)
+        return {
+            name.removesuffix(self.FAILED): note["problem"]
+            for name, note in zip(names, notes, strict=True)
+            if isinstance(note.get("problem"), str)
+        }
 
     def forget(self, shard: str) -> None:
         """Makes a shard look as if it had never been tried."""
@@ -266,15 +275,21 @@ class RunFolder:
             }[stage]
         ]
 
-    def hash_files(self, names: list[str]) -> dict[str, str]:
+    def hash_files(self, names: list[str], told: Callable[[], object] = lambda: None) -> dict[str, str]:
         """SHA-256 of files by their names below the run folder; parts that killed workers left beside them go.
+
+        `told` is called after each.
 
         The names are not those that a store lists: it may list one late. Raises StorageError if one is not there.
         """
         for place in {name.rpartition("/")[0] for name in names} - {""}:
             (self.folder / place).sweep()
         try:
-            return dict(zip(names, side_by_side(self.folder.sha256, names), strict=True))
+            found = {}
+            for name, digest in zip(names, side_by_side(self.folder.sha256, names), strict=True):
+                found[name] = digest
+                told()
+            return found
         except FileNotFoundError as error:
             raise StorageError(
                 f"a file that was written is not there ({first_line(error)}); the same command continues"

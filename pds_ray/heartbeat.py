@@ -49,7 +49,11 @@ def _claim(run: RunFolder) -> None:
     """Leaves a first sign once no other driver gives any; one that was killed is waited for until it counts as gone."""
     _wait_for_silence(run)
     _sign(run)
-    time.sleep(SETTLE_S)
+    try:
+        time.sleep(SETTLE_S)
+    except BaseException:  # interrupted: who comes next is not to wait for this one
+        run.folder.delete(RunFolder.HEARTBEAT)
+        raise
     sign = read(run)
     if sign is not None and not _is_mine(sign):
         raise _occupied(run, sign)  # begun at the same instant: one of the two has the last word
@@ -93,7 +97,7 @@ def read(run: RunFolder) -> dict[str, Any] | None:
         return None
     try:
         return run.folder.read_json(RunFolder.HEARTBEAT)
-    except FileNotFoundError:  # the driver has just ended
+    except (FileNotFoundError, ValueError):  # the driver has just ended, or died while it wrote
         return None
 
 

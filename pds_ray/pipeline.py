@@ -33,7 +33,7 @@ from pds_ray.heartbeat import beating
 from pds_ray.manifest import ManifestError, RunManifest, fingerprint, versions
 from pds_ray.progress import QUIET_S, progress_bar
 from pds_ray.sources.base import Sample, Shard, Source, SourceError
-from pds_ray.storage import Folder, StorageError
+from pds_ray.storage import Folder, StorageError, is_remote
 
 STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "caption", "materialize")  # of pds
 SELECTION_STAGES = ("embed", "select", "decode", "materialize")  # of the methods that choose real pairs
@@ -384,9 +384,9 @@ def _book_files(plan_: Plan, manifest: RunManifest, stage: str, shards: list[str
 
     pairs = plan_.run.prototypes().num_rows if stage == "decode" else 0
     files = plan_.run.files(stage, shards, spaces(plan_.config.cluster), pairs)
-    with progress_bar("hash", None, "files", delay_s=QUIET_S) as bar:
+    with progress_bar("hash", len(files), "files", delay_s=QUIET_S) as bar:
         bar.set_postfix_str(f"the files of {stage}", refresh=False)
-        hashes = plan_.run.hash_files(files)
+        hashes = plan_.run.hash_files(files, bar.update)
     if hashes != plan_.run.hashes(stage):
         _forget_after(plan_, manifest, stage)
     plan_.run.save_hashes(stage, hashes)
@@ -395,7 +395,7 @@ def _book_files(plan_: Plan, manifest: RunManifest, stage: str, shards: list[str
 def _committed(plan_: Plan) -> Markers:
     with progress_bar("list", None, "shards", delay_s=QUIET_S) as bar:
         bar.set_postfix_str(f"the markers in {plan_.store.folder.shown}", refresh=False)
-        return plan_.store.committed()
+        return plan_.store.committed(bar.update)
 
 
 def _markers(plan_: Plan, expected: int) -> Markers:
@@ -404,7 +404,7 @@ def _markers(plan_: Plan, expected: int) -> Markers:
     Waits a while for as many as `expected`: a store may list late what it holds.
     """
     found: Markers = {}
-    for wait_s in LISTING_WAITS_S:
+    for wait_s in LISTING_WAITS_S if is_remote(plan_.store.folder.path) else LISTING_WAITS_S[:1]:
         time.sleep(wait_s)
         markers = _committed(plan_)
         found = {shard.name: markers[shard.name] for shard in plan_.shards if shard.name in markers}
@@ -559,11 +559,14 @@ def _keep_pictures_alike(plan_: Plan, manifest: RunManifest, precision: str) -> 
     before = plan_.stages[plan_.stages.index("decode") - 1]
     wanted = fingerprint(plan_.fingerprints["decode"], run.hashes(before))
     made = f"{precision}, batches of {batch}" if plan_.decoder.dim is not None else "no model"
-    if manifest.data.get("images_fingerprint") != wanted:
-        run.delete_images(run.prototypes().num_rows)
+    drawn_for = manifest.data.get("images_fingerprint")
+    if drawn_for != wanted:
+        run.delete_images(run.prototypes().num_rows if drawn_for else 0)
         manifest.update(images_fingerprint=wanted, images_made=made)
     begun = manifest.data.get("images_made", made)
-    if begun != made:  # last bits depend on both: a set must not be made of two kinds of pictures
+    if begun != made and not run.images.names(".png"):
+        manifest.update(images_made=made)
+    elif begun != made:  # last bits depend on both: a set must not be made of two kinds of pictures
         raise ConfigError(
             f"the pictures in {run.folder.shown} were begun in {begun}, here they would go on in {made}; go on as they "
             "were begun, or say --decode.precision or --decode.batch_size, and give another --out"

@@ -809,10 +809,11 @@ def _check_room(config: RunConfig, cluster: Cluster) -> None:
     if config.decode.decoder == "unclip":
         asked["decode"] = config.ray.decode_gpus
     for stage, gpus in asked.items():
-        if gpus is not None and (gpus > cluster.gpus or (gpus == 0 and cluster.gpus)):
+        if gpus == 0 and cluster.gpus:
+            raise ConfigError(f"ray.{stage}_gpus is 0: a stage on CPUs beside GPUs cannot be planned; leave it out")
+        if gpus is not None and gpus > cluster.gpus:
             raise ConfigError(
-                f"ray.{stage}_gpus is {gpus:g}, of {cluster.gpus} GPUs; give --gpus for at least one actor, or 0 if "
-                "none takes a GPU"
+                f"ray.{stage}_gpus is {gpus:g}, of {cluster.gpus} GPUs; give --gpus for at least one actor"
             )
 
 

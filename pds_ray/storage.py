@@ -169,8 +169,11 @@ class Folder:
         """Makes the folder and proves that it can be written. Raises StorageError in one line."""
         try:
             self._make()
-            self.write_bytes(WRITE_TEST, b"")
-            self.delete(WRITE_TEST)
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # swept by another run that has the folder: so it can be written
+                self.write_bytes(WRITE_TEST, b"")
+                self.delete(WRITE_TEST)
         except (OSError, StorageError) as error:
             cause = error.__cause__ if isinstance(error, StorageError) else error
             if cause is None:  # of an object store, which says where itself

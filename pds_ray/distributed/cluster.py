@@ -119,13 +119,15 @@ def _label(
     return [np.unique(label[label >= 0], return_counts=True) for label in saved]
 
 
-def _begin(run: RunFolder, made_from: dict[str, Any]) -> dict[str, Any]:
+def _begin(run: RunFolder, shards: list[str], made_from: dict[str, Any]) -> dict[str, Any]:
     """What is known of the fits so far; clusters of other data or another configuration are removed."""
     found = run.fits()
     if found.get("made_from") == made_from:
         return found
     run.save_fits({})  # first, lest a removal that is cut short looks whole
     run.clusters.delete_all()
+    if found:
+        run.delete_labels(shards)
     begun = {"made_from": made_from, "fits": {}}
     run.save_fits(begun)
     return begun
@@ -146,11 +148,12 @@ def cluster(
     """
     spaces = core.spaces(config.cluster)
     pairs = {name: counts[name] for name in ("pairs", "kept", "images_kept")}
-    begun = _begin(run, {"fingerprint": fingerprint, **pairs})
+    begun = _begin(run, shards, {"fingerprint": fingerprint, **pairs})
     with progress_bar("cluster", len(spaces) + len(shards), "steps") as bar:
         for space in spaces:
             if space not in begun["fits"] or not run.has_centroids(space):
-                run.delete_labels(shards)  # of centroids that are gone: made anew they may differ in their last bits
+                if space in begun["fits"]:  # centroids made anew may differ from those that are gone in their last bits
+                    run.delete_labels(shards)
                 rows = counts["images_kept"] if space == "image" else counts["kept"]
                 width = 2 * dim if space == "joint" else dim
                 bar.set_postfix_str(f"k-means of {rows:,} {space} vectors, K = {config.pairs:,}", refresh=False)

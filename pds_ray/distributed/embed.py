@@ -255,8 +255,8 @@ def embed(
     written.
     """
     store.folder.sweep()
-    with progress_bar("list", None, "shards", delay_s=QUIET_S):
-        done, again = store.committed(), store.failed()
+    with progress_bar("list", None, "shards", delay_s=QUIET_S) as bar:
+        done, again = store.committed(bar.update), store.failed()
     todo = [shard for shard in shards if shard.name not in done or shard.name in again]
     names = {shard.name for shard in shards} - {shard.name for shard in todo}
     reused = core.sum_counts(done[name] for name in sorted(names))
@@ -316,10 +316,10 @@ def _embed(
             bar.update(totals["images"] - bar.n)
 
         show(", starting")
-        for name, counts in _stream(todo, work, arrived, under_way, encoders):
+        for name, counts, committed in _stream(todo, work, arrived, under_way, encoders):
             core.add_counts(totals, counts)
             check_bad_share(totals, limits.max_bad_share, final=False)
-            if arrived[name].closed:
+            if committed:
                 finished += 1
                 _tell_committed(name, arrived[name].counts)
             if arrived[name].problem:
@@ -360,8 +360,11 @@ def _stream(
     arrived: dict[str, _Progress],
     under_way: runtime.UnderWay,
     encoders: metrics.ActorTime,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Runs the data set; books in `arrived` and `encoders` what comes; yields shard and counts of each block."""
+) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """Runs the data set; books in `arrived` and `encoders` what comes.
+
+    Yields shard and counts of each block, and whether the shard is committed; if not, once more when it is.
+    """
     with runtime.lost_blocks_allowed():
         decoded = ray.data.read_datasource(
             ShardDatasource(work.source, shards, under_way),
@@ -381,7 +384,7 @@ def _stream(
         actors = runtime.pool(work.ray.embed_actors)
         arguments = (work.info, work.config, work.store)
         embedded = runtime.map_blocks(decoded, EmbedWorker, arguments, actors, EmbedWorker.THREADS)
-    commits: list[ray.ObjectRef] = []
+    commits: dict[ray.ObjectRef, str] = {}
     commit = ray.remote(commit_parts).options(num_cpus=runtime.DECODE_CPUS)
     for batch in embedded.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in pa.table(batch).to_pylist():
@@ -393,11 +396,16 @@ def _stream(
             shard = arrived[row["shard"]]
             shard.add(row)
             if shard.closed and not row["committed"]:
-                commits.append(commit.remote(row["shard"], sorted(shard.rows), work.store, work.config))
-            yield row["shard"], json.loads(row["counts"]) if row["counts"] else core.no_counts()
-        ended, commits = ray.wait(commits, num_returns=len(commits), timeout=0) if commits else ([], [])
+                commits[commit.remote(row["shard"], sorted(shard.rows), work.store, work.config)] = row["shard"]
+            counts = json.loads(row["counts"]) if row["counts"] else core.no_counts()
+            yield row["shard"], counts, bool(row["committed"])
+        ended = ray.wait(list(commits), num_returns=len(commits), timeout=0)[0] if commits else []
         ray.get(ended)  # a commit that failed ends the run now, not after the last shard
-    ray.get(commits)
+        for reference in ended:
+            yield commits.pop(reference), core.no_counts(), True
+    for reference, name in commits.items():
+        ray.get(reference)
+        yield name, core.no_counts(), True
     # the error of a lost block is in a reference cycle with the actors' handles: until it is collected they keep CPUs
     gc.collect()
 

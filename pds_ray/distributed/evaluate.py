@@ -182,10 +182,11 @@ def _read_split(name: str, split: core.Split, sizes: list[int], rule: str, secon
                 with runtime.unwrapped_errors():
                     texts += ray.get(captions)
                     bad.update(ray.get(faults))
-            except ray.exceptions.WorkerCrashedError as error:
+            except runtime.LOST as error:
                 raise SourceError(
-                    f"a picture of shard {shard.name} of {split.uri} ends the process that decodes it, or takes more "
-                    f"than {seconds:g} s (--ray.sample-timeout-s); recalls would leave it out"
+                    f"a picture of shard {shard.name} of {split.uri} ends the process that decodes it, takes too much "
+                    f"memory or more than {seconds:g} s (--ray.sample-timeout-s), or its machine was lost; recalls "
+                    "would leave it out"
                 ) from error
             bar.update()
     if not texts:

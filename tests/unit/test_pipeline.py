@@ -192,13 +192,15 @@ def test_pictures_are_not_continued_in_another_way(tmp_path: Path, monkeypatch: 
         changed = dataclasses.replace(plan_, config=replace(plan_.config, changes))
         pipeline._steps(changed, RunManifest(plan_.run), dict)["decode"]()
 
-    decode(gpus=1.0)
+    decode(gpus=0.0)
+    decode(gpus=1.0)  # no picture was made
+    plan_.run.images.write_bytes(plan_.run.image_name(0), b"picture")
     decode(gpus=0.5)
     with pytest.raises(ConfigError, match=r"were begun in fp16, batches of .* here they would go on in fp32, batches"):
         decode(gpus=0.0)
     with pytest.raises(ConfigError, match="here they would go on in fp16, batches of 3;"):
         decode(gpus=1.0, **{"decode.batch_size": 3})
-    assert told == ["fp16", "fp16"], "every actor is told, none decides for itself"
+    assert told == ["fp32", "fp16", "fp16"], "every actor is told, none decides for itself"
     manifest = RunManifest(plan_.run)
     del manifest.data["images_made"]  # as of a run begun before it was recorded
     manifest.update()

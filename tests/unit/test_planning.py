@@ -370,7 +370,7 @@ def test_machines_that_are_not_told() -> None:
         ({"decode__model": "mine"}, "nothing is known of decoder mine"),
         ({"cluster__memory_gib": 0.01}, "raise it to"),
         ({"ray__embed_gpus": 128}, r"ray\.embed_gpus is 128, of 64 GPUs"),
-        ({"ray__decode_gpus": 0}, r"ray\.decode_gpus is 0, of 64 GPUs"),
+        ({"ray__decode_gpus": 0}, r"ray\.decode_gpus is 0: a stage on CPUs"),
     ],
 )
 def test_what_cannot_be_planned(changes: dict[str, Any], words: str) -> None:

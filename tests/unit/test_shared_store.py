@@ -32,10 +32,12 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     def in_turn(function: Callable[..., Any], items: Iterable[Any], *shared: Any) -> Iterator[Any]:
         return (function(item, *shared) for item in items)
 
-    def in_vain(todo: list[Any], work: object, reused: dict[str, Any], *_: object) -> tuple[dict[str, Any], int]:
+    def in_vain(
+        todo: list[Any], work: object, reused: dict[str, Any], *_: object
+    ) -> tuple[dict[str, Any], dict[str, str]]:
         for shard in todo:
             work.store.fail(shard.name, "is still away")
-        return reused, len(todo)
+        return reused, {shard.name: "is still away" for shard in todo}
 
     monkeypatch.setattr(scenes, "SHARD_SIZE", 10)
     monkeypatch.setattr(pipeline, "LISTING_WAITS_S", (0.0,))
