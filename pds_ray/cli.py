@@ -145,7 +145,7 @@ def _compare(args: argparse.Namespace) -> None:
     from pds_ray.comparison import ablations, compare
     from pds_ray.summary import print_comparison
 
-    pairs = str(args.pairs or _written(args).get("pairs", 100))
+    pairs = str(_written(args).get("pairs", 100) if args.pairs is None else args.pairs)
     sizes = [size.strip() for size in pairs.split(",")]
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise ConfigError(f"--pairs is {pairs!r}; it must be whole numbers by comma, such as 100,500")
