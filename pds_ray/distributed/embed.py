@@ -336,7 +336,8 @@ def _embed(
                     problems[name] = outcome
                     work.store.fail(name, outcome)
                     metrics.count("pds_ray_shards_failed_total", 1)
-                    log.event("shard_failed", level="warning", shard=name, reason=outcome)
+                    text = f"pds-ray: shard {name} is set aside: {outcome}"
+                    log.event("shard_failed", text, "warning", shard=name, reason=outcome)
                     check_failed_share(problems, shards, limits.max_failed_share)
                     core.add_counts(totals, before.get(name, core.no_counts()))
                 else:

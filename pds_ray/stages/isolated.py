@@ -2,7 +2,7 @@
 
 The second try of shards whose workers died. The child says which sample it is about to touch; when it is gone, too slow
 or too big, that sample is refused and a new child goes on behind it. The rows of all other samples are those of
-`stages.embed.embed_shard`, to the byte.
+`stages.embed.embed_shard`; on a CPU to the byte.
 """
 
 from __future__ import annotations
