@@ -76,7 +76,7 @@ FIELDS = sorted(flatten(to_dict(EvaluateConfig()), EvaluateConfig))
 
 
 def resolved(*args: str) -> EvaluateConfig:
-    return cli._evaluation(cli.build_parser().parse_args(args))
+    return cli.resolve_evaluation(cli.build_parser().parse_args(args))
 
 
 def test_paper_is_the_published_protocol():

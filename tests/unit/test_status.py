@@ -218,13 +218,11 @@ def test_one_that_was_killed_is_waited_for_and_then_forgotten(
     remote: RunFolder, capsys: pytest.CaptureFixture[str], age_s: float, waits: bool
 ) -> None:
     elsewhere(remote, age_s)
-    began = time.monotonic()
     with heartbeat.beating(remote):
         while (sign := heartbeat.read(remote)) is None:  # what stands in for a store shows files half written
             time.sleep(0.01)
         assert sign["pid"] == os.getpid()
     assert ("waiting to see whether it is gone" in capsys.readouterr().err) == waits
-    assert (time.monotonic() - began > 1.0) == waits
     assert heartbeat.read(remote) is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import pickle
 import signal
@@ -116,14 +117,15 @@ def test_sweep_spares_a_folder_that_has_a_lock_of_its_own(tmp_path):
 
 def test_sweep_and_writers_that_finish_meanwhile(tmp_path):
     """Orphans of a killed driver rename their parts while they are looked for; none of what they finish is lost."""
-    folder, number, ended = Folder(str(tmp_path)), 0, threading.Event()
+    folder, finished, ended = Folder(str(tmp_path)), set(), threading.Event()
 
     def write():
-        nonlocal number
-        while not ended.is_set():
+        for number in itertools.count():
             with contextlib.suppress(FileNotFoundError):  # their part was taken
                 folder.write_bytes(f"{number % 50}", b"whole")
-            number += 1
+                finished.add(f"{number % 50}")
+            if ended.is_set():
+                return
 
     writer = threading.Thread(target=write)
     writer.start()
@@ -131,11 +133,12 @@ def test_sweep_and_writers_that_finish_meanwhile(tmp_path):
     try:
         while time.monotonic() < deadline:
             folder.sweep()
+            time.sleep(0.001)
     finally:
         ended.set()
         writer.join()
-    assert number > 50
-    assert {(tmp_path / name).read_bytes() for name in folder.names() if not name.endswith(PART_SUFFIX)} == {b"whole"}
+    assert {name for name in folder.names() if not name.endswith(PART_SUFFIX)} == finished
+    assert all((tmp_path / name).read_bytes() == b"whole" for name in finished)
 
 
 @pytest.fixture
