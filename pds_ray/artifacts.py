@@ -29,7 +29,7 @@ configuration, data and seed, byte for byte.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,14 +169,18 @@ class EmbeddingStore:
 
         `told` is called after each marker.
         """
-        names = self.folder.names(self.MARKER)
-        markers = (side_by_side if is_remote(self.folder.path) else map)(self._marker, names)
         found = {}
-        for name, marker in zip(names, markers, strict=True):
+        for shard, marker in self._each(self.MARKER, self._marker):
             if marker.get("fingerprint") == self.fingerprint:
-                found[name.removesuffix(self.MARKER)] = marker
+                found[shard] = marker
             told()
         return found
+
+    def _each(self, suffix: str, read: Callable[[str], dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Shard name and what `read` makes of its file with that suffix, of all shards that have one."""
+        names = self.folder.names(suffix)
+        found = (side_by_side if is_remote(self.folder.path) else map)(read, names)
+        return zip((name.removesuffix(suffix) for name in names), found, strict=True)
 
     def _marker(self, name: str) -> dict[str, Any]:
         """A marker, empty if it is damaged or gone."""
@@ -229,13 +233,8 @@ class EmbeddingStore:
 
     def failed(self) -> dict[str, str]:
         """Shard name -> why it could not be read. A damaged note is none."""
-        names = self.folder.names(self.FAILED)
-        notes = (side_by_side if is_remote(self.folder.path) else map)(self._read, names)
-        return {
-            name.removesuffix(self.FAILED): note["problem"]
-            for name, note in zip(names, notes, strict=True)
-            if isinstance(note.get("problem"), str)
-        }
+        notes = self._each(self.FAILED, self._read)
+        return {shard: note["problem"] for shard, note in notes if isinstance(note.get("problem"), str)}
 
     def forget(self, shard: str) -> None:
         """Makes a shard look as if it had never been tried."""
@@ -385,8 +384,7 @@ class RunFolder:
 
     def delete_labels(self, shards: Iterable[str]) -> None:
         """Also those that a store does not list yet, and would list later."""
-        for _ in side_by_side(self.clusters.delete, map(self.labels_name, shards)):
-            pass
+        self.clusters.delete_each(map(self.labels_name, shards))
 
     def labels(self, shard: str) -> tuple[np.ndarray, np.ndarray]:
         """Image and text cluster of each pair of the shard, int32, -1 where pruned."""
@@ -409,8 +407,7 @@ class RunFolder:
         """All pictures; also those that a store does not list yet, of as many pairs as there are now."""
         self.images.delete_all()
         if is_remote(self.images.path):
-            for _ in side_by_side(self.images.delete, map(self.image_name, range(pairs))):
-                pass
+            self.images.delete_each(map(self.image_name, range(pairs)))
 
     def save_captions(self, captions: pa.Table) -> None:
         self.folder.write_table("captions.parquet", captions)

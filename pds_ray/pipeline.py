@@ -340,10 +340,14 @@ def _run_stages(plan_: Plan, manifest: RunManifest, only: Collection[str] = ()) 
         space=plan_.encoder.space,
         notes=list(plan_.decoder.notes),
     )
-    embedded = cache(lambda: _embedded(plan_, manifest))  # read once: the same for all stages that follow
+    there: Markers = {}
+    if manifest.is_done("embed", plan_.fingerprints["embed"]):
+        there = _markers(plan_, _expected(plan_, manifest))
+        if _content(there) != manifest.data.get("store_content"):
+            manifest.forget("embed")  # another run brought shards back, or some are lost: the counts are no longer true
+            there = {}
+    embedded = cache(lambda: there or _embedded(plan_, manifest))  # read once: the same for all stages that follow
     steps = _steps(plan_, manifest, embedded)
-    if manifest.is_done("embed", plan_.fingerprints["embed"]) and _content_changed(plan_, manifest):
-        manifest.forget("embed")  # another run brought shards back, or some are lost: the counts are no longer true
     wanted = [stage for stage in plan_.stages if not only or stage in only]
     until = plan_.stages[: 1 + plan_.stages.index(wanted[-1])]
 
@@ -435,11 +439,6 @@ def _content(embedded: Markers) -> str:
     return fingerprint([[shard, marker["sha256"]] for shard, marker in embedded.items()])
 
 
-def _content_changed(plan_: Plan, manifest: RunManifest) -> bool:
-    """Whether the store holds something else than when it was looked at last."""
-    return _content(_markers(plan_, _expected(plan_, manifest))) != manifest.data.get("store_content")
-
-
 def _forget_after(plan_: Plan, manifest: RunManifest, stage: str) -> None:
     """What is stale must not look finished, should the redoing be interrupted."""
     later = plan_.stages[plan_.stages.index(stage) + 1 :]
@@ -527,7 +526,8 @@ def _steps(
     def materialize() -> dict[str, Any]:
         from pds_ray.stages.materialize import write_distilled
 
-        if _content_changed(plan_, manifest):  # under readers, who take no lock: they may have seen a mixture
+        seen = _content(_markers(plan_, _expected(plan_, manifest)))
+        if seen != manifest.data.get("store_content"):  # under readers, who take no lock: they may have seen a mixture
             raise StorageError(
                 f"the embeddings in {store.folder.shown} changed while they were read, as when another run tries "
                 "failed shards again; the same command redoes what depends on them"

@@ -169,9 +169,8 @@ class Folder:
         """Makes the folder and proves that it can be written. Raises StorageError in one line."""
         try:
             self._make()
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # swept by another run that has the folder: so it can be written
+            # one that is swept by another run, which has the folder, shows as well that it can be written
+            with contextlib.suppress(FileNotFoundError):
                 self.write_bytes(WRITE_TEST, b"")
                 self.delete(WRITE_TEST)
         except (OSError, StorageError) as error:
@@ -203,6 +202,11 @@ class Folder:
         fs, root = self._fs
         with _in_one_line(f"delete {self.full(name)}"), contextlib.suppress(FileNotFoundError):
             fs.delete_file(f"{root}/{name}")
+
+    def delete_each(self, names: Iterable[str]) -> None:
+        """`delete` of each file, side by side."""
+        for _ in side_by_side(self.delete, names):
+            pass
 
     @_patient
     def delete_all(self) -> None:

@@ -189,7 +189,11 @@ def _limits_in_force(local: bool) -> dict[str, Any]:
         node: Any = ray._private.worker._global_node
         found["object_spilling_directory"] = node.get_session_dir_path()  # unless it was said otherwise, as it is not
     found |= {name: getattr(context, name) for name in DATA}
-    return {**found, "max_errored_blocks": {"embed": -1, "decode": 0}, "task_retries": TASK_RETRIES}
+    return {
+        **found,
+        "max_errored_blocks": {"embed": -1, "decode": found["max_errored_blocks"]},
+        "task_retries": TASK_RETRIES,
+    }
 
 
 def _set_data_options() -> None:
