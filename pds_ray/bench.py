@@ -394,9 +394,7 @@ def _stage_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Ent
     return {
         "store": _rate(commit, SHARD_PAIRS, "pairs"),
         "prune": _rate(four_passes, SHARD_PAIRS, "pairs"),
-        "gather": _rate(
-            lambda: clustering.gather("text", [shard], store, run, 0.5, dim, plain), SHARD_PAIRS, "vectors"
-        ),
+        "sample": _rate(lambda: clustering.sampled([shard], "text", store, run, 0.5, plain), SHARD_PAIRS, "vectors"),
         "fit": _rate(fit, (ITERATIONS + 1) * flop, "FLOP", "GPU" if _faiss_has_gpus() else "core"),
         "label": _rate(lambda: cluster.assign(rows, centroids), flop, "FLOP"),
         "label_rows": _rate(lambda: clustering._label((shard, False), store, run, few, False), SHARD_PAIRS, "pairs"),

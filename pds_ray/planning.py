@@ -384,7 +384,7 @@ def _of_another_model(config: RunConfig, measured: Measured) -> set[str]:
     """The figures that hang on encoder or decoder and were measured with one that is not alike."""
     dim, size = encoder_shape(config, measured)
     alike = {
-        ("commit", "gather", "label_rows", "sums", "search_rows"): measured.dim == dim,
+        ("commit", "sample", "label_rows", "sums", "search_rows"): measured.dim == dim,
         ("preprocess",): measured.size == size,
         ("start_embed", "start_caption"): model_name(measured.encoder) == model_name(config.embed.encoder),
         ("start_decode",): measured.decoder == decoder_name(config),
@@ -513,9 +513,9 @@ class _Run:
     def demand(self, what: str, work: float, figure: str, at_most: float | None = None) -> Demand:
         return Demand(what, work, self.figures[figure], at_most)
 
-    def over_network(self, what: str, bytes_: float, at_most: float | None = None) -> Phase:
+    def over_network(self, what: str, bytes_: float) -> Phase:
         """No demand where all is on a disk."""
-        return (self.demand(what, bytes_, "network", at_most),) if self.work.remote else ()
+        return (self.demand(what, bytes_, "network"),) if self.work.remote else ()
 
     def round_trips(self, what: str, trips: float, at_once: int) -> Phase:
         """Requests of the store that the run folder lies on, or the source if no folder is told; none of a disk."""
@@ -593,8 +593,8 @@ def _cluster(run: _Run) -> list[Phase]:
         sample = rows * sample_share(round(rows), width, config, run.clusters)
         flop = distance_flop(sample, compared(run.clusters), width) * (config.iterations + 1) * config.restarts
         on_gpu = run.figures["fit"].per == "GPU"
-        read = run.over_network(f"gather {space} vectors", run.vector_bytes / 2, 1)
-        phases.append((run.demand(f"gather {space} vectors", stored, "gather", 1), *read))
+        read = run.over_network(f"sample {space} vectors", run.vector_bytes / 2)
+        phases.append((run.demand(f"sample {space} vectors", stored, "sample"), *read))
         phases.append((run.demand(f"fit {space} k-means", flop, "fit", 1 if on_gpu else run.cluster.node_cpus),))
     flop = sum(
         distance_flop(rows, compared(run.clusters), run.dim * (2 if space == "joint" else 1))

@@ -1,4 +1,4 @@
-"""Clustering: the sample is gathered and fitted in one heavy task a k-means, then every shard is labelled.
+"""Clustering: the shards are sampled, the sample is fitted in one heavy task a k-means, then every shard is labelled.
 
 A two-level k-means has its cells fitted by as many tasks. What is there is kept: a k-means that is finished and the
 labels of a shard, as long as they belong to the same configuration and the same pairs.
@@ -6,9 +6,11 @@ labels of a shard, as long as they belong to the same configuration and the same
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import ray
 
 from pds_ray.artifacts import EmbeddingStore, RunFolder, vectors
 from pds_ray.config import RunConfig
@@ -16,29 +18,55 @@ from pds_ray.distributed import runtime
 from pds_ray.progress import progress_bar
 from pds_ray.stages import cluster as core
 
+SAMPLE_TASKS = 1_000  # at most: Ray keeps results below 100 KB in the driver
+Parts = tuple[ray.ObjectRef, ray.ObjectRef]  # training vectors and weights of some shards
 
-def gather(
-    space: str, shards: list[str], store: EmbeddingStore, run: RunFolder, share: float, width: int, config: RunConfig
+
+def sampled(
+    shards: list[str], space: str, store: EmbeddingStore, run: RunFolder, share: float, config: RunConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The sampled training vectors of one space, in shard order, and their weights.
+    """The training vectors of one space that some shards give, in shard order, and their weights.
 
-    float32 [n, width], float32 [n]. A row is an image in "image", a pair in "text" and "joint". Besides the result no
-    more than a shard's vectors are held.
+    float32 [n, width], float32 [n]. A row is an image in "image", a pair in "text" and "joint".
     """
-    chosen, weights = [], []
+    found, weights = [], []
     for shard in shards:
         weight = run.keep(shard).astype(np.float32)
         if space == "image":
             weight = np.bincount(_owner(shard, store), weight).astype(np.float32)
         candidates = np.flatnonzero(weight)
         rows = candidates[core.sample_rows(len(candidates), share, config.seed, f"{space}/{shard}")]
-        chosen.append(rows.astype(np.int32))
+        found.append(_vectors(space, shard, store, config.cluster.normalize, rows))
         weights.append(weight[rows])
-    sample = np.empty((sum(len(rows) for rows in chosen), width), np.float32)
-    start = 0
-    for shard, rows in zip(shards, chosen, strict=True):
-        sample[start : start + len(rows)] = _vectors(space, shard, store, config.cluster.normalize, rows)
-        start += len(rows)
+    return np.concatenate(found), np.concatenate(weights)
+
+
+def _sample(
+    space: str, shards: list[str], store: EmbeddingStore, run: RunFolder, share: float, config: RunConfig
+) -> list[Parts]:
+    """Samples all shards, side by side over the cluster, whose object stores hold what is found."""
+    tasks = min(len(shards), SAMPLE_TASKS)
+    bounds = np.linspace(0, len(shards), tasks + 1).astype(int)
+    groups = [shards[start:end] for start, end in pairwise(bounds)]
+    parts = runtime.start_each(sampled, groups, space, store, run, share, config)
+    with progress_bar("cluster", len(shards), "shards") as bar:
+        bar.set_postfix_str(f"{share:.3%} of {space} vectors" if share < 1 else f"{space} vectors", refresh=False)
+        for group, (_, weights) in zip(groups, parts, strict=True):
+            runtime.wait_for(weights, group[0])
+            bar.update(len(group))
+    return parts
+
+
+def _gathered(parts: list[Parts]) -> tuple[np.ndarray, np.ndarray]:
+    """A sample as one array; besides it no more than one part is held. float32 [n, width], float32 [n]."""
+    weights = [ray.get(reference) for _, reference in parts]
+    sample, start = np.empty(0, np.float32), 0
+    for (reference, _), weight in zip(parts, weights, strict=True):
+        found = ray.get(reference)
+        if not start:
+            sample = np.empty((sum(map(len, weights)), found.shape[1]), np.float32)
+        sample[start : start + len(weight)] = found
+        start += len(weight)
     return sample, np.concatenate(weights)
 
 
@@ -59,21 +87,15 @@ def _vectors(
     return core.normalized(found) if normalize else found
 
 
-def _fit(
-    space: str, shards: list[str], store: EmbeddingStore, run: RunFolder, share: float, width: int, config: RunConfig
-) -> dict[str, Any]:
-    fitted = core.fit(
-        *gather(space, shards, store, run, share, width, config), config.pairs, config.seed, config.cluster
-    )
+def _fit(parts: list[Parts], space: str, run: RunFolder, config: RunConfig) -> dict[str, Any]:
+    fitted = core.fit(*_gathered(parts), config.pairs, config.seed, config.cluster)
     run.save_centroids(space, fitted.centroids)
     return {"rows": fitted.rows, "objective": fitted.objective}
 
 
-def _fit_coarse(
-    space: str, shards: list[str], store: EmbeddingStore, run: RunFolder, share: float, width: int, config: RunConfig
-) -> core.Cells:
+def _fit_coarse(parts: list[Parts], space: str, run: RunFolder, config: RunConfig) -> core.Cells:
     """The coarse level of a two-level fit; leaves the sample of each cell as a file."""
-    sample, weights = gather(space, shards, store, run, share, width, config)
+    sample, weights = _gathered(parts)
     cells, cell_of = core.fit_cells(sample, weights, config.pairs, config.seed, config.cluster)
     for cell in range(len(cells.coarse)):
         mine = cell_of == cell
@@ -149,33 +171,34 @@ def cluster(
     spaces = core.spaces(config.cluster)
     pairs = {name: counts[name] for name in ("pairs", "kept", "images_kept")}
     begun = _begin(run, shards, {"fingerprint": fingerprint, **pairs})
-    with progress_bar("cluster", len(spaces) + len(shards), "steps") as bar:
-        for space in spaces:
-            if space not in begun["fits"] or not run.has_centroids(space):
-                if space in begun["fits"]:  # centroids made anew may differ from those that are gone in their last bits
-                    run.delete_labels(shards)
-                rows = counts["images_kept"] if space == "image" else counts["kept"]
-                width = 2 * dim if space == "joint" else dim
-                bar.set_postfix_str(f"k-means of {rows:,} {space} vectors, K = {config.pairs:,}", refresh=False)
-                share = core.sample_share(rows, width, config.cluster, config.pairs)
-                task = (space, shards, store, run, share, width, config)
-                if config.pairs <= core.FLAT_LIMIT:
-                    begun["fits"][space] = runtime.run_kmeans(_fit, *task)
-                else:
-                    cells = runtime.run_kmeans(_fit_coarse, *task)
-                    begun["fits"][space] = _fit_in_cells(cells, space, run, config)
-                run.save_fits(begun)
+    for number, space in enumerate(spaces):
+        if space in begun["fits"] and run.has_centroids(space):
+            continue
+        if space in begun["fits"]:  # centroids made anew may differ from those that are gone in their last bits
+            run.delete_labels(shards)
+        rows = counts["images_kept"] if space == "image" else counts["kept"]
+        share = core.sample_share(rows, 2 * dim if space == "joint" else dim, config.cluster, config.pairs)
+        parts = _sample(space, shards, store, run, share, config)
+        with progress_bar("cluster", len(spaces), "k-means", done=number) as bar:
+            bar.set_postfix_str(f"{space}, K = {config.pairs:,}", refresh=False)
+            if config.pairs <= core.FLAT_LIMIT:
+                begun["fits"][space] = runtime.run_kmeans(_fit, parts, space, run, config)
+            else:
+                cells = runtime.run_kmeans(_fit_coarse, parts, space, run, config)
+                begun["fits"][space] = _fit_in_cells(cells, space, run, config)
+            run.save_fits(begun)
             bar.update()
-        levels: dict[str, Level] = {}
-        for space in spaces:
-            cells_of = run.cells(space)
-            levels[space] = run.centroids(space), core.Cells(**cells_of) if cells_of else None
-        sizes = np.zeros((len(spaces), config.pairs), np.int64)
-        bar.set_postfix_str("labels", refresh=False)
-        done = run.labelled()
-        items = [(shard, shard in done) for shard in shards]
-        for parts in runtime.map_in_order(_label, items, store, run, levels, config.cluster.normalize):
-            for size, (labels, found) in zip(sizes, parts, strict=True):
+        del parts  # before the next: one sample at a time lies in the object stores
+    levels: dict[str, Level] = {}
+    for space in spaces:
+        cells_of = run.cells(space)
+        levels[space] = run.centroids(space), core.Cells(**cells_of) if cells_of else None
+    sizes = np.zeros((len(spaces), config.pairs), np.int64)
+    done = run.labelled()
+    items = [(shard, shard in done) for shard in shards]
+    with progress_bar("cluster", len(shards), "shards") as bar:
+        for labelled in runtime.map_in_order(_label, items, store, run, levels, config.cluster.normalize):
+            for size, (labels, found) in zip(sizes, labelled, strict=True):
                 size[labels] += found
             bar.update()
     result = {space: dict(begun["fits"][space]) for space in spaces}

@@ -407,6 +407,27 @@ def with_faiss_threads(threads: int, function: Callable[..., Result], *args: Any
     return function(*args)
 
 
+def start_each(
+    function: Callable[..., tuple[Any, Any]], items: Iterable[Any], *shared: Any
+) -> list[tuple[ray.ObjectRef, ray.ObjectRef]]:
+    """Starts `function(item, *shared)`, which returns two values, for all items at once; references to both.
+
+    What they refer to stays in the object stores of the cluster, and is made anew if a node is lost.
+    """
+    references = [ray.put(value) for value in shared]
+    remote = ray.remote(function).options(num_cpus=SMALL_TASK_CPUS, num_returns=2)
+    return [tuple(remote.remote(item, *references)) for item in items]
+
+
+def wait_for(reference: ray.ObjectRef, item: Any) -> Any:
+    """The result of the task of `item`, once it is there; until then the watchdog knows what is waited for."""
+    waiting_for(partial(str, item))
+    try:
+        return ray.get(reference)
+    finally:
+        waiting_for(None)
+
+
 def map_in_order(function: Callable[..., Result], items: Iterable[Any], *shared: Any) -> Iterator[Result]:
     """`function(item, *shared)` for each item on the cluster, results in the order of the items.
 
@@ -423,9 +444,4 @@ def map_in_order(function: Callable[..., Result], items: Iterable[Any], *shared:
         if not pending:
             return
         item, reference = pending.popleft()
-        waiting_for(partial(str, item))
-        try:
-            result = ray.get(reference)
-        finally:
-            waiting_for(None)
-        yield result
+        yield wait_for(reference, item)

@@ -15,7 +15,7 @@ from synthetic_store import Gathered, make_store
 from pds_ray.artifacts import EmbeddingStore, RunFolder, vectors
 from pds_ray.config import ClusterConfig, MatchConfig, RunConfig
 from pds_ray.distributed import nearest
-from pds_ray.distributed.cluster import cluster, gather
+from pds_ray.distributed.cluster import cluster, sampled
 from pds_ray.distributed.match import match
 from pds_ray.distributed.prototypes import make_prototypes
 from pds_ray.distributed.prune import prune
@@ -73,7 +73,7 @@ def test_training_vectors_are_weighted_images(tmp_path: Path) -> None:
     run = RunFolder(Folder(str(tmp_path / "run")))
     prune(data.shards, len(data.keys), 0.3, store, run)
     kept = np.concatenate([run.keep(shard) for shard in data.shards])
-    rows, weights = gather("image", data.shards, store, run, 1.0, DIM, CONFIG)
+    rows, weights = sampled(data.shards, "image", store, run, 1.0, CONFIG)
     copies = data.image[kept]  # the authors' way: an image once per kept caption
     assert weights.sum() == len(copies)
     np.testing.assert_allclose((rows * weights[:, None]).sum(axis=0), copies.sum(axis=0), rtol=1e-5)
@@ -212,8 +212,8 @@ def test_joint_rows_are_drawn_by_their_double_width(tmp_path: Path) -> None:
     assert run.clusters.names(".safetensors") == ["joint.safetensors"], "what a run before it left is gone"
     assert run.labelled() == set(data.shards)
 
-    rows, weights = gather("joint", data.shards, store, run, 0.4, 2 * DIM, CONFIG)
-    alone = [gather("joint", [shard], store, run, 0.4, 2 * DIM, CONFIG)[0] for shard in data.shards]
+    rows, weights = sampled(data.shards, "joint", store, run, 0.4, CONFIG)
+    alone = [sampled([shard], "joint", store, run, 0.4, CONFIG)[0] for shard in data.shards]
     np.testing.assert_array_equal(rows, np.concatenate(alone))
     assert (weights == 1).all()
     kept = np.concatenate([run.keep(shard) for shard in data.shards])

@@ -83,7 +83,7 @@ def check_kept(finished: dict[Path, int]) -> None:
     ("how", "expected"),
     [
         (signal.SIGKILL, -signal.SIGKILL),
-        (signal.SIGTERM, 130),
+        pytest.param(signal.SIGTERM, 130, marks=pytest.mark.long),
         pytest.param(signal.SIGINT, 130, marks=pytest.mark.long),
     ],
 )
@@ -123,7 +123,10 @@ def workers(process: psutil.Process, name: str) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize(("stage", "worker"), [("embed", "EmbedWorker"), ("decode", "SynthesizeWorker")])
+@pytest.mark.parametrize(
+    ("stage", "worker"),
+    [pytest.param("embed", "EmbedWorker", marks=pytest.mark.long), ("decode", "SynthesizeWorker")],
+)
 def test_an_actor_is_killed(undisturbed: Path, tmp_path: Path, stage: str, worker: str) -> None:
     """Once while its model loads, and once when it has begun to work; the run itself goes on."""
     out = tmp_path / "run"

@@ -476,7 +476,7 @@ def test_k_means_on_a_gpu_carries_over_by_the_peaks() -> None:
 
 # what a figure hangs on -> its names
 HANGING = {
-    "dim": {"commit", "gather", "label_rows", "sums", "search_rows"},
+    "dim": {"commit", "sample", "label_rows", "sums", "search_rows"},
     "size": {"preprocess"},
     "encoder": {"start_embed", "start_caption", "encode_images", "encode_captions"},
     "decoder": {"start_decode", "draw"},
