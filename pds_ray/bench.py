@@ -377,7 +377,7 @@ def _stage_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Ent
     each = np.arange(FEW, dtype=np.int32)
     couples = prototypes.Couples(each, each, np.zeros(FEW, bool))
     threshold = Threshold(1 << 31, 0)
-    lloyd = ClusterConfig(iterations=ITERATIONS)
+    lloyd = ClusterConfig(iterations=ITERATIONS, tolerance=0)  # all of them: they are what the rate is of
     plain = replace(config, {"cluster.normalize": False})
 
     def four_passes() -> None:
@@ -387,7 +387,7 @@ def _stage_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Ent
         prune._write_mask((shard, 0), store, run, Threshold(0, 0))  # all are kept
 
     def fit() -> None:
-        cluster.fit(rows, np.ones(len(rows), np.float32), CLUSTERS, 0, lloyd)
+        cluster.lloyd(rows, np.ones(len(rows), np.float32), CLUSTERS, centroids, 0, lloyd)
 
     dense, sparse = _table(DENSE), _table(SPARSE)
     flop = distance_flop(SHARD_PAIRS, CLUSTERS, dim)

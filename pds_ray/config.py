@@ -107,7 +107,8 @@ class PruneConfig:
 class ClusterConfig:
     """FAISS k-means, once per modality, with as many clusters as pairs requested."""
 
-    iterations: int = option(25, "Lloyd iterations")
+    iterations: int = option(25, "Lloyd iterations at most")
+    tolerance: float = option(1e-4, "a fit ends when an iteration changes its objective by a smaller share; 0: never")
     restarts: int = option(1, "independent fits of which the best is kept")
     normalize: bool = option(
         False,
@@ -124,6 +125,7 @@ class ClusterConfig:
         allowed = ("separate", "joint", "image", "text")
         _require(self.modality in allowed, "cluster.modality", self.modality, "separate, joint, image or text")
         _require(self.iterations > 0, "cluster.iterations", self.iterations, "positive")
+        _require(0 <= self.tolerance < 1, "cluster.tolerance", self.tolerance, "at least 0 and below 1")
         _require(self.restarts > 0, "cluster.restarts", self.restarts, "positive")
         _require(self.memory_gib > 0, "cluster.memory_gib", self.memory_gib, "positive")
 

@@ -49,6 +49,7 @@ def paper() -> RunConfig:
             "embed.precision": "fp32",
             "embed.store_dtype": "float32",
             "prune.ratio": 0.2,
+            "cluster.tolerance": 0,
             "cluster.restarts": 3,
             "match.solver": "dense",
             "match.pairless": "auto",

@@ -40,6 +40,7 @@ SHARD_CPUS = 0.5  # of a task over shards: it waits for its files about as long 
 CPUS_A_WORKER = 8  # of a cluster without GPUs, or a node's if those have fewer, for each actor and what feeds it
 MODEL_THREADS = 4  # of each model, however many CPUs there are: convolutions round by how they are shared out
 CONNECT_TIMEOUT_S = 10
+SETTLE_S, POLL_S = 2.0, 0.05  # what tasks that have ended gave back is told a little later
 
 
 # What a task ends with whose process or machine is gone. Ray would try it again with the CPUs asked for at first, which
@@ -383,10 +384,18 @@ def _yielded(function: Callable[..., Iterator[Result]], *args: Any) -> Iterator[
 
 
 def _most_cpus() -> int:
-    """The CPUs that the node with most of them has free: on a shared cluster those of others may stay taken."""
-    free = ray._private.state.available_resources_per_node()  # no public call tells it
-    alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    return max(1, int(max((free.get(node, {}).get("CPU", 0) for node in alive), default=1)))
+    """The CPUs that the node with most of them has free: on a shared cluster those of others may stay taken.
+
+    Waits up to SETTLE_S for one as large as any to be free as a whole.
+    """
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        free = ray._private.state.available_resources_per_node()  # no public call tells it
+        alive = {node["NodeID"]: node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]}
+        most = max((free.get(node, {}).get("CPU", 0) for node in alive), default=0)
+        if most >= max(alive.values(), default=0) or time.monotonic() >= deadline:
+            return max(1, int(most))
+        time.sleep(POLL_S)
 
 
 def most_memory() -> float:

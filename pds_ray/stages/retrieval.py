@@ -35,14 +35,18 @@ def image_ranks(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor) ->
     """Rank of the best caption of each image among all captions, from 0. int64 [n]."""
     ranks = []
     step = max(1, BLOCK_ELEMENTS // len(text))
-    place = torch.arange(len(text), device=text.device)
+    by_image = owner.argsort(stable=True)  # captions of image 0, of image 1, ..., each in their order
+    counts = owner.bincount(minlength=len(image))
+    starts = counts.cumsum(0) - counts
     for start in range(0, len(image), step):
         scores = _scores(image[start : start + step], text)
-        rows = torch.arange(start, start + len(scores), device=image.device)
-        own = owner[None, :] == rows[:, None]
-        best = scores.masked_fill(~own, -torch.inf).max(dim=1, keepdim=True).values
-        first = torch.where(own & (scores == best), place, len(text)).min(dim=1, keepdim=True).values
-        ranks.append((scores > best).sum(1) + ((scores == best) & (place < first)).sum(1))
+        begin, last = starts[start : start + step, None], counts[start : start + step, None] - 1
+        # as wide as the most captions of an image here, so never wider than the scores; fewer: the last one repeated
+        captions = by_image[begin + torch.arange(int(last.max()) + 1, device=owner.device).minimum(last)]
+        own = scores.gather(1, captions)
+        best = own.max(dim=1, keepdim=True).values
+        first = captions.masked_fill(own < best, len(text)).min(dim=1, keepdim=True).values
+        ranks.append(_ranks(scores, best, first))
     return torch.cat(ranks)
 
 
@@ -50,13 +54,23 @@ def caption_ranks(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor) 
     """Rank of each caption's image among all images, from 0. int64 [m]."""
     ranks = []
     step = max(1, BLOCK_ELEMENTS // len(image))
-    place = torch.arange(len(image), device=image.device)
     for start in range(0, len(text), step):
         scores = _scores(text[start : start + step], image)
         mine = owner[start : start + step, None]
-        own = scores.gather(1, mine)
-        ranks.append((scores > own).sum(1) + ((scores == own) & (place < mine)).sum(1))
+        ranks.append(_ranks(scores, scores.gather(1, mine), mine))
     return torch.cat(ranks)
+
+
+def _ranks(scores: torch.Tensor, best: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """How many items of the gallery rank before the one at `place`, whose score is `best`.
+
+    float32 [q, g], float32 [q, 1], int64 [q, 1] -> int64 [q].
+    """
+    ranks = (scores > best).sum(1)
+    tied = ((scores >= best).sum(1) > ranks + 1).nonzero().squeeze(1)  # by others too: few rows, but for a poor model
+    earlier = torch.arange(scores.shape[1], device=scores.device) < place[tied]
+    ranks[tied] += ((scores[tied] == best[tied]) & earlier).sum(1)
+    return ranks
 
 
 def _scores(queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:

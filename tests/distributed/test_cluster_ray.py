@@ -142,7 +142,7 @@ def test_two_levels(pruned: tuple[Path, Pruned], tmp_path: Path, monkeypatch: py
 def test_normalize_clusters_unit_vectors(pruned: tuple[Path, Pruned], tmp_path: Path) -> None:
     _, (_, data, _) = pruned
     run, call = new_run(pruned, tmp_path)
-    call(RunConfig(pairs=CLUSTERS, cluster=ClusterConfig(iterations=100, normalize=True)))
+    call(RunConfig(pairs=CLUSTERS, cluster=ClusterConfig(iterations=100, tolerance=0, normalize=True)))
     kept = np.concatenate([run.keep(shard) for shard in data.shards])
     found = np.concatenate([run.labels(shard)[1] for shard in data.shards])
     rows = data.text / np.linalg.norm(data.text, axis=1, keepdims=True)

@@ -164,7 +164,8 @@ def clustered_rows(modality: str, data: Gathered) -> np.ndarray:
 
 @pytest.mark.parametrize("modality", ["joint", "image", "text"])
 def test_one_kmeans_alone_labels_both_sides(tmp_path: Path, modality: str) -> None:
-    config = RunConfig(pairs=CLUSTERS, cluster=ClusterConfig(modality=modality, iterations=100), match=CONFIG.match)
+    fit = ClusterConfig(modality=modality, iterations=100, tolerance=0)
+    config = RunConfig(pairs=CLUSTERS, cluster=fit, match=CONFIG.match)
     run, data, counts = run_stages(tmp_path, [40, 1, 120, 39], config)
     kept = np.concatenate([run.keep(shard) for shard in data.shards])
     image, text = pair_labels(run, data)

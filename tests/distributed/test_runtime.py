@@ -131,8 +131,23 @@ def test_kmeans_takes_the_cpus_that_are_free() -> None:
 
     other = Other.remote()
     ray.get(other.here.remote())
-    assert runtime.run_kmeans(lambda value: value + 1, 1) == 2
+    assert runtime.run_kmeans(lambda: ray.get_runtime_context().get_assigned_resources()["CPU"]) == 1
     ray.kill(other)
+
+
+def test_a_kmeans_takes_all_cpus_though_tasks_have_only_just_ended() -> None:
+    """What they gave back is told late, and the next k-means must not have one CPU for its whole length."""
+
+    def cpus(_: object = None) -> float:
+        return ray.get_runtime_context().get_assigned_resources()["CPU"]
+
+    given = []
+    for _ in range(4):
+        list(runtime.map_in_order(cpus, range(20)))
+        given += [runtime.run_kmeans(cpus), runtime.run_kmeans(cpus)]
+        list(runtime.map_in_order(cpus, range(20)))
+        given += runtime.stream(lambda: iter([cpus()]))
+    assert given == [2] * 12
 
 
 def test_a_kmeans_whose_node_dies_takes_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
 
 from pds_ray.config import ClusterConfig, ConfigError
 from pds_ray.stages import cluster
 
-CONFIG = ClusterConfig(iterations=50, restarts=5)
+CONFIG = ClusterConfig(iterations=50, tolerance=0, restarts=5)
+
+FINITE = {"allow_nan": False, "allow_infinity": False, "allow_subnormal": False}
 
 
 def blobs(seed: int = 0, count: int = 8, each: int = 60, dim: int = 6) -> np.ndarray:
@@ -48,6 +52,124 @@ def test_as_good_as_scikit_learn(data, clusters, slack):
     assert ours.centroids.dtype == np.float32
     assert ours.rows == len(data)
     assert objective(data, ones, ours.centroids) <= slack * theirs.inertia_
+
+
+def test_a_single_fit_is_as_good_as_scikit_learn_s():
+    """One start each, as by default: means over seeds, on overlapping blobs that a plain start divides badly."""
+    data = blobs(seed=30, count=40, each=50, dim=4)
+    ones = np.ones(len(data), np.float32)
+    ours = [objective(data, ones, cluster.fit(data, ones, 40, s, ClusterConfig()).centroids) for s in range(8)]
+    theirs = [KMeans(40, init="k-means++", n_init=1, random_state=s).fit(data).inertia_ for s in range(8)]
+    assert np.mean(ours) <= 1.02 * np.mean(theirs)
+
+
+def greedy_by_definition(
+    vectors: np.ndarray, weights: np.ndarray, clusters: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Each candidate's potential from its definition, with the same draws. All rows are candidates."""
+
+    def potential(seeds: list[int]) -> float:
+        return objective(vectors, weights, vectors[seeds])
+
+    chosen = [int(rng.choice(len(vectors), p=weights / weights.sum()))]
+    while len(chosen) < clusters:
+        mass = weights * squared_distances(vectors, vectors[chosen]).min(axis=1)
+        drawn = [
+            next(row for row in range(len(vectors)) if mass[: row + 1].sum() > share * mass.sum())
+            for share in rng.random(2 + int(np.log(clusters)))
+        ]
+        chosen.append(min(drawn, key=lambda row: potential([*chosen, row])))
+    return vectors[chosen]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_seeds_are_those_of_greedy_kmeans_plus_plus(seed):
+    rng = np.random.default_rng(seed)
+    data = rng.standard_normal((40, 3)).astype(np.float32) + 100
+    weights = rng.integers(1, 6, 40).astype(np.float64)
+    found = cluster.seeds(data, weights.astype(np.float32), 9, np.random.default_rng(seed))
+    np.testing.assert_array_equal(found, greedy_by_definition(data, weights, 9, np.random.default_rng(seed)))
+    assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_seeds_take_weights_for_copies(seed):
+    rng = np.random.default_rng(seed)
+    data = rng.standard_normal((30, 3)).astype(np.float32)
+    weights = rng.integers(0, 6, 30)
+    copies = np.repeat(data, weights, axis=0)
+    found = cluster.seeds(data, weights.astype(np.float32), 8, np.random.default_rng(seed))
+    ones = np.ones(len(copies), np.float32)
+    np.testing.assert_array_equal(found, cluster.seeds(copies, ones, 8, np.random.default_rng(seed)))
+
+
+@pytest.mark.parametrize("clusters", [1, 3, 5, 12])
+def test_seeds_of_duplicates_hold_every_point(clusters):
+    data = np.repeat(np.array([[0, 0], [9, 0], [0, 1e-3]], np.float32), 4, axis=0)
+    found = cluster.seeds(data, np.ones(12, np.float32), clusters, np.random.default_rng(0))
+    assert found.shape == (clusters, 2)
+    assert len(np.unique(found, axis=0)) == min(clusters, 3)
+    assert set(map(tuple, found)) <= set(map(tuple, data))
+
+
+def test_seeds_of_many_rows_are_of_a_sample():
+    """400 rows a cluster: one seed in each blob all the same, rows of weight 0 never."""
+    data = blobs(seed=31, count=8, each=400, dim=6)
+    weights = np.tile(np.array([0, 1, 3, 0], np.float32), 800)
+    found = cluster.seeds(data, weights, 8, np.random.default_rng(1))
+    rows = [int(np.flatnonzero((data == seed).all(axis=1))[0]) for seed in found]
+    assert sorted(row // 400 for row in rows) == list(range(8))
+    assert (weights[rows] > 0).all()
+
+
+@settings(deadline=None)
+@given(arrays(np.float32, st.tuples(st.integers(1, 8), st.integers(1, 5)), elements=st.floats(width=32, **FINITE)))
+def test_products_of_seeds_are_exact(vectors):
+    """In Python's whole numbers they are the same; so are those of any order of additions."""
+    points = cluster._whole(vectors)
+    exact = [[sum(int(a) * int(b) for a, b in zip(x, y, strict=True)) for y in points] for x in points]
+    assert (points == np.rint(points)).all()
+    assert all(abs(product) < 2**51 for row in exact for product in row)
+    assert (points @ points.T).tolist() == exact
+
+
+def test_the_same_seeds_whatever_the_threads():
+    rng = np.random.default_rng(32)
+    data = rng.standard_normal((2_003, 129)).astype(np.float32)
+    weights = rng.integers(1, 6, 2_003).astype(np.float32)
+    found = []
+    for threads in (1, 2):
+        with threadpool_limits(threads):
+            found.append(cluster.seeds(data, weights, 101, np.random.default_rng(3)).tobytes())
+    assert found[0] == found[1] != cluster.seeds(data, weights, 101, np.random.default_rng(4)).tobytes()
+
+
+def test_the_fit_begins_from_the_seeds(monkeypatch):
+    """One iteration from them, by brute force."""
+    data = np.random.default_rng(33).standard_normal((300, 4)).astype(np.float32)
+    weights = np.random.default_rng(34).integers(1, 6, 300).astype(np.float32)
+    begun = data[[5, 250, 17, 99]] + np.float32(0.1)
+    monkeypatch.setattr(cluster, "seeds", lambda *_: begun)
+    labels = squared_distances(data, begun).argmin(axis=1)
+    means = [np.average(data[labels == label], axis=0, weights=weights[labels == label]) for label in range(4)]
+    found = cluster.fit(data, weights, 4, 0, ClusterConfig(iterations=1)).centroids
+    np.testing.assert_allclose(found, means, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(cluster, "SEED_LIMIT", 3)
+    assert np.abs(cluster.fit(data, weights, 4, 0, ClusterConfig(iterations=1)).centroids - means).max() > 0.1
+
+
+def test_a_fit_ends_at_the_tolerance():
+    """At a half the first change is small enough: two iterations. None at all is too small for 0."""
+    data = np.random.default_rng(35).standard_normal((3_000, 4)).astype(np.float32)
+    ones = np.ones(len(data), np.float32)
+
+    def fitted(iterations: int, tolerance: float) -> cluster.Fit:
+        return cluster.fit(data, ones, 20, 0, ClusterConfig(iterations=iterations, tolerance=tolerance))
+
+    assert whole(fitted(40, 0.5)) == whole(fitted(2, 0))
+    by_tolerance = [fitted(200, tolerance).objective for tolerance in (0.5, 1e-2, 1e-3, 0)]
+    assert by_tolerance == sorted(by_tolerance, reverse=True)
+    assert len(set(by_tolerance)) == 4
 
 
 def test_reports_the_weighted_objective_of_what_it_returns():

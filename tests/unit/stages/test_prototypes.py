@@ -69,6 +69,23 @@ def test_sums_equal_masks_however_the_shards_are_cut(seed, places):
             assert total.image_count[couple] == total.text_count[couple]
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0, 1, 37, 400]))
+def test_rounding_is_that_of_one_addition_after_the_other(seed, pairs):
+    """To the last bit, where sums of parts would differ: many pairs a couple, of very different lengths."""
+    image_vectors, text_vectors, image, text, couples = world(seed, pairs, clusters=3)
+    lengths = 10.0 ** np.random.default_rng(seed).integers(-30, 30, (pairs, 1))
+    image_vectors = (image_vectors * lengths).astype(np.float32)
+    part = core.shard_sums("s", [""] * pairs, image_vectors, text_vectors, image, text, couples, 3)
+    for vectors, found, side in ((image_vectors, part.image, 0), (text_vectors, part.text, 1)):
+        expected = np.zeros((3, vectors.shape[1]))
+        for couple in range(3):
+            on_image, on_text = image == couples.image_cluster[couple], text == couples.text_cluster[couple]
+            mine = (on_image, on_text)[side] if couples.whole[couple] else on_image & on_text
+            np.add.at(expected, np.full(mine.sum(), couple), vectors[mine].astype(np.float64))
+        assert found.tobytes() == expected[part.couple].tobytes()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_means_are_those_of_the_rows_in_falling_cosine(seed):
     image_vectors, text_vectors, _, _, _ = world(seed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from pds_ray.stages.retrieval import RECALLS, recalls
 def by_sorting(image: np.ndarray, text: np.ndarray, owner: np.ndarray) -> dict[str, float]:
     """The definition, query by query: stable sort by falling score, then the place of what is searched."""
     scores = image @ text.T
+    scores = np.where(np.isnan(scores), -np.inf, scores)
     of_images = [
         min(np.flatnonzero(owner[np.argsort(-scores[row], kind="stable")] == row)) for row in range(len(image))
     ]
@@ -37,14 +40,20 @@ def measured(image: np.ndarray, text: np.ndarray, owner: np.ndarray) -> dict[str
 
 @st.composite
 def galleries(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Vectors of few small integers (exact products, many ties); one to four captions an image, in any order."""
+    """Vectors of few small integers (exact products, many ties), some that are no numbers; captions in any order.
+
+    Images have one to four of them, one image may have many more.
+    """
     images = draw(st.integers(1, 25))
     counts = draw(st.lists(st.integers(1, 4), min_size=images, max_size=images))
+    counts[draw(st.integers(0, images - 1))] += draw(st.sampled_from([0, 50]))
     owner = np.array(draw(st.permutations(np.repeat(np.arange(images), counts).tolist())))
-    width = draw(st.integers(1, 3))
-    values = st.integers(-2, 2).map(float)
+    width, reach = draw(st.integers(1, 3)), draw(st.integers(0, 2))
+    values = st.integers(-reach, reach).map(float)
     image = draw(arrays(np.float32, (images, width), elements=values))
     text = draw(arrays(np.float32, (len(owner), width), elements=values))
+    for rows in (image, text):
+        rows[draw(st.lists(st.integers(0, len(rows) - 1), max_size=3))] = np.nan
     return image, text, owner
 
 
@@ -118,6 +127,37 @@ def test_the_gallery_of_coco_fits():
     assert max(rows["captions"]) * 5000 <= retrieval.BLOCK_ELEMENTS
     assert max(rows["images"]) * 25010 <= retrieval.BLOCK_ELEMENTS
     assert (sum(rows["images"]), sum(rows["captions"])) == (5000, 25010)
+
+
+def test_an_image_of_very_many_captions_widens_no_block_beyond_its_scores():
+    """2,000 images of one caption and one of 2,000: padded alike they would take 2,001 places each, all at once."""
+    rng = np.random.default_rng(3)
+    owner = rng.permutation(np.concatenate([np.arange(2001), np.full(2000, 77)]))
+    image = rng.normal(size=(2001, 8)).astype(np.float32)
+    text = (image[owner] + rng.normal(size=(4001, 8))).astype(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "BLOCK_ELEMENTS", 1 << 16)
+        sizes = _sizes(lambda: measured(image, text, owner))
+        assert max(sizes) <= 1 << 16
+        assert measured(image, text, owner) == pytest.approx(by_sorting(image, text, owner))
+
+
+def _sizes(call: Callable[[], object]) -> list[int]:
+    """Elements of each tensor that is made on the way."""
+    from torch.overrides import TorchFunctionMode
+
+    sizes: list[int] = []
+
+    class Made(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor):
+                sizes.append(found.numel())
+            return found
+
+    with Made():
+        call()
+    return sizes
 
 
 def _rows_at_once(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor) -> dict[str, list[int]]:
