@@ -13,10 +13,11 @@ import argparse
 import json
 import shutil
 import sys
+import traceback
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.measure import AFTER, PREPARE, ROOT, Found, PartError, Row, Task, run_part
+from benchmarks.measure import AFTER, PREPARE, ROOT, Found, Row, Task, run_part
 from benchmarks.rows import ROWS, load_row
 
 WORK = ROOT / "runs" / "benchmarks"
@@ -71,8 +72,9 @@ def main() -> None:
             shutil.rmtree(work, ignore_errors=True)
         try:
             done.append(run_row(load_row(number), args.repeats, args.quick, work))
-        except PartError as error:  # the other rows stand by themselves
-            print(f"benchmarks: {error}", file=sys.stderr)
+        except Exception:  # of a part or of the checks: the other rows stand by themselves
+            traceback.print_exc()
+            print(f"benchmarks: row {number} failed", file=sys.stderr)
             failed = True
             continue
         finally:

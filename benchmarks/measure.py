@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"  # real pictures and captions beside the checkout
 GIB = 2**30
 SAMPLE_EVERY_S = 1.0  # what the processes share is counted once, and to find out is no small work
+LIMIT_S = 3600.0  # of a part: twice what the longest should take, and more
 ANSWER = "answer.json"
 PREPARE, AFTER = "prepare", "after"
 BASELINE, OURS = "baseline", "ours"
@@ -72,7 +74,7 @@ class Row:
 
 
 class PartError(RuntimeError):
-    """A part of a row failed, and said itself why."""
+    """A part of a row failed, and said itself why, or took too long."""
 
 
 def median(found: list[Found], name: str = "seconds") -> float:
@@ -113,27 +115,33 @@ def tree_memory(pid: int) -> tuple[int, int]:
     return total, worker
 
 
-def run_part(row: int, part: str, task: Task) -> Found:
+def run_part(row: int, part: str, task: Task, limit_s: float = LIMIT_S) -> Found:
     """Runs a part; adds its memory, and the seconds of its whole process, to what it found.
 
-    Raises PartError if it fails.
+    Raises PartError if it fails, or ends after `limit_s`: then all of its process group is killed.
     """
     task.out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.part", str(row), part, str(task.data), str(task.out)]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     began = time.perf_counter()
-    process = subprocess.Popen(
-        command + ["--quick"] * task.quick, cwd=ROOT, env={**QUIET, **os.environ, "PYTHONPATH": paths}
-    )
+    environment = {**QUIET, **os.environ, "PYTHONPATH": paths}
+    process = subprocess.Popen(command + ["--quick"] * task.quick, cwd=ROOT, env=environment, start_new_session=True)
     peak = worker = 0
-    while process.poll() is None:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(SAMPLE_EVERY_S)
-        now, worker_now = tree_memory(process.pid)
-        peak, worker = max(peak, now), max(worker, worker_now)
+    try:
+        while process.poll() is None:
+            if time.perf_counter() - began > limit_s:
+                raise PartError(f"{part} took more than {limit_s:g} s")
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(SAMPLE_EVERY_S)
+            now, worker_now = tree_memory(process.pid)
+            peak, worker = max(peak, now), max(worker, worker_now)
+    finally:
+        if process.returncode is None:  # too late, or interrupted
+            os.killpg(process.pid, signal.SIGKILL)  # what Ray started dies with its driver
+            process.wait()
     wall = time.perf_counter() - began
     if process.returncode:
-        raise PartError(f"row {row}: {part} ended with {process.returncode}")
+        raise PartError(f"{part} ended with {process.returncode}")
     found = json.loads((task.out / ANSWER).read_text())
     driver = found.pop("driver_peak_gib")
     memory = {"peak_gib": max(peak / GIB, driver), "driver_peak_gib": driver, "worker_peak_gib": worker / GIB}

@@ -10,12 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
-from benchmarks import results
+from benchmarks import __main__, results
 from benchmarks.breakdown import AROUND, shares, table
 from benchmarks.data import Concepts
-from benchmarks.measure import BASELINE, OURS, Check, Row, at_least, factor, tree_memory
+from benchmarks.measure import (
+    BASELINE,
+    OURS,
+    PREPARE,
+    Check,
+    PartError,
+    Row,
+    Task,
+    at_least,
+    factor,
+    run_part,
+    tree_memory,
+)
 from benchmarks.null_encoder import NullEncoder, describe
 from benchmarks.rows import ROWS, load_row
 from pds_ray import catalog
@@ -112,6 +125,27 @@ def test_memory_is_that_of_a_process_and_its_children():
     assert 300 << 20 < total < 500 << 20
     assert worker == 0
     assert tree_memory(process.pid) == (0, 0)
+
+
+def test_a_part_that_takes_too_long_is_ended(tmp_path):
+    with pytest.raises(PartError, match="prepare took more than 0 s"):
+        run_part(8, PREPARE, Task(tmp_path, tmp_path, quick=True), limit_s=0)
+    left = [process.cmdline() for process in psutil.Process().children(recursive=True)]
+    assert not [command for command in left if "benchmarks.part" in command]
+
+
+def test_a_row_whose_checks_fail_ends_no_other(tmp_path, monkeypatch, capsys):
+    def run_row(row: Row, *_: Any) -> results.Result:
+        return outcome(row.number) if row.number == 8 else {}["no such key"]
+
+    file = tmp_path / "found.json"
+    monkeypatch.setattr(__main__, "run_row", run_row)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "7", "8", "--work", str(tmp_path), "--json", str(file)])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code
+    assert [one["row"] for one in json.loads(file.read_text())] == [8]
+    assert "KeyError: 'no such key'\nbenchmarks: row 7 failed\n" in capsys.readouterr().err
 
 
 def test_concepts_give_vectors_of_about_unit_length_in_clusters():
