@@ -92,23 +92,25 @@ def at_least(runs: Runs, wanted: float, unit: str = "faster", name: str = "secon
     return Check(f"{wanted:g}x {unit}", f"{found:.2f}x", found >= wanted)
 
 
-def peak_rss() -> int:
-    """The peak resident memory of this process in bytes. Not ru_maxrss: that begins with the parent's."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+def peak_rss(pid: int | str = "self") -> int:
+    """The peak resident memory of a process in bytes. Not ru_maxrss: that begins with the parent's."""
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
 
 def tree_memory(pid: int) -> tuple[int, int]:
     """Memory of a process and all below it, and of the largest Ray worker among them, in bytes.
 
-    What several of them share is counted in equal parts.
+    Each counts with its own peak so far, however short, less what it shares now, which is counted in equal parts: the
+    sum is no less than what all of them ever had at one time, and more where their peaks fell at different times.
     """
     total = worker = 0
     with suppress(psutil.Error):
         top = psutil.Process(pid)
         for process in (top, *top.children(recursive=True)):
-            with suppress(psutil.Error):
-                mine = process.memory_full_info().pss
+            with suppress(psutil.Error, OSError, StopIteration):  # a process that ends has no peak any more
+                now = process.memory_full_info()
+                mine = peak_rss(process.pid) - (now.rss - now.pss)
                 total += mine
                 if process.name().startswith("ray::"):
                     worker = max(worker, mine)
@@ -117,6 +119,9 @@ def tree_memory(pid: int) -> tuple[int, int]:
 
 def run_part(row: int, part: str, task: Task, limit_s: float = LIMIT_S) -> Found:
     """Runs a part; adds its memory, and the seconds of its whole process, to what it found.
+
+    `peak_gib` is the largest `tree_memory`, asked for every second: an upper bound for several processes, but for those
+    that lived less than a second. Of one process, as of most baselines, it is the exact peak, `driver_peak_gib`.
 
     Raises PartError if it fails, or ends after `limit_s`: then all of its process group is killed.
     """

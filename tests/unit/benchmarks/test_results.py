@@ -111,8 +111,9 @@ def test_every_row_can_be_loaded(number):
     assert found.sides
 
 
-def test_memory_is_that_of_a_process_and_its_children():
-    ballast = "held = bytearray(300 << 20); print(flush=True); input()"
+@pytest.mark.parametrize("then", ["pass", "del held"])
+def test_memory_is_that_of_a_process_and_its_children_at_their_peaks(then):
+    ballast = f"held = bytearray(300 << 20); {then}; print(flush=True); input()"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ballast!r}])"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
@@ -125,6 +126,19 @@ def test_memory_is_that_of_a_process_and_its_children():
     assert 300 << 20 < total < 500 << 20
     assert worker == 0
     assert tree_memory(process.pid) == (0, 0)
+
+
+def test_what_processes_share_is_counted_once():
+    code = "import os, sys; held = bytearray(b'1') * (300 << 20); os.fork(); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for _ in range(2):
+            process.stdout.readline()
+        total, _ = tree_memory(process.pid)
+        process.stdin.close()
+        process.wait()
+    assert 300 << 20 < total < 400 << 20
 
 
 def test_a_part_that_takes_too_long_is_ended(tmp_path):
