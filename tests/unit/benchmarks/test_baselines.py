@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 from collections import Counter
 from itertools import permutations
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -224,8 +226,6 @@ def test_flickr_folders_are_read_by_the_package(flickr):
 
 
 def test_embedding_once_a_caption_gives_the_embeddings_of_once_an_image(flickr, clip: OpenClipEncoder, clip_info):
-    import open_clip
-
     source = KarpathySource(f"flickr30k:{flickr}")
     config = EmbedConfig(store_dtype="float32", batch_size=16)
     (shard,) = source.shards()
@@ -239,12 +239,16 @@ def test_embedding_once_a_caption_gives_the_embeddings_of_once_an_image(flickr, 
     np.testing.assert_allclose(text, vectors(captions, "embedding"), rtol=1e-3, atol=1e-4)
 
 
-def test_the_bare_loop_gives_the_embeddings_of_the_package(tmp_path, clip: OpenClipEncoder, clip_folder, clip_info):
-    told = [b'{"captions": ["a red dog", "a dog"]}', b'{"captions": ["b"]}', b'{"captions": ["c", "d", "e"]}']
+@pytest.mark.parametrize("encode_captions", [bare_loop.encode_cut, open_clip.CLIP.encode_text])
+def test_the_bare_loop_gives_the_embeddings_of_the_package(
+    tmp_path, clip: OpenClipEncoder, clip_folder, clip_info, encode_captions
+):
+    captions = [["a red dog", "a dog"], ["b " * 30], ["c " * 200, "d " * 14, "e " * 15]]
+    told = [json.dumps({"captions": some}).encode() for some in captions]
     samples = [{"jpg": picture, "json": words} for picture, words in zip(_pictures(3), told, strict=True)]
     shards = write_shards(samples, tmp_path / "shards", per_shard=2)
     out = tmp_path / "found.npz"
-    found = bare_loop.embed(shards, f"local-dir:{clip_folder}", bare_loop.Tuning(2, 1, 0), out)
+    found = bare_loop.embed(shards, f"local-dir:{clip_folder}", bare_loop.Tuning(2, 1, 0), encode_captions, out)
     assert (found["images"], found["pairs"]) == (3, 6)
     source = WebDatasetSource(" ".join(shards))
     config = EmbedConfig(store_dtype="float32", batch_size=16)
