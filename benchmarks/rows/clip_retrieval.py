@@ -94,5 +94,5 @@ ROW = Row(
     checks,
     prepare,
     after,
-    "From when the model is loaded to when all is written; theirs by its own statistics.",
+    "From when the model is loaded to when all is written: theirs by its own statistics, ours to the end of the stage.",
 )

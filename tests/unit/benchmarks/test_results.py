@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from benchmarks import __main__, results
+from benchmarks import __main__, noting_encoder, results
 from benchmarks.breakdown import AROUND, shares, table
 from benchmarks.data import Concepts
 from benchmarks.measure import (
@@ -177,6 +177,15 @@ def test_the_null_encoder_is_in_the_catalog():
     encoder = catalog.load_encoder(describe(), "fp32")
     assert isinstance(encoder, NullEncoder)
     assert encoder.encode_captions(["a", "b"]).shape == encoder.encode_images(np.zeros((2, 16, 16, 3))).shape == (2, 16)
+
+
+def test_an_encoder_notes_when_it_is_first_loaded(tmp_path):
+    info = noting_encoder.describe(describe(), tmp_path / "loaded")
+    assert (info.dim, info.preprocess) == (describe().dim, describe().preprocess)
+    assert isinstance(catalog.load_encoder(info, "fp32"), NullEncoder)
+    os.utime(info.note, (1, 1))
+    catalog.load_encoder(info, "fp32")
+    assert info.note.stat().st_mtime == 1
 
 
 def test_the_breakdown_adds_up():
