@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.measure import AFTER, PREPARE, ROOT, Found, Row, Task, run_part
+from benchmarks.measure import AFTER, PREPARE, ROOT, Check, Found, Row, Task, run_part
 from benchmarks.rows import ROWS, load_row
 
 WORK = ROOT / "runs" / "benchmarks"
@@ -25,6 +25,9 @@ WORK = ROOT / "runs" / "benchmarks"
 
 def run_row(row: Row, repeats: int, quick: bool, work: Path) -> results.Result:
     """Prepares, runs the sides in turn, looks at what they left, and judges."""
+    command = f"python -m benchmarks {row.number} --repeats {repeats}" + " --quick" * quick
+    if lacking := row.lacking():
+        return results.result(row, {}, {}, [Check("", f"not measured: {lacking}", None)], command, quick)
     data = work / "data"
     if not (data / "ready").exists():
         shutil.rmtree(work, ignore_errors=True)
@@ -39,7 +42,6 @@ def run_row(row: Row, repeats: int, quick: bool, work: Path) -> results.Result:
             found.append(run_part(row.number, name, Task(data, out, quick)))
             print(f"row {row.number}, {name}, {repeat + 1} of {repeats}: {found[-1]['seconds']:.3f} s", file=sys.stderr)
     afterwards = run_part(row.number, AFTER, Task(data, work, quick)) if row.after else {}
-    command = f"python -m benchmarks {row.number} --repeats {repeats}" + " --quick" * quick
     return results.result(row, runs, afterwards, row.checks(runs, afterwards), command, quick)
 
 

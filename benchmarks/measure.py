@@ -71,6 +71,8 @@ class Row:
     """Looks once, untimed, at what the sides of the first repeat left."""
     notes: str = ""
     """What the seconds hold and what they leave out."""
+    lacking: Callable[[], str] = str
+    """What is not here that the row needs, "" if nothing: then nothing runs, and this is what it tells."""
 
 
 class PartError(RuntimeError):

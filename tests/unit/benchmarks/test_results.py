@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,19 @@ def test_only_the_marked_section_is_written(tmp_path):
     assert "| 7 | a thing | another | 10x faster | 2.00x | **no** |" in text
     assert "| 2 | a thing | another | 10x faster | 11.00x | yes |" in text
     assert [one["row"] for one in json.loads(stored.read_text())] == [2, 7]
+
+
+def test_a_row_that_lacks_something_says_so_and_replaces_no_figures(tmp_path):
+    lacking = replace(row(), lacking=lambda: "no such program")
+    told = __main__.run_row(lacking, repeats=3, quick=False, work=tmp_path / "work")
+    markdown, stored = tmp_path / "RESULTS.md", tmp_path / "results.json"
+    markdown.write_text(f"{results.BEGIN}\n{results.END}\n")
+    results.write([told], stored, markdown)
+    assert "| 7 | a thing | another |  | not measured: no such program |  |" in markdown.read_text()
+    results.write([outcome(7)], stored, markdown)
+    results.write([told], stored, markdown)
+    assert "11.00x" in markdown.read_text()
+    assert "not measured" not in markdown.read_text()
 
 
 def test_a_text_without_the_section_is_left_alone(tmp_path):
