@@ -13,10 +13,11 @@ import argparse
 import json
 import shutil
 import sys
+import traceback
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.measure import AFTER, PREPARE, ROOT, Found, PartError, Row, Task, run_part
+from benchmarks.measure import AFTER, PREPARE, ROOT, Check, Found, Row, Task, run_part
 from benchmarks.rows import ROWS, load_row
 
 WORK = ROOT / "runs" / "benchmarks"
@@ -24,6 +25,9 @@ WORK = ROOT / "runs" / "benchmarks"
 
 def run_row(row: Row, repeats: int, quick: bool, work: Path) -> results.Result:
     """Prepares, runs the sides in turn, looks at what they left, and judges."""
+    command = f"python -m benchmarks {row.number} --repeats {repeats}" + " --quick" * quick
+    if lacking := row.lacking():
+        return results.result(row, {}, {}, [Check("", f"not measured: {lacking}", None)], command, quick)
     data = work / "data"
     if not (data / "ready").exists():
         shutil.rmtree(work, ignore_errors=True)
@@ -38,7 +42,6 @@ def run_row(row: Row, repeats: int, quick: bool, work: Path) -> results.Result:
             found.append(run_part(row.number, name, Task(data, out, quick)))
             print(f"row {row.number}, {name}, {repeat + 1} of {repeats}: {found[-1]['seconds']:.3f} s", file=sys.stderr)
     afterwards = run_part(row.number, AFTER, Task(data, work, quick)) if row.after else {}
-    command = f"python -m benchmarks {row.number} --repeats {repeats}" + " --quick" * quick
     return results.result(row, runs, afterwards, row.checks(runs, afterwards), command, quick)
 
 
@@ -71,8 +74,9 @@ def main() -> None:
             shutil.rmtree(work, ignore_errors=True)
         try:
             done.append(run_row(load_row(number), args.repeats, args.quick, work))
-        except PartError as error:  # the other rows stand by themselves
-            print(f"benchmarks: {error}", file=sys.stderr)
+        except Exception:  # of a part or of the checks: the other rows stand by themselves
+            traceback.print_exc()
+            print(f"benchmarks: row {number} failed", file=sys.stderr)
             failed = True
             continue
         finally:

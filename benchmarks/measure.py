@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"  # real pictures and captions beside the checkout
 GIB = 2**30
 SAMPLE_EVERY_S = 1.0  # what the processes share is counted once, and to find out is no small work
+LIMIT_S = 3600.0  # of a part: twice what the longest should take, and more
 ANSWER = "answer.json"
 PREPARE, AFTER = "prepare", "after"
 BASELINE, OURS = "baseline", "ours"
@@ -69,10 +71,12 @@ class Row:
     """Looks once, untimed, at what the sides of the first repeat left."""
     notes: str = ""
     """What the seconds hold and what they leave out."""
+    lacking: Callable[[], str] = str
+    """What is not here that the row needs, "" if nothing: then nothing runs, and this is what it tells."""
 
 
 class PartError(RuntimeError):
-    """A part of a row failed, and said itself why."""
+    """A part of a row failed, and said itself why, or took too long."""
 
 
 def median(found: list[Found], name: str = "seconds") -> float:
@@ -90,50 +94,61 @@ def at_least(runs: Runs, wanted: float, unit: str = "faster", name: str = "secon
     return Check(f"{wanted:g}x {unit}", f"{found:.2f}x", found >= wanted)
 
 
-def peak_rss() -> int:
-    """The peak resident memory of this process in bytes. Not ru_maxrss: that begins with the parent's."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+def peak_rss(pid: int | str = "self") -> int:
+    """The peak resident memory of a process in bytes. Not ru_maxrss: that begins with the parent's."""
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
 
 def tree_memory(pid: int) -> tuple[int, int]:
     """Memory of a process and all below it, and of the largest Ray worker among them, in bytes.
 
-    What several of them share is counted in equal parts.
+    Each counts with its own peak so far, however short, less what it shares now, which is counted in equal parts: the
+    sum is no less than what all of them ever had at one time, and more where their peaks fell at different times.
     """
     total = worker = 0
     with suppress(psutil.Error):
         top = psutil.Process(pid)
         for process in (top, *top.children(recursive=True)):
-            with suppress(psutil.Error):
-                mine = process.memory_full_info().pss
+            with suppress(psutil.Error, OSError, StopIteration):  # a process that ends has no peak any more
+                now = process.memory_full_info()
+                mine = peak_rss(process.pid) - (now.rss - now.pss)
                 total += mine
                 if process.name().startswith("ray::"):
                     worker = max(worker, mine)
     return total, worker
 
 
-def run_part(row: int, part: str, task: Task) -> Found:
+def run_part(row: int, part: str, task: Task, limit_s: float = LIMIT_S) -> Found:
     """Runs a part; adds its memory, and the seconds of its whole process, to what it found.
 
-    Raises PartError if it fails.
+    `peak_gib` is the largest `tree_memory`, asked for every second: an upper bound for several processes, but for those
+    that lived less than a second. Of one process, as of most baselines, it is the exact peak, `driver_peak_gib`.
+
+    Raises PartError if it fails, or ends after `limit_s`: then all of its process group is killed.
     """
     task.out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.part", str(row), part, str(task.data), str(task.out)]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     began = time.perf_counter()
-    process = subprocess.Popen(
-        command + ["--quick"] * task.quick, cwd=ROOT, env={**QUIET, **os.environ, "PYTHONPATH": paths}
-    )
+    environment = {**QUIET, **os.environ, "PYTHONPATH": paths}
+    process = subprocess.Popen(command + ["--quick"] * task.quick, cwd=ROOT, env=environment, start_new_session=True)
     peak = worker = 0
-    while process.poll() is None:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(SAMPLE_EVERY_S)
-        now, worker_now = tree_memory(process.pid)
-        peak, worker = max(peak, now), max(worker, worker_now)
+    try:
+        while process.poll() is None:
+            if time.perf_counter() - began > limit_s:
+                raise PartError(f"{part} took more than {limit_s:g} s")
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(SAMPLE_EVERY_S)
+            now, worker_now = tree_memory(process.pid)
+            peak, worker = max(peak, now), max(worker, worker_now)
+    finally:
+        if process.returncode is None:  # too late, or interrupted
+            os.killpg(process.pid, signal.SIGKILL)  # what Ray started dies with its driver
+            process.wait()
     wall = time.perf_counter() - began
     if process.returncode:
-        raise PartError(f"row {row}: {part} ended with {process.returncode}")
+        raise PartError(f"{part} ended with {process.returncode}")
     found = json.loads((task.out / ANSWER).read_text())
     driver = found.pop("driver_peak_gib")
     memory = {"peak_gib": max(peak / GIB, driver), "driver_peak_gib": driver, "worker_peak_gib": worker / GIB}

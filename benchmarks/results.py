@@ -122,10 +122,10 @@ def section(results: list[Result]) -> str:
 def write(fresh: list[Result], results: Path = RESULTS, markdown: Path = MARKDOWN) -> None:
     """Puts rows in the place of what is known of them, in the JSON and in the marked section of the text.
 
-    Raises ValueError if the text has no such section.
+    One that was not measured takes no place. Raises ValueError if the text has no such section.
     """
     known = {one["row"]: one for one in (json.loads(results.read_text()) if results.exists() else [])}
-    known |= {one["row"]: one for one in fresh}
+    known |= {one["row"]: one for one in fresh if one["sides"] or one["row"] not in known}
     ordered = [known[number] for number in sorted(known)]
     text = markdown.read_text()
     before, begin, rest = text.partition(BEGIN)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.baselines.pds import encode_text
+from pds_ray.encoders.open_clip import SHORT_CONTEXTS
+
+TEXT_BATCH = 256  # captions, as the package has them
 
 
 @dataclass(frozen=True)
@@ -19,10 +25,31 @@ class Tuning:
     workers: int
 
 
-def embed(shards: list[str], model_name: str, tuning: Tuning, out: Path) -> dict[str, Any]:
+def encode_cut(model: Any, tokens: Any) -> Any:
+    """Captions in the contexts of the package, each in the shortest that holds it: what is behind its end is padding.
+
+    Tokens [B, context] -> float32 [B, d].
+    """
+    import torch
+
+    ends = tokens.argmax(dim=1) + 1  # the token that ends a caption has the highest number
+    found = torch.empty(len(tokens), model.text_projection.shape[1])
+    shorter = 0
+    for length in (*SHORT_CONTEXTS, tokens.shape[1]):
+        rows = torch.nonzero((ends > shorter) & (ends <= length)).squeeze(1)
+        if len(rows):
+            found[rows] = encode_text(model, tokens[rows, :length])
+        shorter = length
+    return found
+
+
+def embed(
+    shards: list[str], model_name: str, tuning: Tuning, encode_captions: Callable[[Any, Any], Any], out: Path
+) -> dict[str, Any]:
     """Embeds every picture and every caption of its .json; writes OUT.npz. Returns seconds and counts.
 
-    The seconds begin when the model is loaded; the workers that read, decode and tokenise have begun before.
+    `encode_captions` takes the model and the tokens of a batch's captions. The seconds begin when the model is loaded;
+    the workers that read, decode and tokenise have begun before.
     """
     import open_clip
     import torch
@@ -50,7 +77,7 @@ def embed(shards: list[str], model_name: str, tuning: Tuning, out: Path) -> dict
             all_keys += keys
             counts += captions
             images.append(model.encode_image(pixels).numpy().astype(np.float16))
-            texts += [model.encode_text(some).numpy().astype(np.float16) for some in tokens.split(tuning.batch)]
+            texts += [encode_captions(model, some).numpy().astype(np.float16) for some in tokens.split(TEXT_BATCH)]
     np.savez(out, keys=all_keys, image=np.concatenate(images), text=np.concatenate(texts), captions=counts)
     seconds = time.perf_counter() - began
     return {"seconds": seconds, "images": len(all_keys), "pairs": sum(counts), "tuning": asdict(tuning)}

@@ -62,11 +62,11 @@ def embed_captions(captions: list[str], model: Any, tokenizer: Any) -> np.ndarra
         for start in range(0, len(captions), TEXT_CHUNK):
             tokens = tokenizer(captions[start : start + TEXT_CHUNK])
             longest = int(tokens.argmax(dim=1).max()) + 1  # the token that ends a caption has the highest number
-            parts.append(_encode_text(model, tokens[:, :longest]).float().numpy())
+            parts.append(encode_text(model, tokens[:, :longest]).float().numpy())
     return np.concatenate(parts)
 
 
-def _encode_text(model: Any, tokens: Any) -> Any:
+def encode_text(model: Any, tokens: Any) -> Any:
     """open_clip's encode_text for fewer tokens than the context: attention is causal, what is cut off has no part."""
     length = tokens.shape[1]
     x = model.token_embedding(tokens) + model.positional_embedding[:length]

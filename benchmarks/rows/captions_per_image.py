@@ -68,5 +68,5 @@ ROW = Row(
     checks,
     prepare,
     after,
-    "From when the model is loaded to when all is embedded, ours written, too.",
+    "From when the model is loaded: theirs to when all is embedded, ours to the end of the stage, with all committed.",
 )

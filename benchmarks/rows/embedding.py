@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from benchmarks.data import real_samples, save_random_clip, write_shards
 from benchmarks.measure import BASELINE, OURS, Check, Found, Row, Runs, Task, factor, median
 
+WHOLE = "baseline, 77 tokens"
 SHARD_SAMPLES = 128
 TOLERANCE = 2e-3  # of the norm of an embedding stored in float16
 
@@ -24,7 +26,7 @@ def prepare(task: Task) -> Found:
     """Real samples in small shards, random weights, and the fastest setting of the bare loop on the first shard."""
     import os
 
-    from benchmarks.baselines.bare_loop import Tuning, embed
+    from benchmarks.baselines.bare_loop import Tuning, embed, encode_cut
     from pds_ray.distributed.runtime import MODEL_THREADS
 
     shards = write_shards(
@@ -35,16 +37,35 @@ def prepare(task: Task) -> Found:
     threads = {cores, MODEL_THREADS}  # the engine's model has the latter
     settings = product((32, 128), sorted(threads), [max(1, cores // 4)])
     grid = [Tuning(*setting) for setting in settings][: 1 if task.quick else None]
-    best = min(grid, key=lambda tuning: embed(shards[:1], model, tuning, task.data / "tuning.npz")["seconds"])
+
+    def seconds(tuning: Tuning) -> float:
+        return embed(shards[:1], model, tuning, encode_cut, task.data / "tuning.npz")["seconds"]
+
+    seconds(grid[0])  # the first pays for imports and cold files
+    best = min(grid, key=seconds)
     (task.data / "told.json").write_text(json.dumps({"shards": shards, "model": model, "tuning": vars(best)}))
     return {}
 
 
 def theirs(task: Task) -> Found:
+    from benchmarks.baselines.bare_loop import encode_cut
+
+    return _loop(task, encode_cut)
+
+
+def theirs_whole(task: Task) -> Found:
+    """Every caption at 77 tokens, as open_clip has it."""
+    from open_clip import CLIP
+
+    return _loop(task, CLIP.encode_text)
+
+
+def _loop(task: Task, encode_captions: Callable[[Any, Any], Any]) -> Found:
     from benchmarks.baselines.bare_loop import Tuning, embed
 
     told = json.loads((task.data / "told.json").read_text())
-    return embed(told["shards"], told["model"], Tuning(**told["tuning"]), task.out / "embeddings.npz")
+    tuning = Tuning(**told["tuning"])
+    return embed(told["shards"], told["model"], tuning, encode_captions, task.out / "embeddings.npz")
 
 
 def ours(task: Task) -> Found:
@@ -55,11 +76,12 @@ def ours(task: Task) -> Found:
 def embed_with_engine(source_uri: str, model: str, folder: Path, captions: str = "basic") -> Found:
     """The engine's embedding stage with a local Ray of all cores.
 
-    The seconds are those of the encoders, from when their model is loaded to when their last shard is committed: what
-    they worked and what they waited.
+    The seconds are from when the model is loaded to when the stage ends, with all shards committed; `idle` is the share
+    of the encoders' time in which they waited.
     """
     import time
 
+    from benchmarks import noting_encoder
     from pds_ray import catalog
     from pds_ray.artifacts import EmbeddingStore
     from pds_ray.config import RunConfig, replace
@@ -73,14 +95,15 @@ def embed_with_engine(source_uri: str, model: str, folder: Path, captions: str =
     store = EmbeddingStore(Folder(str(folder)))
     store.folder.create()
     runtime.start(config.ray)
-    actors = runtime.pool(config.ray.embed_actors).workers
-    began = time.perf_counter()
-    counts = embed(source, source.shards(), info, config, store)
-    stage = time.perf_counter() - began
+    loaded = folder.with_name(f"{folder.name}.loaded")
+    began = time.time()
+    counts = embed(source, source.shards(), noting_encoder.describe(info, loaded), config, store)
+    ended = time.time()
     runtime.stop()
     busy, idle = counts["encoder_busy_s"], counts["encoder_idle_s"]
     told = {name: counts[name] for name in ("images", "pairs", "bad")}
-    return {"seconds": (busy + idle) / actors, "stage_seconds": stage, "idle": idle / (busy + idle), **told}
+    seconds = ended - loaded.stat().st_mtime
+    return {"seconds": seconds, "stage_seconds": ended - began, "idle": idle / (busy + idle), **told}
 
 
 def stored(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -116,9 +139,10 @@ def checks(runs: Runs, afterwards: Found) -> list[Check]:
     share = factor(runs)
     pairs = [runs[side][0]["pairs"] for side in (BASELINE, OURS)]
     same = pairs[0] == pairs[1] and afterwards["apart"] < TOLERANCE
-    rates = " and ".join(f"{runs[side][0]['images'] / median(runs[side]):.2f}" for side in (BASELINE, OURS))
+    rates = {side: f"{found[0]['images'] / median(found):.2f}" for side, found in runs.items()}
     return [
-        Check("0.95 of the loop's speed", f"{share:.3f} ({rates} images/s)", share >= 0.95),
+        Check("0.95 of the loop's speed", f"{share:.3f} ({rates[BASELINE]} and {rates[OURS]} images/s)", share >= 0.95),
+        Check("", f"{factor(runs, WHOLE):.2f}x the loop's at 77 tokens a caption ({rates[WHOLE]} images/s)", None),
         Check("the same embeddings", f"{pairs[0]} and {pairs[1]} pairs, {afterwards['apart']:.0e} apart", same),
     ]
 
@@ -126,10 +150,11 @@ def checks(runs: Runs, afterwards: Found) -> list[Check]:
 ROW = Row(
     3,
     "embedding 512 real pictures and all their captions, ViT-B-32 at 224 px",
-    "a bare loop: webdataset, DataLoader, open_clip; batch size and threads chosen by trial",
-    {BASELINE: theirs, OURS: ours},
+    "a bare loop: webdataset, DataLoader, open_clip; batch size and threads chosen by trial, captions cut as ours are",
+    {BASELINE: theirs, WHOLE: theirs_whole, OURS: ours},
     checks,
     prepare,
     after,
-    "From when the model is loaded to when all is written; readers have begun before, on both sides.",
+    "From when the model is loaded to when all is written, ours to the end of the stage; readers have begun before, on "
+    "both sides.",
 )

@@ -50,8 +50,8 @@ def first_image(task: Task) -> Found:
     began = time.perf_counter()
     with subprocess.Popen(_distill(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while not list((run / "embeddings").glob("scenes-*.json")):
-            if process.poll():
-                raise RuntimeError(f"the run ended with {process.returncode}")
+            if process.poll() is not None:
+                raise RuntimeError(f"the run ended with {process.returncode} and no shard")
             time.sleep(POLL_S)
         return {"seconds": time.perf_counter() - began}
 

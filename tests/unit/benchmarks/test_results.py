@@ -6,16 +6,30 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
-from benchmarks import results
+from benchmarks import __main__, noting_encoder, results
 from benchmarks.breakdown import AROUND, shares, table
 from benchmarks.data import Concepts
-from benchmarks.measure import BASELINE, OURS, Check, Row, at_least, factor, tree_memory
+from benchmarks.measure import (
+    BASELINE,
+    OURS,
+    PREPARE,
+    Check,
+    PartError,
+    Row,
+    Task,
+    at_least,
+    factor,
+    run_part,
+    tree_memory,
+)
 from benchmarks.null_encoder import NullEncoder, describe
 from benchmarks.rows import ROWS, load_row
 from pds_ray import catalog
@@ -76,6 +90,19 @@ def test_only_the_marked_section_is_written(tmp_path):
     assert [one["row"] for one in json.loads(stored.read_text())] == [2, 7]
 
 
+def test_a_row_that_lacks_something_says_so_and_replaces_no_figures(tmp_path):
+    lacking = replace(row(), lacking=lambda: "no such program")
+    told = __main__.run_row(lacking, repeats=3, quick=False, work=tmp_path / "work")
+    markdown, stored = tmp_path / "RESULTS.md", tmp_path / "results.json"
+    markdown.write_text(f"{results.BEGIN}\n{results.END}\n")
+    results.write([told], stored, markdown)
+    assert "| 7 | a thing | another |  | not measured: no such program |  |" in markdown.read_text()
+    results.write([outcome(7)], stored, markdown)
+    results.write([told], stored, markdown)
+    assert "11.00x" in markdown.read_text()
+    assert "not measured" not in markdown.read_text()
+
+
 def test_a_text_without_the_section_is_left_alone(tmp_path):
     markdown, stored = tmp_path / "RESULTS.md", tmp_path / "results.json"
     markdown.write_text("# By hand\n")
@@ -98,8 +125,9 @@ def test_every_row_can_be_loaded(number):
     assert found.sides
 
 
-def test_memory_is_that_of_a_process_and_its_children():
-    ballast = "held = bytearray(300 << 20); print(flush=True); input()"
+@pytest.mark.parametrize("then", ["pass", "del held"])
+def test_memory_is_that_of_a_process_and_its_children_at_their_peaks(then):
+    ballast = f"held = bytearray(300 << 20); {then}; print(flush=True); input()"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ballast!r}])"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
@@ -112,6 +140,40 @@ def test_memory_is_that_of_a_process_and_its_children():
     assert 300 << 20 < total < 500 << 20
     assert worker == 0
     assert tree_memory(process.pid) == (0, 0)
+
+
+def test_what_processes_share_is_counted_once():
+    code = "import os, sys; held = bytearray(b'1') * (300 << 20); os.fork(); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for _ in range(2):
+            process.stdout.readline()
+        total, _ = tree_memory(process.pid)
+        process.stdin.close()
+        process.wait()
+    assert 300 << 20 < total < 400 << 20
+
+
+def test_a_part_that_takes_too_long_is_ended(tmp_path):
+    with pytest.raises(PartError, match="prepare took more than 0 s"):
+        run_part(8, PREPARE, Task(tmp_path, tmp_path, quick=True), limit_s=0)
+    left = [process.cmdline() for process in psutil.Process().children(recursive=True)]
+    assert not [command for command in left if "benchmarks.part" in command]
+
+
+def test_a_row_whose_checks_fail_ends_no_other(tmp_path, monkeypatch, capsys):
+    def run_row(row: Row, *_: Any) -> results.Result:
+        return outcome(row.number) if row.number == 8 else {}["no such key"]
+
+    file = tmp_path / "found.json"
+    monkeypatch.setattr(__main__, "run_row", run_row)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "7", "8", "--work", str(tmp_path), "--json", str(file)])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code
+    assert [one["row"] for one in json.loads(file.read_text())] == [8]
+    assert "KeyError: 'no such key'\nbenchmarks: row 7 failed\n" in capsys.readouterr().err
 
 
 def test_concepts_give_vectors_of_about_unit_length_in_clusters():
@@ -129,6 +191,15 @@ def test_the_null_encoder_is_in_the_catalog():
     encoder = catalog.load_encoder(describe(), "fp32")
     assert isinstance(encoder, NullEncoder)
     assert encoder.encode_captions(["a", "b"]).shape == encoder.encode_images(np.zeros((2, 16, 16, 3))).shape == (2, 16)
+
+
+def test_an_encoder_notes_when_it_is_first_loaded(tmp_path):
+    info = noting_encoder.describe(describe(), tmp_path / "loaded")
+    assert (info.dim, info.preprocess) == (describe().dim, describe().preprocess)
+    assert isinstance(catalog.load_encoder(info, "fp32"), NullEncoder)
+    os.utime(info.note, (1, 1))
+    catalog.load_encoder(info, "fp32")
+    assert info.note.stat().st_mtime == 1
 
 
 def test_the_breakdown_adds_up():

@@ -1,0 +1,35 @@
+"""An encoder that notes when it is loaded, and is another one for the rest: a clock can begin there.
+
+Workers get to know it by unpickling its description, which imports this module.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pds_ray import catalog
+from pds_ray.encoders.base import Encoder, EncoderInfo
+
+NAME = "noting"
+catalog.ENCODERS[NAME] = __name__
+
+
+@dataclass(frozen=True)
+class NotingInfo(EncoderInfo):
+    """What the other is, and the file that is made when the first of a pool has loaded it."""
+
+    other: EncoderInfo
+    note: Path
+
+
+def describe(other: EncoderInfo, note: Path) -> NotingInfo:
+    return NotingInfo(NAME, other.dim, other.space, other.identity, other.preprocess, (), other, note)
+
+
+def load(info: NotingInfo, precision: str) -> Encoder:
+    encoder = catalog.load_encoder(info.other, precision)
+    with suppress(FileExistsError):
+        info.note.touch(exist_ok=False)
+    return encoder
