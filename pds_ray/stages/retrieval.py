@@ -8,6 +8,8 @@ number (a model that diverged) ranks last. Scores are float32 products, which ma
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 CUTOFFS = (1, 5, 10)
@@ -66,11 +68,12 @@ def _ranks(scores: torch.Tensor, best: torch.Tensor, place: torch.Tensor) -> tor
 
     float32 [q, g], float32 [q, 1], int64 [q, 1] -> int64 [q].
     """
-    ranks = (scores > best).sum(1)
-    tied = ((scores >= best).sum(1) > ranks + 1).nonzero().squeeze(1)  # by others too: few rows, but for a poor model
+    count = partial(torch.sum, dim=1, dtype=torch.int32)  # on a CPU several times as fast as with int64
+    ranks = count(scores > best)
+    tied = (count(scores >= best) > ranks + 1).nonzero().squeeze(1)  # by others too: few rows, but for a poor model
     earlier = torch.arange(scores.shape[1], device=scores.device) < place[tied]
-    ranks[tied] += ((scores[tied] == best[tied]) & earlier).sum(1)
-    return ranks
+    ranks[tied] += count((scores[tied] == best[tied]) & earlier)
+    return ranks.long()
 
 
 def _scores(queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
