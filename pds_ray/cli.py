@@ -302,7 +302,8 @@ def _submit(args: argparse.Namespace) -> None:
     try:
         outcome, code = jobs.follow(submitted, args.address)
     except KeyboardInterrupt:
-        log.event("left", f"\npds-ray: job {submitted} goes on; `ray job stop {submitted}` ends it", job=submitted)
+        ends = jobs.stop_command(submitted, args.address)
+        log.event("left", f"\npds-ray: job {submitted} goes on; `{ends}` ends it", job=submitted)
         os._exit(EXIT_INTERRUPTED)
     log.event("job_ended", f"pds-ray: job {submitted} {outcome.lower()}", job=submitted, outcome=outcome)
     if code:
@@ -358,7 +359,8 @@ def main(argv: list[str] | None = None) -> None:
         _flush()
         # the last line of a log tells the outcome; on a terminal the result does
         if args.command in RUNS:
-            log.event("done", "" if sys.stderr.isatty() else f"pds-ray: {args.command} done", exit_code=EXIT_OK)
+            quiet = sys.stderr.isatty() or getattr(args, "dry_run", False)
+            log.event("done", "" if quiet else f"pds-ray: {args.command} done", exit_code=EXIT_OK)
     except KeyboardInterrupt:
         text = "\npds-ray: interrupted; the same command continues"
         _flush()

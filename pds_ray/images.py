@@ -59,7 +59,9 @@ def decode_image(data: bytes, *, max_pixels: int = 64_000_000, min_side: int = 2
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError("image_too_large", str(error)) from error
+        raise ImageError(
+            "image_too_large", f"more than {min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels):,} pixels"
+        ) from error
     # Pillow documents OSError, ValueError and TypeError, but its parsers also let through what they trip over:
     # SyntaxError, EOFError, struct.error, zlib.error, IndexError, KeyError, OverflowError, MemoryError... That list
     # is not closed from one release to the next, and bad bytes must cost one sample, so everything is taken here.

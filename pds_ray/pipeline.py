@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from pds_ray.errors import first_line, without_secrets
 from pds_ray.heartbeat import beating
 from pds_ray.manifest import ManifestError, RunManifest, fingerprint, versions
 from pds_ray.progress import QUIET_S, progress_bar
-from pds_ray.sources.base import Sample, Shard, Source, SourceError
+from pds_ray.sources.base import Fault, Sample, Shard, Source, SourceError
 from pds_ray.storage import Folder, StorageError, is_remote
 
 STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "caption", "materialize")  # of pds
@@ -140,7 +141,8 @@ def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> Non
 def _look_for(wanted: int, source: Source, shards: list[Shard], config: RunConfig, bar: tqdm) -> None:
     """Reads until there are `wanted` captioned images; moves `bar` on by each."""
     clean = CLEANERS[config.read.captions]
-    images = captionless = read = unreadable = 0
+    images = read = unreadable = 0
+    bad: Counter[str] = Counter()
     for shard in shards:
         bar.set_postfix_str(shard.name, refresh=False)
         try:
@@ -148,21 +150,24 @@ def _look_for(wanted: int, source: Source, shards: list[Shard], config: RunConfi
                 captioned = isinstance(item, Sample) and any(clean(caption) for caption in item.captions)
                 images += captioned
                 bar.update(captioned)
-                captionless += not isinstance(item, Sample) and item.reason == "missing_caption"
                 if images >= wanted:
                     return
-                if images == 0 and captionless >= CAPTIONLESS_PROBE:
-                    raise ConfigError(f"the first {captionless:,} samples of {config.source} have no caption")
+                if isinstance(item, Fault):
+                    bad[item.reason] += 1
+                if images == 0 and bad["missing_caption"] >= CAPTIONLESS_PROBE:
+                    raise ConfigError(f"the first {CAPTIONLESS_PROBE:,} samples of {config.source} have no caption")
             read += 1
         except (OSError, StorageError) as error:
             unreadable += 1
             if unreadable == min(len(shards), UNREADABLE_PROBE) and not read:
                 which = "no shard" if unreadable == len(shards) else f"none of the first {unreadable} shards"
                 raise SourceError(f"{which} of {config.source} can be read: {first_line(error)}") from error
-    if images == 0 and captionless:
-        raise ConfigError(f"none of the {captionless:,} samples of {config.source} has a caption (.txt or .json)")
+    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in bad.most_common())
+    if images == 0:
+        raise ConfigError(f"no sample of {config.source} has a picture and a caption{reasons and f' ({reasons})'}")
     raise ConfigError(
-        f"{config.pairs:,} pairs asked for, but {config.source} has only {images:,} captioned images; lower --pairs"
+        f"{config.pairs:,} pairs asked for, but {config.source} has only {images:,} captioned images"
+        f"{reasons and f', besides bad samples ({reasons})'}; lower --pairs"
     )
 
 

@@ -17,7 +17,7 @@ def status(path: str) -> dict[str, Any]:
     """What a run is doing, as JSON values.
 
     `state` is finished, running, silent (under way, but its driver gives no sign of life), interrupted, failed, or idle
-    (some stages are done and nothing is under way). `stage` is the one under way, or the next; `progress` is as in
+    (nothing is under way: the next stage has not begun). `stage` is the one under way, or the next; `progress` is as in
     `progress.State`, null where the stage has no bar.
 
     Raises ManifestError in one line if `path` is no run folder.
@@ -34,6 +34,8 @@ def status(path: str) -> dict[str, Any]:
     elif state == "running" or (sign is not None and open_):  # killed, perhaps before its first sign
         state = "silent"
     progress = sign["progress"] if sign else None
+    if progress and entries.get(progress["label"]) == "done":  # the sign is older than the manifest
+        progress = None
     return {
         "run": manifest.run.folder.shown,
         "state": "idle" if state == "to do" else state,

@@ -80,7 +80,10 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
 def _rate(name: str, entry: dict[str, Any]) -> str:
     unit, key = COUNTED[name]
     per_s = rate(entry, key)
-    return f"{per_s:,.0f} {unit}/s{_idle(entry['counts'])}" if per_s else ""
+    if not per_s:
+        return ""
+    told = f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.2g}"
+    return f"{told} {unit}/s{_idle(entry['counts'])}"
 
 
 def _idle(counts: dict[str, Any]) -> str:

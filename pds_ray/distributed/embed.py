@@ -277,6 +277,7 @@ def embed(
         store.parts.delete_all()
         store.folder.sweep()  # actors that were killed may have left parts of files
     check_bad_share(totals, config.ray.max_bad_share, final=True)
+    check_failed_share(failed, totals, len(shards), config.ray.max_failed_share)
     return {
         **totals,
         "shards": len(shards),
@@ -319,12 +320,13 @@ def _embed(
         for name, counts, committed in _stream(todo, work, arrived, under_way, encoders):
             core.add_counts(totals, counts)
             check_bad_share(totals, limits.max_bad_share, final=False)
+            check_failed_share(problems, totals, shards, limits.max_failed_share)
             if committed:
                 finished += 1
                 _tell_committed(name, arrived[name].counts)
             if arrived[name].problem:
                 problems[name] = arrived[name].problem
-                check_failed_share(problems, shards, limits.max_failed_share)
+                check_failed_share(problems, totals, shards, limits.max_failed_share)
             show()
         lost = [shard for shard in todo if not arrived[shard.name].closed]
         if lost:
@@ -338,7 +340,7 @@ def _embed(
                     metrics.count("pds_ray_shards_failed_total", 1)
                     text = f"pds-ray: shard {name} is set aside: {outcome}"
                     log.event("shard_failed", text, "warning", shard=name, reason=outcome)
-                    check_failed_share(problems, shards, limits.max_failed_share)
+                    check_failed_share(problems, totals, shards, limits.max_failed_share)
                     core.add_counts(totals, before.get(name, core.no_counts()))
                 else:
                     finished += 1
@@ -452,11 +454,16 @@ def check_bad_share(totals: dict[str, Any], limit: float, final: bool) -> None:
     )
 
 
-def check_failed_share(failed: dict[str, str], shards: int, limit: float) -> None:
-    """Stops a run that cannot read its source. Raises ConfigError naming the first of the `failed` (shard -> why)."""
-    if len(failed) > limit * shards:
-        name, problem = next(iter(failed.items()))
+def check_failed_share(failed: dict[str, str], totals: dict[str, Any], shards: int, limit: float) -> None:
+    """Stops a run that cannot read its source.
+
+    `failed`: shard -> why. Among `totals` are shards that were read and are no tars. Raises ConfigError naming the
+    first of them.
+    """
+    no_tars = totals["reasons"].get("not_a_tar", 0)
+    if len(failed) + no_tars > limit * shards:
+        known = next((f"{name}: {problem}" for name, problem in failed.items()), f"not_a_tar: {no_tars:,}")
         raise ConfigError(
-            f"{len(failed):,} of {shards:,} shards cannot be read ({name}: {problem}), more than the allowed share "
-            f"{limit}; the same command tries them again, or raise --ray.max-failed-share"
+            f"{len(failed) + no_tars:,} of {shards:,} shards cannot be read ({known}), more than the allowed share "
+            f"{limit}; mend them, and the same command goes on, or raise --ray.max-failed-share"
         )

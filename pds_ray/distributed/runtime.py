@@ -36,7 +36,6 @@ from pds_ray.progress import waiting_for
 Result = TypeVar("Result")
 
 READ_CPUS, DECODE_CPUS, SMALL_TASK_CPUS = 0.5, 0.25, 1.0
-SHARD_CPUS = 0.5  # of a task over shards: it waits for its files about as long as it computes
 CPUS_A_WORKER = 8  # of a cluster without GPUs, or a node's if those have fewer, for each actor and what feeds it
 MODEL_THREADS = 4  # of each model, however many CPUs there are: convolutions round by how they are shared out
 CONNECT_TIMEOUT_S = 10
@@ -121,7 +120,8 @@ def _connect(address: str) -> None:
         ray.init(address=address, **QUIET)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         first = first_line(error)
-        raise ConfigError(f"no Ray cluster can be joined at {address} ({first}); {advice}") from error
+        token = "" if os.environ.get("RAY_AUTH_MODE") else "set RAY_AUTH_MODE=token and its token if it wants one, "
+        raise ConfigError(f"no Ray cluster can be joined at {address} ({first}); {token}{advice}") from error
 
 
 def _start_local(config: RayConfig) -> None:
@@ -425,7 +425,7 @@ def start_each(
     What they refer to stays in the object stores of the cluster, and is made anew if a node is lost.
     """
     references = [ray.put(value) for value in shared]
-    remote = ray.remote(function).options(num_cpus=SHARD_CPUS, num_returns=2)
+    remote = ray.remote(function).options(num_cpus=SMALL_TASK_CPUS, num_returns=2)
     return [tuple(remote.remote(item, *references)) for item in items]
 
 
@@ -443,9 +443,9 @@ def map_in_order(function: Callable[..., Result], items: Iterable[Any], *shared:
 
     `shared` is sent to each node once. Only a window of tasks is in flight, so that a slow consumer holds few results.
     """
-    window = max(2, int(2 * ray.cluster_resources().get("CPU", 1) / SHARD_CPUS))
+    window = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
     references = [ray.put(value) for value in shared]
-    remote = ray.remote(function).options(num_cpus=SHARD_CPUS)
+    remote = ray.remote(function).options(num_cpus=SMALL_TASK_CPUS)
     pending: deque[tuple[Any, ray.ObjectRef]] = deque()
     coming = iter(items)
     while True:

@@ -80,6 +80,11 @@ def _scheme(path: str) -> str:
     return scheme + mark if mark and scheme in SOURCES else ""
 
 
+def stop_command(name: str, address: str | None) -> str:
+    """What ends a job, for people to type."""
+    return f"ray job stop {name}" + (f" --address {address}" if address else "")
+
+
 def submit(job: Job, address: str | None) -> str:
     """Submits a job and returns its id.
 
@@ -93,8 +98,10 @@ def submit(job: Job, address: str | None) -> str:
         before = [other for other in client.list_jobs() if (other.submission_id or "").startswith(prefix)]
         for other in before:
             if not other.status.is_terminal():
-                name = other.submission_id
-                raise ConfigError(f"job {name} already works on {job.target}; wait for it, or `ray job stop {name}`")
+                name = str(other.submission_id)
+                raise ConfigError(
+                    f"job {name} already works on {job.target}; wait for it, or `{stop_command(name, address)}`"
+                )
         # two who submit at once get the same id, and Ray refuses one of them
         numbers = [int(other.submission_id.removeprefix(prefix)) for other in before if other.submission_id]
         command, runtime_env = list(job.command), dict[str, Any](env_vars={**ENVIRONMENT, **job.env})

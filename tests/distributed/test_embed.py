@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import signal
+import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +20,10 @@ from pds_ray import catalog
 from pds_ray.artifacts import EmbeddingStore
 from pds_ray.config import ConfigError, EmbedConfig, RayConfig, RunConfig
 from pds_ray.distributed import embed as embed_module
-from pds_ray.distributed.embed import EmbedWorker, ShardDatasource, check_bad_share, embed
+from pds_ray.distributed.embed import EmbedWorker, ShardDatasource, check_bad_share, check_failed_share, embed
 from pds_ray.distributed.runtime import unwrapped_errors
 from pds_ray.errors import UserError
+from pds_ray.sources.base import Sample
 from pds_ray.sources.scenes import ScenesSource
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.stages import embed as core
@@ -134,7 +137,8 @@ def test_broken_shards_lose_only_what_is_broken(tmp_path: Path, shared_data: Pat
     source = WebDatasetSource(str(shared_data / "clipart" / "broken" / "*.tar"))
     shards = source.shards()
     store = open_store(tmp_path)
-    counts = embed(source, shards, catalog.describe_encoder(CONFIG.embed), CONFIG, store)
+    config = dataclasses.replace(CONFIG, ray=RayConfig(max_bad_share=1.0, max_failed_share=0.5))
+    counts = embed(source, shards, catalog.describe_encoder(CONFIG.embed), config, store)
     keys = {shard.name: store.images(shard.name).column("key").to_pylist() for shard in shards}
     assert keys["truncated"] == [f"{n:09d}" for n in range(20)]
     assert keys["corrupt-images"][:30] == [f"{n:09d}" for n in range(40, 70)]
@@ -165,6 +169,33 @@ def test_too_much_bad_data_stops_the_run() -> None:
     check_bad_share(few, 0.5, final=False)  # too few to judge, until the end
     with pytest.raises(ConfigError):
         check_bad_share(few, 0.5, final=True)
+
+
+def test_too_many_unreadable_shards_stop_the_run() -> None:
+    """Those that fail to be read, and those that are read and are no tars."""
+    totals = {"images": 900, "bad": 2, "reasons": {"not_a_tar": 2}}
+    check_failed_share({"a": "it is gone"}, totals, 30, 0.1)
+    with pytest.raises(ConfigError, match=r"4 of 30 shards cannot be read \(a: it is gone\)"):
+        check_failed_share({"a": "it is gone", "b": "it is gone"}, totals, 30, 0.1)
+    with pytest.raises(ConfigError, match=r"2 of 10 shards cannot be read \(not_a_tar: 2\)"):
+        check_failed_share({}, totals, 10, 0.1)
+
+
+def test_error_pages_in_place_of_shards_stop_the_run(tmp_path: Path) -> None:
+    scenes = ScenesSource("scenes:40")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for item in scenes.read(scenes.shards()[0]):
+            assert isinstance(item, Sample)
+            for suffix, data in (("png", item.image), ("txt", item.captions[0].encode())):
+                member = tarfile.TarInfo(f"{item.key}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    for number in range(1, 4):
+        (tmp_path / f"{number}.tar").write_text("<html>404</html>")
+    source = WebDatasetSource(str(tmp_path / "*.tar"))
+    info = catalog.describe_encoder(CONFIG.embed)
+    with pytest.raises(ConfigError, match=r"[1-3] of 4 shards cannot be read \(not_a_tar: [1-3]\)"):
+        embed(source, source.shards(), info, CONFIG, open_store(tmp_path / "store"))
 
 
 def test_weights_that_cannot_be_loaded_are_one_clear_line(tmp_path: Path) -> None:

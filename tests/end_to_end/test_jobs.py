@@ -213,7 +213,7 @@ def test_prometheus_sees_what_is_documented(cluster: Cluster, tmp_path: Path) ->
     (tmp_path / "b.tar").write_bytes(b"no tar either" * 1000)
     done = cluster.submit(
         "--", "distill", "--preset", "demo", "--source", str(tmp_path / "*.tar"), "--pairs", "3",
-        "--decoder", "nearest", "--out", str(out),
+        "--decoder", "nearest", "--out", str(out), "--ray.max-failed-share", "0.5",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     seen: dict[str, float] = {}

@@ -17,6 +17,7 @@ from pds_ray.manifest import RunManifest
 from pds_ray.pipeline import SELECTION_STAGES, STAGES, plan
 from pds_ray.recipes import recipe
 from pds_ray.sources.base import Sample, Shard, SourceError
+from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.storage import StorageError
 
 BASE = {"source": "scenes:120", "pairs": 5, "out": "unused", "decode.decoder": "nearest"}
@@ -225,6 +226,15 @@ class Refusing:
             raise StorageError("the object store fails at s3://b/0.tar (HTTP status 403)")
         for number in range(10):
             yield Sample(str(number), b"", ("a caption",))
+
+
+def test_a_source_without_samples_says_why(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.tar").write_text("<html>404</html>")
+    config = RunConfig(source=str(tmp_path / "*.tar"), pairs=10, out=str(tmp_path / "run"))
+    source = WebDatasetSource(config.source)
+    with pytest.raises(ConfigError, match=r"no sample of .* has a picture and a caption \(not_a_tar: 2\)"):
+        pipeline._check_enough(source, source.shards(), config)
 
 
 def check_enough(source: Refusing, shards: int, pairs: int) -> None:

@@ -114,6 +114,15 @@ def test_a_clock_that_jumps_brings_no_dead_driver_to_life(
     assert status(run.folder.path)["state"] == state
 
 
+@pytest.mark.parametrize(("label", "told"), [("embed", False), ("prune", True), ("list", True)])
+def test_progress_of_a_stage_that_is_done_is_old(run: RunFolder, label: str, told: bool) -> None:
+    """The manifest is written at once, the sign of life only now and then."""
+    book(run, STAGES[:1], "prune")
+    progress = {"label": label, "unit": "images", "done": 3, "total": 4, "per_s": 1.0, "eta_s": 1.0, "note": ""}
+    run.folder.write_json(RunFolder.HEARTBEAT, {"host": "h", "pid": 1, "written": time.time(), "progress": progress})
+    assert status(run.folder.path)["progress"] == (progress if told else None)
+
+
 def test_other_methods_have_other_stages(run: RunFolder) -> None:
     book(run, SELECTION_STAGES, method="herding")
     assert status(run.folder.path)["state"] == "finished"
