@@ -377,7 +377,7 @@ def _stage_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Ent
     each = np.arange(FEW, dtype=np.int32)
     couples = prototypes.Couples(each, each, np.zeros(FEW, bool))
     threshold = Threshold(1 << 31, 0)
-    lloyd = ClusterConfig(iterations=ITERATIONS, tolerance=0)  # all of them: they are what the rate is of
+    lloyd = ClusterConfig(iterations=ITERATIONS, tolerance=0)  # as many as can be: they are what the rate is of
     plain = replace(config, {"cluster.normalize": False})
 
     def four_passes() -> None:

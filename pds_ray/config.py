@@ -108,7 +108,9 @@ class ClusterConfig:
     """FAISS k-means, once per modality, with as many clusters as pairs requested."""
 
     iterations: int = option(25, "Lloyd iterations at most")
-    tolerance: float = option(1e-4, "a fit ends when an iteration changes its objective by a smaller share; 0: never")
+    tolerance: float = option(
+        1e-4, "a fit of equal weights ends when an iteration changes its objective by a smaller share"
+    )
     restarts: int = option(1, "independent fits of which the best is kept")
     normalize: bool = option(
         False,
@@ -116,7 +118,9 @@ class ClusterConfig:
         "normalize-embedding",
         "normalize_embedding",
     )
-    memory_gib: float = option(8.0, "budget for the training vectors; more rows than fit are sampled")
+    memory_gib: float = option(
+        8.0, "budget for the training vectors; more rows than fit are sampled, and Ray holds half as much in passing"
+    )
     modality: str = option(
         "separate", "separate (each by itself, then matched), joint (one k-means on both), image or text (one decides)"
     )

@@ -162,12 +162,13 @@ def _look_for(wanted: int, source: Source, shards: list[Shard], config: RunConfi
             if unreadable == min(len(shards), UNREADABLE_PROBE) and not read:
                 which = "no shard" if unreadable == len(shards) else f"none of the first {unreadable} shards"
                 raise SourceError(f"{which} of {config.source} can be read: {first_line(error)}") from error
-    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in bad.most_common())
+    bad["unreadable shards"] = unreadable
+    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in bad.most_common() if count)
     if images == 0:
         raise ConfigError(f"no sample of {config.source} has a picture and a caption{reasons and f' ({reasons})'}")
     raise ConfigError(
         f"{config.pairs:,} pairs asked for, but {config.source} has only {images:,} captioned images"
-        f"{reasons and f', besides bad samples ({reasons})'}; lower --pairs"
+        f"{reasons and f', besides what is bad ({reasons})'}; lower --pairs"
     )
 
 

@@ -584,13 +584,18 @@ def _hashes(run: _Run, files: int) -> Phase:
     return run.round_trips("hash the files", READ_TRIPS * files, CALLS_AT_ONCE)
 
 
+def _sample(run: _Run, space: str) -> tuple[float, int]:
+    """Training vectors of a k-means, and their width."""
+    rows = run.kept_images if space == "image" else run.kept_pairs
+    width = 2 * run.dim if space == "joint" else run.dim
+    return rows * sample_share(round(rows), width, run.config.cluster, run.clusters), width
+
+
 def _cluster(run: _Run) -> list[Phase]:
     config, phases = run.config.cluster, list[Phase]()
     for space in spaces(config):
-        rows = run.kept_images if space == "image" else run.kept_pairs
         stored = run.work.images if space == "image" else run.work.pairs
-        width = 2 * run.dim if space == "joint" else run.dim
-        sample = rows * sample_share(round(rows), width, config, run.clusters)
+        sample, width = _sample(run, space)
         flop = distance_flop(sample, compared(run.clusters), width) * (config.iterations + 1) * config.restarts
         on_gpu = run.figures["fit"].per == "GPU"
         read = run.over_network(f"sample {space} vectors", run.vector_bytes / 2)
@@ -709,7 +714,9 @@ def _store_bytes(run: _Run) -> dict[str, float]:
     search = nodes * queries + tasks * 12.0 * run.clusters  # an answer holds cosine, shard and row of every query
     return {
         "embed": min(blocks, run.pixel_bytes + run.work.bytes),
-        "cluster": nodes * 2 * queries,
+        "cluster": max(
+            nodes * 2 * queries, *(4.0 * math.prod(_sample(run, space)) for space in spaces(run.config.cluster))
+        ),
         "prototypes": search,
         "caption": search,
     }

@@ -38,7 +38,7 @@ def sampled(
         rows = candidates[core.sample_rows(len(candidates), share, config.seed, f"{space}/{shard}")]
         found.append(_vectors(space, shard, store, config.cluster.normalize, rows))
         weights.append(weight[rows])
-    return np.concatenate(found), np.concatenate(weights)
+    return (found[0] if len(found) == 1 else np.concatenate(found)), np.concatenate(weights)
 
 
 def _sample(
@@ -48,18 +48,18 @@ def _sample(
     tasks = min(len(shards), SAMPLE_TASKS)
     bounds = np.linspace(0, len(shards), tasks + 1).astype(int)
     groups = [shards[start:end] for start, end in pairwise(bounds)]
-    parts = runtime.start_each(sampled, groups, space, store, run, share, config)
+    parts: list[Parts] = []
     with progress_bar("cluster", len(shards), "shards") as bar:
         bar.set_postfix_str(f"{share:.3%} of {space} vectors" if share < 1 else f"{space} vectors", refresh=False)
-        for group, (_, weights) in zip(groups, parts, strict=True):
-            runtime.wait_for(weights, group[0])
-            bar.update(len(group))
+        for part in runtime.map_to_store(sampled, groups, space, store, run, share, config):
+            bar.update(len(groups[len(parts)]))
+            parts.append(part)
     return parts
 
 
 def _gathered(parts: list[Parts]) -> tuple[np.ndarray, np.ndarray]:
     """A sample as one array; besides it no more than one part is held. float32 [n, width], float32 [n]."""
-    weights = [ray.get(reference) for _, reference in parts]
+    weights = ray.get([reference for _, reference in parts])
     sample, start = np.empty(0, np.float32), 0
     for (reference, _), weight in zip(parts, weights, strict=True):
         found = ray.get(reference)
@@ -67,6 +67,7 @@ def _gathered(parts: list[Parts]) -> tuple[np.ndarray, np.ndarray]:
             sample = np.empty((sum(map(len, weights)), found.shape[1]), np.float32)
         sample[start : start + len(weight)] = found
         start += len(weight)
+        del found
     return sample, np.concatenate(weights)
 
 
@@ -183,12 +184,13 @@ def cluster(
             bar.set_postfix_str(f"{space}, K = {config.pairs:,}", refresh=False)
             if config.pairs <= core.FLAT_LIMIT:
                 begun["fits"][space] = runtime.run_kmeans(_fit, parts, space, run, config)
+                parts.clear()  # the object stores hold no sample longer than it is needed
             else:
                 cells = runtime.run_kmeans(_fit_coarse, parts, space, run, config)
+                parts.clear()
                 begun["fits"][space] = _fit_in_cells(cells, space, run, config)
             run.save_fits(begun)
             bar.update()
-        del parts  # before the next: one sample at a time lies in the object stores
     levels: dict[str, Level] = {}
     for space in spaces:
         cells_of = run.cells(space)

@@ -457,13 +457,17 @@ def check_bad_share(totals: dict[str, Any], limit: float, final: bool) -> None:
 def check_failed_share(failed: dict[str, str], totals: dict[str, Any], shards: int, limit: float) -> None:
     """Stops a run that cannot read its source.
 
-    `failed`: shard -> why. Among `totals` are shards that were read and are no tars. Raises ConfigError naming the
-    first of them.
+    `failed`: shard -> why. Among `totals` are shards that were read and are no tars. Raises ConfigError.
     """
     no_tars = totals["reasons"].get("not_a_tar", 0)
     if len(failed) + no_tars > limit * shards:
-        known = next((f"{name}: {problem}" for name, problem in failed.items()), f"not_a_tar: {no_tars:,}")
+        if failed:
+            name, problem = next(iter(failed.items()))
+            known, advice = f"{name}: {problem}", "the same command tries them again"
+        else:
+            known = f"not_a_tar: {no_tars:,}; see the .errors.parquet files of the embedding store"
+            advice = "a source that was mended needs another --out or --redo"
         raise ConfigError(
             f"{len(failed) + no_tars:,} of {shards:,} shards cannot be read ({known}), more than the allowed share "
-            f"{limit}; mend them, and the same command goes on, or raise --ray.max-failed-share"
+            f"{limit}; {advice}, or raise --ray.max-failed-share"
         )

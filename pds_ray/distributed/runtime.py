@@ -417,18 +417,6 @@ def with_faiss_threads(threads: int, function: Callable[..., Result], *args: Any
     return function(*args)
 
 
-def start_each(
-    function: Callable[..., tuple[Any, Any]], items: Iterable[Any], *shared: Any
-) -> list[tuple[ray.ObjectRef, ray.ObjectRef]]:
-    """Starts `function(item, *shared)`, which returns two values, for all items at once; references to both.
-
-    What they refer to stays in the object stores of the cluster, and is made anew if a node is lost.
-    """
-    references = [ray.put(value) for value in shared]
-    remote = ray.remote(function).options(num_cpus=SMALL_TASK_CPUS, num_returns=2)
-    return [tuple(remote.remote(item, *references)) for item in items]
-
-
 def wait_for(reference: ray.ObjectRef, item: Any) -> Any:
     """The result of the task of `item`, once it is there; until then the watchdog knows what is waited for."""
     waiting_for(partial(str, item))
@@ -443,15 +431,32 @@ def map_in_order(function: Callable[..., Result], items: Iterable[Any], *shared:
 
     `shared` is sent to each node once. Only a window of tasks is in flight, so that a slow consumer holds few results.
     """
+    for item, reference in _started(function, items, shared, 1):
+        yield wait_for(reference, item)
+
+
+def map_to_store(
+    function: Callable[..., tuple[Any, Any]], items: Iterable[Any], *shared: Any
+) -> Iterator[tuple[ray.ObjectRef, ray.ObjectRef]]:
+    """As `map_in_order`, of a function that returns two values, the second a small one: yields references to both.
+
+    What they refer to stays in the object stores of the cluster, and is made anew if a node is lost.
+    """
+    for item, references in _started(function, items, shared, 2):
+        wait_for(references[1], item)
+        yield tuple(references)
+
+
+def _started(function: Callable[..., Any], items: Iterable[Any], shared: Iterable[Any], results: int) -> Iterator[Any]:
+    """Each item with the reference to its result, or references if there are several; a window of them runs ahead."""
     window = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
     references = [ray.put(value) for value in shared]
-    remote = ray.remote(function).options(num_cpus=SMALL_TASK_CPUS)
-    pending: deque[tuple[Any, ray.ObjectRef]] = deque()
+    remote = ray.remote(function).options(num_cpus=SMALL_TASK_CPUS, num_returns=results, max_retries=TASK_RETRIES)
+    pending: deque[tuple[Any, Any]] = deque()
     coming = iter(items)
     while True:
         for item in islice(coming, window - len(pending)):
             pending.append((item, remote.remote(item, *references)))
         if not pending:
             return
-        item, reference = pending.popleft()
-        yield wait_for(reference, item)
+        yield pending.popleft()

@@ -118,7 +118,8 @@ def lloyd(
         min_points_per_centroid=1,  # few points per cluster are normal here: no warning
         max_points_per_centroid=max(1, -(-len(vectors) // clusters)),  # the sample is ours: no second, silent one
         gpu=gpus > 0,
-        early_stop_threshold=config.tolerance,
+        # FAISS's objective leaves the weights out: where they differ it may rest while theirs still falls
+        early_stop_threshold=config.tolerance if (weights == weights[0]).all() else 0,
         init_method=faiss.ClusteringInitMethod_AFK_MC2,  # like k-means++, at a fraction of its cost
     )
     kmeans.train(vectors, weights=weights, init_centroids=start)
@@ -132,7 +133,8 @@ def seeds(vectors: np.ndarray, weights: np.ndarray, clusters: int, rng: np.rando
 
     Each is the one of 2 + log(clusters) candidates, drawn by weight times squared distance to the seeds so far, that
     lowers their weighted sum most. Of many rows a sample is used, a uniform one, as weights count in it all the same.
-    Rows repeat where too few are distinct; those of weight 0 are never taken. At least one must be positive.
+    Rows repeat where too few are distinct by 2^-25 of the longest; those of weight 0 are never taken. At least one
+    must be positive.
     """
     rows = np.flatnonzero(weights)
     if len(rows) > SEED_ROWS * clusters:

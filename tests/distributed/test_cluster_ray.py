@@ -102,6 +102,18 @@ def test_what_is_of_something_else_is_done_anew(pruned: tuple[Path, Pruned], tmp
     assert all(after[name] > written[name] for name in written)
 
 
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_shards_may_be_sampled_together(
+    pruned: tuple[Path, Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tasks: int
+) -> None:
+    run, call = new_run(pruned, tmp_path / "each")
+    each = call()
+    together, call = new_run(pruned, tmp_path / "together")
+    monkeypatch.setattr(stage, "SAMPLE_TASKS", tasks)
+    assert call() == each
+    assert contents(together) == contents(run)
+
+
 def in_reverse(function: Callable[..., Any], items: Iterable[Any], *shared: Any) -> Iterator[Any]:
     """`map_in_order` whose tasks run last first."""
     return reversed([function(item, *shared) for item in reversed(list(items))])

@@ -429,3 +429,15 @@ def test_a_cell_without_vectors_is_left_out():
     assert len(set(cell_of[:8])) == len(set(cell_of[8:])) == 1
     with pytest.raises(ValueError, match="16 vectors cannot make 17 clusters"):
         cluster.fit_cells(data, np.ones(16, np.float32), 17, 0, CONFIG)
+
+
+@pytest.mark.parametrize("seed", range(112, 120))
+def test_a_weighted_fit_does_not_end_by_an_unweighted_objective(seed: int) -> None:
+    """FAISS's own objective may rest while the weighted one still falls."""
+    rng = np.random.default_rng(seed)
+    vectors = rng.standard_normal((600, 2)).astype(np.float32)
+    weights = np.where(rng.random(600) < 0.1, rng.integers(20, 100, 600), 1).astype(np.float32)
+    whole, ended = (
+        cluster.fit(vectors, weights, 6, seed, ClusterConfig(tolerance=tolerance)).objective for tolerance in (0, 1e-2)
+    )
+    assert ended == whole
