@@ -46,7 +46,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     monkeypatch.setattr(runtime, "pool", lambda *_: None)
     monkeypatch.setattr(runtime, "precision", lambda *_: "fp32")
     monkeypatch.setattr(embed, "_embed", in_vain)
-    changes = {"source": "scenes:40", "pairs": 3, "decode.decoder": "nearest"}
+    changes = {"source": "scenes:40", "pairs": 3, "decode.decoder": "nearest", "ray.max_failed_share": 1}
     return replace(recipe("demo"), {**changes, "out": str(tmp_path / "run"), "embed.store": str(tmp_path / "store")})
 
 
