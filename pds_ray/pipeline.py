@@ -348,10 +348,9 @@ def _run_stages(plan_: Plan, manifest: RunManifest, only: Collection[str] = ()) 
     )
     there: Markers = {}
     if manifest.is_done("embed", plan_.fingerprints["embed"]):
-        there = _markers(plan_, _expected(plan_, manifest))
-        if _content(there) != manifest.data.get("store_content"):
+        there = _unchanged(plan_, manifest)
+        if not there:
             manifest.forget("embed")  # another run brought shards back, or some are lost: the counts are no longer true
-            there = {}
     embedded = cache(lambda: there or _embedded(plan_, manifest))  # read once: the same for all stages that follow
     steps = _steps(plan_, manifest, embedded)
     wanted = [stage for stage in plan_.stages if not only or stage in only]
@@ -445,6 +444,12 @@ def _content(embedded: Markers) -> str:
     return fingerprint([[shard, marker["sha256"]] for shard, marker in embedded.items()])
 
 
+def _unchanged(plan_: Plan, manifest: RunManifest) -> Markers:
+    """What `_markers` gives, if the store holds the same as when it was looked at last; else nothing."""
+    found = _markers(plan_, _expected(plan_, manifest))
+    return found if _content(found) == manifest.data.get("store_content") else {}
+
+
 def _forget_after(plan_: Plan, manifest: RunManifest, stage: str) -> None:
     """What is stale must not look finished, should the redoing be interrupted."""
     later = plan_.stages[plan_.stages.index(stage) + 1 :]
@@ -532,8 +537,7 @@ def _steps(
     def materialize() -> dict[str, Any]:
         from pds_ray.stages.materialize import write_distilled
 
-        seen = _content(_markers(plan_, _expected(plan_, manifest)))
-        if seen != manifest.data.get("store_content"):  # under readers, who take no lock: they may have seen a mixture
+        if not _unchanged(plan_, manifest):  # under readers, who take no lock: they may have seen a mixture
             raise StorageError(
                 f"the embeddings in {store.folder.shown} changed while they were read, as when another run tries "
                 "failed shards again; the same command redoes what depends on them"

@@ -82,8 +82,7 @@ def _rate(name: str, entry: dict[str, Any]) -> str:
     per_s = rate(entry, key)
     if not per_s:
         return ""
-    told = f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.2g}"
-    return f"{told} {unit}/s{_idle(entry['counts'])}"
+    return f"{_number(per_s)} {unit}/s{_idle(entry['counts'])}"
 
 
 def _idle(counts: dict[str, Any]) -> str:

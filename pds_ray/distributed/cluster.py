@@ -60,14 +60,10 @@ def _sample(
 def _gathered(parts: list[Parts]) -> tuple[np.ndarray, np.ndarray]:
     """A sample as one array; besides it no more than one part is held. float32 [n, width], float32 [n]."""
     weights = ray.get([reference for _, reference in parts])
-    sample, start = np.empty(0, np.float32), 0
-    for (reference, _), weight in zip(parts, weights, strict=True):
-        found = ray.get(reference)
-        if not start:
-            sample = np.empty((sum(map(len, weights)), found.shape[1]), np.float32)
-        sample[start : start + len(weight)] = found
-        start += len(weight)
-        del found
+    ends = np.cumsum([len(weight) for weight in weights])
+    sample = np.empty((ends[-1], ray.get(parts[0][0]).shape[1]), np.float32)
+    for (reference, _), weight, end in zip(parts, weights, ends, strict=True):
+        sample[end - len(weight) : end] = ray.get(reference)
     return sample, np.concatenate(weights)
 
 

@@ -319,14 +319,13 @@ def _embed(
         show(", starting")
         for name, counts, committed in _stream(todo, work, arrived, under_way, encoders):
             core.add_counts(totals, counts)
-            check_bad_share(totals, limits.max_bad_share, final=False)
-            check_failed_share(problems, totals, shards, limits.max_failed_share)
             if committed:
                 finished += 1
                 _tell_committed(name, arrived[name].counts)
             if arrived[name].problem:
                 problems[name] = arrived[name].problem
-                check_failed_share(problems, totals, shards, limits.max_failed_share)
+            check_bad_share(totals, limits.max_bad_share, final=False)
+            check_failed_share(problems, totals, shards, limits.max_failed_share)
             show()
         lost = [shard for shard in todo if not arrived[shard.name].closed]
         if lost:

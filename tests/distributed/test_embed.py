@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 import signal
-import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import ray
+from poisoned import write_shard
 
 from pds_ray import catalog
 from pds_ray.artifacts import EmbeddingStore
@@ -23,7 +22,6 @@ from pds_ray.distributed import embed as embed_module
 from pds_ray.distributed.embed import EmbedWorker, ShardDatasource, check_bad_share, check_failed_share, embed
 from pds_ray.distributed.runtime import unwrapped_errors
 from pds_ray.errors import UserError
-from pds_ray.sources.base import Sample
 from pds_ray.sources.scenes import ScenesSource
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.stages import embed as core
@@ -182,14 +180,7 @@ def test_too_many_unreadable_shards_stop_the_run() -> None:
 
 
 def test_error_pages_in_place_of_shards_stop_the_run(tmp_path: Path) -> None:
-    scenes = ScenesSource("scenes:40")
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for item in scenes.read(scenes.shards()[0]):
-            assert isinstance(item, Sample)
-            for suffix, data in (("png", item.image), ("txt", item.captions[0].encode())):
-                member = tarfile.TarInfo(f"{item.key}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    write_shard(tmp_path / "0.tar", {})
     for number in range(1, 4):
         (tmp_path / f"{number}.tar").write_text("<html>404</html>")
     source = WebDatasetSource(str(tmp_path / "*.tar"))

@@ -223,7 +223,9 @@ def test_a_held_out_picture_that_hangs_is_one_line(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(distributed.runtime, "TASK_RETRIES", 0)
     source = Hanging("scenes:3:7")
-    with pytest.raises(UserError, match=r"picture of shard scenes-00000 of there .* more than 1 s") as caught:
+    with pytest.raises(
+        UserError, match=r"picture of shard scenes-00000 of there .* too much memory or more than 1 s \(--ray"
+    ) as caught:
         distributed._read_split("test", Split("there", source, source.shards()), [8], "none", 1.0)
     assert "\n" not in str(caught.value)
 

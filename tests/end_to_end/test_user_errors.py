@@ -108,6 +108,7 @@ def test_source_without_captions(capsys: pytest.CaptureFixture[str], tmp_path: P
             member.size = len(picture.getvalue())
             tar.addfile(member, io.BytesIO(picture.getvalue()))
     line = fails(capsys, *DEMO, "--source", str(tmp_path / "0.tar"), "--pairs", "5", "--out", str(tmp_path / "out"))
+    assert "no sample of" in line
     assert "(missing_caption: 20)" in line
     assert "caption" in line
 

@@ -195,8 +195,13 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
 
 
 def elsewhere(run: RunFolder, age_s: float = 0.0, pid: int = 1) -> None:
+    """Another driver's sign, there at once and whole, as an object store puts it."""
     other = {"host": "elsewhere", "pid": pid, "written": time.time() - age_s, "progress": None}
-    run.folder.write_json(RunFolder.HEARTBEAT, other)
+    bucket, path = storage.open_filesystem(run.folder.path)
+    sign = Path(bucket.base_path, path, RunFolder.HEARTBEAT)
+    part = sign.with_suffix(f".{time.monotonic_ns()}")
+    part.write_text(json.dumps(other))
+    part.replace(sign)
 
 
 def test_a_driver_that_lives_keeps_another_out_of_a_store_without_locks(remote: RunFolder) -> None:
