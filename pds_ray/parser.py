@@ -17,10 +17,8 @@ Commands = Any  # argparse has no public name for what add_subparsers returns
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(
-            f"pds-ray: {without_secrets(message)} (see {self.prog} --help; patterns of --source need quotes)",
-            file=sys.stderr,
-        )
+        advice = "; patterns of --source need quotes" if message.startswith("unrecognized") else ""
+        print(f"pds-ray: {without_secrets(message)} (see {self.prog} --help{advice})", file=sys.stderr)
         raise SystemExit(EXIT_USER)
 
 

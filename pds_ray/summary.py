@@ -152,7 +152,7 @@ def print_comparison(out: str, table: dict[str, Any]) -> None:
     say("", f"source    {table['source']}")
     say(f"test      {test['source']}: {test['images']:,} images, {test['captions']:,} captions")
     names = sorted({cell["backbone"] for cell in table["cells"]} - {"average"})
-    say(f"protocol  {table['protocol']['name']}; average of {', '.join(names)}; {table['seeds']} seeds")
+    say(f"protocol  {table['protocol']['name']}; average of {', '.join(names)}; seeds: {table['seeds']}")
     for note in table["notes"]:
         say(f"note      {note}")
     cells = [cell for cell in table["cells"] if cell["backbone"] == "average"]

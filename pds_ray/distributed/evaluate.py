@@ -128,7 +128,10 @@ def _prepare(
     splits: dict[str, core.Split],
     config: EvaluateConfig,
 ) -> LaneData:
-    """Reads pictures and encodes captions on the cluster."""
+    """Reads pictures and encodes captions on the cluster, once every backbone has been built there."""
+    kinds = {(trial.backbone.name, trial.image_size, trial.protocol.train): trial for trial in trials}
+    with runtime.unwrapped_errors():
+        list(runtime.map_in_order(_try_backbone, kinds.values(), config.workers))
     sizes = sorted({trial.image_size for trial in trials})
     wanted = {trial.label for trial in trials}
     sets = [checked for checked in sets if checked.candidate.label in wanted]
@@ -158,8 +161,6 @@ def _prepare(
     made = [*data.pictures.values(), *data.text.values(), *data.held_out_text.values()]
     with runtime.unwrapped_errors():
         list(runtime.map_in_order(_count, made))
-        kinds = {(trial.backbone.name, trial.image_size, trial.protocol.train): trial for trial in trials}
-        list(runtime.map_in_order(_try_backbone, kinds.values(), config.workers))
     return data
 
 

@@ -209,6 +209,16 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
+def test_a_backbone_is_refused_before_any_split_is_read(evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def read(*_: object) -> None:
+        raise AssertionError("this takes long with a large split")
+
+    monkeypatch.setattr(distributed, "_read_split", read)
+    config = replace(CONFIG, backbones="resnet10t:scratch", workers=2, protocol=replace(PROTOCOL, train="all"))
+    with pytest.raises(UserError, match="resnet10t:scratch normalises over the batch"):
+        evaluation.evaluate(str(evaluated[0]), config, out=str(tmp_path))
+
+
 def test_a_held_out_picture_that_hangs_is_one_line(monkeypatch: pytest.MonkeyPatch):
     class Hanging(ScenesSource):
         """Whoever reads it hangs in C at the next picture, with the interpreter's lock held."""
