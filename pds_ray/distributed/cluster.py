@@ -59,11 +59,11 @@ def _sample(
 
 def _gathered(parts: list[Parts]) -> tuple[np.ndarray, np.ndarray]:
     """A sample as one array; besides it no more than one part is held. float32 [n, width], float32 [n]."""
-    weights = ray.get([reference for _, reference in parts])
+    weights = [runtime.fetch(reference) for _, reference in parts]
     ends = np.cumsum([len(weight) for weight in weights])
-    sample = np.empty((ends[-1], ray.get(parts[0][0]).shape[1]), np.float32)
+    sample = np.empty((ends[-1], runtime.fetch(parts[0][0]).shape[1]), np.float32)
     for (reference, _), weight, end in zip(parts, weights, ends, strict=True):
-        sample[end - len(weight) : end] = ray.get(reference)
+        sample[end - len(weight) : end] = runtime.fetch(reference)
     return sample, np.concatenate(weights)
 
 

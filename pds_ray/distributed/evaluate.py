@@ -260,7 +260,7 @@ def _train_lane(config: dict[str, Any]) -> None:
     device = get_device()
     if device.type == "cpu":
         torch.set_num_threads(1)  # the CPU it asked for; convolutions round by the number of threads
-    data: LaneData = ray.get(config["shared"][0])
+    data: LaneData = runtime.fetch(config["shared"][0])
     results: Folder = config["results"]
     done = set(results.names(".json"))
     features: core.Features = {}
@@ -297,8 +297,8 @@ def _train_lane(config: dict[str, Any]) -> None:
 
 
 def _pairs(data: LaneData, trial: core.Trial) -> TrainingPairs:
-    pictures, text = ray.get([data.pictures[trial.label, trial.image_size], data.text[trial.label]])
-    return TrainingPairs(_tensor(pictures), _tensor(text))
+    pictures = runtime.fetch(data.pictures[trial.label, trial.image_size])
+    return TrainingPairs(_tensor(pictures), _tensor(runtime.fetch(data.text[trial.label])))
 
 
 Galleries = dict[tuple[str, int, str, str], Gallery]
@@ -312,12 +312,12 @@ def _gallery(data: LaneData, name: str, trial: core.Trial, made: Galleries) -> G
         return None
     key = (name, trial.image_size, rule, encoder)
     if key not in made:
-        shards = ray.get(split.pictures[trial.image_size])
+        shards = [runtime.fetch(shard) for shard in split.pictures[trial.image_size]]
         pictures = shards[0] if len(shards) == 1 else np.concatenate(shards)  # one shard stays where it is shared
         if not split.chosen.all():
             pictures = pictures[split.chosen]
         rows, owner = split.rows()
-        text = ray.get(data.held_out_text[name, rule, encoder])[rows]
+        text = runtime.fetch(data.held_out_text[name, rule, encoder])[rows]
         made[key] = Gallery(_tensor(pictures), _tensor(text), torch.from_numpy(owner))
     return made[key]
 

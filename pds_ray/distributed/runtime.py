@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +40,7 @@ CPUS_A_WORKER = 8  # of a cluster without GPUs, or a node's if those have fewer,
 MODEL_THREADS = 4  # of each model, however many CPUs there are: convolutions round by how they are shared out
 CONNECT_TIMEOUT_S = 10
 SETTLE_S, POLL_S = 2.0, 0.05  # what tasks that have ended gave back is told a little later
+FETCH_S = 60.0  # for one value to reach a task
 
 
 # What a task ends with whose process or machine is gone. Ray would try it again with the CPUs asked for at first, which
@@ -49,6 +50,7 @@ LOST = (
     ray.exceptions.NodeDiedError,
     ray.exceptions.OutOfMemoryError,
     ray.exceptions.ObjectLostError,
+    ray.exceptions.GetTimeoutError,  # of `fetch`
 )
 
 
@@ -327,29 +329,42 @@ def map_blocks(
     )
 
 
-def run_kmeans(function: Callable[..., Result], *args: Any) -> Result:
-    """Calls `function` with all CPUs of one node for FAISS, or with a GPU where FAISS can use one.
+def run_kmeans(function: Callable[..., Result], parts: Sequence[tuple[ray.ObjectRef, ...]], *args: Any) -> Result:
+    """Calls `function(parts, *args)` with all CPUs of one node for FAISS, or with a GPU where FAISS can use one.
 
-    If the process or its machine is lost, again on what the cluster then has: up to TASK_RETRIES times.
+    If the process or its machine is lost, or some of the parts, which it fetches, again on what the cluster then has:
+    up to TASK_RETRIES times.
     """
     for _ in range(TASK_RETRIES):
         try:
-            return _run_kmeans(function, *args)
+            return _run_kmeans(function, parts, *args)
         except LOST:
             continue
-    return _run_kmeans(function, *args)
+    return _run_kmeans(function, parts, *args)
 
 
-def _run_kmeans(function: Callable[..., Result], *args: Any) -> Result:
+def fetch(reference: ray.ObjectRef) -> Any:
+    """A value from the object stores, inside a task or an actor.
+
+    One that was lost with its node is made anew by a task that may want the very CPUs that wait for it: after FETCH_S
+    they are given back. Raises GetTimeoutError then.
+    """
+    return ray.get(reference, timeout=FETCH_S)
+
+
+def _run_kmeans(function: Callable[..., Result], parts: Sequence[tuple[ray.ObjectRef, ...]], *args: Any) -> Result:
+    needed = [reference for part in parts for reference in part]
+    if needed:  # all there before a node is taken: what was lost is made anew meanwhile
+        ray.wait(needed, num_returns=len(needed), fetch_local=False)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if any(node.get("GPU", 0) >= 1 for node in nodes):
         # GPUs named here and not in .options(): Ray then ends the process with the task, and with it what it holds
         with_gpu = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=1, max_retries=0)
         if ray.get(with_gpu(_faiss_gpus).remote()):
-            return ray.get(with_gpu(function).remote(*args))
+            return ray.get(with_gpu(function).remote(parts, *args))
     cpus = _most_cpus()
     remote = ray.remote(with_faiss_threads).options(num_cpus=cpus, max_retries=0)
-    return ray.get(remote.remote(cpus, function, *args))
+    return ray.get(remote.remote(cpus, function, parts, *args))
 
 
 def start_model(actors: Pool, function: Callable[..., Any], *args: Any) -> ray.ObjectRef:

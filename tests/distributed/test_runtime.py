@@ -131,7 +131,7 @@ def test_kmeans_takes_the_cpus_that_are_free() -> None:
 
     other = Other.remote()
     ray.get(other.here.remote())
-    assert runtime.run_kmeans(lambda: ray.get_runtime_context().get_assigned_resources()["CPU"]) == 1
+    assert runtime.run_kmeans(lambda _: ray.get_runtime_context().get_assigned_resources()["CPU"], []) == 1
     ray.kill(other)
 
 
@@ -144,7 +144,7 @@ def test_a_kmeans_takes_all_cpus_though_tasks_have_only_just_ended() -> None:
     given = []
     for _ in range(4):
         list(runtime.map_in_order(cpus, range(20)))
-        given += [runtime.run_kmeans(cpus), runtime.run_kmeans(cpus)]
+        given += [runtime.run_kmeans(cpus, []), runtime.run_kmeans(cpus, [])]
         list(runtime.map_in_order(cpus, range(20)))
         given += runtime.stream(lambda: iter([cpus()]))
     assert given == [2] * 12
@@ -154,7 +154,7 @@ def test_a_kmeans_whose_node_dies_takes_what_is_left(tmp_path: Path, monkeypatch
     """The two CPUs asked for at first may have gone with the node: the next try asks anew."""
     tries, most = tmp_path / "tries", iter([2, 1])
 
-    def die_once() -> float:
+    def die_once(_: object) -> float:
         with tries.open("a") as file:
             file.write("x")
         if tries.read_text() == "x":
@@ -162,21 +162,21 @@ def test_a_kmeans_whose_node_dies_takes_what_is_left(tmp_path: Path, monkeypatch
         return ray.get_runtime_context().get_assigned_resources()["CPU"]
 
     monkeypatch.setattr(runtime, "_most_cpus", lambda: next(most))
-    assert runtime.run_kmeans(die_once) == 1
+    assert runtime.run_kmeans(die_once, []) == 1
     assert tries.read_text() == "xx"
 
 
 def test_what_always_kills_is_not_tried_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tries = tmp_path / "tries"
 
-    def die() -> None:
+    def die(_: object) -> None:
         with tries.open("a") as file:
             file.write("x")
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(runtime, "TASK_RETRIES", 1)
     with pytest.raises(runtime.LOST):
-        runtime.run_kmeans(die)
+        runtime.run_kmeans(die, [])
     assert tries.read_text() == "xx"
 
 
