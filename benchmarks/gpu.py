@@ -23,6 +23,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +111,12 @@ def encoder(repeats: int, quick: bool) -> Found:
         host = np.random.default_rng(0).integers(0, 256, (batch, PIXELS, PIXELS, 3), np.uint8)
         captions = ["a photo of a dog on the beach"] * batch
         rates = {
-            "engine": batch / seconds_of(lambda host=host: loaded.encode_images(host), repeats),
-            "captions": batch / seconds_of(lambda captions=captions: loaded.encode_captions(captions), repeats),
+            "engine": batch / seconds_of(partial(loaded.encode_images, host), repeats),
+            "captions": batch / seconds_of(partial(loaded.encode_captions, captions), repeats),
         }
         pixels = torch.randn(batch, 3, PIXELS, PIXELS, device="cuda")
         for name, form in forms.items():
-            rates[name] = batch / seconds_of(lambda form=form, pixels=pixels: _bf16(form, pixels), repeats)
+            rates[name] = batch / seconds_of(partial(_bf16, form, pixels), repeats)
         rates["overlapped"] = _overlapped(forms["compiled"], host, repeats)
         shares = {name: rate * (of_caption if name == "captions" else of_image) / top for name, rate in rates.items()}
         rows.append({"batch": batch, "per_second": rates, "share_of_ceiling": shares})
@@ -332,7 +333,7 @@ def unclip(repeats: int, quick: bool) -> Found:
     pipeline.to("cuda", torch.float16)
     slow = single / seconds_of(one_by_one, repeats)
     pipeline.to("cuda", torch.bfloat16)
-    batched = {count: count / seconds_of(lambda count=count: decode(count), repeats) for count in batches}
+    batched = {count: count / seconds_of(partial(decode, count), repeats) for count in batches}
     fastest = max(batched.values())
     return {
         "steps": steps,

@@ -187,7 +187,7 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
         fit[:] += watch.now() - began
         return found
 
-    runtime.run_kmeans = timed  # the fit is told apart: its sample is bounded
+    runtime.run_kmeans = timed  # type: ignore[assignment]  # the fit is told apart: its sample is bounded
     with watch.stage("cluster"):
         counts["cluster"] = cluster.cluster(shards, counts, DIM, store, run, config, "scale")
     watch.stages["cluster"] |= {"fit_seconds": fit[0], "fit_cpu_seconds": fit[1]}

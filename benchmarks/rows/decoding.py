@@ -55,7 +55,7 @@ def _decode(decoder: Any, prototypes: Any, config: Any) -> list[Any]:
     """In the batches of the engine."""
     from pds_ray.stages.synthesize import chunks, make_batch, synthesize_chunk
 
-    pictures = []
+    pictures: list[Any] = []
     for chunk in chunks(prototypes.num_rows, config.decode.batch_size):
         batch = make_batch(prototypes, chunk, config.seed, config.decode)
         pictures += synthesize_chunk(decoder, batch, config.decode)
