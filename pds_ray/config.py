@@ -372,6 +372,9 @@ class EvaluateConfig:
     workers: int = option(1, "workers that share one trial, with gathered negatives", "workers")
     trials: int = option(0, "trials at once; 0 is what the GPUs, or the CPUs, allow", "trials")
     max_failures: int = option(3, "deaths of workers that each row of trials survives", "max-failures")
+    save_every_s: float = option(
+        30.0, "seconds of training that the death of a worker costs at most, or one evaluation"
+    )
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
@@ -381,6 +384,7 @@ class EvaluateConfig:
         _require(self.workers > 0, "workers", self.workers, "positive")
         _require(self.trials >= 0, "trials", self.trials, "0 or positive")
         _require(self.max_failures >= 0, "max_failures", self.max_failures, "0 or positive")
+        _require(self.save_every_s >= 0, "save_every_s", self.save_every_s, "0 or positive")
 
     @property
     def backbone_names(self) -> list[str]:

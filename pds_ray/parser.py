@@ -153,7 +153,17 @@ def _add_judges(commands: Commands) -> None:
             "ray",
         ),
     )
-    evaluation_fields = ("test", "val", "backbones", "seeds", "workers", "trials", "max_failures", "protocol")
+    evaluation_fields = (
+        "test",
+        "val",
+        "backbones",
+        "seeds",
+        "workers",
+        "trials",
+        "max_failures",
+        "save_every_s",
+        "protocol",
+    )
     _add_config_options(evaluate, only=(*evaluation_fields, "ray"), top=EvaluateConfig)
     _add_config_options(compare, only=evaluation_fields, top=EvaluateConfig)
     for command in (evaluate, compare):

@@ -236,7 +236,12 @@ def _run_lane(
     filesystem, place = open_filesystem((results / STATE).path)
     trainer = TorchTrainer(
         _train_lane,
-        train_loop_config={"trials": trials, "shared": shared, "results": results},
+        train_loop_config={
+            "trials": trials,
+            "shared": shared,
+            "results": results,
+            "save_every_s": config.save_every_s,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.workers,
             use_gpu=use_gpu,
@@ -267,6 +272,7 @@ def _train_lane(config: dict[str, Any]) -> None:
     galleries: Galleries = {}
     checkpoint = ray.train.get_checkpoint()
     interrupted = _trial_of(checkpoint) if checkpoint else None
+    reports = _Reports(workers, config["save_every_s"])
     for trial in config["trials"]:
         if f"{trial.key}.json" in done:
             continue
@@ -285,7 +291,7 @@ def _train_lane(config: dict[str, Any]) -> None:
                 features,
                 # only of the trial it belongs to: with the next report it is gone
                 resume=Path(checkpoint.to_directory(scratch)) if checkpoint and trial.key == interrupted else None,
-                report=partial(_report, trial, workers),
+                report=partial(reports, trial),
             )
         if workers.rank == 0:
             splits = {
@@ -334,12 +340,24 @@ def _trial_of(checkpoint: ray.train.Checkpoint) -> str:
         return json.loads((Path(folder) / CHECKPOINT_NAME).read_text())["key"]
 
 
-def _report(trial: core.Trial, workers: Workers, progress: Progress, save: Callable[[Path], None]) -> None:
-    """Tells Ray Train how far the trial is; the first worker hands in the state."""
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = None
-        if workers.rank == 0:
-            save(Path(folder))
-            (Path(folder) / CHECKPOINT_NAME).write_text(json.dumps({"key": trial.key}))
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report({"epochs": progress.epochs_done, **(progress.best or {})}, checkpoint=checkpoint)
+class _Reports:
+    """Tells Ray Train how far a lane is; the first worker hands in the state.
+
+    Not at every evaluation: a report waits for Ray's controller, as long as many epochs of a small trial take.
+    """
+
+    def __init__(self, workers: Workers, every_s: float) -> None:
+        self._workers, self._every_s = workers, every_s
+        self._last = time.monotonic()
+
+    def __call__(self, trial: core.Trial, progress: Progress, save: Callable[[Path], None]) -> None:
+        if not self._workers.told(time.monotonic() - self._last >= self._every_s):  # all report, or none
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if self._workers.rank == 0:
+                save(Path(folder))
+                (Path(folder) / CHECKPOINT_NAME).write_text(json.dumps({"key": trial.key}))
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report({"epochs": progress.epochs_done, **(progress.best or {})}, checkpoint=checkpoint)
+        self._last = time.monotonic()

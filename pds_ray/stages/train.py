@@ -190,6 +190,14 @@ class Workers:
         # None is the group of now; the default is the one there was when torch.distributed.nn was imported
         return torch.cat(all_gather(rows.contiguous(), group=None))[:total]
 
+    def told(self, mine: bool) -> bool:
+        """What the first worker says."""
+        if self.count == 1:
+            return mine
+        said = [mine]
+        torch.distributed.broadcast_object_list(said, src=0)
+        return said[0]
+
 
 def make_optimizer(model: nn.Module, protocol: ProtocolConfig) -> torch.optim.Optimizer:
     """The optimiser of the protocol over all parameters that are trained."""

@@ -244,7 +244,7 @@ def test_a_killed_worker_goes_on_from_its_last_report(tmp_path: Path):
     """And one death is all that the trials behind it on the same workers feel of it."""
     path = scenes_set(tmp_path / "set")
     protocol = replace(PROTOCOL, epochs=15, evaluate_every=1)
-    config = replace(CONFIG, seeds=4, trials=1, max_failures=1, protocol=protocol)
+    config = replace(CONFIG, seeds=4, trials=1, max_failures=1, save_every_s=0, protocol=protocol)
     expected = in_process(path, config)
     killer = Killer(tmp_path / "evaluation" / "trials" / "state", after=4)
     killer.start()

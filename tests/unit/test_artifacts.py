@@ -17,7 +17,7 @@ from pds_ray.artifacts import EmbeddingStore, RunFolder, vector_array, vectors
 from pds_ray.storage import Folder
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 30),
     st.integers(1, 9),

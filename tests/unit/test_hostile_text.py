@@ -55,7 +55,7 @@ def acts(text: str) -> list[str]:
 
 
 @given(st.sampled_from(list(CLEANERS.values())), st.text(), st.integers(1, 500))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_cleaner_is_bounded(clean: Any, text: str, times: int) -> None:
     assert len(clean(text * times)) <= MAX_CHARACTERS
 
@@ -85,7 +85,7 @@ ALPHABETS = ["abcdefghijklmnopqrstuvwxyz", "àéîõü", "абвгдежз", "�
 ALPHABETS.append("aé的🐕 .,")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(ALPHABETS), st.integers(1, 1500), st.integers(0, 2**32))
 def test_a_cut_word_gives_the_tokens_that_the_whole_one_gives(
     tokenizers: tuple[SimpleTokenizer, SimpleTokenizer], alphabet: str, length: int, seed: int

@@ -184,7 +184,7 @@ MAGIC = [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF\x00\x01\x00\x0
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(
     st.sampled_from(SEEDS) | st.builds(bytes.__add__, st.sampled_from(MAGIC), st.binary(max_size=200)),
     st.lists(st.tuples(st.integers(0, 4000), st.binary(min_size=1, max_size=4)), min_size=1, max_size=4),

@@ -262,7 +262,7 @@ def drawn(pairs: int, gpus: int, kind: str, cpus: int | None, clusters: int, enc
     return make_plan(web(pairs=clusters, **changes), web_workload(pairs, 1, 24_000), cluster, None, prices)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.fixed_dictionaries(CASES))
 def test_no_stage_is_shorter_than_the_work_for_any_resource(case: dict[str, Any]) -> None:
     plan = drawn(**case)
@@ -277,7 +277,7 @@ def test_no_stage_is_shorter_than_the_work_for_any_resource(case: dict[str, Any]
     json.loads(json.dumps(planning.to_json(plan), allow_nan=False))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.fixed_dictionaries(CASES))
 def test_twice_the_gpus_are_never_slower(case: dict[str, Any]) -> None:
     few, many = drawn(**case), drawn(**{**case, "gpus": 2 * case["gpus"]})
@@ -285,7 +285,7 @@ def test_twice_the_gpus_are_never_slower(case: dict[str, Any]) -> None:
         assert after.seconds <= before.seconds * (1 + 1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.fixed_dictionaries(CASES))
 def test_twice_the_pairs_are_never_cheaper(case: dict[str, Any]) -> None:
     few, many = drawn(**case), drawn(**{**case, "pairs": 2 * case["pairs"]})

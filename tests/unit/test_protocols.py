@@ -39,6 +39,7 @@ OTHER = {
     "workers": 3,
     "trials": 4,
     "max_failures": 0,
+    "save_every_s": 5.0,
     "protocol.train": "heads",
     "protocol.text": "prototypes",
     "protocol.text_encoder": "bert:bert-base-uncased",
@@ -135,7 +136,15 @@ def test_a_wrong_value_is_one_line(field, value):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("seeds", 0), ("workers", 0), ("trials", -1), ("max_failures", -1), ("backbones", " , "), ("seeds", "many")],
+    [
+        ("seeds", 0),
+        ("workers", 0),
+        ("trials", -1),
+        ("max_failures", -1),
+        ("save_every_s", -1),
+        ("backbones", " , "),
+        ("seeds", "many"),
+    ],
 )
 def test_a_wrong_value_outside_of_the_protocol(field, value):
     with pytest.raises(ConfigError, match=field):

@@ -41,7 +41,7 @@ def test_a_good_store_has_none(made: tuple[Path, EmbeddingStore]) -> None:
     assert verify(str(made[0]), {}) == (9, [])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.floats(0, 1, exclude_max=True), st.integers(0, 7))
 @example(0.5, 0)
 def test_every_flipped_bit_of_a_marker_is_named_with_its_shard(

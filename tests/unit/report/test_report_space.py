@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pds_ray.report.space import add_rows, fit_plane, no_rows, sample_places
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(1, 4), st.integers(1, 7), st.integers(0, 99))
 def test_the_best_rows_whatever_the_blocks(sizes, k, chunk, seed):
     rng = np.random.default_rng(seed)

@@ -20,7 +20,7 @@ def test_the_methods_that_can_be_asked_for_are_those_that_exist():
 
 
 @EVERY
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(images=st.integers(1, 25), share=st.floats(0, 1), seed=st.integers(0, 2**31 - 1))
 def test_as_many_images_as_asked_for_and_none_twice(method: str, images: int, share: float, seed: int):
     candidates = make_candidates(images, seed)

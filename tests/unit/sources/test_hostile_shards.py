@@ -323,7 +323,7 @@ def headers(draw: st.DrawFn) -> bytes:
     return prefix + header(name[:90], size, kind, "target") + data + bytes(-len(data) % 512)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(headers() | st.binary(max_size=700) | st.sampled_from(list(SHARDS.values())[:10]), max_size=12), st.data()
 )
@@ -345,7 +345,7 @@ def test_any_tar_is_read_to_samples_and_faults(
     assert all(caption.strip() for item in found if isinstance(item, Sample) for caption in item.captions)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.sampled_from([key for key, cost in COSTS.items() if key != "pax path"]), max_size=5), st.data())
 def test_good_samples_before_a_cut_are_all_there(
     tmp_path_factory: pytest.TempPathFactory, names: list[str], data: st.DataObject
@@ -371,7 +371,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from(["caption", "captions", "x"]), values) | values)
 def test_any_json_gives_captions_that_can_be_stored(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
     data = member("a.jpg", b"p") + member("a.json", json.dumps(value).encode()) + END_MARK

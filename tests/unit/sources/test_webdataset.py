@@ -419,7 +419,7 @@ def whole_samples(data: bytes, length: int) -> list[str]:
     return [key for key, end in ends.items() if end <= length]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shards(), st.floats(0, 1), st.booleans())
 def test_truncated_anywhere(tar_path: Path, data: bytes, place: float, compress: bool) -> None:
     packed = gzip.compress(data) if compress else data
@@ -465,13 +465,13 @@ HEADERS = st.builds(
 BLOCKS = st.sampled_from([b"12 path=q.j\n", b'{"caption": "x"}', b"text", b"", b"\xff\xfe"]).map(block)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(HEADERS | BLOCKS | st.binary(max_size=600), max_size=8).map(b"".join), st.booleans())
 def test_any_bytes_are_read_without_an_error(tar_path: Path, data: bytes, compress: bool) -> None:
     check_outcomes(read_bytes(tar_path, gzip.compress(data) if compress else data))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shards(), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=5), st.booleans())
 def test_flipped_bytes_are_read_without_an_error(
     tar_path: Path, data: bytes, edits: list[tuple[float, int]], compress: bool
@@ -482,7 +482,7 @@ def test_flipped_bytes_are_read_without_an_error(
     check_outcomes(read_bytes(tar_path, bytes(changed)))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.text("a./_é ", min_size=1, max_size=12)
     | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\0"), min_size=1)

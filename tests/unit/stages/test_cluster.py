@@ -122,7 +122,6 @@ def test_seeds_of_many_rows_are_of_a_sample():
     assert (weights[rows] > 0).all()
 
 
-@settings(deadline=None)
 @given(arrays(np.float32, st.tuples(st.integers(1, 8), st.integers(1, 5)), elements=st.floats(width=32, **FINITE)))
 def test_products_of_seeds_are_exact(vectors):
     """In Python's whole numbers they are the same; so are those of any order of additions."""
@@ -355,7 +354,7 @@ def hamilton(clusters: int, weights: list[int]) -> list[int]:
     return allotted
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(1, 1_000), min_size=1, max_size=12), st.integers(1, 300))
 def test_clusters_are_allotted_by_largest_remainders(weights, clusters):
     expected = hamilton(clusters, weights)
@@ -368,7 +367,7 @@ def test_clusters_are_allotted_by_largest_remainders(weights, clusters):
     np.testing.assert_allclose(found, clusters * np.array(weights) / sum(weights), atol=1)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.floats(1e-3, 1e6), st.integers(1, 50)), min_size=1, max_size=30), st.data())
 def test_no_cell_gets_nothing_or_more_than_its_rows(cells, data):
     weights, rows = np.array([w for w, _ in cells]), np.array([r for _, r in cells])

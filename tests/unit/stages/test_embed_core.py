@@ -203,7 +203,7 @@ def split(block: pa.Table, places: list[int]) -> list[pa.Table]:
     return [block.slice(a, b - a) for a, b in itertools.pairwise(edges)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 50), max_size=6), st.randoms(use_true_random=False), st.booleans())
 def test_blocks_may_be_cut_anywhere_and_arrive_in_any_order(places, shuffler, through_files):
     (block,) = embed.read_blocks(ListSource(ITEMS), SHARD)

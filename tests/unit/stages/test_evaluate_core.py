@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hand_made_set import save_set, scenes_set
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -121,7 +121,6 @@ def test_pictures_of_a_set_are_squashed_the_same_way(tmp_path: Path):
     assert np.array_equal(found, np.stack(expected))
 
 
-@settings(deadline=None)
 @given(st.integers(0, 60))
 def test_val_and_test_of_one_source_share_no_image(images):
     whole, val, test = (Split("x", ScenesSource("scenes:1"), [], part).chosen(images) for part in ("", "val", "test"))
@@ -148,7 +147,6 @@ def random_trials(rng: np.random.Generator, seeds: int) -> list[dict]:
     return [{"recalls": {name: float(rng.uniform(0, 100)) for name in RECALLS}} for _ in range(seeds)]
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 6))
 def test_mean_and_population_deviation_over_seeds(seed, seeds):
     trials = random_trials(np.random.default_rng(seed), seeds)
@@ -160,7 +158,6 @@ def test_mean_and_population_deviation_over_seeds(seed, seeds):
         assert found["std"][name] == pytest.approx((sum((value - mean) ** 2 for value in values) / seeds) ** 0.5)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 4))
 def test_the_average_backbone_is_averaged_seed_by_seed(seed, seeds, backbones):
     rng = np.random.default_rng(seed)
@@ -205,7 +202,7 @@ def test_what_a_trial_depends_on_is_in_its_key(tmp_path: Path):
     known = set(keys(planned(first)))
     same = [
         planned(moved, label="another name"),
-        planned(first, replace(CONFIG, workers=2, trials=3, max_failures=0)),
+        planned(first, replace(CONFIG, workers=2, trials=3, max_failures=0, save_every_s=0)),
         planned(first, text_encoder="demo"),
     ]
     for plan in same:

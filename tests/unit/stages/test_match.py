@@ -33,7 +33,7 @@ TABLES = st.integers(1, 6).flatmap(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TABLES)
 def test_both_solvers_reach_the_best_total(table):
     clusters = len(table)
@@ -96,7 +96,7 @@ def labelled(seed: int, pairs: int, clusters: int) -> tuple[np.ndarray, np.ndarr
     return image, text, rng.uniform(-1, 1, pairs).astype(np.float32)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.integers(0, 200), st.integers(1, 9), st.lists(st.integers(0, 200), max_size=4))
 def test_counts_equal_a_dense_table_however_the_shards_are_cut(seed, pairs, clusters, places):
     image, text, similarity = labelled(seed, pairs, clusters)
@@ -189,7 +189,7 @@ def test_couples_of_an_empty_table():
     assert found["shared"].tolist() == [0, 0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(TABLES, st.integers(0, 10**6))
 def test_couples_look_up_the_right_cells(table, seed):
     clusters = len(table)

@@ -53,7 +53,7 @@ def brute_force(seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 200), max_size=5))
 def test_sums_equal_masks_however_the_shards_are_cut(seed, places):
     image_vectors, text_vectors, _, _, couples = world(seed)
@@ -69,7 +69,7 @@ def test_sums_equal_masks_however_the_shards_are_cut(seed, places):
             assert total.image_count[couple] == total.text_count[couple]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 10**6), st.sampled_from([0, 1, 37, 400]))
 def test_rounding_is_that_of_one_addition_after_the_other(seed, pairs):
     """To the last bit, where sums of parts would differ: many pairs a couple, of very different lengths."""

@@ -45,7 +45,7 @@ def cut(values: np.ndarray, places: list[int]) -> list[np.ndarray]:
     return np.split(values, sorted(place % (len(values) + 1) for place in places))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=st.one_of(st.lists(FLOATS, max_size=60), st.lists(TIED, max_size=60)),
     ratio=st.one_of(st.sampled_from([0.0, 0.2, 0.5, 0.99]), st.floats(0, 0.999)),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -57,7 +57,6 @@ def galleries(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return image, text, owner
 
 
-@settings(deadline=None)
 @given(galleries(), st.sampled_from([1, 7, 40, 1 << 25]))
 def test_ranks_are_those_of_a_stable_sort(gallery, block):
     """With ties, with galleries below 10, and however few scores are held at once."""

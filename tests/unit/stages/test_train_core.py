@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_training import FEATURES, PIXELS, SIDE, TEXT_WIDTH, TinyBackbone, make_data, make_model, weights
 from torch import nn
@@ -34,7 +34,6 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 # --- formulas
 
 
-@settings(deadline=None)
 @given(st.integers(1, 7), st.integers(1, 5), st.integers(0, 2**31))
 def test_the_loss_is_the_double_loop(pairs, width, seed):
     rng = np.random.default_rng(seed)
@@ -121,7 +120,6 @@ def test_optimizers_are_those_of_the_protocol():
 # --- batches
 
 
-@settings(deadline=None)
 @given(st.integers(2, 400), st.integers(2, 130), st.integers(0, 99), st.integers(0, 99))
 def test_an_epoch_has_every_pair_once(pairs, size, seed, epoch):
     steps = core.batches(pairs, size, "epoch", seed, epoch)
@@ -132,7 +130,6 @@ def test_an_epoch_has_every_pair_once(pairs, size, seed, epoch):
     assert max(lengths) - min(lengths) <= 1
 
 
-@settings(deadline=None)
 @given(st.integers(2, 400), st.integers(2, 130), st.integers(0, 99), st.integers(0, 99))
 def test_independent_draws_are_fresh_permutations_cut(pairs, size, seed, epoch):
     steps = core.batches(pairs, size, "independent", seed, epoch)

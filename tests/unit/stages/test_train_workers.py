@@ -40,6 +40,7 @@ def run_cases(workers: Workers) -> dict[str, object]:
         model = make_model()
         best = core.train(model, pairs, None, test, PIXELS, config, 3, CPU, workers)
         found[name] = weights(model), best
+    found["told"] = workers.told(workers.rank == 0), workers.told(workers.rank > 0)
     info = BackboneInfo("tiny", "tiny 1", SIDE, (0.5, 0.4, 0.3), (0.5, 0.6, 0.7), pretrained=True)
     config = replace(CASES["epoch"], train="heads")
     frozen = Trial("key", "set", info, SIDE, 0, config, TextInput("prototypes", "x", "basic"), 20)
@@ -98,6 +99,11 @@ def test_recalls_are_those_of_one_process(shared: list[dict], alone: dict, case:
         assert found[case][1] == shared[0][case][1]
         assert found[case][1]["epoch"] == expected["epoch"]
         assert found[case][1]["recalls"] == pytest.approx(expected["recalls"])
+
+
+def test_all_are_told_what_the_first_one_says(shared: list[dict], alone: dict):
+    assert alone["told"] == (True, False)
+    assert [found["told"] for found in shared] == [(True, False)] * len(shared)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
