@@ -18,7 +18,9 @@ from pds_ray.storage import StorageError, is_remote
 
 BEAT_S = 10.0
 SILENT_S = 6 * BEAT_S
-"""After so long without a sign of life a driver counts as gone. Clocks of two machines may differ by some of it."""
+"""After so long without a sign of life a driver counts as gone."""
+FORGOTTEN_S = 3_600.0
+"""A sign of life that is older is nobody's: no two clocks differ by so much."""
 SETTLE_S = 3.0
 """In which the signs of two drivers that begin at once are all written."""
 
@@ -61,7 +63,7 @@ def _claim(run: RunFolder) -> None:
 
 def _wait_for_silence(run: RunFolder) -> None:
     first = read(run)
-    if first is None or _is_mine(first) or abs(time.time() - first["written"]) >= SILENT_S:
+    if first is None or _is_mine(first) or abs(time.time() - first["written"]) >= FORGOTTEN_S:
         return
     text = f"pds-ray: {_who(first)} was at work in {run.folder.shown} a moment ago; waiting to see whether it is gone"
     log.event("waiting_for_driver", text, "warning", host=first["host"], pid=first["pid"])

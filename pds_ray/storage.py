@@ -251,9 +251,13 @@ class Folder:
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 raise StorageError(
                     f"another run is at work in {self.shown}; wait for it or give another --out"
+                ) from error
+            except OSError as error:
+                raise StorageError(
+                    f"{self.shown} cannot be locked ({error.strerror}); give an --out that can"
                 ) from error
             yield
 

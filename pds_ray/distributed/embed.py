@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import psutil
@@ -40,6 +41,7 @@ from pds_ray.storage import side_by_side
 
 MIN_SAMPLES_TO_JUDGE = 100
 MAX_GROWTH_BYTES = 4 << 30  # by which a process may grow while it decodes one picture
+SHARDS_TOGETHER = 2_000  # in one data set: of each block the driver keeps a kilobyte until its data set ends
 FAILED_SHOWN = 20  # shards that could not be read, of which run.json says why
 TABLES = ("images", "captions", "errors")
 UNREADABLE = "unreadable"  # reason of the row that ends a shard of which no more can be read
@@ -220,6 +222,8 @@ class _Progress:
     total: int | None = None
     counts: dict[str, Any] = field(default_factory=core.no_counts)
     closed: bool = False
+    ended: bool = False
+    """Committed, or set aside: nobody waits for it any more."""
     problem: str = ""
 
     def add(self, row: dict[str, Any]) -> None:
@@ -307,7 +311,7 @@ def _embed(
     finished, problems = shards - len(todo), dict[str, str]()
     under_way = runtime.UnderWay()
     with progress_bar("embed", None, "images", reused["images"]) as bar:
-        waiting_for(lambda: under_way.describe({name for name, shard in arrived.items() if shard.closed}))
+        waiting_for(lambda: under_way.describe({name for name, shard in arrived.items() if shard.ended}))
 
         def show(state: str = "") -> None:
             if finished:
@@ -317,10 +321,13 @@ def _embed(
             bar.update(totals["images"] - bar.n)
 
         show(", starting")
-        for name, counts, committed in _stream(todo, work, arrived, under_way, encoders):
+        groups = (todo[start : start + SHARDS_TOGETHER] for start in range(0, len(todo), SHARDS_TOGETHER))
+        streams = (_stream(group, work, arrived, under_way, encoders) for group in groups)
+        for name, counts, committed in chain.from_iterable(streams):
             core.add_counts(totals, counts)
             if committed:
                 finished += 1
+                arrived[name].ended = True
                 _tell_committed(name, arrived[name].counts)
             if arrived[name].problem:
                 problems[name] = arrived[name].problem
@@ -345,7 +352,7 @@ def _embed(
                     finished += 1
                     core.add_counts(totals, outcome)
                     _tell_committed(name, outcome)
-                arrived[name].closed = True  # nobody waits for it any more
+                arrived[name].ended = True
                 show()
     return totals, {name: problem for name, problem in problems.items() if name not in before}
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from pds_ray.captions import CLEANERS
 from pds_ray.config import ConfigError, EvaluateConfig
 from pds_ray.distributed import runtime
 from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
-from pds_ray.progress import progress_bar
+from pds_ray.progress import QUIET_S, progress_bar, waiting_for
 from pds_ray.sources.base import SourceError
 from pds_ray.stages import evaluate as core
 from pds_ray.stages.train import Gallery, Progress, TrainingPairs, Workers
@@ -74,6 +75,10 @@ class LaneData:
     held_out_text: dict[tuple[str, str, str], ray.ObjectRef]
     """(test or val, cleaning rule, encoder) -> float32 [m, t]."""
 
+    def references(self) -> list[ray.ObjectRef]:
+        splits = [shards for split in self.splits.values() for shards in split.pictures.values()]
+        return [*self.pictures.values(), *self.text.values(), *self.held_out_text.values(), *chain(*splits)]
+
 
 def run_trials(
     trials: list[core.Trial],
@@ -90,7 +95,14 @@ def run_trials(
     task = ray.remote(_run_lane).options(num_cpus=0, max_retries=config.max_failures)
     pending = [task.remote(lane, [shared], results, config, on_gpu) for lane in lanes]
     missing = {trial.key for trial in trials}
+
+    def under_way() -> str:
+        """The first trial of each lane that has left no result."""
+        open_ = ([trial for trial in lane if trial.key in missing] for lane in lanes)
+        return ", ".join(str(left[0]) for left in open_ if left)
+
     with progress_bar("evaluate", len(trials), "trials") as bar:
+        waiting_for(under_way)
         try:
             while pending:
                 ready, pending = ray.wait(pending, timeout=POLL_S)
@@ -130,8 +142,9 @@ def _prepare(
 ) -> LaneData:
     """Reads pictures and encodes captions on the cluster, once every backbone has been built there."""
     kinds = {(trial.backbone.name, trial.image_size, trial.protocol.train): trial for trial in trials}
-    with runtime.unwrapped_errors():
-        list(runtime.map_in_order(_try_backbone, kinds.values(), config.workers))
+    with runtime.unwrapped_errors(), progress_bar("build", len(kinds), "backbones", delay_s=QUIET_S) as bar:
+        for _ in runtime.map_in_order(_try_backbone, kinds.values(), config.workers):
+            bar.update()
     sizes = sorted({trial.image_size for trial in trials})
     wanted = {trial.label for trial in trials}
     sets = [checked for checked in sets if checked.candidate.label in wanted]
@@ -158,9 +171,12 @@ def _prepare(
             clean = CLEANERS[checked.text.cleaning]
             data.text[label] = encode(checked.text.encoder, [clean(caption) for caption in distilled.captions])
     # before there are lanes: they leave no CPU and no GPU to these tasks, and try again what cannot succeed
-    made = [*data.pictures.values(), *data.text.values(), *data.held_out_text.values()]
-    with runtime.unwrapped_errors():
-        list(runtime.map_in_order(_count, made))
+    count = ray.remote(_count).options(num_cpus=runtime.SMALL_TASK_CPUS)
+    with runtime.unwrapped_errors(), progress_bar("prepare", None, "inputs", delay_s=QUIET_S) as bar:
+        for what in ("pictures", "text", "held_out_text"):
+            for of, reference in getattr(data, what).items():
+                runtime.wait_for(count.remote(reference), f"{what} of {of}")
+                bar.update()
     return data
 
 
@@ -255,6 +271,8 @@ def _run_lane(
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
     )
+    needed = ray.get(shared[0]).references()
+    ray.wait(needed, num_returns=len(needed), fetch_local=False)  # what was lost is made anew before CPUs are taken
     trainer.fit()
 
 
@@ -267,7 +285,7 @@ def _train_lane(config: dict[str, Any]) -> None:
         torch.set_num_threads(1)  # the CPU it asked for; convolutions round by the number of threads
     data: LaneData = runtime.fetch(config["shared"][0])
     results: Folder = config["results"]
-    done = set(results.names(".json"))
+    done = set(workers.told(results.names(".json")))  # a store may list late, and all must go on with the same trial
     features: core.Features = {}
     galleries: Galleries = {}
     checkpoint = ray.train.get_checkpoint()

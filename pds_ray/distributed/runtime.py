@@ -170,7 +170,7 @@ def unwrapped_errors() -> Iterator[None]:
         yield
     except (ray.exceptions.RayError, UserError) as error:
         cause = getattr(error, "cause", None)
-        if isinstance(cause, OSError) and not isinstance(cause, UserError):  # a disk that is full, or gone
+        if isinstance(cause, OSError) and not isinstance(cause, (UserError, *LOST)):  # a disk that is full, or gone
             raise UserError(first_line(cause)) from error
         kinds = r"^pds_ray\.[\w.]*\.(?:Config|Source|Storage|DistilledSet)Error: (.+)$"
         found = re.findall(kinds, str(error), flags=re.MULTILINE)

@@ -94,6 +94,9 @@ class Trial:
     text: TextInput
     pairs: int
 
+    def __str__(self) -> str:
+        return f"{self.backbone.name} on {self.label}, seed {self.seed}"
+
 
 def read_split(
     source: Source,

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -168,6 +168,9 @@ def rate(protocol: ProtocolConfig, epoch: int, share: float) -> float:
     return protocol.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch + share) / protocol.epochs))
 
 
+Said = TypeVar("Said")
+
+
 @dataclass
 class Workers:
     """The processes that share a trial; one of them, alone, without torch.distributed."""
@@ -190,8 +193,8 @@ class Workers:
         # None is the group of now; the default is the one there was when torch.distributed.nn was imported
         return torch.cat(all_gather(rows.contiguous(), group=None))[:total]
 
-    def told(self, mine: bool) -> bool:
-        """What the first worker says."""
+    def told(self, mine: Said) -> Said:
+        """What the first worker says, of which each has its own."""
         if self.count == 1:
             return mine
         said = [mine]

@@ -48,7 +48,9 @@ def same_as_one_process(source, shards, store: EmbeddingStore) -> None:
         assert store.errors(shard.name).equals(errors)
 
 
-def test_equals_one_process_and_is_not_repeated(tmp_path: Path) -> None:
+@pytest.mark.parametrize("together", [1, 2_000])
+def test_equals_one_process_and_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    monkeypatch.setattr(embed_module, "SHARDS_TOGETHER", together)
     source = ScenesSource("scenes:1100")
     shards = source.shards()
     store = open_store(tmp_path)

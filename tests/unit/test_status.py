@@ -188,7 +188,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """A run folder that takes the road of the object stores, where nothing waits for long."""
     bucket = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
     monkeypatch.setattr(storage, "open_filesystem", lambda path: (bucket, path.removeprefix("s3://bucket/")))
-    for name, seconds in (("BEAT_S", 0.05), ("SILENT_S", 1.0), ("SETTLE_S", 0.3)):
+    for name, seconds in (("BEAT_S", 0.05), ("SILENT_S", 1.0), ("FORGOTTEN_S", 4.0), ("SETTLE_S", 0.3)):
         monkeypatch.setattr(heartbeat, name, seconds)
     (tmp_path / "run").mkdir()
     return RunFolder(Folder("s3://bucket/run"))
@@ -227,7 +227,7 @@ def test_a_driver_that_lives_keeps_another_out_of_a_store_without_locks(remote: 
     assert sign["host"] == "elsewhere", "the refused one takes nothing away"
 
 
-@pytest.mark.parametrize(("age_s", "waits"), [(0.2, True), (5.0, False), (-5.0, False)])
+@pytest.mark.parametrize(("age_s", "waits"), [(0.2, True), (2.0, True), (-2.0, True), (5.0, False), (-5.0, False)])
 def test_one_that_was_killed_is_waited_for_and_then_forgotten(
     remote: RunFolder, capsys: pytest.CaptureFixture[str], age_s: float, waits: bool
 ) -> None:

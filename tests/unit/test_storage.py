@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import itertools
 import os
@@ -103,6 +105,16 @@ def test_sweep_removes_what_a_killed_writer_left(tmp_path):
     assert [name for name in folder.names() if name.endswith(PART_SUFFIX)]
     folder.sweep()
     assert folder.names() == ["good"]
+
+
+@pytest.mark.parametrize(("number", "said"), [(errno.EAGAIN, "another run"), (errno.ENOLCK, "cannot be locked")])
+def test_a_lock_that_is_taken_is_not_one_that_cannot_be_had(tmp_path, monkeypatch, number, said):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(StorageError, match=said), Folder(str(tmp_path)).lock():
+        pass
 
 
 def test_sweep_spares_a_folder_that_has_a_lock_of_its_own(tmp_path):
