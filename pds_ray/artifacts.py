@@ -147,6 +147,11 @@ def vector_array(values: np.ndarray, dtype: str) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
+SHARD_SCHEMA = pa.schema(
+    [("name", pa.string()), ("location", pa.string()), ("size", pa.int64()), ("version", pa.string())]
+)
+
+
 @dataclass(frozen=True)
 class EmbeddingStore:
     """The embeddings of one source by one encoder; several runs may share one."""
@@ -250,6 +255,15 @@ class RunFolder:
 
     MANIFEST = "run.json"
     HEARTBEAT = "heartbeat.json"  # there while a driver works
+    SHARDS = "shards.parquet"
+
+    def save_shards(self, shards: list[dict[str, Any]]) -> None:
+        """The shards that the run begins with, in order."""
+        self.folder.write_table(self.SHARDS, pa.Table.from_pylist(shards, schema=SHARD_SCHEMA))
+
+    def shards(self) -> list[dict[str, Any]]:
+        """Those that the run began with; none if it has not."""
+        return self.folder.read_table(self.SHARDS).to_pylist() if self.folder.exists(self.SHARDS) else []
 
     def files(self, stage: str, shards: Iterable[str], spaces: Iterable[str], pairs: int) -> list[str]:
         """The names below the run folder of all that a stage after embedding must leave.

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -33,7 +33,7 @@ from pds_ray.errors import first_line, without_secrets
 from pds_ray.heartbeat import beating
 from pds_ray.manifest import ManifestError, RunManifest, fingerprint, versions
 from pds_ray.progress import QUIET_S, progress_bar
-from pds_ray.sources.base import Fault, Sample, Shard, Source, SourceError
+from pds_ray.sources.base import Fault, MissingShardsError, Sample, Shard, Source, SourceError
 from pds_ray.storage import Folder, StorageError, is_remote
 
 STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "caption", "materialize")  # of pds
@@ -105,8 +105,8 @@ class Plan:
         return stages(self.config.method)
 
 
-def plan(config: RunConfig) -> Plan:
-    """Checks source, encoder, decoder, sizes and folders.
+def plan(config: RunConfig, redo: bool = False) -> Plan:
+    """Checks source, encoder, decoder, sizes and folders. With `redo` the source is taken as it is now.
 
     Raises ConfigError, SourceError, StorageError or ManifestError in one line; nothing long has started by then.
     """
@@ -118,14 +118,44 @@ def plan(config: RunConfig) -> Plan:
         raise ConfigError("no run folder: give --out FOLDER")
     config = relevant(config)
     source = catalog.make_source(config.source)
-    shards = source.shards()
+    run = RunFolder(Folder(config.out))
+    shards = _shards(source, run, config.embed.store, redo)
     encoder = catalog.describe_encoder(config.embed)
     decoder = catalog.describe_decoder(config.decode, encoder)
     _check_enough(source, shards, config)
-    run = RunFolder(Folder(config.out))
     prints = _fingerprints(config, shards, encoder, decoder)
     store = run.store(config.embed.store, prints["embed"])
     return Plan(config, source, shards, encoder, decoder, prints, run, store)
+
+
+def _shards(source: Source, run: RunFolder, elsewhere: str | None, redo: bool) -> list[Shard]:
+    """The shards of a source; for a run that has begun those it began with, whatever became of them since.
+
+    One that is gone or was mended must not stand against going on with all the others. Not so if there are new ones,
+    or one that is embedded has another size: then it is another source. Raises SourceError.
+    """
+    begun = [] if redo else [Shard(**row) for row in run.shards()]
+    try:
+        listed = source.shards()
+    except MissingShardsError as error:
+        if not begun:
+            raise
+        listed = error.found
+    before, now = {shard.name: shard for shard in begun}, {shard.name: shard for shard in listed}
+    store = run.store(elsewhere, "")
+    for name, shard in now.items():
+        resized = name in before and shard.size != before[name].size
+        if name not in before or (resized and store.folder.exists(name + store.MARKER)):
+            return listed
+    changed = sum(shard.version != before[name].version for name, shard in now.items())
+    gone = len(before.keys() - now.keys())
+    if changed or gone:
+        text = (
+            f"pds-ray: of {len(begun):,} shards that {run.folder.shown} began with, {gone:,} are gone and {changed:,} "
+            "are newer; what is embedded of them stands (--redo embeds all anew)"
+        )
+        log.event("source_changed", text, "warning", gone=gone, changed=changed)
+    return [replace(shard, location=now.get(shard.name, shard).location) for shard in begun]
 
 
 def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> None:
@@ -226,6 +256,9 @@ def open_run(plan_: Plan, redo: bool) -> RunManifest:
                 "matches); give another --out, or --redo to redo what depends on it"
             )
     _open_store(plan_, redo)
+    if redo or not plan_.run.shards():
+        shards = [asdict(shard) for shard in plan_.shards]
+        plan_.run.save_shards([{**shard, "location": without_secrets(shard["location"])} for shard in shards])
     if changed:  # what is stale must not look finished, should the redoing be interrupted
         plan_.run.distilled.delete_all()
         manifest.forget(*changed)
@@ -303,7 +336,7 @@ def distill(config: RunConfig, redo: bool = False, only: Collection[str] = ()) -
 
     Raises ConfigError, SourceError, StorageError or ManifestError in one line for what the user can mend.
     """
-    plan_ = plan(config)
+    plan_ = plan(config, redo)
     unknown = [stage for stage in only if stage not in plan_.stages]
     if unknown:
         raise ConfigError(f"--only names {unknown[0]!r}; stages of method {config.method}: {', '.join(plan_.stages)}")

@@ -22,6 +22,15 @@ class SourceError(UserError, ValueError):
     """The source as a whole cannot be used: nothing matches, a file is missing."""
 
 
+class MissingShardsError(SourceError):
+    """Some shards that the source names are not there."""
+
+    def __init__(self, message: str, found: list[Shard]) -> None:
+        super().__init__(message)
+        self.found = found
+        """Those that are."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """The unit of reading, retry, commit and progress."""

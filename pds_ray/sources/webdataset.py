@@ -28,7 +28,7 @@ from braceexpand import braceexpand
 
 from pds_ray.captions import MAX_CAPTIONS
 from pds_ray.errors import first_line
-from pds_ray.sources.base import Fault, Sample, Shard, SourceError
+from pds_ray.sources.base import Fault, MissingShardsError, Sample, Shard, SourceError
 from pds_ray.storage import StorageError, is_remote, open_filesystem, open_stream, patiently
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -74,12 +74,15 @@ class WebDatasetSource:
 
     def shards(self) -> list[Shard]:
         """The shards that exist, sorted by location. Every pattern must match, or SourceError says which does not."""
-        found = _find_shards(self.uri)
+        found, missing = _find_shards(self.uri)
         names = _shard_names(sorted(found))
-        return [
+        shards = [
             Shard(name, location, found[location].size, str(found[location].mtime_ns))
             for location, name in names.items()
         ]
+        if missing:
+            raise MissingShardsError(missing, shards)
+        return shards
 
     def read(self, shard: Shard) -> Iterator[Sample | Fault]:
         """The samples and faults of a shard, in stored order.
@@ -392,8 +395,8 @@ class _Counted(io.RawIOBase):
 # ---- finding shards --------------------------------------------------------------------------------------------------
 
 
-def _find_shards(uri: str) -> dict[str, pafs.FileInfo]:
-    """Location -> size and time of every shard the patterns of `uri` name."""
+def _find_shards(uri: str) -> tuple[dict[str, pafs.FileInfo], str]:
+    """Location -> size and time of every shard the patterns of `uri` name; and which of them match nothing, if any."""
     patterns = list(_expand(uri))
     found: dict[str, pafs.FileInfo] = {}
     stores: dict[tuple[str, str], _Store] = {}
@@ -416,8 +419,8 @@ def _find_shards(uri: str) -> dict[str, pafs.FileInfo]:
         first = f"{unmatched[0]} (looked in {_fixed_folder(unmatched[0])})"
         if len(patterns) == 1:
             raise SourceError(f"no tar shard matches {first}")
-        raise SourceError(f"{len(unmatched)} of {len(patterns)} shard patterns match nothing, the first is {first}")
-    return found
+        return found, f"{len(unmatched)} of {len(patterns)} shard patterns match nothing, the first is {first}"
+    return found, ""
 
 
 def _only_shards(pattern: str, infos: list[pafs.FileInfo]) -> list[pafs.FileInfo]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from poisoned import write_shard
 
 from pds_ray import pipeline
 from pds_ray.artifacts import RunFolder
 from pds_ray.config import ConfigError, RunConfig, replace
-from pds_ray.manifest import RunManifest
+from pds_ray.manifest import ManifestError, RunManifest
 from pds_ray.pipeline import SELECTION_STAGES, STAGES, plan
 from pds_ray.recipes import recipe
 from pds_ray.sources.base import Sample, Shard, SourceError
@@ -255,3 +257,68 @@ def test_a_store_that_refuses_all_is_not_asked_for_long() -> None:
     assert len(source.asked) == 10
     with pytest.raises(SourceError, match="no shard of"):
         check_enough(Refusing({0, 1, 2}), shards=3, pairs=5)
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> tuple[RunConfig, pipeline.Plan]:
+    """A run of three shards, of which the first is embedded."""
+    for number in range(3):
+        write_shard(tmp_path / f"{number}.tar", {}, samples=4, seed=number)
+    changes = {"source": f"{tmp_path}/{{0..2}}.tar", "pairs": 2, "out": str(tmp_path / "run")}
+    config = replace(recipe("demo"), {"decode.decoder": "nearest", **changes})
+    first = plan(config)
+    pipeline.open_run(first, redo=False)
+    first.store.folder.write_json("0.json", {})
+    return config, first
+
+
+@pytest.mark.parametrize("form", ["{0..2}.tar", "*.tar"])
+def test_a_run_goes_on_though_shards_are_gone_or_newer(
+    begun: tuple[RunConfig, pipeline.Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    config, first = begun
+    config = replace(config, {"source": f"{tmp_path}/{form}"})
+    (tmp_path / "0.tar").unlink()
+    os.utime(tmp_path / "1.tar", ns=(1, 1))
+    write_shard(tmp_path / "2.tar", {}, samples=8)  # mended before it was embedded
+    again = plan(config)
+    assert "1 are gone and 2 are newer" in capsys.readouterr().err
+    assert again.fingerprints == first.fingerprints
+    assert again.shards == first.shards
+    RunManifest(again.run).update(config=pipeline.public(config))
+    pipeline.open_run(again, redo=False)
+    now = plan(replace(config, {"source": f"{tmp_path}/*.tar"}), redo=True)
+    assert [shard.name for shard in now.shards] == ["1", "2"]
+    assert now.fingerprints != first.fingerprints
+
+
+def test_shards_that_never_were_there_are_no_source(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", {}, samples=4)
+    changes = {"source": f"{tmp_path}/{{0..2}}.tar", "pairs": 2, "out": str(tmp_path / "run")}
+    with pytest.raises(SourceError, match="2 of 3 shard patterns match nothing"):
+        plan(replace(recipe("demo"), {"decode.decoder": "nearest", **changes}))
+
+
+@pytest.mark.parametrize("what", ["a new shard", "another size"])
+def test_new_shards_and_other_ones_are_another_source(
+    begun: tuple[RunConfig, pipeline.Plan], tmp_path: Path, what: str
+) -> None:
+    config, first = begun
+    write_shard(tmp_path / ("3.tar" if what == "a new shard" else "0.tar"), {}, samples=30)
+    again = plan(replace(config, {"source": f"{tmp_path}/*.tar"}))
+    assert again.fingerprints != first.fingerprints
+    with pytest.raises(ManifestError, match="other data"):
+        pipeline.open_run(again, redo=False)
+
+
+def test_no_secret_is_kept_with_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "s3://key:hidden@bucket/0.tar"
+    monkeypatch.setattr(WebDatasetSource, "shards", lambda _: [Shard("0", secret, 1)])
+    monkeypatch.setattr(pipeline, "_check_enough", lambda *_: None)
+    first = plan(replace(recipe("demo"), {"source": secret, "pairs": 2, "out": str(tmp_path / "run")}))
+    pipeline.open_run(first, redo=False)
+    assert "hidden" not in str(first.run.shards())
+    assert (
+        plan(replace(recipe("demo"), {"source": secret, "pairs": 2, "out": str(tmp_path / "run")})).shards
+        == first.shards
+    )
