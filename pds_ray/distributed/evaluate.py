@@ -38,6 +38,7 @@ from pds_ray.storage import Folder, open_filesystem
 
 POLL_S = 1.0
 STATE, CHECKPOINT_NAME = "state", "trial.json"
+SNAPSHOT = "checkpoint_manager_snapshot.json"  # as Ray calls what it knows of a lane
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,9 @@ def _run_lane(
     trials: list[core.Trial], shared: list[ray.ObjectRef], results: Folder, config: EvaluateConfig, use_gpu: bool
 ) -> None:
     filesystem, place = open_filesystem((results / STATE).path)
-    trainer = TorchTrainer(
+    state = results / STATE / trials[0].key
+    trainer = partial(
+        TorchTrainer,
         _train_lane,
         train_loop_config={
             "trials": trials,
@@ -264,7 +267,7 @@ def _run_lane(
             resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})},
         ),
         run_config=ray.train.RunConfig(
-            name=trials[0].key,
+            name=state.name,
             storage_path=place,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
@@ -273,7 +276,14 @@ def _run_lane(
     )
     needed = ray.get(shared[0]).references()
     ray.wait(needed, num_returns=len(needed), fetch_local=False)  # what was lost is made anew before CPUs are taken
-    trainer.fit()
+    found = state.exists(SNAPSHOT)
+    try:
+        trainer().fit()
+    except Exception:
+        if not found:
+            raise
+        state.delete_all()  # Ray writes it in place: a driver that was killed may have left half of it
+        trainer().fit()
 
 
 def _train_lane(config: dict[str, Any]) -> None:

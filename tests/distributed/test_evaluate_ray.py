@@ -219,6 +219,17 @@ def test_a_backbone_is_refused_before_any_split_is_read(evaluated, tmp_path: Pat
         evaluation.evaluate(str(evaluated[0]), config, out=str(tmp_path))
 
 
+def test_a_state_that_was_half_written_is_given_up(evaluated, tmp_path: Path):
+    config = replace(CONFIG, seeds=1)
+    (trial,) = evaluation.plan([Candidate("x", str(evaluated[0]), config.protocol)], config).trials
+    state = tmp_path / "evaluation" / "trials" / "state" / trial.key
+    state.mkdir(parents=True)
+    (state / distributed.SNAPSHOT).write_text("")
+    result = evaluation.evaluate(str(evaluated[0]), config, out=str(tmp_path))
+    assert result["backbones"][0]["trials"][0]["recalls"] == evaluated[1]["backbones"][0]["trials"][0]["recalls"]
+    assert not state.exists()
+
+
 def test_a_held_out_picture_that_hangs_is_one_line(monkeypatch: pytest.MonkeyPatch):
     class Hanging(ScenesSource):
         """Whoever reads it hangs in C at the next picture, with the interpreter's lock held."""
