@@ -269,14 +269,15 @@ class Folder:
         """
         if is_remote(self.path):
             # gathered first: an upload closed by an error would publish half an object
-            with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as gathered:
-                try:
-                    yield gathered
-                except OSError as error:
-                    if error.errno in DISK_FAULTS:
-                        raise StorageError(f"cannot write {tempfile.gettempdir()}: {_reason(error)}") from error
-                    raise
-                self._upload(name, gathered)
+            gathered = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115 - after an interrupt it is still read
+            try:
+                yield gathered
+            except OSError as error:
+                if error.errno in DISK_FAULTS:
+                    raise StorageError(f"cannot write {tempfile.gettempdir()}: {_reason(error)}") from error
+                raise
+            self._upload(name, gathered)
+            gathered.close()
             return
         final = self.full(name)
         aside = Path(f"{final}.{uuid.uuid4().hex[:8]}{PART_SUFFIX}")

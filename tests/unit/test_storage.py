@@ -439,6 +439,30 @@ def test_an_upload_is_not_cut_by_an_interrupt(tmp_path, monkeypatch):
     assert written.read_bytes() == b"whole"
 
 
+@pytest.mark.usefixtures("interruptible")
+def test_an_upload_that_nobody_waits_for_is_whole(tmp_path, monkeypatch):
+    """The interrupt may come while the thread is being started: then it is not known to whoever waits for threads."""
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        raise KeyboardInterrupt
+
+    store = Lossy(tmp_path)
+    slow = store.open_output_stream
+    store.open_output_stream = lambda path: time.sleep(0.3) or slow(path)
+    monkeypatch.setattr(storage, "open_filesystem", lambda _: (store, ""))
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Folder("s3://b").write_bytes("x", b"whole")
+    monkeypatch.undo()
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "x").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert (tmp_path / "x").read_bytes() == b"whole"
+
+
 def test_folders_travel():
     assert pickle.loads(pickle.dumps(Folder("/x"))) == Folder("/x")  # noqa: S301 - our own bytes
 
