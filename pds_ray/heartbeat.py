@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import socket
 import threading
@@ -44,7 +45,9 @@ def beating(run: RunFolder) -> Iterator[None]:
         ended.set()
         thread.join()
         with _told():  # an error that ended the run is not to be hidden by one of the cleaning
-            run.folder.delete(RunFolder.HEARTBEAT)
+            sign = read(run)
+            if sign is None or _is_mine(sign):
+                run.folder.delete(RunFolder.HEARTBEAT)
 
 
 def _claim(run: RunFolder) -> None:
@@ -111,8 +114,16 @@ def _sign(run: RunFolder) -> None:
 
 
 def _beat(run: RunFolder, ended: threading.Event) -> None:
+    foreign: dict[str, Any] | None = None
     while True:
         with _told():
+            sign = read(run) if is_remote(run.folder.path) else None
+            if sign is not None and not _is_mine(sign):
+                if foreign is not None and sign != foreign:  # it lives: one that is only old stays what it was
+                    log.event("another_driver", f"pds-ray: {_occupied(run, sign)}", "error", host=sign["host"])
+                    _thread.interrupt_main()  # of the two the first to see it ends, as if by Ctrl-C
+                    return
+                foreign = sign
             _sign(run)
         if ended.wait(BEAT_S):
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -238,6 +239,40 @@ def test_one_that_was_killed_is_waited_for_and_then_forgotten(
         assert sign["pid"] == os.getpid()
     assert ("waiting to see whether it is gone" in capsys.readouterr().err) == waits
     assert heartbeat.read(remote) is None
+
+
+def test_a_driver_that_finds_another_alive_ends(remote: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    ended = threading.Event()
+
+    def live() -> None:
+        while not ended.wait(0.02):
+            elsewhere(remote)
+
+    other = threading.Thread(target=live)
+
+    def work() -> None:
+        with heartbeat.beating(remote):
+            other.start()
+            time.sleep(20)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    finally:
+        ended.set()
+        other.join()
+        signal.signal(signal.SIGINT, before)
+    assert "another driver (process 1 on elsewhere) is at work" in capsys.readouterr().err
+    sign = heartbeat.read(remote)
+    assert sign is not None
+    assert sign["host"] == "elsewhere"
+
+
+def test_an_old_sign_ends_nobody(remote: RunFolder) -> None:
+    with heartbeat.beating(remote):
+        elsewhere(remote)
+        time.sleep(0.3)
 
 
 def test_of_two_that_begin_at_once_one_goes_on(remote: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
