@@ -257,13 +257,21 @@ class RunFolder:
     HEARTBEAT = "heartbeat.json"  # there while a driver works
     SHARDS = "shards.parquet"
 
-    def save_shards(self, shards: list[dict[str, Any]]) -> None:
-        """The shards that the run begins with, in order."""
-        self.folder.write_table(self.SHARDS, pa.Table.from_pylist(shards, schema=SHARD_SCHEMA))
+    def save_shards(self, shards: list[dict[str, Any]]) -> str:
+        """The shards that the run begins with, in order. Returns the SHA-256 of the file."""
+        return self.folder.write_table(self.SHARDS, pa.Table.from_pylist(shards, schema=SHARD_SCHEMA))
 
     def shards(self) -> list[dict[str, Any]]:
-        """Those that the run began with; none if it has not."""
-        return self.folder.read_table(self.SHARDS).to_pylist() if self.folder.exists(self.SHARDS) else []
+        """Those that the run began with; none if it has not. Raises StorageError in one line if they cannot be read."""
+        if not self.folder.exists(self.SHARDS):
+            return []
+        try:
+            return self.folder.read_table(self.SHARDS).cast(SHARD_SCHEMA).to_pylist()
+        except (OSError, ValueError) as error:
+            place = self.folder.full(self.SHARDS)
+            raise StorageError(
+                f"{place} cannot be read ({first_line(error)}); verify --repair makes it anew"
+            ) from error
 
     def files(self, stage: str, shards: Iterable[str], spaces: Iterable[str], pairs: int) -> list[str]:
         """The names below the run folder of all that a stage after embedding must leave.

@@ -258,7 +258,8 @@ def open_run(plan_: Plan, redo: bool) -> RunManifest:
     _open_store(plan_, redo)
     if redo or not plan_.run.shards():
         shards = [asdict(shard) for shard in plan_.shards]
-        plan_.run.save_shards([{**shard, "location": without_secrets(shard["location"])} for shard in shards])
+        public_shards = [{**shard, "location": without_secrets(shard["location"])} for shard in shards]
+        manifest.update(shards_sha256=plan_.run.save_shards(public_shards))
     if changed:  # what is stale must not look finished, should the redoing be interrupted
         plan_.run.distilled.delete_all()
         manifest.forget(*changed)

@@ -85,8 +85,11 @@ def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
     Raises ManifestError if `path` is no run folder or a damaged one.
     """
     run = _open(path, changes)
-    problems, promises = [], []
+    problems: list[Problem] = []
+    promises: list[_Promise] = []
     markers: dict[str, dict[str, Any]] = {}
+    if recorded := run.manifest.data.get("shards_sha256"):
+        promises.append(_Promise("embed", run.folder.folder, RunFolder.SHARDS, recorded))
     for stage in run.done:
         if stage == "embed":
             markers = run.store.committed()
@@ -163,7 +166,10 @@ def repair(path: str, problems: list[Problem], changes: Mapping[str, Any]) -> di
             elif problem.stage not in ("embed", "materialize"):
                 plan.run.folder.delete(problem.name)  # what is there is taken for good
 
-    return pipeline.redo(_open(path, changes).config, {problem.stage for problem in problems}, prepare)
+    run = _open(path, changes)
+    if any(problem.name == RunFolder.SHARDS for problem in problems):
+        run.folder.folder.delete(RunFolder.SHARDS)  # made anew from the source
+    return pipeline.redo(run.config, {problem.stage for problem in problems}, prepare)
 
 
 def retry_failed(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def test_every_file_is_missed_and_every_flipped_bit_is_seen(copy: Path) -> None:
 def test_repair_does_just_that_anew(copy: Path, finished: Finished, pds_ray: Run) -> None:
     reference = content(finished[0])
     broken = [
-        "pruning/scenes-00000.keep.parquet", "clusters/text.safetensors", "images/000003.png", "prototypes.parquet",
+        "shards.parquet", "pruning/scenes-00000.keep.parquet", "clusters/text.safetensors", "images/000003.png",
+        "prototypes.parquet",
         "distilled/webdataset/000000.tar",
     ]  # fmt: skip
     for name in broken:

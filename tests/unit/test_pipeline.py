@@ -322,3 +322,11 @@ def test_no_secret_is_kept_with_the_shards(tmp_path: Path, monkeypatch: pytest.M
         plan(replace(recipe("demo"), {"source": secret, "pairs": 2, "out": str(tmp_path / "run")})).shards
         == first.shards
     )
+
+
+def test_a_damaged_list_of_shards_is_one_line(begun: tuple[RunConfig, pipeline.Plan], tmp_path: Path) -> None:
+    config, first = begun
+    (tmp_path / "run" / "shards.parquet").write_bytes(b"not what it was")
+    with pytest.raises(StorageError, match=r"shards.parquet cannot be read .* verify --repair makes it anew"):
+        plan(config)
+    assert plan(config, redo=True).shards == first.shards
