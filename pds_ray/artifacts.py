@@ -5,6 +5,7 @@ N images, M captions (one pair per caption), d embedding width, K clusters, B di
 | file | rows | columns (dtype) | meaning |
 | --- | --- | --- | --- |
 | `run.json` | | | configuration, versions, stage status, counts, timings (see manifest.py) |
+| `shards.parquet` | shards | name, location (str), size (int64, null: not known), version (str) | the shards that the run began with, in order |
 | `embeddings/store` | | | JSON: what the embeddings were made from; guards reuse (no shard can take its name) |
 | `embeddings/S.images.parquet` | images of shard S | key (str), index (int32), embedding (f16/f32 [d]), width, height (int32) | raw, un-normalised CLIP image projections; index is the place in the shard |
 | `embeddings/S.captions.parquet` | pairs of shard S | key, image_row (int32), caption_index (int32), caption (str), embedding [d], similarity (f32) | image_row points into S.images; similarity is the cosine to that image |
@@ -23,8 +24,8 @@ N images, M captions (one pair per caption), d embedding width, K clusters, B di
 | `report.html` | | | all of it as one page (report/page.py) |
 
 Pairs are numbered from 0 in the order of falling prototype cosine; real pairs that a method other than pds chose, in the
-order of the picks, their own embeddings being their prototypes. Everything but run.json and report.html is a function of
-configuration, data and seed, byte for byte.
+order of the picks, their own embeddings being their prototypes. Everything but run.json, report.html and shards.parquet (which
+tells versions of files) is a function of configuration, data and seed, byte for byte.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ MARKER_FIELDS = {  # what a commit marker says besides its fingerprint
     "sha256": dict,
 }
 
+SHARD_SCHEMA = pa.schema(
+    [("name", pa.string()), ("location", pa.string()), ("size", pa.int64()), ("version", pa.string())]
+)
 ERROR_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 KEEP_SCHEMA = pa.schema([("kept", pa.bool_())])
 LABEL_SCHEMA = pa.schema([("image_cluster", pa.int32()), ("text_cluster", pa.int32())])
@@ -145,11 +149,6 @@ def vector_array(values: np.ndarray, dtype: str) -> pa.FixedSizeListArray:
     """[rows, d] as a fixed-size-list array of `dtype`."""
     flat = pa.array(np.ascontiguousarray(values, dtype=dtype).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-
-
-SHARD_SCHEMA = pa.schema(
-    [("name", pa.string()), ("location", pa.string()), ("size", pa.int64()), ("version", pa.string())]
-)
 
 
 @dataclass(frozen=True)

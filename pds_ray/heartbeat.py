@@ -68,7 +68,7 @@ def _wait_for_silence(run: RunFolder) -> None:
     first = read(run)
     if first is None or _is_mine(first) or abs(time.time() - first["written"]) >= FORGOTTEN_S:
         return
-    text = f"pds-ray: {_who(first)} was at work in {run.folder.shown} a moment ago; waiting to see whether it is gone"
+    text = f"pds-ray: {_who(first)} may be at work in {run.folder.shown}; waiting to see whether it is gone"
     log.event("waiting_for_driver", text, "warning", host=first["host"], pid=first["pid"])
     until = time.monotonic() + SILENT_S  # not by the two clocks, which may differ
     while time.monotonic() < until:

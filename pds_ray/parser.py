@@ -153,17 +153,7 @@ def _add_judges(commands: Commands) -> None:
             "ray",
         ),
     )
-    evaluation_fields = (
-        "test",
-        "val",
-        "backbones",
-        "seeds",
-        "workers",
-        "trials",
-        "max_failures",
-        "save_every_s",
-        "protocol",
-    )
+    evaluation_fields = tuple(field.name for field in dataclasses.fields(EvaluateConfig) if field.name != "ray")
     _add_config_options(evaluate, only=(*evaluation_fields, "ray"), top=EvaluateConfig)
     _add_config_options(compare, only=evaluation_fields, top=EvaluateConfig)
     for command in (evaluate, compare):

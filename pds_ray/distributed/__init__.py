@@ -1,8 +1,8 @@
 """Where things run; and here Ray's limits, all in one place: what is set on purpose, and why.
 
-run.json tells what is in force. Ray reads DRIVER and NODES from the environment, as RAY_NAME, when it is imported,
-hence what is set here; a user may have set other values there. Those of NODES are read by the processes of each node:
-a cluster has them from whoever started it.
+run.json tells what is in force. Ray reads DRIVER, NODES and TRAIN from the environment, as RAY_NAME, when it is
+imported, hence what is set here; a user may have set other values there. Those of NODES and TRAIN are read by the
+processes of each node: a cluster has them from whoever started it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 TASK_RETRIES = 3  # of work whose process or machine died; Ray would try a sample that kills its actor for ever
+MACHINES_LOST = 20  # that one piece of work survives besides: spot machines are taken away whatever they do
 BLOCK_BYTES = 64 << 20
 
 DRIVER: dict[str, tuple[str, str]] = {
@@ -23,6 +24,14 @@ NODES: dict[str, tuple[str, str]] = {
     "health_check_timeout_ms": ("10000", "one that is only busy answers within this"),
     "health_check_failure_threshold": ("5", "or at one of so many times: a node taken for dead loses all it holds"),
 }
+TRAIN: dict[str, tuple[str, str]] = {
+    "TRAIN_HEALTH_CHECK_INTERVAL_S": (
+        "0.2",
+        "the end of a row of trials is noticed at the next look; by default of 2 s",
+    ),
+    "TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": ("600", "a worker that is silent for so long is taken for dead"),
+    "TRAIN_WORKER_GROUP_START_TIMEOUT_S": ("60", "without room for its workers in this time a row of trials asks anew"),
+}
 DATA: dict[str, tuple[Any, str]] = {
     "target_max_block_size": (BLOCK_BYTES, "pictures of one block are decoded and encoded together"),
     "execution_no_progress_timeout_s": (6 * 3600, "waiting hours for spot GPUs is no failure; by default 30 minutes"),
@@ -31,5 +40,7 @@ DATA: dict[str, tuple[Any, str]] = {
 }
 """Attributes of Ray Data's context."""
 
-for _name, (_value, _) in {**DRIVER, **NODES}.items():
+ENVIRONMENT = {**DRIVER, **NODES, **TRAIN}
+
+for _name, (_value, _) in ENVIRONMENT.items():
     os.environ.setdefault(f"RAY_{_name}", _value)

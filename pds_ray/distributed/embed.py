@@ -374,7 +374,7 @@ def _stream(
 
     Yields shard and counts of each block, and whether the shard is committed; if not, once more when it is.
     """
-    with runtime.lost_blocks_allowed():
+    with runtime.lost_blocks_allowed() as lost:
         decoded = ray.data.read_datasource(
             ShardDatasource(work.source, shards, under_way),
             override_num_blocks=len(shards),
@@ -393,25 +393,33 @@ def _stream(
         actors = runtime.pool(work.ray.embed_actors)
         arguments = (work.info, work.config, work.store)
         embedded = runtime.map_blocks(decoded, EmbedWorker, arguments, actors, EmbedWorker.THREADS)
-    commits: dict[ray.ObjectRef, str] = {}
-    commit = ray.remote(commit_parts).options(num_cpus=runtime.DECODE_CPUS)
-    for batch in embedded.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for row in pa.table(batch).to_pylist():
-            encoders.add(row)
-            if row["fault"] == STORE:
-                raise EmbedError(row["problem"])
-            if row["fault"] == FATAL:
-                raise RuntimeError(row["problem"])
-            shard = arrived[row["shard"]]
-            shard.add(row)
-            if shard.closed and not row["committed"]:
-                commits[commit.remote(row["shard"], sorted(shard.rows), work.store, work.config)] = row["shard"]
-            counts = json.loads(row["counts"]) if row["counts"] else core.no_counts()
-            yield row["shard"], counts, bool(row["committed"])
-        ended = ray.wait(list(commits), num_returns=len(commits), timeout=0)[0] if commits else []
-        ray.get(ended)  # a commit that failed ends the run now, not after the last shard
-        for reference in ended:
-            yield commits.pop(reference), core.no_counts(), True
+        commits: dict[ray.ObjectRef, str] = {}
+        commit = ray.remote(commit_parts).options(num_cpus=runtime.DECODE_CPUS)
+        for batch in embedded.iter_batches(batch_size=None, batch_format="pyarrow"):
+            runtime.check_space(lost)
+            for row in pa.table(batch).to_pylist():
+                encoders.add(row)
+                if row["fault"] == STORE:
+                    raise EmbedError(row["problem"])
+                if row["fault"] == FATAL:
+                    raise RuntimeError(row["problem"])
+                shard = arrived[row["shard"]]
+                shard.add(row)
+                if shard.closed and not row["committed"]:
+                    commits[commit.remote(row["shard"], sorted(shard.rows), work.store, work.config)] = row["shard"]
+                counts = json.loads(row["counts"]) if row["counts"] else core.no_counts()
+                yield row["shard"], counts, bool(row["committed"])
+            ended = ray.wait(list(commits), num_returns=len(commits), timeout=0)[0] if commits else []
+            ray.get(ended)  # a commit that failed ends the run now, not after the last shard
+            for reference in ended:
+                yield commits.pop(reference), core.no_counts(), True
+    runtime.check_space(lost)
+    if lost:
+        kinds = {kind.__name__: count for kind, count in lost.items()}
+        said = ", ".join(f"{count} by {kind}" for kind, count in kinds.items())
+        log.event(
+            "blocks_lost", f"pds-ray: blocks were lost, {said}; their shards are read again", "warning", kinds=kinds
+        )
     for reference, name in commits.items():
         ray.get(reference)
         yield name, core.no_counts(), True
@@ -422,16 +430,18 @@ def _stream(
 def _again(shards: list[Shard], work: _Work, under_way: runtime.UnderWay) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Embeds shards that were lost, each in processes of its own; yields their counts, or why they cannot be read."""
     actors = runtime.pool(work.ray.embed_actors)
-    remote = ray.remote(_embed_alone).options(**actors.options(), max_retries=runtime.TASK_RETRIES)
-    pending = {remote.remote(shard, work, under_way): shard.name for shard in shards}
+    remote = ray.remote(_embed_alone).options(**actors.options(), max_retries=0)
+    pending = {remote.remote(shard, work, under_way): (shard, runtime.Deaths()) for shard in shards}
     while pending:
         (ready,), _ = ray.wait(list(pending))
-        name = pending.pop(ready)
+        shard, deaths = pending.pop(ready)
         try:
-            yield name, ray.get(ready)
+            yield shard.name, ray.get(ready)
         except runtime.LOST as error:
-            tries = runtime.TASK_RETRIES + 1
-            yield name, f"its process or machine was lost each of {tries} times ({type(error).__name__})"
+            if deaths.survived(error):
+                pending[remote.remote(shard, work, under_way)] = shard, deaths
+            else:
+                yield shard.name, f"{deaths} ({type(error).__name__})"
 
 
 def _embed_alone(shard: Shard, work: _Work, under_way: runtime.UnderWay) -> dict[str, Any] | str:

@@ -1,13 +1,13 @@
 """Evaluation on Ray Train: lanes of trials side by side; the workers of a lane share each of its trials.
 
 A lane is one TorchTrainer that runs its trials one after the other, because starting its workers takes longer than a
-small trial. Results are one file a trial, written by the first worker: a lane that starts again skips what is there
-and takes up the trial it was in from the last report.
+small trial. Results are one file a trial, written by the first worker, and so is the state of a trial under way: a
+lane that starts again skips what is there and takes up the trial it was in from the last state. The states are ours
+and not Ray's checkpoints, because those are not written whole and not asked for again when a store fails.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 import warnings
@@ -33,12 +33,11 @@ from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
 from pds_ray.progress import QUIET_S, progress_bar, waiting_for
 from pds_ray.sources.base import SourceError
 from pds_ray.stages import evaluate as core
-from pds_ray.stages.train import Gallery, Progress, TrainingPairs, Workers
-from pds_ray.storage import Folder, open_filesystem
+from pds_ray.stages.train import STATE, Gallery, Progress, TrainingPairs, Workers
+from pds_ray.storage import Folder
 
 POLL_S = 1.0
-STATE, CHECKPOINT_NAME = "state", "trial.json"
-SNAPSHOT = "checkpoint_manager_snapshot.json"  # as Ray calls what it knows of a lane
+STATES, STATE_SUFFIX = "state", ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,12 @@ def run_trials(
     data = _prepare(trials, sets, splits, config)
     lanes = _lanes(trials, min(config.trials or room, len(trials)))
     shared = ray.put(data)
-    task = ray.remote(_run_lane).options(num_cpus=0, max_retries=config.max_failures)
-    pending = [task.remote(lane, [shared], results, config, on_gpu) for lane in lanes]
+    task = ray.remote(_run_lane).options(num_cpus=0, max_retries=0)
+
+    def begin(lane: list[core.Trial]) -> ray.ObjectRef:
+        return task.remote(lane, [shared], results, config, on_gpu)
+
+    pending = {begin(lane): (lane, runtime.Deaths()) for lane in lanes}
     missing = {trial.key for trial in trials}
 
     def under_way() -> str:
@@ -106,16 +109,23 @@ def run_trials(
         waiting_for(under_way)
         try:
             while pending:
-                ready, pending = ray.wait(pending, timeout=POLL_S)
+                ready, _ = ray.wait(list(pending), timeout=POLL_S)
                 finished = missing & {name.removesuffix(".json") for name in results.names(".json")}
                 missing -= finished
                 bar.update(len(finished))
-                with runtime.unwrapped_errors():
-                    ray.get(ready)
+                for reference in ready:
+                    lane, deaths = pending.pop(reference)
+                    try:
+                        with runtime.unwrapped_errors():
+                            ray.get(reference)
+                    except runtime.LOST as error:  # of the lane itself; deaths of its workers are Ray Train's
+                        if not deaths.survived(error):
+                            raise
+                        pending[begin(lane)] = lane, deaths
         finally:
-            for lane in pending:
-                ray.cancel(lane, force=True)
-    (results / STATE).delete_all()
+            for running in pending:
+                ray.cancel(running, force=True)
+    (results / STATES).delete_all()
 
 
 def _room(config: EvaluateConfig) -> tuple[bool, int]:
@@ -174,10 +184,10 @@ def _prepare(
     # before there are lanes: they leave no CPU and no GPU to these tasks, and try again what cannot succeed
     count = ray.remote(_count).options(num_cpus=runtime.SMALL_TASK_CPUS)
     with runtime.unwrapped_errors(), progress_bar("prepare", None, "inputs", delay_s=QUIET_S) as bar:
-        for what in ("pictures", "text", "held_out_text"):
-            for of, reference in getattr(data, what).items():
-                runtime.wait_for(count.remote(reference), f"{what} of {of}")
-                bar.update()
+        made: dict[Any, ray.ObjectRef] = {**data.pictures, **data.text, **data.held_out_text}
+        for of, reference in made.items():
+            runtime.wait_for(count.remote(reference), f"the inputs of {of}")
+            bar.update()
     return data
 
 
@@ -250,40 +260,40 @@ def _lanes(trials: list[core.Trial], count: int) -> list[list[core.Trial]]:
 def _run_lane(
     trials: list[core.Trial], shared: list[ray.ObjectRef], results: Folder, config: EvaluateConfig, use_gpu: bool
 ) -> None:
-    filesystem, place = open_filesystem((results / STATE).path)
-    state = results / STATE / trials[0].key
-    trainer = partial(
-        TorchTrainer,
-        _train_lane,
-        train_loop_config={
-            "trials": trials,
-            "shared": shared,
-            "results": results,
-            "save_every_s": config.save_every_s,
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})},
-        ),
-        run_config=ray.train.RunConfig(
-            name=state.name,
-            storage_path=place,
-            storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-        ),
-    )
-    needed = ray.get(shared[0]).references()
-    ray.wait(needed, num_returns=len(needed), fetch_local=False)  # what was lost is made anew before CPUs are taken
-    found = state.exists(SNAPSHOT)
-    try:
-        trainer().fit()
-    except Exception:
-        if not found:
-            raise
-        state.delete_all()  # Ray writes it in place: a driver that was killed may have left half of it
-        trainer().fit()
+    """Trains until all trials have results; gives up when workers die and no trial has been finished meanwhile."""
+    runtime.await_all(ray.get(shared[0]).references())
+
+    def finished() -> int:
+        return len({f"{trial.key}.json" for trial in trials} & set(results.names(".json")))
+
+    done = finished()
+    while True:
+        with tempfile.TemporaryDirectory() as place:  # Ray leaves a marker there, and nothing else
+            trainer = TorchTrainer(
+                _train_lane,
+                train_loop_config={
+                    "trials": trials,
+                    "shared": shared,
+                    "results": results,
+                    "save_every_s": config.save_every_s,
+                },
+                scaling_config=ray.train.ScalingConfig(
+                    num_workers=config.workers,
+                    use_gpu=use_gpu,
+                    resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})},
+                ),
+                run_config=ray.train.RunConfig(
+                    storage_path=place,
+                    failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+                ),
+            )
+            try:
+                trainer.fit()
+                return
+            except ray.train.TrainingFailedError:
+                before, done = done, finished()
+                if done == before:
+                    raise
 
 
 def _train_lane(config: dict[str, Any]) -> None:
@@ -296,11 +306,9 @@ def _train_lane(config: dict[str, Any]) -> None:
     data: LaneData = runtime.fetch(config["shared"][0])
     results: Folder = config["results"]
     done = set(workers.told(results.names(".json")))  # a store may list late, and all must go on with the same trial
+    states = _States(results / STATES, workers, config["save_every_s"])
     features: core.Features = {}
     galleries: Galleries = {}
-    checkpoint = ray.train.get_checkpoint()
-    interrupted = _trial_of(checkpoint) if checkpoint else None
-    reports = _Reports(workers, config["save_every_s"])
     for trial in config["trials"]:
         if f"{trial.key}.json" in done:
             continue
@@ -317,9 +325,8 @@ def _train_lane(config: dict[str, Any]) -> None:
                 device,
                 workers,
                 features,
-                # only of the trial it belongs to: with the next report it is gone
-                resume=Path(checkpoint.to_directory(scratch)) if checkpoint and trial.key == interrupted else None,
-                report=partial(reports, trial),
+                resume=states.found(trial, Path(scratch)),
+                report=partial(states.report, trial),
             )
         if workers.rank == 0:
             splits = {
@@ -328,6 +335,7 @@ def _train_lane(config: dict[str, Any]) -> None:
             about = {"label": trial.label, "backbone": trial.backbone.name, "seed": trial.seed}
             seconds = round(time.monotonic() - began, 3)
             results.write_json(f"{trial.key}.json", {**about, **found, "splits": splits, "seconds": seconds})
+            states.forget(trial)
 
 
 def _pairs(data: LaneData, trial: core.Trial) -> TrainingPairs:
@@ -362,30 +370,39 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
-def _trial_of(checkpoint: ray.train.Checkpoint) -> str:
-    """Key of the trial that left a checkpoint."""
-    with checkpoint.as_directory() as folder:
-        return json.loads((Path(folder) / CHECKPOINT_NAME).read_text())["key"]
+class _States:
+    """How far trials are, one file each, for whoever takes them up: `found` reads it, `report` writes it.
 
-
-class _Reports:
-    """Tells Ray Train how far a lane is; the first worker hands in the state.
-
-    Not at every evaluation: a report waits for Ray's controller, as long as many epochs of a small trial take.
+    Not at every evaluation: the state of a large model takes as long to write as many epochs on few pairs.
     """
 
-    def __init__(self, workers: Workers, every_s: float) -> None:
-        self._workers, self._every_s = workers, every_s
+    def __init__(self, folder: Folder, workers: Workers, every_s: float) -> None:
+        self._folder, self._workers, self._every_s = folder, workers, every_s
+        self._there = set(workers.told(folder.names(STATE_SUFFIX)))
         self._last = time.monotonic()
 
-    def __call__(self, trial: core.Trial, progress: Progress, save: Callable[[Path], None]) -> None:
-        if not self._workers.told(time.monotonic() - self._last >= self._every_s):  # all report, or none
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
-            if self._workers.rank == 0:
-                save(Path(folder))
-                (Path(folder) / CHECKPOINT_NAME).write_text(json.dumps({"key": trial.key}))
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report({"epochs": progress.epochs_done, **(progress.best or {})}, checkpoint=checkpoint)
-        self._last = time.monotonic()
+    def found(self, trial: core.Trial, scratch: Path) -> Path | None:
+        """A folder, `scratch`, with the state that a trial was left in; None if there is none."""
+        name = _state_name(trial)
+        if name not in self._there:
+            return None
+        # the first worker's, lest a store show an older one to another
+        state = self._workers.told(self._folder.read_bytes(name) if self._workers.rank == 0 else b"")
+        (scratch / STATE).write_bytes(state)
+        return scratch
+
+    def report(self, trial: core.Trial, _: Progress, save: Callable[[Path], None]) -> None:
+        """Leaves the state of a trial if it is time to; `save` writes it into a folder."""
+        if self._workers.rank == 0 and time.monotonic() - self._last >= self._every_s:
+            with tempfile.TemporaryDirectory() as scratch:
+                save(Path(scratch))
+                self._folder.write_bytes(_state_name(trial), (Path(scratch) / STATE).read_bytes())
+            self._last = time.monotonic()
+
+    def forget(self, trial: core.Trial) -> None:
+        """Of a trial that has left its result."""
+        self._folder.delete(_state_name(trial))
+
+
+def _state_name(trial: core.Trial) -> str:
+    return f"{trial.key}{STATE_SUFFIX}"

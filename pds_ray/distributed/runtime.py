@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,9 +27,10 @@ from typing import Any, TypeVar
 
 import psutil
 import ray
+from ray.data._internal.execution import streaming_executor_state
 
 from pds_ray.config import Actors, ConfigError, RayConfig
-from pds_ray.distributed import DATA, DRIVER, NODES, TASK_RETRIES, metrics
+from pds_ray.distributed import DATA, DRIVER, ENVIRONMENT, MACHINES_LOST, TASK_RETRIES, metrics
 from pds_ray.errors import UserError, first_line
 from pds_ray.progress import waiting_for
 
@@ -41,6 +42,10 @@ MODEL_THREADS = 4  # of each model, however many CPUs there are: convolutions ro
 CONNECT_TIMEOUT_S = 10
 SETTLE_S, POLL_S = 2.0, 0.05  # what tasks that have ended gave back is told a little later
 FETCH_S = 60.0  # for one value to reach a task
+NO_SPACE = (
+    "the memory of Ray's object store and the disk it spills to are full on a node (run.json says where objects are "
+    "spilled to if the run started Ray itself); free space there and repeat the command"
+)
 
 
 # What a task ends with whose process or machine is gone. Ray would try it again with the CPUs asked for at first, which
@@ -52,6 +57,11 @@ LOST = (
     ray.exceptions.ObjectLostError,
     ray.exceptions.GetTimeoutError,  # of `fetch`
 )
+_OF_ITSELF = (
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+)  # of LOST, what the work may have done
+FULL = (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError)
 
 
 @dataclass(frozen=True)
@@ -89,8 +99,6 @@ def start(config: RayConfig, run: str = "") -> dict[str, Any]:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     # threads of a model that wait for each other must not spin while readers and decoders want the same cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # a report waits for the controller's next look: at the default of 2 s that is as long as a small trial's epochs
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     if not ray.is_initialized():
         with _muffled(), _own_signals():
             _connect(address) if address else _start_local(config)
@@ -170,6 +178,8 @@ def unwrapped_errors() -> Iterator[None]:
         yield
     except (ray.exceptions.RayError, UserError) as error:
         cause = getattr(error, "cause", None)
+        if isinstance(error, FULL) or isinstance(cause, FULL):
+            raise UserError(NO_SPACE) from error
         if isinstance(cause, OSError) and not isinstance(cause, (UserError, *LOST)):  # a disk that is full, or gone
             raise UserError(first_line(cause)) from error
         kinds = r"^pds_ray\.[\w.]*\.(?:Config|Source|Storage|DistilledSet)Error: (.+)$"
@@ -187,7 +197,7 @@ def stop() -> None:
 def _limits_in_force(local: bool) -> dict[str, Any]:
     """The limits of the package as they are; those of the nodes of a cluster that others started are not known."""
     context = ray.data.DataContext.get_current()
-    environment = {**DRIVER, **(NODES if local else {})}
+    environment = ENVIRONMENT if local else DRIVER
     found: dict[str, Any] = {name: os.environ[f"RAY_{name}"] for name in environment}
     if local:
         node: Any = ray._private.worker._global_node
@@ -216,14 +226,41 @@ def _set_data_options() -> None:
 
 
 @contextmanager
-def lost_blocks_allowed() -> Iterator[None]:
-    """Data sets made in here go on without blocks whose processes died; their maker looks for what is missing."""
+def lost_blocks_allowed() -> Iterator[Counter[type[Exception]]]:
+    """Data sets made and run in here go on without blocks that are lost; their maker looks for what is missing.
+
+    Yields how many blocks were lost to what, which Ray says in its log alone.
+    """
     context = ray.data.DataContext.get_current()
+    log, seen = logging.getLogger(streaming_executor_state.__name__), _LostBlocks()
     before, context.max_errored_blocks = context.max_errored_blocks, -1
+    level, log.propagate = log.level, False
+    log.setLevel(logging.ERROR)
+    log.addHandler(seen)
     try:
-        yield
+        yield seen.kinds
     finally:
-        context.max_errored_blocks = before
+        log.removeHandler(seen)
+        log.setLevel(level)
+        log.propagate, context.max_errored_blocks = True, before
+
+
+def check_space(lost: Counter[type[Exception]]) -> None:
+    """Raises UserError in one line if blocks were `lost` for want of space: all that come would be, one by one."""
+    if any(lost[kind] for kind in FULL):
+        raise UserError(NO_SPACE)
+
+
+class _LostBlocks(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: Counter[type[Exception]] = Counter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, Exception):
+            cause = getattr(error, "cause", None)
+            self.kinds[type(cause if isinstance(cause, Exception) else error)] += 1
 
 
 @contextmanager
@@ -329,33 +366,48 @@ def map_blocks(
     )
 
 
+class Deaths:
+    """How often one piece of work was lost: by itself up to TASK_RETRIES times, with a machine MACHINES_LOST times."""
+
+    def __init__(self) -> None:
+        self._own = self._machines = 0
+
+    def survived(self, error: BaseException) -> bool:
+        """Whether the work may be tried again that ended with `error`, one of LOST."""
+        if isinstance(error, _OF_ITSELF):
+            self._own += 1
+        else:
+            self._machines += 1
+        return self._own <= TASK_RETRIES and self._machines <= MACHINES_LOST
+
+    def __str__(self) -> str:
+        said = f"its process was lost {self._own} times"
+        return f"{said}, its machine {self._machines} times" if self._machines else said
+
+
 def run_kmeans(function: Callable[..., Result], parts: Sequence[tuple[ray.ObjectRef, ...]], *args: Any) -> Result:
     """Calls `function(parts, *args)` with all CPUs of one node for FAISS, or with a GPU where FAISS can use one.
 
-    If the process or its machine is lost, or some of the parts, which it fetches, again on what the cluster then has:
-    up to TASK_RETRIES times.
+    If the process or its machine is lost, or some of the parts, which it fetches, again on what the cluster then has,
+    as often as `Deaths` allows.
     """
-    for _ in range(TASK_RETRIES):
+    deaths = Deaths()
+    while True:
         try:
             return _run_kmeans(function, parts, *args)
-        except LOST:
-            continue
-    return _run_kmeans(function, parts, *args)
+        except LOST as error:
+            if not deaths.survived(error):
+                raise
 
 
-def fetch(reference: ray.ObjectRef) -> Any:
-    """A value from the object stores, inside a task or an actor.
-
-    One that was lost with its node is made anew by a task that may want the very CPUs that wait for it: after FETCH_S
-    they are given back. Raises GetTimeoutError then.
-    """
-    return ray.get(reference, timeout=FETCH_S)
+def await_all(references: Sequence[ray.ObjectRef]) -> None:
+    """Returns when all values are there, on whatever node: what was lost is made anew before CPUs are taken for it."""
+    if references:
+        ray.wait(list(references), num_returns=len(references), fetch_local=False)
 
 
 def _run_kmeans(function: Callable[..., Result], parts: Sequence[tuple[ray.ObjectRef, ...]], *args: Any) -> Result:
-    needed = [reference for part in parts for reference in part]
-    if needed:  # all there before a node is taken: what was lost is made anew meanwhile
-        ray.wait(needed, num_returns=len(needed), fetch_local=False)
+    await_all([reference for part in parts for reference in part])
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if any(node.get("GPU", 0) >= 1 for node in nodes):
         # GPUs named here and not in .options(): Ray then ends the process with the task, and with it what it holds
@@ -375,11 +427,11 @@ def start_model(actors: Pool, function: Callable[..., Any], *args: Any) -> ray.O
 def stream(function: Callable[..., Iterator[Result]], *args: Any) -> Iterator[Result]:
     """What `function` yields, as it does, with all CPUs of one node to itself.
 
-    If the process or its machine is lost, again on what the cluster then has, up to TASK_RETRIES times: `function` must
-    yield the same each time.
+    If the process or its machine is lost, again on what the cluster then has, as often as `Deaths` allows: `function`
+    must yield the same each time.
     """
-    told = 0
-    for tries_left in reversed(range(TASK_RETRIES + 1)):
+    told, deaths = 0, Deaths()
+    while True:
         remote = ray.remote(_yielded).options(num_cpus=_most_cpus(), num_returns="streaming", max_retries=0)
         try:
             for number, reference in enumerate(remote.remote(function, *args)):
@@ -388,8 +440,8 @@ def stream(function: Callable[..., Iterator[Result]], *args: Any) -> Iterator[Re
                     yield value
                     told += 1
             return
-        except LOST:
-            if not tries_left:
+        except LOST as error:
+            if not deaths.survived(error):
                 raise
 
 
@@ -439,6 +491,15 @@ def wait_for(reference: ray.ObjectRef, item: Any) -> Any:
         return ray.get(reference)
     finally:
         waiting_for(None)
+
+
+def fetch(reference: ray.ObjectRef) -> Any:
+    """A value from the object stores, inside a task or an actor.
+
+    One that was lost with its node is made anew by a task that may want the very CPUs that wait for it: after FETCH_S
+    they are given back. Raises GetTimeoutError then.
+    """
+    return ray.get(reference, timeout=FETCH_S)
 
 
 def map_in_order(function: Callable[..., Result], items: Iterable[Any], *shared: Any) -> Iterator[Result]:

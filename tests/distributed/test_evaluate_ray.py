@@ -5,17 +5,23 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import tempfile
 import threading
 import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import quote
 
 import numpy as np
 import psutil
 import pytest
+import ray
+import ray.train
 import torch
 from hand_made_set import scenes_set
+from object_store import KEY, SECRET, Faults, proxy, uri
 from PIL import Image
 from safetensors import safe_open
 from tiny_models import save_text_model
@@ -168,18 +174,18 @@ def test_what_only_workers_find_is_one_line_at_once(tmp_path: Path, monkeypatch:
 
 
 class Killer(threading.Thread):
-    """Kills the worker of a trial with SIGKILL once it has reported a few epochs; notes how far each report was."""
+    """Kills the worker of a trial with SIGKILL once it has left states of a few epochs; notes how far each was."""
 
-    def __init__(self, state: Path, after: int) -> None:
+    def __init__(self, states: Folder, after: int) -> None:
         super().__init__(daemon=True)
-        self.state, self.after = state, after
+        self.states, self.after = states, after
         self.reported: list[int] = []
         self.killed_at: int | None = None
         self.over = False
 
     def run(self) -> None:
         while not self.over:
-            done = _epochs_done(self.state)
+            done = _epochs_done(self.states)
             if done and (not self.reported or done != self.reported[-1]):
                 self.reported.append(done)
             if self.killed_at is None and self.reported and self.reported[-1] >= self.after:
@@ -191,14 +197,13 @@ class Killer(threading.Thread):
             time.sleep(0.02)
 
 
-def _epochs_done(state: Path) -> int:
-    """Of the newest report; 0 while there is none, or one is being written or deleted."""
-    found = [0]
-    with contextlib.suppress(Exception):
-        for file in state.rglob("state.safetensors"):  # the last goes when a new one has come
-            with safe_open(file, "pt") as opened:
-                found.append(json.loads(opened.metadata()["progress"])["epochs_done"])
-        return max(found)
+def _epochs_done(states: Folder) -> int:
+    """Of the trial under way; 0 while there is no state of it."""
+    with contextlib.suppress(FileNotFoundError), tempfile.NamedTemporaryFile(suffix=".safetensors") as copy:
+        for name in states.names(".safetensors"):
+            Path(copy.name).write_bytes(states.read_bytes(name))
+            with safe_open(copy.name, "pt") as opened:
+                return json.loads(opened.metadata()["progress"])["epochs_done"]
     return 0
 
 
@@ -217,17 +222,6 @@ def test_a_backbone_is_refused_before_any_split_is_read(evaluated, tmp_path: Pat
     config = replace(CONFIG, backbones="resnet10t:scratch", workers=2, protocol=replace(PROTOCOL, train="all"))
     with pytest.raises(UserError, match="resnet10t:scratch normalises over the batch"):
         evaluation.evaluate(str(evaluated[0]), config, out=str(tmp_path))
-
-
-def test_a_state_that_was_half_written_is_given_up(evaluated, tmp_path: Path):
-    config = replace(CONFIG, seeds=1)
-    (trial,) = evaluation.plan([Candidate("x", str(evaluated[0]), config.protocol)], config).trials
-    state = tmp_path / "evaluation" / "trials" / "state" / trial.key
-    state.mkdir(parents=True)
-    (state / distributed.SNAPSHOT).write_text("")
-    result = evaluation.evaluate(str(evaluated[0]), config, out=str(tmp_path))
-    assert result["backbones"][0]["trials"][0]["recalls"] == evaluated[1]["backbones"][0]["trials"][0]["recalls"]
-    assert not state.exists()
 
 
 def test_a_held_out_picture_that_hangs_is_one_line(monkeypatch: pytest.MonkeyPatch):
@@ -251,19 +245,28 @@ def test_a_held_out_picture_that_hangs_is_one_line(monkeypatch: pytest.MonkeyPat
     assert "\n" not in str(caught.value)
 
 
-def test_a_killed_worker_goes_on_from_its_last_report(tmp_path: Path):
+@pytest.mark.parametrize("where", ["disk", "failing store"])
+def test_a_killed_worker_goes_on_from_its_last_state(where: str, tmp_path: Path, s3_port: int):
     """And one death is all that the trials behind it on the same workers feel of it."""
     path = scenes_set(tmp_path / "set")
     protocol = replace(PROTOCOL, epochs=15, evaluate_every=1)
     config = replace(CONFIG, seeds=4, trials=1, max_failures=1, save_every_s=0, protocol=protocol)
     expected = in_process(path, config)
-    killer = Killer(tmp_path / "evaluation" / "trials" / "state", after=4)
-    killer.start()
-    try:
-        result = evaluation.evaluate(str(path), config, out=str(tmp_path))
-    finally:
-        killer.over = True
-        killer.join()
+    faults, login = Faults(), f"{KEY}:{quote(SECRET, safe='')}@"
+    with proxy(s3_port, faults) as port:
+        out, states = str(tmp_path), "evaluation/trials/state"
+        watched = Folder(str(tmp_path / states))
+        if where != "disk":
+            out, watched = uri(port, "killed", login), Folder(uri(s3_port, f"killed/{states}", login))
+            faults.errors = faults.cut_downloads = faults.cut_uploads = 0.03
+            faults.hidden, faults.late = 1, 0.3
+        killer = Killer(watched, after=4)
+        killer.start()
+        try:
+            result = evaluation.evaluate(str(path), config, out=out)
+        finally:
+            killer.over = True
+            killer.join()
     assert killer.killed_at is not None, "nobody was killed"
     assert killer.killed_at < 15
     drop = next((i for i, (a, b) in enumerate(pairwise(killer.reported)) if b < a), len(killer.reported) - 1)
@@ -271,6 +274,33 @@ def test_a_killed_worker_goes_on_from_its_last_report(tmp_path: Path):
     for trial, undisturbed in zip(result["backbones"][0]["trials"], expected, strict=True):
         assert trial["epoch"] == undisturbed["epoch"]
         assert trial["recalls"] == pytest.approx(undisturbed["recalls"], abs=ONE_ITEM)
+    assert watched.names() == [], "states of trials that have ended"
+    assert where == "disk" or faults.struck > 5
+
+
+def test_deaths_that_bring_nothing_forward_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Rows of trials go on after `max_failures` as long as trials are finished meanwhile, and no longer."""
+    fits: list[str] = []
+
+    class Trainer:
+        """Ray Train, whose workers die too often; it finishes one trial each time, but for the last."""
+
+        def __init__(self, *_: object, train_loop_config: dict, **__: object) -> None:
+            self.config = train_loop_config
+
+        def fit(self) -> None:
+            results, left = self.config["results"], ["b.json", "a.json"][len(fits) :]
+            fits.append("fit")
+            for name in left[:1]:
+                results.write_json(name, {})
+            raise ray.train.TrainingFailedError("died")
+
+    monkeypatch.setattr(distributed, "TorchTrainer", Trainer)
+    shared = [ray.put(distributed.LaneData({}, {}, {}, {}))]
+    trials = [SimpleNamespace(key=key) for key in "abc"]
+    with pytest.raises(ray.train.TrainingFailedError):
+        distributed._run_lane(trials, shared, Folder(str(tmp_path)), CONFIG, False)
+    assert len(fits) == 3
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_limits_are_in_force_and_told() -> None:
     told = runtime.start(RayConfig())
     raylets = [p for p in psutil.Process().children(recursive=True) if p.name() == "raylet"]
     environment = raylets[0].environ()
-    for name, (value, why) in {**distributed.DRIVER, **distributed.NODES}.items():
+    for name, (value, why) in distributed.ENVIRONMENT.items():
         assert environment[f"RAY_{name}"] == os.environ[f"RAY_{name}"] == told[name]
         assert value == told[name], "set otherwise by whoever runs the tests"
         assert why
@@ -178,6 +178,37 @@ def test_what_always_kills_is_not_tried_for_ever(tmp_path: Path, monkeypatch: py
     with pytest.raises(runtime.LOST):
         runtime.run_kmeans(die, [])
     assert tries.read_text() == "xx"
+
+
+def test_lost_machines_are_counted_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash may be the work's own doing, a machine that goes is not: spot machines go all the time."""
+    monkeypatch.setattr(runtime, "TASK_RETRIES", 2)
+    monkeypatch.setattr(runtime, "MACHINES_LOST", 5)
+    crash, gone = ray.exceptions.WorkerCrashedError(), ray.exceptions.NodeDiedError("")
+    deaths = runtime.Deaths()
+    assert [deaths.survived(error) for error in [gone] * 5 + [crash] * 3] == [True] * 7 + [False]
+    assert str(deaths) == "its process was lost 3 times, its machine 5 times"
+    deaths = runtime.Deaths()
+    assert [deaths.survived(gone) for _ in range(6)] == [True] * 5 + [False]
+
+
+def test_lost_blocks_are_counted_by_what_they_were_lost_to(capfd: pytest.CaptureFixture[str]) -> None:
+    def lost(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        match rows["id"][0]:
+            case 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case 2 | 3:
+                raise ValueError("ours")
+        return rows
+
+    with runtime.lost_blocks_allowed() as kinds:
+        blocks = ray.data.range(5, override_num_blocks=5).map_batches(lost, max_retries=0)
+        left = [number for batch in blocks.iter_batches(batch_size=None) for number in batch["id"].tolist()]
+    assert sorted(left) == [0, 4]
+    assert kinds == {ray.exceptions.WorkerCrashedError: 1, ray.exceptions.UserCodeException: 2}
+    assert "Ignoring" not in capfd.readouterr().err
+    runtime.check_space(kinds)
+    assert ray.data.DataContext.get_current().max_errored_blocks == 0
 
 
 def test_a_stream_that_breaks_off_is_taken_up(tmp_path: Path) -> None:

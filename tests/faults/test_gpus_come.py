@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
+from ray_script import output_of
 
 pytestmark = pytest.mark.ray
 DRIVER = """
@@ -42,8 +39,4 @@ cluster.shutdown()
 
 @pytest.mark.long
 def test_gpus_that_come_are_used() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER], env=dict(os.environ), capture_output=True, text=True, timeout=500, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[120, 1, 2, 0]"
+    assert output_of(DRIVER)[-1] == "[120, 1, 2, 0]"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
+from ray_script import output_of
 
 pytestmark = pytest.mark.ray
 DRIVER = """
@@ -39,7 +36,4 @@ cluster.shutdown()
 
 @pytest.mark.long
 def test_a_sample_is_taken_anew() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER], env=dict(os.environ), capture_output=True, text=True, timeout=500, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    output_of(DRIVER)

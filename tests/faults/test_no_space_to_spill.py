@@ -1,0 +1,45 @@
+"""Ray's object store is full, and so is the disk that it spills to."""
+
+from __future__ import annotations
+
+import pytest
+from ray_script import output_of
+
+pytestmark = pytest.mark.ray
+DRIVER = """
+import os
+os.environ["RAY_local_fs_capacity_threshold"] = "0.001"  # Ray then takes any disk for full
+import numpy as np
+import ray
+from pds_ray.config import RayConfig
+from pds_ray.distributed import runtime
+from pds_ray.errors import UserError
+
+MANY = 60 << 20  # of a store of 80 MB
+
+def grow(batch):
+    return {"x": np.zeros((1, MANY), np.uint8)}
+
+runtime.start(RayConfig(num_cpus=2, object_store_gib=0.08))
+held = []
+try:
+    with runtime.lost_blocks_allowed() as lost:
+        for block in ray.data.range(4, override_num_blocks=4).map_batches(grow).iter_internal_ref_bundles():
+            held.append(block)
+        runtime.check_space(lost)
+except UserError as error:
+    print(error)
+try:
+    with runtime.unwrapped_errors():
+        held += [ray.put(np.zeros(MANY, np.uint8)) for _ in range(2)]
+except UserError as error:
+    print(error)
+runtime.stop()
+"""
+
+
+def test_it_is_one_line_and_not_a_slow_run() -> None:
+    printed = output_of(DRIVER)
+    assert len(printed) == 2
+    assert printed[0] == printed[1]
+    assert printed[0].startswith("the memory of Ray's object store and the disk it spills to are full on a node")
