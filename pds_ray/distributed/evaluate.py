@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import ray
 import ray.train
+import safetensors
 import torch
 from ray.train.torch import TorchTrainer, get_device
 
@@ -382,14 +383,23 @@ class _States:
         self._last = time.monotonic()
 
     def found(self, trial: core.Trial, scratch: Path) -> Path | None:
-        """A folder, `scratch`, with the state that a trial was left in; None if there is none."""
+        """A folder, `scratch`, with the state that a trial was left in; None if there is none to go on from."""
         name = _state_name(trial)
         if name not in self._there:
             return None
         # the first worker's, lest a store show an older one to another
-        state = self._workers.told(self._folder.read_bytes(name) if self._workers.rank == 0 else b"")
+        state = self._workers.told(self._read(name) if self._workers.rank == 0 else b"")
         (scratch / STATE).write_bytes(state)
-        return scratch
+        return scratch if state else None
+
+    def _read(self, name: str) -> bytes:
+        """A state; empty if it is damaged, as one is that is overwritten on an object store while it is read."""
+        state = self._folder.read_bytes(name)
+        try:
+            safetensors.deserialize(state)
+        except safetensors.SafetensorError:
+            return b""
+        return state
 
     def report(self, trial: core.Trial, _: Progress, save: Callable[[Path], None]) -> None:
         """Leaves the state of a trial if it is time to; `save` writes it into a folder."""
