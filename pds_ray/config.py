@@ -372,7 +372,7 @@ class EvaluateConfig:
     workers: int = option(1, "workers that share one trial, with gathered negatives", "workers")
     trials: int = option(0, "trials at once; 0 is what the GPUs, or the CPUs, allow", "trials")
     max_failures: int = option(
-        3, "deaths of workers that each row of trials survives, again after a finished trial", "max-failures"
+        3, "deaths of workers that each row of trials survives without getting further", "max-failures"
     )
     save_every_s: float = option(
         30.0, "seconds of training that the death of a worker costs at most, or one evaluation"

@@ -1,7 +1,8 @@
 """Evaluation as a user asks for it: the checks before it, the trials, the results as tables and JSON.
 
 evaluation/NAME.json of a run folder, or of a distilled set by itself, holds one evaluation; evaluation/trials/KEY.json
-one trained model each. A trial whose file is there is never trained again.
+one trained model each. A trial whose file is there is never trained again; one that is under way has its state in
+evaluation/trials/state/KEY.safetensors.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where things run; and here Ray's limits, all in one place: what is set on purpose, and why.
 
-run.json tells what is in force. Ray reads DRIVER, NODES and TRAIN from the environment, as RAY_NAME, when it is
-imported, hence what is set here; a user may have set other values there. Those of NODES and TRAIN are read by the
-processes of each node: a cluster has them from whoever started it.
+run.json tells what is in force in a run (TRAIN is for evaluations). Ray reads DRIVER, NODES and TRAIN from the
+environment, as RAY_NAME, hence what is set here when the package is imported; a user may have set other values there.
+Those of NODES are read by the processes of each node: a cluster has them from whoever started it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 TASK_RETRIES = 3  # of work whose process or machine died; Ray would try a sample that kills its actor for ever
-MACHINES_LOST = 20  # that one piece of work survives besides: spot machines are taken away whatever they do
+MACHINES_LOST = 10  # that one piece of work survives besides: spot machines are taken away whatever they do
 BLOCK_BYTES = 64 << 20
 
 DRIVER: dict[str, tuple[str, str]] = {

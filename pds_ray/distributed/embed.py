@@ -374,7 +374,7 @@ def _stream(
 
     Yields shard and counts of each block, and whether the shard is committed; if not, once more when it is.
     """
-    with runtime.lost_blocks_allowed() as lost:
+    with runtime.lost_blocks_allowed():
         decoded = ray.data.read_datasource(
             ShardDatasource(work.source, shards, under_way),
             override_num_blocks=len(shards),
@@ -393,10 +393,11 @@ def _stream(
         actors = runtime.pool(work.ray.embed_actors)
         arguments = (work.info, work.config, work.store)
         embedded = runtime.map_blocks(decoded, EmbedWorker, arguments, actors, EmbedWorker.THREADS)
-        commits: dict[ray.ObjectRef, str] = {}
-        commit = ray.remote(commit_parts).options(num_cpus=runtime.DECODE_CPUS)
+    commits: dict[ray.ObjectRef, str] = {}
+    commit = ray.remote(commit_parts).options(num_cpus=runtime.DECODE_CPUS)
+    with runtime.LostBlocks() as lost:
         for batch in embedded.iter_batches(batch_size=None, batch_format="pyarrow"):
-            runtime.check_space(lost)
+            lost.check_space()
             for row in pa.table(batch).to_pylist():
                 encoders.add(row)
                 if row["fault"] == STORE:
@@ -413,13 +414,11 @@ def _stream(
             ray.get(ended)  # a commit that failed ends the run now, not after the last shard
             for reference in ended:
                 yield commits.pop(reference), core.no_counts(), True
-    runtime.check_space(lost)
-    if lost:
-        kinds = {kind.__name__: count for kind, count in lost.items()}
-        said = ", ".join(f"{count} by {kind}" for kind, count in kinds.items())
-        log.event(
-            "blocks_lost", f"pds-ray: blocks were lost, {said}; their shards are read again", "warning", kinds=kinds
-        )
+    lost.check_space()
+    if lost.kinds:
+        said = ", ".join(f"{count} by {kind}" for kind, count in lost.kinds.items())
+        text = f"pds-ray: blocks were lost, {said}; their shards are read again"
+        log.event("blocks_lost", text, "warning", kinds=lost.kinds)
     for reference, name in commits.items():
         ray.get(reference)
         yield name, core.no_counts(), True
@@ -441,7 +440,7 @@ def _again(shards: list[Shard], work: _Work, under_way: runtime.UnderWay) -> Ite
             if deaths.survived(error):
                 pending[remote.remote(shard, work, under_way)] = shard, deaths
             else:
-                yield shard.name, f"{deaths} ({type(error).__name__})"
+                yield shard.name, f"whatever embeds it is lost ({deaths}, the last by {type(error).__name__})"
 
 
 def _embed_alone(shard: Shard, work: _Work, under_way: runtime.UnderWay) -> dict[str, Any] | str:

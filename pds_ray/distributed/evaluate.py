@@ -26,16 +26,17 @@ import safetensors
 import torch
 from ray.train.torch import TorchTrainer, get_device
 
-from pds_ray import catalog
+from pds_ray import catalog, log
 from pds_ray.captions import CLEANERS
 from pds_ray.config import ConfigError, EvaluateConfig
 from pds_ray.distributed import runtime
 from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
+from pds_ray.errors import first_line
 from pds_ray.progress import QUIET_S, progress_bar, waiting_for
 from pds_ray.sources.base import SourceError
 from pds_ray.stages import evaluate as core
 from pds_ray.stages.train import STATE, Gallery, Progress, TrainingPairs, Workers
-from pds_ray.storage import Folder
+from pds_ray.storage import LOCK, Folder, StorageError, is_remote
 
 POLL_S = 1.0
 STATES, STATE_SUFFIX = "state", ".safetensors"
@@ -120,13 +121,26 @@ def run_trials(
                         with runtime.unwrapped_errors():
                             ray.get(reference)
                     except runtime.LOST as error:  # of the lane itself; deaths of its workers are Ray Train's
+                        left = [trial for trial in lane if trial.key in missing]
+                        if len(left) < len(lane):
+                            deaths = runtime.Deaths()
                         if not deaths.survived(error):
                             raise
-                        pending[begin(lane)] = lane, deaths
+                        if left:
+                            pending[begin(left)] = left, deaths
         finally:
             for running in pending:
                 ray.cancel(running, force=True)
-    (results / STATES).delete_all()
+    _sweep(trials, results)
+
+
+def _sweep(trials: list[core.Trial], results: Folder) -> None:
+    """Removes the states of trials that have ended; those of another evaluation in the folder stay."""
+    states = results / STATES
+    names, mine = set(states.names()), {_state_name(trial) for trial in trials}
+    states.delete_each(names & mine)
+    if not names - mine:
+        states.delete_all()
 
 
 def _room(config: EvaluateConfig) -> tuple[bool, int]:
@@ -261,14 +275,22 @@ def _lanes(trials: list[core.Trial], count: int) -> list[list[core.Trial]]:
 def _run_lane(
     trials: list[core.Trial], shared: list[ray.ObjectRef], results: Folder, config: EvaluateConfig, use_gpu: bool
 ) -> None:
-    """Trains until all trials have results; gives up when workers die and no trial has been finished meanwhile."""
-    runtime.await_all(ray.get(shared[0]).references())
+    """Trains until all trials have results.
 
-    def finished() -> int:
-        return len({f"{trial.key}.json" for trial in trials} & set(results.names(".json")))
+    Gives up when workers have died `max_failures` times and more, and neither a trial was finished nor a state left.
+    """
+    states, deaths = results / STATES, runtime.Deaths()
 
-    done = finished()
-    while True:
+    def left() -> set[str]:
+        return {trial.key for trial in trials} - {name.removesuffix(".json") for name in results.names(".json")}
+
+    def progress() -> tuple[set[str], dict[str, str]]:
+        there = set(states.names()) & {_state_name(trial) for trial in trials}
+        return left(), {name: states.sha256(name) for name in sorted(there)}
+
+    before = progress()
+    while left():
+        runtime.await_all(ray.get(shared[0]).references())
         with tempfile.TemporaryDirectory() as place:  # Ray leaves a marker there, and nothing else
             trainer = TorchTrainer(
                 _train_lane,
@@ -284,6 +306,7 @@ def _run_lane(
                     resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})},
                 ),
                 run_config=ray.train.RunConfig(
+                    name=trials[0].key,
                     storage_path=place,
                     failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
                 ),
@@ -291,9 +314,12 @@ def _run_lane(
             try:
                 trainer.fit()
                 return
+            except ray.exceptions.RayActorError as error:  # Ray Train's own process
+                if not deaths.survived(error):
+                    raise
             except ray.train.TrainingFailedError:
-                before, done = done, finished()
-                if done == before:
+                before, now = progress(), before
+                if before == now:
                     raise
 
 
@@ -306,6 +332,10 @@ def _train_lane(config: dict[str, Any]) -> None:
         torch.set_num_threads(1)  # the CPU it asked for; convolutions round by the number of threads
     data: LaneData = runtime.fetch(config["shared"][0])
     results: Folder = config["results"]
+    if workers.rank == 0 and not is_remote(results.path) and not results.exists(LOCK):
+        raise ConfigError(
+            f"{results.shown} is not to be seen on all nodes; give an --out on a disk that they share, or on a store"
+        )
     done = set(workers.told(results.names(".json")))  # a store may list late, and all must go on with the same trial
     states = _States(results / STATES, workers, config["save_every_s"])
     features: core.Features = {}
@@ -387,27 +417,36 @@ class _States:
         name = _state_name(trial)
         if name not in self._there:
             return None
+        path = scratch / STATE
         # the first worker's, lest a store show an older one to another
-        state = self._workers.told(self._read(name) if self._workers.rank == 0 else b"")
-        (scratch / STATE).write_bytes(state)
+        state = self._workers.told(self._read(name, path) if self._workers.rank == 0 else b"")
+        if self._workers.rank and state:
+            path.write_bytes(state)
         return scratch if state else None
 
-    def _read(self, name: str) -> bytes:
-        """A state; empty if it is damaged, as one is that is overwritten on an object store while it is read."""
-        state = self._folder.read_bytes(name)
+    def _read(self, name: str, path: Path) -> bytes:
+        """A state, also as a file; empty if it is gone, or damaged, as one is that is overwritten while it is read."""
         try:
-            safetensors.deserialize(state)
-        except safetensors.SafetensorError:
+            state = self._folder.read_bytes(name)
+            path.write_bytes(state)
+            with safetensors.safe_open(path, "pt"):
+                return state
+        except (FileNotFoundError, safetensors.SafetensorError):
             return b""
-        return state
 
-    def report(self, trial: core.Trial, _: Progress, save: Callable[[Path], None]) -> None:
-        """Leaves the state of a trial if it is time to; `save` writes it into a folder."""
-        if self._workers.rank == 0 and time.monotonic() - self._last >= self._every_s:
+    def report(self, trial: core.Trial, progress: Progress, save: Callable[[Path], None]) -> None:
+        """Leaves the state of a trial that is not at its end, if it is time to; `save` writes it into a folder."""
+        ended = progress.epochs_done == trial.protocol.epochs
+        if self._workers.rank or ended or time.monotonic() - self._last < self._every_s:
+            return
+        try:
             with tempfile.TemporaryDirectory() as scratch:
                 save(Path(scratch))
                 self._folder.write_bytes(_state_name(trial), (Path(scratch) / STATE).read_bytes())
-            self._last = time.monotonic()
+        except (StorageError, OSError, safetensors.SafetensorError) as error:  # the trial can do without
+            text = f"pds-ray: the state of {trial} cannot be saved: {first_line(error)}"
+            log.event("state_not_saved", text, "warning", why=first_line(error))
+        self._last = time.monotonic()
 
     def forget(self, trial: core.Trial) -> None:
         """Of a trial that has left its result."""

@@ -30,7 +30,7 @@ import ray
 from ray.data._internal.execution import streaming_executor_state
 
 from pds_ray.config import Actors, ConfigError, RayConfig
-from pds_ray.distributed import DATA, DRIVER, ENVIRONMENT, MACHINES_LOST, TASK_RETRIES, metrics
+from pds_ray.distributed import DATA, DRIVER, MACHINES_LOST, NODES, TASK_RETRIES, metrics
 from pds_ray.errors import UserError, first_line
 from pds_ray.progress import waiting_for
 
@@ -42,10 +42,6 @@ MODEL_THREADS = 4  # of each model, however many CPUs there are: convolutions ro
 CONNECT_TIMEOUT_S = 10
 SETTLE_S, POLL_S = 2.0, 0.05  # what tasks that have ended gave back is told a little later
 FETCH_S = 60.0  # for one value to reach a task
-NO_SPACE = (
-    "the memory of Ray's object store and the disk it spills to are full on a node (run.json says where objects are "
-    "spilled to if the run started Ray itself); free space there and repeat the command"
-)
 
 
 # What a task ends with whose process or machine is gone. Ray would try it again with the CPUs asked for at first, which
@@ -57,10 +53,6 @@ LOST = (
     ray.exceptions.ObjectLostError,
     ray.exceptions.GetTimeoutError,  # of `fetch`
 )
-_OF_ITSELF = (
-    ray.exceptions.WorkerCrashedError,
-    ray.exceptions.OutOfMemoryError,
-)  # of LOST, what the work may have done
 FULL = (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError)
 
 
@@ -178,8 +170,8 @@ def unwrapped_errors() -> Iterator[None]:
         yield
     except (ray.exceptions.RayError, UserError) as error:
         cause = getattr(error, "cause", None)
-        if isinstance(error, FULL) or isinstance(cause, FULL):
-            raise UserError(NO_SPACE) from error
+        if _no_space(error):
+            raise UserError(_no_space(error)) from error
         if isinstance(cause, OSError) and not isinstance(cause, (UserError, *LOST)):  # a disk that is full, or gone
             raise UserError(first_line(cause)) from error
         kinds = r"^pds_ray\.[\w.]*\.(?:Config|Source|Storage|DistilledSet)Error: (.+)$"
@@ -197,7 +189,7 @@ def stop() -> None:
 def _limits_in_force(local: bool) -> dict[str, Any]:
     """The limits of the package as they are; those of the nodes of a cluster that others started are not known."""
     context = ray.data.DataContext.get_current()
-    environment = ENVIRONMENT if local else DRIVER
+    environment = {**DRIVER, **(NODES if local else {})}
     found: dict[str, Any] = {name: os.environ[f"RAY_{name}"] for name in environment}
     if local:
         node: Any = ray._private.worker._global_node
@@ -207,6 +199,7 @@ def _limits_in_force(local: bool) -> dict[str, Any]:
         **found,
         "max_errored_blocks": {"embed": -1, "decode": found["max_errored_blocks"]},
         "task_retries": TASK_RETRIES,
+        "machines_lost": MACHINES_LOST,
     }
 
 
@@ -226,41 +219,60 @@ def _set_data_options() -> None:
 
 
 @contextmanager
-def lost_blocks_allowed() -> Iterator[Counter[type[Exception]]]:
-    """Data sets made and run in here go on without blocks that are lost; their maker looks for what is missing.
-
-    Yields how many blocks were lost to what, which Ray says in its log alone.
-    """
+def lost_blocks_allowed() -> Iterator[None]:
+    """Data sets made in here go on without blocks that are lost; their maker looks for what is missing."""
     context = ray.data.DataContext.get_current()
-    log, seen = logging.getLogger(streaming_executor_state.__name__), _LostBlocks()
     before, context.max_errored_blocks = context.max_errored_blocks, -1
-    level, log.propagate = log.level, False
-    log.setLevel(logging.ERROR)
-    log.addHandler(seen)
     try:
-        yield seen.kinds
+        yield
     finally:
-        log.removeHandler(seen)
-        log.setLevel(level)
-        log.propagate, context.max_errored_blocks = True, before
+        context.max_errored_blocks = before
 
 
-def check_space(lost: Counter[type[Exception]]) -> None:
-    """Raises UserError in one line if blocks were `lost` for want of space: all that come would be, one by one."""
-    if any(lost[kind] for kind in FULL):
-        raise UserError(NO_SPACE)
+class LostBlocks(logging.Handler):
+    """Counts, while data sets run in its `with` block, the blocks that they lose and to what; only Ray's log tells."""
 
+    _LOG = logging.getLogger(streaming_executor_state.__name__)
 
-class _LostBlocks(logging.Handler):
     def __init__(self) -> None:
-        super().__init__()
-        self.kinds: Counter[type[Exception]] = Counter()
+        super().__init__(logging.ERROR)
+        self.kinds: Counter[str] = Counter()
+        self._no_space = ""
+
+    def __enter__(self) -> LostBlocks:
+        self._before = self._LOG.level, self._LOG.propagate
+        self._LOG.propagate = False
+        self._LOG.setLevel(logging.ERROR)
+        self._LOG.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._LOG.removeHandler(self)
+        level, self._LOG.propagate = self._before
+        self._LOG.setLevel(level)
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, Exception):
-            cause = getattr(error, "cause", None)
-            self.kinds[type(cause if isinstance(cause, Exception) else error)] += 1
+        if error is not None:
+            cause = getattr(error, "cause", None) or error
+            self.kinds[type(cause).__name__] += 1
+            self._no_space = self._no_space or _no_space(error)
+
+    def check_space(self) -> None:
+        """Raises UserError in one line if blocks were lost for want of space: others would be, one by one."""
+        if self._no_space:
+            raise UserError(self._no_space)
+
+
+def _no_space(error: BaseException) -> str:
+    """That space is wanting and where, if that is what `error` says; else ""."""
+    if not isinstance(error, FULL) and not isinstance(getattr(error, "cause", None), FULL):
+        return ""
+    where = f"on node {error.ip}" if isinstance(error, ray.exceptions.RayTaskError) else "here"
+    return (
+        f"the memory of Ray's object store and the disk it spills to (that of Ray's own files) are full {where}; free "
+        "space there and repeat the command"
+    )
 
 
 @contextmanager
@@ -367,22 +379,21 @@ def map_blocks(
 
 
 class Deaths:
-    """How often one piece of work was lost: by itself up to TASK_RETRIES times, with a machine MACHINES_LOST times."""
+    """How often work was lost: of itself up to TASK_RETRIES times, with its machine up to MACHINES_LOST times."""
 
     def __init__(self) -> None:
         self._own = self._machines = 0
 
     def survived(self, error: BaseException) -> bool:
-        """Whether the work may be tried again that ended with `error`, one of LOST."""
-        if isinstance(error, _OF_ITSELF):
-            self._own += 1
-        else:
+        """Whether the work that ended with `error` may be tried again."""
+        if isinstance(error, ray.exceptions.NodeDiedError):
             self._machines += 1
+        else:
+            self._own += 1
         return self._own <= TASK_RETRIES and self._machines <= MACHINES_LOST
 
     def __str__(self) -> str:
-        said = f"its process was lost {self._own} times"
-        return f"{said}, its machine {self._machines} times" if self._machines else said
+        return f"processes lost: {self._own}, machines lost: {self._machines}"
 
 
 def run_kmeans(function: Callable[..., Result], parts: Sequence[tuple[ray.ObjectRef, ...]], *args: Any) -> Result:

@@ -342,11 +342,15 @@ def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """What `save_state` wrote, back into model and optimiser."""
-    parameters = dict(model.named_parameters())
-    weights: dict[str, torch.Tensor] = {}
+    """What `save_state` wrote, back into model and optimiser; one of another model, as versions differ, is nothing."""
+    parameters, weights = dict(model.named_parameters()), model.state_dict()
     with safe_open(folder / STATE, "pt") as file:
-        for entry in file.keys():  # noqa: SIM118 - not a dictionary
+        shapes = {entry: tuple(file.get_slice(entry).get_shape()) for entry in file.keys()}  # noqa: SIM118 - no dictionary
+        metadata = file.metadata() or {}
+        expected = {f"model/{name}": tuple(value.shape) for name, value in weights.items()}
+        if expected != {entry: shape for entry, shape in shapes.items() if entry.startswith("model/")}:
+            return Progress()
+        for entry in shapes:
             kind, _, rest = entry.partition("/")
             if kind == "model":
                 weights[rest] = file.get_tensor(entry)
@@ -354,6 +358,6 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
                 key, _, name = rest.partition("/")
                 value = file.get_tensor(entry)
                 optimizer.state[parameters[name]][key] = value if key == "step" else value.to(parameters[name].device)
-        progress = Progress(**json.loads(file.metadata()["progress"]))
+        progress = Progress(**json.loads(metadata["progress"]))
     model.load_state_dict(weights)
     return progress

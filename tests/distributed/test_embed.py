@@ -130,7 +130,7 @@ def test_a_shard_that_loses_every_process_is_set_aside(tmp_path: Path, monkeypat
     work = embed_module._Work(source, info, CONFIG.read, CONFIG.embed, CONFIG.ray, open_store(tmp_path))
     outcomes = dict(embed_module._again(source.shards(), work, None))
     assert outcomes["scenes-00000"] == {"images": 7}
-    assert outcomes["scenes-00001"].startswith("its process was lost 2 times (WorkerCrashed")
+    assert outcomes["scenes-00001"].startswith("whatever embeds it is lost (processes lost: 2,")
 
 
 def test_broken_shards_lose_only_what_is_broken(tmp_path: Path, shared_data: Path) -> None:

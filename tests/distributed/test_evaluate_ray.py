@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import signal
 import tempfile
 import threading
 import time
@@ -249,12 +251,12 @@ def test_a_held_out_picture_that_hangs_is_one_line(monkeypatch: pytest.MonkeyPat
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("where", ["disk", "failing store"])
-def test_a_killed_worker_goes_on_from_its_last_state(where: str, tmp_path: Path, s3_port: int):
-    """And one death is all that the trials behind it on the same workers feel of it."""
+@pytest.mark.parametrize(("where", "workers"), [("disk", 1), ("failing store", 2)])
+def test_a_killed_worker_goes_on_from_its_last_state(where: str, workers: int, tmp_path: Path, s3_port: int):
+    """Two workers, that is, which are killed together. The trials behind it on them feel nothing more of it."""
     path = scenes_set(tmp_path / "set")
     protocol = replace(PROTOCOL, epochs=15, evaluate_every=1)
-    config = replace(CONFIG, seeds=4, trials=1, max_failures=1, save_every_s=0, protocol=protocol)
+    config = replace(CONFIG, seeds=4, trials=1, workers=workers, max_failures=1, save_every_s=0, protocol=protocol)
     expected = in_process(path, config)
     faults, login = Faults(), f"{KEY}:{quote(SECRET, safe='')}@"
     with proxy(s3_port, faults) as port:
@@ -275,8 +277,8 @@ def test_a_killed_worker_goes_on_from_its_last_state(where: str, tmp_path: Path,
     drop = next((i for i, (a, b) in enumerate(pairwise(killer.reported)) if b < a), len(killer.reported) - 1)
     assert killer.reported[drop] > killer.killed_at, "it began anew, or nobody looked on afterwards"
     for trial, undisturbed in zip(result["backbones"][0]["trials"], expected, strict=True):
-        assert trial["epoch"] == undisturbed["epoch"]
-        assert trial["recalls"] == pytest.approx(undisturbed["recalls"], abs=ONE_ITEM)
+        assert workers > 1 or trial["epoch"] == undisturbed["epoch"]
+        assert trial["recalls"] == pytest.approx(undisturbed["recalls"], abs=workers * ONE_ITEM)
     assert watched.names() == [], "states of trials that have ended"
     assert where == "disk" or faults.struck > 5
 
@@ -292,6 +294,38 @@ def test_a_damaged_state_is_given_up(evaluated, tmp_path: Path):
     assert not states.exists()
 
 
+def test_a_folder_that_the_workers_do_not_see_is_one_line(evaluated, tmp_path: Path):
+    """Their results would be lost with the disks that they are on. What shows the folder is the driver's lock."""
+    config = replace(CONFIG, seeds=1, max_failures=0)
+    plan = evaluation.plan([Candidate("x", str(evaluated[0]), config.protocol)], config)
+    with pytest.raises(UserError, match=f"^{tmp_path} is not to be seen on all nodes") as caught:
+        distributed.run_trials(plan.trials, plan.sets, plan.splits, Folder(str(tmp_path)), config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_of_trials_that_is_lost_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With those that it has not finished, and its deaths counted anew as long as it finishes some."""
+
+    def lane(trials: list, _: object, results: Folder, *__: object) -> None:
+        results.write_json(f"{'-'.join(trial.key for trial in trials)}.tried", {})
+        if len(trials) > 1:
+            results.write_json(f"{trials[0].key}.json", {})
+            time.sleep(3 * distributed.POLL_S)  # until the driver has seen it
+            os.kill(os.getpid(), signal.SIGKILL)
+        results.write_json(f"{trials[0].key}.json", {})
+
+    monkeypatch.setattr(distributed, "_run_lane", lane)
+    monkeypatch.setattr(distributed, "_prepare", lambda *_: distributed.LaneData({}, {}, {}, {}))
+    monkeypatch.setattr(distributed.runtime, "TASK_RETRIES", 1)
+    trials = [
+        SimpleNamespace(key=key, pairs=1, label="", seed=number, backbone=SimpleNamespace(name=""))
+        for number, key in enumerate("abcd")
+    ]
+    distributed.run_trials(trials, [], {}, Folder(str(tmp_path)), replace(CONFIG, trials=1))
+    tried = ["a-b-c-d.tried", "b-c-d.tried", "c-d.tried", "d.tried"]
+    assert Folder(str(tmp_path)).names() == sorted([*tried, "a.json", "b.json", "c.json", "d.json"])
+
+
 def test_deaths_that_bring_nothing_forward_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Rows of trials go on after `max_failures` as long as trials are finished meanwhile, and no longer."""
     fits: list[str] = []
@@ -305,6 +339,7 @@ def test_deaths_that_bring_nothing_forward_end_it(tmp_path: Path, monkeypatch: p
         def fit(self) -> None:
             results, left = self.config["results"], ["b.json", "a.json"][len(fits) :]
             fits.append("fit")
+            assert len(fits) < 4, "nothing gets further"
             for name in left[:1]:
                 results.write_json(name, {})
             raise ray.train.TrainingFailedError("died")

@@ -187,7 +187,7 @@ def test_lost_machines_are_counted_apart(monkeypatch: pytest.MonkeyPatch) -> Non
     crash, gone = ray.exceptions.WorkerCrashedError(), ray.exceptions.NodeDiedError("")
     deaths = runtime.Deaths()
     assert [deaths.survived(error) for error in [gone] * 5 + [crash] * 3] == [True] * 7 + [False]
-    assert str(deaths) == "its process was lost 3 times, its machine 5 times"
+    assert str(deaths) == "processes lost: 3, machines lost: 5"
     deaths = runtime.Deaths()
     assert [deaths.survived(gone) for _ in range(6)] == [True] * 5 + [False]
 
@@ -201,13 +201,17 @@ def test_lost_blocks_are_counted_by_what_they_were_lost_to(capfd: pytest.Capture
                 raise ValueError("ours")
         return rows
 
-    with runtime.lost_blocks_allowed() as kinds:
+    with runtime.lost_blocks_allowed():
         blocks = ray.data.range(5, override_num_blocks=5).map_batches(lost, max_retries=0)
+    log = runtime.LostBlocks._LOG
+    before = log.level, log.propagate, list(log.handlers)
+    with runtime.LostBlocks() as lost_blocks:
         left = [number for batch in blocks.iter_batches(batch_size=None) for number in batch["id"].tolist()]
     assert sorted(left) == [0, 4]
-    assert kinds == {ray.exceptions.WorkerCrashedError: 1, ray.exceptions.UserCodeException: 2}
+    assert lost_blocks.kinds == {"WorkerCrashedError": 1, "UserCodeException": 2}
     assert "Ignoring" not in capfd.readouterr().err
-    runtime.check_space(kinds)
+    lost_blocks.check_space()
+    assert (log.level, log.propagate, log.handlers) == before
     assert ray.data.DataContext.get_current().max_errored_blocks == 0
 
 

@@ -276,6 +276,25 @@ def test_a_backbone_that_draws_by_itself_is_resumed_exactly(tmp_path: Path):
     assert equal(weights(resumed), weights(whole))
 
 
+def test_a_state_of_another_model_counts_for_nothing(tmp_path: Path):
+    """Such as that of another version of a backbone: the trial begins anew, and does not fail for ever."""
+    pairs, test = make_data()
+
+    def keep(_, save):
+        save(tmp_path)
+
+    other = make_model(seed=99)
+    other.backbone = nn.Sequential(
+        other.backbone,
+        nn.BatchNorm1d(core.embed_images(other.backbone, pairs.images[:1], PIXELS, CPU, Workers()).shape[1]),
+    )
+    core.train(other, pairs, test, test, PIXELS, BRIEF, 5, CPU, report=keep)
+    fresh, resumed = make_model(), make_model()
+    found = core.train(fresh, pairs, test, test, PIXELS, BRIEF, 5, CPU)
+    assert core.train(resumed, pairs, test, test, PIXELS, BRIEF, 5, CPU, resume=tmp_path) == found
+    assert equal(weights(resumed), weights(fresh))
+
+
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch):
     """Judges that say what they are told: r_mean of val and test by epoch; records whom they were asked about."""
