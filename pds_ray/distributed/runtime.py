@@ -268,7 +268,8 @@ def _no_space(error: BaseException) -> str:
     """That space is wanting and where, if that is what `error` says; else ""."""
     if not isinstance(error, FULL) and not isinstance(getattr(error, "cause", None), FULL):
         return ""
-    where = f"on node {error.ip}" if isinstance(error, ray.exceptions.RayTaskError) else "here"
+    node = re.search(r"\bip=([^,\s)]+)", str(error))  # in what Ray says of a task, and nowhere else
+    where = f"on node {node[1]}" if node else "here"
     return (
         f"the memory of Ray's object store and the disk it spills to (that of Ray's own files) are full {where}; free "
         "space there and repeat the command"

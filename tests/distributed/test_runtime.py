@@ -109,9 +109,12 @@ def test_limits_are_in_force_and_told() -> None:
     told = runtime.start(RayConfig())
     raylets = [p for p in psutil.Process().children(recursive=True) if p.name() == "raylet"]
     environment = raylets[0].environ()
-    for name, (value, why) in distributed.ENVIRONMENT.items():
+    for name, (value, why) in {**distributed.DRIVER, **distributed.NODES}.items():
         assert environment[f"RAY_{name}"] == os.environ[f"RAY_{name}"] == told[name]
         assert value == told[name], "set otherwise by whoever runs the tests"
+        assert why
+    for name, (value, why) in distributed.TRAIN.items():
+        assert environment[f"RAY_{name}"] == value
         assert why
     context = ray.data.DataContext.get_current()
     for name, (value, why) in distributed.DATA.items():
