@@ -8,6 +8,7 @@ and not Ray's checkpoints, because those are not written whole and not asked for
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 import warnings
@@ -25,8 +26,11 @@ import ray.train
 import safetensors
 import torch
 from ray.train.torch import TorchTrainer, get_device
+from ray.util import get_current_placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pds_ray import catalog, log
+from pds_ray import catalog
 from pds_ray.captions import CLEANERS
 from pds_ray.config import ConfigError, EvaluateConfig
 from pds_ray.distributed import runtime
@@ -37,6 +41,8 @@ from pds_ray.sources.base import SourceError
 from pds_ray.stages import evaluate as core
 from pds_ray.stages.train import STATE, Gallery, Progress, TrainingPairs, Workers
 from pds_ray.storage import LOCK, Folder, StorageError, is_remote
+
+_log = logging.getLogger(__name__)
 
 POLL_S = 1.0
 STATES, STATE_SUFFIX = "state", ".safetensors"
@@ -96,8 +102,11 @@ def run_trials(
     shared = ray.put(data)
     task = ray.remote(_run_lane).options(num_cpus=0, max_retries=0)
 
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    groups: Any = ray.remote(_Groups).options(num_cpus=0, scheduling_strategy=here).remote()
+
     def begin(lane: list[core.Trial]) -> ray.ObjectRef:
-        return task.remote(lane, [shared], results, config, on_gpu)
+        return task.remote(lane, [shared], results, groups, config, on_gpu)
 
     pending = {begin(lane): (lane, runtime.Deaths()) for lane in lanes}
     missing = {trial.key for trial in trials}
@@ -126,6 +135,7 @@ def run_trials(
                             deaths = runtime.Deaths()
                         if not deaths.survived(error):
                             raise
+                        _release(groups, lane)
                         if left:
                             pending[begin(left)] = left, deaths
         finally:
@@ -137,10 +147,35 @@ def run_trials(
 def _sweep(trials: list[core.Trial], results: Folder) -> None:
     """Removes the states of trials that have ended; those of another evaluation in the folder stay."""
     states = results / STATES
-    names, mine = set(states.names()), {_state_name(trial) for trial in trials}
-    states.delete_each(names & mine)
-    if not names - mine:
-        states.delete_all()
+    there = set(states.names(STATE_SUFFIX))
+    done = {trial.key for trial in trials} | {name.removesuffix(".json") for name in results.names(".json")}
+    ended = there & {f"{key}{STATE_SUFFIX}" for key in done}
+    states.delete_each(ended)
+    if there == ended:
+        states.delete_all()  # with what killed workers left of a file
+
+
+class _Groups:
+    """An actor that knows what each lane's workers hold: Ray gives it back with the job, not when the lane dies."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, list[PlacementGroup]] = {}
+
+    def add(self, lane: str, group: PlacementGroup) -> None:
+        self._of.setdefault(lane, []).append(group)
+
+    def take(self, lane: str) -> list[PlacementGroup]:
+        return self._of.pop(lane, [])
+
+
+def _release(groups: Any, lane: list[core.Trial]) -> None:
+    """Ends the workers of a lane whose process or controller has died, and gives back what they hold."""
+    for group in ray.get(groups.take.remote(_lane_name(lane))):
+        remove_placement_group(group)
+
+
+def _lane_name(lane: list[core.Trial]) -> str:
+    return lane[0].key
 
 
 def _room(config: EvaluateConfig) -> tuple[bool, int]:
@@ -273,7 +308,12 @@ def _lanes(trials: list[core.Trial], count: int) -> list[list[core.Trial]]:
 
 
 def _run_lane(
-    trials: list[core.Trial], shared: list[ray.ObjectRef], results: Folder, config: EvaluateConfig, use_gpu: bool
+    trials: list[core.Trial],
+    shared: list[ray.ObjectRef],
+    results: Folder,
+    groups: Any,
+    config: EvaluateConfig,
+    use_gpu: bool,
 ) -> None:
     """Trains until all trials have results.
 
@@ -285,8 +325,8 @@ def _run_lane(
         return {trial.key for trial in trials} - {name.removesuffix(".json") for name in results.names(".json")}
 
     def progress() -> tuple[set[str], dict[str, str]]:
-        there = set(states.names()) & {_state_name(trial) for trial in trials}
-        return left(), {name: states.sha256(name) for name in sorted(there)}
+        there = set(states.names(STATE_SUFFIX)) & {_state_name(trial) for trial in trials}
+        return left(), {name: _hash(states, name) for name in sorted(there)}
 
     before = progress()
     while left():
@@ -298,6 +338,7 @@ def _run_lane(
                     "trials": trials,
                     "shared": shared,
                     "results": results,
+                    "groups": groups,
                     "save_every_s": config.save_every_s,
                 },
                 scaling_config=ray.train.ScalingConfig(
@@ -306,7 +347,7 @@ def _run_lane(
                     resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})},
                 ),
                 run_config=ray.train.RunConfig(
-                    name=trials[0].key,
+                    name=_lane_name(trials),
                     storage_path=place,
                     failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
                 ),
@@ -315,12 +356,22 @@ def _run_lane(
                 trainer.fit()
                 return
             except ray.exceptions.RayActorError as error:  # Ray Train's own process
+                before, now = progress(), before
+                deaths = runtime.Deaths() if before != now else deaths
                 if not deaths.survived(error):
                     raise
+                _release(groups, trials)
             except ray.train.TrainingFailedError:
                 before, now = progress(), before
                 if before == now:
                     raise
+
+
+def _hash(states: Folder, name: str) -> str:
+    try:
+        return states.sha256(name)
+    except FileNotFoundError:  # its trial has just ended
+        return ""
 
 
 def _train_lane(config: dict[str, Any]) -> None:
@@ -336,6 +387,8 @@ def _train_lane(config: dict[str, Any]) -> None:
         raise ConfigError(
             f"{results.shown} is not to be seen on all nodes; give an --out on a disk that they share, or on a store"
         )
+    if workers.rank == 0:
+        ray.get(config["groups"].add.remote(_lane_name(config["trials"]), get_current_placement_group()))
     done = set(workers.told(results.names(".json")))  # a store may list late, and all must go on with the same trial
     states = _States(results / STATES, workers, config["save_every_s"])
     features: core.Features = {}
@@ -443,9 +496,8 @@ class _States:
             with tempfile.TemporaryDirectory() as scratch:
                 save(Path(scratch))
                 self._folder.write_bytes(_state_name(trial), (Path(scratch) / STATE).read_bytes())
-        except (StorageError, OSError, safetensors.SafetensorError) as error:  # the trial can do without
-            text = f"pds-ray: the state of {trial} cannot be saved: {first_line(error)}"
-            log.event("state_not_saved", text, "warning", why=first_line(error))
+        except (StorageError, OSError, RuntimeError, safetensors.SafetensorError) as error:  # the trial can do without
+            _log.warning("the state of %s cannot be saved: %s", trial, first_line(error))  # in Ray's logs
         self._last = time.monotonic()
 
     def forget(self, trial: core.Trial) -> None:

@@ -53,6 +53,11 @@ LOST = (
     ray.exceptions.ObjectLostError,
     ray.exceptions.GetTimeoutError,  # of `fetch`
 )
+_WITH_A_MACHINE = (  # of LOST, what is not likely to be the doing of the work
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.GetTimeoutError,
+)
 FULL = (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError)
 
 
@@ -268,8 +273,8 @@ def _no_space(error: BaseException) -> str:
     """That space is wanting and where, if that is what `error` says; else ""."""
     if not isinstance(error, FULL) and not isinstance(getattr(error, "cause", None), FULL):
         return ""
-    node = re.search(r"\bip=([^,\s)]+)", str(error))  # in what Ray says of a task, and nowhere else
-    where = f"on node {node[1]}" if node else "here"
+    nodes = re.findall(r"\bip=([^,\s)]+)", str(error))  # in what Ray says of tasks; the last failed by itself
+    where = f"on node {nodes[-1]}" if nodes else "here"
     return (
         f"the memory of Ray's object store and the disk it spills to (that of Ray's own files) are full {where}; free "
         "space there and repeat the command"
@@ -387,7 +392,7 @@ class Deaths:
 
     def survived(self, error: BaseException) -> bool:
         """Whether the work that ended with `error` may be tried again."""
-        if isinstance(error, ray.exceptions.NodeDiedError):
+        if isinstance(error, _WITH_A_MACHINE):
             self._machines += 1
         else:
             self._own += 1

@@ -342,22 +342,27 @@ def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """What `save_state` wrote, back into model and optimiser; one of another model, as versions differ, is nothing."""
+    """What `save_state` wrote, back into model and optimiser.
+
+    One of another model or layout, as other versions leave them, counts for nothing.
+    """
     parameters, weights = dict(model.named_parameters()), model.state_dict()
     with safe_open(folder / STATE, "pt") as file:
         shapes = {entry: tuple(file.get_slice(entry).get_shape()) for entry in file.keys()}  # noqa: SIM118 - no dictionary
-        metadata = file.metadata() or {}
-        expected = {f"model/{name}": tuple(value.shape) for name, value in weights.items()}
-        if expected != {entry: shape for entry, shape in shapes.items() if entry.startswith("model/")}:
+        of_model = {name.removeprefix("model/"): shape for name, shape in shapes.items() if name.startswith("model/")}
+        of_optimizer = [tuple(name.split("/", 2)[1:]) for name in shapes if name.startswith("optimizer/")]
+        try:
+            progress = Progress(**json.loads(file.metadata()["progress"]))
+        except (KeyError, TypeError, ValueError):
             return Progress()
-        for entry in shapes:
-            kind, _, rest = entry.partition("/")
-            if kind == "model":
-                weights[rest] = file.get_tensor(entry)
-            else:
-                key, _, name = rest.partition("/")
-                value = file.get_tensor(entry)
-                optimizer.state[parameters[name]][key] = value if key == "step" else value.to(parameters[name].device)
-        progress = Progress(**json.loads(metadata["progress"]))
+        if of_model != {name: tuple(value.shape) for name, value in weights.items()}:
+            return Progress()
+        if not {name for _, name in of_optimizer} <= parameters.keys():
+            return Progress()
+        for name in of_model:
+            weights[name] = file.get_tensor(f"model/{name}")
+        for key, name in of_optimizer:
+            value = file.get_tensor(f"optimizer/{key}/{name}")
+            optimizer.state[parameters[name]][key] = value if key == "step" else value.to(parameters[name].device)
     model.load_state_dict(weights)
     return progress

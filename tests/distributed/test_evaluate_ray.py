@@ -10,6 +10,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +35,7 @@ from pds_ray.distributed import evaluate as distributed
 from pds_ray.errors import UserError
 from pds_ray.sources.scenes import ScenesSource
 from pds_ray.stages.evaluate import Candidate, Split, Trial, run_trial
-from pds_ray.stages.train import Gallery, TrainingPairs
+from pds_ray.stages.train import STATE, Gallery, Progress, TrainingPairs, Workers
 from pds_ray.storage import Folder
 
 pytestmark = pytest.mark.ray
@@ -176,11 +177,11 @@ def test_what_only_workers_find_is_one_line_at_once(tmp_path: Path, monkeypatch:
 
 
 class Killer(threading.Thread):
-    """Kills the worker of a trial with SIGKILL once it has left states of a few epochs; notes how far each was."""
+    """Kills `whom` with SIGKILL once a trial has left states of a few epochs; notes how far each was."""
 
-    def __init__(self, states: Folder, after: int) -> None:
+    def __init__(self, states: Folder, after: int, whom: str = "RayTrainWorker") -> None:
         super().__init__(daemon=True)
-        self.states, self.after = states, after
+        self.states, self.after, self.whom = states, after, whom
         self.reported: list[int] = []
         self.killed_at: int | None = None
         self.over = False
@@ -191,7 +192,7 @@ class Killer(threading.Thread):
             if done and (not self.reported or done != self.reported[-1]):
                 self.reported.append(done)
             if self.killed_at is None and self.reported and self.reported[-1] >= self.after:
-                workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in _title(p)]
+                workers = [p for p in psutil.Process().children(recursive=True) if self.whom in _title(p)]
                 for process in workers:
                     process.kill()
                 if workers:
@@ -211,6 +212,20 @@ def _epochs_done(states: Folder) -> int:
             with safe_open(copy.name, "pt") as opened:
                 return json.loads(opened.metadata()["progress"])["epochs_done"]
     return 0
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    def over(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _title(process: psutil.Process) -> str:
@@ -251,9 +266,18 @@ def test_a_held_out_picture_that_hangs_is_one_line(monkeypatch: pytest.MonkeyPat
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("where", "workers"), [("disk", 1), ("failing store", 2)])
-def test_a_killed_worker_goes_on_from_its_last_state(where: str, workers: int, tmp_path: Path, s3_port: int):
-    """Two workers, that is, which are killed together. The trials behind it on them feel nothing more of it."""
+@pytest.mark.parametrize(
+    ("where", "workers", "whom"),
+    [
+        ("disk", 1, "RayTrainWorker"),
+        ("failing store", 2, "RayTrainWorker"),
+        pytest.param("disk", 2, "TrainController", marks=pytest.mark.long),
+        pytest.param("disk", 2, "_run_lane", marks=pytest.mark.long),
+    ],
+)
+def test_a_killed_trial_goes_on_from_its_last_state(where: str, workers: int, whom: str, tmp_path: Path, s3_port: int):
+    """Two workers, that is, which are killed together, or what started them: that they hold all CPUs there are must
+    not keep others from being started. The trials behind it feel nothing more of it."""
     path = scenes_set(tmp_path / "set")
     protocol = replace(PROTOCOL, epochs=15, evaluate_every=1)
     config = replace(CONFIG, seeds=4, trials=1, workers=workers, max_failures=1, save_every_s=0, protocol=protocol)
@@ -265,10 +289,11 @@ def test_a_killed_worker_goes_on_from_its_last_state(where: str, workers: int, t
         if where != "disk":
             out, watched = uri(port, "killed", login), Folder(uri(s3_port, f"killed/{states}", login))
             faults.errors = faults.cut_downloads = faults.cut_uploads = 0.05
-        killer = Killer(watched, after=4)
+        killer = Killer(watched, 4, whom)
         killer.start()
         try:
-            result = evaluation.evaluate(str(path), config, out=out)
+            with time_limit(300):  # it would wait for ever
+                result = evaluation.evaluate(str(path), config, out=out)
         finally:
             killer.over = True
             killer.join()
@@ -279,7 +304,7 @@ def test_a_killed_worker_goes_on_from_its_last_state(where: str, workers: int, t
     for trial, undisturbed in zip(result["backbones"][0]["trials"], expected, strict=True):
         assert workers > 1 or trial["epoch"] == undisturbed["epoch"]
         assert trial["recalls"] == pytest.approx(undisturbed["recalls"], abs=workers * ONE_ITEM)
-    assert watched.names() == [], "states of trials that have ended"
+    assert watched.names(".safetensors") == [], "states of trials that have ended"
     assert where == "disk" or faults.struck > 5
 
 
@@ -306,7 +331,7 @@ def test_a_folder_that_the_workers_do_not_see_is_one_line(evaluated, tmp_path: P
 def test_a_row_of_trials_that_is_lost_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With those that it has not finished, and its deaths counted anew as long as it finishes some."""
 
-    def lane(trials: list, _: object, results: Folder, *__: object) -> None:
+    def lane(trials: list, _shared: object, results: Folder, *_: object) -> None:
         results.write_json(f"{'-'.join(trial.key for trial in trials)}.tried", {})
         if len(trials) > 1:
             results.write_json(f"{trials[0].key}.json", {})
@@ -327,29 +352,52 @@ def test_a_row_of_trials_that_is_lost_begins_again(tmp_path: Path, monkeypatch: 
 
 
 def test_deaths_that_bring_nothing_forward_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Rows of trials go on after `max_failures` as long as trials are finished meanwhile, and no longer."""
+    """Rows of trials go on after `max_failures` as long as they finish trials or leave new states, and no longer."""
     fits: list[str] = []
 
     class Trainer:
-        """Ray Train, whose workers die too often; it finishes one trial each time, but for the last."""
+        """Ray Train, whose workers die too often; each time something was done before, but for the last."""
 
         def __init__(self, *_: object, train_loop_config: dict, **__: object) -> None:
             self.config = train_loop_config
 
         def fit(self) -> None:
-            results, left = self.config["results"], ["b.json", "a.json"][len(fits) :]
+            done = ["b.json", "state/a.safetensors", "a.json", "state/c.safetensors", "state/c.safetensors"]
+            assert len(fits) <= len(done), "nothing gets further"
+            for name in done[len(fits) :][:1]:
+                self.config["results"].write_json(name, len(fits))
             fits.append("fit")
-            assert len(fits) < 4, "nothing gets further"
-            for name in left[:1]:
-                results.write_json(name, {})
             raise ray.train.TrainingFailedError("died")
 
     monkeypatch.setattr(distributed, "TorchTrainer", Trainer)
     shared = [ray.put(distributed.LaneData({}, {}, {}, {}))]
     trials = [SimpleNamespace(key=key) for key in "abc"]
     with pytest.raises(ray.train.TrainingFailedError):
-        distributed._run_lane(trials, shared, Folder(str(tmp_path)), CONFIG, False)
-    assert len(fits) == 3
+        distributed._run_lane(trials, shared, Folder(str(tmp_path)), None, CONFIG, False)
+    assert len(fits) == 6
+
+
+def test_a_state_that_cannot_be_saved_costs_no_trial(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    file = tmp_path / "file"
+    file.write_text("where the folder should be")
+    states = distributed._States(Folder(str(tmp_path)), Workers(), 0)
+    states._folder = Folder(str(file))
+    trial = SimpleNamespace(key="a", protocol=PROTOCOL)
+    states.report(trial, Progress(epochs_done=1), lambda folder: (folder / STATE).write_bytes(b"") and None)
+    assert "cannot be saved" in caplog.text
+
+
+def test_only_states_of_trials_that_have_ended_are_swept(tmp_path: Path):
+    results = Folder(str(tmp_path))
+    states = results / "state"
+    for name in ("a.safetensors", "b.safetensors", "c.safetensors", "c.safetensors.0123abcd.part"):
+        states.write_bytes(name, b"")
+    results.write_json("b.json", {})
+    distributed._sweep([SimpleNamespace(key="a")], results)
+    assert states.names(".safetensors") == ["c.safetensors"]
+    results.write_json("c.json", {})
+    distributed._sweep([], results)
+    assert not (tmp_path / "state").exists()
 
 
 @pytest.mark.parametrize(

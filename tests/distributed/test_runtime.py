@@ -188,8 +188,9 @@ def test_lost_machines_are_counted_apart(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(runtime, "TASK_RETRIES", 2)
     monkeypatch.setattr(runtime, "MACHINES_LOST", 5)
     crash, gone = ray.exceptions.WorkerCrashedError(), ray.exceptions.NodeDiedError("")
+    late = ray.exceptions.GetTimeoutError("what was on the machine has to be made anew")
     deaths = runtime.Deaths()
-    assert [deaths.survived(error) for error in [gone] * 5 + [crash] * 3] == [True] * 7 + [False]
+    assert [deaths.survived(error) for error in [gone] * 4 + [late] + [crash] * 3] == [True] * 7 + [False]
     assert str(deaths) == "processes lost: 3, machines lost: 5"
     deaths = runtime.Deaths()
     assert [deaths.survived(gone) for _ in range(6)] == [True] * 5 + [False]
@@ -216,6 +217,18 @@ def test_lost_blocks_are_counted_by_what_they_were_lost_to(capfd: pytest.Capture
     lost_blocks.check_space()
     assert (log.level, log.propagate, log.handlers) == before
     assert ray.data.DataContext.get_current().max_errored_blocks == 0
+
+
+def test_the_node_that_is_full_is_the_one_where_it_happened() -> None:
+    """What waits for a value of another task is told first."""
+
+    class Nested(ray.exceptions.OutOfDiskError):
+        def __str__(self) -> str:
+            return "ray::count() (pid=1, ip=10.0.0.1)\\n  ray::encode() (pid=2, ip=10.0.0.2)\\nLocal disk is full"
+
+    assert "full on node 10.0.0.2;" in runtime._no_space(Nested(""))
+    assert "full here;" in runtime._no_space(ray.exceptions.ObjectStoreFullError("no space"))
+    assert runtime._no_space(OSError("ip=10.0.0.1")) == ""
 
 
 def test_a_stream_that_breaks_off_is_taken_up(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_training import FEATURES, PIXELS, SIDE, TEXT_WIDTH, TinyBackbone, make_data, make_model, weights
 from torch import nn
 
@@ -276,19 +279,30 @@ def test_a_backbone_that_draws_by_itself_is_resumed_exactly(tmp_path: Path):
     assert equal(weights(resumed), weights(whole))
 
 
-def test_a_state_of_another_model_counts_for_nothing(tmp_path: Path):
-    """Such as that of another version of a backbone: the trial begins anew, and does not fail for ever."""
+@pytest.mark.parametrize("other", ["another name", "another shape", "no progress", "more progress", "more optimiser"])
+def test_a_state_of_another_model_or_layout_counts_for_nothing(tmp_path: Path, other: str):
+    """Such as another version's: the trial begins anew, and does not fail for ever."""
     pairs, test = make_data()
 
     def keep(_, save):
         save(tmp_path)
 
-    other = make_model(seed=99)
-    other.backbone = nn.Sequential(
-        other.backbone,
-        nn.BatchNorm1d(core.embed_images(other.backbone, pairs.images[:1], PIXELS, CPU, Workers()).shape[1]),
-    )
-    core.train(other, pairs, test, test, PIXELS, BRIEF, 5, CPU, report=keep)
+    core.train(make_model(seed=99), pairs, test, test, PIXELS, BRIEF, 5, CPU, report=keep)
+    with safe_open(tmp_path / core.STATE, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    name = next(name for name in tensors if name.startswith("model/"))
+    match other:
+        case "another name":
+            tensors[f"{name}.renamed"] = tensors.pop(name)
+        case "another shape":
+            tensors[name] = tensors[name][None]
+        case "no progress":
+            metadata = None
+        case "more progress":
+            metadata = {"progress": json.dumps({**json.loads(metadata["progress"]), "hours": 1})}
+        case "more optimiser":
+            tensors["optimizer/step/nobody.knows"] = torch.zeros(())
+    save_file(tensors, tmp_path / core.STATE, metadata)
     fresh, resumed = make_model(), make_model()
     found = core.train(fresh, pairs, test, test, PIXELS, BRIEF, 5, CPU)
     assert core.train(resumed, pairs, test, test, PIXELS, BRIEF, 5, CPU, resume=tmp_path) == found
