@@ -101,7 +101,6 @@ def run_trials(
     lanes = _lanes(trials, min(config.trials or room, len(trials)))
     shared = ray.put(data)
     task = ray.remote(_run_lane).options(num_cpus=0, max_retries=0)
-
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     groups: Any = ray.remote(_Groups).options(num_cpus=0, scheduling_strategy=here).remote()
 
@@ -139,8 +138,9 @@ def run_trials(
                         if left:
                             pending[begin(left)] = left, deaths
         finally:
-            for running in pending:
+            for running, (lane, _) in pending.items():
                 ray.cancel(running, force=True)
+                _release(groups, lane)
     _sweep(trials, results)
 
 
