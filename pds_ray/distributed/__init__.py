@@ -40,7 +40,5 @@ DATA: dict[str, tuple[Any, str]] = {
 }
 """Attributes of Ray Data's context."""
 
-ENVIRONMENT = {**DRIVER, **NODES, **TRAIN}
-
-for _name, (_value, _) in ENVIRONMENT.items():
+for _name, (_value, _) in {**DRIVER, **NODES, **TRAIN}.items():
     os.environ.setdefault(f"RAY_{_name}", _value)

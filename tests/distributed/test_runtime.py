@@ -224,7 +224,7 @@ def test_the_node_that_is_full_is_the_one_where_it_happened() -> None:
 
     class Nested(ray.exceptions.OutOfDiskError):
         def __str__(self) -> str:
-            return "ray::count() (pid=1, ip=10.0.0.1)\\n  ray::encode() (pid=2, ip=10.0.0.2)\\nLocal disk is full"
+            return "ray::count() (pid=1, ip=10.0.0.1)\n  ray::encode() (pid=2, ip=10.0.0.2)\nLocal disk is full"
 
     assert "full on node 10.0.0.2;" in runtime._no_space(Nested(""))
     assert "full here;" in runtime._no_space(ray.exceptions.ObjectStoreFullError("no space"))
