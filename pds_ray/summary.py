@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -10,10 +10,12 @@ from pds_ray.artifacts import RunFolder
 from pds_ray.errors import printable
 from pds_ray.manifest import rate
 from pds_ray.pipeline import COUNTED, Plan, public, stages
-from pds_ray.planning import Demand, Measured
-from pds_ray.planning import Plan as Forecast
 from pds_ray.storage import Folder
 from pds_ray.upkeep import Problem
+
+if TYPE_CHECKING:  # it costs a quarter of a second
+    from pds_ray.planning import Demand, Measured
+    from pds_ray.planning import Plan as Forecast
 
 
 def say(*lines: str) -> None:

@@ -20,6 +20,7 @@ DRIVER: dict[str, tuple[str, str]] = {
 NODES: dict[str, tuple[str, str]] = {
     "memory_usage_threshold": ("0.95", "beyond this share Ray ends the newest task, before the kernel ends anything"),
     "memory_monitor_refresh_ms": ("250", "a picture that unpacks to gigabytes does so within a second"),
+    "idle_worker_killing_time_threshold_ms": ("60000", "after 1 s, the default, the next stage imports all anew"),
     "health_check_period_ms": ("3000", "a machine that dies is noticed soon, and its shards read elsewhere"),
     "health_check_timeout_ms": ("10000", "one that is only busy answers within this"),
     "health_check_failure_threshold": ("5", "or at one of so many times: a node taken for dead loses all it holds"),
