@@ -3,8 +3,9 @@
     python -m benchmarks 1 --repeats 3 --json runs/kmeans.json
     python -m benchmarks all --write
 
-Data and what the sides leave go to a folder that is removed at the end (--keep keeps it, with what was prepared, for
-the next call). `--write` puts the figures into benchmarks/results.json and the marked section of benchmarks/RESULTS.md.
+Data and what the sides leave go to a folder that is removed at the end, but for a row that fails (--keep keeps it, with
+what was prepared, for the next call). `--write` puts the figures into benchmarks/results.json and the marked section of
+benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def run_row(row: Row, repeats: int, quick: bool, work: Path) -> results.Result:
             shutil.rmtree(out, ignore_errors=True)
             found.append(run_part(row.number, name, Task(data, out, quick)))
             print(f"row {row.number}, {name}, {repeat + 1} of {repeats}: {found[-1]['seconds']:.3f} s", file=sys.stderr)
+    (work / "runs.json").write_text(json.dumps(runs))  # what took long stays if what follows fails
     afterwards = run_part(row.number, AFTER, Task(data, work, quick)) if row.after else {}
     return results.result(row, runs, afterwards, row.checks(runs, afterwards), command, quick)
 
@@ -80,9 +82,8 @@ def main() -> None:
             print(f"benchmarks: row {number} failed", file=sys.stderr)
             failed = True
             continue
-        finally:
-            if not args.keep:
-                shutil.rmtree(work, ignore_errors=True)
+        if not args.keep:
+            shutil.rmtree(work, ignore_errors=True)
         if args.json:  # after each row: a later one may fail
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(done, indent=1) + "\n")

@@ -83,6 +83,12 @@ def median(found: list[Found], name: str = "seconds") -> float:
     return statistics.median(one[name] for one in found)
 
 
+def spread(found: list[Found], name: str, digits: int) -> str:
+    """MEDIAN (MIN to MAX)."""
+    values = [one[name] for one in found]
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
 def factor(runs: Runs, slow: str = BASELINE, fast: str = OURS, name: str = "seconds") -> float:
     """How many times less the one takes than the other, of medians."""
     return median(runs[slow], name) / median(runs[fast], name)

@@ -44,6 +44,15 @@ def gpu() -> str | None:
     return names[0] if names else None
 
 
+def commit() -> str | None:
+    """That of the checkout, short; None without git."""
+    try:
+        asked = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True, cwd=FOLDER).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def spread(values: list[float]) -> dict[str, Any]:
     """Median, smallest, largest, and all in the order they came."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
@@ -54,7 +63,7 @@ def result(row: Row, runs: Runs, afterwards: Found, checks: list[Check], command
     sides = {
         name: {
             **{measure: spread([one[measure] for one in found]) for measure in MEASURES},
-            "found": {key: value for key, value in found[-1].items() if key not in MEASURES},
+            "found": [{key: value for key, value in one.items() if key not in MEASURES} for one in found],
         }
         for name, found in runs.items()
     }
@@ -65,8 +74,8 @@ def result(row: Row, runs: Runs, afterwards: Found, checks: list[Check], command
         "notes": row.notes,
         "command": command,
         "quick": quick,
+        "commit": commit(),
         "machine": machine(),
-        "load": os.getloadavg(),
         "versions": versions(),
         "sides": sides,
         "afterwards": afterwards,
@@ -88,8 +97,12 @@ def tables(results: list[Result]) -> str:
             times = f"{_short(seconds['median'])} ({_short(seconds['min'])} to {_short(seconds['max'])})"
             memory = (side[f"{part}peak_gib"]["median"] for part in ("", "driver_", "worker_"))
             lines.append(f"| {one['row']} | {name} | {times} | {' | '.join(f'{gib:.2f}' for gib in memory)} |")
-    lines += ["", *(f"{one['row']}. {one['notes']} `{one['command']}`" for one in results)]
+    lines += ["", *(f"{one['row']}. {one['notes']} `{one['command']}`{_at(one)}" for one in results)]
     return "\n".join(lines)
+
+
+def _at(result: Result) -> str:
+    return f", at {result['commit']}" if result.get("commit") else ""
 
 
 def _verdict(reached: bool | None) -> str:

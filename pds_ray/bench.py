@@ -257,9 +257,9 @@ def _encoder_figures(info: EncoderInfo, source: Source, config: RunConfig) -> di
     """Encoding at the best of a few batch sizes, and the work around it, without the commit."""
     import torch
 
-    from pds_ray.distributed.runtime import MODEL_THREADS
+    from pds_ray.distributed.runtime import use_model_threads
 
-    torch.set_num_threads(MODEL_THREADS)
+    use_model_threads()
     per = "GPU" if torch.cuda.is_available() else "core"
     began = time.perf_counter()
     encoder = catalog.load_encoder(info, config.embed.precision)

@@ -62,7 +62,7 @@ def after(task: Task) -> Found:
 
 def checks(runs: Runs, afterwards: Found) -> list[Check]:
     ratio = afterwards[OURS] / afterwards[BASELINE]
-    objective = Check("objective no worse", f"{ratio:.4f} of theirs", ratio <= 1 + SLACK)
+    objective = Check(f"objective no worse, within {SLACK:.1%}", f"{ratio:.4f} of theirs", ratio <= 1 + SLACK)
     return [at_least(runs, 30), objective]
 
 

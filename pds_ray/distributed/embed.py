@@ -112,9 +112,7 @@ def _decode(block: pa.Table, info: EncoderInfo, read: ReadConfig, seconds: float
 
 
 def _load(info: EncoderInfo, precision: str) -> Encoder:
-    import torch
-
-    torch.set_num_threads(runtime.MODEL_THREADS)
+    runtime.use_model_threads()
     return catalog.load_encoder(info, precision)
 
 

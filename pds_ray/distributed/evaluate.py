@@ -292,7 +292,7 @@ def _try_backbone(trial: core.Trial, workers: int) -> None:
 
 
 def _encode(info: EncoderInfo | TextEncoderInfo, captions: list[str]) -> np.ndarray:
-    torch.set_num_threads(runtime.MODEL_THREADS)
+    runtime.use_model_threads()
     return core.encode(catalog.load_text_encoder(info, "fp32"), captions)
 
 

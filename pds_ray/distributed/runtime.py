@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 
 READ_CPUS, DECODE_CPUS, SMALL_TASK_CPUS = 0.5, 0.25, 1.0
 CPUS_A_WORKER = 8  # of a cluster without GPUs, or a node's if those have fewer, for each actor and what feeds it
-MODEL_THREADS = 4  # of each model, however many CPUs there are: convolutions round by how they are shared out
+MODEL_THREADS = 4  # of each model, however many CPUs there are beyond: results round by how the work is shared out
 CONNECT_TIMEOUT_S = 10
 SETTLE_S, POLL_S = 2.0, 0.05  # what tasks that have ended gave back is told a little later
 FETCH_S = 60.0  # for one value to reach a task
@@ -434,6 +434,17 @@ def _run_kmeans(function: Callable[..., Result], parts: Sequence[tuple[ray.Objec
     cpus = _most_cpus()
     remote = ray.remote(with_faiss_threads).options(num_cpus=cpus, max_retries=0)
     return ray.get(remote.remote(cpus, function, parts, *args))
+
+
+def use_model_threads() -> None:
+    """Gives torch MODEL_THREADS threads, or as many as this process may use cores if those are fewer.
+
+    With more than that, kernels wait for threads that have no core to run on: a ViT-B-32 takes tens of times as long.
+    """
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(min(MODEL_THREADS, cores))
 
 
 def start_model(actors: Pool, function: Callable[..., Any], *args: Any) -> ray.ObjectRef:

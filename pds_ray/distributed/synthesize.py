@@ -26,9 +26,7 @@ class SynthesizeWorker:
         self, info: DecoderInfo, config: RunConfig, source: Source, run: RunFolder, under_way: runtime.UnderWay
     ) -> None:
         if info.dim is not None:  # a decoder that takes embeddings is a model
-            import torch
-
-            torch.set_num_threads(runtime.MODEL_THREADS)
+            runtime.use_model_threads()
         self.decoder = catalog.load_decoder(info, config.decode, source)
         self.config = config
         self.run = run

@@ -305,3 +305,16 @@ def test_an_address_without_a_cluster_is_told_at_once() -> None:
         free.bind(("127.0.0.1", 0))
         with pytest.raises(ConfigError, match="nothing answers at --address"):
             runtime._connect(f"127.0.0.1:{free.getsockname()[1]}")
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 2), (4, 4), (64, 4)])
+def test_a_model_has_no_more_threads_than_cores(monkeypatch, cores, threads):
+    import torch
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    before = torch.get_num_threads()
+    try:
+        runtime.use_model_threads()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
