@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"  # real pictures and captions beside the checkout
 GIB = 2**30
-SAMPLE_EVERY_S = 1.0  # what the processes share is counted once, and to find out is no small work
+SAMPLE_EVERY_S = 1.0
+SHARED_EVERY = 10  # samples: to find out what processes share stops each of them for a moment
 LIMIT_S = 3600.0  # of a part: twice what the longest should take, and more
 ANSWER = "answer.json"
 PREPARE, AFTER = "prepare", "after"
@@ -106,8 +108,10 @@ def peak_rss(pid: int | str = "self") -> int:
     return int(line.split()[1]) * 1024
 
 
-def tree_memory(pid: int) -> tuple[int, int]:
+def tree_memory(pid: int, shared: dict[int, int]) -> tuple[int, int]:
     """Memory of a process and all below it, and of the largest Ray worker among them, in bytes.
+
+    `shared`: pid -> what it shares with others, as far as that is known; what is not is found out and added.
 
     Each counts with its own peak so far, however short, less what it shares now, which is counted in equal parts: the
     sum is no less than what all of them ever had at one time, and more where their peaks fell at different times.
@@ -117,8 +121,10 @@ def tree_memory(pid: int) -> tuple[int, int]:
         top = psutil.Process(pid)
         for process in (top, *top.children(recursive=True)):
             with suppress(psutil.Error, OSError, StopIteration):  # a process that ends has no peak any more
-                now = process.memory_full_info()
-                mine = peak_rss(process.pid) - (now.rss - now.pss)
+                if process.pid not in shared:
+                    now = process.memory_full_info()
+                    shared[process.pid] = now.rss - now.pss
+                mine = peak_rss(process.pid) - shared[process.pid]
                 total += mine
                 if process.name().startswith("ray::"):
                     worker = max(worker, mine)
@@ -140,13 +146,18 @@ def run_part(row: int, part: str, task: Task, limit_s: float = LIMIT_S) -> Found
     environment = {**QUIET, **os.environ, "PYTHONPATH": paths}
     process = subprocess.Popen(command + ["--quick"] * task.quick, cwd=ROOT, env=environment, start_new_session=True)
     peak = worker = 0
+    shared: dict[int, int] = {}
     try:
-        while process.poll() is None:
+        for sample in count():
+            if process.poll() is not None:
+                break
+            if sample % SHARED_EVERY == 0:
+                shared.clear()
             if time.perf_counter() - began > limit_s:
                 raise PartError(f"{part} took more than {limit_s:g} s")
             with suppress(subprocess.TimeoutExpired):
                 process.wait(SAMPLE_EVERY_S)
-            now, worker_now = tree_memory(process.pid)
+            now, worker_now = tree_memory(process.pid, shared)
             peak, worker = max(peak, now), max(worker, worker_now)
     finally:
         if process.returncode is None:  # too late, or interrupted

@@ -133,13 +133,13 @@ def test_memory_is_that_of_a_process_and_its_children_at_their_peaks(then):
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdout.readline()
-        total, worker = tree_memory(process.pid)
+        total, worker = tree_memory(process.pid, {})
         process.stdin.write(b"\n")
         process.stdin.close()
         process.wait()
     assert 300 << 20 < total < 500 << 20
     assert worker == 0
-    assert tree_memory(process.pid) == (0, 0)
+    assert tree_memory(process.pid, {}) == (0, 0)
 
 
 def test_what_processes_share_is_counted_once():
@@ -149,7 +149,7 @@ def test_what_processes_share_is_counted_once():
         assert process.stdout is not None
         for _ in range(2):
             process.stdout.readline()
-        total, _ = tree_memory(process.pid)
+        total, _ = tree_memory(process.pid, {})
         process.stdin.close()
         process.wait()
     assert 300 << 20 < total < 400 << 20
