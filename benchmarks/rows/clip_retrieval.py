@@ -1,6 +1,9 @@
 """Row 4: embedding as clip-retrieval does it, in an environment of its own.
 
-    python -m venv runs/clip-retrieval && runs/clip-retrieval/bin/pip install clip-retrieval
+    python -m venv runs/clip-retrieval
+    runs/clip-retrieval/bin/pip install clip-retrieval && runs/clip-retrieval/bin/pip install 'setuptools<70'
+
+The second, against what torch asks for, because the `clip` that it brings imports a part of older ones.
 
 Another place of its Python can be named in CLIP_RETRIEVAL_PYTHON.
 """
