@@ -27,9 +27,10 @@ WORK = ROOT / "runs" / "benchmarks"
 
 def run_row(row: Row, repeats: int, quick: bool, work: Path) -> results.Result:
     """Prepares, runs the sides in turn, looks at what they left, and judges."""
+    at = results.commit()  # before: it may go on meanwhile
     command = f"python -m benchmarks {row.number} --repeats {repeats}" + " --quick" * quick
     if lacking := row.lacking():
-        return results.result(row, {}, {}, [Check("", f"not measured: {lacking}", None)], command, quick)
+        return results.result(row, {}, {}, [Check("", f"not measured: {lacking}", None)], command, quick, at)
     data = work / "data"
     if not (data / "ready").exists():
         shutil.rmtree(work, ignore_errors=True)
@@ -45,7 +46,7 @@ def run_row(row: Row, repeats: int, quick: bool, work: Path) -> results.Result:
             print(f"row {row.number}, {name}, {repeat + 1} of {repeats}: {found[-1]['seconds']:.3f} s", file=sys.stderr)
     (work / "runs.json").write_text(json.dumps(runs))  # what took long stays if what follows fails
     afterwards = run_part(row.number, AFTER, Task(data, work, quick)) if row.after else {}
-    return results.result(row, runs, afterwards, row.checks(runs, afterwards), command, quick)
+    return results.result(row, runs, afterwards, row.checks(runs, afterwards), command, quick, at)
 
 
 def main() -> None:
@@ -82,6 +83,9 @@ def main() -> None:
             print(f"benchmarks: row {number} failed", file=sys.stderr)
             failed = True
             continue
+        except BaseException:  # interrupted
+            shutil.rmtree(work, ignore_errors=True)
+            raise
         if not args.keep:
             shutil.rmtree(work, ignore_errors=True)
         if args.json:  # after each row: a later one may fail

@@ -158,6 +158,9 @@ def run_part(row: int, part: str, task: Task, limit_s: float = LIMIT_S) -> Found
             with suppress(subprocess.TimeoutExpired):
                 process.wait(SAMPLE_EVERY_S)
             now, worker_now = tree_memory(process.pid, shared)
+            if now > peak or worker_now > worker:  # with what is shared by now
+                shared.clear()
+                now, worker_now = tree_memory(process.pid, shared)
             peak, worker = max(peak, now), max(worker, worker_now)
     finally:
         if process.returncode is None:  # too late, or interrupted

@@ -45,12 +45,16 @@ def gpu() -> str | None:
 
 
 def commit() -> str | None:
-    """That of the checkout, short; None without git."""
+    """That of the checkout, short, with `+` if the code is another; None without git."""
+    changed = ["status", "--porcelain", "-uno", "--", "../pds_ray", "*.py"]
     try:
-        asked = ["git", "rev-parse", "--short", "HEAD"]
-        return subprocess.run(asked, capture_output=True, text=True, check=True, cwd=FOLDER).stdout.strip()
+        told, others = (
+            subprocess.run(["git", *asked], capture_output=True, text=True, check=True, cwd=FOLDER).stdout.strip()
+            for asked in (["rev-parse", "--short", "HEAD"], changed)
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
+    return told + "+" * bool(others)
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -58,8 +62,10 @@ def spread(values: list[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
 
 
-def result(row: Row, runs: Runs, afterwards: Found, checks: list[Check], command: str, quick: bool) -> Result:
-    """A row as JSON."""
+def result(
+    row: Row, runs: Runs, afterwards: Found, checks: list[Check], command: str, quick: bool, at: str | None = None
+) -> Result:
+    """A row as JSON; `at` is the commit that was measured."""
     sides = {
         name: {
             **{measure: spread([one[measure] for one in found]) for measure in MEASURES},
@@ -74,7 +80,7 @@ def result(row: Row, runs: Runs, afterwards: Found, checks: list[Check], command
         "notes": row.notes,
         "command": command,
         "quick": quick,
-        "commit": commit(),
+        "commit": at,
         "machine": machine(),
         "versions": versions(),
         "sides": sides,

@@ -15,7 +15,7 @@ import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -40,6 +40,7 @@ from pds_ray.artifacts import (
 )
 from pds_ray.config import ClusterConfig, RayConfig, RunConfig, replace
 from pds_ray.decoders.base import DecodeBatch, DecoderInfo
+from pds_ray.distributed import keeping_memory
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import first_line, without_secrets
 from pds_ray.manifest import versions
@@ -113,7 +114,8 @@ def bench(config: RunConfig) -> dict[str, Any]:
         sources = {JPEG: _source_figures(jpegs, info, config)}
         sources |= {without_secrets(uri): _source_figures(catalog.make_source(uri), info, config) for uri in uris}
         bar.update()
-        figures = _in_a_process(_model_figures, info, decoder, jpegs, config)
+        with _environment({} if _gpus() else keeping_memory()):  # as the engine's workers have it
+            figures = _in_a_process(_model_figures, info, decoder, jpegs, config)
         bar.update()
         figures |= _stage_figures(Folder(folder), info.dim, config)
         figures["commit"] = _one_after_the_other(figures.pop("around_encoder"), figures.pop("store"))
@@ -171,6 +173,21 @@ def _in_a_process(function: Callable[..., Result], *args: Any) -> Result:
     """Called where nothing was imported or started before, and of which nothing stays on a GPU."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *args).result()
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """What processes that are started in here begin with."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _machine(config: RunConfig) -> dict[str, Any]:

@@ -28,16 +28,22 @@ TOLERANCE = 5e-3  # of a unit vector: they normalise before they round to float1
 
 def lacking() -> str:
     there = "import importlib.util, sys; sys.exit(not importlib.util.find_spec('clip_retrieval'))"
-    if PYTHON.exists() and subprocess.run([str(PYTHON), "-c", there], check=False).returncode == 0:
+    if PYTHON.exists() and subprocess.run([str(PYTHON), "-c", there], check=False, env=_environment()).returncode == 0:
         return ""
     return f"clip-retrieval has no environment here; {__name__} says how to make one"
+
+
+def _environment() -> dict[str, str]:
+    """This one without our packages."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def _versions() -> dict[str, str]:
     """Of its environment."""
     packages = ("clip-retrieval", "torch", "open-clip-torch", "webdataset")
     ask = f"import importlib.metadata as m, json; print(json.dumps({{name: m.version(name) for name in {packages}}}))"
-    told = subprocess.run([str(PYTHON), "-c", ask], check=True, capture_output=True, text=True).stdout
+    command = [str(PYTHON), "-c", ask]
+    told = subprocess.run(command, check=True, capture_output=True, text=True, env=_environment()).stdout
     return dict(json.loads(told))
 
 
@@ -64,11 +70,10 @@ def theirs(task: Task) -> Found:
         "use_jit": False,
     }
     command = [str(PYTHON), "-m", "clip_retrieval.cli", "inference"]
-    without_ours = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run(
         command + [f"--{name}={value}" for name, value in options.items()],
         check=True,
-        env=without_ours,
+        env=_environment(),
         stdout=subprocess.DEVNULL,
     )
     stats = json.loads((out / "stats" / "0.json").read_text())

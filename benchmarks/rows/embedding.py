@@ -146,8 +146,12 @@ def checks(runs: Runs, afterwards: Found) -> list[Check]:
     least = median(runs[BASELINE]) / (median(runs[OURS]) + reading)
     tuning = ", ".join(f"{name} {value}" for name, value in runs[BASELINE][0]["tuning"].items())
     return [
-        Check("0.95 of the loop's speed", f"{share:.3f} ({rates[BASELINE]} and {rates[OURS]} images/s)", share >= 0.95),
-        Check("", f"{least:.3f} with all reading added to ours ({reading:.1f} s in one process)", None),
+        Check(
+            "0.95 of the loop's speed, with all reading added to ours",
+            f"{least:.3f} ({reading:.1f} s for reading in one process)",
+            least >= 0.95,
+        ),
+        Check("", f"{share:.3f} without it ({rates[BASELINE]} and {rates[OURS]} images/s)", None),
         Check("", f"the loop's {tuning}", None),
         Check("the same embeddings", f"{pairs[0]} and {pairs[1]} pairs, {afterwards['apart']:.0e} apart", same),
     ]
@@ -156,7 +160,7 @@ def checks(runs: Runs, afterwards: Found) -> list[Check]:
 ROW = Row(
     3,
     "embedding 512 real pictures and all their captions, ViT-B-32 at 224 px",
-    "a bare loop: webdataset, DataLoader, open_clip; batch size and threads chosen by trial, captions cut as ours are",
+    "a bare loop: webdataset, DataLoader, open_clip; batch size and readers chosen by trial, captions cut as ours are",
     {BASELINE: theirs, OURS: ours},
     checks,
     prepare,

@@ -99,6 +99,7 @@ def overhead(task: Task) -> Found:
 
     config = replace(RunConfig(), {"ray.object_store_gib": 0.5})
     grid = _grid(task)
+    _seconds_without_ray(f"{task.data}/0/*.tar", describe(), config, task.out / "alone-first")
     alone = [
         _seconds_without_ray(f"{task.data}/{number}/*.tar", describe(), config, task.out / f"alone-{number}")
         for number in range(len(grid))

@@ -29,7 +29,7 @@ import psutil
 import ray
 
 from pds_ray.config import Actors, ConfigError, RayConfig
-from pds_ray.distributed import DATA, DRIVER, MACHINES_LOST, NODES, TASK_RETRIES, metrics
+from pds_ray.distributed import DATA, DRIVER, MACHINES_LOST, NODES, TASK_RETRIES, keeping_memory, metrics
 from pds_ray.errors import UserError, first_line
 from pds_ray.progress import waiting_for
 
@@ -78,7 +78,7 @@ class Pool:
         """What an actor takes, as arguments of Ray."""
         return {
             "num_cpus": self.num_cpus,
-            **({"num_gpus": self.num_gpus} if self.num_gpus else {}),
+            **({"num_gpus": self.num_gpus} if self.num_gpus else {"runtime_env": {"env_vars": keeping_memory()}}),
             **({"resources": self.resources} if self.resources else {}),
         }
 
@@ -93,8 +93,8 @@ def start(config: RayConfig, run: str = "") -> dict[str, Any]:
     address = config.address or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    for name, value in ON_CPUS.items():
-        os.environ.setdefault(name, value)
+    # threads of a model that wait for each other must not spin while readers and decoders want the same cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not ray.is_initialized():
         with _muffled(), _own_signals():
             _connect(address) if address else _start_local(config)
@@ -110,14 +110,6 @@ def start(config: RayConfig, run: str = "") -> dict[str, Any]:
     }
 
 
-ON_CPUS = {  # what the processes of a local Ray begin with
-    # threads of a model that wait for each other must not spin while readers and decoders want the same cores
-    "OMP_WAIT_POLICY": "PASSIVE",
-    # memory that a model gives back is kept for its next batch (glibc): the kernel would clear it anew each time
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(256 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
-}
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 

@@ -311,10 +311,26 @@ def test_an_address_without_a_cluster_is_told_at_once() -> None:
 def test_a_model_has_no_more_threads_than_cores(monkeypatch, cores, threads):
     import torch
 
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     before = torch.get_num_threads()
     try:
         runtime.use_model_threads()
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_model_on_cpus_keeps_its_memory():
+    actors = runtime.pool(Actors(1, 1, None, {}), on_gpu=False)
+    found = ray.get(runtime.start_model(actors, lambda: dict(os.environ)))
+    kept = distributed.keeping_memory()
+    assert kept.items() <= found.items()
+    assert not kept.keys() & os.environ.keys()
+
+
+@pytest.mark.parametrize(
+    ("library", "kept"), [("glibc 2.36", True), ("glibc 2.35", False), ("glibc 3.0", True), (None, False)]
+)
+def test_memory_is_kept_where_the_library_is_known_to_do_it(monkeypatch, library, kept):
+    monkeypatch.setattr(os, "confstr", lambda _: library)
+    assert bool(distributed.keeping_memory()) == kept
