@@ -85,7 +85,7 @@ def median(found: list[Found], name: str = "seconds") -> float:
     return statistics.median(one[name] for one in found)
 
 
-def spread(found: list[Found], name: str, digits: int) -> str:
+def median_and_range(found: list[Found], name: str, digits: int) -> str:
     """MEDIAN (MIN to MAX)."""
     values = [one[name] for one in found]
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"

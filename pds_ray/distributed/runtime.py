@@ -76,9 +76,11 @@ class Pool:
 
     def options(self) -> dict[str, Any]:
         """What an actor takes, as arguments of Ray."""
+        kept = {} if self.num_gpus else keeping_memory()
         return {
             "num_cpus": self.num_cpus,
-            **({"num_gpus": self.num_gpus} if self.num_gpus else {"runtime_env": {"env_vars": keeping_memory()}}),
+            **({"num_gpus": self.num_gpus} if self.num_gpus else {}),
+            **({"runtime_env": {"env_vars": kept}} if kept else {}),
             **({"resources": self.resources} if self.resources else {}),
         }
 

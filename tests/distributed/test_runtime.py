@@ -334,3 +334,5 @@ def test_a_model_on_cpus_keeps_its_memory():
 def test_memory_is_kept_where_the_library_is_known_to_do_it(monkeypatch, library, kept):
     monkeypatch.setattr(os, "confstr", lambda _: library)
     assert bool(distributed.keeping_memory()) == kept
+    actors = runtime.pool(Actors(1, 1, None, {}), on_gpu=False)
+    assert ("runtime_env" in actors.options()) == kept
