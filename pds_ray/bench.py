@@ -274,12 +274,11 @@ def _encoder_figures(info: EncoderInfo, source: Source, config: RunConfig) -> di
     """Encoding at the best of a few batch sizes, and the work around it, without the commit."""
     import torch
 
-    from pds_ray.distributed.runtime import use_model_threads
+    from pds_ray.distributed.runtime import load_model
 
-    use_model_threads()
     per = "GPU" if torch.cuda.is_available() else "core"
     began = time.perf_counter()
-    encoder = catalog.load_encoder(info, config.embed.precision)
+    encoder = load_model(catalog.load_encoder, info, config.embed.precision)
     loaded = time.perf_counter() - began
     side = info.preprocess.size
     block = embedding.decode_block(_first_block(source)[1], info.preprocess, config.read)
@@ -325,9 +324,11 @@ def _decoder_figures(info: DecoderInfo, source: Source, config: RunConfig) -> di
         return {}
     import torch
 
+    from pds_ray.distributed.runtime import load_model
+
     per = "GPU" if torch.cuda.is_available() else "core"
     began = time.perf_counter()
-    decoder = catalog.load_decoder(info, config.decode, source)
+    decoder = load_model(catalog.load_decoder, info, config.decode, source)
     loaded = time.perf_counter() - began
     count = config.decode.batch_size if per == "GPU" else min(config.decode.batch_size, FEW)
     vectors = np.random.default_rng(0).standard_normal((count, info.dim), np.float32)

@@ -22,10 +22,10 @@ from pds_ray.storage import side_by_side
 
 
 def _embed(pairs: int, info: EncoderInfo, config: EmbedConfig, run: RunFolder) -> np.ndarray:
-    runtime.use_model_threads()
+    encoder = runtime.load_model(catalog.load_encoder, info, config.precision)
     files = side_by_side(run.images.read_bytes, map(run.image_name, range(pairs)))
     pictures = (Image.open(io.BytesIO(file)) for file in files)
-    return embed_pictures(pictures, catalog.load_encoder(info, config.precision), info.preprocess, config.batch_size)
+    return embed_pictures(pictures, encoder, info.preprocess, config.batch_size)
 
 
 def caption(

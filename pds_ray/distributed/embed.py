@@ -31,7 +31,7 @@ from pds_ray import catalog, log
 from pds_ray.artifacts import EmbeddingStore
 from pds_ray.config import ConfigError, EmbedConfig, RayConfig, ReadConfig, RunConfig
 from pds_ray.distributed import metrics, runtime
-from pds_ray.encoders.base import Encoder, EncoderInfo
+from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import UserError, first_line
 from pds_ray.progress import QUIET_S, progress_bar, waiting_for
 from pds_ray.sources.base import Shard, Source, SourceError
@@ -111,11 +111,6 @@ def _decode(block: pa.Table, info: EncoderInfo, read: ReadConfig, seconds: float
         return _problem(_fault(error), error)
 
 
-def _load(info: EncoderInfo, precision: str) -> Encoder:
-    runtime.use_model_threads()
-    return catalog.load_encoder(info, precision)
-
-
 class EmbedWorker:
     """Loads the encoder once; embeds blocks and writes what they give.
 
@@ -126,7 +121,7 @@ class EmbedWorker:
 
     def __init__(self, info: EncoderInfo, config: EmbedConfig, store: EmbeddingStore) -> None:
         self.size = info.preprocess.size
-        self.encoder = _load(info, config.precision)
+        self.encoder = runtime.load_model(catalog.load_encoder, info, config.precision)
         self.config = config
         self.store = store
         self.encoding = threading.Lock()
@@ -444,7 +439,7 @@ def _again(shards: list[Shard], work: _Work, under_way: runtime.UnderWay) -> Ite
 def _embed_alone(shard: Shard, work: _Work, under_way: runtime.UnderWay) -> dict[str, Any] | str:
     """Embeds and commits a shard in a child process; returns its counts, or why it cannot be read."""
     under_way.begin(shard.name)
-    load = partial(_load, work.info, work.config.precision)
+    load = partial(runtime.load_model, catalog.load_encoder, work.info, work.config.precision)
     limits = Limits(work.ray.sample_timeout_s, min(MAX_GROWTH_BYTES, psutil.virtual_memory().available // 2))
     try:
         tables = embed_isolated(work.source, shard, work.info, load, work.read, work.config, limits)

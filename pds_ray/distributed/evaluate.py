@@ -292,8 +292,7 @@ def _try_backbone(trial: core.Trial, workers: int) -> None:
 
 
 def _encode(info: EncoderInfo | TextEncoderInfo, captions: list[str]) -> np.ndarray:
-    runtime.use_model_threads()
-    return core.encode(catalog.load_text_encoder(info, "fp32"), captions)
+    return core.encode(runtime.load_model(catalog.load_text_encoder, info, "fp32"), captions)
 
 
 def _lanes(trials: list[core.Trial], count: int) -> list[list[core.Trial]]:

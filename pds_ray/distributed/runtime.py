@@ -7,6 +7,7 @@ them into one operator; on a machine without a GPU the encoder takes half of the
 from __future__ import annotations
 
 import faulthandler
+import gc
 import logging
 import math
 import os
@@ -34,6 +35,7 @@ from pds_ray.errors import UserError, first_line
 from pds_ray.progress import waiting_for
 
 Result = TypeVar("Result")
+Model = TypeVar("Model")
 
 READ_CPUS, DECODE_CPUS, SMALL_TASK_CPUS = 0.5, 0.25, 1.0
 CPUS_A_WORKER = 8  # of a cluster without GPUs, or a node's if those have fewer, for each actor and what feeds it
@@ -97,11 +99,12 @@ def start(config: RayConfig, run: str = "") -> dict[str, Any]:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     # threads of a model that wait for each other must not spin while readers and decoders want the same cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not ray.is_initialized():
-        with _muffled(), _own_signals():
-            _connect(address) if address else _start_local(config)
-    metrics.of_run(run)
-    _set_data_options()
+    with _importing():
+        if not ray.is_initialized():
+            with _muffled(), _own_signals():
+                _connect(address) if address else _start_local(config)
+        metrics.of_run(run)
+        _set_data_options()
     resources = ray.cluster_resources()
     return {
         "address": address or "local",
@@ -438,15 +441,29 @@ def _run_kmeans(function: Callable[..., Result], parts: Sequence[tuple[ray.Objec
     return ray.get(remote.remote(cpus, function, parts, *args))
 
 
-def use_model_threads() -> None:
-    """Gives torch MODEL_THREADS threads, or as many as this process may use cores if those are fewer.
+def load_model(load: Callable[..., Model], *args: Any) -> Model:
+    """`load(*args)`, with MODEL_THREADS threads for torch, or as many as this process may use cores if those are fewer.
 
     With more than that, kernels wait for threads that have no core to run on: a ViT-B-32 takes tens of times as long.
     """
-    import torch
+    with _importing():
+        import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(min(MODEL_THREADS, cores))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(min(MODEL_THREADS, cores))
+        return load(*args)
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Nothing is collected meanwhile: what imports make lives on, and to look through it is a fifth of their time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def start_model(actors: Pool, function: Callable[..., Any], *args: Any) -> ray.ObjectRef:

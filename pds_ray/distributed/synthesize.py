@@ -26,8 +26,9 @@ class SynthesizeWorker:
         self, info: DecoderInfo, config: RunConfig, source: Source, run: RunFolder, under_way: runtime.UnderWay
     ) -> None:
         if info.dim is not None:  # a decoder that takes embeddings is a model
-            runtime.use_model_threads()
-        self.decoder = catalog.load_decoder(info, config.decode, source)
+            self.decoder = runtime.load_model(catalog.load_decoder, info, config.decode, source)
+        else:
+            self.decoder = catalog.load_decoder(info, config.decode, source)
         self.config = config
         self.run = run
         self.under_way = under_way

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -314,10 +315,18 @@ def test_a_model_has_no_more_threads_than_cores(monkeypatch, cores, threads):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     before = torch.get_num_threads()
     try:
-        runtime.use_model_threads()
-        assert torch.get_num_threads() == threads
+        assert runtime.load_model(lambda model: (model, torch.get_num_threads()), "model") == ("model", threads)
     finally:
         torch.set_num_threads(before)
+
+
+def test_garbage_is_collected_again_when_a_model_is_loaded_or_cannot_be():
+    assert gc.isenabled()
+    assert not runtime.load_model(gc.isenabled)
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError):
+        runtime.load_model(divmod, 1, 0)
+    assert gc.isenabled()
 
 
 def test_a_model_on_cpus_keeps_its_memory():
