@@ -8,6 +8,7 @@ number (a model that diverged) ranks last. Scores are float32 products, which ma
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -24,7 +25,12 @@ def recalls(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor) -> dic
     """
     if len(torch.unique(owner)) != len(image):
         raise ValueError("every image of a gallery needs a caption")
-    ranks = {"tr": image_ranks(image, text, owner), "ir": caption_ranks(image, text, owner)}
+    if len(image) * len(text) <= BLOCK_ELEMENTS:  # one product serves both directions
+        scores = _scores(image, text)
+        by_image, by_caption = iter([scores]), iter([scores.T])
+    else:
+        by_image, by_caption = _blocks(image, text), _blocks(text, image)
+    ranks = {"tr": image_ranks(by_image, owner), "ir": caption_ranks(by_caption, owner)}
     found = {
         f"{direction}@{k}": 100.0 * (rank < k).double().mean().item()
         for direction, rank in ranks.items()
@@ -33,33 +39,40 @@ def recalls(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor) -> dic
     return {**found, "r_mean": sum(found.values()) / len(found)}
 
 
-def image_ranks(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
-    """Rank of the best caption of each image among all captions, from 0. int64 [n]."""
+def image_ranks(blocks: Iterator[torch.Tensor], owner: torch.Tensor) -> torch.Tensor:
+    """Rank of the best caption of each image among all captions, from 0. int64 [n].
+
+    `blocks`: the scores of the images in order, float32 [b, m] each.
+    """
     ranks = []
-    step = max(1, BLOCK_ELEMENTS // len(text))
     by_image = owner.argsort(stable=True)  # captions of image 0, of image 1, ..., each in their order
-    counts = owner.bincount(minlength=len(image))
+    counts = owner.bincount()
     starts = counts.cumsum(0) - counts
-    for start in range(0, len(image), step):
-        scores = _scores(image[start : start + step], text)
-        begin, last = starts[start : start + step, None], counts[start : start + step, None] - 1
+    done = 0
+    for scores in blocks:
+        mine = slice(done, done + len(scores))
+        begin, last = starts[mine, None], counts[mine, None] - 1
         # as wide as the most captions of an image here, so never wider than the scores; fewer: the last one repeated
         captions = by_image[begin + torch.arange(int(last.max()) + 1, device=owner.device).minimum(last)]
         own = scores.gather(1, captions)
         best = own.max(dim=1, keepdim=True).values
-        first = captions.masked_fill(own < best, len(text)).min(dim=1, keepdim=True).values
+        first = captions.masked_fill(own < best, len(owner)).min(dim=1, keepdim=True).values
         ranks.append(_ranks(scores, best, first))
+        done = mine.stop
     return torch.cat(ranks)
 
 
-def caption_ranks(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
-    """Rank of each caption's image among all images, from 0. int64 [m]."""
-    ranks = []
-    step = max(1, BLOCK_ELEMENTS // len(image))
-    for start in range(0, len(text), step):
-        scores = _scores(text[start : start + step], image)
-        mine = owner[start : start + step, None]
+def caption_ranks(blocks: Iterator[torch.Tensor], owner: torch.Tensor) -> torch.Tensor:
+    """Rank of each caption's image among all images, from 0. int64 [m].
+
+    `blocks`: the scores of the captions in order, float32 [b, n] each.
+    """
+    ranks: list[torch.Tensor] = []
+    done = 0
+    for scores in blocks:
+        mine = owner[done : done + len(scores), None]
         ranks.append(_ranks(scores, scores.gather(1, mine), mine))
+        done += len(scores)
     return torch.cat(ranks)
 
 
@@ -74,6 +87,12 @@ def _ranks(scores: torch.Tensor, best: torch.Tensor, place: torch.Tensor) -> tor
     earlier = torch.arange(scores.shape[1], device=scores.device) < place[tied]
     ranks[tied] += count((scores[tied] == best[tied]) & earlier)
     return ranks.long()
+
+
+def _blocks(queries: torch.Tensor, gallery: torch.Tensor) -> Iterator[torch.Tensor]:
+    step = max(1, BLOCK_ELEMENTS // len(gallery))
+    for start in range(0, len(queries), step):
+        yield _scores(queries[start : start + step], gallery)
 
 
 def _scores(queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:

@@ -128,6 +128,19 @@ def test_the_gallery_of_coco_fits():
     assert (sum(rows["images"]), sum(rows["captions"])) == (5000, 25010)
 
 
+def test_a_gallery_of_one_block_takes_one_product():
+    rng = np.random.default_rng(4)
+    image = torch.from_numpy(rng.normal(size=(30, 8)).astype(np.float32))
+    text = image + 2 * torch.from_numpy(rng.normal(size=(30, 8)).astype(np.float32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "BLOCK_ELEMENTS", 900)
+        whole = _rows_at_once(image, text, torch.arange(30))
+        patch.setattr(retrieval, "BLOCK_ELEMENTS", 899)
+        parts = _rows_at_once(image, text, torch.arange(30))
+    assert sum(len(products) for products in whole.values()) == 1
+    assert sum(len(products) for products in parts.values()) > 2
+
+
 def test_an_image_of_very_many_captions_widens_no_block_beyond_its_scores():
     """2,000 images of one caption and one of 2,000: padded alike they would take 2,001 places each, all at once."""
     rng = np.random.default_rng(3)
