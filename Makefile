@@ -1,4 +1,4 @@
-# make demo   distil the built-in world (about five minutes after installation, two cores, no network but for packages)
+# make demo   distil the built-in world (one to two minutes after installation, two cores, no network but for packages)
 # make test   lint, types and tests
 # make test-long   the tests that make test leaves out: docs/ word by word, twenty kills, dying nodes
 # make test-faults   all tests of faults, the long ones too (about half an hour)

@@ -6,10 +6,10 @@ import statistics
 from typing import Any
 
 from benchmarks.data import TEST
-from benchmarks.measure import BASELINE, OURS, Check, Found, Row, Runs, Task, at_least
+from benchmarks.measure import BASELINE, OURS, Check, Found, Row, Runs, Task, at_least, median
 
 ARCHITECTURE, SIDE = "vit_tiny_patch16_224", 128
-CUTOFFS = (1, 5, 10)
+LEARNT = 5  # times the r_mean of chance
 TOLERANCE = 0.2
 """Points of r_mean, which as a maximum over epochs hardly moves. Features of other batches differ in their last bits:
 where that makes another epoch the best, single recalls move by points."""
@@ -94,19 +94,24 @@ def checks(runs: Runs, _: Found) -> list[Check]:
     means = [statistics.mean(one["r_mean"] for one in side) for side in both]
     told = f"{means[0]:.2f} and {means[1]:.2f}, of a seed {apart:.2f} apart at most, a single recall {single:.2f}"
     wanted = f"the same r_mean of every seed, within {TOLERANCE:g} points"
-    chance = 100 * statistics.mean(k / runs[OURS][0]["images"] for k in CUTOFFS)  # in both directions, nearly
-    learnt = Check(f"far above chance, {chance:.2f}", f"{means[1] / chance:.0f} times", means[1] > 5 * chance)
-    return [at_least(runs, 10), Check(wanted, told, apart <= TOLERANCE), learnt]
+    chance = 100 * statistics.mean(k / runs[OURS][0]["images"] for k in (1, 5, 10))  # in both directions, nearly
+    times = means[1] / chance
+    return [
+        at_least(runs, 10),
+        Check(wanted, told, apart <= TOLERANCE),
+        Check(f"r_mean {LEARNT} times that of chance, {chance:.2f}", f"{times:.1f} times", times >= LEARNT),
+        Check("", f"the trials of ours by themselves: {median(runs[OURS], 'trials_s'):.0f} s in all", None),
+    ]
 
 
 ROW = Row(
     7,
-    "evaluation of one set of 100 pairs on 1,000 images, 5 seeds, frozen ViT-Ti at 128 px, protocol paper",
+    "evaluation of one set of 100 pairs on 1,000 images, 5 seeds, frozen ViT-Ti of random weights at 128 px, protocol "
+    "paper",
     "authors' procedure: features recomputed in every epoch, every query sorted",
     {BASELINE: theirs, OURS: ours},
     checks,
     prepare,
-    notes="Whole processes, with the start of Python and of Ray. 128 px: at the 224 px of the protocol a repeat of the "
-    "baseline would take three times as long, by an estimate, most of it the backbone, which ours uses once: the "
-    "factor would be larger.",
+    notes="Whole processes, with the start of Python and of Ray. 128 px: 224 px, as the protocol has them, are three "
+    "times the patches, for both; most of the baseline's time is the backbone, which ours uses once a row of trials.",
 )

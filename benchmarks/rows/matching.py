@@ -233,8 +233,7 @@ ROW = Row(
     prepare,
     after,
     "Embeddings read from disk, cosines and clusters given; ours on a local Ray whose workers are up. Both look for "
-    f"the captions nearest to {CLUSTERS} prototypes among all, {2e-9 * CLUSTERS * PAIRS * DIM:.0f} GFLOP, which bounds "
-    "the factor. "
-    "Ours does more: it finds the nearest pictures, too (timed by itself, once more), and some members of each couple. "
+    f"the captions nearest to {CLUSTERS} prototypes among all, {2e-9 * CLUSTERS * PAIRS * DIM:.0f} GFLOP. Ours "
+    "does more: it finds the nearest pictures, too (timed by itself, once more), and some members of each couple. "
     "Memory is that of all processes, Ray's own included.",
 )

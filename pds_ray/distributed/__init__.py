@@ -34,7 +34,10 @@ TRAIN: dict[str, tuple[str, str]] = {
         "0.2",
         "the end of a row of trials is noticed at the next look; by default of 2 s",
     ),
-    "TRAIN_ENABLE_PREEMPTION_WATCHER": ("0", "a process more a row of trials, which goes on from its states anyway"),
+    "TRAIN_ENABLE_PREEMPTION_WATCHER": (
+        "0",
+        "a process more a row of trials, whose states are saved by the clock, not at a notice",
+    ),
     "TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": ("600", "a worker that is silent for so long is taken for dead"),
     "TRAIN_WORKER_GROUP_START_TIMEOUT_S": ("60", "without room for its workers in this time a row of trials asks anew"),
 }

@@ -31,6 +31,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pds_ray import catalog
+from pds_ray.backbones.base import BackboneInfo
 from pds_ray.captions import CLEANERS
 from pds_ray.config import ConfigError, EvaluateConfig
 from pds_ray.distributed import runtime
@@ -288,7 +289,12 @@ def _count(rows: np.ndarray) -> int:
 
 def _try_backbone(trial: core.Trial, workers: int) -> None:
     """Finds weights that cannot be had or do not fit, and backbones that workers cannot share."""
-    core.check_shared(trial, catalog.build_backbone(trial.backbone, trial.image_size), workers)
+    core.check_shared(trial, _build_backbone(trial.backbone, trial.image_size), workers)
+
+
+def _build_backbone(info: BackboneInfo, image_size: int) -> torch.nn.Module:
+    with runtime.without_collections():
+        return catalog.build_backbone(info, image_size)
 
 
 def _encode(info: EncoderInfo | TextEncoderInfo, captions: list[str]) -> np.ndarray:
@@ -355,15 +361,17 @@ def _run_lane(
                 trainer.fit()
                 return
             except ray.exceptions.RayActorError as error:  # Ray Train's own process
-                before, now = progress(), before
-                deaths = runtime.Deaths() if before != now else deaths
+                now = progress()
+                deaths = runtime.Deaths() if now != before else deaths
+                before = now
                 if not deaths.survived(error):
                     raise
                 _release(groups, trials)
             except ray.train.TrainingFailedError:
-                before, now = progress(), before
-                if before == now:
+                now = progress()
+                if now == before:
                     raise
+                before = now
 
 
 def _hash(states: Folder, name: str) -> str:
@@ -401,7 +409,7 @@ def _train_lane(config: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             found = core.run_trial(
                 trial,
-                catalog.build_backbone,
+                _build_backbone,
                 _pairs(data, trial),
                 val,
                 test,

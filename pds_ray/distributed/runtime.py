@@ -99,7 +99,7 @@ def start(config: RayConfig, run: str = "") -> dict[str, Any]:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     # threads of a model that wait for each other must not spin while readers and decoders want the same cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with _importing():
+    with without_collections():
         if not ray.is_initialized():
             with _muffled(), _own_signals():
                 _connect(address) if address else _start_local(config)
@@ -149,10 +149,12 @@ def _own_signals() -> Iterator[None]:
         yield
         return
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        if handler is not None:  # None: not set from Python
-            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:  # None: not set from Python
+                signal.signal(number, handler)
 
 
 @contextmanager
@@ -442,11 +444,11 @@ def _run_kmeans(function: Callable[..., Result], parts: Sequence[tuple[ray.Objec
 
 
 def load_model(load: Callable[..., Model], *args: Any) -> Model:
-    """`load(*args)`, with MODEL_THREADS threads for torch, or as many as this process may use cores if those are fewer.
+    """Gives torch MODEL_THREADS threads from here on, fewer if this process may use fewer cores; then `load(*args)`.
 
     With more than that, kernels wait for threads that have no core to run on: a ViT-B-32 takes tens of times as long.
     """
-    with _importing():
+    with without_collections():
         import torch
 
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -455,8 +457,8 @@ def load_model(load: Callable[..., Model], *args: Any) -> Model:
 
 
 @contextmanager
-def _importing() -> Iterator[None]:
-    """Nothing is collected meanwhile: what imports make lives on, and to look through it is a fifth of their time."""
+def without_collections() -> Iterator[None]:
+    """For large imports: what they make lives on, and looking through it for garbage again and again takes time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -25,10 +26,9 @@ class SynthesizeWorker:
     def __init__(
         self, info: DecoderInfo, config: RunConfig, source: Source, run: RunFolder, under_way: runtime.UnderWay
     ) -> None:
-        if info.dim is not None:  # a decoder that takes embeddings is a model
-            self.decoder = runtime.load_model(catalog.load_decoder, info, config.decode, source)
-        else:
-            self.decoder = catalog.load_decoder(info, config.decode, source)
+        is_model = info.dim is not None  # it takes embeddings
+        load = partial(runtime.load_model, catalog.load_decoder) if is_model else catalog.load_decoder
+        self.decoder = load(info, config.decode, source)
         self.config = config
         self.run = run
         self.under_way = under_way

@@ -8,7 +8,7 @@ number (a model that diverged) ranks last. Scores are float32 products, which ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -25,12 +25,14 @@ def recalls(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor) -> dic
     """
     if len(torch.unique(owner)) != len(image):
         raise ValueError("every image of a gallery needs a caption")
+    by_image: Iterable[torch.Tensor]
+    by_caption: Iterable[torch.Tensor]
     if len(image) * len(text) <= BLOCK_ELEMENTS:  # one product serves both directions
         scores = _scores(image, text)
-        by_image, by_caption = iter([scores]), iter([scores.T])
+        by_image, by_caption = [scores], [scores.T]
     else:
         by_image, by_caption = _blocks(image, text), _blocks(text, image)
-    ranks = {"tr": image_ranks(by_image, owner), "ir": caption_ranks(by_caption, owner)}
+    ranks = {"tr": _image_ranks(by_image, owner), "ir": _caption_ranks(by_caption, owner)}
     found = {
         f"{direction}@{k}": 100.0 * (rank < k).double().mean().item()
         for direction, rank in ranks.items()
@@ -39,33 +41,32 @@ def recalls(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor) -> dic
     return {**found, "r_mean": sum(found.values()) / len(found)}
 
 
-def image_ranks(blocks: Iterator[torch.Tensor], owner: torch.Tensor) -> torch.Tensor:
+def _image_ranks(blocks: Iterable[torch.Tensor], owner: torch.Tensor) -> torch.Tensor:
     """Rank of the best caption of each image among all captions, from 0. int64 [n].
 
-    `blocks`: the scores of the images in order, float32 [b, m] each.
+    `blocks`: the scores of the images in order, float32 [b, m] each; `owner` names every image.
     """
-    ranks = []
+    ranks: list[torch.Tensor] = []
     by_image = owner.argsort(stable=True)  # captions of image 0, of image 1, ..., each in their order
     counts = owner.bincount()
     starts = counts.cumsum(0) - counts
     done = 0
     for scores in blocks:
-        mine = slice(done, done + len(scores))
-        begin, last = starts[mine, None], counts[mine, None] - 1
+        begin, last = starts[done : done + len(scores), None], counts[done : done + len(scores), None] - 1
         # as wide as the most captions of an image here, so never wider than the scores; fewer: the last one repeated
         captions = by_image[begin + torch.arange(int(last.max()) + 1, device=owner.device).minimum(last)]
         own = scores.gather(1, captions)
         best = own.max(dim=1, keepdim=True).values
         first = captions.masked_fill(own < best, len(owner)).min(dim=1, keepdim=True).values
         ranks.append(_ranks(scores, best, first))
-        done = mine.stop
+        done += len(scores)
     return torch.cat(ranks)
 
 
-def caption_ranks(blocks: Iterator[torch.Tensor], owner: torch.Tensor) -> torch.Tensor:
+def _caption_ranks(blocks: Iterable[torch.Tensor], owner: torch.Tensor) -> torch.Tensor:
     """Rank of each caption's image among all images, from 0. int64 [m].
 
-    `blocks`: the scores of the captions in order, float32 [b, n] each.
+    `blocks`: the scores of the captions in order, float32 [b, n] each; `owner` names every image.
     """
     ranks: list[torch.Tensor] = []
     done = 0

@@ -320,13 +320,22 @@ def test_a_model_has_no_more_threads_than_cores(monkeypatch, cores, threads):
         torch.set_num_threads(before)
 
 
-def test_garbage_is_collected_again_when_a_model_is_loaded_or_cannot_be():
-    assert gc.isenabled()
-    assert not runtime.load_model(gc.isenabled)
-    assert gc.isenabled()
-    with pytest.raises(ZeroDivisionError):
-        runtime.load_model(divmod, 1, 0)
-    assert gc.isenabled()
+@pytest.mark.parametrize("collecting", [True, False])
+def test_garbage_is_collected_as_before_when_a_model_is_loaded_or_cannot_be(collecting):
+    import torch
+
+    threads = torch.get_num_threads()
+    if not collecting:
+        gc.disable()
+    try:
+        assert not runtime.load_model(gc.isenabled)
+        assert gc.isenabled() == collecting
+        with pytest.raises(ZeroDivisionError):
+            runtime.load_model(divmod, 1, 0)
+        assert gc.isenabled() == collecting
+    finally:
+        gc.enable()
+        torch.set_num_threads(threads)
 
 
 def test_a_model_on_cpus_keeps_its_memory():
