@@ -17,8 +17,8 @@ from itertools import islice
 from pathlib import Path
 
 from benchmarks.data import real_samples, save_random_clip, write_shards
-from benchmarks.measure import BASELINE, OURS, ROOT, Check, Found, Row, Runs, Task, at_least
-from benchmarks.rows.embedding import apart, embed_with_engine, stored
+from benchmarks.measure import BASELINE, OURS, ROOT, Check, Found, Row, Runs, Task, factor, median
+from benchmarks.rows.embedding import apart, embed_with_engine, reading_seconds, stored
 
 PYTHON = Path(os.environ.get("CLIP_RETRIEVAL_PYTHON", ROOT / "runs" / "clip-retrieval" / "bin" / "python"))
 MODEL = "ViT-B-32"
@@ -106,14 +106,21 @@ def after(task: Task) -> Found:
     for name, unit in zip(("img", "text"), map(normalized, stored(mine)), strict=True):
         other = np.load(theirs_ / f"{name}_emb" / f"{name}_emb_0.npy")
         found[name] = apart(unit, other[order].astype(np.float32))
-    return found
+    return {**found, "reading_s": reading_seconds(task)}
 
 
 def checks(runs: Runs, afterwards: Found) -> list[Check]:
     far = max(afterwards["img"], afterwards["text"])
     packages = ", ".join(f"{name} {version}" for name, version in runs[BASELINE][0]["versions"].items())
+    reading = afterwards["reading_s"]
+    least = median(runs[BASELINE]) / (median(runs[OURS]) + reading)
     return [
-        at_least(runs, 1.5),
+        Check(
+            "1.5x faster, with all reading added to ours",
+            f"{least:.2f}x ({reading:.1f} s for reading in one process)",
+            least >= 1.5,
+        ),
+        Check("", f"{factor(runs):.2f}x without it", None),
         Check("", packages, None),
         Check("the same embeddings", f"{far:.0e} apart", far < TOLERANCE),
     ]
@@ -127,7 +134,7 @@ ROW = Row(
     checks,
     prepare,
     after,
-    "Theirs by its own statistics, with its own batch size: from when the model is loaded to when all is embedded, the "
-    "last files not yet written. Ours from when the model is loaded to the end of the stage; it has read by then.",
+    "Theirs by its own statistics, with its own batch size, captions not cut: from when the model is loaded to when all is "
+    "embedded, the last files not yet written. Ours from when the model is loaded to the end of the stage; it has read by then.",
     lacking,
 )

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.data import write_shards
-from benchmarks.measure import Found
+from benchmarks.measure import BASELINE, OURS, Found
 from benchmarks.null_encoder import describe
-from benchmarks.rows import startup, workers
+from benchmarks.rows import clip_retrieval, evaluation, startup, workers
 from pds_ray.artifacts import EmbeddingStore
 from pds_ray.config import RunConfig
 from pds_ray.storage import Folder
@@ -62,3 +62,23 @@ def test_a_start_is_judged(seconds: float, reached: bool):
     first = {"seconds": seconds, "cpu_s": 15.0, "processes": 14}
     runs = {"help": [{"seconds": 0.2, "heavy": ["numpy"]}], "show": [{"seconds": 0.5}], "first image": [first]}
     assert reached in [check.reached for check in startup.checks(runs, {}) if "first work" in check.wanted]
+
+
+@pytest.mark.parametrize(
+    ("reading_s", "apart", "reached"), [(1.9, 1e-4, [True, None, None, True]), (2.1, 1.0, [False, None, None, False])]
+)
+def test_reading_counts_against_us(reading_s: float, apart: float, reached: list[bool | None]):
+    runs = {BASELINE: [{"seconds": 30.0, "versions": {}}], OURS: [{"seconds": 18.0}]}
+    found = clip_retrieval.checks(runs, {"img": apart, "text": 0.0, "reading_s": reading_s})
+    assert [check.reached for check in found] == reached
+
+
+@pytest.mark.parametrize(
+    ("seconds", "r_mean", "gap", "reached"),
+    [(9.9, 2.7, 0.1, [True, True, True, None]), (10.1, 2.6, 0.3, [False, False, False, None])],
+)
+def test_an_evaluation_is_judged(seconds: float, r_mean: float, gap: float, reached: list[bool | None]):
+    """Of 1,000 pictures chance finds (0.1 + 0.5 + 1) / 3 percent."""
+    ours = {"seconds": seconds, "recalls": [{"r_mean": r_mean}], "images": 1000, "trials_s": 5.0}
+    runs = {BASELINE: [{"seconds": 100.0, "recalls": [{"r_mean": r_mean + gap}]}], OURS: [ours]}
+    assert [check.reached for check in evaluation.checks(runs, {})] == reached
