@@ -134,7 +134,8 @@ ROW = Row(
     checks,
     prepare,
     after,
-    "Theirs by its own statistics, with its own batch size, captions not cut: from when the model is loaded to when all is "
-    "embedded, the last files not yet written. Ours from when the model is loaded to the end of the stage; it has read by then.",
+    "Theirs by its own statistics, with its own batch size, captions not cut: from when the model is loaded to when "
+    "all is embedded, the last files not yet written. Ours from when the model is loaded to the end of the stage; it "
+    "has read by then.",
     lacking,
 )
