@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -187,34 +188,40 @@ def run_trial(
 ) -> dict[str, Any]:
     """Trains and measures; returns {"epoch", "score", "recalls"}. `build` makes the backbone.
 
-    A frozen backbone sees each picture once; `features` keeps what a pretrained one gave, for later trials.
+    A frozen backbone sees each picture once; `features` keeps what a pretrained one gave, for later trials, which do
+    without it.
     """
-    workers = workers or Workers()
-    torch.manual_seed(trial.seed)
-    backbone = build(trial.backbone, trial.image_size)
-    check_shared(trial, backbone, workers.count)
-    width = feature_width(backbone, trial.image_size)
+    team = workers or Workers()
     pixels = pixels_of(trial)
     part = trial.protocol.train
-    kept: torch.nn.Module | None = backbone
+    kept: torch.nn.Module | None = None
+
+    @cache
+    def backbone() -> torch.nn.Module:
+        torch.manual_seed(trial.seed)
+        built = build(trial.backbone, trial.image_size)
+        check_shared(trial, built, team.count)
+        return built
+
     if part in ("text_head", "heads"):
         known = features if features is not None and trial.backbone.pretrained else {}
-        backbone.eval().to(device)
 
         def frozen(images: torch.Tensor, *name: str) -> torch.Tensor:
             key = (trial.backbone.identity, str(trial.image_size), trial.protocol.normalization, *name)
             if key not in known:
-                known[key] = embed_images(backbone, images, pixels, device, workers).cpu()
+                known[key] = embed_images(backbone().eval().to(device), images, pixels, device, team).cpu()
             return known[key]
 
         pairs = TrainingPairs(frozen(pairs.images, "set", trial.label), pairs.text)
         rule = trial.text.cleaning  # it decides which pictures have a caption
         val = val and Gallery(frozen(val.images, "val", rule), val.text, val.owner)
         test = Gallery(frozen(test.images, "test", rule), test.text, test.owner)
-        kept = None
+        width = pairs.images.shape[1]
+    else:
+        kept, width = backbone(), feature_width(backbone(), trial.image_size)
     torch.manual_seed(trial.seed + (1 << 32))  # the heads start alike whatever the backbone drew
     model = TwoTowers(kept, width, pairs.text.shape[1], image_head=part in ("heads", "all"))
-    return train(model, pairs, val, test, pixels, trial.protocol, trial.seed, device, workers, resume, report)
+    return train(model, pairs, val, test, pixels, trial.protocol, trial.seed, device, team, resume, report)
 
 
 @torch.no_grad()
