@@ -17,8 +17,8 @@ from itertools import islice
 from pathlib import Path
 
 from benchmarks.data import real_samples, save_random_clip, write_shards
-from benchmarks.measure import BASELINE, OURS, ROOT, Check, Found, Row, Runs, Task, factor, median
-from benchmarks.rows.embedding import apart, embed_with_engine, reading_seconds, stored
+from benchmarks.measure import BASELINE, OURS, ROOT, Check, Found, Row, Runs, Task, factor
+from benchmarks.rows.embedding import apart, embed_with_engine, factor_with_reading, reading_seconds, stored
 
 PYTHON = Path(os.environ.get("CLIP_RETRIEVAL_PYTHON", ROOT / "runs" / "clip-retrieval" / "bin" / "python"))
 MODEL = "ViT-B-32"
@@ -113,7 +113,7 @@ def checks(runs: Runs, afterwards: Found) -> list[Check]:
     far = max(afterwards["img"], afterwards["text"])
     packages = ", ".join(f"{name} {version}" for name, version in runs[BASELINE][0]["versions"].items())
     reading = afterwards["reading_s"]
-    least = median(runs[BASELINE]) / (median(runs[OURS]) + reading)
+    least = factor_with_reading(runs, reading)
     return [
         Check(
             "1.5x faster, with all reading added to ours",

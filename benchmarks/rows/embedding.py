@@ -137,13 +137,18 @@ def reading_seconds(task: Task) -> float:
     return time.perf_counter() - began
 
 
+def factor_with_reading(runs: Runs, reading_s: float) -> float:
+    """How many times less ours takes, with `reading_s` added: it may have read all before its seconds begin."""
+    return median(runs[BASELINE]) / (median(runs[OURS]) + reading_s)
+
+
 def checks(runs: Runs, afterwards: Found) -> list[Check]:
     share = factor(runs)
     pairs = [runs[side][0]["pairs"] for side in (BASELINE, OURS)]
     same = pairs[0] == pairs[1] and afterwards["apart"] < TOLERANCE
     rates = {side: f"{found[0]['images'] / median(found):.2f}" for side, found in runs.items()}
     reading = afterwards["reading_s"]
-    least = median(runs[BASELINE]) / (median(runs[OURS]) + reading)
+    least = factor_with_reading(runs, reading)
     tuning = ", ".join(f"{name} {value}" for name, value in runs[BASELINE][0]["tuning"].items())
     return [
         Check(
