@@ -99,15 +99,21 @@ def cluster() -> Iterator[Cluster]:
         "RAY_raylet_start_wait_time_s": "120",
     }
     head = ["--head", "--port", str(gcs), "--dashboard-port", str(jobs), "--metrics-export-port", str(metrics),
-            "--num-cpus", "0", "--temp-dir", str(logs)]  # fmt: skip
+            "--num-cpus", "0"]  # fmt: skip
     worker = ["--address", f"127.0.0.1:{gcs}", "--num-cpus", "2"]
     nodes: list[subprocess.Popen] = []
     running = Cluster(f"http://127.0.0.1:{jobs}", f"http://127.0.0.1:{metrics}/metrics", environment)
 
     def start(*args: str) -> None:
-        """One after the other: a node must be up within a time."""
-        with (logs / f"node{len(nodes)}.log").open("w+") as log:
-            ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
+        """One after the other: a node must be up within a time.
+
+        Each has a folder of its own, as on machines of their own: a node that sets up a job's files
+        removes those it finds, be they in use by another node's processes.
+        """
+        own = logs / str(len(nodes))
+        own.mkdir()
+        with (own / "node.log").open("w+") as log:
+            ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--temp-dir", str(own)]
             whole = [*ray, "--object-store-memory", "120000000", *args]
             nodes.append(subprocess.Popen(whole, env=environment, stdout=log, stderr=log, start_new_session=True))
             deadline = time.monotonic() + 180
