@@ -302,8 +302,7 @@ def _embed(
     arrived = {shard.name: _Progress() for shard in todo}
     totals, limits = core.sum_counts([reused]), work.ray
     finished, problems = shards - len(todo), dict[str, str]()
-    under_way = runtime.UnderWay()
-    with progress_bar("embed", None, "images", reused["images"]) as bar:
+    with runtime.UnderWay() as under_way, progress_bar("embed", None, "images", reused["images"]) as bar:
         waiting_for(lambda: under_way.describe({name for name, shard in arrived.items() if shard.ended}))
 
         def show(state: str = "") -> None:

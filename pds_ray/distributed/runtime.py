@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import json
 import logging
 import math
 import os
@@ -17,10 +18,11 @@ import socket
 import sys
 import threading
 import time
+import uuid
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -28,6 +30,7 @@ from typing import Any, TypeVar
 
 import psutil
 import ray
+from ray.experimental import internal_kv
 
 from pds_ray.config import Actors, ConfigError, RayConfig
 from pds_ray.distributed import DATA, DRIVER, MACHINES_LOST, NODES, TASK_RETRIES, keeping_memory, metrics
@@ -303,36 +306,42 @@ def time_limit(seconds: float) -> Iterator[Callable[[], None]]:
 
 
 class UnderWay:
-    """Which items are being worked on and since when: workers tell, the watchdog asks. Pickles."""
+    """Which items are being worked on and since when: workers tell, the watchdog asks. Pickles.
+
+    They tell the cluster's own store of keys, because an actor would be a process more, and lost with its node. What
+    was told is forgotten at the end of the `with` block.
+    """
+
+    _NAMESPACE = "pds_ray"
 
     def __init__(self) -> None:
-        self._board: Any = ray.remote(_Board).options(num_cpus=0, max_restarts=-1).remote()
+        self._prefix = f"under_way/{uuid.uuid4().hex}/"
+
+    def __enter__(self) -> UnderWay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(ray.exceptions.RayError):  # a cluster that is gone has forgotten it
+            internal_kv._internal_kv_del(self._prefix, del_by_prefix=True, namespace=self._NAMESPACE)
 
     def begin(self, name: str) -> None:
         """Work on `name` begins here and now."""
-        self._board.begin.remote(name, ray.get_runtime_context().get_node_id()[:8])
+        told = json.dumps([time.time(), ray.get_runtime_context().get_node_id()[:8]])
+        internal_kv._internal_kv_put(self._prefix + name, told, namespace=self._NAMESPACE)
 
     def describe(self, ended: set[str]) -> str:
-        """The three items begun first of those that have not `ended`, for a person."""
+        """The three items begun first of those that have not `ended`, for a person. Clocks of nodes may differ."""
+        now, begun = time.time(), []
         try:
-            begun = ray.get(self._board.begun.remote(), timeout=5)
-        except (ray.exceptions.RayError, TimeoutError) as error:
+            for key in internal_kv._internal_kv_list(self._prefix, namespace=self._NAMESPACE):
+                name = key.decode().removeprefix(self._prefix)
+                told = None if name in ended else internal_kv._internal_kv_get(key, namespace=self._NAMESPACE)
+                if told:  # else forgotten since
+                    since, node = json.loads(told)
+                    begun.append((since, f"{name} (for {max(0.0, now - since):.0f} s, on node {node})"))
+        except ray.exceptions.RayError as error:
             return f"unknown ({type(error).__name__})"
-        open_ = sorted((-seconds, name, node) for name, (seconds, node) in begun.items() if name not in ended)
-        return ", ".join(f"{name} (for {-age:.0f} s, on node {node})" for age, name, node in open_[:3]) or "none"
-
-
-class _Board:
-    def __init__(self) -> None:
-        self._begun: dict[str, tuple[float, str]] = {}
-
-    def begin(self, name: str, node: str) -> None:
-        self._begun[name] = (time.monotonic(), node)
-
-    def begun(self) -> dict[str, tuple[float, str]]:
-        """Seconds ago, and where."""
-        now = time.monotonic()
-        return {name: (now - began, node) for name, (began, node) in self._begun.items()}
+        return ", ".join(text for _, text in sorted(begun)[:3]) or "none"
 
 
 def pool(wish: Actors, on_gpu: bool = True) -> Pool:

@@ -92,18 +92,18 @@ def synthesize(source: Source, info: DecoderInfo, config: RunConfig, run: RunFol
     found = sum(run.image_name(pair) in there for pair in range(pairs))
     made, decoders = 0, metrics.ActorTime("decode")
     if todo:
-        under_way, ended = runtime.UnderWay(), set[str]()
-        dataset = ray.data.from_items(
-            [{"start": chunk.start, "stop": chunk.stop} for chunk in todo], override_num_blocks=len(todo)
-        ).map_batches(
-            SynthesizeWorker,
-            fn_constructor_args=(info, config, source, run, under_way),
-            batch_size=1,
-            batch_format="pyarrow",
-            **runtime.actor_options(_actors(info, config)),
-        )
-        with progress_bar("decode", pairs, "images", found) as bar:
+        ended = set[str]()
+        with runtime.UnderWay() as under_way, progress_bar("decode", pairs, "images", found) as bar:
             waiting_for(lambda: under_way.describe(ended))
+            dataset = ray.data.from_items(
+                [{"start": chunk.start, "stop": chunk.stop} for chunk in todo], override_num_blocks=len(todo)
+            ).map_batches(
+                SynthesizeWorker,
+                fn_constructor_args=(info, config, source, run, under_way),
+                batch_size=1,
+                batch_format="pyarrow",
+                **runtime.actor_options(_actors(info, config)),
+            )
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
                 for row in pa.table(batch).to_pylist():
                     made += row["written"]

@@ -268,13 +268,17 @@ def test_the_watchdog_names_what_is_waited_for(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_who_begins_something_is_told_until_it_ends() -> None:
-    under_way = runtime.UnderWay()
     here = ray.get_runtime_context().get_node_id()[:8]
-    under_way.begin("a")
-    under_way.begin("b")
-    assert re.fullmatch(rf"a \(for \d+ s, on node {here}\), b \(.*\)", under_way.describe(set()))
-    assert under_way.describe({"a"}).startswith("b ")
-    assert under_way.describe({"a", "b"}) == "none"
+    with runtime.UnderWay() as under_way, runtime.UnderWay() as another:
+        another.begin("of another")
+        for name in ("b", "a/é"):  # told by other processes
+            ray.get(ray.remote(lambda told=name: under_way.begin(told)).remote())
+        assert re.fullmatch(rf"b \(for \d+ s, on node {here}\), a/é \(.*\)", under_way.describe(set()))
+        under_way.begin("b")  # once more, as after a death
+        assert under_way.describe(set()).startswith("a/é ")
+        assert under_way.describe({"a/é"}).startswith("b ")
+        assert under_way.describe({"a/é", "b"}) == "none"
+    assert under_way.describe(set()) == "none"
 
 
 def test_results_come_in_the_order_of_the_items() -> None:
