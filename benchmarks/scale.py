@@ -35,7 +35,7 @@ import psutil
 import pyarrow as pa
 
 from benchmarks.measure import GIB, peak_rss
-from pds_ray.artifacts import ERROR_SCHEMA, EmbeddingStore, RunFolder, caption_schema, image_schema, vector_array
+from pds_ray.artifacts import ERROR_SCHEMA, EmbeddingStore, RunFolder, caption_schema, embedding_array, image_schema
 from pds_ray.config import ClusterConfig, RayConfig, RunConfig
 from pds_ray.stages.embed import cosine
 from pds_ray.storage import Folder
@@ -71,13 +71,13 @@ def shard_tables(number: int, rows: int, seed: int) -> tuple[pa.Table, pa.Table]
     )
     keys = [f"{row:07d}" for row in range(rows)]
     size = np.full(rows, 256, np.int32)
-    images = {"key": keys, "index": np.arange(rows, dtype=np.int32), "embedding": vector_array(image, "float16")}
+    images = {"key": keys, "index": np.arange(rows, dtype=np.int32), "embedding": embedding_array(image, "float16")}
     captions = {
         "key": keys,
         "image_row": np.arange(rows, dtype=np.int32),
         "caption_index": np.zeros(rows, np.int32),
         "caption": [f"caption {row} of shard {number}" for row in range(rows)],
-        "embedding": vector_array(text, "float16"),
+        "embedding": embedding_array(text, "float16"),
         "similarity": cosine(image.astype(np.float32), text.astype(np.float32)).astype(np.float32),
     }
     return (

@@ -7,8 +7,8 @@ N images, M captions (one pair per caption), d embedding width, K clusters, B di
 | `run.json` | | | configuration, versions, stage status, counts, timings (see manifest.py) |
 | `shards.parquet` | shards | name, location (str), size (int64, null: not known), version (str) | the shards that the run began with, in order |
 | `embeddings/store` | | | JSON: what the embeddings were made from; guards reuse (no shard can take its name) |
-| `embeddings/S.images.parquet` | images of shard S | key (str), index (int32), embedding (f16/f32 [d]), width, height (int32) | raw, un-normalised CLIP image projections; index is the place in the shard |
-| `embeddings/S.captions.parquet` | pairs of shard S | key, image_row (int32), caption_index (int32), caption (str), embedding [d], similarity (f32) | image_row points into S.images; similarity is the cosine to that image |
+| `embeddings/S.images.parquet` | images of shard S | key (str), index (int32), embedding (bytes of f16/f32 [d], see `embedding_field`), width, height (int32) | raw, un-normalised CLIP image projections; index is the place in the shard |
+| `embeddings/S.captions.parquet` | pairs of shard S | key, image_row (int32), caption_index (int32), caption (str), embedding (as there), similarity (f32) | image_row points into S.images; similarity is the cosine to that image |
 | `embeddings/S.errors.parquet` | bad samples | key, reason, detail (str) | reason is one of sources.base.REASONS |
 | `embeddings/S.json` | | | commit marker, written last: fingerprint, counts, SHA-256 of the three files |
 | `pruning/S.keep.parquet` | pairs of S | kept (bool) | in the row order of S.captions |
@@ -43,7 +43,7 @@ from pds_ray.config import PRECISIONS
 from pds_ray.errors import first_line
 from pds_ray.storage import Folder, StorageError, is_remote, side_by_side
 
-STORE_SCHEMA_VERSION = 2  # 2: captions are embedded in contexts of their length
+STORE_SCHEMA_VERSION = 3  # 2: captions are embedded in contexts of their length; 3: embeddings as bytes
 MODALITIES = ("image", "text")
 MARKER_FIELDS = {  # what a commit marker says besides its fingerprint
     "shard": str,
@@ -81,13 +81,21 @@ COUPLE_SCHEMA = pa.schema(
 )
 
 
+def embedding_field(dim: int, dtype: str) -> pa.Field:
+    """A column of embeddings: the d numbers of each as bytes, little-endian; of which `dtype` is in its metadata.
+
+    Parquet reads and writes lists of numbers one by one, and that took longer than all that is done with them.
+    """
+    return pa.field("embedding", pa.binary(dim * np.dtype(dtype).itemsize), nullable=False, metadata={"dtype": dtype})
+
+
 def image_schema(dim: int, dtype: str) -> pa.Schema:
     """Columns of S.images.parquet."""
     return pa.schema(
         [
             ("key", pa.string()),
             ("index", pa.int32()),
-            ("embedding", pa.list_(pa.from_numpy_dtype(dtype), dim)),
+            embedding_field(dim, dtype),
             ("width", pa.int32()),
             ("height", pa.int32()),
         ]
@@ -102,7 +110,7 @@ def caption_schema(dim: int, dtype: str) -> pa.Schema:
             ("image_row", pa.int32()),
             ("caption_index", pa.int32()),
             ("caption", pa.string()),
-            ("embedding", pa.list_(pa.from_numpy_dtype(dtype), dim)),
+            embedding_field(dim, dtype),
             ("similarity", pa.float32()),
         ]
     )
@@ -136,6 +144,27 @@ def prototype_schema(dim: int) -> pa.Schema:
 MEMBER_SAMPLE = 8
 
 
+def embeddings(table: pa.Table) -> np.ndarray:
+    """The embeddings of a table with an `embedding_field`, float32 [rows, d]."""
+    field, column = table.schema.field("embedding"), table.column("embedding")
+    dtype = np.dtype(field.metadata[b"dtype"].decode()).newbyteorder("<")
+    row_bytes = field.type.byte_width
+    found = np.empty((len(column), row_bytes // dtype.itemsize), np.float32)
+    done = 0
+    for chunk in filter(len, column.chunks):
+        data = np.frombuffer(chunk.buffers()[1], dtype, len(chunk) * found.shape[1], chunk.offset * row_bytes)
+        found[done : done + len(chunk)] = data.reshape(len(chunk), -1)
+        done += len(chunk)
+    return found
+
+
+def embedding_array(values: np.ndarray, dtype: str) -> pa.FixedSizeBinaryArray:
+    """[rows, d] as what an `embedding_field` of that `dtype` holds."""
+    data = np.ascontiguousarray(values, dtype=np.dtype(dtype).newbyteorder("<"))
+    rows, dim = data.shape
+    return pa.Array.from_buffers(pa.binary(dim * data.itemsize), rows, [None, pa.py_buffer(data)])
+
+
 def vectors(table: pa.Table, column: str) -> np.ndarray:
     """A fixed-size-list column as float32 [rows, d]."""
     array = table.column(column).combine_chunks()
@@ -145,9 +174,9 @@ def vectors(table: pa.Table, column: str) -> np.ndarray:
     return np.asarray(array.flatten()).reshape(-1, width).astype(np.float32, copy=False)
 
 
-def vector_array(values: np.ndarray, dtype: str) -> pa.FixedSizeListArray:
-    """[rows, d] as a fixed-size-list array of `dtype`."""
-    flat = pa.array(np.ascontiguousarray(values, dtype=dtype).reshape(-1))
+def vector_array(values: np.ndarray) -> pa.FixedSizeListArray:
+    """[rows, d] as a fixed-size-list array of float32."""
+    flat = pa.array(np.ascontiguousarray(values, dtype=np.float32).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 

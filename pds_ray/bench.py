@@ -35,8 +35,8 @@ from pds_ray.artifacts import (
     EmbeddingStore,
     RunFolder,
     caption_schema,
+    embedding_array,
     image_schema,
-    vector_array,
 )
 from pds_ray.config import ClusterConfig, RayConfig, RunConfig, replace
 from pds_ray.decoders.base import DecodeBatch, DecoderInfo
@@ -351,7 +351,7 @@ def _write_store(folder: Folder, dim: int, dtype: str) -> tuple[EmbeddingStore, 
     vectors = rng.standard_normal((2, SHARD_PAIRS, dim), np.float32)
     keys, rows = [f"{row:09d}" for row in range(SHARD_PAIRS)], np.arange(SHARD_PAIRS, dtype=np.int32)
     images = pa.table(
-        {"key": keys, "index": rows, "embedding": vector_array(vectors[0], dtype), "width": rows, "height": rows},
+        {"key": keys, "index": rows, "embedding": embedding_array(vectors[0], dtype), "width": rows, "height": rows},
         schema=image_schema(dim, dtype),
     )
     captions = pa.table(
@@ -360,7 +360,7 @@ def _write_store(folder: Folder, dim: int, dtype: str) -> tuple[EmbeddingStore, 
             "image_row": rows,
             "caption_index": np.zeros_like(rows),
             "caption": [f"a photograph of {row} things that stand beside one another on a table" for row in rows],
-            "embedding": vector_array(vectors[1], dtype),
+            "embedding": embedding_array(vectors[1], dtype),
             "similarity": embedding.cosine(*vectors),
         },
         schema=caption_schema(dim, dtype),

@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import Image
 from synthetic_store import Gathered, make_store
 
-from pds_ray.artifacts import EmbeddingStore, RunFolder, prototype_schema, vector_array
+from pds_ray.artifacts import EmbeddingStore, RunFolder, embeddings, prototype_schema, vector_array
 from pds_ray.config import MatchConfig, RunConfig, to_dict
 from pds_ray.stages import match
 from pds_ray.stages.materialize import write_distilled
@@ -72,7 +72,7 @@ def make_run(
     images, keys, start = [], [], 0
     for shard, size in zip(data.shards, rows, strict=True):
         table = store.images(shard)
-        images.append(np.asarray(table.column("embedding").to_pylist(), np.float32))
+        images.append(embeddings(table))
         keys += [(shard, key) for key in table.column("key").to_pylist()]
         here = store.captions(shard, ["key"]).num_rows
         part = slice(start, start + here)
@@ -147,8 +147,8 @@ def _prototypes(image: np.ndarray, captions: list[str], shared: np.ndarray) -> p
     return pa.table(
         {
             "pair": numbers.astype(np.int32),
-            "image_prototype": vector_array(image, "float32"),
-            "text_prototype": vector_array(image[::-1], "float32"),
+            "image_prototype": vector_array(image),
+            "text_prototype": vector_array(image[::-1]),
             "cosine": np.linspace(0.9, 0.1, count),
             "image_cluster": numbers.astype(np.int32),
             "text_cluster": numbers[::-1].astype(np.int32),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pds_ray.artifacts import ERROR_SCHEMA, EmbeddingStore, caption_schema, image_schema, vector_array
+from pds_ray.artifacts import ERROR_SCHEMA, EmbeddingStore, caption_schema, embedding_array, image_schema
 from pds_ray.stages.embed import cosine, shard_counts
 from pds_ray.storage import Folder
 
@@ -46,7 +46,7 @@ def make_store(folder: Path, rows_per_shard: list[int], seed: int = 0, dim: int 
                 {
                     "key": keys,
                     "index": np.arange(rows, dtype=np.int32),
-                    "embedding": vector_array(image[start : start + rows], "float32"),
+                    "embedding": embedding_array(image[start : start + rows], "float32"),
                     "width": np.full(rows, 8, np.int32),
                     "height": np.full(rows, 8, np.int32),
                 },
@@ -58,7 +58,7 @@ def make_store(folder: Path, rows_per_shard: list[int], seed: int = 0, dim: int 
                     "image_row": (owner[mine] - start).astype(np.int32),
                     "caption_index": np.zeros(len(mine), np.int32),
                     "caption": [f"caption {pair}" for pair in mine],
-                    "embedding": vector_array(text[mine], "float32"),
+                    "embedding": embedding_array(text[mine], "float32"),
                     "similarity": similarity[mine],
                 },
                 schema=caption_schema(dim, "float32"),

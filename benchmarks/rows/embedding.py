@@ -91,14 +91,12 @@ def embed_with_engine(source_uri: str, model: str, folder: Path, captions: str =
 
 def stored(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """The embeddings of a store in its order: images [I, d], captions [N, d], float32."""
-    from pds_ray.artifacts import EmbeddingStore, vectors
+    from pds_ray.artifacts import EmbeddingStore, embeddings
     from pds_ray.storage import Folder
 
     store = EmbeddingStore(Folder(str(folder)))
     shards = sorted(store.committed())
-    both: list[Any] = [
-        [vectors(read(shard), "embedding") for shard in shards] for read in (store.images, store.captions)
-    ]
+    both: list[Any] = [[embeddings(read(shard)) for shard in shards] for read in (store.images, store.captions)]
     return np.concatenate(both[0]), np.concatenate(both[1])
 
 

@@ -33,7 +33,7 @@ def prepare(task: Task) -> Found:
     """The same vectors, rounded to float16, as a store of shards and as the arrays of all pairs; clusters for both."""
     import pyarrow as pa
 
-    from pds_ray.artifacts import ERROR_SCHEMA, EmbeddingStore, caption_schema, image_schema, vector_array
+    from pds_ray.artifacts import ERROR_SCHEMA, EmbeddingStore, caption_schema, embedding_array, image_schema
     from pds_ray.stages.embed import cosine
     from pds_ray.storage import Folder
 
@@ -62,7 +62,7 @@ def prepare(task: Task) -> Found:
         pictures = {
             "key": keys,
             "index": np.arange(stop - start, dtype=np.int32),
-            "embedding": vector_array(mine[0], "float16"),
+            "embedding": embedding_array(mine[0], "float16"),
             "width": side,
             "height": side,
         }
@@ -71,7 +71,7 @@ def prepare(task: Task) -> Found:
             "image_row": rows.astype(np.int32),
             "caption_index": np.zeros(len(rows), np.int32),
             "caption": [f"caption {pair}" for pair in range(first, last)],
-            "embedding": vector_array(mine[1], "float16"),
+            "embedding": embedding_array(mine[1], "float16"),
             "similarity": cosine(mine[0][rows], mine[1]),
         }
         store.commit(

@@ -89,8 +89,8 @@ def theirs(task: Task) -> Found:
     columns = {
         **{name: [value] * count for name, value in UNKNOWN.items()},
         "pair": np.arange(count, dtype=np.int32),
-        "image_prototype": vector_array(found.image, "float32"),
-        "text_prototype": vector_array(found.text, "float32"),
+        "image_prototype": vector_array(found.image),
+        "text_prototype": vector_array(found.text),
         "cosine": pds.pair_similarity(found.image, found.text).astype(np.float64),
         "caption": nearest,
     }

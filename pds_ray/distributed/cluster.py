@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from pds_ray.artifacts import EmbeddingStore, RunFolder, vectors
+from pds_ray.artifacts import EmbeddingStore, RunFolder, embeddings
 from pds_ray.config import RunConfig
 from pds_ray.distributed import runtime
 from pds_ray.progress import progress_bar
@@ -77,9 +77,9 @@ def _vectors(
 ) -> np.ndarray:
     """Some rows of a shard as they are clustered: float32 [rows, d], [rows, 2d] if joint."""
     side = store.images(shard, ["embedding"]) if space == "image" else store.captions(shard, ["embedding"])
-    found = vectors(side, "embedding")[rows]
+    found = embeddings(side)[rows]
     if space == "joint":
-        images = vectors(store.images(shard, ["embedding"]), "embedding")
+        images = embeddings(store.images(shard, ["embedding"]))
         found = core.joined(images[_owner(shard, store)[rows]], found)
     return core.normalized(found) if normalize else found
 

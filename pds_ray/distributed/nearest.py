@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from pds_ray.artifacts import EmbeddingStore, vectors
+from pds_ray.artifacts import EmbeddingStore, embeddings
 from pds_ray.distributed import runtime
 from pds_ray.stages import prototypes as core
 
@@ -24,7 +24,7 @@ def _read(side: Side, shard: str, store: EmbeddingStore, columns: list[str]) -> 
 def _search(group: list[tuple[int, str]], side: Side, store: EmbeddingStore, queries: np.ndarray) -> core.Nearest:
     best = core.no_nearest(len(queries))
     for number, shard in group:
-        rows = vectors(_read(side, shard, store, ["embedding"]), "embedding")
+        rows = embeddings(_read(side, shard, store, ["embedding"]))
         cosine, row = core.nearest_rows(queries, rows)
         core.merge_nearest(best, core.Nearest(cosine, np.full(len(queries), number, np.int32), row))
     return best

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pds_ray.artifacts import EmbeddingStore, RunFolder, prototype_schema, vector_array, vectors
+from pds_ray.artifacts import EmbeddingStore, RunFolder, embeddings, prototype_schema, vector_array
 from pds_ray.config import RunConfig
 from pds_ray.distributed import runtime
 from pds_ray.distributed.nearest import nearest
@@ -18,12 +18,12 @@ from pds_ray.stages import prototypes as core
 def _sums(shard: str, store: EmbeddingStore, run: RunFolder, couples: core.Couples, clusters: int) -> core.Sums:
     captions = store.captions(shard, ["key", "image_row", "embedding"])
     image_rows = captions.column("image_row").to_numpy()
-    images = vectors(store.images(shard, ["embedding"]), "embedding")
+    images = embeddings(store.images(shard, ["embedding"]))
     return core.shard_sums(
         shard,
         captions.column("key").to_pylist(),
         images[image_rows],
-        vectors(captions, "embedding"),
+        embeddings(captions),
         *run.labels(shard),
         couples,
         clusters,
@@ -52,8 +52,8 @@ def make_prototypes(
         pa.table(
             {
                 "pair": np.arange(count, dtype=np.int32),
-                "image_prototype": vector_array(prototypes.image, "float32"),
-                "text_prototype": vector_array(prototypes.text, "float32"),
+                "image_prototype": vector_array(prototypes.image),
+                "text_prototype": vector_array(prototypes.text),
                 "cosine": prototypes.cosine,
                 "image_cluster": couples.image_cluster[of],
                 "text_cluster": couples.text_cluster[of],

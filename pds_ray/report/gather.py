@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pds_ray.artifacts import EmbeddingStore, RunFolder, vectors
+from pds_ray.artifacts import EmbeddingStore, RunFolder, embeddings
 from pds_ray.errors import without_secrets
 from pds_ray.manifest import RunManifest, rate
 from pds_ray.pipeline import COUNTED
@@ -174,12 +174,12 @@ def _look(run: _Run, distilled: DistilledSet | None, nearest: bool, step: Step) 
     text_places = space.sample_places([run.markers[name]["pairs"] for name in shards], SAMPLE, SAMPLE_SEED + 1)
     images, texts, starts = [], [], [0]
     for name, image_rows, text_rows in zip(shards, image_places, text_places, strict=True):
-        table = vectors(run.store.images(name, ["embedding"]), "embedding")
+        table = embeddings(run.store.images(name, ["embedding"]))
         images.append(table[image_rows])
         if shown and nearest:
             space.add_rows(top, prototypes, table)
         starts.append(starts[-1] + len(table))
-        texts.append(vectors(run.store.captions(name, ["embedding"]).take(pa.array(text_rows)), "embedding"))
+        texts.append(embeddings(run.store.captions(name, ["embedding"]).take(pa.array(text_rows))))
         step()
     found = _name_rows(run, shards, starts, top) if shown and nearest else [[] for _ in range(shown)]
     sampled = np.concatenate(images), np.concatenate(texts)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from pds_ray.artifacts import ERROR_SCHEMA, caption_schema, image_schema, vector_array
+from pds_ray.artifacts import ERROR_SCHEMA, caption_schema, embedding_array, image_schema
 from pds_ray.captions import CLEANERS
 from pds_ray.config import EmbedConfig, ReadConfig
 from pds_ray.encoders.base import ROW_MULTIPLE, Encoder, Preprocess
@@ -147,7 +147,7 @@ def embed_block(block: pa.Table, encoder: Encoder, size: int, config: EmbedConfi
         {
             "key": [keys[good[n]] for n in kept],
             "index": pa.array([ordinals[good[n]] for n in kept], pa.int32()),
-            "embedding": vector_array(stored_images[kept], config.store_dtype),
+            "embedding": embedding_array(stored_images[kept], config.store_dtype),
             "width": pa.array([block.column("width")[good[n]].as_py() for n in kept], pa.int32()),
             "height": pa.array([block.column("height")[good[n]].as_py() for n in kept], pa.int32()),
         },
@@ -161,7 +161,7 @@ def embed_block(block: pa.Table, encoder: Encoder, size: int, config: EmbedConfi
             "image_row": new_row[owner[pair_kept]].astype(np.int32),
             "caption_index": pa.array([place[m] for m in pair_kept], pa.int32()),
             "caption": [flat[m] for m in pair_kept],
-            "embedding": vector_array(stored_captions[pair_kept], config.store_dtype),
+            "embedding": embedding_array(stored_captions[pair_kept], config.store_dtype),
             "similarity": similarity,
         },
         schema=caption_schema(encoder.dim, config.store_dtype),

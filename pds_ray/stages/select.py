@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from pds_ray.artifacts import EmbeddingStore, prototype_schema, vector_array, vectors
+from pds_ray.artifacts import EmbeddingStore, embeddings, prototype_schema, vector_array
 from pds_ray.selectors.base import Candidates
 from pds_ray.stages.cluster import normalized
 
@@ -31,11 +31,11 @@ def load_candidates(shards: list[str], store: EmbeddingStore, dim: int) -> Candi
     )
     image = pair = 0
     for shard in shards:
-        pictures = normalized(vectors(store.images(shard, ["embedding"]), "embedding"))
+        pictures = normalized(embeddings(store.images(shard, ["embedding"])))
         captions = store.captions(shard, ["image_row", "embedding", "similarity"])
         rows = slice(pair, pair + captions.num_rows)
         all_.image[image : image + len(pictures)] = pictures
-        all_.text[rows] = normalized(vectors(captions, "embedding"))
+        all_.text[rows] = normalized(embeddings(captions))
         all_.owner[rows] = captions.column("image_row").to_numpy().astype(np.int64) + image
         all_.similarity[rows] = captions.column("similarity").to_numpy()
         image, pair = image + len(pictures), rows.stop
@@ -59,14 +59,14 @@ def chosen_pairs(shard: str, places: np.ndarray, rows: np.ndarray, store: Embedd
     """Rows of prototypes.parquet for the pairs that were chosen of a shard, numbered by their places."""
     captions = store.captions(shard).take(rows)
     images = store.images(shard, ["embedding"]).take(captions.column("image_row"))
-    image, text = vectors(images, "embedding"), vectors(captions, "embedding")
+    image, text = embeddings(images), embeddings(captions)
     keys = captions.column("key").to_pylist()
     count = len(rows)
     return pa.table(
         {
             "pair": places.astype(np.int32),
-            "image_prototype": vector_array(image, "float32"),
-            "text_prototype": vector_array(text, "float32"),
+            "image_prototype": vector_array(image),
+            "text_prototype": vector_array(text),
             "cosine": captions.column("similarity").to_numpy().astype(np.float64),
             "image_cluster": np.full(count, -1, np.int32),
             "text_cluster": np.full(count, -1, np.int32),

@@ -30,7 +30,7 @@ def test_pictures_are_made_once_and_remade_alike(run_folder: RunFolder) -> None:
     }
     columns |= {
         "pair": pa.array(range(count), pa.int32()),
-        "image_prototype": vector_array(np.ones((count, 4)), "float32"),
+        "image_prototype": vector_array(np.ones((count, 4))),
         "caption": pa.array(["x"] * count),
         "nearest_shard": pa.array([shard for shard, _ in wanted]),
         "nearest_key": pa.array([key for _, key in wanted]),

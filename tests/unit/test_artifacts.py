@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pds_ray import artifacts
-from pds_ray.artifacts import EmbeddingStore, RunFolder, vector_array, vectors
+from pds_ray.artifacts import EmbeddingStore, RunFolder, embedding_array, embeddings, vector_array, vectors
 from pds_ray.storage import Folder
 
 
@@ -26,30 +28,60 @@ from pds_ray.storage import Folder
     st.integers(0, 30),
     st.integers(0, 10**6),
 )
-def test_vectors_come_back(rows, dim, dtype, start, length, seed):
-    values = np.random.default_rng(seed).standard_normal((rows, dim)).astype(np.float32)
-    array = vector_array(values, dtype)
-    assert array.type == pa.list_(pa.from_numpy_dtype(dtype), dim)
-    stored = values.astype(dtype).astype(np.float32)
-    table = pa.table({"v": array})
-    assert vectors(table, "v").dtype == np.float32
-    np.testing.assert_array_equal(vectors(table, "v"), stored)
-    np.testing.assert_array_equal(vectors(table.slice(start, length), "v"), stored[start : start + length])
-    twice = pa.concat_tables([table.slice(start), table])
-    np.testing.assert_array_equal(vectors(twice, "v"), np.concatenate([stored[start:], stored]))
+def test_embeddings_come_back(rows, dim, dtype, start, length, seed):
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal((rows, dim)).astype(np.float32)
+    stored, names = values.astype(dtype).astype(np.float32), [f"k{row}" for row in range(rows)]
+    schema = pa.schema([("key", pa.string()), artifacts.embedding_field(dim, dtype)])
+    table = pa.table({"key": names, "embedding": embedding_array(values, dtype)}, schema=schema)
+    file = pa.BufferOutputStream()
+    pq.write_table(table, file, row_group_size=7)
+    for each in (table, pq.read_table(pa.BufferReader(file.getvalue()))):
+        assert embeddings(each).dtype == np.float32
+        np.testing.assert_array_equal(embeddings(each), stored)
+        np.testing.assert_array_equal(embeddings(each.slice(start, length)), stored[start : start + length])
+        twice = pa.concat_tables([each.slice(start), each.select(["embedding", "key"]).select(["key", "embedding"])])
+        np.testing.assert_array_equal(embeddings(twice), np.concatenate([stored[start:], stored]))
+        np.testing.assert_array_equal(embeddings(twice.combine_chunks()), embeddings(twice))
+        some = rng.integers(0, rows, length if rows else 0)
+        np.testing.assert_array_equal(embeddings(each.take(pa.array(some, pa.int64()))), stored[some])
+
+
+def test_embeddings_are_little_endian_numbers_one_after_the_other():
+    (found,) = embedding_array(np.array([[1.0, -2.5, 65504.0]]), "float16").to_pylist()
+    assert found == struct.pack("<3e", 1.0, -2.5, 65504.0)
+    (found,) = embedding_array(np.array([[1.0, 1e30]]), "float32").to_pylist()
+    assert found == struct.pack("<2f", 1.0, 1e30)
 
 
 def test_no_rows_keep_the_width():
     schema = artifacts.image_schema(7, "float16")
-    assert vectors(schema.empty_table(), "embedding").shape == (0, 7)
-    assert vectors(pa.concat_tables([schema.empty_table()] * 2), "embedding").shape == (0, 7)
-    nothing = pa.Table.from_batches([], schema=schema)
-    assert vectors(nothing, "embedding").shape == (0, 7)
+    assert embeddings(schema.empty_table()).shape == (0, 7)
+    assert embeddings(pa.concat_tables([schema.empty_table()] * 2)).shape == (0, 7)
+    assert embeddings(pa.Table.from_batches([], schema=schema)).shape == (0, 7)
+    prototypes = artifacts.prototype_schema(7)
+    assert vectors(prototypes.empty_table(), "image_prototype").shape == (0, 7)
+    assert vectors(pa.Table.from_batches([], schema=prototypes), "image_prototype").shape == (0, 7)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 30), st.integers(1, 9), st.integers(0, 30), st.integers(0, 30), st.integers(0, 10**6))
+def test_vectors_come_back(rows, dim, start, length, seed):
+    values = np.random.default_rng(seed).standard_normal((rows, dim)).astype(np.float32)
+    table = pa.table({"v": vector_array(values)})
+    assert table.schema.field("v").type == pa.list_(pa.float32(), dim)
+    np.testing.assert_array_equal(vectors(table, "v"), values)
+    np.testing.assert_array_equal(vectors(table.slice(start, length), "v"), values[start : start + length])
+    twice = pa.concat_tables([table.slice(start), table])
+    np.testing.assert_array_equal(vectors(twice, "v"), np.concatenate([values[start:], values]))
 
 
 @pytest.mark.parametrize("values", [np.zeros((3, 8))[:, ::2], np.zeros((4, 3)).T, np.arange(12.0).reshape(3, 4)[::-1]])
 def test_views_are_taken_as_they_look(values):
-    np.testing.assert_array_equal(vectors(pa.table({"v": vector_array(values, "float32")}), "v"), values)
+    np.testing.assert_array_equal(vectors(pa.table({"v": vector_array(values)}), "v"), values)
+    schema = pa.schema([artifacts.embedding_field(values.shape[1], "float32")])
+    table = pa.table({"embedding": embedding_array(values, "float32")}, schema=schema)
+    np.testing.assert_array_equal(embeddings(table), values)
 
 
 def tables(dim=3, dtype="float16", rows=4):
@@ -60,7 +92,7 @@ def tables(dim=3, dtype="float16", rows=4):
         {
             "key": keys,
             "index": numbers,
-            "embedding": vector_array(embedding, dtype),
+            "embedding": embedding_array(embedding, dtype),
             "width": numbers,
             "height": numbers,
         },
@@ -72,7 +104,7 @@ def tables(dim=3, dtype="float16", rows=4):
             "image_row": numbers,
             "caption_index": numbers,
             "caption": ["", "ü|\n", "x" * 3000, "a"][:rows],
-            "embedding": vector_array(-embedding, dtype),
+            "embedding": embedding_array(-embedding, dtype),
             "similarity": embedding[:, 0].astype(np.float32),
         },
         schema=artifacts.caption_schema(dim, dtype),
@@ -230,7 +262,7 @@ def test_couples_and_prototypes(run):
     run.save_couples(couples)
     assert run.couples().equals(couples)
     schema = artifacts.prototype_schema(3)
-    vector = vector_array(np.arange(3.0)[None], "float32")
+    vector = vector_array(np.arange(3.0)[None])
     values = {field.name: ["x"] if field.type == pa.string() else [1] for field in schema}
     values |= {"image_prototype": vector, "text_prototype": vector, "members": [["s/a", "s/b"]]}
     prototypes = pa.table(values, schema=schema)

@@ -192,7 +192,7 @@ def distilled(folder: Path, captions: tuple[str, ...]) -> RunFolder:
     """A distilled set of these captions, their keys being the same texts."""
     run = RunFolder(Folder(str(folder)))
     schema = prototype_schema(2)
-    vectors = vector_array(np.ones((len(captions), 2)), "float32")
+    vectors = vector_array(np.ones((len(captions), 2)))
     plain: dict[str, Any] = {}
     for field in schema:
         if field.name == "pair":

@@ -17,7 +17,7 @@ from scipy.spatial.distance import cdist
 
 from benchmarks.baselines import bare_loop, evaluation, pds
 from benchmarks.data import write_flickr, write_shards
-from pds_ray.artifacts import vectors
+from pds_ray.artifacts import embeddings
 from pds_ray.config import EmbedConfig, MatchConfig, ProtocolConfig, ReadConfig
 from pds_ray.encoders.open_clip import OpenClipEncoder
 from pds_ray.sources.base import Sample
@@ -243,9 +243,9 @@ def test_embedding_once_a_caption_gives_the_embeddings_of_once_an_image(flickr, 
     paths, texts = pds.expand_pairs(flickr)
     image = pds.embed_images(paths, clip.model, preprocess, workers=0)
     rows = captions.column("image_row").to_numpy()
-    np.testing.assert_allclose(image, vectors(images, "embedding")[rows], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(image, embeddings(images)[rows], rtol=1e-3, atol=1e-4)
     text = pds.embed_captions(texts, clip.model, clip.tokenizer)
-    np.testing.assert_allclose(text, vectors(captions, "embedding"), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(text, embeddings(captions), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("encode_captions", [bare_loop.encode_cut, open_clip.CLIP.encode_text])
@@ -265,5 +265,5 @@ def test_the_bare_loop_gives_the_embeddings_of_the_package(
     with np.load(out) as theirs:
         assert theirs["captions"].tolist() == [2, 1, 3]
         for name, side in (("image", 0), ("text", 1)):
-            mine = np.concatenate([vectors(shard[side], "embedding") for shard in tables])
+            mine = np.concatenate([embeddings(shard[side]) for shard in tables])
             np.testing.assert_allclose(theirs[name].astype(np.float32), mine, rtol=5e-3, atol=5e-3)

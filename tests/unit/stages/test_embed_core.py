@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pds_ray.artifacts import vectors
+from pds_ray.artifacts import embeddings
 from pds_ray.config import EmbedConfig, ReadConfig
 from pds_ray.encoders.base import ROW_MULTIPLE, Preprocess
 from pds_ray.sources.base import Fault, Sample, Shard
@@ -147,16 +147,16 @@ def test_embeddings_are_the_encoders_answers(dtype):
     images, captions, _ = run(config=EmbedConfig(batch_size=16, store_dtype=dtype))
     toy = Toy()
     pixels = np.stack([picture(n)[0] for n in GOOD])
-    np.testing.assert_array_equal(vectors(images, "embedding"), toy.encode_images(pixels).astype(dtype))
+    np.testing.assert_array_equal(embeddings(images), toy.encode_images(pixels).astype(dtype))
     texts = [text for n in GOOD for text in expected_captions(n)]
-    np.testing.assert_array_equal(vectors(captions, "embedding"), toy.encode_captions(texts).astype(dtype))
+    np.testing.assert_array_equal(embeddings(captions), toy.encode_captions(texts).astype(dtype))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_similarity_is_the_cosine_of_what_is_stored(dtype):
     images, captions, _ = run(config=EmbedConfig(batch_size=16, store_dtype=dtype))
-    a = vectors(images, "embedding").astype(np.float64)[captions.column("image_row").to_numpy()]
-    b = vectors(captions, "embedding").astype(np.float64)
+    a = embeddings(images).astype(np.float64)[captions.column("image_row").to_numpy()]
+    b = embeddings(captions).astype(np.float64)
     cosine = (a * b).sum(axis=1) / np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
     np.testing.assert_allclose(captions.column("similarity").to_numpy(), cosine, atol=1e-6)
 

@@ -51,8 +51,8 @@ def prototypes(captions: list[str], dim: int = 4) -> pa.Table:
     return pa.table(
         {
             "pair": numbers.astype(np.int32),
-            "image_prototype": vector_array(rng.standard_normal((count, dim)), "float32"),
-            "text_prototype": vector_array(rng.standard_normal((count, dim)), "float32"),
+            "image_prototype": vector_array(rng.standard_normal((count, dim))),
+            "text_prototype": vector_array(rng.standard_normal((count, dim))),
             "cosine": np.linspace(0.9, 0.1, count),
             "image_cluster": numbers.astype(np.int32),
             "text_cluster": numbers[::-1].astype(np.int32),
