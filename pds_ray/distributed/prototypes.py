@@ -17,12 +17,11 @@ from pds_ray.stages import prototypes as core
 
 def _sums(shard: str, store: EmbeddingStore, run: RunFolder, couples: core.Couples, clusters: int) -> core.Sums:
     captions = store.captions(shard, ["key", "image_row", "embedding"])
-    image_rows = captions.column("image_row").to_numpy()
-    images = embeddings(store.images(shard, ["embedding"]))
     return core.shard_sums(
         shard,
         captions.column("key").to_pylist(),
-        images[image_rows],
+        embeddings(store.images(shard, ["embedding"])),
+        captions.column("image_row").to_numpy(),
         embeddings(captions),
         *run.labels(shard),
         couples,

@@ -57,13 +57,18 @@ def shard_sums(
     shard: str,
     keys: list[str],
     image_vectors: np.ndarray,
+    image_row: np.ndarray,
     text_vectors: np.ndarray,
     image_cluster: np.ndarray,
     text_cluster: np.ndarray,
     couples: Couples,
     clusters: int,
 ) -> Sums:
-    """Sums of one shard: its m pairs as keys [m], float32 [m, d] twice, and labels int32 [m] (-1 where pruned)."""
+    """Sums of one shard.
+
+    Its n images as float32 [n, d], its m pairs as keys [m], the row of each one's image, integers [m], text vectors,
+    float32 [m, d], and labels, int32 [m] (-1 where pruned).
+    """
     count = len(couples.image_cluster)
     of_image = np.full(clusters + 1, -1)  # one more slot: label -1 finds -1
     of_text = np.full(clusters + 1, -1)
@@ -76,28 +81,30 @@ def shard_sums(
 
     touched = np.unique(np.concatenate([image_couple[on_image], text_couple[on_text]]))
     sums = empty_sums(touched, image_vectors.shape[1])
-    image_row = np.searchsorted(touched, image_couple[on_image])
-    text_row = np.searchsorted(touched, text_couple[on_text])
-    sums.image += _summed(image_vectors[on_image], image_row, len(touched))
-    sums.text += _summed(text_vectors[on_text], text_row, len(touched))
-    norms = np.linalg.norm(image_vectors[on_image].astype(np.float64), axis=1)
-    sums.image_norm += np.bincount(image_row, weights=norms, minlength=len(touched))
-    sums.image_count += np.bincount(image_row, minlength=len(touched))
-    sums.text_count += np.bincount(text_row, minlength=len(touched))
-    for pair, row in zip(on_image, image_row, strict=True):
+    of_image = np.searchsorted(touched, image_couple[on_image])
+    of_text = np.searchsorted(touched, text_couple[on_text])
+    images = image_vectors.astype(np.float64)
+    sums.image += _summed(images, image_row[on_image], of_image, len(touched))
+    sums.text += _summed(text_vectors.astype(np.float64), on_text, of_text, len(touched))
+    norms = np.linalg.norm(images, axis=1)[image_row[on_image]]
+    sums.image_norm += np.bincount(of_image, weights=norms, minlength=len(touched))
+    sums.image_count += np.bincount(of_image, minlength=len(touched))
+    sums.text_count += np.bincount(of_text, minlength=len(touched))
+    for pair, row in zip(on_image, of_image, strict=True):
         if len(sums.members[row]) < MEMBER_SAMPLE:
             sums.members[row].append(f"{shard}/{keys[pair]}")
     return sums
 
 
-def _summed(vectors: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
-    """Sums of each group's vectors, added one after the other. float32 [n, d], int64 [n] -> float64 [groups, d].
+def _summed(vectors: np.ndarray, rows: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
+    """Sums of those of the vectors, float64 [n, d], that are of a group, one after the other -> float64 [groups, d].
 
-    A sparse product, which has neither threads nor sums of parts: the bits are those of `np.add.at`, which is slow.
+    `rows[i]` is of `group[i]`, integers [m]. A sparse product, which has neither threads nor sums of parts: the bits
+    are those of `np.add.at`, which is slow.
     """
-    count = len(vectors)
-    belongs = sp.csr_array((np.ones(count), (group, np.arange(count))), shape=(groups, count))
-    return belongs @ vectors.astype(np.float64)
+    starts = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=groups))])
+    in_order = rows[np.argsort(group, kind="stable")]
+    return sp.csr_array((np.ones(len(rows)), in_order, starts), shape=(groups, len(vectors))) @ vectors
 
 
 def add_sums(total: Sums, part: Sums) -> None:

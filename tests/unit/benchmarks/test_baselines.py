@@ -90,7 +90,11 @@ def test_prototypes_are_those_of_the_package(pairs):
     found = match.couples(cells, counts, cosines, text_of, CLUSTERS, MatchConfig())
     couples = prototypes.Couples(found["image_cluster"], found["text_cluster"], found["pairless"])
     keys = [str(row) for row in range(ROWS)]
-    ours = prototypes.means(prototypes.shard_sums("s", keys, image, text, image_labels, text_labels, couples, CLUSTERS))
+    ours = prototypes.means(
+        prototypes.shard_sums(
+            "s", keys, image, np.arange(len(keys)), text, image_labels, text_labels, couples, CLUSTERS
+        )
+    )
     theirs = pds.prototypes(image, text, image_labels, text_labels, list(enumerate(text_of.tolist())))
     assert theirs.couples == [
         (couples.image_cluster[couple], couples.text_cluster[couple]) for couple in ours.couple.tolist()

@@ -221,7 +221,9 @@ def test_a_forced_pairless_couple(clusters, expected):
     assert found["pairless"].sum() == (expected == clusters)
     pairs = prototypes.Couples(found["image_cluster"], found["text_cluster"], found["pairless"])
     keys = [str(i) for i in range(len(image))]
-    made = prototypes.means(prototypes.shard_sums("s", keys, *vectors, image, text, pairs, clusters))
+    made = prototypes.means(
+        prototypes.shard_sums("s", keys, vectors[0], np.arange(len(keys)), vectors[1], image, text, pairs, clusters)
+    )
     assert len(made.couple) == expected
     assert np.isfinite(made.image).all()
     assert np.isfinite(made.text).all()

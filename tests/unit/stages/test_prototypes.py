@@ -15,6 +15,8 @@ def world(seed: int, pairs: int = 200, clusters: int = 6, dim: int = 4):
     """Random vectors and labels, a fifth pruned, and couples from a random permutation, two of them made pairless."""
     rng = np.random.default_rng(seed)
     image_vectors, text_vectors = rng.standard_normal((2, pairs, dim)).astype(np.float32)
+    if pairs:
+        image_vectors = image_vectors[rng.integers(0, 1 + pairs // 3, pairs)]  # images have several captions
     image, text = rng.integers(0, clusters, (2, pairs)).astype(np.int32)
     text_of = rng.permutation(clusters).astype(np.int32)
     pairless = np.zeros(clusters, bool)
@@ -28,6 +30,12 @@ def world(seed: int, pairs: int = 200, clusters: int = 6, dim: int = 4):
     return image_vectors, text_vectors, image, text, couples
 
 
+def shared_images(of_pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each image once, in an order of its own, and which of them each pair has."""
+    images, rows = np.unique(of_pairs, axis=0, return_inverse=True)
+    return images, rows.reshape(-1)
+
+
 def sums_of(seed: int, places: tuple[int, ...] = (), **size: int) -> core.Sums:
     image_vectors, text_vectors, image, text, couples = world(seed, **size)
     clusters = len(couples.image_cluster)
@@ -36,7 +44,14 @@ def sums_of(seed: int, places: tuple[int, ...] = (), **size: int) -> core.Sums:
     for number, mine in enumerate(rows):
         keys = [f"k{row}" for row in mine]
         part = core.shard_sums(
-            f"s{number}", keys, image_vectors[mine], text_vectors[mine], image[mine], text[mine], couples, clusters
+            f"s{number}",
+            keys,
+            *shared_images(image_vectors[mine]),
+            text_vectors[mine],
+            image[mine],
+            text[mine],
+            couples,
+            clusters,
         )
         core.add_sums(total, part)
     return total
@@ -76,7 +91,7 @@ def test_rounding_is_that_of_one_addition_after_the_other(seed, pairs):
     image_vectors, text_vectors, image, text, couples = world(seed, pairs, clusters=3)
     lengths = 10.0 ** np.random.default_rng(seed).integers(-30, 30, (pairs, 1))
     image_vectors = (image_vectors * lengths).astype(np.float32)
-    part = core.shard_sums("s", [""] * pairs, image_vectors, text_vectors, image, text, couples, 3)
+    part = core.shard_sums("s", [""] * pairs, *shared_images(image_vectors), text_vectors, image, text, couples, 3)
     for vectors, found, side in ((image_vectors, part.image, 0), (text_vectors, part.text, 1)):
         expected = np.zeros((3, vectors.shape[1]))
         for couple in range(3):
@@ -226,7 +241,11 @@ def test_perfectly_paired_clusters_give_the_planted_means():
     text_vectors = np.eye(clusters, dtype=np.float32)[text_of[image]] * 2 + noise
     couples = core.Couples(np.arange(clusters, dtype=np.int32), text_of, np.zeros(clusters, bool))
     keys = [str(row) for row in range(len(image))]
-    made = core.means(core.shard_sums("s", keys, image_vectors, text_vectors, image, text_of[image], couples, clusters))
+    made = core.means(
+        core.shard_sums(
+            "s", keys, *shared_images(image_vectors), text_vectors, image, text_of[image], couples, clusters
+        )
+    )
     np.testing.assert_allclose(made.image, 3 * np.eye(clusters)[made.couple], atol=1e-6)
     np.testing.assert_allclose(made.text, 2 * np.eye(clusters)[text_of[made.couple]], atol=1e-6)
 
@@ -235,7 +254,7 @@ def test_whole_couples_take_their_two_clusters_though_they_share_pairs():
     image_vectors, text_vectors, image, text, couples = world(7, clusters=4)
     whole = core.Couples(couples.image_cluster, couples.text_cluster, np.ones(4, bool))
     keys = [f"k{row}" for row in range(len(image))]
-    made = core.means(core.shard_sums("s", keys, image_vectors, text_vectors, image, text, whole, 4))
+    made = core.means(core.shard_sums("s", keys, *shared_images(image_vectors), text_vectors, image, text, whole, 4))
     assert sorted(made.couple) == [0, 1, 2, 3]
     for place, couple in enumerate(made.couple):
         on_image, on_text = image == whole.image_cluster[couple], text == whole.text_cluster[couple]
