@@ -10,7 +10,7 @@ N images, M captions (one pair per caption), d embedding width, K clusters, B di
 | `embeddings/S.images.parquet` | images of shard S | key (str), index (int32), embedding (bytes of f16/f32 [d], see `embedding_field`), width, height (int32) | raw, un-normalised CLIP image projections; index is the place in the shard |
 | `embeddings/S.captions.parquet` | pairs of shard S | key, image_row (int32), caption_index (int32), caption (str), embedding (as there), similarity (f32) | image_row points into S.images; similarity is the cosine to that image |
 | `embeddings/S.errors.parquet` | bad samples | key, reason, detail (str) | reason is one of sources.base.REASONS |
-| `embeddings/S.json` | | | commit marker, written last: fingerprint, counts, SHA-256 of the three files |
+| `embeddings/S.json` | | | commit marker, written last: schema, fingerprint, counts, SHA-256 of the three files |
 | `pruning/S.keep.parquet` | pairs of S | kept (bool) | in the row order of S.captions |
 | `clusters/image.safetensors`, `text.safetensors` | | centroids (f32 [K, d]) | k-means centroids in the clustered space; where cluster.modality is image or text, that one alone. Of a two-level fit also coarse (f32 [C, d]) and starts (int64 [C + 1]): cell c holds the centroids starts[c] to starts[c + 1] |
 | `clusters/joint.safetensors` | | centroids (f32 [K, 2d]) | where cluster.modality is joint, instead of the two |
@@ -45,7 +45,7 @@ from pds_ray.storage import Folder, StorageError, is_remote, side_by_side
 
 STORE_SCHEMA_VERSION = 3  # 2: captions are embedded in contexts of their length; 3: embeddings as bytes
 MODALITIES = ("image", "text")
-MARKER_FIELDS = {  # what a commit marker says besides its fingerprint
+MARKER_FIELDS = {  # what a commit marker says besides its fingerprint and the version of its files
     "shard": str,
     "images": int,
     "pairs": int,
@@ -82,9 +82,10 @@ COUPLE_SCHEMA = pa.schema(
 
 
 def embedding_field(dim: int, dtype: str) -> pa.Field:
-    """A column of embeddings: the d numbers of each as bytes, little-endian; of which `dtype` is in its metadata.
+    """A column of embeddings: the d numbers of each as bytes, little-endian; their dtype is in the field's metadata.
 
-    Parquet reads and writes lists of numbers one by one, and that took longer than all that is done with them.
+    Parquet reads and writes lists number by number, which takes longer than all that is done with the embeddings;
+    prototypes, which are few, stay lists that others can read.
     """
     return pa.field("embedding", pa.binary(dim * np.dtype(dtype).itemsize), nullable=False, metadata={"dtype": dtype})
 
@@ -171,7 +172,7 @@ def vectors(table: pa.Table, column: str) -> np.ndarray:
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
     width = array.type.list_size
-    return np.asarray(array.flatten()).reshape(-1, width).astype(np.float32, copy=False)
+    return np.asarray(array.flatten()).reshape(-1, width)
 
 
 def vector_array(values: np.ndarray) -> pa.FixedSizeListArray:
@@ -198,7 +199,9 @@ class EmbeddingStore:
         return self.folder / "parts"
 
     def committed(self, told: Callable[[], object] = lambda: None) -> dict[str, dict[str, Any]]:
-        """Shard name -> marker (counts, hashes) of the shards that are there. A damaged marker is none.
+        """Shard name -> marker (counts, hashes) of the shards that are there.
+
+        A damaged marker is none, nor is one of files as another version of pds-ray writes them.
 
         `told` is called after each marker.
         """
@@ -220,6 +223,7 @@ class EmbeddingStore:
         marker, shard = self._read(name), name.removesuffix(self.MARKER)
         whole = (
             all(isinstance(marker.get(field), kind) for field, kind in MARKER_FIELDS.items())
+            and marker.get("schema") == STORE_SCHEMA_VERSION
             and marker["shard"] == shard
             and marker["precision"] in PRECISIONS
             and marker["sha256"].keys() == {shard + table for table in (self.IMAGES, self.CAPTIONS, self.ERRORS)}
@@ -256,7 +260,8 @@ class EmbeddingStore:
             shard + self.CAPTIONS: self.folder.write_table(shard + self.CAPTIONS, captions),
             shard + self.ERRORS: self.folder.write_table(shard + self.ERRORS, errors),
         }
-        marker = {"shard": shard, "fingerprint": self.fingerprint, **info, "sha256": hashes}
+        own = {"shard": shard, "schema": STORE_SCHEMA_VERSION, "fingerprint": self.fingerprint}
+        marker = {**own, **info, "sha256": hashes}
         self.folder.write_json(shard + self.MARKER, marker)
         self.folder.delete(shard + self.FAILED)
 

@@ -252,8 +252,8 @@ def open_run(plan_: Plan, redo: bool) -> RunManifest:
             )
         if changed:
             raise ManifestError(
-                f"the source or a model changed since {plan_.run.folder.shown} was begun (stage {changed[0]} no longer "
-                "matches); give another --out, or --redo to redo what depends on it"
+                f"the source, a model or the version of pds-ray changed since {plan_.run.folder.shown} was begun "
+                f"(stage {changed[0]} no longer matches); give another --out, or --redo to redo what depends on it"
             )
     _open_store(plan_, redo)
     if redo or not plan_.run.shards():
@@ -276,8 +276,8 @@ def _open_store(plan_: Plan, redo: bool) -> None:
         shared = plan_.config.embed.store is not None
         if shared or not redo:  # a shared store is never wiped: other runs stand on it
             raise ManifestError(
-                f"the embeddings in {store.folder.shown} were made from other data or by another encoder "
-                f"({found.get('source')}, {found.get('encoder')}); give another "
+                f"the embeddings in {store.folder.shown} were made from other data, by another encoder or by "
+                f"another version of pds-ray ({found.get('source')}, {found.get('encoder')}); give another "
                 + ("--embed.store" if shared else "--out, or --redo")
             )
         store.folder.delete_all()

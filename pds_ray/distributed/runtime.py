@@ -309,39 +309,50 @@ class UnderWay:
     """Which items are being worked on and since when: workers tell, the watchdog asks. Pickles.
 
     They tell the cluster's own store of keys, because an actor would be a process more, and lost with its node. What
-    was told is forgotten at the end of the `with` block.
+    was told is forgotten at the end of the `with` block, or with the cluster if the driver is killed.
     """
 
-    _NAMESPACE = "pds_ray"
+    _NAMESPACE, _LIMIT_S = b"pds_ray", 5.0
 
     def __init__(self) -> None:
-        self._prefix = f"under_way/{uuid.uuid4().hex}/"
+        self._prefix = f"under_way/{uuid.uuid4().hex}/".encode()
 
     def __enter__(self) -> UnderWay:
         return self
 
     def __exit__(self, *_: object) -> None:
         with suppress(ray.exceptions.RayError):  # a cluster that is gone has forgotten it
-            internal_kv._internal_kv_del(self._prefix, del_by_prefix=True, namespace=self._NAMESPACE)
+            _keys().internal_kv_del(self._prefix, True, self._NAMESPACE, self._LIMIT_S)
 
     def begin(self, name: str) -> None:
         """Work on `name` begins here and now."""
-        told = json.dumps([time.time(), ray.get_runtime_context().get_node_id()[:8]])
-        internal_kv._internal_kv_put(self._prefix + name, told, namespace=self._NAMESPACE)
+        told = json.dumps([time.time(), ray.get_runtime_context().get_node_id()[:8]]).encode()
+        with suppress(ray.exceptions.RayError):  # it goes on untold
+            _keys().internal_kv_put(self._prefix + name.encode(), told, True, self._NAMESPACE, self._LIMIT_S)
 
     def describe(self, ended: set[str]) -> str:
         """The three items begun first of those that have not `ended`, for a person. Clocks of nodes may differ."""
         now, begun = time.time(), []
         try:
-            for key in internal_kv._internal_kv_list(self._prefix, namespace=self._NAMESPACE):
-                name = key.decode().removeprefix(self._prefix)
-                told = None if name in ended else internal_kv._internal_kv_get(key, namespace=self._NAMESPACE)
-                if told:  # else forgotten since
-                    since, node = json.loads(told)
-                    begun.append((since, f"{name} (for {max(0.0, now - since):.0f} s, on node {node})"))
+            store = _keys()
+            keys = store.internal_kv_keys(self._prefix, self._NAMESPACE, self._LIMIT_S)
+            names = {key: key.removeprefix(self._prefix).decode() for key in keys}
+            open_ = [key for key, name in names.items() if name not in ended]
+            told = store.internal_kv_multi_get(open_, self._NAMESPACE, self._LIMIT_S)
         except ray.exceptions.RayError as error:
             return f"unknown ({type(error).__name__})"
+        for key, value in told.items():
+            since, node = json.loads(value)
+            begun.append((since, f"{names[key]} (for {max(0.0, now - since):.0f} s, on node {node})"))
         return ", ".join(text for _, text in sorted(begun)[:3]) or "none"
+
+
+def _keys() -> Any:
+    """The cluster's store of keys. Raises RaySystemError if it cannot be asked from here."""
+    client = internal_kv.internal_kv_get_gcs_client()
+    if client is None:  # not connected any more, or by ray://
+        raise ray.exceptions.RaySystemError("no connection to the store of keys")
+    return client
 
 
 def pool(wish: Actors, on_gpu: bool = True) -> Pool:

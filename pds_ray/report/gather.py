@@ -113,7 +113,8 @@ def gather_run(folder: RunFolder, quick: bool = False, step: Step = lambda: None
         notes.append("The run is not finished: " + _where_it_stands(run.manifest["stages"]) + ".")
     if "embed" in run.counts and not run.markers:
         notes.append(
-            "The embeddings are no longer there, or cannot be reached: no nearest images, no clusters and no map."
+            "The embeddings are no longer there, cannot be reached or are of another version of pds-ray: no "
+            "nearest images, no clusters and no map."
         )
     searched = bool(run.markers) and not (quick and run.counts["embed"].get("images", 0) > QUICK_IMAGES)
     if run.markers and not searched:

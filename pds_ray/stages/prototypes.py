@@ -81,16 +81,17 @@ def shard_sums(
 
     touched = np.unique(np.concatenate([image_couple[on_image], text_couple[on_text]]))
     sums = empty_sums(touched, image_vectors.shape[1])
-    of_image = np.searchsorted(touched, image_couple[on_image])
-    of_text = np.searchsorted(touched, text_couple[on_text])
-    images = image_vectors.astype(np.float64)
-    sums.image += _summed(images, image_row[on_image], of_image, len(touched))
-    sums.text += _summed(text_vectors.astype(np.float64), on_text, of_text, len(touched))
-    norms = np.linalg.norm(images, axis=1)[image_row[on_image]]
-    sums.image_norm += np.bincount(of_image, weights=norms, minlength=len(touched))
-    sums.image_count += np.bincount(of_image, minlength=len(touched))
-    sums.text_count += np.bincount(of_text, minlength=len(touched))
-    for pair, row in zip(on_image, of_image, strict=True):
+    image_group = np.searchsorted(touched, image_couple[on_image])
+    text_group = np.searchsorted(touched, text_couple[on_text])
+    used, row_of_used = np.unique(image_row[on_image], return_inverse=True)
+    images = image_vectors[used].astype(np.float64)  # each once, however many captions it has
+    sums.image += _summed(images, row_of_used, image_group, len(touched))
+    sums.text += _summed(text_vectors[on_text].astype(np.float64), np.arange(len(on_text)), text_group, len(touched))
+    norms = np.linalg.norm(images, axis=1)[row_of_used]
+    sums.image_norm += np.bincount(image_group, weights=norms, minlength=len(touched))
+    sums.image_count += np.bincount(image_group, minlength=len(touched))
+    sums.text_count += np.bincount(text_group, minlength=len(touched))
+    for pair, row in zip(on_image, image_group, strict=True):
         if len(sums.members[row]) < MEMBER_SAMPLE:
             sums.members[row].append(f"{shard}/{keys[pair]}")
     return sums
@@ -179,10 +180,13 @@ def nearest_rows(
     best = np.full(len(queries), -np.inf, np.float32)
     where = np.full(len(queries), -1, np.int32)
     for start in range(0, len(rows), some_rows):
-        unit_rows = normalized(rows[start : start + some_rows]).T
+        some = rows[start : start + some_rows]
+        norms = np.sqrt(np.einsum("nd,nd->n", some, some))
+        norms[norms == 0] = 1
         for first in range(0, len(queries), some_queries):
             mine = slice(first, first + some_queries)
-            similarity = unit[mine] @ unit_rows
+            similarity = unit[mine] @ some.T
+            similarity /= norms  # cheaper than to bring the rows to unit length
             top = similarity.argmax(axis=1)
             value = similarity[np.arange(len(top)), top]
             better = value > best[mine]

@@ -43,8 +43,8 @@ def same_as_one_process(source, shards, store: EmbeddingStore) -> None:
     encoder = catalog.load_encoder(info, "fp32")
     for shard in shards:
         images, captions, errors = embed_shard(source, shard, encoder, info.preprocess, CONFIG.read, CONFIG.embed)
-        assert store.images(shard.name).equals(images)
-        assert store.captions(shard.name).equals(captions)
+        assert store.images(shard.name).equals(images, check_metadata=True)
+        assert store.captions(shard.name).equals(captions, check_metadata=True)
         assert store.errors(shard.name).equals(errors)
 
 

@@ -9,11 +9,13 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import ray
+from ray.experimental import internal_kv
 
 from pds_ray import distributed, progress
 from pds_ray.config import Actors, ConfigError, RayConfig
@@ -279,6 +281,21 @@ def test_who_begins_something_is_told_until_it_ends() -> None:
         assert under_way.describe({"a/é"}).startswith("b ")
         assert under_way.describe({"a/é", "b"}) == "none"
     assert under_way.describe(set()) == "none"
+
+
+def test_what_cannot_be_told_stops_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        def __getattr__(self, name: str) -> Any:
+            def fail(*_: object) -> None:
+                raise ray.exceptions.RpcError("unavailable")
+
+            return fail
+
+    for client, problem in ((Gone(), "RpcError"), (None, "RaySystemError")):
+        monkeypatch.setattr(internal_kv, "internal_kv_get_gcs_client", lambda client=client: client)
+        with runtime.UnderWay() as under_way:
+            under_way.begin("a")
+            assert under_way.describe(set()) == f"unknown ({problem})"
 
 
 def test_results_come_in_the_order_of_the_items() -> None:

@@ -134,17 +134,29 @@ def test_a_shard_is_there_when_its_marker_is(tmp_path, monkeypatch):
     store.commit("s1.x-y_z", *(table.slice(0, 0) for table in (images, captions, errors)), COUNTS)
     assert store.committed().keys() == {"s0", "s1.x-y_z"}
     assert EmbeddingStore(store.folder, "of other data").committed() == {}, "markers of another fingerprint count"
-    assert store.images("s0").equals(images)
-    assert store.captions("s0").equals(captions)
+    assert store.images("s0").equals(images, check_metadata=True)
+    assert store.captions("s0").equals(captions, check_metadata=True)
     assert store.errors("s0").equals(errors)
     assert store.captions("s0", ["key"]).column_names == ["key"]
-    assert store.images("s1.x-y_z").schema.equals(images.schema)
+    assert store.images("s1.x-y_z").schema.equals(images.schema, check_metadata=True)
 
     marker = store.committed()["s0"]
     assert marker["images"] == 4
     assert len(marker["sha256"]) == 3
     for name, digest in marker["sha256"].items():
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
+
+
+def test_shards_as_another_version_wrote_them_are_not_there(tmp_path):
+    store = EmbeddingStore(Folder(str(tmp_path)))
+    for name in ("old", "mine"):
+        store.commit(name, *tables(), COUNTS)
+    marker = store.folder.read_json("old.json")
+    store.folder.write_json("old.json", {**marker, "schema": marker["schema"] - 1})
+    assert store.committed().keys() == {"mine"}
+    del marker["schema"]
+    store.folder.write_json("old.json", marker)
+    assert store.committed().keys() == {"mine"}
 
 
 class Killed(BaseException):

@@ -215,7 +215,7 @@ def test_blocks_may_be_cut_anywhere_and_arrive_in_any_order(places, shuffler, th
     assert [part.total for part in parts if part.total is not None] == [len(ITEMS)]
     shuffler.shuffle(parts)
     for found, expected in zip(embed.merge_parts(parts), WHOLE, strict=True):
-        assert found.equals(expected)
+        assert found.equals(expected, check_metadata=True)
 
 
 WHOLE = run()
@@ -228,7 +228,7 @@ def test_reading_gives_blocks_of_bounded_size(monkeypatch):
     assert [ordinal for block in blocks for ordinal in block.column("ordinal").to_pylist()] == list(range(41))
     assert blocks[-1].column("reason").to_pylist()[-1] == embed.END
     for found, expected in zip(run(), WHOLE, strict=True):
-        assert found.equals(expected)
+        assert found.equals(expected, check_metadata=True)
 
     monkeypatch.setattr(embed, "BLOCK_BYTES", 1)
     assert len(list(embed.read_blocks(ListSource(ITEMS), SHARD))) > 25
@@ -239,8 +239,8 @@ def test_a_shard_without_a_good_sample(source_items):
     images, captions, errors = run(source_items)
     assert images.num_rows == captions.num_rows == 0
     assert errors.num_rows == len(source_items)
-    assert images.schema.equals(WHOLE[0].schema)
-    assert captions.schema.equals(WHOLE[1].schema)
+    assert images.schema.equals(WHOLE[0].schema, check_metadata=True)
+    assert captions.schema.equals(WHOLE[1].schema, check_metadata=True)
 
 
 def test_an_end_that_falls_on_a_full_block(monkeypatch):
@@ -303,4 +303,4 @@ def test_the_batch_size_changes_no_byte(clip, clip_info):
     ]
     assert found[0][0].num_rows == 70
     for one, other in zip(*found, strict=True):
-        assert one.equals(other)
+        assert one.equals(other, check_metadata=True)

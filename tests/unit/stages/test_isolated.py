@@ -94,7 +94,7 @@ def test_a_healthy_shard_is_as_ever(folder: Path, info: EncoderInfo) -> None:
     write_shard(folder / "shard.tar", {})
     tables, (source, shard) = run(folder, info)
     for mine, theirs in zip(tables, core.embed_shard(source, shard, Sums(), info.preprocess, READ, EMBED), strict=True):
-        assert mine.equals(theirs)
+        assert mine.equals(theirs, check_metadata=True)
 
 
 def test_crash_hang_and_hunger_cost_themselves(folder: Path, info: EncoderInfo) -> None:
