@@ -30,7 +30,9 @@ def run_row(row: Row, repeats: int, quick: bool, work: Path) -> results.Result:
     at = results.commit()  # before: it may go on meanwhile
     command = f"python -m benchmarks {row.number} --repeats {repeats}" + " --quick" * quick
     if lacking := row.lacking():
-        return results.result(row, {}, {}, [Check("", f"not measured: {lacking}", None)], command, quick, at)
+        return results.result(
+            row, {}, {}, [Check("", f"not measured: {lacking}", None)], command, quick, at
+        )
     data = work / "data"
     if not (data / "ready").exists():
         shutil.rmtree(work, ignore_errors=True)
@@ -43,7 +45,10 @@ def run_row(row: Row, repeats: int, quick: bool, work: Path) -> results.Result:
             out = work / f"{name}-{repeat}"
             shutil.rmtree(out, ignore_errors=True)
             found.append(run_part(row.number, name, Task(data, out, quick)))
-            print(f"row {row.number}, {name}, {repeat + 1} of {repeats}: {found[-1]['seconds']:.3f} s", file=sys.stderr)
+            print(
+                f"row {row.number}, {name}, {repeat + 1} of {repeats}: {found[-1]['seconds']:.3f} s",
+                file=sys.stderr,
+            )
     (work / "runs.json").write_text(json.dumps(runs))  # what took long stays if what follows fails
     afterwards = run_part(row.number, AFTER, Task(data, work, quick)) if row.after else {}
     return results.result(row, runs, afterwards, row.checks(runs, afterwards), command, quick, at)
@@ -51,16 +56,30 @@ def run_row(row: Row, repeats: int, quick: bool, work: Path) -> results.Result:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measures side by side.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Measures side by side."
+    )
     parser.add_argument(
-        "rows", nargs="+", help="numbers, or all: " + ", ".join(f"{n} {name}" for n, name in ROWS.items())
+        "rows",
+        nargs="+",
+        help="numbers, or all: " + ", ".join(f"{n} {name}" for n, name in ROWS.items()),
     )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, its figures say nothing")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny sizes: shows that it works, its figures say nothing",
+    )
     parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--write", action="store_true", help="into benchmarks/results.json and RESULTS.md, too")
-    parser.add_argument("--work", type=Path, default=WORK, help=f"scratch folder, default {WORK.relative_to(ROOT)}")
-    parser.add_argument("--keep", action="store_true", help="keep the scratch folder, and with it the prepared data")
+    parser.add_argument(
+        "--write", action="store_true", help="into benchmarks/results.json and RESULTS.md, too"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=WORK, help=f"scratch folder, default {WORK.relative_to(ROOT)}"
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the scratch folder, and with it the prepared data"
+    )
     args = parser.parse_args()
     if args.rows == ["all"]:
         numbers = list(ROWS)
@@ -98,5 +117,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the part that runs ends, too
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # so that the part that runs ends, too
     main()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from pds_ray.manifest import RunManifest
+from pds_ray.store.manifest import RunManifest
 
 AROUND = "start of Ray and what is between stages"
 
@@ -28,7 +28,9 @@ def shares(manifest: dict[str, Any]) -> dict[str, float]:
             if f"{actor}_busy_s" in counts:
                 parts[f"{stage}: {actor}s at work"] = counts[f"{actor}_busy_s"]
                 parts[f"{stage}: {actor}s waiting"] = counts[f"{actor}_idle_s"]
-    parts[AROUND] = manifest["last_run_seconds"] - sum(entry["seconds"] for entry in manifest["stages"].values())
+    parts[AROUND] = manifest["last_run_seconds"] - sum(
+        entry["seconds"] for entry in manifest["stages"].values()
+    )
     if parts[AROUND] < 0:
         raise ValueError("the run was made at several sittings, of which run.json times the last")
     return parts
@@ -36,16 +38,24 @@ def shares(manifest: dict[str, Any]) -> dict[str, float]:
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
     """Seconds and shares as Markdown. Those of actors, summed over them, are part of their stage's."""
-    found = {name: {**shares(manifest), "all": manifest["last_run_seconds"]} for name, manifest in runs.items()}
+    found = {
+        name: {**shares(manifest), "all": manifest["last_run_seconds"]}
+        for name, manifest in runs.items()
+    }
     parts = sorted(
         dict.fromkeys(part for mine in found.values() for part in mine), key="all".__eq__
     )  # which comes last
-    lines = [["part", *(title for name in runs for title in (f"{name}, s", "share"))], ["---"] * (1 + 2 * len(runs))]
+    lines = [
+        ["part", *(title for name in runs for title in (f"{name}, s", "share"))],
+        ["---"] * (1 + 2 * len(runs)),
+    ]
     for part in parts:
         line = [part]
         for mine in found.values():
             seconds = mine.get(part)
-            line += ["", ""] if seconds is None else [f"{seconds:.1f}", f"{seconds / mine['all']:.0%}"]
+            line += (
+                ["", ""] if seconds is None else [f"{seconds:.1f}", f"{seconds / mine['all']:.0%}"]
+            )
         lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

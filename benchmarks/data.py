@@ -40,13 +40,15 @@ class Concepts:
         out = np.empty((len(concepts), self.dim), np.float32)
         for start in range(0, len(out), ROWS_AT_ONCE):
             some = concepts[start : start + ROWS_AT_ONCE]
-            out[start : start + len(some)] = (self.centres[some] + SPREAD * self._noise(len(some))) / np.hypot(
-                1, SPREAD
-            )
+            out[start : start + len(some)] = (
+                self.centres[some] + SPREAD * self._noise(len(some))
+            ) / np.hypot(1, SPREAD)
         return out
 
     def _noise(self, rows: int) -> np.ndarray:
-        return self.rng.standard_normal((rows, self.dim), np.float32) / np.float32(np.sqrt(self.dim))
+        return self.rng.standard_normal((rows, self.dim), np.float32) / np.float32(
+            np.sqrt(self.dim)
+        )
 
 
 def real_samples(split: str = "train") -> Iterator[dict[str, bytes]]:
@@ -121,7 +123,10 @@ def save_random_clip(model: str, folder: Path, seed: int = 0) -> str:
     torch.manual_seed(seed)
     weights = open_clip.create_model(model).state_dict()
     folder.mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in weights.items()},
+        folder / "open_clip_model.safetensors",
+    )
     config = {"model_cfg": open_clip.get_model_config(model), "preprocess_cfg": {}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     return f"local-dir:{folder}"
@@ -130,10 +135,10 @@ def save_random_clip(model: str, folder: Path, seed: int = 0) -> str:
 def write_set(folder: Path, prototypes: Any, pictures: list[Image.Image]) -> None:
     """A distilled set of the built-in world as `evaluate` takes it, from rows of prototypes.parquet and pictures."""
     from pds_ray import catalog
-    from pds_ray.artifacts import RunFolder
     from pds_ray.config import EmbedConfig
     from pds_ray.stages.materialize import write_distilled
-    from pds_ray.storage import Folder
+    from pds_ray.store.artifacts import RunFolder
+    from pds_ray.store.storage import Folder
 
     run = RunFolder(Folder(str(folder)))
     run.save_prototypes(prototypes)
@@ -142,17 +147,25 @@ def write_set(folder: Path, prototypes: Any, pictures: list[Image.Image]) -> Non
         picture.save(encoded, "PNG")
         run.images.write_bytes(run.image_name(pair), encoded.getvalue())
     encoder = catalog.describe_encoder(EmbedConfig(encoder="demo"))
-    about = {"source": "", "method": "pds", "encoder": encoder.name, "space": encoder.space, "decoder": ""}
+    about = {
+        "source": "",
+        "method": "pds",
+        "encoder": encoder.name,
+        "space": encoder.space,
+        "decoder": "",
+    }
     write_distilled(run, {**about, "picture_origin": "", "counts": {}, "config": {}})
 
 
-def judge_sets(sets: Mapping[str, Path], folder: Path, quick: bool, backbones: str) -> dict[str, dict[str, float]]:
+def judge_sets(
+    sets: Mapping[str, Path], folder: Path, quick: bool, backbones: str
+) -> dict[str, dict[str, float]]:
     """r_mean of several sets under the protocol `standard`, mean and deviation over five seeds."""
     from pds_ray.config import replace
-    from pds_ray.evaluation import evaluate_all
+    from pds_ray.engine.evaluate import evaluate_all
     from pds_ray.recipes import protocol
-    from pds_ray.stages.evaluate import Candidate
-    from pds_ray.storage import Folder
+    from pds_ray.stages.trial import Candidate
+    from pds_ray.store.storage import Folder
 
     config = replace(protocol("standard"), {"test": TEST, "backbones": backbones})
     if quick:
@@ -161,5 +174,6 @@ def judge_sets(sets: Mapping[str, Path], folder: Path, quick: bool, backbones: s
     candidates = [Candidate(label, str(path), config.protocol) for label, path in sets.items()]
     results = evaluate_all(candidates, config, Folder(str(folder)))
     return {
-        label: {"r_mean": result["mean"]["r_mean"], "std": result["std"]["r_mean"]} for label, result in results.items()
+        label: {"r_mean": result["mean"]["r_mean"], "std": result["std"]["r_mean"]}
+        for label, result in results.items()
     }

@@ -13,23 +13,38 @@ import argparse
 import json
 from pathlib import Path
 
-from pds_ray.bench import survey
 from pds_ray.config import RunConfig, flatten, replace
-from pds_ray.planning import default_rates, make_cluster, make_plan, read_prices, read_rates
+from pds_ray.planning.bench import survey
+from pds_ray.planning.planning import (
+    default_rates,
+    make_cluster,
+    make_plan,
+    read_prices,
+    read_rates,
+)
 
 
 def table(run: Path, rates: Path) -> str:
     """Both as Markdown: a row a stage."""
     manifest, measured = json.loads((run / "run.json").read_text()), read_rates(rates)
     config = replace(RunConfig(), flatten(manifest["config"]))
-    plan = make_plan(config, survey(config.source), make_cluster(None, None, measured), measured, read_prices(None))
+    plan = make_plan(
+        config,
+        survey(config.source),
+        make_cluster(None, None, measured),
+        measured,
+        read_prices(None),
+    )
     foretold = {stage.name: stage.seconds for stage in plan.stages}
     real = {name: entry["seconds"] for name, entry in manifest["stages"].items()}
     rows = {name: (foretold[name], real[name]) for name in foretold}
     rows["all stages"] = (sum(foretold.values()), sum(real.values()))
     rows["with the start of Ray"] = (plan.seconds, manifest["last_run_seconds"])
     lines = ["| stage | foretold, s | real, s | foretold / real |", "| --- | --- | --- | --- |"]
-    lines += [f"| {name} | {plan_:.1f} | {run_:.1f} | {plan_ / run_:.2f} |" for name, (plan_, run_) in rows.items()]
+    lines += [
+        f"| {name} | {plan_:.1f} | {run_:.1f} | {plan_ / run_:.2f} |"
+        for name, (plan_, run_) in rows.items()
+    ]
     return "\n".join(lines)
 
 
@@ -37,7 +52,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="A finished run beside its plan.")
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--rates", type=Path, default=default_rates(), help="what pds-ray bench measured")
+    parser.add_argument(
+        "--rates", type=Path, default=default_rates(), help="what pds-ray bench measured"
+    )
     args = parser.parse_args()
     print(table(args.run, args.rates))
 

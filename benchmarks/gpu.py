@@ -32,7 +32,7 @@ import numpy as np
 from benchmarks.data import Concepts, save_random_clip, write_shards
 from benchmarks.measure import GIB, Found, peak_rss
 from benchmarks.results import machine
-from pds_ray.manifest import versions
+from pds_ray.store.manifest import versions
 
 MODEL = "ViT-L-14"
 PIXELS, TOKENS = 224, 77
@@ -95,16 +95,24 @@ def encoder(repeats: int, quick: bool) -> Found:
 
     top = ceiling(repeats, quick)["tflops"] * 1e12
     with tempfile.TemporaryDirectory() as folder:
-        info = catalog.describe_encoder(EmbedConfig(encoder=save_random_clip(MODEL, Path(folder) / "clip")))
+        info = catalog.describe_encoder(
+            EmbedConfig(encoder=save_random_clip(MODEL, Path(folder) / "clip"))
+        )
         loaded: Any = catalog.load_encoder(info, "bf16")
     model = loaded.model
     one = torch.zeros(1, 3, PIXELS, PIXELS, device="cuda")
     of_image = _flops(lambda: model.encode_image(one))
-    of_caption = _flops(lambda: model.encode_text(torch.zeros(1, TOKENS, dtype=torch.long, device="cuda")))
+    of_caption = _flops(
+        lambda: model.encode_text(torch.zeros(1, TOKENS, dtype=torch.long, device="cuda"))
+    )
     forms: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "plain": model.encode_image,
-        "channels_last": lambda pixels: model.encode_image(pixels.contiguous(memory_format=torch.channels_last)),
-        "compiled": torch.compile(model.encode_image, mode="max-autotune-no-cudagraphs", dynamic=False),
+        "channels_last": lambda pixels: model.encode_image(
+            pixels.contiguous(memory_format=torch.channels_last)
+        ),
+        "compiled": torch.compile(
+            model.encode_image, mode="max-autotune-no-cudagraphs", dynamic=False
+        ),
     }
     rows: list[dict[str, Any]] = []
     for batch in (16,) if quick else BATCHES:
@@ -118,7 +126,10 @@ def encoder(repeats: int, quick: bool) -> Found:
         for name, form in forms.items():
             rates[name] = batch / seconds_of(partial(_bf16, form, pixels), repeats)
         rates["overlapped"] = _overlapped(forms["compiled"], host, repeats)
-        shares = {name: rate * (of_caption if name == "captions" else of_image) / top for name, rate in rates.items()}
+        shares = {
+            name: rate * (of_caption if name == "captions" else of_image) / top
+            for name, rate in rates.items()
+        }
         rows.append({"batch": batch, "per_second": rates, "share_of_ceiling": shares})
     best = max(rows, key=lambda row: row["per_second"]["engine"])
     return {
@@ -140,7 +151,9 @@ def _bf16(form: Callable[[Any], Any], pixels: Any) -> Any:
         return form(pixels)
 
 
-def _overlapped(form: Callable[[Any], Any], host: np.ndarray, repeats: int, rounds: int = 8) -> float:
+def _overlapped(
+    form: Callable[[Any], Any], host: np.ndarray, repeats: int, rounds: int = 8
+) -> float:
     """Pictures per second with copies from pinned memory on a stream of their own."""
     import torch
 
@@ -182,19 +195,26 @@ def engine(repeats: int, quick: bool) -> Found:
         for _ in range(16 if quick else 256):
             coarse = rng.integers(0, 256, (48, 64, 3), np.uint8)
             file = io.BytesIO()
-            Image.fromarray(coarse).resize(JPEG_SIDES, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+            Image.fromarray(coarse).resize(JPEG_SIDES, Image.Resampling.BICUBIC).save(
+                file, "JPEG", quality=90
+            )
             made.append(file.getvalue())
         return made
 
     count, per_shard = (32, 16) if quick else (40_000, 2_000)
     pool = jpegs()
-    samples = ({"jpg": pool[row % len(pool)], "txt": b"a photo of a dog on the beach"} for row in range(count))
+    samples = (
+        {"jpg": pool[row % len(pool)], "txt": b"a photo of a dog on the beach"}
+        for row in range(count)
+    )
     found = []
     with tempfile.TemporaryDirectory() as folder:
         write_shards(samples, Path(folder) / "shards", per_shard)
         name = save_random_clip(MODEL, Path(folder) / "clip")
         for repeat in range(repeats):
-            found.append(embed_with_engine(f"{folder}/shards/*.tar", name, Path(folder) / f"store-{repeat}"))
+            found.append(
+                embed_with_engine(f"{folder}/shards/*.tar", name, Path(folder) / f"store-{repeat}")
+            )
     idle = statistics.median(one["idle"] for one in found)
     rate = count / statistics.median(one["seconds"] for one in found)
     return {
@@ -229,7 +249,9 @@ def kmeans(repeats: int, quick: bool) -> Found:
         found[name] = {"seconds": statistics.median(seconds), "objective": objectives[0]}
 
     if gpus:
-        fit(vectors[: 50 * clusters], weights[: 50 * clusters], clusters, 0, ClusterConfig())  # CUDA starts
+        fit(
+            vectors[: 50 * clusters], weights[: 50 * clusters], clusters, 0, ClusterConfig()
+        )  # CUDA starts
         measure("gpu")
         asked, faiss.get_num_gpus = faiss.get_num_gpus, lambda: 0
         measure("cpu")
@@ -244,7 +266,9 @@ def _sd21_unclip(quick: bool) -> Any:
     """The pipeline of stable-diffusion-2-1-unclip-small with random weights; a tokenizer that knows letters alone."""
     import diffusers
     import transformers
-    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
+        StableUnCLIPImageNormalizer,
+    )
 
     letters = [f"{letter}{end}" for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
     words = ["<|startoftext|>", "<|endoftext|>", *letters]
@@ -264,7 +288,11 @@ def _sd21_unclip(quick: bool) -> Any:
         pad_token_id=1,
     )
     vision = transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=768
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        projection_dim=768,
     )  # never called: embeddings are given
     pipeline: Any = diffusers.StableUnCLIPImg2ImgPipeline(
         feature_extractor=transformers.CLIPImageProcessor(),
@@ -272,7 +300,9 @@ def _sd21_unclip(quick: bool) -> Any:
         image_normalizer=StableUnCLIPImageNormalizer(embedding_dim=768),
         image_noising_scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
         tokenizer=transformers.CLIPTokenizer(
-            vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=TOKENS
+            vocab={word: number for number, word in enumerate(words)},
+            merges=[],
+            model_max_length=TOKENS,
         ),
         text_encoder=transformers.CLIPTextModel(text),
         unet=diffusers.UNet2DConditionModel(
@@ -287,7 +317,11 @@ def _sd21_unclip(quick: bool) -> Any:
             projection_class_embeddings_input_dim=2 * 768,
         ),
         scheduler=diffusers.PNDMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            skip_prk_steps=True,
+            steps_offset=1,
         ),
         vae=diffusers.AutoencoderKL(
             block_out_channels=(32, 32, 32, 32) if quick else (128, 256, 512, 512),
@@ -353,8 +387,8 @@ def evaluation(repeats: int, quick: bool) -> Found:
     from pds_ray import catalog
     from pds_ray.config import replace
     from pds_ray.recipes import protocol
-    from pds_ray.stages.evaluate import TextInput, Trial, run_trial
-    from pds_ray.stages.train import Gallery, TrainingPairs
+    from pds_ray.stages.trial import TextInput, Trial, run_trial
+    from pds_ray.training.train import Gallery, TrainingPairs
 
     images = 20 if quick else 1_000
     draw = torch.Generator().manual_seed(0)
@@ -366,7 +400,9 @@ def evaluation(repeats: int, quick: bool) -> Found:
     owner = torch.arange(images).repeat_interleave(5)
     test = Gallery(pictures(images), torch.randn(len(owner), 768, generator=draw), owner)
     epochs = 2 if quick else 100
-    settings = replace(protocol("standard"), {"protocol.epochs": epochs, "protocol.select": "last"}).protocol
+    settings = replace(
+        protocol("standard"), {"protocol.epochs": epochs, "protocol.select": "last"}
+    ).protocol
     backbone = catalog.describe_backbone("nf_resnet50:scratch")
     trial = Trial("", "", backbone, PIXELS, 0, settings, TextInput("prototypes", "", "basic"), 100)
 
@@ -388,11 +424,21 @@ PARTS: dict[str, Callable[[int, bool], Found]] = {
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Measures on a GPU.")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"parts by comma, of {', '.join(PARTS)}")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description="Measures on a GPU."
+    )
+    parser.add_argument(
+        "--only", default=",".join(PARTS), help=f"parts by comma, of {', '.join(PARTS)}"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, its figures say nothing")
-    parser.add_argument("--json", type=Path, default=Path("runs/gpu.json"), help="file for the figures")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny sizes: shows that it works, its figures say nothing",
+    )
+    parser.add_argument(
+        "--json", type=Path, default=Path("runs/gpu.json"), help="file for the figures"
+    )
     args = parser.parse_args()
     chosen = [name.strip() for name in args.only.split(",")]
     if unknown := [name for name in chosen if name not in PARTS]:
@@ -402,11 +448,18 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu: torch finds no GPU on this machine")
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    found: Found = {"machine": machine(), "versions": versions(), "quick": args.quick, "repeats": args.repeats}
+    found: Found = {
+        "machine": machine(),
+        "versions": versions(),
+        "quick": args.quick,
+        "repeats": args.repeats,
+    }
     for name in chosen:
         torch.cuda.reset_peak_memory_stats()
         found[name] = {**PARTS[name](args.repeats, args.quick), "driver_peak_gib": peak_rss() / GIB}
-        args.json.write_text(json.dumps(found, indent=1) + "\n")  # after each part: a later one may fail
+        args.json.write_text(
+            json.dumps(found, indent=1) + "\n"
+        )  # after each part: a later one may fail
         print(name, json.dumps(found[name]), flush=True)
         torch.cuda.empty_cache()
 

@@ -104,7 +104,11 @@ def at_least(runs: Runs, wanted: float, unit: str = "faster", name: str = "secon
 
 def peak_rss(pid: int | str = "self") -> int:
     """The peak resident memory of a process in bytes. Not ru_maxrss: that begins with the parent's."""
-    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    line = next(
+        line
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line.startswith("VmHWM:")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -120,7 +124,9 @@ def tree_memory(pid: int, shared: dict[int, int]) -> tuple[int, int]:
     with suppress(psutil.Error):
         top = psutil.Process(pid)
         for process in (top, *top.children(recursive=True)):
-            with suppress(psutil.Error, OSError, StopIteration):  # a process that ends has no peak any more
+            with suppress(
+                psutil.Error, OSError, StopIteration
+            ):  # a process that ends has no peak any more
                 if process.pid not in shared:
                     now = process.memory_full_info()
                     shared[process.pid] = now.rss - now.pss
@@ -140,11 +146,21 @@ def run_part(row: int, part: str, task: Task, limit_s: float = LIMIT_S) -> Found
     Raises PartError if it fails, or ends after `limit_s`: then all of its process group is killed.
     """
     task.out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "benchmarks.part", str(row), part, str(task.data), str(task.out)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.part",
+        str(row),
+        part,
+        str(task.data),
+        str(task.out),
+    ]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     began = time.perf_counter()
     environment = {**QUIET, **os.environ, "PYTHONPATH": paths}
-    process = subprocess.Popen(command + ["--quick"] * task.quick, cwd=ROOT, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        command + ["--quick"] * task.quick, cwd=ROOT, env=environment, start_new_session=True
+    )
     peak = worker = 0
     shared: dict[int, int] = {}
     try:
@@ -171,5 +187,9 @@ def run_part(row: int, part: str, task: Task, limit_s: float = LIMIT_S) -> Found
         raise PartError(f"{part} ended with {process.returncode}")
     found = json.loads((task.out / ANSWER).read_text())
     driver = found.pop("driver_peak_gib")
-    memory = {"peak_gib": max(peak / GIB, driver), "driver_peak_gib": driver, "worker_peak_gib": worker / GIB}
+    memory = {
+        "peak_gib": max(peak / GIB, driver),
+        "driver_peak_gib": driver,
+        "worker_peak_gib": worker / GIB,
+    }
     return {"seconds": wall, **found, **memory, "process_seconds": wall}

@@ -25,7 +25,9 @@ class NotingInfo(EncoderInfo):
 
 
 def describe(other: EncoderInfo, note: Path) -> NotingInfo:
-    return NotingInfo(NAME, other.dim, other.space, other.identity, other.preprocess, (), other, note)
+    return NotingInfo(
+        NAME, other.dim, other.space, other.identity, other.preprocess, (), other, note
+    )
 
 
 def load(info: NotingInfo, precision: str) -> Encoder:

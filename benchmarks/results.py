@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 
 from benchmarks.measure import GIB, Check, Found, Row, Runs
-from pds_ray.bench import cpu_name
-from pds_ray.manifest import versions
+from pds_ray.planning.bench import cpu_name
+from pds_ray.store.manifest import versions
 
 FOLDER = Path(__file__).parent
 RESULTS, MARKDOWN = FOLDER / "results.json", FOLDER / "RESULTS.md"
@@ -38,7 +38,9 @@ def gpu() -> str | None:
     """The name of the first GPU, without loading torch; None if there is none."""
     try:
         asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        names = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+        names = subprocess.run(
+            asked, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         return None
     return names[0] if names else None
@@ -49,7 +51,9 @@ def commit() -> str | None:
     changed = ["status", "--porcelain", "-uno", "--", "../pds_ray", "*.py"]
     try:
         told, others = (
-            subprocess.run(["git", *asked], capture_output=True, text=True, check=True, cwd=FOLDER).stdout.strip()
+            subprocess.run(
+                ["git", *asked], capture_output=True, text=True, check=True, cwd=FOLDER
+            ).stdout.strip()
             for asked in (["rev-parse", "--short", "HEAD"], changed)
         )
     except (OSError, subprocess.CalledProcessError):
@@ -59,17 +63,30 @@ def commit() -> str | None:
 
 def spread(values: list[float]) -> dict[str, Any]:
     """Median, smallest, largest, and all in the order they came."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "all": values,
+    }
 
 
 def result(
-    row: Row, runs: Runs, afterwards: Found, checks: list[Check], command: str, quick: bool, at: str | None = None
+    row: Row,
+    runs: Runs,
+    afterwards: Found,
+    checks: list[Check],
+    command: str,
+    quick: bool,
+    at: str | None = None,
 ) -> Result:
     """A row as JSON; `at` is the commit that was measured."""
     sides = {
         name: {
             **{measure: spread([one[measure] for one in found]) for measure in MEASURES},
-            "found": [{key: value for key, value in one.items() if key not in MEASURES} for one in found],
+            "found": [
+                {key: value for key, value in one.items() if key not in MEASURES} for one in found
+            ],
         }
         for name, found in runs.items()
     }
@@ -91,19 +108,33 @@ def result(
 
 def tables(results: list[Result]) -> str:
     """Two tables as Markdown: what was to be reached, and the figures of every side."""
-    lines = ["| # | what | against | to reach | found | reached |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| # | what | against | to reach | found | reached |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for one in results:
         for number, check in enumerate(one["checks"]):
             head = f"{one['row']} | {one['what']} | {one['against']}" if number == 0 else " | | "
-            lines.append(f"| {head} | {check['wanted']} | {check['found']} | {_verdict(check['reached'])} |")
-    lines += ["", "| # | side | seconds, median (range) | peak GiB | driver | largest worker |", "| --- " * 6 + "|"]
+            lines.append(
+                f"| {head} | {check['wanted']} | {check['found']} | {_verdict(check['reached'])} |"
+            )
+    lines += [
+        "",
+        "| # | side | seconds, median (range) | peak GiB | driver | largest worker |",
+        "| --- " * 6 + "|",
+    ]
     for one in results:
         for name, side in one["sides"].items():
             seconds = side["seconds"]
             times = f"{_short(seconds['median'])} ({_short(seconds['min'])} to {_short(seconds['max'])})"
             memory = (side[f"{part}peak_gib"]["median"] for part in ("", "driver_", "worker_"))
-            lines.append(f"| {one['row']} | {name} | {times} | {' | '.join(f'{gib:.2f}' for gib in memory)} |")
-    lines += ["", *(f"{one['row']}. {one['notes']} `{one['command']}`{_at(one)}" for one in results)]
+            lines.append(
+                f"| {one['row']} | {name} | {times} | {' | '.join(f'{gib:.2f}' for gib in memory)} |"
+            )
+    lines += [
+        "",
+        *(f"{one['row']}. {one['notes']} `{one['command']}`{_at(one)}" for one in results),
+    ]
     return "\n".join(lines)
 
 
@@ -143,7 +174,9 @@ def write(fresh: list[Result], results: Path = RESULTS, markdown: Path = MARKDOW
 
     One that was not measured takes no place. Raises ValueError if the text has no such section.
     """
-    known = {one["row"]: one for one in (json.loads(results.read_text()) if results.exists() else [])}
+    known = {
+        one["row"]: one for one in (json.loads(results.read_text()) if results.exists() else [])
+    }
     known |= {one["row"]: one for one in fresh if one["sides"] or one["row"] not in known}
     ordered = [known[number] for number in sorted(known)]
     text = markdown.read_text()

@@ -22,7 +22,9 @@ def main(run: str) -> None:
     pairs = load_distilled(run)
     info = catalog.describe_encoder(EmbedConfig(encoder=pairs.manifest["about"]["encoder"]))
     encoder = catalog.load_encoder(info, "fp32")
-    pictures = encoder.encode_images(np.stack([info.preprocess(pairs.image(pair)) for pair in range(len(pairs))]))
+    pictures = encoder.encode_images(
+        np.stack([info.preprocess(pairs.image(pair)) for pair in range(len(pairs))])
+    )
     similarity = normalized(pictures) @ normalized(pairs.image_prototypes).T
     found = int((similarity.argmax(axis=1) == np.arange(len(pairs))).sum())
     print(f"round trip: {found} of {len(pairs)} pictures find their own prototype")

@@ -35,10 +35,17 @@ import psutil
 import pyarrow as pa
 
 from benchmarks.measure import GIB, peak_rss
-from pds_ray.artifacts import ERROR_SCHEMA, EmbeddingStore, RunFolder, caption_schema, embedding_array, image_schema
 from pds_ray.config import ClusterConfig, RayConfig, RunConfig
 from pds_ray.stages.embed import cosine
-from pds_ray.storage import Folder
+from pds_ray.store.artifacts import (
+    ERROR_SCHEMA,
+    EmbeddingStore,
+    RunFolder,
+    caption_schema,
+    embedding_array,
+    image_schema,
+)
+from pds_ray.store.storage import Folder
 
 DIM, SHARD_PAIRS = 128, 10_000
 CONCEPTS, STRAYS, SPREAD = 20_000, 0.2, 0.7
@@ -48,7 +55,9 @@ RATIO = 0.2  # pruned
 def shard_sizes(pairs: int) -> dict[str, int]:
     """Shard name -> pairs; all but the last are full."""
     shards = -(-pairs // SHARD_PAIRS)
-    return {f"{number:05d}": min(SHARD_PAIRS, pairs - number * SHARD_PAIRS) for number in range(shards)}
+    return {
+        f"{number:05d}": min(SHARD_PAIRS, pairs - number * SHARD_PAIRS) for number in range(shards)
+    }
 
 
 @functools.cache
@@ -71,7 +80,11 @@ def shard_tables(number: int, rows: int, seed: int) -> tuple[pa.Table, pa.Table]
     )
     keys = [f"{row:07d}" for row in range(rows)]
     size = np.full(rows, 256, np.int32)
-    images = {"key": keys, "index": np.arange(rows, dtype=np.int32), "embedding": embedding_array(image, "float16")}
+    images = {
+        "key": keys,
+        "index": np.arange(rows, dtype=np.int32),
+        "embedding": embedding_array(image, "float16"),
+    }
     captions = {
         "key": keys,
         "image_row": np.arange(rows, dtype=np.int32),
@@ -90,7 +103,9 @@ def write_shard(store: EmbeddingStore, shard: str, rows: int, seed: int) -> None
     """Commits one shard of the store."""
     images, captions = shard_tables(int(shard), rows, seed)
     counts = {"images": rows, "pairs": rows, "bad": 0, "reasons": {}}
-    store.commit(shard, images, captions, ERROR_SCHEMA.empty_table(), {**counts, "precision": "fp16"})
+    store.commit(
+        shard, images, captions, ERROR_SCHEMA.empty_table(), {**counts, "precision": "fp16"}
+    )
 
 
 def make_store(folder: Folder, pairs: int, seed: int, processes: int) -> EmbeddingStore:
@@ -100,7 +115,11 @@ def make_store(folder: Folder, pairs: int, seed: int, processes: int) -> Embeddi
     have = store.committed()
     if have.keys() >= shard_sizes(pairs).keys():
         return store
-    todo = [(store, shard, rows, seed) for shard, rows in shard_sizes(pairs).items() if shard not in have]
+    todo = [
+        (store, shard, rows, seed)
+        for shard, rows in shard_sizes(pairs).items()
+        if shard not in have
+    ]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         pool.starmap(write_shard, todo, chunksize=1)
     return store
@@ -174,7 +193,9 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     run.folder.delete_all()
     run.folder.create()
     runtime.start(RayConfig(num_cpus=args.cpus, object_store_gib=args.object_store_gib))
-    list(runtime.map_in_order(_load, ["pds_ray.distributed.prototypes", "faiss"] * args.cpus))  # workers start
+    list(
+        runtime.map_in_order(_load, ["pds_ray.distributed.prototypes", "faiss"] * args.cpus)
+    )  # workers start
     watch, load = Watch(), os.getloadavg()
     counts: dict[str, Any] = {}
     with watch.stage("prune"):
@@ -207,7 +228,9 @@ def random_table(clusters: int, each: int, seed: int) -> tuple[np.ndarray, np.nd
     rng = np.random.default_rng(seed)
     popularity = 1 / (np.arange(clusters) + clusters / 100)
     columns = rng.choice(clusters, clusters * each, p=popularity / popularity.sum())
-    cells = np.unique(np.repeat(np.arange(clusters), each) * clusters + rng.permutation(clusters)[columns])
+    cells = np.unique(
+        np.repeat(np.arange(clusters), each) * clusters + rng.permutation(clusters)[columns]
+    )
     return cells, rng.zipf(1.6, len(cells)).clip(max=100_000)
 
 
@@ -223,7 +246,11 @@ def run_assignment(args: argparse.Namespace) -> dict[str, Any]:
     wanted = np.arange(args.clusters) * args.clusters + text_of
     place = np.minimum(np.searchsorted(cells, wanted), len(cells) - 1)
     shared = np.where(cells[place] == wanted, counts[place], 0)
-    found = {"cells": len(cells), "shared_pairs": int(shared.sum()), "pairless": int((shared == 0).sum())}
+    found = {
+        "cells": len(cells),
+        "shared_pairs": int(shared.sum()),
+        "pairless": int((shared == 0).sum()),
+    }
     return {"options": vars(args), "load": load, "stages": watch.stages, "counts": {"match": found}}
 
 
@@ -235,14 +262,24 @@ def table(results: list[dict[str, Any]]) -> str:
     ]
     for result in results:
         options = result["options"]
-        pairs = f"{options['pairs']:,}" if "pairs" in options else f"{result['counts']['match']['cells']:,} cells"
+        pairs = (
+            f"{options['pairs']:,}"
+            if "pairs" in options
+            else f"{result['counts']['match']['cells']:,} cells"
+        )
         for name, stage in result["stages"].items():
             both = []
             for kind in ("seconds", "cpu_seconds"):
                 fit = stage.get(f"fit_{kind}")
-                both.append(f"{fit:.1f} fit + {stage[kind] - fit:.1f} labels" if fit else f"{stage[kind]:.1f}")
+                both.append(
+                    f"{fit:.1f} fit + {stage[kind] - fit:.1f} labels"
+                    if fit
+                    else f"{stage[kind]:.1f}"
+                )
             peaks = f"{stage['driver_peak_gib']:.2f} | {stage['worker_peak_gib']:.2f}"
-            lines.append(f"| {pairs} | {options['clusters']:,} | {name} | {' | '.join(both)} | {peaks} |")
+            lines.append(
+                f"| {pairs} | {options['clusters']:,} | {name} | {' | '.join(both)} | {peaks} |"
+            )
     return "\n".join(lines)
 
 

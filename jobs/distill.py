@@ -2,7 +2,7 @@
 
 import sys
 
-from pds_ray.cli import main
+from pds_ray.cli.main import main
 
 if __name__ == "__main__":
     main(["distill", *sys.argv[1:]])

@@ -5,7 +5,7 @@
 
 import sys
 
-from pds_ray.cli import main
+from pds_ray.cli.main import main
 
 if __name__ == "__main__":
     main(["distill", "--only", "embed", *sys.argv[1:]])

@@ -6,7 +6,7 @@ SET is a run folder or a distilled set where the cluster finds it.
 
 import sys
 
-from pds_ray.cli import main
+from pds_ray.cli.main import main
 
 if __name__ == "__main__":
     main(["evaluate", *sys.argv[1:]])

@@ -6,7 +6,7 @@ ray job submit --working-dir . -- python jobs/synthesize.py --config run.yaml ..
 
 import sys
 
-from pds_ray.cli import main
+from pds_ray.cli.main import main
 
 if __name__ == "__main__":
     main(["distill", "--only", "decode", *sys.argv[1:]])

@@ -15,7 +15,7 @@ from typing import Any
 
 from pds_ray.config import ConfigError, EvaluateConfig, RunConfig
 from pds_ray.config import replace as configure
-from pds_ray.pipeline import distill, plan
+from pds_ray.engine.pipeline import distill, plan
 from pds_ray.recipes import protocol, recipe
 from pds_ray.stages.materialize import DistilledSet, load_distilled
 
@@ -39,11 +39,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "evaluate":  # these two stand on torch: imported when asked for
-        from pds_ray.evaluation import evaluate
+        from pds_ray.engine.evaluate import evaluate
 
         return evaluate
     if name == "compare":
-        from pds_ray.comparison import compare
+        from pds_ray.engine.compare import compare
 
         return compare
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from pds_ray.captions import CLEANERS
 from pds_ray.errors import UserError
+from pds_ray.modalities.text import CLEANERS
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 
@@ -41,7 +41,12 @@ class ReadConfig:
     min_side: int = option(2, "pictures with a shorter side are refused, pixels")
 
     def __post_init__(self) -> None:
-        _require(self.captions in CLEANERS, "read.captions", self.captions, "one of " + ", ".join(CLEANERS))
+        _require(
+            self.captions in CLEANERS,
+            "read.captions",
+            self.captions,
+            "one of " + ", ".join(CLEANERS),
+        )
         _require(self.max_pixels > 0, "read.max_pixels", self.max_pixels, "positive")
         _require(self.min_side > 0, "read.min_side", self.min_side, "positive")
 
@@ -57,7 +62,9 @@ class EmbedConfig:
     )
     precision: str = option("auto", "fp32, fp16, bf16 or auto (bf16 on a GPU, fp32 on a CPU)")
     batch_size: int = option(256, "images or captions a forward pass; a multiple of 16")
-    store: str | None = option(None, "embedding store that several runs share; default OUT/embeddings")
+    store: str | None = option(
+        None, "embedding store that several runs share; default OUT/embeddings"
+    )
     store_dtype: str = option("float16", "dtype of the embeddings on disk: float16 or float32")
 
     def __post_init__(self) -> None:
@@ -74,7 +81,10 @@ class EmbedConfig:
             "a positive multiple of 16 (so that results do not depend on it)",
         )
         _require(
-            self.store_dtype in ("float16", "float32"), "embed.store_dtype", self.store_dtype, "float16 or float32"
+            self.store_dtype in ("float16", "float32"),
+            "embed.store_dtype",
+            self.store_dtype,
+            "float16 or float32",
         )
 
 
@@ -85,11 +95,18 @@ METHODS = ("pds", "random", "herding", "k_center", "forgetting", "clip_score")
 class SelectConfig:
     """Choice of real pairs, for the methods other than pds."""
 
-    forgotten: str = option("fewest", "method forgetting takes the pairs forgotten fewest or most times")
+    forgotten: str = option(
+        "fewest", "method forgetting takes the pairs forgotten fewest or most times"
+    )
     epochs: int = option(10, "method forgetting: epochs of training on all pairs")
 
     def __post_init__(self) -> None:
-        _require(self.forgotten in ("fewest", "most"), "select.forgotten", self.forgotten, "fewest or most")
+        _require(
+            self.forgotten in ("fewest", "most"),
+            "select.forgotten",
+            self.forgotten,
+            "fewest or most",
+        )
         _require(self.epochs > 1, "select.epochs", self.epochs, "at least 2")
 
 
@@ -109,7 +126,8 @@ class ClusterConfig:
 
     iterations: int = option(25, "Lloyd iterations at most")
     tolerance: float = option(
-        1e-4, "a fit of equal weights ends when an iteration changes its objective by a smaller share"
+        1e-4,
+        "a fit of equal weights ends when an iteration changes its objective by a smaller share",
     )
     restarts: int = option(1, "independent fits of which the best is kept")
     normalize: bool = option(
@@ -119,17 +137,26 @@ class ClusterConfig:
         "normalize_embedding",
     )
     memory_gib: float = option(
-        8.0, "budget for the training vectors; more rows than fit are sampled, and Ray holds half as much in passing"
+        8.0,
+        "budget for the training vectors; more rows than fit are sampled, and Ray holds half as much in passing",
     )
     modality: str = option(
-        "separate", "separate (each by itself, then matched), joint (one k-means on both), image or text (one decides)"
+        "separate",
+        "separate (each by itself, then matched), joint (one k-means on both), image or text (one decides)",
     )
 
     def __post_init__(self) -> None:
         allowed = ("separate", "joint", "image", "text")
-        _require(self.modality in allowed, "cluster.modality", self.modality, "separate, joint, image or text")
+        _require(
+            self.modality in allowed,
+            "cluster.modality",
+            self.modality,
+            "separate, joint, image or text",
+        )
         _require(self.iterations > 0, "cluster.iterations", self.iterations, "positive")
-        _require(0 <= self.tolerance < 1, "cluster.tolerance", self.tolerance, "at least 0 and below 1")
+        _require(
+            0 <= self.tolerance < 1, "cluster.tolerance", self.tolerance, "at least 0 and below 1"
+        )
         _require(self.restarts > 0, "cluster.restarts", self.restarts, "positive")
         _require(self.memory_gib > 0, "cluster.memory_gib", self.memory_gib, "positive")
 
@@ -139,12 +166,26 @@ class MatchConfig:
     """One-to-one assignment of image clusters to text clusters by the pairs they share."""
 
     solver: str = option("auto", "dense (Hungarian), sparse, or auto (dense up to 5,000 clusters)")
-    pairless: str = option("auto", "couples that share no pair: keep, drop, or auto (keep below 300 pairs)")
-    filter: bool = option(True, "average the shared pairs of a couple only; false averages its two whole clusters")
+    pairless: str = option(
+        "auto", "couples that share no pair: keep, drop, or auto (keep below 300 pairs)"
+    )
+    filter: bool = option(
+        True, "average the shared pairs of a couple only; false averages its two whole clusters"
+    )
 
     def __post_init__(self) -> None:
-        _require(self.solver in ("auto", "dense", "sparse"), "match.solver", self.solver, "auto, dense or sparse")
-        _require(self.pairless in ("auto", "keep", "drop"), "match.pairless", self.pairless, "auto, keep or drop")
+        _require(
+            self.solver in ("auto", "dense", "sparse"),
+            "match.solver",
+            self.solver,
+            "auto, dense or sparse",
+        )
+        _require(
+            self.pairless in ("auto", "keep", "drop"),
+            "match.pairless",
+            self.pairless,
+            "auto, keep or drop",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,26 +193,44 @@ class DecodeConfig:
     """From prototypes to pictures."""
 
     decoder: str = option(
-        "unclip", "unclip (diffusers) or nearest (the real image nearest to the prototype)", "decoder"
+        "unclip",
+        "unclip (diffusers) or nearest (the real image nearest to the prototype)",
+        "decoder",
     )
     model: str = option(
-        "auto", "diffusers unCLIP repository id or folder; auto takes the one that fits the encoder", "decoder-model"
+        "auto",
+        "diffusers unCLIP repository id or folder; auto takes the one that fits the encoder",
+        "decoder-model",
     )
     revision: str | None = option(None, "revision of the repository")
-    condition: str = option("prototype", "what the decoder sees: prototype (and caption), or caption (text alone)")
+    condition: str = option(
+        "prototype", "what the decoder sees: prototype (and caption), or caption (text alone)"
+    )
     steps: int = option(100, "denoising steps", "steps")
-    guidance: float = option(5.0, "classifier-free guidance scale; 1 or less switches it off", "guidance")
+    guidance: float = option(
+        5.0, "classifier-free guidance scale; 1 or less switches it off", "guidance"
+    )
     noise_level: int = option(10, "noise added to the prototype, 0 to 999", "noise")
     negative_prompt: str = option("text, watermark", "what the picture should not show")
-    rescale: bool = option(False, "scale prototypes to the mean norm of their members before decoding")
+    rescale: bool = option(
+        False, "scale prototypes to the mean norm of their members before decoding"
+    )
     precision: str = option("auto", "fp32, fp16, bf16 or auto (fp16 on a GPU, fp32 on a CPU)")
     batch_size: int = option(16, "prototypes decoded together")
     image_size: int = option(
-        224, "side of the saved pictures in pixels; 0 keeps the decoder's", "image-size", "image_size"
+        224,
+        "side of the saved pictures in pixels; 0 keeps the decoder's",
+        "image-size",
+        "image_size",
     )
 
     def __post_init__(self) -> None:
-        _require(self.condition in ("prototype", "caption"), "decode.condition", self.condition, "prototype or caption")
+        _require(
+            self.condition in ("prototype", "caption"),
+            "decode.condition",
+            self.condition,
+            "prototype or caption",
+        )
         _require(self.steps > 0, "decode.steps", self.steps, "positive")
         _require(math.isfinite(self.guidance), "decode.guidance", self.guidance, "a finite number")
         _require(0 <= self.noise_level <= 999, "decode.noise_level", self.noise_level, "0 to 999")
@@ -190,12 +249,18 @@ class CaptionConfig:
     """The caption that goes with each picture."""
 
     nearest_to: str = option(
-        "picture", "a pair's caption is the real one nearest to its picture, or, as published, to its text prototype"
+        "picture",
+        "a pair's caption is the real one nearest to its picture, or, as published, to its text prototype",
     )
 
     def __post_init__(self) -> None:
         allowed = ("picture", "prototype")
-        _require(self.nearest_to in allowed, "caption.nearest_to", self.nearest_to, "picture or prototype")
+        _require(
+            self.nearest_to in allowed,
+            "caption.nearest_to",
+            self.nearest_to,
+            "picture or prototype",
+        )
 
 
 @dataclass(frozen=True)
@@ -216,35 +281,54 @@ class RayConfig:
     """Where it runs, and what is given up. What comes out depends on it only by what is refused: pictures that take
     more time (`sample_timeout_s`) or memory than they may."""
 
-    address: str | None = option(None, "address of a running cluster; without it a local Ray is started", "address")
+    address: str | None = option(
+        None, "address of a running cluster; without it a local Ray is started", "address"
+    )
     num_cpus: int | None = option(None, "CPUs of the local Ray; default all")
     object_store_gib: float | None = option(
         None, "object store of the local Ray; default a quarter of free memory, at most 8 GiB"
     )
-    read_resources: str = option("", "custom resources of each task that reads or decodes pictures, NAME=AMOUNT,...")
-    embed_workers: int = option(0, "embedding actors at most; 0 is one a GPU, or what the CPUs allow")
+    read_resources: str = option(
+        "", "custom resources of each task that reads or decodes pictures, NAME=AMOUNT,..."
+    )
+    embed_workers: int = option(
+        0, "embedding actors at most; 0 is one a GPU, or what the CPUs allow"
+    )
     embed_min_workers: int = option(1, "embedding actors at least, as the cluster shrinks")
     embed_gpus: float | None = option(
-        None, "GPUs of each embedding actor, such as 0.5; default 1 where there are any; say it if they are yet to come"
+        None,
+        "GPUs of each embedding actor, such as 0.5; default 1 where there are any; say it if they are yet to come",
     )
     embed_resources: str = option("", "custom resources of each embedding actor, NAME=AMOUNT,...")
-    decode_workers: int = option(0, "decoding actors at most; 0 is one a GPU, or what the CPUs allow")
+    decode_workers: int = option(
+        0, "decoding actors at most; 0 is one a GPU, or what the CPUs allow"
+    )
     decode_min_workers: int = option(1, "decoding actors at least, as the cluster shrinks")
     decode_gpus: float | None = option(None, "GPUs of each decoding actor")
     decode_resources: str = option("", "custom resources of each decoding actor, NAME=AMOUNT,...")
-    max_bad_share: float = option(0.5, "the run stops when more than this share of the samples is bad")
-    max_failed_share: float = option(0.1, "the run stops when more than this share of the shards cannot be read")
-    sample_timeout_s: float = option(60.0, "a picture that takes longer to decode is given up, seconds")
+    max_bad_share: float = option(
+        0.5, "the run stops when more than this share of the samples is bad"
+    )
+    max_failed_share: float = option(
+        0.1, "the run stops when more than this share of the shards cannot be read"
+    )
+    sample_timeout_s: float = option(
+        60.0, "a picture that takes longer to decode is given up, seconds"
+    )
 
     def __post_init__(self) -> None:
-        _require(self.num_cpus is None or self.num_cpus > 0, "ray.num_cpus", self.num_cpus, "positive")
+        _require(
+            self.num_cpus is None or self.num_cpus > 0, "ray.num_cpus", self.num_cpus, "positive"
+        )
         store = self.object_store_gib
         _require(store is None or 0 < store < math.inf, "ray.object_store_gib", store, "positive")
         _amounts("ray.read_resources", self.read_resources)
         for stage, actors in (("embed", self.embed_actors), ("decode", self.decode_actors)):
             _require(actors.workers >= 0, f"ray.{stage}_workers", actors.workers, "0 or positive")
             least, most = actors.min_workers, actors.workers or math.inf
-            _require(1 <= least <= most, f"ray.{stage}_min_workers", least, f"from 1 to {stage}_workers")
+            _require(
+                1 <= least <= most, f"ray.{stage}_min_workers", least, f"from 1 to {stage}_workers"
+            )
             gpus = actors.gpus
             _require(
                 gpus is None or 0 <= gpus <= 1 or (1 < gpus < math.inf and gpus == int(gpus)),
@@ -252,8 +336,15 @@ class RayConfig:
                 gpus,
                 "a share of one GPU or a whole number",
             )
-        _require(0 <= self.max_bad_share <= 1, "ray.max_bad_share", self.max_bad_share, "from 0 to 1")
-        _require(0 <= self.max_failed_share <= 1, "ray.max_failed_share", self.max_failed_share, "from 0 to 1")
+        _require(
+            0 <= self.max_bad_share <= 1, "ray.max_bad_share", self.max_bad_share, "from 0 to 1"
+        )
+        _require(
+            0 <= self.max_failed_share <= 1,
+            "ray.max_failed_share",
+            self.max_failed_share,
+            "from 0 to 1",
+        )
         timeout = self.sample_timeout_s
         _require(0 < timeout < math.inf, "ray.sample_timeout_s", timeout, "positive")
 
@@ -281,8 +372,13 @@ def _amounts(name: str, text: str) -> dict[str, float]:
         try:
             amounts[resource.strip()] = float(amount)
         except ValueError:
-            raise ConfigError(f"{name} is {text!r}; it must be NAME=AMOUNT, more of them by comma") from None
-    good = all(key and key not in ("CPU", "GPU", "memory") and 0 < value < math.inf for key, value in amounts.items())
+            raise ConfigError(
+                f"{name} is {text!r}; it must be NAME=AMOUNT, more of them by comma"
+            ) from None
+    good = all(
+        key and key not in ("CPU", "GPU", "memory") and 0 < value < math.inf
+        for key, value in amounts.items()
+    )
     _require(good, name, text, "custom resources, each with a positive amount")
     return amounts
 
@@ -320,25 +416,42 @@ class RunConfig:
 class ProtocolConfig:
     """How models are trained on a set and judged. Named protocols are in recipes.py."""
 
-    train: str = option("all", "what is trained: text_head, heads (image and text), backbone (and text head) or all")
-    text: str = option("captions", "text input: captions (encoded anew), or the text prototypes of the set")
-    text_encoder: str = option("auto", "auto (the CLIP of the set), an open_clip model, bert:MODEL or distilbert:MODEL")
-    captions: str = option("basic", "cleaning of the captions that are encoded: basic, paper or none")
-    image_size: int = option(0, "side of the pictures in pixels; 0 is what the backbone was made for")
+    train: str = option(
+        "all", "what is trained: text_head, heads (image and text), backbone (and text head) or all"
+    )
+    text: str = option(
+        "captions", "text input: captions (encoded anew), or the text prototypes of the set"
+    )
+    text_encoder: str = option(
+        "auto", "auto (the CLIP of the set), an open_clip model, bert:MODEL or distilbert:MODEL"
+    )
+    captions: str = option(
+        "basic", "cleaning of the captions that are encoded: basic, paper or none"
+    )
+    image_size: int = option(
+        0, "side of the pictures in pixels; 0 is what the backbone was made for"
+    )
     normalization: str = option("backbone", "constants of the pixels: backbone (its own) or clip")
     augment: bool = option(
-        True, "random shifts and scales while the backbone is trained; nothing that belies a caption"
+        True,
+        "random shifts and scales while the backbone is trained; nothing that belies a caption",
     )
     optimizer: str = option("adamw", "adamw or sgd")
     learning_rate: float = option(1e-3, "learning rate at the start")
     momentum: float = option(0.9, "momentum of sgd")
     weight_decay: float = option(0.05, "weight decay")
-    schedule: str = option("cosine", "cosine (to zero), or step (a tenth from half of the epochs on)")
+    schedule: str = option(
+        "cosine", "cosine (to zero), or step (a tenth from half of the epochs on)"
+    )
     epochs: int = option(100, "epochs")
     batch_size: int = option(128, "pairs a step, over all workers of a trial")
-    sampling: str = option("epoch", "epoch (every pair once), or independent (a fresh draw for every batch)")
+    sampling: str = option(
+        "epoch", "epoch (every pair once), or independent (a fresh draw for every batch)"
+    )
     evaluate_every: int = option(20, "epochs between evaluations")
-    select: str = option("val", "the epoch reported is the best on val, the best on test, or the last")
+    select: str = option(
+        "val", "the epoch reported is the best on val, the best on test, or the last"
+    )
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -351,28 +464,46 @@ class ProtocolConfig:
             ("sampling", ("epoch", "independent")),
             ("select", ("val", "test", "last")),
         ):
-            _require(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed))
+            _require(
+                getattr(self, name) in allowed,
+                name,
+                getattr(self, name),
+                "one of " + ", ".join(allowed),
+            )
         for name in ("learning_rate", "epochs", "evaluate_every"):
             value = getattr(self, name)
             _require(0 < value < math.inf, name, value, "positive")
         for name in ("image_size", "momentum", "weight_decay"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, name, value, "0 or positive")
-        _require(self.batch_size > 1, "batch_size", self.batch_size, "at least 2 (a pair needs another to differ from)")
+        _require(
+            self.batch_size > 1,
+            "batch_size",
+            self.batch_size,
+            "at least 2 (a pair needs another to differ from)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """An evaluation: which models are trained how often, on what they are tested, and where that runs."""
 
-    test: str = option("", "source of the held-out pictures and captions, as --source of distill", "test")
-    val: str | None = option(None, "source that selects the epoch; default the one that belongs to --test", "val")
-    backbones: str = option("small_conv,small_vit,small_mixer", "evaluation models, by comma", "backbones")
+    test: str = option(
+        "", "source of the held-out pictures and captions, as --source of distill", "test"
+    )
+    val: str | None = option(
+        None, "source that selects the epoch; default the one that belongs to --test", "val"
+    )
+    backbones: str = option(
+        "small_conv,small_vit,small_mixer", "evaluation models, by comma", "backbones"
+    )
     seeds: int = option(5, "models trained a backbone, with seeds 0, 1, ...", "seeds")
     workers: int = option(1, "workers that share one trial, with gathered negatives", "workers")
     trials: int = option(0, "trials at once; 0 is what the GPUs, or the CPUs, allow", "trials")
     max_failures: int = option(
-        3, "deaths of workers that each row of trials survives without getting further", "max-failures"
+        3,
+        "deaths of workers that each row of trials survives without getting further",
+        "max-failures",
     )
     save_every_s: float = option(
         30.0, "seconds of training that the death of a worker costs at most, or one evaluation"
@@ -391,7 +522,9 @@ class EvaluateConfig:
     @property
     def backbone_names(self) -> list[str]:
         """The backbones one by one."""
-        return list(dict.fromkeys(name.strip() for name in self.backbones.split(",") if name.strip()))
+        return list(
+            dict.fromkeys(name.strip() for name in self.backbones.split(",") if name.strip())
+        )
 
 
 Config = TypeVar("Config", RunConfig, EvaluateConfig)
@@ -405,7 +538,11 @@ def to_dict(config: RunConfig | EvaluateConfig) -> dict[str, Any]:
 def sections(cls: type = RunConfig) -> dict[str, type]:
     """Name -> dataclass of the nested sections, in order."""
     hints = get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[f.name])}
+    return {
+        f.name: hints[f.name]
+        for f in dataclasses.fields(cls)
+        if dataclasses.is_dataclass(hints[f.name])
+    }
 
 
 def replace(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -430,9 +567,12 @@ def _replace(config: Any, values: Mapping[str, Any], prefix: str) -> Any:
     hints = get_type_hints(type(config))
     unknown = [name for name in values if name not in hints]
     if unknown:
-        raise ConfigError(f"unknown option {prefix}{unknown[0]}; known: {', '.join(prefix + name for name in hints)}")
+        raise ConfigError(
+            f"unknown option {prefix}{unknown[0]}; known: {', '.join(prefix + name for name in hints)}"
+        )
     return dataclasses.replace(
-        config, **{name: _convert(value, hints[name], prefix + name) for name, value in values.items()}
+        config,
+        **{name: _convert(value, hints[name], prefix + name) for name, value in values.items()},
     )
 
 
@@ -442,7 +582,9 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if type(value) is hint:
             return value
         raise ConfigError(f"{name} is {value!r}; it must be a section with fields of its own")
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if get_origin(hint) else [hint]
+    kinds = (
+        [kind for kind in get_args(hint) if kind is not type(None)] if get_origin(hint) else [hint]
+    )
     optional = get_origin(hint) is not None
     if value is None or (optional and value in ("", "none", "null")):
         if optional:

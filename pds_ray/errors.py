@@ -34,7 +34,9 @@ def without_secrets(text: str) -> str:
 def _without_secrets(rest: str) -> str:
     """What follows `://` in a URI."""
     place, _, settings = _LOGIN.sub("", rest).partition("?")
-    plain = [setting for setting in settings.split("&") if setting.partition("=")[0] in PLAIN_SETTINGS]
+    plain = [
+        setting for setting in settings.split("&") if setting.partition("=")[0] in PLAIN_SETTINGS
+    ]
     return place + ("?" + "&".join(plain) if plain else "")
 
 
@@ -46,5 +48,6 @@ def first_line(error: BaseException) -> str:
 def printable(text: str) -> str:
     """Text that a terminal only shows: what it would act on (escapes, line breaks, directions) is spelled out."""
     return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
     )

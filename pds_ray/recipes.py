@@ -125,7 +125,9 @@ def protocol(name: str) -> EvaluateConfig:
     """The evaluation under the protocol called `name`. Raises ConfigError listing the known names."""
     if name not in PROTOCOLS:
         raise ConfigError(f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}")
-    return replace(EvaluateConfig(), {f"protocol.{field}": value for field, value in PROTOCOLS[name].items()})
+    return replace(
+        EvaluateConfig(), {f"protocol.{field}": value for field, value in PROTOCOLS[name].items()}
+    )
 
 
 def protocol_name(config: EvaluateConfig) -> str:

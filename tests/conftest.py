@@ -24,7 +24,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def s3_port() -> Iterator[int]:
     """The port of an S3 server with an empty bucket."""
-    from object_store import running_server
+    from tests.support.object_store import running_server
 
     with running_server() as port:
         yield port
@@ -33,7 +33,7 @@ def s3_port() -> Iterator[int]:
 @pytest.fixture
 def s3_login(monkeypatch: pytest.MonkeyPatch) -> None:
     """Credentials of the server in the environment."""
-    from object_store import KEY, SECRET
+    from tests.support.object_store import KEY, SECRET
 
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)

@@ -44,7 +44,11 @@ def encode_cut(model: Any, tokens: Any) -> Any:
 
 
 def embed(
-    shards: list[str], model_name: str, tuning: Tuning, encode_captions: Callable[[Any, Any], Any], out: Path
+    shards: list[str],
+    model_name: str,
+    tuning: Tuning,
+    encode_captions: Callable[[Any, Any], Any],
+    out: Path,
 ) -> dict[str, Any]:
     """Embeds every picture and every caption of its .json; writes OUT.npz. Returns seconds and counts.
 
@@ -67,7 +71,9 @@ def embed(
         keys, pixels, tokens = zip(*samples, strict=True)
         return list(keys), torch.stack(pixels), torch.cat(tokens), [len(some) for some in tokens]
 
-    dataset = wds.WebDataset(shards, empty_check=False, shardshuffle=False).decode("pilrgb").map(prepare)
+    dataset = (
+        wds.WebDataset(shards, empty_check=False, shardshuffle=False).decode("pilrgb").map(prepare)
+    )
     loader = iter(DataLoader(dataset, tuning.batch, num_workers=tuning.workers, collate_fn=collate))
     model = open_clip.create_model(model_name).eval()
     all_keys, images, texts, counts = [], [], [], []
@@ -77,7 +83,21 @@ def embed(
             all_keys += keys
             counts += captions
             images.append(model.encode_image(pixels).numpy().astype(np.float16))
-            texts += [encode_captions(model, some).numpy().astype(np.float16) for some in tokens.split(TEXT_BATCH)]
-    np.savez(out, keys=all_keys, image=np.concatenate(images), text=np.concatenate(texts), captions=counts)
+            texts += [
+                encode_captions(model, some).numpy().astype(np.float16)
+                for some in tokens.split(TEXT_BATCH)
+            ]
+    np.savez(
+        out,
+        keys=all_keys,
+        image=np.concatenate(images),
+        text=np.concatenate(texts),
+        captions=counts,
+    )
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "images": len(all_keys), "pairs": sum(counts), "tuning": asdict(tuning)}
+    return {
+        "seconds": seconds,
+        "images": len(all_keys),
+        "pairs": sum(counts),
+        "tuning": asdict(tuning),
+    }

@@ -13,14 +13,17 @@ import torch
 from torch import nn
 
 from pds_ray.config import ProtocolConfig
-from pds_ray.stages import train as core
+from pds_ray.training import train as core
 
 TOP = 128  # candidates of a query that keep their score
 LOW = -100.0
 
 
 def recalls(
-    image: torch.Tensor, text: torch.Tensor, owner: np.ndarray, kind: Literal["quicksort", "stable"] = "quicksort"
+    image: torch.Tensor,
+    text: torch.Tensor,
+    owner: np.ndarray,
+    kind: Literal["quicksort", "stable"] = "quicksort",
 ) -> dict[str, float]:
     """Recalls from the whole matrix: the 128 best of each query keep their scores, then every query is sorted.
 
@@ -78,7 +81,9 @@ def train_on_frozen(
         for step, batch in enumerate(steps):
             for group in optimizer.param_groups:
                 group["lr"] = core.rate(protocol, epoch, step / len(steps))
-            masks = core.dropout_masks(len(batch), width, core.generator(seed, "dropout", epoch, step))
+            masks = core.dropout_masks(
+                len(batch), width, core.generator(seed, "dropout", epoch, step)
+            )
             with torch.no_grad():
                 features = backbone(pixels(pairs.images[batch]))
             loss = core.info_nce(*head(features, pairs.text[batch], masks))
@@ -93,7 +98,9 @@ def train_on_frozen(
 
 
 @torch.no_grad()
-def _test(head: core.TwoTowers, backbone: nn.Module, test: core.Gallery, pixels: core.Pixels) -> dict[str, float]:
+def _test(
+    head: core.TwoTowers, backbone: nn.Module, test: core.Gallery, pixels: core.Pixels
+) -> dict[str, float]:
     batches = test.images.split(TOP)
     image = torch.cat([head.embed_images(backbone(pixels(batch))) for batch in batches])
     return recalls(image, head.embed_text(test.text), test.owner.numpy(), kind="stable")

@@ -61,7 +61,9 @@ def embed_captions(captions: list[str], model: Any, tokenizer: Any) -> np.ndarra
     with torch.inference_mode():
         for start in range(0, len(captions), TEXT_CHUNK):
             tokens = tokenizer(captions[start : start + TEXT_CHUNK])
-            longest = int(tokens.argmax(dim=1).max()) + 1  # the token that ends a caption has the highest number
+            longest = (
+                int(tokens.argmax(dim=1).max()) + 1
+            )  # the token that ends a caption has the highest number
             parts.append(encode_text(model, tokens[:, :longest]).float().numpy())
     return np.concatenate(parts)
 
@@ -89,7 +91,9 @@ def cluster(vectors: np.ndarray, clusters: int) -> tuple[np.ndarray, np.ndarray]
     """Step 7: centroids [K, d] and labels [N] of mini-batch k-means on raw vectors."""
     from sklearn.cluster import MiniBatchKMeans
 
-    kmeans = MiniBatchKMeans(n_clusters=clusters, batch_size=10_000, n_init=20, random_state=SEED).fit(vectors)
+    kmeans = MiniBatchKMeans(
+        n_clusters=clusters, batch_size=10_000, n_init=20, random_state=SEED
+    ).fit(vectors)
     return kmeans.cluster_centers_, kmeans.labels_
 
 
@@ -120,7 +124,11 @@ class Prototypes:
 
 
 def prototypes(
-    image: np.ndarray, text: np.ndarray, image_labels: np.ndarray, text_labels: np.ndarray, couples: list[Couple]
+    image: np.ndarray,
+    text: np.ndarray,
+    image_labels: np.ndarray,
+    text_labels: np.ndarray,
+    couples: list[Couple],
 ) -> Prototypes:
     """Steps 10 to 12: a mask over all rows for each couple, the plain means of what it shares, sorted.
 
@@ -146,7 +154,13 @@ def nearest_captions(prototypes: np.ndarray, text: np.ndarray) -> np.ndarray:
 
 
 def decode(
-    pipeline: Any, prototypes: np.ndarray, captions: list[str], steps: int, guidance: float, noise: int, negative: str
+    pipeline: Any,
+    prototypes: np.ndarray,
+    captions: list[str],
+    steps: int,
+    guidance: float,
+    noise: int,
+    negative: str,
 ) -> list[Image.Image]:
     """Step 14: one picture a call, from the global random numbers."""
     import torch

@@ -27,7 +27,7 @@ def theirs(task: Task) -> Found:
     import open_clip
 
     from benchmarks.baselines import pds
-    from pds_ray.captions import clean_paper
+    from pds_ray.modalities.text import clean_paper
 
     name = json.loads((task.data / "model.json").read_text())
     model, _, preprocess = open_clip.create_model_and_transforms(name)
@@ -45,7 +45,9 @@ def theirs(task: Task) -> Found:
 
 def ours(task: Task) -> Found:
     model = json.loads((task.data / "model.json").read_text())
-    return embed_with_engine(f"flickr30k:{task.data}/flickr", model, task.out / "store", captions="paper")
+    return embed_with_engine(
+        f"flickr30k:{task.data}/flickr", model, task.out / "store", captions="paper"
+    )
 
 
 def after(task: Task) -> Found:
@@ -58,7 +60,10 @@ def after(task: Task) -> Found:
 
 def checks(runs: Runs, afterwards: Found) -> list[Check]:
     same = afterwards["apart"] < TOLERANCE
-    return [at_least(runs, 4.5), Check("the same embeddings", f"{afterwards['apart']:.0e} apart", same)]
+    return [
+        at_least(runs, 4.5),
+        Check("the same embeddings", f"{afterwards['apart']:.0e} apart", same),
+    ]
 
 
 ROW = Row(

@@ -18,9 +18,17 @@ from pathlib import Path
 
 from benchmarks.data import real_samples, save_random_clip, write_shards
 from benchmarks.measure import BASELINE, OURS, ROOT, Check, Found, Row, Runs, Task, factor
-from benchmarks.rows.embedding import apart, embed_with_engine, factor_with_reading, reading_seconds, stored
+from benchmarks.rows.embedding import (
+    apart,
+    embed_with_engine,
+    factor_with_reading,
+    reading_seconds,
+    stored,
+)
 
-PYTHON = Path(os.environ.get("CLIP_RETRIEVAL_PYTHON", ROOT / "runs" / "clip-retrieval" / "bin" / "python"))
+PYTHON = Path(
+    os.environ.get("CLIP_RETRIEVAL_PYTHON", ROOT / "runs" / "clip-retrieval" / "bin" / "python")
+)
 MODEL = "ViT-B-32"
 SHARDS = 4
 TOLERANCE = 5e-3  # of a unit vector: they normalise before they round to float16, we after
@@ -28,7 +36,11 @@ TOLERANCE = 5e-3  # of a unit vector: they normalise before they round to float1
 
 def lacking() -> str:
     there = "import importlib.util, sys; sys.exit(not importlib.util.find_spec('clip_retrieval'))"
-    if PYTHON.exists() and subprocess.run([str(PYTHON), "-c", there], check=False, env=_environment()).returncode == 0:
+    if (
+        PYTHON.exists()
+        and subprocess.run([str(PYTHON), "-c", there], check=False, env=_environment()).returncode
+        == 0
+    ):
         return ""
     return f"clip-retrieval has no environment here; {__name__} says how to make one"
 
@@ -43,7 +55,9 @@ def _versions() -> dict[str, str]:
     packages = ("clip-retrieval", "torch", "open-clip-torch", "webdataset")
     ask = f"import importlib.metadata as m, json; print(json.dumps({{name: m.version(name) for name in {packages}}}))"
     command = [str(PYTHON), "-c", ask]
-    told = subprocess.run(command, check=True, capture_output=True, text=True, env=_environment()).stdout
+    told = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=_environment()
+    ).stdout
     return dict(json.loads(told))
 
 
@@ -92,14 +106,18 @@ def after(task: Task) -> Found:
     import numpy as np
     import pyarrow.parquet as pq
 
-    from pds_ray.artifacts import EmbeddingStore
     from pds_ray.stages.cluster import normalized
-    from pds_ray.storage import Folder
+    from pds_ray.store.artifacts import EmbeddingStore
+    from pds_ray.store.storage import Folder
 
     theirs_, mine = task.out / f"{BASELINE}-0" / "embeddings", task.out / f"{OURS}-0" / "store"
     store = EmbeddingStore(Folder(str(mine)))
-    keys = [key for shard in sorted(store.committed()) for key in store.images(shard)["key"].to_pylist()]
-    their_keys = pq.read_table(theirs_ / "metadata" / "metadata_0.parquet")["image_path"].to_pylist()
+    keys = [
+        key for shard in sorted(store.committed()) for key in store.images(shard)["key"].to_pylist()
+    ]
+    their_keys = pq.read_table(theirs_ / "metadata" / "metadata_0.parquet")[
+        "image_path"
+    ].to_pylist()
     place = {key: row for row, key in enumerate(their_keys)}
     order = [place[key] for key in keys]
     found = {}
@@ -111,7 +129,9 @@ def after(task: Task) -> Found:
 
 def checks(runs: Runs, afterwards: Found) -> list[Check]:
     far = max(afterwards["img"], afterwards["text"])
-    packages = ", ".join(f"{name} {version}" for name, version in runs[BASELINE][0]["versions"].items())
+    packages = ", ".join(
+        f"{name} {version}" for name, version in runs[BASELINE][0]["versions"].items()
+    )
     reading = afterwards["reading_s"]
     least = factor_with_reading(runs, reading)
     return [

@@ -10,7 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import ANSWER, BASELINE, OURS, Check, Found, Row, Runs, Task, at_least, median
+from benchmarks.measure import (
+    ANSWER,
+    BASELINE,
+    OURS,
+    Check,
+    Found,
+    Row,
+    Runs,
+    Task,
+    at_least,
+    median,
+)
 
 SAMPLERS = "samplers"
 CANDIDATES = {  # name in diffusers -> steps
@@ -26,12 +37,14 @@ def _config(task: Task) -> Any:
     from pds_ray.recipes import recipe
 
     size = {"source": "scenes:300", "pairs": 8, "decode.steps": 2} if task.quick else {"pairs": 200}
-    return replace(recipe("demo"), {**size, "out": str(task.data / "run"), "ray.object_store_gib": 0.5})
+    return replace(
+        recipe("demo"), {**size, "out": str(task.data / "run"), "ray.object_store_gib": 0.5}
+    )
 
 
 def prepare(task: Task) -> Found:
     """Prototypes of 10,000 scenes."""
-    from pds_ray.pipeline import distill
+    from pds_ray.engine.pipeline import distill
 
     distill(_config(task), only=("embed", "prune", "cluster", "match", "prototypes"))
     return {}
@@ -40,8 +53,8 @@ def prepare(task: Task) -> Found:
 def _load(task: Task) -> tuple[Any, Any, Any]:
     """Configuration, prototypes and the loaded decoder, which has decoded once."""
     from pds_ray import catalog
-    from pds_ray.artifacts import RunFolder
-    from pds_ray.storage import Folder
+    from pds_ray.store.artifacts import RunFolder
+    from pds_ray.store.storage import Folder
 
     config = _config(task)
     prototypes = RunFolder(Folder(config.out)).prototypes()
@@ -111,18 +124,25 @@ def after(task: Task) -> Found:
     from PIL import Image
 
     from benchmarks.data import judge_sets, write_set
-    from pds_ray.artifacts import RunFolder
-    from pds_ray.storage import Folder
+    from pds_ray.store.artifacts import RunFolder
+    from pds_ray.store.storage import Folder
 
-    single, batched = (np.load(task.out / f"{side}-0" / "pictures.npy").astype(int) for side in (BASELINE, OURS))
+    single, batched = (
+        np.load(task.out / f"{side}-0" / "pictures.npy").astype(int) for side in (BASELINE, OURS)
+    )
     prototypes = RunFolder(Folder(_config(task).out)).prototypes()
     worth: dict[str, dict[str, float]] = {}
 
     def judge(label: str, pictures: Path) -> None:
         folder = task.out / "sets" / label
         write_set(folder, prototypes, [Image.fromarray(picture) for picture in np.load(pictures)])
-        worth.update(judge_sets({label: folder}, task.out / "judged", task.quick, "small_conv,small_mixer"))
-        print(f"row 6, {label}: r_mean {worth[label]['r_mean']:.1f} ± {worth[label]['std']:.1f}", file=sys.stderr)
+        worth.update(
+            judge_sets({label: folder}, task.out / "judged", task.quick, "small_conv,small_mixer")
+        )
+        print(
+            f"row 6, {label}: r_mean {worth[label]['r_mean']:.1f} ± {worth[label]['std']:.1f}",
+            file=sys.stderr,
+        )
 
     judge(OURS, task.out / f"{OURS}-0" / "pictures.npy")
     folder = task.out / f"{SAMPLERS}-0"
@@ -149,15 +169,17 @@ def checks(runs: Runs, afterwards: Found) -> list[Check]:
     told = "none within it"
     if fastest:
         gain, r_mean = median(runs[OURS]) / times[fastest], worth[fastest]["r_mean"]
-        told = (
-            f"{fastest}: {gain:.2f}x ours, {median(runs[BASELINE]) / times[fastest]:.2f}x theirs, r_mean {r_mean:.1f}"
-        )
-    within = f"r_mean {worth[OURS]['r_mean']:.1f} ± {worth[OURS]['std']:.1f} at the steps of the demo"
+        told = f"{fastest}: {gain:.2f}x ours, {median(runs[BASELINE]) / times[fastest]:.2f}x theirs, r_mean {r_mean:.1f}"
+    within = (
+        f"r_mean {worth[OURS]['r_mean']:.1f} ± {worth[OURS]['std']:.1f} at the steps of the demo"
+    )
     return [
         at_least(runs, 4),
         Check("the same pictures", f"{levels:.2f} of 255 levels apart", levels < LEVELS),
         Check(f"the fastest sampler within a deviation ({within})", told, None),
-        Check("", json.dumps({label: round(one["r_mean"], 1) for label, one in worth.items()}), None),
+        Check(
+            "", json.dumps({label: round(one["r_mean"], 1) for label, one in worth.items()}), None
+        ),
     ]
 
 

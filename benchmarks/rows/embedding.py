@@ -27,7 +27,9 @@ def prepare(task: Task) -> Found:
     from benchmarks.baselines.bare_loop import Tuning, embed, encode_cut
 
     shards = write_shards(
-        islice(real_samples(), _images(task)), task.data / "shards", 16 if task.quick else SHARD_SAMPLES
+        islice(real_samples(), _images(task)),
+        task.data / "shards",
+        16 if task.quick else SHARD_SAMPLES,
     )
     model = save_random_clip("ViT-B-32", task.data / "clip")
     cores = os.cpu_count() or 1
@@ -35,11 +37,15 @@ def prepare(task: Task) -> Found:
     grid = [Tuning(*setting) for setting in settings][: 1 if task.quick else None]
 
     def seconds(tuning: Tuning) -> float:
-        return embed(shards[: len(shards) // 2], model, tuning, encode_cut, task.data / "tuning.npz")["seconds"]
+        return embed(
+            shards[: len(shards) // 2], model, tuning, encode_cut, task.data / "tuning.npz"
+        )["seconds"]
 
     seconds(grid[0])  # the first pays for imports and cold files
     best = min(grid, key=seconds)
-    (task.data / "told.json").write_text(json.dumps({"shards": shards, "model": model, "tuning": vars(best)}))
+    (task.data / "told.json").write_text(
+        json.dumps({"shards": shards, "model": model, "tuning": vars(best)})
+    )
     return {}
 
 
@@ -66,13 +72,16 @@ def embed_with_engine(source_uri: str, model: str, folder: Path, captions: str =
 
     from benchmarks import noting_encoder
     from pds_ray import catalog
-    from pds_ray.artifacts import EmbeddingStore
     from pds_ray.config import RunConfig, replace
     from pds_ray.distributed import runtime
     from pds_ray.distributed.embed import embed
-    from pds_ray.storage import Folder
+    from pds_ray.store.artifacts import EmbeddingStore
+    from pds_ray.store.storage import Folder
 
-    config = replace(RunConfig(), {"embed.encoder": model, "read.captions": captions, "ray.object_store_gib": 0.5})
+    config = replace(
+        RunConfig(),
+        {"embed.encoder": model, "read.captions": captions, "ray.object_store_gib": 0.5},
+    )
     source = catalog.make_source(source_uri)
     info = catalog.describe_encoder(config.embed)
     store = EmbeddingStore(Folder(str(folder)))
@@ -86,17 +95,24 @@ def embed_with_engine(source_uri: str, model: str, folder: Path, captions: str =
     busy, idle = counts["encoder_busy_s"], counts["encoder_idle_s"]
     told = {name: counts[name] for name in ("images", "pairs", "bad")}
     seconds = ended - loaded.stat().st_mtime
-    return {"seconds": seconds, "stage_seconds": ended - began, "idle": idle / (busy + idle), **told}
+    return {
+        "seconds": seconds,
+        "stage_seconds": ended - began,
+        "idle": idle / (busy + idle),
+        **told,
+    }
 
 
 def stored(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """The embeddings of a store in its order: images [I, d], captions [N, d], float32."""
-    from pds_ray.artifacts import EmbeddingStore, embeddings
-    from pds_ray.storage import Folder
+    from pds_ray.store.artifacts import EmbeddingStore, embeddings
+    from pds_ray.store.storage import Folder
 
     store = EmbeddingStore(Folder(str(folder)))
     shards = sorted(store.committed())
-    both: list[Any] = [[embeddings(read(shard)) for shard in shards] for read in (store.images, store.captions)]
+    both: list[Any] = [
+        [embeddings(read(shard)) for shard in shards] for read in (store.images, store.captions)
+    ]
     return np.concatenate(both[0]), np.concatenate(both[1])
 
 
@@ -111,7 +127,9 @@ def after(task: Task) -> Found:
         # shards, and rows within them, come in order from one worker, and shard by shard from several
         order = np.argsort(other["keys"], kind="stable")
         starts = np.cumsum(other["captions"]) - other["captions"]
-        rows = np.concatenate([np.arange(starts[row], starts[row] + other["captions"][row]) for row in order])
+        rows = np.concatenate(
+            [np.arange(starts[row], starts[row] + other["captions"][row]) for row in order]
+        )
         pairs = (images, other["image"][order]), (captions, other["text"][rows])
         far = max(apart(mine, theirs_.astype(np.float32)) for mine, theirs_ in pairs)
     return {"apart": far, "reading_s": reading_seconds(task)}
@@ -125,7 +143,9 @@ def reading_seconds(task: Task) -> float:
     from pds_ray.config import RunConfig, replace
     from pds_ray.stages.embed import decode_block, read_blocks
 
-    config = replace(RunConfig(), {"embed.encoder": json.loads((task.data / "told.json").read_text())["model"]})
+    config = replace(
+        RunConfig(), {"embed.encoder": json.loads((task.data / "told.json").read_text())["model"]}
+    )
     preprocess = catalog.describe_encoder(config.embed).preprocess
     source = catalog.make_source(f"{task.data}/shards/*.tar")
     began = time.perf_counter()
@@ -156,7 +176,11 @@ def checks(runs: Runs, afterwards: Found) -> list[Check]:
         ),
         Check("", f"{share:.3f} without it ({rates[BASELINE]} and {rates[OURS]} images/s)", None),
         Check("", f"the loop's {tuning}", None),
-        Check("the same embeddings", f"{pairs[0]} and {pairs[1]} pairs, {afterwards['apart']:.0e} apart", same),
+        Check(
+            "the same embeddings",
+            f"{pairs[0]} and {pairs[1]} pairs, {afterwards['apart']:.0e} apart",
+            same,
+        ),
     ]
 
 

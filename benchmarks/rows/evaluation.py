@@ -20,7 +20,12 @@ def _config(task: Task) -> Any:
     from pds_ray.recipes import protocol
 
     backbone = f"{ARCHITECTURE}:{task.data / 'backbone.safetensors'}"
-    changes = {"test": TEST, "backbones": backbone, "protocol.image_size": SIDE, "ray.object_store_gib": 0.5}
+    changes = {
+        "test": TEST,
+        "backbones": backbone,
+        "protocol.image_size": SIDE,
+        "ray.object_store_gib": 0.5,
+    }
     quick = {"test": "scenes:60:7", "seeds": 2, "protocol.epochs": 11}
     return replace(protocol("paper"), {**changes, **(quick if task.quick else {})})
 
@@ -32,13 +37,17 @@ def prepare(task: Task) -> Found:
     from safetensors.torch import save_file
 
     from pds_ray.config import replace
-    from pds_ray.pipeline import distill
+    from pds_ray.engine.pipeline import distill
     from pds_ray.recipes import recipe
 
     torch.manual_seed(0)
     save_file(timm.create_model(ARCHITECTURE).state_dict(), task.data / "backbone.safetensors")
     size = {"source": "scenes:400", "pairs": 20} if task.quick else {"source": "scenes:5000"}
-    small = {"decode.decoder": "nearest", "ray.object_store_gib": 0.5, "out": str(task.data / "run")}
+    small = {
+        "decode.decoder": "nearest",
+        "ray.object_store_gib": 0.5,
+        "out": str(task.data / "run"),
+    }
     distill(replace(recipe("demo"), {**size, **small}))
     return {}
 
@@ -49,22 +58,32 @@ def theirs(task: Task) -> Found:
     from benchmarks.baselines.evaluation import train_on_frozen
     from pds_ray import catalog, load_distilled
     from pds_ray.config import EmbedConfig
-    from pds_ray.stages import evaluate as core
-    from pds_ray.stages.train import Gallery, Pixels, TrainingPairs
+    from pds_ray.stages import trial as core
+    from pds_ray.training.train import Gallery, Pixels, TrainingPairs
 
     config = _config(task)
     distilled = load_distilled(str(task.data / "run"))
     info = catalog.describe_backbone(config.backbones)
     pairs = TrainingPairs(
-        torch.from_numpy(core.set_pictures(distilled, SIDE)), torch.from_numpy(distilled.text_prototypes)
+        torch.from_numpy(core.set_pictures(distilled, SIDE)),
+        torch.from_numpy(distilled.text_prototypes),
     )
     source = catalog.make_source(config.test)
-    shards = [core.read_split(source, shard, [SIDE], config.protocol.captions) for shard in source.shards()]
+    shards = [
+        core.read_split(source, shard, [SIDE], config.protocol.captions)
+        for shard in source.shards()
+    ]
     pictures = torch.cat([torch.from_numpy(found[SIDE]) for found, _, _ in shards])
     captions = [mine for _, texts, _ in shards for mine in texts]
-    encoder = catalog.load_text_encoder(catalog.describe_encoder(EmbedConfig(encoder="demo")), "fp32")
-    text = torch.from_numpy(core.encode(encoder, [caption for mine in captions for caption in mine]))
-    owner = torch.arange(len(captions)).repeat_interleave(torch.tensor([len(mine) for mine in captions]))
+    encoder = catalog.load_text_encoder(
+        catalog.describe_encoder(EmbedConfig(encoder="demo")), "fp32"
+    )
+    text = torch.from_numpy(
+        core.encode(encoder, [caption for mine in captions for caption in mine])
+    )
+    owner = torch.arange(len(captions)).repeat_interleave(
+        torch.tensor([len(mine) for mine in captions])
+    )
     pixels = Pixels(core.CLIP_MEAN, core.CLIP_STD)
     found = []
     for seed in range(config.seeds):
@@ -76,7 +95,7 @@ def theirs(task: Task) -> Found:
 
 
 def ours(task: Task) -> Found:
-    from pds_ray.evaluation import evaluate
+    from pds_ray.engine.evaluate import evaluate
 
     result = evaluate(str(task.data / "run"), _config(task), str(task.out))
     trials = result["backbones"][0]["trials"]
@@ -89,18 +108,31 @@ def ours(task: Task) -> Found:
 
 def checks(runs: Runs, _: Found) -> list[Check]:
     both = [runs[side][0]["recalls"] for side in (BASELINE, OURS)]
-    gaps = [{name: abs(one[name] - other[name]) for name in other} for one, other in zip(*both, strict=True)]
+    gaps = [
+        {name: abs(one[name] - other[name]) for name in other}
+        for one, other in zip(*both, strict=True)
+    ]
     apart, single = max(gap["r_mean"] for gap in gaps), max(max(gap.values()) for gap in gaps)
     means = [statistics.mean(one["r_mean"] for one in side) for side in both]
     told = f"{means[0]:.2f} and {means[1]:.2f}, of a seed {apart:.2f} apart at most, a single recall {single:.2f}"
     wanted = f"the same r_mean of every seed, within {TOLERANCE:g} points"
-    chance = 100 * statistics.mean(k / runs[OURS][0]["images"] for k in (1, 5, 10))  # in both directions, nearly
+    chance = 100 * statistics.mean(
+        k / runs[OURS][0]["images"] for k in (1, 5, 10)
+    )  # in both directions, nearly
     times = means[1] / chance
     return [
         at_least(runs, 10),
         Check(wanted, told, apart <= TOLERANCE),
-        Check(f"r_mean {LEARNT} times that of chance, {chance:.2f}", f"{times:.1f} times", times >= LEARNT),
-        Check("", f"the trials of ours by themselves: {median(runs[OURS], 'trials_s'):.0f} s in all", None),
+        Check(
+            f"r_mean {LEARNT} times that of chance, {chance:.2f}",
+            f"{times:.1f} times",
+            times >= LEARNT,
+        ),
+        Check(
+            "",
+            f"the trials of ours by themselves: {median(runs[OURS], 'trials_s'):.0f} s in all",
+            None,
+        ),
     ]
 
 

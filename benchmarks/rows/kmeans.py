@@ -56,13 +56,17 @@ def after(task: Task) -> Found:
     for side in (BASELINE, OURS):
         centroids = np.load(task.out / f"{side}-0" / "centroids.npy").astype(np.float32)
         labels = assign(vectors, centroids)
-        found[side] = float(np.square(vectors - centroids[labels]).sum(axis=1, dtype=np.float64).mean())
+        found[side] = float(
+            np.square(vectors - centroids[labels]).sum(axis=1, dtype=np.float64).mean()
+        )
     return found
 
 
 def checks(runs: Runs, afterwards: Found) -> list[Check]:
     ratio = afterwards[OURS] / afterwards[BASELINE]
-    objective = Check(f"objective no worse, within {SLACK:.1%}", f"{ratio:.4f} of theirs", ratio <= 1 + SLACK)
+    objective = Check(
+        f"objective no worse, within {SLACK:.1%}", f"{ratio:.4f} of theirs", ratio <= 1 + SLACK
+    )
     return [at_least(runs, 30), objective]
 
 

@@ -33,9 +33,15 @@ def prepare(task: Task) -> Found:
     """The same vectors, rounded to float16, as a store of shards and as the arrays of all pairs; clusters for both."""
     import pyarrow as pa
 
-    from pds_ray.artifacts import ERROR_SCHEMA, EmbeddingStore, caption_schema, embedding_array, image_schema
     from pds_ray.stages.embed import cosine
-    from pds_ray.storage import Folder
+    from pds_ray.store.artifacts import (
+        ERROR_SCHEMA,
+        EmbeddingStore,
+        caption_schema,
+        embedding_array,
+        image_schema,
+    )
+    from pds_ray.store.storage import Folder
 
     images, _, clusters = _size(task)
     owner = _owner(task)
@@ -43,10 +49,14 @@ def prepare(task: Task) -> Found:
     of_image = seen.draw(images)
     strays = seen.rng.random(len(owner)) < STRAYS
     of_text = np.where(strays, seen.draw(len(owner)), of_image[owner])
-    image, text = (side.vectors(of).astype(np.float16) for side, of in ((seen, of_image), (told, of_text)))
+    image, text = (
+        side.vectors(of).astype(np.float16) for side, of in ((seen, of_image), (told, of_text))
+    )
     # concepts to clusters: another way for each modality, so that the assignment has something to find
     image_cluster = (np.arange(CONCEPTS) % clusters)[of_image[owner]].astype(np.int32)
-    text_cluster = np.random.default_rng(2).permutation(clusters)[np.arange(CONCEPTS) % clusters][of_text]
+    text_cluster = np.random.default_rng(2).permutation(clusters)[np.arange(CONCEPTS) % clusters][
+        of_text
+    ]
     np.save(task.data / "image.npy", image[owner].astype(np.float32))
     np.save(task.data / "text.npy", text.astype(np.float32))
     np.savez(task.data / "labels.npz", image=image_cluster, text=text_cluster.astype(np.int32))
@@ -113,11 +123,11 @@ def theirs(task: Task) -> Found:
 def ours(task: Task) -> Found:
     from tqdm import tqdm
 
-    from pds_ray.artifacts import EmbeddingStore, RunFolder, vectors
     from pds_ray.config import RayConfig, RunConfig
     from pds_ray.distributed import match, prototypes, prune, runtime
     from pds_ray.distributed.nearest import nearest
-    from pds_ray.storage import Folder
+    from pds_ray.store.artifacts import EmbeddingStore, RunFolder, vectors
+    from pds_ray.store.storage import Folder
 
     images, pairs, clusters = _size(task)
     with np.load(task.data / "labels.npz") as labels:
@@ -135,7 +145,9 @@ def ours(task: Task) -> Found:
     starts = np.searchsorted(_owner(task), np.arange(0, images + SHARD_IMAGES, SHARD_IMAGES))
     for number, shard in enumerate(shards):
         kept, rows = run.keep(shard), slice(starts[number], starts[number + 1])
-        both = (np.where(kept, labels[rows], np.int32(-1)) for labels in (image_labels, text_labels))
+        both = (
+            np.where(kept, labels[rows], np.int32(-1)) for labels in (image_labels, text_labels)
+        )
         run.save_labels(shard, *both)
     clock.lap("labels")
     match.match(shards, store, run, config)
@@ -156,7 +168,12 @@ def ours(task: Task) -> Found:
         list(zip(*couples, strict=True)),
         table.column("caption").to_pylist(),
     )
-    return {"seconds": sum(seconds.values()), "steps": seconds, "pictures_s": pictures, "kept": counts["kept"]}
+    return {
+        "seconds": sum(seconds.values()),
+        "steps": seconds,
+        "pictures_s": pictures,
+        "kept": counts["kept"],
+    }
 
 
 class _Clock:
@@ -178,7 +195,11 @@ def _import(_: int) -> None:
 
 
 def _leave(
-    task: Task, image: np.ndarray, text: np.ndarray, couples: list[tuple[int, int]], captions: list[str]
+    task: Task,
+    image: np.ndarray,
+    text: np.ndarray,
+    couples: list[tuple[int, int]],
+    captions: list[str],
 ) -> None:
     np.savez(task.out / "prototypes.npz", image=image, text=text, couples=couples)
     (task.out / "captions.json").write_text(json.dumps(captions))
@@ -191,12 +212,20 @@ def after(task: Task) -> Found:
         folder = task.out / f"{side}-0"
         with np.load(folder / "prototypes.npz") as found:
             couples = [tuple(couple) for couple in found["couples"].tolist()]
-            rows = zip(found["image"], found["text"], json.loads((folder / "captions.json").read_text()), strict=True)
+            rows = zip(
+                found["image"],
+                found["text"],
+                json.loads((folder / "captions.json").read_text()),
+                strict=True,
+            )
             sides.append(dict(zip(couples, rows, strict=True)))
     baseline, mine = sides
     both = baseline.keys() & mine.keys()
     apart = max(
-        float(np.linalg.norm(mine[couple][part] - baseline[couple][part]) / np.linalg.norm(baseline[couple][part]))
+        float(
+            np.linalg.norm(mine[couple][part] - baseline[couple][part])
+            / np.linalg.norm(baseline[couple][part])
+        )
         for couple in both
         for part in (0, 1)
     )
@@ -214,10 +243,16 @@ def checks(runs: Runs, afterwards: Found) -> list[Check]:
     told = f"{both} couples of {first} and {second}, {afterwards['captions']} captions, {afterwards['apart']:.0e} apart"
     seconds, pictures = median(runs[OURS]), median(runs[OURS], "pictures_s")
     without = median(runs[BASELINE]) / (seconds - pictures)
-    processes = " and ".join(f"{median(runs[side], 'process_seconds'):.1f}" for side in (BASELINE, OURS))
+    processes = " and ".join(
+        f"{median(runs[side], 'process_seconds'):.1f}" for side in (BASELINE, OURS)
+    )
     return [
         at_least(runs, 10),
-        Check("", f"{without:.2f}x but for the nearest pictures ({pictures:.1f} of {seconds:.1f} s)", None),
+        Check(
+            "",
+            f"{without:.2f}x but for the nearest pictures ({pictures:.1f} of {seconds:.1f} s)",
+            None,
+        ),
         Check("", f"whole processes: {processes} s", None),
         at_least(runs, 3, "less peak memory", "peak_gib"),
         Check("the same result", told, same),

@@ -8,7 +8,18 @@ import time
 
 import numpy as np
 
-from benchmarks.measure import BASELINE, OURS, SHARED_DATA, Check, Found, Row, Runs, Task, at_least, median
+from benchmarks.measure import (
+    BASELINE,
+    OURS,
+    SHARED_DATA,
+    Check,
+    Found,
+    Row,
+    Runs,
+    Task,
+    at_least,
+    median,
+)
 
 DIM = 1_000  # the logits that the published evaluation compares
 NOISE = 10.0  # with which a caption lies around its picture
@@ -28,7 +39,8 @@ def prepare(task: Task) -> Found:
     image = rng.standard_normal((owner[-1] + 1, DIM), np.float32)
     text = image[owner] + NOISE * rng.standard_normal((len(owner), DIM), np.float32)
     unit = {
-        name: rows / np.linalg.norm(rows, axis=1, keepdims=True) for name, rows in (("image", image), ("text", text))
+        name: rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        for name, rows in (("image", image), ("text", text))
     }
     np.savez(task.data / "split.npz", owner=owner, **unit)
     return {}
@@ -39,7 +51,7 @@ def _side(task: Task, published: bool) -> Found:
 
     from benchmarks.baselines import evaluation
     from benchmarks.measure import GIB, peak_rss
-    from pds_ray.stages import retrieval
+    from pds_ray.training import recall as retrieval
 
     split = np.load(task.data / "split.npz")
     image, text = torch.from_numpy(split["image"]), torch.from_numpy(split["text"])
@@ -49,7 +61,11 @@ def _side(task: Task, published: bool) -> Found:
         found = evaluation.recalls(image, text, split["owner"])
     else:
         found = retrieval.recalls(image, text, torch.from_numpy(split["owner"]))
-    return {"seconds": time.perf_counter() - began, "recalls": found, "added_gib": (peak_rss() - before) / GIB}
+    return {
+        "seconds": time.perf_counter() - began,
+        "recalls": found,
+        "added_gib": (peak_rss() - before) / GIB,
+    }
 
 
 def theirs(task: Task) -> Found:
@@ -62,7 +78,8 @@ def ours(task: Task) -> Found:
 
 def checks(runs: Runs, _: Found) -> list[Check]:
     apart = max(
-        abs(runs[BASELINE][0]["recalls"][name] - runs[OURS][0]["recalls"][name]) for name in runs[OURS][0]["recalls"]
+        abs(runs[BASELINE][0]["recalls"][name] - runs[OURS][0]["recalls"][name])
+        for name in runs[OURS][0]["recalls"]
     )
     added = median(runs[OURS], "added_gib")
     first = runs[OURS][0]["recalls"]["ir@1"]

@@ -25,7 +25,16 @@ def prepare(task: Task) -> Found:
 
 
 def _distill(out: Path) -> list[str]:
-    flags = ["--preset", "demo", "--source", f"scenes:{SCENES}", "--pairs", str(PAIRS), "--out", str(out)]
+    flags = [
+        "--preset",
+        "demo",
+        "--source",
+        f"scenes:{SCENES}",
+        "--pairs",
+        str(PAIRS),
+        "--out",
+        str(out),
+    ]
     return [*COMMAND, "distill", *flags, "--only", "embed"]
 
 
@@ -37,7 +46,10 @@ def _run(*command: str) -> float:
 
 def show_help(_: Task) -> Found:
     traced = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "pds_ray.cli", "--help"], check=True, capture_output=True, text=True
+        [sys.executable, "-X", "importtime", "-m", "pds_ray.cli", "--help"],
+        check=True,
+        capture_output=True,
+        text=True,
     ).stderr
     imported = {line.rpartition("|")[2].strip() for line in traced.splitlines()}
     return {"seconds": _run(*COMMAND, "--help"), "heavy": sorted(imported & set(HEAVY))}
@@ -51,7 +63,9 @@ def first_image(task: Task) -> Found:
     """Until the only shard, of 64 pictures, is embedded and committed."""
     run = task.out / "run"
     began = time.perf_counter()
-    with subprocess.Popen(_distill(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        _distill(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         while not list((run / "embeddings").glob("scenes-*.json")):
             if process.poll() is not None:
                 raise RuntimeError(f"the run ended with {process.returncode} and no shard")
@@ -77,10 +91,16 @@ def checks(runs: Runs, _: Found) -> list[Check]:
     spent, processes = (median(runs["first image"], name) for name in ("cpu_s", "processes"))
     return [
         Check("help under 0.5 s", f"{helped:.2f} s", helped < 0.5),
-        Check("no torch imported for it", f"imported: {', '.join(heavy) or 'nothing heavy'}", "torch" not in heavy),
+        Check(
+            "no torch imported for it",
+            f"imported: {', '.join(heavy) or 'nothing heavy'}",
+            "torch" not in heavy,
+        ),
         Check("", f"show {shown:.2f} s", None),
         Check("first work under 10 s with a local Ray", f"{first:.1f} s", first < 10),
-        Check("", f"{spent:.1f} CPU seconds by then, of the {processes:.0f} processes that live", None),
+        Check(
+            "", f"{spent:.1f} CPU seconds by then, of the {processes:.0f} processes that live", None
+        ),
     ]
 
 

@@ -34,7 +34,9 @@ def _config(task: Task) -> Any:
     from pds_ray.recipes import recipe
 
     told = {"source": f"flickr30k:{task.data / 'scenes'}", "out": str(task.out / "run")}
-    return replace(recipe("demo"), {**told, **({"pairs": 8, "decode.steps": 2} if task.quick else {})})
+    return replace(
+        recipe("demo"), {**told, **({"pairs": 8, "decode.steps": 2} if task.quick else {})}
+    )
 
 
 def prepare(task: Task) -> Found:
@@ -54,8 +56,8 @@ def theirs(task: Task) -> Found:
 
     from benchmarks.baselines import pds
     from pds_ray import catalog
-    from pds_ray.artifacts import prototype_schema, vector_array
-    from pds_ray.captions import clean_basic
+    from pds_ray.modalities.text import clean_basic
+    from pds_ray.store.artifacts import prototype_schema, vector_array
 
     config = _config(task)
     name = dict(catalog.describe_encoder(config.embed).load_args)["model_name"]
@@ -66,7 +68,9 @@ def theirs(task: Task) -> Found:
     text = pds.embed_captions(captions, model, open_clip.get_tokenizer(name))
     image = pds.embed_images(paths, model, preprocess, workers=os.cpu_count() or 1)
     kept = pds.prune(pds.pair_similarity(image, text))
-    (_, image_labels), (_, text_labels) = (pds.cluster(side[kept], config.pairs) for side in (image, text))
+    (_, image_labels), (_, text_labels) = (
+        pds.cluster(side[kept], config.pairs) for side in (image, text)
+    )
     couples = pds.match(pds.contingency(image_labels, text_labels, config.pairs))
     found = pds.prototypes(image[kept], text[kept], image_labels, text_labels, couples)
     nearest = [captions[row] for row in pds.nearest_captions(found.text, text)]
@@ -95,12 +99,16 @@ def theirs(task: Task) -> Found:
         "caption": nearest,
     }
     schema = prototype_schema(dim)
-    write_set(task.out / "run", pa.table({name: columns[name] for name in schema.names}, schema=schema), pictures)
+    write_set(
+        task.out / "run",
+        pa.table({name: columns[name] for name in schema.names}, schema=schema),
+        pictures,
+    )
     return {"pairs": count}
 
 
 def ours(task: Task) -> Found:
-    from pds_ray.pipeline import distill
+    from pds_ray.engine.pipeline import distill
 
     manifest = distill(_config(task))
     stages = {stage: entry["seconds"] for stage, entry in manifest["stages"].items()}
@@ -120,7 +128,11 @@ def checks(runs: Runs, afterwards: Found) -> list[Check]:
     no_worse = mine["r_mean"] >= theirs_["r_mean"] - theirs_["std"]
     return [
         at_least(runs, 5),
-        Check("r_mean no worse, within a deviation of theirs over the seeds", f"theirs and ours {told}", no_worse),
+        Check(
+            "r_mean no worse, within a deviation of theirs over the seeds",
+            f"theirs and ours {told}",
+            no_worse,
+        ),
         Check("", f"stages of ours: {json.dumps(runs[OURS][-1]['stages'])}", None),
     ]
 

@@ -14,7 +14,10 @@ from benchmarks.data import write_shards
 from benchmarks.measure import Check, Found, Row, Runs, Task, median, median_and_range
 
 ONE, TWO, OVERHEAD = "1 core, no Ray", "2 workers, 2 cores", "null encoder"
-SCENES = (4_000, 12_000)  # the difference counts: starting is no part of it; 1,000 are a shard, which one task reads
+SCENES = (
+    4_000,
+    12_000,
+)  # the difference counts: starting is no part of it; 1,000 are a shard, which one task reads
 GRID = ((4, 8), (204, 8), (4, 5_008))  # shards, images in each
 
 
@@ -38,9 +41,9 @@ def prepare(task: Task) -> Found:
 
 def _embed_seconds(source_uri: str, info: Any, config: Any, folder: Path) -> float:
     from pds_ray import catalog
-    from pds_ray.artifacts import EmbeddingStore
     from pds_ray.distributed.embed import embed
-    from pds_ray.storage import Folder
+    from pds_ray.store.artifacts import EmbeddingStore
+    from pds_ray.store.storage import Folder
 
     source = catalog.make_source(source_uri)
     store = EmbeddingStore(Folder(str(folder)))
@@ -65,8 +68,12 @@ def two_workers(task: Task) -> Found:
     info = catalog.describe_encoder(config.embed)
     runtime.start(config.ray)
     sizes = (20, 60) if task.quick else SCENES
-    _embed_seconds("scenes:16", info, config, task.out / "first")  # files are read for the first time, caches filled
-    small, large = (_embed_seconds(f"scenes:{size}", info, config, task.out / str(size)) for size in sizes)
+    _embed_seconds(
+        "scenes:16", info, config, task.out / "first"
+    )  # files are read for the first time, caches filled
+    small, large = (
+        _embed_seconds(f"scenes:{size}", info, config, task.out / str(size)) for size in sizes
+    )
     runtime.stop()
     return {"seconds": large - small, "with_start": [small, large], "images": sizes[1] - sizes[0]}
 
@@ -84,7 +91,10 @@ def one_core(task: Task) -> Found:
     info = catalog.describe_encoder(config.embed)
     _seconds_without_ray("scenes:16", info, config, task.out / "first")
     images = 40 if task.quick else SCENES[1] - SCENES[0]
-    return {"seconds": _seconds_without_ray(f"scenes:{images}", info, config, task.out / "alone"), "images": images}
+    return {
+        "seconds": _seconds_without_ray(f"scenes:{images}", info, config, task.out / "alone"),
+        "images": images,
+    }
 
 
 def overhead(task: Task) -> Found:
@@ -97,7 +107,9 @@ def overhead(task: Task) -> Found:
     grid = _grid(task)
     _seconds_without_ray(f"{task.data}/0/*.tar", describe(), config, task.out / "alone-first")
     alone = [
-        _seconds_without_ray(f"{task.data}/{number}/*.tar", describe(), config, task.out / f"alone-{number}")
+        _seconds_without_ray(
+            f"{task.data}/{number}/*.tar", describe(), config, task.out / f"alone-{number}"
+        )
         for number in range(len(grid))
     ]
     runtime.start(config.ray)
@@ -108,17 +120,24 @@ def overhead(task: Task) -> Found:
     ]
     runtime.stop()
     system = [[1, shards, shards * images] for shards, images in grid]
-    (start, shard, image), (_, alone_shard, alone_image) = (np.linalg.solve(system, each) for each in (seconds, alone))
+    (start, shard, image), (_, alone_shard, alone_image) = (
+        np.linalg.solve(system, each) for each in (seconds, alone)
+    )
     costs = {"start_s": start, "shard_ms": 1e3 * shard, "image_ms": 1e3 * image}
-    return {"seconds": sum(seconds), **costs, "alone_shard_ms": 1e3 * alone_shard, "alone_image_ms": 1e3 * alone_image}
+    return {
+        "seconds": sum(seconds),
+        **costs,
+        "alone_shard_ms": 1e3 * alone_shard,
+        "alone_image_ms": 1e3 * alone_image,
+    }
 
 
 def _seconds_without_ray(source_uri: str, info: Any, config: Any, folder: Path) -> float:
     """Shards read, decoded, embedded and committed one after the other in this process."""
     from pds_ray import catalog
-    from pds_ray.artifacts import EmbeddingStore
     from pds_ray.stages.embed import embed_shard, shard_counts
-    from pds_ray.storage import Folder
+    from pds_ray.store.artifacts import EmbeddingStore
+    from pds_ray.store.storage import Folder
 
     source = catalog.make_source(source_uri)
     encoder = catalog.load_encoder(info, "fp32")
@@ -134,11 +153,21 @@ def _seconds_without_ray(source_uri: str, info: Any, config: Any, folder: Path) 
 def checks(runs: Runs, _: Found) -> list[Check]:
     efficiency = median(runs[ONE]) / median(runs[TWO]) / 2
     shard, image = (median(runs[OVERHEAD], name) for name in ("shard_ms", "image_ms"))
-    alone = " and ".join(median_and_range(runs[OVERHEAD], name, 2) for name in ("alone_shard_ms", "alone_image_ms"))
+    alone = " and ".join(
+        median_and_range(runs[OVERHEAD], name, 2) for name in ("alone_shard_ms", "alone_image_ms")
+    )
     return [
         Check("efficiency 0.85 of 2 workers", f"{efficiency:.2f}", efficiency >= 0.85),
-        Check("under 30 ms a shard", f"{median_and_range(runs[OVERHEAD], 'shard_ms', 1)} ms", shard < 30),
-        Check("under 0.3 ms an image", f"{median_and_range(runs[OVERHEAD], 'image_ms', 2)} ms", image < 0.3),
+        Check(
+            "under 30 ms a shard",
+            f"{median_and_range(runs[OVERHEAD], 'shard_ms', 1)} ms",
+            shard < 30,
+        ),
+        Check(
+            "under 0.3 ms an image",
+            f"{median_and_range(runs[OVERHEAD], 'image_ms', 2)} ms",
+            image < 0.3,
+        ),
         Check("", f"{alone} ms in one process without Ray", None),
     ]
 

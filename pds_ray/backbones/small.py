@@ -34,7 +34,11 @@ def _conv(image_size: int) -> nn.Module:  # noqa: ARG001 - takes any
 
     layers: list[nn.Module] = []
     for before, after in zip((3, *CHANNELS), CHANNELS, strict=False):
-        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.GELU()]
+        layers += [
+            nn.Conv2d(before, after, 3, stride=2, padding=1),
+            nn.GroupNorm(8, after),
+            nn.GELU(),
+        ]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
@@ -55,4 +59,6 @@ def _vit(image_size: int) -> nn.Module:
 def _mixer(image_size: int) -> nn.Module:
     from timm.models.mlp_mixer import MlpMixer
 
-    return MlpMixer(img_size=image_size, patch_size=PATCH_SIZE, num_blocks=DEPTH, embed_dim=WIDTH, num_classes=0)
+    return MlpMixer(
+        img_size=image_size, patch_size=PATCH_SIZE, num_blocks=DEPTH, embed_dim=WIDTH, num_classes=0
+    )

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pds_ray.backbones.base import BackboneInfo
 from pds_ray.config import ConfigError
 from pds_ray.errors import first_line
-from pds_ray.hub import require_repository
-from pds_ray.storage import file_sha256
+from pds_ray.store.hub import require_repository
+from pds_ray.store.storage import file_sha256
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +31,11 @@ def describe(name: str) -> BackboneInfo:
         near = ", ".join(difflib.get_close_matches(model, timm.list_models(), n=4, cutoff=0.4))
         raise ConfigError(
             f"unknown backbone {model!r}; "
-            + (f"near it in timm: {near}" if near else "timm.list_models() names those that there are")
+            + (
+                f"near it in timm: {near}"
+                if near
+                else "timm.list_models() names those that there are"
+            )
             + "; or one of small_conv, small_vit, small_mixer"
         )
     cfg = timm.get_pretrained_cfg(model, allow_unregistered=False)

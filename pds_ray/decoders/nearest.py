@@ -10,14 +10,16 @@ from PIL import Image
 from pds_ray.config import ConfigError, DecodeConfig
 from pds_ray.decoders.base import DecodeBatch, DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
-from pds_ray.images import ImageError, decode_image
+from pds_ray.modalities.image import ImageError, decode_image
 from pds_ray.sources.base import SHARD_ENDS, Fault, Shard, Source, SourceError, read_shard
 
 
 def describe(config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:  # noqa: ARG001 - fits every encoder
     """Fits every encoder. Raises ConfigError if the caption is to decide, which is not looked at here."""
     if config.condition == "caption":
-        raise ConfigError("decode.condition is 'caption', but decoder nearest goes by the prototype; use unclip")
+        raise ConfigError(
+            "decode.condition is 'caption', but decoder nearest goes by the prototype; use unclip"
+        )
     return DecoderInfo(name="nearest", dim=None, identity="nearest")
 
 
@@ -40,12 +42,18 @@ class NearestDecoder:
         wanted: dict[str, set[str]] = {}
         for shard, key in batch.nearest:
             wanted.setdefault(shard, set()).add(key)
-        found = {(shard, key): data for shard, keys in wanted.items() for key, data in self._look_up(shard, keys)}
+        found = {
+            (shard, key): data
+            for shard, keys in wanted.items()
+            for key, data in self._look_up(shard, keys)
+        }
         return (_picture(place, found[place]) for place in batch.nearest)
 
     def _look_up(self, shard: str, keys: set[str]) -> Iterator[tuple[str, bytes]]:
         if shard not in self.shards:
-            raise SourceError(f"shard {shard} is not in {self.source.uri} any more; a picture of it is wanted")
+            raise SourceError(
+                f"shard {shard} is not in {self.source.uri} any more; a picture of it is wanted"
+            )
         missing, faults = set(keys), dict[str, Fault]()
         for item in read_shard(self.source, self.shards[shard]):
             if isinstance(item, Fault):
@@ -56,14 +64,22 @@ class NearestDecoder:
                 if not missing:
                     return
         key = min(missing)
-        fault = faults.get(key) or next((f for f in faults.values() if f.reason in SHARD_ENDS), None)
+        fault = faults.get(key) or next(
+            (f for f in faults.values() if f.reason in SHARD_ENDS), None
+        )
         why = f"{fault.reason}: {fault.detail}" if fault else "no such sample"
-        raise SourceError(f"picture {key} of shard {shard} is not there any more ({why}); it was when it was embedded")
+        raise SourceError(
+            f"picture {key} of shard {shard} is not there any more ({why}); it was when it was embedded"
+        )
 
 
 def _picture(place: tuple[str, str], data: bytes) -> Image.Image:
     try:
-        return decode_image(data, max_pixels=sys.maxsize, min_side=1)  # what was embedded was judged by then
+        return decode_image(
+            data, max_pixels=sys.maxsize, min_side=1
+        )  # what was embedded was judged by then
     except ImageError as error:
         shard, key = place
-        raise SourceError(f"picture {key} of shard {shard} is not what was embedded ({error})") from error
+        raise SourceError(
+            f"picture {key} of shard {shard} is not what was embedded ({error})"
+        ) from error

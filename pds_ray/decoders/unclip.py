@@ -18,12 +18,14 @@ from pds_ray.config import ConfigError, DecodeConfig
 from pds_ray.decoders.base import DecodeBatch, DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import first_line
-from pds_ray.hub import require_repository
 from pds_ray.sources.base import Source
-from pds_ray.storage import folder_sha256
+from pds_ray.store.hub import require_repository
+from pds_ray.store.storage import folder_sha256
 
 WEIGHTS = ("unet", "vae", "text_encoder", "image_normalizer")
-SPACE_FILE = "pds_ray.json"  # {"space": ..., "dim": ...}: written beside checkpoints trained by our scripts
+SPACE_FILE = (
+    "pds_ray.json"  # {"space": ..., "dim": ...}: written beside checkpoints trained by our scripts
+)
 
 KNOWN_SPACES = {  # repository name -> embedding space its class label was trained on
     "stable-diffusion-2-1-unclip-small": "ViT-L-14:openai",
@@ -59,8 +61,12 @@ def describe(config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:
         )
     notes: tuple[str, ...] = ()
     known = KNOWN_SPACES.get(model.rstrip("/").rsplit("/", 1)[-1], space)
-    if known is None or _is_hash(known) != _is_hash(encoder.space):  # a name and a file's hash cannot be compared
-        notes = (f"whether decoder {model} was trained on embeddings of {encoder.name} cannot be told; check it",)
+    if known is None or _is_hash(known) != _is_hash(
+        encoder.space
+    ):  # a name and a file's hash cannot be compared
+        notes = (
+            f"whether decoder {model} was trained on embeddings of {encoder.name} cannot be told; check it",
+        )
     elif known != encoder.space:
         raise ConfigError(
             f"decoder {model} was trained on the embeddings of {_short(known)}, not of {encoder.name} "
@@ -99,18 +105,30 @@ def _inspect(folder: Path) -> tuple[int, str | None, str]:
     index = _read_json(folder / "model_index.json", folder)
     if "image_normalizer" not in index:
         kind = index.get("_class_name", "folder without a pipeline")
-        raise ConfigError(f"decoder {folder}: is a {kind}, not an unCLIP image pipeline (it has no image_normalizer)")
+        raise ConfigError(
+            f"decoder {folder}: is a {kind}, not an unCLIP image pipeline (it has no image_normalizer)"
+        )
     try:
         dim = int(_read_json(folder / "image_normalizer" / "config.json", folder)["embedding_dim"])
-        space = _read_json(folder / SPACE_FILE, folder)["space"] if (folder / SPACE_FILE).is_file() else None
+        space = (
+            _read_json(folder / SPACE_FILE, folder)["space"]
+            if (folder / SPACE_FILE).is_file()
+            else None
+        )
     except ConfigError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"decoder {folder}: its configuration files do not say the width ({error!r})") from None
+        raise ConfigError(
+            f"decoder {folder}: its configuration files do not say the width ({error!r})"
+        ) from None
     for part in WEIGHTS:
         if not list((folder / part).glob("*.safetensors")):
             raise ConfigError(f"decoder {folder}: no .safetensors weights under {part}/")
-    return dim, space, folder_sha256(folder, ("*/*.safetensors", "*/*.json", "*/*.txt", "model_index.json"))[:16]
+    return (
+        dim,
+        space,
+        folder_sha256(folder, ("*/*.safetensors", "*/*.json", "*/*.txt", "model_index.json"))[:16],
+    )
 
 
 def _inspect_hub(model: str, revision: str | None) -> tuple[int, str | None, str]:
@@ -118,15 +136,22 @@ def _inspect_hub(model: str, revision: str | None) -> tuple[int, str | None, str
 
     name = "image_normalizer/config.json"
     instead = "give a local copy with --decode.model PATH, or use --decoder nearest"
-    cached = ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors")
+    cached = (
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+    )
     require_repository(model, revision, cached, f"decoder {model}", instead)
     try:
         path = Path(hf_hub_download(model, name, revision=revision))
         dim = int(json.loads(path.read_text())["embedding_dim"])
     except Exception as error:  # no such file (no unCLIP), gone offline, malformed: many kinds
         reason = first_line(error)
-        raise ConfigError(f"decoder {model}: is no unCLIP image pipeline ({reason}); {instead}") from error
-    commit = path.parents[1].name  # .../snapshots/COMMIT/image_normalizer/config.json: branches move, commits do not
+        raise ConfigError(
+            f"decoder {model}: is no unCLIP image pipeline ({reason}); {instead}"
+        ) from error
+    commit = path.parents[
+        1
+    ].name  # .../snapshots/COMMIT/image_normalizer/config.json: branches move, commits do not
     return dim, None, f"{model}@{commit}"
 
 
@@ -134,9 +159,13 @@ def _read_json(path: Path, folder: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"decoder {folder}: cannot read {path.relative_to(folder)} ({error})") from None
+        raise ConfigError(
+            f"decoder {folder}: cannot read {path.relative_to(folder)} ({error})"
+        ) from None
     if not isinstance(value, dict):
-        raise ConfigError(f"decoder {folder}: {path.relative_to(folder)} does not hold a JSON object")
+        raise ConfigError(
+            f"decoder {folder}: {path.relative_to(folder)} does not hold a JSON object"
+        )
     return value
 
 
@@ -177,7 +206,9 @@ class UnClipDecoder:
         images = pipeline(
             prompt=batch.captions,
             negative_prompt=[config.negative_prompt] * len(batch.captions),
-            image_embeds=torch.from_numpy(np.ascontiguousarray(batch.prototypes)).to(pipeline.device, pipeline.dtype),
+            image_embeds=torch.from_numpy(np.ascontiguousarray(batch.prototypes)).to(
+                pipeline.device, pipeline.dtype
+            ),
             num_inference_steps=config.steps,
             guidance_scale=config.guidance,
             noise_level=config.noise_level,

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import open_clip
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 LAYER_PARTS = {
     "ln_1": "layer_norm1",
@@ -15,7 +21,9 @@ LAYER_PARTS = {
 }
 
 
-def convert_text_tower(model: open_clip.CLIP, config: dict, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def convert_text_tower(
+    model: open_clip.CLIP, config: dict, tokenizer: CLIPTokenizer
+) -> CLIPTextModel:
     """The text tower without its projection. `config` is open_clip's `model_cfg`.
 
     `last_hidden_state` [B, context length, width] equals open_clip's states after its final LayerNorm.
@@ -74,7 +82,11 @@ def convert_image_tower(model: open_clip.CLIP, config: dict) -> CLIPVisionModelW
         "post_layernorm.bias": source["ln_post.bias"],
         **_layers(source, "transformer.resblocks", vision["layers"]),
     }
-    _load(target.vision_model, weights, prefix=_prefix(target.vision_model, "embeddings.class_embedding"))
+    _load(
+        target.vision_model,
+        weights,
+        prefix=_prefix(target.vision_model, "embeddings.class_embedding"),
+    )
     _load(target.visual_projection, {"weight": source["proj"].T}, prefix="")
     return target.eval()
 
@@ -86,7 +98,9 @@ def _layers(source: dict[str, torch.Tensor], prefix: str, count: int) -> dict[st
         for kind in ("weight", "bias"):
             for old_part, new_part in LAYER_PARTS.items():
                 weights[f"{new}.{new_part}.{kind}"] = source[f"{old}.{old_part}.{kind}"]
-            for part, tensor in zip("qkv", source[f"{old}.attn.in_proj_{kind}"].chunk(3), strict=True):
+            for part, tensor in zip(
+                "qkv", source[f"{old}.attn.in_proj_{kind}"].chunk(3), strict=True
+            ):
                 weights[f"{new}.self_attn.{part}_proj.{kind}"] = tensor
     return weights
 
@@ -97,4 +111,6 @@ def _prefix(target: torch.nn.Module, name: str) -> str:
 
 
 def _load(target: torch.nn.Module, weights: dict[str, torch.Tensor], prefix: str) -> None:
-    target.load_state_dict({prefix + name: tensor.detach().cpu().clone() for name, tensor in weights.items()})
+    target.load_state_dict(
+        {prefix + name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+    )

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from pds_ray.catalog import make_source
-from pds_ray.images import ImageError, decode_image
-from pds_ray.progress import progress_bar
+from pds_ray.modalities.image import ImageError, decode_image
 from pds_ray.sources.base import Fault, SourceError
+from pds_ray.telemetry.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ def load_captioned_images(uri: str, size: int) -> CaptionedImages:
         print(f"left out {count:,} samples of {uri}: {reason}", file=sys.stderr)
     if not pixels:
         raise SourceError(f"no usable picture in {uri}")
-    return CaptionedImages(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), captions)
+    return CaptionedImages(
+        torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), captions
+    )
 
 
 def resize_and_crop(image: Image.Image, size: int) -> Image.Image:

@@ -8,7 +8,9 @@ import faiss
 import open_clip
 import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own habit
-from diffusers.pipelines.stable_diffusion.pipeline_stable_unclip_img2img import StableUnCLIPImg2ImgPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_unclip_img2img import (
+    StableUnCLIPImg2ImgPipeline,
+)
 from PIL import Image, ImageDraw
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import CLIPTokenizer
@@ -64,7 +66,11 @@ def find_prototypes(
     """Cluster a data set into `count` cells and describe each."""
     images = embed_images(clip, data.pixels)
     kmeans = faiss.Kmeans(
-        images.shape[1], count, niter=KMEANS_ITERATIONS, seed=seed, max_points_per_centroid=len(images)
+        images.shape[1],
+        count,
+        niter=KMEANS_ITERATIONS,
+        seed=seed,
+        max_points_per_centroid=len(images),
     )
     kmeans.train(images.numpy())
     cell = torch.from_numpy(kmeans.index.search(images.numpy(), 1)[1][:, 0])
@@ -86,7 +92,9 @@ def _means(rows: torch.Tensor, cell: torch.Tensor, count: int) -> torch.Tensor:
     return sums / torch.bincount(cell, minlength=count).clamp(min=1)[:, None]
 
 
-def decode(pipeline: StableUnCLIPImg2ImgPipeline, prototypes: Prototypes, decoding: Decoding) -> list[Image.Image]:
+def decode(
+    pipeline: StableUnCLIPImg2ImgPipeline, prototypes: Prototypes, decoding: Decoding
+) -> list[Image.Image]:
     """One picture for each prototype, by the call that real unCLIP checkpoints take too."""
     embeds = prototypes.means
     if decoding.rescale:
@@ -101,7 +109,10 @@ def decode(pipeline: StableUnCLIPImg2ImgPipeline, prototypes: Prototypes, decodi
             num_inference_steps=decoding.steps,
             guidance_scale=decoding.guidance,
             noise_level=decoding.noise_level,
-            generator=[torch.Generator().manual_seed(decoding.seed + start + i) for i in range(len(prompts))],
+            generator=[
+                torch.Generator().manual_seed(decoding.seed + start + i)
+                for i in range(len(prompts))
+            ],
         ).images
     return images
 
@@ -136,5 +147,7 @@ def contact_sheet(result: RoundTrip, columns: int = 10, side: int = 128) -> Imag
     for i, (image, hit) in enumerate(zip(result.images, result.hits, strict=True)):
         x, y = i % columns * side, i // columns * side
         sheet.paste(image.resize((side - 6, side - 6), Image.Resampling.NEAREST), (x + 3, y + 3))
-        brush.rectangle((x, y, x + side - 1, y + side - 1), outline="lime" if hit else "red", width=3)
+        brush.rectangle(
+            (x, y, x + side - 1, y + side - 1), outline="lime" if hit else "red", width=3
+        )
     return sheet

@@ -24,12 +24,17 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, context_length: in
     vocab = [*alphabet, *(byte + WORD_END for byte in alphabet)]
     merge_count = vocab_size - len(vocab) - 2
     if merge_count < 0:
-        raise TrainingError(f"--vocab-size must be at least {len(vocab) + 2}, for the bytes and two marks")
+        raise TrainingError(
+            f"--vocab-size must be at least {len(vocab) + 2}, for the bytes and two marks"
+        )
     shell = CLIPTokenizer().backend_tokenizer  # CLIP's own way of normalising and splitting text
     trainee = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
     trainee.normalizer, trainee.pre_tokenizer = shell.normalizer, shell.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=len(vocab) + merge_count, initial_alphabet=alphabet, end_of_word_suffix=WORD_END, show_progress=False
+        vocab_size=len(vocab) + merge_count,
+        initial_alphabet=alphabet,
+        end_of_word_suffix=WORD_END,
+        show_progress=False,
     )
     trainee.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(trainee.to_str())["model"]["merges"]][:merge_count]

@@ -64,7 +64,11 @@ def model_config(args: argparse.Namespace, vocab_size: int) -> dict:
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     """Token ids, int64 [B, context length], truncated and padded as open_clip's and diffusers' calls do."""
     ids = tokenizer(
-        captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+        captions,
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
     )
     return ids["input_ids"]
 
@@ -76,20 +80,32 @@ def swapped(caption: str, pairs: Sequence[tuple[str, str]], number: int) -> str:
     if not present:
         return ""
     one, other = present[number % len(present)]
-    return re.sub(rf"\b({re.escape(one)}|{re.escape(other)})\b", lambda w: other if w[0] == one else one, caption)
+    return re.sub(
+        rf"\b({re.escape(one)}|{re.escape(other)})\b",
+        lambda w: other if w[0] == one else one,
+        caption,
+    )
 
 
 class CaptionTokens:
     """Every caption of a data set as ids, so that a step only has to look them up, and its negative, `swapped`."""
 
-    def __init__(self, tokenizer: CLIPTokenizer, data: CaptionedImages, swaps: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self, tokenizer: CLIPTokenizer, data: CaptionedImages, swaps: Sequence[tuple[str, str]] = ()
+    ) -> None:
         counts = torch.tensor([len(captions) for captions in data.captions])
         self.counts = counts
         self.starts = counts.cumsum(0) - counts
         flat = [caption for captions in data.captions for caption in captions]
         self.ids = tokenize(tokenizer, flat).to(torch.int32)
-        negatives = [swapped(caption, swaps, number) for number, caption in enumerate(flat)] if swaps else []
-        self.has_negative = torch.tensor([bool(caption) for caption in negatives] or [False] * len(flat))
+        negatives = (
+            [swapped(caption, swaps, number) for number, caption in enumerate(flat)]
+            if swaps
+            else []
+        )
+        self.has_negative = torch.tensor(
+            [bool(caption) for caption in negatives] or [False] * len(flat)
+        )
         self.negatives = tokenize(tokenizer, negatives).to(torch.int32) if negatives else self.ids
 
     def draw(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -97,8 +113,13 @@ class CaptionTokens:
 
         Ids, int64 [B + negatives, context length].
         """
-        choice = self.starts[rows] + (torch.rand(len(rows), generator=generator) * self.counts[rows]).long()
-        return torch.cat([self.ids[choice], self.negatives[choice[self.has_negative[choice]]]]).long()
+        choice = (
+            self.starts[rows]
+            + (torch.rand(len(rows), generator=generator) * self.counts[rows]).long()
+        )
+        return torch.cat(
+            [self.ids[choice], self.negatives[choice[self.has_negative[choice]]]]
+        ).long()
 
 
 def train_model(
@@ -129,27 +150,41 @@ def train_model(
             text = model.encode_text(ids, normalize=True)
         logits = model.logit_scale.exp() * image.float() @ text.float().T
         target = torch.arange(len(rows), device=device)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T[: len(rows)], target)) / 2
+        return (
+            F.cross_entropy(logits, target) + F.cross_entropy(logits.T[: len(rows)], target)
+        ) / 2
 
-    schedule = Schedule(args.steps, args.learning_rate, 0.1, checkpoint_every=args.checkpoint_every, seed=args.seed)
+    schedule = Schedule(
+        args.steps, args.learning_rate, 0.1, checkpoint_every=args.checkpoint_every, seed=args.seed
+    )
     train("train CLIP", model, loss_of, schedule, args.out / "checkpoint", settings)
 
 
 @torch.inference_mode()
-def embed_images(model: open_clip.CLIP, pixels: torch.Tensor, batch_size: int = 500) -> torch.Tensor:
+def embed_images(
+    model: open_clip.CLIP, pixels: torch.Tensor, batch_size: int = 500
+) -> torch.Tensor:
     """uint8 [N, 3, S, S] -> un-normalised projections float32 [N, d] on the CPU."""
     device = model.logit_scale.device
-    return torch.cat([model.encode_image(to_signed(part).to(device)).cpu() for part in pixels.split(batch_size)])
+    return torch.cat(
+        [model.encode_image(to_signed(part).to(device)).cpu() for part in pixels.split(batch_size)]
+    )
 
 
 @torch.inference_mode()
-def embed_captions(model: open_clip.CLIP, ids: torch.Tensor, batch_size: int = 2000) -> torch.Tensor:
+def embed_captions(
+    model: open_clip.CLIP, ids: torch.Tensor, batch_size: int = 2000
+) -> torch.Tensor:
     """Ids [N, context length] -> un-normalised projections float32 [N, d] on the CPU."""
     device = model.logit_scale.device
-    return torch.cat([model.encode_text(part.long().to(device)).cpu() for part in ids.split(batch_size)])
+    return torch.cat(
+        [model.encode_text(part.long().to(device)).cpu() for part in ids.split(batch_size)]
+    )
 
 
-def measure_recall(model: open_clip.CLIP, data: CaptionedImages, tokenizer: CLIPTokenizer) -> dict[str, float]:
+def measure_recall(
+    model: open_clip.CLIP, data: CaptionedImages, tokenizer: CLIPTokenizer
+) -> dict[str, float]:
     """Recall at 1 in percent. TR: any of a picture's captions ranks first. IR: a caption ranks its picture first."""
     tokens = CaptionTokens(tokenizer, data)
     owner = torch.repeat_interleave(torch.arange(len(data)), tokens.counts)
@@ -157,16 +192,21 @@ def measure_recall(model: open_clip.CLIP, data: CaptionedImages, tokenizer: CLIP
     text = F.normalize(embed_captions(model, tokens.ids), dim=-1)
     similarity = image @ text.T
     return {
-        "TR@1": 100 * (owner[similarity.argmax(1)] == torch.arange(len(data))).float().mean().item(),
+        "TR@1": 100
+        * (owner[similarity.argmax(1)] == torch.arange(len(data))).float().mean().item(),
         "IR@1": 100 * (similarity.argmax(0) == owner).float().mean().item(),
     }
 
 
-def save_open_clip(folder: Path, model: open_clip.CLIP, config: dict, tokenizer: CLIPTokenizer) -> None:
+def save_open_clip(
+    folder: Path, model: open_clip.CLIP, config: dict, tokenizer: CLIPTokenizer
+) -> None:
     """Write what open_clip's `local-dir:` loads: weights, configuration, tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weights = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
     save_file(weights, folder / "open_clip_model.safetensors")
     document = {"model_cfg": config, "preprocess_cfg": PREPROCESS}
     (folder / "open_clip_config.json").write_text(json.dumps(document, indent=2) + "\n")
@@ -181,15 +221,26 @@ def word_pairs(text: str) -> list[tuple[str, str]]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a small CLIP and write it as an open_clip folder.")
+    parser = argparse.ArgumentParser(
+        description="Train a small CLIP and write it as an open_clip folder."
+    )
     add = parser.add_argument
     add("--source", default="scenes:50000:1", help="what to train on (default %(default)s)")
-    add("--holdout", default="scenes:1000:2", help="what to measure recall on (default %(default)s)")
-    add("--out", type=Path, required=True, help="folder of the result and, in checkpoint/, of the state to resume")
+    add(
+        "--holdout", default="scenes:1000:2", help="what to measure recall on (default %(default)s)"
+    )
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder of the result and, in checkpoint/, of the state to resume",
+    )
     add("--steps", type=int, default=1000)
     add("--batch-size", type=int, default=256)
     add("--learning-rate", type=float, default=1.5e-3)
-    add("--image-size", type=int, default=64, help="pixels; pictures are resized and centre-cropped")
+    add(
+        "--image-size", type=int, default=64, help="pixels; pictures are resized and centre-cropped"
+    )
     add("--patch-size", type=int, default=8, help="pixels")
     add("--width", type=int, default=128, help="of both towers, a multiple of 64")
     add("--layers", type=int, default=3, help="of the image tower")
@@ -198,7 +249,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--vocab-size", type=int, default=1024)
     add("--context-length", type=int, default=32, help="tokens; longer captions are cut")
     add("--checkpoint-every", type=int, default=500, help="steps")
-    add("--swap", type=word_pairs, default=[], help="words exchanged to make negatives: top/bottom,left/right")
+    add(
+        "--swap",
+        type=word_pairs,
+        default=[],
+        help="words exchanged to make negatives: top/bottom,left/right",
+    )
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=("bf16", "fp32"), default="bf16", help="of the towers in training")

@@ -24,8 +24,12 @@ import torch.nn.functional as F  # noqa: N812 - PyTorch's own habit
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.pipelines.stable_diffusion.pipeline_stable_unclip_img2img import StableUnCLIPImg2ImgPipeline
-from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from diffusers.pipelines.stable_diffusion.pipeline_stable_unclip_img2img import (
+    StableUnCLIPImg2ImgPipeline,
+)
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
+    StableUnCLIPImageNormalizer,
+)
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
@@ -36,7 +40,7 @@ from pds_ray.demo.roundtrip import Decoding, contact_sheet, measure_round_trip
 from pds_ray.demo.train_clip import CaptionTokens, embed_images, tokenize
 from pds_ray.demo.training import Schedule, TrainingError, train
 from pds_ray.errors import UserError
-from pds_ray.progress import progress_bar
+from pds_ray.telemetry.progress import progress_bar
 
 KL_WEIGHT = 1e-4
 SQUARE_WEIGHT = 2.0
@@ -79,7 +83,9 @@ def load_clip(folder: Path, device: str) -> Clip:
     """Load an open_clip folder. Raises TrainingError if it is none."""
     weights = folder / "open_clip_model.safetensors"
     if not weights.is_file():
-        raise TrainingError(f"--clip {folder}: no {weights.name} in it; train_clip writes such a folder")
+        raise TrainingError(
+            f"--clip {folder}: no {weights.name} in it; train_clip writes such a folder"
+        )
     return Clip(
         open_clip.create_model(f"local-dir:{folder}", device=device).eval().requires_grad_(False),
         json.loads((folder / "open_clip_config.json").read_text())["model_cfg"],
@@ -109,7 +115,9 @@ def painting_loss(painted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return error.abs().mean() + SQUARE_WEIGHT * error.square().mean() + EDGE_WEIGHT * edges
 
 
-def train_vae(vae: AutoencoderKL, pixels: torch.Tensor, args: argparse.Namespace, settings: dict) -> None:
+def train_vae(
+    vae: AutoencoderKL, pixels: torch.Tensor, args: argparse.Namespace, settings: dict
+) -> None:
     """Encoder and decoder together, with a slight pull of the latents to N(0, 1)."""
     device = torch.device(args.device)
     vae.train()
@@ -124,12 +132,21 @@ def train_vae(vae: AutoencoderKL, pixels: torch.Tensor, args: argparse.Namespace
         pull = posterior.kl().mean() / posterior.mean[0].numel()
         return painting_loss(painted, target) + KL_WEIGHT * pull
 
-    schedule = Schedule(args.vae_steps, args.vae_learning_rate, checkpoint_every=args.checkpoint_every, seed=args.seed)
+    schedule = Schedule(
+        args.vae_steps,
+        args.vae_learning_rate,
+        checkpoint_every=args.checkpoint_every,
+        seed=args.seed,
+    )
     train("train VAE", vae, loss_of, schedule, args.out / "checkpoint" / "vae", settings)
 
 
 def train_decoder(
-    vae: AutoencoderKL, pixels: torch.Tensor, latents: torch.Tensor, args: argparse.Namespace, settings: dict
+    vae: AutoencoderKL,
+    pixels: torch.Tensor,
+    latents: torch.Tensor,
+    args: argparse.Namespace,
+    settings: dict,
 ) -> None:
     """The decoder alone, on slightly noisy latents such as the UNet makes. The latents, hence the UNet, stay valid."""
     device = torch.device(args.device)
@@ -142,9 +159,19 @@ def train_decoder(
         return painting_loss(painted, to_signed(pixels[rows]).to(device))
 
     schedule = Schedule(
-        args.decoder_steps, args.vae_learning_rate, checkpoint_every=args.checkpoint_every, seed=args.seed
+        args.decoder_steps,
+        args.vae_learning_rate,
+        checkpoint_every=args.checkpoint_every,
+        seed=args.seed,
     )
-    train("train decoder", vae.decoder, loss_of, schedule, args.out / "checkpoint" / "decoder", settings)
+    train(
+        "train decoder",
+        vae.decoder,
+        loss_of,
+        schedule,
+        args.out / "checkpoint" / "decoder",
+        settings,
+    )
 
 
 @torch.inference_mode()
@@ -154,7 +181,9 @@ def encode_latents(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int = 2
     with progress_bar("encode", len(pixels), "pictures") as bar:
         for part in pixels.split(batch_size):
             with torch.autocast(vae.device.type, torch.bfloat16):
-                parts.append(vae.encode(to_signed(part).to(vae.device)).latent_dist.mean.float().cpu())
+                parts.append(
+                    vae.encode(to_signed(part).to(vae.device)).latent_dist.mean.float().cpu()
+                )
             bar.update(len(part))
     return torch.cat(parts)
 
@@ -178,7 +207,9 @@ def standardise_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tens
     return (latents - mean[None, :, None, None]) / std[None, :, None, None]
 
 
-def make_unet(clip: Clip, latent_shape: torch.Size, channels: Sequence[int]) -> UNet2DConditionModel:
+def make_unet(
+    clip: Clip, latent_shape: torch.Size, channels: Sequence[int]
+) -> UNet2DConditionModel:
     """A UNet like Stable Diffusion unCLIP's, for latents [C, h, h]: caption by attention, embedding as class label."""
     return UNet2DConditionModel(
         sample_size=latent_shape[-1],
@@ -189,7 +220,9 @@ def make_unet(clip: Clip, latent_shape: torch.Size, channels: Sequence[int]) -> 
         up_block_types=(*("CrossAttnUpBlock2D",) * (len(channels) - 1), "UpBlock2D"),
         block_out_channels=tuple(channels),
         layers_per_block=1,
-        attention_head_dim=[width // 64 for width in channels],  # diffusers takes this as the number of heads
+        attention_head_dim=[
+            width // 64 for width in channels
+        ],  # diffusers takes this as the number of heads
         cross_attention_dim=clip.config["text_cfg"]["width"],
         class_embed_type="projection",
         projection_class_embeddings_input_dim=2 * clip.dim,
@@ -200,7 +233,11 @@ def make_unet(clip: Clip, latent_shape: torch.Size, channels: Sequence[int]) -> 
 
 def make_schedulers() -> tuple[Any, Any]:  # diffusers' annotations contradict each other here
     """DDIM for the pictures' diffusion and DDPM for the embeddings' noise, both cosine, so ending in pure noise."""
-    shape: Any = {"num_train_timesteps": NOISE_LEVELS, "beta_schedule": "squaredcos_cap_v2", "clip_sample": False}
+    shape: Any = {
+        "num_train_timesteps": NOISE_LEVELS,
+        "beta_schedule": "squaredcos_cap_v2",
+        "clip_sample": False,
+    }
     return (
         DDIMScheduler(**shape, prediction_type="v_prediction", timestep_spacing="trailing"),
         DDPMScheduler(**shape),
@@ -224,7 +261,9 @@ def cell_means(embeddings: torch.Tensor, members: Sequence[int], seed: int) -> t
     means = []
     rows = embeddings.numpy()
     for size in members:
-        kmeans = faiss.Kmeans(rows.shape[1], max(1, len(rows) // size), niter=15, seed=seed, min_points_per_centroid=1)
+        kmeans = faiss.Kmeans(
+            rows.shape[1], max(1, len(rows) // size), niter=15, seed=seed, min_points_per_centroid=1
+        )
         kmeans.train(rows)
         centroids: Any = kmeans.centroids
         means.append(torch.from_numpy(centroids[kmeans.index.search(rows, 1)[1][:, 0]]))
@@ -266,13 +305,17 @@ def train_unet(
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(latents), (args.batch_size,), generator=generator)
-        times, levels, use_cell, which, dropped = torch.rand(5, args.batch_size, generator=generator)
+        times, levels, use_cell, which, dropped = torch.rand(
+            5, args.batch_size, generator=generator
+        )
         which = torch.where(use_cell < CELL_SHARE, 1 + (which * len(CELL_MEMBERS)).long(), 0)
         levels = (levels**4 * NOISE_LEVELS).long()  # half of them below 63
         noise = torch.randn(args.batch_size, choices.shape[-1], generator=generator)
         label = add_embedding_noise(choices[which, rows], levels, noise, normalizer, noising)
         label[dropped < DROP_ALL] = 0
-        ids = torch.where((dropped < DROP_ALL + DROP_PROMPT)[:, None], empty, tokens.draw(rows, generator))
+        ids = torch.where(
+            (dropped < DROP_ALL + DROP_PROMPT)[:, None], empty, tokens.draw(rows, generator)
+        )
         times = (times * NOISE_LEVELS).long()
         clean = latents[rows]
         noise = torch.randn(clean.shape, generator=generator)
@@ -286,7 +329,10 @@ def train_unet(
         return (loss_weight[times].to(device) * error).mean()
 
     schedule = Schedule(
-        args.unet_steps, args.unet_learning_rate, checkpoint_every=args.checkpoint_every, seed=args.seed
+        args.unet_steps,
+        args.unet_learning_rate,
+        checkpoint_every=args.checkpoint_every,
+        seed=args.seed,
     )
     train("train UNet", unet, loss_of, schedule, args.out / "checkpoint" / "unet", settings)
 
@@ -321,22 +367,48 @@ def save_pipeline(folder: Path, pipeline: StableUnCLIPImg2ImgPipeline, clip: Cli
         for parameter in part.parameters():
             parameter.data = parameter.data.half()
     pipeline.save_pretrained(folder)
-    (folder / "pds_ray.json").write_text(json.dumps({"space": clip.sha256, "dim": clip.dim}, indent=2) + "\n")
+    (folder / "pds_ray.json").write_text(
+        json.dumps({"space": clip.sha256, "dim": clip.dim}, indent=2) + "\n"
+    )
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a small unCLIP and write it as a diffusers folder.")
+    parser = argparse.ArgumentParser(
+        description="Train a small unCLIP and write it as a diffusers folder."
+    )
     add = parser.add_argument
-    add("--clip", type=Path, required=True, help="open_clip folder whose embeddings are to be decoded")
+    add(
+        "--clip",
+        type=Path,
+        required=True,
+        help="open_clip folder whose embeddings are to be decoded",
+    )
     add("--source", default="scenes:50000:1", help="what to train on (default %(default)s)")
-    add("--out", type=Path, required=True, help="folder of the result and, in checkpoint/, of the state to resume")
-    add("--vae-channels", type=int, nargs="+", default=[16, 32, 64, 64], help="multiples of 8; all but one halve sides")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder of the result and, in checkpoint/, of the state to resume",
+    )
+    add(
+        "--vae-channels",
+        type=int,
+        nargs="+",
+        default=[16, 32, 64, 64],
+        help="multiples of 8; all but one halve sides",
+    )
     add("--latent-channels", type=int, default=8)
     add("--vae-steps", type=int, default=1500)
     add("--decoder-steps", type=int, default=300, help="of the VAE's decoder alone, at the end")
     add("--vae-batch-size", type=int, default=32)
     add("--vae-learning-rate", type=float, default=2e-3)
-    add("--unet-channels", type=int, nargs="+", default=[64, 128], help="multiples of 64; all but one halve sides")
+    add(
+        "--unet-channels",
+        type=int,
+        nargs="+",
+        default=[64, 128],
+        help="multiples of 64; all but one halve sides",
+    )
     add("--unet-steps", type=int, default=3600)
     add("--batch-size", type=int, default=64, help="of the UNet")
     add("--unet-learning-rate", type=float, default=1e-3)
@@ -344,7 +416,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=("bf16", "fp32"), default="bf16", help="of VAE and UNet in training")
-    add("--evaluate", metavar="SOURCE", nargs="?", const="scenes:10000:3", help="measure the round trip on this source")
+    add(
+        "--evaluate",
+        metavar="SOURCE",
+        nargs="?",
+        const="scenes:10000:3",
+        help="measure the round trip on this source",
+    )
     add("--prototypes", type=int, default=100, help="how many the round trip decodes")
     return parser.parse_args(argv)
 
@@ -364,8 +442,16 @@ def fit(args: argparse.Namespace, clip: Clip, data: CaptionedImages) -> StableUn
     embeddings = embed_images(clip.model, data.pixels)
     torch.manual_seed(args.seed)
     unet = make_unet(clip, latents.shape[1:], args.unet_channels).to(args.device)
-    text_encoder = convert_text_tower(clip.model, clip.config, clip.tokenizer).to(args.device).requires_grad_(False)
-    settings |= {"clip": clip.sha256, "unet_channels": args.unet_channels, "batch_size": args.batch_size}
+    text_encoder = (
+        convert_text_tower(clip.model, clip.config, clip.tokenizer)
+        .to(args.device)
+        .requires_grad_(False)
+    )
+    settings |= {
+        "clip": clip.sha256,
+        "unet_channels": args.unet_channels,
+        "batch_size": args.batch_size,
+    }
     tokens = CaptionTokens(clip.tokenizer, data)
     train_unet(unet, text_encoder, clip, latents, embeddings, tokens, args, settings)
     train_decoder(vae, data.pixels, latents, args, settings)
@@ -385,10 +471,14 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     }
     save_pipeline(args.out, pipeline, clip)
     if args.evaluate:
-        saved = StableUnCLIPImg2ImgPipeline.from_pretrained(args.out, dtype=torch.float32).to(args.device)
+        saved = StableUnCLIPImg2ImgPipeline.from_pretrained(args.out, dtype=torch.float32).to(
+            args.device
+        )
         holdout = load_captioned_images(args.evaluate, clip.image_size)
         decoding = Decoding()
-        result = measure_round_trip(saved, clip.model, clip.tokenizer, holdout, args.prototypes, decoding)
+        result = measure_round_trip(
+            saved, clip.model, clip.tokenizer, holdout, args.prototypes, decoding
+        )
         metrics |= {"found": result.found, "prototypes": args.prototypes, **asdict(decoding)}
         contact_sheet(result).save(args.out / "checkpoint" / "contact_sheet.png")
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -402,7 +492,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if "found" in metrics:
-        print(f"round trip: {metrics['found']} of {metrics['prototypes']} pictures find their own prototype")
+        print(
+            f"round trip: {metrics['found']} of {metrics['prototypes']} pictures find their own prototype"
+        )
     return 0
 
 

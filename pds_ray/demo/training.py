@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pds_ray.errors import UserError
-from pds_ray.progress import progress_bar
+from pds_ray.telemetry.progress import progress_bar
 
 CHECKPOINT = "checkpoint.safetensors"
 WARMUP_STEPS = 100
@@ -73,9 +73,14 @@ def train(
     parameters = dict(model.named_parameters())
     average = {name: p.detach().clone() for name, p in parameters.items()}
     decayed = [p for p in parameters.values() if p.ndim > 1]
-    others = [p for p in parameters.values() if p.ndim <= 1]  # gains and biases are not pulled towards zero
+    others = [
+        p for p in parameters.values() if p.ndim <= 1
+    ]  # gains and biases are not pulled towards zero
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [
+            {"params": decayed, "weight_decay": schedule.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
         betas=(0.9, 0.98),
         fused=True,
     )
@@ -123,7 +128,11 @@ def _save(
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".writing")
-    save_file(tensors, aside, metadata={"step": str(step), "settings": json.dumps(settings, sort_keys=True)})
+    save_file(
+        tensors,
+        aside,
+        metadata={"step": str(step), "settings": json.dumps(settings, sort_keys=True)},
+    )
     os.replace(aside, path)
 
 

@@ -10,24 +10,43 @@ from __future__ import annotations
 import os
 from typing import Any
 
-TASK_RETRIES = 3  # of work whose process or machine died; Ray would try a sample that kills its actor for ever
-MACHINES_LOST = 10  # that one piece of work survives besides: spot machines are taken away whatever they do
+TASK_RETRIES = (
+    3  # of work whose process or machine died; Ray would try a sample that kills its actor for ever
+)
+MACHINES_LOST = (
+    10  # that one piece of work survives besides: spot machines are taken away whatever they do
+)
 BLOCK_BYTES = 64 << 20
 GLIBC = (2, 36)  # the first whose malloc was seen to take what `keeping_memory` sets
 
 DRIVER: dict[str, tuple[str, str]] = {
-    "task_oom_retries": ("3", "a task that eats its machine's memory is killed and tried again, by default for ever"),
+    "task_oom_retries": (
+        "3",
+        "a task that eats its machine's memory is killed and tried again, by default for ever",
+    ),
 }
 NODES: dict[str, tuple[str, str]] = {
-    "memory_usage_threshold": ("0.95", "beyond this share Ray ends the newest task, before the kernel ends anything"),
-    "memory_monitor_refresh_ms": ("250", "a picture that unpacks to gigabytes does so within a second"),
+    "memory_usage_threshold": (
+        "0.95",
+        "beyond this share Ray ends the newest task, before the kernel ends anything",
+    ),
+    "memory_monitor_refresh_ms": (
+        "250",
+        "a picture that unpacks to gigabytes does so within a second",
+    ),
     "idle_worker_killing_time_threshold_ms": (
         "60000",
         "after 1 s, the default, the next stage may import anew",
     ),
-    "health_check_period_ms": ("3000", "a machine that dies is noticed soon, and its shards read elsewhere"),
+    "health_check_period_ms": (
+        "3000",
+        "a machine that dies is noticed soon, and its shards read elsewhere",
+    ),
     "health_check_timeout_ms": ("10000", "one that is only busy answers within this"),
-    "health_check_failure_threshold": ("5", "or at one of so many times: a node taken for dead loses all it holds"),
+    "health_check_failure_threshold": (
+        "5",
+        "or at one of so many times: a node taken for dead loses all it holds",
+    ),
 }
 TRAIN: dict[str, tuple[str, str]] = {
     "TRAIN_HEALTH_CHECK_INTERVAL_S": (
@@ -38,14 +57,32 @@ TRAIN: dict[str, tuple[str, str]] = {
         "0",
         "a process more a row of trials, whose states are saved by the clock, not at a notice",
     ),
-    "TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": ("600", "a worker that is silent for so long is taken for dead"),
-    "TRAIN_WORKER_GROUP_START_TIMEOUT_S": ("60", "without room for its workers in this time a row of trials asks anew"),
+    "TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": (
+        "600",
+        "a worker that is silent for so long is taken for dead",
+    ),
+    "TRAIN_WORKER_GROUP_START_TIMEOUT_S": (
+        "60",
+        "without room for its workers in this time a row of trials asks anew",
+    ),
 }
 DATA: dict[str, tuple[Any, str]] = {
-    "target_max_block_size": (BLOCK_BYTES, "pictures of one block are decoded and encoded together"),
-    "execution_no_progress_timeout_s": (6 * 3600, "waiting hours for spot GPUs is no failure; by default 30 minutes"),
-    "max_consecutive_actor_init_deaths": (5, "by default one machine lost while a model loads ends the job"),
-    "max_errored_blocks": (0, "faults of data are rows; an exception is a fault of ours. Embedding sets it to -1"),
+    "target_max_block_size": (
+        BLOCK_BYTES,
+        "pictures of one block are decoded and encoded together",
+    ),
+    "execution_no_progress_timeout_s": (
+        6 * 3600,
+        "waiting hours for spot GPUs is no failure; by default 30 minutes",
+    ),
+    "max_consecutive_actor_init_deaths": (
+        5,
+        "by default one machine lost while a model loads ends the job",
+    ),
+    "max_errored_blocks": (
+        0,
+        "faults of data are rows; an exception is a fault of ours. Embedding sets it to -1",
+    ),
 }
 """Attributes of Ray Data's context."""
 

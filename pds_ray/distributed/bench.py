@@ -36,7 +36,9 @@ def block_seconds(blocks: int) -> float:
     read = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
         _same, batch_size=None, batch_format="pyarrow", num_cpus=runtime.DECODE_CPUS
     )
-    dataset = runtime.map_blocks(read, _Same, (), runtime.pool(Actors(1, 1, None, {}), on_gpu=False))
+    dataset = runtime.map_blocks(
+        read, _Same, (), runtime.pool(Actors(1, 1, None, {}), on_gpu=False)
+    )
     began = time.process_time()
     for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         pass

@@ -11,14 +11,14 @@ import ray
 from PIL import Image
 
 from pds_ray import catalog
-from pds_ray.artifacts import CHOSEN_CAPTION_SCHEMA, EmbeddingStore, RunFolder
 from pds_ray.config import EmbedConfig, RunConfig
 from pds_ray.distributed import runtime
 from pds_ray.distributed.nearest import nearest
 from pds_ray.encoders.base import EncoderInfo
-from pds_ray.progress import progress_bar
 from pds_ray.stages.embed import embed_pictures
-from pds_ray.storage import side_by_side
+from pds_ray.store.artifacts import CHOSEN_CAPTION_SCHEMA, EmbeddingStore, RunFolder
+from pds_ray.store.storage import side_by_side
+from pds_ray.telemetry.progress import progress_bar
 
 
 def _embed(pairs: int, info: EncoderInfo, config: EmbedConfig, run: RunFolder) -> np.ndarray:

@@ -12,18 +12,23 @@ from typing import Any
 import numpy as np
 import ray
 
-from pds_ray.artifacts import EmbeddingStore, RunFolder, embeddings
 from pds_ray.config import RunConfig
 from pds_ray.distributed import runtime
-from pds_ray.progress import progress_bar
 from pds_ray.stages import cluster as core
+from pds_ray.store.artifacts import EmbeddingStore, RunFolder, embeddings
+from pds_ray.telemetry.progress import progress_bar
 
 SAMPLE_TASKS = 1_000  # at most: Ray keeps results below 100 KB in the driver
 Parts = tuple[ray.ObjectRef, ray.ObjectRef]  # training vectors and weights of some shards
 
 
 def sampled(
-    shards: list[str], space: str, store: EmbeddingStore, run: RunFolder, share: float, config: RunConfig
+    shards: list[str],
+    space: str,
+    store: EmbeddingStore,
+    run: RunFolder,
+    share: float,
+    config: RunConfig,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The training vectors of one space that some shards give, in shard order, and their weights.
 
@@ -42,7 +47,12 @@ def sampled(
 
 
 def _sample(
-    space: str, shards: list[str], store: EmbeddingStore, run: RunFolder, share: float, config: RunConfig
+    space: str,
+    shards: list[str],
+    store: EmbeddingStore,
+    run: RunFolder,
+    share: float,
+    config: RunConfig,
 ) -> list[Parts]:
     """Samples all shards, side by side over the cluster, whose object stores hold what is found."""
     tasks = min(len(shards), SAMPLE_TASKS)
@@ -50,7 +60,9 @@ def _sample(
     groups = [shards[start:end] for start, end in pairwise(bounds)]
     parts: list[Parts] = []
     with progress_bar("cluster", len(shards), "shards") as bar:
-        bar.set_postfix_str(f"{share:.3%} of {space} vectors" if share < 1 else f"{space} vectors", refresh=False)
+        bar.set_postfix_str(
+            f"{share:.3%} of {space} vectors" if share < 1 else f"{space} vectors", refresh=False
+        )
         for part in runtime.map_to_store(sampled, groups, space, store, run, share, config):
             bar.update(len(groups[len(parts)]))
             parts.append(part)
@@ -73,10 +85,18 @@ def _owner(shard: str, store: EmbeddingStore) -> np.ndarray:
 
 
 def _vectors(
-    space: str, shard: str, store: EmbeddingStore, normalize: bool, rows: np.ndarray | slice = slice(None)
+    space: str,
+    shard: str,
+    store: EmbeddingStore,
+    normalize: bool,
+    rows: np.ndarray | slice = slice(None),
 ) -> np.ndarray:
     """Some rows of a shard as they are clustered: float32 [rows, d], [rows, 2d] if joint."""
-    side = store.images(shard, ["embedding"]) if space == "image" else store.captions(shard, ["embedding"])
+    side = (
+        store.images(shard, ["embedding"])
+        if space == "image"
+        else store.captions(shard, ["embedding"])
+    )
     found = embeddings(side)[rows]
     if space == "joint":
         images = embeddings(store.images(shard, ["embedding"]))
@@ -106,21 +126,30 @@ def _fit_cell(item: tuple[int, int], space: str, run: RunFolder, config: RunConf
     return runtime.with_faiss_threads(1, core.fit, *sample, clusters, config.seed, config.cluster)
 
 
-def _fit_in_cells(cells: core.Cells, space: str, run: RunFolder, config: RunConfig) -> dict[str, Any]:
+def _fit_in_cells(
+    cells: core.Cells, space: str, run: RunFolder, config: RunConfig
+) -> dict[str, Any]:
     """The fine level of a two-level fit."""
     items = [(cell, int(clusters)) for cell, clusters in enumerate(np.diff(cells.starts))]
     fits = list(runtime.map_in_order(_fit_cell, items, space, run, config))
     centroids = np.concatenate([fitted.centroids for fitted in fits])
     run.save_centroids(space, centroids, coarse=cells.coarse, starts=cells.starts)
     run.cell_samples(space).delete_all()
-    return {"rows": sum(fitted.rows for fitted in fits), "objective": sum(fitted.objective for fitted in fits)}
+    return {
+        "rows": sum(fitted.rows for fitted in fits),
+        "objective": sum(fitted.objective for fitted in fits),
+    }
 
 
 Level = tuple[np.ndarray, core.Cells | None]
 
 
 def _label(
-    item: tuple[str, bool], store: EmbeddingStore, run: RunFolder, levels: dict[str, Level], normalize: bool
+    item: tuple[str, bool],
+    store: EmbeddingStore,
+    run: RunFolder,
+    levels: dict[str, Level],
+    normalize: bool,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Saves the labels of a shard's pairs, unless they are there.
 
@@ -132,7 +161,9 @@ def _label(
         labels = []
         for space, (centroids, cells) in levels.items():
             found = core.assign(_vectors(space, shard, store, normalize), centroids, cells)
-            labels.append(np.where(kept, found[owner] if space == "image" else found, -1).astype(np.int32))
+            labels.append(
+                np.where(kept, found[owner] if space == "image" else found, -1).astype(np.int32)
+            )
         run.save_labels(shard, labels[0], labels[-1])  # one k-means alone labels both sides
     saved = run.labels(shard)[: len(levels)]
     return [np.unique(label[label >= 0], return_counts=True) for label in saved]
@@ -171,10 +202,14 @@ def cluster(
     for number, space in enumerate(spaces):
         if space in begun["fits"] and run.has_centroids(space):
             continue
-        if space in begun["fits"]:  # centroids made anew may differ from those that are gone in their last bits
+        if (
+            space in begun["fits"]
+        ):  # centroids made anew may differ from those that are gone in their last bits
             run.delete_labels(shards)
         rows = counts["images_kept"] if space == "image" else counts["kept"]
-        share = core.sample_share(rows, 2 * dim if space == "joint" else dim, config.cluster, config.pairs)
+        share = core.sample_share(
+            rows, 2 * dim if space == "joint" else dim, config.cluster, config.pairs
+        )
         parts = _sample(space, shards, store, run, share, config)
         with progress_bar("cluster", len(spaces), "k-means", done=number) as bar:
             bar.set_postfix_str(f"{space}, K = {config.pairs:,}", refresh=False)
@@ -195,7 +230,9 @@ def cluster(
     done = run.labelled()
     items = [(shard, shard in done) for shard in shards]
     with progress_bar("cluster", len(shards), "shards") as bar:
-        for labelled in runtime.map_in_order(_label, items, store, run, levels, config.cluster.normalize):
+        for labelled in runtime.map_in_order(
+            _label, items, store, run, levels, config.cluster.normalize
+        ):
             for size, (labels, found) in zip(sizes, labelled, strict=True):
                 size[labels] += found
             bar.update()

@@ -27,25 +27,31 @@ import ray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from pds_ray import catalog, log
-from pds_ray.artifacts import EmbeddingStore
+from pds_ray import catalog
 from pds_ray.config import ConfigError, EmbedConfig, RayConfig, ReadConfig, RunConfig
 from pds_ray.distributed import metrics, runtime
+from pds_ray.distributed.isolated import Limits, embed_isolated
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import UserError, first_line
-from pds_ray.progress import QUIET_S, progress_bar, waiting_for
 from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
-from pds_ray.stages.isolated import Limits, embed_isolated
-from pds_ray.storage import side_by_side
+from pds_ray.store.artifacts import EmbeddingStore
+from pds_ray.store.storage import side_by_side
+from pds_ray.telemetry import log
+from pds_ray.telemetry.progress import QUIET_S, progress_bar, waiting_for
 
 MIN_SAMPLES_TO_JUDGE = 100
 MAX_GROWTH_BYTES = 4 << 30  # by which a process may grow while it decodes one picture
-SHARDS_TOGETHER = 2_000  # in one data set: of each block the driver keeps a kilobyte until its data set ends
+SHARDS_TOGETHER = (
+    2_000  # in one data set: of each block the driver keeps a kilobyte until its data set ends
+)
 FAILED_SHOWN = 20  # shards that could not be read, of which run.json says why
 TABLES = ("images", "captions", "errors")
 UNREADABLE = "unreadable"  # reason of the row that ends a shard of which no more can be read
-FATAL, STORE = "fatal", "store"  # reasons of rows that end the run: our fault, or that of a disk or a store
+FATAL, STORE = (
+    "fatal",
+    "store",
+)  # reasons of rows that end the run: our fault, or that of a disk or a store
 
 
 class ShardDatasource(Datasource):
@@ -63,7 +69,10 @@ class ShardDatasource(Datasource):
     def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
         """One a shard, whatever parallelism Ray asks for."""
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(_Reader(self._source, shard, self._under_way), unknown) for shard in self._shards]
+        return [
+            ReadTask(_Reader(self._source, shard, self._under_way), unknown)
+            for shard in self._shards
+        ]
 
 
 @dataclass
@@ -133,7 +142,10 @@ class EmbedWorker:
         (Ray Data, told to go on without lost blocks, would go on without those that raise.)
         """
         try:
-            rows = [self._embed(shard, block) for shard in dict.fromkeys(block.column("shard").to_pylist())]
+            rows = [
+                self._embed(shard, block)
+                for shard in dict.fromkeys(block.column("shard").to_pylist())
+            ]
         except Exception as error:
             rows = [{"shard": "", "fault": _fault(error), "problem": _said(error)}]
         return pa.Table.from_pylist(rows, schema=SUMMARY_SCHEMA)
@@ -151,9 +163,14 @@ class EmbedWorker:
         counts = core.shard_counts(part.images, part.captions, part.errors)
         whole = part.first == 0 and part.total == part.rows
         if whole:
-            self.store.commit(shard, part.images, part.captions, part.errors, commit_info(counts, self.config))
+            self.store.commit(
+                shard, part.images, part.captions, part.errors, commit_info(counts, self.config)
+            )
         else:
-            names = {part_name(shard, part.first, name): table for name, table in core.part_to_tables(part).items()}
+            names = {
+                part_name(shard, part.first, name): table
+                for name, table in core.part_to_tables(part).items()
+            }
             list(side_by_side(lambda name: self.store.parts.write_table(name, names[name]), names))
         return {
             "shard": shard,
@@ -196,7 +213,9 @@ def commit_info(counts: dict[str, Any], config: EmbedConfig) -> dict[str, Any]:
 def commit_parts(shard: str, firsts: list[int], store: EmbeddingStore, config: EmbedConfig) -> None:
     """Puts a shard together from its parts and commits it. The parts stay: Ray may run this twice."""
     parts = [
-        core.part_from_tables({table: store.parts.read_table(part_name(shard, first, table)) for table in TABLES})
+        core.part_from_tables(
+            {table: store.parts.read_table(part_name(shard, first, table)) for table in TABLES}
+        )
         for first in firsts
     ]
     tables = core.merge_parts(parts)
@@ -259,7 +278,9 @@ def embed(
     reused = core.sum_counts(done[name] for name in sorted(names))
     totals, failed, encoders = reused, dict[str, str](), metrics.ActorTime("embed")
     if todo:
-        precision = runtime.precision(config.embed.precision, runtime.pool(config.ray.embed_actors), "bf16")
+        precision = runtime.precision(
+            config.embed.precision, runtime.pool(config.ray.embed_actors), "bf16"
+        )
         embed_config = replace(config.embed, precision=precision)
         begun = {marker["precision"] for marker in done.values()} - {embed_config.precision}
         if begun:
@@ -302,8 +323,13 @@ def _embed(
     arrived = {shard.name: _Progress() for shard in todo}
     totals, limits = core.sum_counts([reused]), work.ray
     finished, problems = shards - len(todo), dict[str, str]()
-    with runtime.UnderWay() as under_way, progress_bar("embed", None, "images", reused["images"]) as bar:
-        waiting_for(lambda: under_way.describe({name for name, shard in arrived.items() if shard.ended}))
+    with (
+        runtime.UnderWay() as under_way,
+        progress_bar("embed", None, "images", reused["images"]) as bar,
+    ):
+        waiting_for(
+            lambda: under_way.describe({name for name, shard in arrived.items() if shard.ended})
+        )
 
         def show(state: str = "") -> None:
             if finished:
@@ -313,7 +339,9 @@ def _embed(
             bar.update(totals["images"] - bar.n)
 
         show(", starting")
-        groups = (todo[start : start + SHARDS_TOGETHER] for start in range(0, len(todo), SHARDS_TOGETHER))
+        groups = (
+            todo[start : start + SHARDS_TOGETHER] for start in range(0, len(todo), SHARDS_TOGETHER)
+        )
         streams = (_stream(group, work, arrived, under_way, encoders) for group in groups)
         for name, counts, committed in chain.from_iterable(streams):
             core.add_counts(totals, counts)
@@ -328,7 +356,9 @@ def _embed(
             show()
         lost = [shard for shard in todo if not arrived[shard.name].closed]
         if lost:
-            totals = core.sum_counts([reused, *(shard.counts for shard in arrived.values() if shard.closed)])
+            totals = core.sum_counts(
+                [reused, *(shard.counts for shard in arrived.values() if shard.closed)]
+            )
             show(f", {len(lost)} shards once more")
             problems.clear()
             for name, outcome in _again(lost, work, under_way):
@@ -399,10 +429,14 @@ def _stream(
                 shard = arrived[row["shard"]]
                 shard.add(row)
                 if shard.closed and not row["committed"]:
-                    commits[commit.remote(row["shard"], sorted(shard.rows), work.store, work.config)] = row["shard"]
+                    commits[
+                        commit.remote(row["shard"], sorted(shard.rows), work.store, work.config)
+                    ] = row["shard"]
                 counts = json.loads(row["counts"]) if row["counts"] else core.no_counts()
                 yield row["shard"], counts, bool(row["committed"])
-            ended = ray.wait(list(commits), num_returns=len(commits), timeout=0)[0] if commits else []
+            ended = (
+                ray.wait(list(commits), num_returns=len(commits), timeout=0)[0] if commits else []
+            )
             ray.get(ended)  # a commit that failed ends the run now, not after the last shard
             for reference in ended:
                 yield commits.pop(reference), core.no_counts(), True
@@ -418,7 +452,9 @@ def _stream(
     gc.collect()
 
 
-def _again(shards: list[Shard], work: _Work, under_way: runtime.UnderWay) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _again(
+    shards: list[Shard], work: _Work, under_way: runtime.UnderWay
+) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Embeds shards that were lost, each in processes of its own; yields their counts, or why they cannot be read."""
     actors = runtime.pool(work.ray.embed_actors)
     remote = ray.remote(_embed_alone).options(**actors.options(), max_retries=0)
@@ -432,14 +468,19 @@ def _again(shards: list[Shard], work: _Work, under_way: runtime.UnderWay) -> Ite
             if deaths.survived(error):
                 pending[remote.remote(shard, work, under_way)] = shard, deaths
             else:
-                yield shard.name, f"whatever embeds it is lost ({deaths}, the last by {type(error).__name__})"
+                yield (
+                    shard.name,
+                    f"whatever embeds it is lost ({deaths}, the last by {type(error).__name__})",
+                )
 
 
 def _embed_alone(shard: Shard, work: _Work, under_way: runtime.UnderWay) -> dict[str, Any] | str:
     """Embeds and commits a shard in a child process; returns its counts, or why it cannot be read."""
     under_way.begin(shard.name)
     load = partial(runtime.load_model, catalog.load_encoder, work.info, work.config.precision)
-    limits = Limits(work.ray.sample_timeout_s, min(MAX_GROWTH_BYTES, psutil.virtual_memory().available // 2))
+    limits = Limits(
+        work.ray.sample_timeout_s, min(MAX_GROWTH_BYTES, psutil.virtual_memory().available // 2)
+    )
     try:
         tables = embed_isolated(work.source, shard, work.info, load, work.read, work.config, limits)
     except SourceError as error:
@@ -452,7 +493,11 @@ def _embed_alone(shard: Shard, work: _Work, under_way: runtime.UnderWay) -> dict
 def check_bad_share(totals: dict[str, Any], limit: float, final: bool) -> None:
     """Stops a run that would distil garbage. Raises ConfigError naming the most frequent reason."""
     seen = totals["images"] + totals["bad"]
-    if not totals["bad"] or (seen < MIN_SAMPLES_TO_JUDGE and not final) or totals["bad"] <= limit * seen:
+    if (
+        not totals["bad"]
+        or (seen < MIN_SAMPLES_TO_JUDGE and not final)
+        or totals["bad"] <= limit * seen
+    ):
         return
     reason, count = max(totals["reasons"].items(), key=lambda item: item[1])
     raise ConfigError(
@@ -461,7 +506,9 @@ def check_bad_share(totals: dict[str, Any], limit: float, final: bool) -> None:
     )
 
 
-def check_failed_share(failed: dict[str, str], totals: dict[str, Any], shards: int, limit: float) -> None:
+def check_failed_share(
+    failed: dict[str, str], totals: dict[str, Any], shards: int, limit: float
+) -> None:
     """Stops a run that cannot read its source.
 
     `failed`: shard -> why. Among `totals` are shards that were read and are no tars. Raises ConfigError.

@@ -32,16 +32,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pds_ray import catalog
 from pds_ray.backbones.base import BackboneInfo
-from pds_ray.captions import CLEANERS
 from pds_ray.config import ConfigError, EvaluateConfig
 from pds_ray.distributed import runtime
 from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
 from pds_ray.errors import first_line
-from pds_ray.progress import QUIET_S, progress_bar, waiting_for
+from pds_ray.modalities.text import CLEANERS
 from pds_ray.sources.base import SourceError
-from pds_ray.stages import evaluate as core
-from pds_ray.stages.train import STATE, Gallery, Progress, TrainingPairs, Workers
-from pds_ray.storage import LOCK, Folder, StorageError, is_remote
+from pds_ray.stages import trial as core
+from pds_ray.store.storage import LOCK, Folder, StorageError, is_remote
+from pds_ray.telemetry.progress import QUIET_S, progress_bar, waiting_for
+from pds_ray.training.train import STATE, Gallery, Progress, TrainingPairs, Workers
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +86,12 @@ class LaneData:
 
     def references(self) -> list[ray.ObjectRef]:
         splits = [shards for split in self.splits.values() for shards in split.pictures.values()]
-        return [*self.pictures.values(), *self.text.values(), *self.held_out_text.values(), *chain(*splits)]
+        return [
+            *self.pictures.values(),
+            *self.text.values(),
+            *self.held_out_text.values(),
+            *chain(*splits),
+        ]
 
 
 def run_trials(
@@ -129,7 +134,9 @@ def run_trials(
                     try:
                         with runtime.unwrapped_errors():
                             ray.get(reference)
-                    except runtime.LOST as error:  # of the lane itself; deaths of its workers are Ray Train's
+                    except (
+                        runtime.LOST
+                    ) as error:  # of the lane itself; deaths of its workers are Ray Train's
                         left = [trial for trial in lane if trial.key in missing]
                         if len(left) < len(lane):
                             deaths = runtime.Deaths()
@@ -149,7 +156,9 @@ def _sweep(trials: list[core.Trial], results: Folder) -> None:
     """Removes the states of trials that have ended; those of another evaluation in the folder stay."""
     states = results / STATES
     there = set(states.names(STATE_SUFFIX))
-    done = {trial.key for trial in trials} | {name.removesuffix(".json") for name in results.names(".json")}
+    done = {trial.key for trial in trials} | {
+        name.removesuffix(".json") for name in results.names(".json")
+    }
     ended = there & {f"{key}{STATE_SUFFIX}" for key in done}
     states.delete_each(ended)
     if there == ended:
@@ -192,7 +201,9 @@ def _room(config: EvaluateConfig) -> tuple[bool, int]:
     room = (gpus or cpus) // config.workers
     if room == 0:
         there = f"{gpus} GPUs" if gpus else f"{cpus} CPUs"
-        raise ConfigError(f"{config.workers} workers a trial asked for, but the cluster has {there}; lower --workers")
+        raise ConfigError(
+            f"{config.workers} workers a trial asked for, but the cluster has {there}; lower --workers"
+        )
     return gpus > 0, room
 
 
@@ -203,8 +214,13 @@ def _prepare(
     config: EvaluateConfig,
 ) -> LaneData:
     """Reads pictures and encodes captions on the cluster, once every backbone has been built there."""
-    kinds = {(trial.backbone.name, trial.image_size, trial.protocol.train): trial for trial in trials}
-    with runtime.unwrapped_errors(), progress_bar("build", len(kinds), "backbones", delay_s=QUIET_S) as bar:
+    kinds = {
+        (trial.backbone.name, trial.image_size, trial.protocol.train): trial for trial in trials
+    }
+    with (
+        runtime.unwrapped_errors(),
+        progress_bar("build", len(kinds), "backbones", delay_s=QUIET_S) as bar,
+    ):
         for _ in runtime.map_in_order(_try_backbone, kinds.values(), config.workers):
             bar.update()
     sizes = sorted({trial.image_size for trial in trials})
@@ -219,8 +235,12 @@ def _prepare(
 
     for name, split in splits.items():
         for rule in sorted({checked.text.cleaning for checked in sets}):
-            data.splits[name, rule] = read = _read_split(name, split, sizes, rule, config.ray.sample_timeout_s)
-            for encoder in sorted({checked.text.encoder for checked in sets if checked.text.cleaning == rule}):
+            data.splits[name, rule] = read = _read_split(
+                name, split, sizes, rule, config.ray.sample_timeout_s
+            )
+            for encoder in sorted(
+                {checked.text.encoder for checked in sets if checked.text.cleaning == rule}
+            ):
                 data.held_out_text[name, rule, encoder] = encode(encoder, read.captions)
     for checked in sets:
         label, distilled = checked.candidate.label, checked.distilled
@@ -231,10 +251,15 @@ def _prepare(
             data.text[label] = ray.put(distilled.text_prototypes)
         else:
             clean = CLEANERS[checked.text.cleaning]
-            data.text[label] = encode(checked.text.encoder, [clean(caption) for caption in distilled.captions])
+            data.text[label] = encode(
+                checked.text.encoder, [clean(caption) for caption in distilled.captions]
+            )
     # before there are lanes: they leave no CPU and no GPU to these tasks, and try again what cannot succeed
     count = ray.remote(_count).options(num_cpus=runtime.SMALL_TASK_CPUS)
-    with runtime.unwrapped_errors(), progress_bar("prepare", None, "inputs", delay_s=QUIET_S) as bar:
+    with (
+        runtime.unwrapped_errors(),
+        progress_bar("prepare", None, "inputs", delay_s=QUIET_S) as bar,
+    ):
         made: dict[Any, ray.ObjectRef] = {**data.pictures, **data.text, **data.held_out_text}
         for of, reference in made.items():
             runtime.wait_for(count.remote(reference), f"the inputs of {of}")
@@ -242,7 +267,9 @@ def _prepare(
     return data
 
 
-def _read_split(name: str, split: core.Split, sizes: list[int], rule: str, seconds: float) -> SplitData:
+def _read_split(
+    name: str, split: core.Split, sizes: list[int], rule: str, seconds: float
+) -> SplitData:
     """Reads a split on the cluster. A picture may take so many `seconds` to decode.
 
     Raises in one line ConfigError if nothing in it can be used, UserError if not all of it can be read.
@@ -252,7 +279,9 @@ def _read_split(name: str, split: core.Split, sizes: list[int], rule: str, secon
     )
     pick = ray.remote(_pick).options(num_cpus=0)
     limit = partial(runtime.time_limit, seconds)
-    pending: list[Any] = [task.remote(split.source, shard, sizes, rule, limit) for shard in split.shards]
+    pending: list[Any] = [
+        task.remote(split.source, shard, sizes, rule, limit) for shard in split.shards
+    ]
     texts: list[list[str]] = []
     bad: Counter[str] = Counter()
     with progress_bar(f"read {name}", len(pending), "shards") as bar:
@@ -271,7 +300,9 @@ def _read_split(name: str, split: core.Split, sizes: list[int], rule: str, secon
     if not texts:
         raise ConfigError(f"no sample of {split.uri} can be used: {dict(bad)}")
     return SplitData(
-        pictures={size: [pick.remote(pictures, size) for pictures, _, _ in pending] for size in sizes},
+        pictures={
+            size: [pick.remote(pictures, size) for pictures, _, _ in pending] for size in sizes
+        },
         captions=[caption for captions in texts for caption in captions],
         owner=np.repeat(np.arange(len(texts)), [len(captions) for captions in texts]),
         chosen=split.chosen(len(texts)),
@@ -309,7 +340,10 @@ def _lanes(trials: list[core.Trial], count: int) -> list[list[core.Trial]]:
         lane = load.index(min(load))
         lanes[lane].append(trial)
         load[lane] += trial.pairs
-    return [sorted(lane, key=lambda trial: (trial.backbone.name, trial.label, trial.seed)) for lane in lanes]
+    return [
+        sorted(lane, key=lambda trial: (trial.backbone.name, trial.label, trial.seed))
+        for lane in lanes
+    ]
 
 
 def _run_lane(
@@ -327,7 +361,9 @@ def _run_lane(
     states, deaths = results / STATES, runtime.Deaths()
 
     def left() -> set[str]:
-        return {trial.key for trial in trials} - {name.removesuffix(".json") for name in results.names(".json")}
+        return {trial.key for trial in trials} - {
+            name.removesuffix(".json") for name in results.names(".json")
+        }
 
     def progress() -> tuple[set[str], dict[str, str]]:
         there = set(states.names(STATE_SUFFIX)) & {_state_name(trial) for trial in trials}
@@ -387,7 +423,9 @@ def _train_lane(config: dict[str, Any]) -> None:
     workers = Workers(context.get_world_rank(), context.get_world_size())
     device = get_device()
     if device.type == "cpu":
-        torch.set_num_threads(1)  # the CPU it asked for; convolutions round by the number of threads
+        torch.set_num_threads(
+            1
+        )  # the CPU it asked for; convolutions round by the number of threads
     data: LaneData = runtime.fetch(config["shared"][0])
     results: Folder = config["results"]
     if workers.rank == 0 and not is_remote(results.path) and not results.exists(LOCK):
@@ -395,8 +433,12 @@ def _train_lane(config: dict[str, Any]) -> None:
             f"{results.shown} is not to be seen on all nodes; give an --out on a disk that they share, or on a store"
         )
     if workers.rank == 0:
-        ray.get(config["groups"].add.remote(_lane_name(config["trials"]), get_current_placement_group()))
-    done = set(workers.told(results.names(".json")))  # a store may list late, and all must go on with the same trial
+        ray.get(
+            config["groups"].add.remote(_lane_name(config["trials"]), get_current_placement_group())
+        )
+    done = set(
+        workers.told(results.names(".json"))
+    )  # a store may list late, and all must go on with the same trial
     states = _States(results / STATES, workers, config["save_every_s"])
     features: core.Features = {}
     galleries: Galleries = {}
@@ -421,11 +463,15 @@ def _train_lane(config: dict[str, Any]) -> None:
             )
         if workers.rank == 0:
             splits = {
-                name: split.counts() for (name, rule), split in data.splits.items() if rule == trial.text.cleaning
+                name: split.counts()
+                for (name, rule), split in data.splits.items()
+                if rule == trial.text.cleaning
             }
             about = {"label": trial.label, "backbone": trial.backbone.name, "seed": trial.seed}
             seconds = round(time.monotonic() - began, 3)
-            results.write_json(f"{trial.key}.json", {**about, **found, "splits": splits, "seconds": seconds})
+            results.write_json(
+                f"{trial.key}.json", {**about, **found, "splits": splits, "seconds": seconds}
+            )
             states.forget(trial)
 
 
@@ -446,7 +492,9 @@ def _gallery(data: LaneData, name: str, trial: core.Trial, made: Galleries) -> G
     key = (name, trial.image_size, rule, encoder)
     if key not in made:
         shards = [runtime.fetch(shard) for shard in split.pictures[trial.image_size]]
-        pictures = shards[0] if len(shards) == 1 else np.concatenate(shards)  # one shard stays where it is shared
+        pictures = (
+            shards[0] if len(shards) == 1 else np.concatenate(shards)
+        )  # one shard stays where it is shared
         if not split.chosen.all():
             pictures = pictures[split.chosen]
         rows, owner = split.rows()
@@ -457,7 +505,9 @@ def _gallery(data: LaneData, name: str, trial: core.Trial, made: Galleries) -> G
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # arrays of the object store are read-only, and only read
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # arrays of the object store are read-only, and only read
         return torch.from_numpy(array)
 
 
@@ -503,8 +553,15 @@ class _States:
             with tempfile.TemporaryDirectory() as scratch:
                 save(Path(scratch))
                 self._folder.write_bytes(_state_name(trial), (Path(scratch) / STATE).read_bytes())
-        except (StorageError, OSError, RuntimeError, safetensors.SafetensorError) as error:  # the trial can do without
-            _log.warning("the state of %s cannot be saved: %s", trial, first_line(error))  # in Ray's logs
+        except (
+            StorageError,
+            OSError,
+            RuntimeError,
+            safetensors.SafetensorError,
+        ) as error:  # the trial can do without
+            _log.warning(
+                "the state of %s cannot be saved: %s", trial, first_line(error)
+            )  # in Ray's logs
         self._last = time.monotonic()
 
     def forget(self, trial: core.Trial) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from pds_ray.artifacts import COUPLE_SCHEMA, EmbeddingStore, RunFolder
 from pds_ray.config import RunConfig
 from pds_ray.distributed import runtime
-from pds_ray.progress import progress_bar
 from pds_ray.stages import match as core
+from pds_ray.store.artifacts import COUPLE_SCHEMA, EmbeddingStore, RunFolder
+from pds_ray.telemetry.progress import progress_bar
 
 
 def _count(shard: str, store: EmbeddingStore, run: RunFolder, clusters: int) -> core.Counts:
@@ -19,7 +19,9 @@ def _count(shard: str, store: EmbeddingStore, run: RunFolder, clusters: int) -> 
     return core.count_pairs(*run.labels(shard), similarity, clusters)
 
 
-def match(shards: list[str], store: EmbeddingStore, run: RunFolder, config: RunConfig) -> dict[str, Any]:
+def match(
+    shards: list[str], store: EmbeddingStore, run: RunFolder, config: RunConfig
+) -> dict[str, Any]:
     """Writes the couples; returns how many there are and what they share."""
     with progress_bar("match", len(shards) + 1, "shards") as bar:
 

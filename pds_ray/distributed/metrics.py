@@ -21,7 +21,10 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "pds_ray_shards_committed_total": ("Shards whose embeddings are committed.", ()),
     "pds_ray_shards_failed_total": ("Shards that could not be read.", ()),
     "pds_ray_pictures_decoded_total": ("Pictures decoded from prototypes.", ()),
-    "pds_ray_actor_busy_seconds_total": ("Seconds that actors worked, by stage, summed over actors.", ("stage",)),
+    "pds_ray_actor_busy_seconds_total": (
+        "Seconds that actors worked, by stage, summed over actors.",
+        ("stage",),
+    ),
     "pds_ray_actor_idle_seconds_total": (
         "Seconds that actors waited, for input or for their output to be written, by stage.",
         ("stage",),

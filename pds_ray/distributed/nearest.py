@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from pds_ray.artifacts import EmbeddingStore, embeddings
 from pds_ray.distributed import runtime
 from pds_ray.stages import prototypes as core
+from pds_ray.store.artifacts import EmbeddingStore, embeddings
 
 Side = Literal["images", "captions"]
 NAMES = {"images": ["key"], "captions": ["key", "caption"]}  # what is told of a winner
@@ -21,7 +21,9 @@ def _read(side: Side, shard: str, store: EmbeddingStore, columns: list[str]) -> 
     return store.images(shard, columns) if side == "images" else store.captions(shard, columns)
 
 
-def _search(group: list[tuple[int, str]], side: Side, store: EmbeddingStore, queries: np.ndarray) -> core.Nearest:
+def _search(
+    group: list[tuple[int, str]], side: Side, store: EmbeddingStore, queries: np.ndarray
+) -> core.Nearest:
     best = core.no_nearest(len(queries))
     for number, shard in group:
         rows = embeddings(_read(side, shard, store, ["embedding"]))
@@ -47,13 +49,17 @@ def nearest(
     numbered = list(enumerate(shards))
     size = 1 + len(queries) // QUERIES_PER_SHARD
     groups = [numbered[start : start + size] for start in range(0, len(shards), size)]
-    for group, part in zip(groups, runtime.map_in_order(_search, groups, side, store, queries), strict=True):
+    for group, part in zip(
+        groups, runtime.map_in_order(_search, groups, side, store, queries), strict=True
+    ):
         core.merge_nearest(best, part)
         bar.update(len(group))
     winners = core.by_shard(best)
     columns = {name: [""] * len(queries) for name in ("shard", *NAMES[side])}
     items = ((shards[number], rows) for number, _, rows in winners)
-    for (_, mine, _), found in zip(winners, runtime.map_in_order(_look_up, items, side, store), strict=True):
+    for (_, mine, _), found in zip(
+        winners, runtime.map_in_order(_look_up, items, side, store), strict=True
+    ):
         for name, column in columns.items():
             for query, value in zip(mine, found.column(name).to_pylist(), strict=True):
                 column[query] = value

@@ -7,15 +7,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pds_ray.artifacts import EmbeddingStore, RunFolder, embeddings, prototype_schema, vector_array
 from pds_ray.config import RunConfig
 from pds_ray.distributed import runtime
 from pds_ray.distributed.nearest import nearest
-from pds_ray.progress import progress_bar
 from pds_ray.stages import prototypes as core
+from pds_ray.store.artifacts import (
+    EmbeddingStore,
+    RunFolder,
+    embeddings,
+    prototype_schema,
+    vector_array,
+)
+from pds_ray.telemetry.progress import progress_bar
 
 
-def _sums(shard: str, store: EmbeddingStore, run: RunFolder, couples: core.Couples, clusters: int) -> core.Sums:
+def _sums(
+    shard: str, store: EmbeddingStore, run: RunFolder, couples: core.Couples, clusters: int
+) -> core.Sums:
     captions = store.captions(shard, ["key", "image_row", "embedding"])
     return core.shard_sums(
         shard,
@@ -35,8 +43,12 @@ def make_prototypes(
     """Writes prototypes.parquet; returns what became of the couples."""
     table = run.couples()
     names = ("image_cluster", "text_cluster", "pairless")
-    image_cluster, text_cluster, pairless = (table.column(name).to_numpy(zero_copy_only=False) for name in names)
-    couples = core.Couples(image_cluster, text_cluster, pairless if config.match.filter else np.ones_like(pairless))
+    image_cluster, text_cluster, pairless = (
+        table.column(name).to_numpy(zero_copy_only=False) for name in names
+    )
+    couples = core.Couples(
+        image_cluster, text_cluster, pairless if config.match.filter else np.ones_like(pairless)
+    )
     with progress_bar("prototypes", 3 * len(shards), "shards") as bar:
         sums = core.empty_sums(np.arange(len(couples.whole)), dim)
         for part in runtime.map_in_order(_sums, shards, store, run, couples, config.pairs):

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from pds_ray.artifacts import EmbeddingStore, RunFolder
 from pds_ray.distributed import runtime
-from pds_ray.progress import progress_bar
 from pds_ray.stages import prune as core
+from pds_ray.store.artifacts import EmbeddingStore, RunFolder
+from pds_ray.telemetry.progress import progress_bar
 
 
 def _similarity(shard: str, store: EmbeddingStore) -> np.ndarray:
@@ -34,7 +34,9 @@ def _write_mask(
     return int(kept.sum()), len(np.unique(captions.column("image_row").to_numpy()[kept]))
 
 
-def prune(shards: list[str], pairs: int, ratio: float, store: EmbeddingStore, run: RunFolder) -> dict[str, Any]:
+def prune(
+    shards: list[str], pairs: int, ratio: float, store: EmbeddingStore, run: RunFolder
+) -> dict[str, Any]:
     """Writes the keep mask of every shard; returns how many pairs and images stay."""
     drop = core.drop_count(ratio, pairs)
     with progress_bar("prune", 4 * len(shards), "shards") as bar:
@@ -58,7 +60,9 @@ def prune(shards: list[str], pairs: int, ratio: float, store: EmbeddingStore, ru
         starts = [int(start) for start in np.cumsum([0, *ties[:-1]])]
         kept = images = 0
         items = zip(shards, starts, strict=True)
-        for kept_here, images_here in runtime.map_in_order(_write_mask, items, store, run, threshold):
+        for kept_here, images_here in runtime.map_in_order(
+            _write_mask, items, store, run, threshold
+        ):
             kept += kept_here
             images += images_here
             bar.update()

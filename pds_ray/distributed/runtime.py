@@ -33,9 +33,17 @@ import ray
 from ray.experimental import internal_kv
 
 from pds_ray.config import Actors, ConfigError, RayConfig
-from pds_ray.distributed import DATA, DRIVER, MACHINES_LOST, NODES, TASK_RETRIES, keeping_memory, metrics
+from pds_ray.distributed import (
+    DATA,
+    DRIVER,
+    MACHINES_LOST,
+    NODES,
+    TASK_RETRIES,
+    keeping_memory,
+    metrics,
+)
 from pds_ray.errors import UserError, first_line
-from pds_ray.progress import waiting_for
+from pds_ray.telemetry.progress import waiting_for
 
 Result = TypeVar("Result")
 Model = TypeVar("Model")
@@ -129,20 +137,32 @@ def _connect(address: str) -> None:
         try:
             socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
         except OSError as error:
-            raise ConfigError(f"nothing answers at --address {address} ({error.strerror or error}); {advice}") from None
+            raise ConfigError(
+                f"nothing answers at --address {address} ({error.strerror or error}); {advice}"
+            ) from None
     try:
         ray.init(address=address, **QUIET)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         first = first_line(error)
-        token = "" if os.environ.get("RAY_AUTH_MODE") else "set RAY_AUTH_MODE=token and its token if it wants one, "
-        raise ConfigError(f"no Ray cluster can be joined at {address} ({first}); {token}{advice}") from error
+        token = (
+            ""
+            if os.environ.get("RAY_AUTH_MODE")
+            else "set RAY_AUTH_MODE=token and its token if it wants one, "
+        )
+        raise ConfigError(
+            f"no Ray cluster can be joined at {address} ({first}); {token}{advice}"
+        ) from error
 
 
 def _start_local(config: RayConfig) -> None:
     free = psutil.virtual_memory().available
-    store = int(config.object_store_gib * 2**30) if config.object_store_gib else min(free // 4, 8 << 30)
+    store = (
+        int(config.object_store_gib * 2**30) if config.object_store_gib else min(free // 4, 8 << 30)
+    )
     cpus = config.num_cpus or os.cpu_count()
-    ray.init(address="local", num_cpus=cpus, object_store_memory=store, include_dashboard=False, **QUIET)
+    ray.init(
+        address="local", num_cpus=cpus, object_store_memory=store, include_dashboard=False, **QUIET
+    )
 
 
 @contextmanager
@@ -163,7 +183,9 @@ def _own_signals() -> Iterator[None]:
 @contextmanager
 def _muffled() -> Iterator[None]:
     """Keeps what Ray's C++ side prints while it starts off the terminal; what goes wrong is raised anyway."""
-    if os.environ.get("RAY_BACKEND_LOG_LEVEL") != "fatal":  # set by the command line unless it is verbose
+    if (
+        os.environ.get("RAY_BACKEND_LOG_LEVEL") != "fatal"
+    ):  # set by the command line unless it is verbose
         yield
         return
     sys.stderr.flush()
@@ -186,7 +208,9 @@ def unwrapped_errors() -> Iterator[None]:
         cause = getattr(error, "cause", None)
         if _no_space(error):
             raise UserError(_no_space(error)) from error
-        if isinstance(cause, OSError) and not isinstance(cause, (UserError, *LOST)):  # a disk that is full, or gone
+        if isinstance(cause, OSError) and not isinstance(
+            cause, (UserError, *LOST)
+        ):  # a disk that is full, or gone
             raise UserError(first_line(cause)) from error
         kinds = r"^pds_ray\.[\w.]*\.(?:Config|Source|Storage|DistilledSet)Error: (.+)$"
         found = re.findall(kinds, str(error), flags=re.MULTILINE)
@@ -207,7 +231,9 @@ def _limits_in_force(local: bool) -> dict[str, Any]:
     found: dict[str, Any] = {name: os.environ[f"RAY_{name}"] for name in environment}
     if local:
         node: Any = ray._private.worker._global_node
-        found["object_spilling_directory"] = node.get_session_dir_path()  # unless it was said otherwise, as it is not
+        found["object_spilling_directory"] = (
+            node.get_session_dir_path()
+        )  # unless it was said otherwise, as it is not
     found |= {name: getattr(context, name) for name in DATA}
     return {
         **found,
@@ -229,7 +255,9 @@ def _set_data_options() -> None:
         setattr(context, name, value)
     context.issue_detectors_config.detectors = []  # its advice is for pipeline authors, not for users
     logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # blocks that are lost are looked for; the rest is raised
+    logging.getLogger("ray.data").setLevel(
+        logging.CRITICAL
+    )  # blocks that are lost are looked for; the rest is raised
 
 
 @contextmanager
@@ -283,7 +311,9 @@ def _no_space(error: BaseException) -> str:
     """That space is wanting and where, if that is what `error` says; else ""."""
     if not isinstance(error, FULL) and not isinstance(getattr(error, "cause", None), FULL):
         return ""
-    nodes = re.findall(r"\bip=([^,\s)]+)", str(error))  # in what Ray says of tasks; the last failed by itself
+    nodes = re.findall(
+        r"\bip=([^,\s)]+)", str(error)
+    )  # in what Ray says of tasks; the last failed by itself
     where = f"on node {nodes[-1]}" if nodes else "here"
     return (
         f"the memory of Ray's object store and the disk it spills to (that of Ray's own files) are full {where}; free "
@@ -328,7 +358,9 @@ class UnderWay:
         """Work on `name` begins here and now."""
         told = json.dumps([time.time(), ray.get_runtime_context().get_node_id()[:8]]).encode()
         with suppress(ray.exceptions.RayError):  # it goes on untold
-            _keys().internal_kv_put(self._prefix + name.encode(), told, True, self._NAMESPACE, self._LIMIT_S)
+            _keys().internal_kv_put(
+                self._prefix + name.encode(), told, True, self._NAMESPACE, self._LIMIT_S
+            )
 
     def describe(self, ended: set[str]) -> str:
         """The three items begun first of those that have not `ended`, for a person. Clocks of nodes may differ."""
@@ -343,7 +375,9 @@ class UnderWay:
             return f"unknown ({type(error).__name__})"
         for key, value in told.items():
             since, node = json.loads(value)
-            begun.append((since, f"{names[key]} (for {max(0.0, now - since):.0f} s, on node {node})"))
+            begun.append(
+                (since, f"{names[key]} (for {max(0.0, now - since):.0f} s, on node {node})")
+            )
         return ", ".join(text for _, text in sorted(begun)[:3]) or "none"
 
 
@@ -363,7 +397,9 @@ def pool(wish: Actors, on_gpu: bool = True) -> Pool:
     """
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)) if on_gpu else 0, max(1, int(resources.get("CPU", 1)))
-    largest = max([1.0, *(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])])
+    largest = max(
+        [1.0, *(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])]
+    )
     by_cpus = max(1, int(cpus // min(CPUS_A_WORKER, largest)))
     each = wish.gpus if on_gpu else 0.0
     if each is None:
@@ -402,12 +438,20 @@ def actor_options(actors: Pool, threads: int = 1) -> dict[str, Any]:
 
 
 def map_blocks(
-    dataset: ray.data.Dataset, worker: type, arguments: tuple[Any, ...], actors: Pool, threads: int = 1
+    dataset: ray.data.Dataset,
+    worker: type,
+    arguments: tuple[Any, ...],
+    actors: Pool,
+    threads: int = 1,
 ) -> ray.data.Dataset:
     """`dataset` with each block, whole, given to one of the actors `worker(*arguments)`, as an Arrow table."""
     # map_batches itself, which calls this, refuses whole blocks where actors have GPUs
     return dataset.map_batches_internal(
-        worker, fn_constructor_args=arguments, batch_size=None, batch_format="pyarrow", **actor_options(actors, threads)
+        worker,
+        fn_constructor_args=arguments,
+        batch_size=None,
+        batch_format="pyarrow",
+        **actor_options(actors, threads),
     )
 
 
@@ -429,7 +473,9 @@ class Deaths:
         return f"processes lost: {self._own}, machines lost: {self._machines}"
 
 
-def run_kmeans(function: Callable[..., Result], parts: Sequence[tuple[ray.ObjectRef, ...]], *args: Any) -> Result:
+def run_kmeans(
+    function: Callable[..., Result], parts: Sequence[tuple[ray.ObjectRef, ...]], *args: Any
+) -> Result:
     """Calls `function(parts, *args)` with all CPUs of one node for FAISS, or with a GPU where FAISS can use one.
 
     If the process or its machine is lost, or some of the parts, which it fetches, again on what the cluster then has,
@@ -450,7 +496,9 @@ def await_all(references: Sequence[ray.ObjectRef]) -> None:
         ray.wait(list(references), num_returns=len(references), fetch_local=False)
 
 
-def _run_kmeans(function: Callable[..., Result], parts: Sequence[tuple[ray.ObjectRef, ...]], *args: Any) -> Result:
+def _run_kmeans(
+    function: Callable[..., Result], parts: Sequence[tuple[ray.ObjectRef, ...]], *args: Any
+) -> Result:
     await_all([reference for part in parts for reference in part])
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if any(node.get("GPU", 0) >= 1 for node in nodes):
@@ -471,7 +519,11 @@ def load_model(load: Callable[..., Model], *args: Any) -> Model:
     with without_collections():
         import torch
 
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
         torch.set_num_threads(min(MODEL_THREADS, cores))
         return load(*args)
 
@@ -501,10 +553,14 @@ def stream(function: Callable[..., Iterator[Result]], *args: Any) -> Iterator[Re
     """
     told, deaths = 0, Deaths()
     while True:
-        remote = ray.remote(_yielded).options(num_cpus=_most_cpus(), num_returns="streaming", max_retries=0)
+        remote = ray.remote(_yielded).options(
+            num_cpus=_most_cpus(), num_returns="streaming", max_retries=0
+        )
         try:
             for number, reference in enumerate(remote.remote(function, *args)):
-                value = ray.get(reference)  # also of those told before: one may say that the process is lost
+                value = ray.get(
+                    reference
+                )  # also of those told before: one may say that the process is lost
                 if number == told:
                     yield value
                     told += 1
@@ -527,7 +583,9 @@ def _most_cpus() -> int:
     deadline = time.monotonic() + SETTLE_S
     while True:
         free = ray._private.state.available_resources_per_node()  # no public call tells it
-        alive = {node["NodeID"]: node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]}
+        alive = {
+            node["NodeID"]: node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]
+        }
         most = max((free.get(node, {}).get("CPU", 0) for node in alive), default=0)
         if most >= max(alive.values(), default=0) or time.monotonic() >= deadline:
             return max(1, int(most))
@@ -536,7 +594,9 @@ def _most_cpus() -> int:
 
 def most_memory() -> float:
     """Bytes that Ray gives to tasks on the node that has most."""
-    return max((node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    return max(
+        (node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0
+    )
 
 
 def _faiss_gpus() -> int:
@@ -571,7 +631,9 @@ def fetch(reference: ray.ObjectRef) -> Any:
     return ray.get(reference, timeout=FETCH_S)
 
 
-def map_in_order(function: Callable[..., Result], items: Iterable[Any], *shared: Any) -> Iterator[Result]:
+def map_in_order(
+    function: Callable[..., Result], items: Iterable[Any], *shared: Any
+) -> Iterator[Result]:
     """`function(item, *shared)` for each item on the cluster, results in the order of the items.
 
     `shared` is sent to each node once. Only a window of tasks is in flight, so that a slow consumer holds few results.
@@ -592,11 +654,15 @@ def map_to_store(
         yield tuple(references)
 
 
-def _started(function: Callable[..., Any], items: Iterable[Any], shared: Iterable[Any], results: int) -> Iterator[Any]:
+def _started(
+    function: Callable[..., Any], items: Iterable[Any], shared: Iterable[Any], results: int
+) -> Iterator[Any]:
     """Each item with the reference to its result, or references if there are several; a window of them runs ahead."""
     window = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
     references = [ray.put(value) for value in shared]
-    remote = ray.remote(function).options(num_cpus=SMALL_TASK_CPUS, num_returns=results, max_retries=TASK_RETRIES)
+    remote = ray.remote(function).options(
+        num_cpus=SMALL_TASK_CPUS, num_returns=results, max_retries=TASK_RETRIES
+    )
     pending: deque[tuple[Any, Any]] = deque()
     coming = iter(items)
     while True:

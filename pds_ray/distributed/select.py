@@ -9,16 +9,18 @@ import numpy as np
 import pyarrow as pa
 
 from pds_ray import catalog
-from pds_ray.artifacts import EmbeddingStore, RunFolder
 from pds_ray.config import ConfigError, RunConfig
 from pds_ray.distributed import runtime
-from pds_ray.progress import progress_bar
 from pds_ray.stages import select as core
+from pds_ray.store.artifacts import EmbeddingStore, RunFolder
+from pds_ray.telemetry.progress import progress_bar
 
 
 def _pick(shards: list[str], dim: int, store: EmbeddingStore, config: RunConfig) -> Iterator[int]:
     candidates = core.load_candidates(shards, store, dim)
-    return catalog.selector(config.method).select(candidates, config.pairs, config.seed, config.select)
+    return catalog.selector(config.method).select(
+        candidates, config.pairs, config.seed, config.select
+    )
 
 
 def _look_up(picks: tuple[str, np.ndarray, np.ndarray], store: EmbeddingStore) -> pa.Table:
@@ -26,13 +28,21 @@ def _look_up(picks: tuple[str, np.ndarray, np.ndarray], store: EmbeddingStore) -
 
 
 def select(
-    shards: list[str], counts: dict[str, int], dim: int, store: EmbeddingStore, run: RunFolder, config: RunConfig
+    shards: list[str],
+    counts: dict[str, int],
+    dim: int,
+    store: EmbeddingStore,
+    run: RunFolder,
+    config: RunConfig,
 ) -> dict[str, Any]:
     """Writes prototypes.parquet; returns what was chosen. `counts`: of embedding.
 
     Raises ConfigError if the embeddings do not fit in the memory of one node.
     """
-    needed, there = core.candidate_bytes(counts["images"], counts["pairs"], dim), runtime.most_memory()
+    needed, there = (
+        core.candidate_bytes(counts["images"], counts["pairs"], dim),
+        runtime.most_memory(),
+    )
     if needed > there:
         raise ConfigError(
             f"method {config.method} holds all embeddings at once, {needed / 2**30:,.1f} GiB of {counts['pairs']:,} "

@@ -21,7 +21,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from pds_ray.catalog import SOURCES
 from pds_ray.config import ConfigError
 from pds_ray.errors import first_line, without_secrets
-from pds_ray.storage import Folder, is_remote
+from pds_ray.store.storage import Folder, is_remote
 
 FOLLOW_AGAIN_S = 2.0
 PATIENCE_S = 300.0
@@ -95,7 +95,9 @@ def submit(job: Job, address: str | None) -> str:
     client = _client(address)
     prefix = f"pds-ray-{hashlib.sha256(job.target.encode()).hexdigest()[:10]}-"
     try:
-        before = [other for other in client.list_jobs() if (other.submission_id or "").startswith(prefix)]
+        before = [
+            other for other in client.list_jobs() if (other.submission_id or "").startswith(prefix)
+        ]
         for other in before:
             if not other.status.is_terminal():
                 name = str(other.submission_id)
@@ -103,8 +105,13 @@ def submit(job: Job, address: str | None) -> str:
                     f"job {name} already works on {job.target}; wait for it, or `{stop_command(name, address)}`"
                 )
         # two who submit at once get the same id, and Ray refuses one of them
-        numbers = [int(other.submission_id.removeprefix(prefix)) for other in before if other.submission_id]
-        command, runtime_env = list(job.command), dict[str, Any](env_vars={**ENVIRONMENT, **job.env})
+        numbers = [
+            int(other.submission_id.removeprefix(prefix)) for other in before if other.submission_id
+        ]
+        command, runtime_env = (
+            list(job.command),
+            dict[str, Any](env_vars={**ENVIRONMENT, **job.env}),
+        )
         with tempfile.TemporaryDirectory() as folder:
             if job.config is not None:
                 (Path(folder) / CONFIG).write_bytes(Path(job.config).read_bytes())
@@ -156,7 +163,9 @@ async def _follow(client: JobSubmissionClient, job: str) -> JobDetails:
     shown = 0  # characters; whoever follows anew is told everything again
     while True:
         position = 0
-        with suppress(RuntimeError, aiohttp.ClientError):  # the connection broke; the job does not depend on it
+        with suppress(
+            RuntimeError, aiohttp.ClientError
+        ):  # the connection broke; the job does not depend on it
             async for text in client.tail_job_logs(job):
                 sys.stdout.write(text[max(0, shown - position) :])
                 sys.stdout.flush()
@@ -186,7 +195,13 @@ async def _info(client: JobSubmissionClient, job: str) -> JobDetails:
 def _client(address: str | None) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, requests.RequestException, RuntimeError, ValueError, AuthenticationError) as error:
+    except (
+        ConnectionError,
+        requests.RequestException,
+        RuntimeError,
+        ValueError,
+        AuthenticationError,
+    ) as error:
         raise ConfigError(
             f"no Ray cluster takes jobs at {address or 'the default address'} ({_reason(error)}); give --address "
             "http://HEAD:8265, and where it wants a token, RAY_AUTH_MODE=token and the token in RAY_AUTH_TOKEN"

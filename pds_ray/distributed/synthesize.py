@@ -11,23 +11,30 @@ import pyarrow as pa
 import ray
 
 from pds_ray import catalog
-from pds_ray.artifacts import RunFolder
 from pds_ray.config import RunConfig
 from pds_ray.decoders.base import DecoderInfo
 from pds_ray.distributed import metrics, runtime
-from pds_ray.progress import progress_bar, waiting_for
 from pds_ray.sources.base import Source
 from pds_ray.stages import synthesize as core
+from pds_ray.store.artifacts import RunFolder
+from pds_ray.telemetry.progress import progress_bar, waiting_for
 
 
 class SynthesizeWorker:
     """Loads the decoder once; decodes chunks and writes the pictures that are not there yet."""
 
     def __init__(
-        self, info: DecoderInfo, config: RunConfig, source: Source, run: RunFolder, under_way: runtime.UnderWay
+        self,
+        info: DecoderInfo,
+        config: RunConfig,
+        source: Source,
+        run: RunFolder,
+        under_way: runtime.UnderWay,
     ) -> None:
         is_model = info.dim is not None  # it takes embeddings
-        load = partial(runtime.load_model, catalog.load_decoder) if is_model else catalog.load_decoder
+        load = (
+            partial(runtime.load_model, catalog.load_decoder) if is_model else catalog.load_decoder
+        )
         self.decoder = load(info, config.decode, source)
         self.config = config
         self.run = run
@@ -37,7 +44,9 @@ class SynthesizeWorker:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         written, busy_s = [], 0.0
-        for start, stop in zip(batch.column("start").to_pylist(), batch.column("stop").to_pylist(), strict=True):
+        for start, stop in zip(
+            batch.column("start").to_pylist(), batch.column("stop").to_pylist(), strict=True
+        ):
             pairs = range(start, stop)
             self.under_way.begin(_named(start))
             request = core.make_batch(self.prototypes, pairs, self.config.seed, self.config.decode)
@@ -79,7 +88,9 @@ def _actors(info: DecoderInfo, config: RunConfig) -> runtime.Pool:
     return runtime.pool(config.ray.decode_actors, on_gpu=info.dim is not None)
 
 
-def synthesize(source: Source, info: DecoderInfo, config: RunConfig, run: RunFolder) -> dict[str, Any]:
+def synthesize(
+    source: Source, info: DecoderInfo, config: RunConfig, run: RunFolder
+) -> dict[str, Any]:
     """Decodes every pair whose picture is not there; returns how many were made and how many were found."""
     pairs = run.prototypes().num_rows
     run.images.sweep()
@@ -96,7 +107,8 @@ def synthesize(source: Source, info: DecoderInfo, config: RunConfig, run: RunFol
         with runtime.UnderWay() as under_way, progress_bar("decode", pairs, "images", found) as bar:
             waiting_for(lambda: under_way.describe(ended))
             dataset = ray.data.from_items(
-                [{"start": chunk.start, "stop": chunk.stop} for chunk in todo], override_num_blocks=len(todo)
+                [{"start": chunk.start, "stop": chunk.stop} for chunk in todo],
+                override_num_blocks=len(todo),
             ).map_batches(
                 SynthesizeWorker,
                 fn_constructor_args=(info, config, source, run, under_way),

@@ -27,7 +27,11 @@ class Preprocess:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """RGB picture -> uint8 [size, size, 3]."""
-        resample = Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
+        resample = (
+            Image.Resampling.BILINEAR
+            if self.interpolation == "bilinear"
+            else Image.Resampling.BICUBIC
+        )
         if self.resize_mode == "squash":
             return np.asarray(image.resize((self.size, self.size), resample))
         if self.resize_mode == "shortest":
@@ -55,7 +59,9 @@ class Preprocess:
         return -((self.size - side) // 2) if side < self.size else round((side - self.size) / 2)
 
 
-ROW_MULTIPLE = 16  # forward passes take multiples of 16 rows: then a row's result does not depend on its batch
+ROW_MULTIPLE = (
+    16  # forward passes take multiples of 16 rows: then a row's result does not depend on its batch
+)
 MAX_ASPECT = 32
 
 

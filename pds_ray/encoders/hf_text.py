@@ -13,8 +13,8 @@ import numpy as np
 from pds_ray.config import ConfigError
 from pds_ray.encoders.base import TextEncoderInfo
 from pds_ray.errors import first_line
-from pds_ray.hub import require_repository
-from pds_ray.storage import folder_sha256
+from pds_ray.store.hub import require_repository
+from pds_ray.store.storage import folder_sha256
 
 MAX_TOKENS = 512
 FILES = ("config.json", "*.safetensors", "tokenizer*.json", "vocab.txt")
@@ -33,17 +33,25 @@ def describe(name: str) -> TextEncoderInfo:
     if folder.is_dir():
         model, identity = str(folder.resolve()), folder_sha256(folder, FILES)
     else:
-        require_repository(model, None, ("config.json",), f"text encoder {name}", f"give a folder as {kind}:FOLDER")
+        require_repository(
+            model, None, ("config.json",), f"text encoder {name}", f"give a folder as {kind}:FOLDER"
+        )
         identity = model
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         found, width = config.model_type, int(config.hidden_size)
-    except Exception as error:  # transformers and the hub client raise many kinds, all meaning: no such model
+    except (
+        Exception
+    ) as error:  # transformers and the hub client raise many kinds, all meaning: no such model
         line = first_line(error)
-        raise ConfigError(f"text encoder {name}: {model} holds no transformers model ({line})") from error
+        raise ConfigError(
+            f"text encoder {name}: {model} holds no transformers model ({line})"
+        ) from error
     if found != kind:
         raise ConfigError(f"text encoder {name}: {model} is a model of type {found}, not {kind}")
-    return TextEncoderInfo(name, width, f"{kind} {identity}", f"{kind} {identity}", (("model", model),))
+    return TextEncoderInfo(
+        name, width, f"{kind} {identity}", f"{kind} {identity}", (("model", model),)
+    )
 
 
 def load(info: TextEncoderInfo, precision: str) -> HfTextEncoder:  # noqa: ARG001 - always fp32: a few captions a set
@@ -57,17 +65,28 @@ class HfTextEncoder:
         import torch
         from transformers import AutoModel, AutoTokenizer
 
-        options: dict[str, Any] = {"trust_remote_code": False}  # left out, it means: ask on the terminal
+        options: dict[str, Any] = {
+            "trust_remote_code": False
+        }  # left out, it means: ask on the terminal
         model = dict(info.load_args)["model"]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model, **options)
-            self.model = AutoModel.from_pretrained(model, use_safetensors=True, **options).eval().to(self.device)
+            self.model = (
+                AutoModel.from_pretrained(model, use_safetensors=True, **options)
+                .eval()
+                .to(self.device)
+            )
         except Exception as error:  # missing, corrupt, unreachable: of many kinds
             line = first_line(error)
-            raise ConfigError(f"text encoder {info.name}: cannot load the weights ({line})") from error
+            raise ConfigError(
+                f"text encoder {info.name}: cannot load the weights ({line})"
+            ) from error
         self.dim = info.dim
-        limits = (self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", MAX_TOKENS))
+        limits = (
+            self.tokenizer.model_max_length,
+            getattr(self.model.config, "max_position_embeddings", MAX_TOKENS),
+        )
         self.max_tokens = min(MAX_TOKENS, *limits)
 
     def encode_captions(self, captions: list[str]) -> np.ndarray:

@@ -20,8 +20,8 @@ import numpy as np
 from pds_ray.config import ConfigError
 from pds_ray.encoders.base import ROW_MULTIPLE, EncoderInfo, Preprocess
 from pds_ray.errors import first_line
-from pds_ray.hub import require_repository
-from pds_ray.storage import file_sha256, folder_sha256
+from pds_ray.store.hub import require_repository
+from pds_ray.store.storage import file_sha256, folder_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,9 @@ def describe(name: str) -> EncoderInfo:
 def _describe_folder(name: str, folder: Path) -> EncoderInfo:
     config_path = folder / "open_clip_config.json"
     if not config_path.is_file():
-        raise ConfigError(f"encoder {name}: {config_path} does not exist; an open_clip folder must hold it")
+        raise ConfigError(
+            f"encoder {name}: {config_path} does not exist; an open_clip folder must hold it"
+        )
     try:
         config = json.loads(config_path.read_text())
         model = config["model_cfg"]
@@ -64,8 +66,12 @@ def _describe_folder(name: str, folder: Path) -> EncoderInfo:
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"encoder {name}: {config_path} is not an open_clip configuration ({error!r})") from None
-    weights = sorted(folder.glob("*.safetensors"), key=lambda path: (_preference(path.name), path.name))
+        raise ConfigError(
+            f"encoder {name}: {config_path} is not an open_clip configuration ({error!r})"
+        ) from None
+    weights = sorted(
+        folder.glob("*.safetensors"), key=lambda path: (_preference(path.name), path.name)
+    )
     if not weights:
         raise ConfigError(f"encoder {name}: no .safetensors weights in {folder}")
     return EncoderInfo(
@@ -80,7 +86,11 @@ def _describe_folder(name: str, folder: Path) -> EncoderInfo:
 
 def _preference(weights: str) -> int:
     """Which of several files open_clip loads: the lowest."""
-    preferred = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
+    preferred = (
+        "open_clip_model.safetensors",
+        "open_clip_pytorch_model.safetensors",
+        "model.safetensors",
+    )
     return preferred.index(weights) if weights in preferred else len(preferred)
 
 
@@ -90,7 +100,9 @@ def _describe_hub(name: str) -> EncoderInfo:
     try:
         config = factory._get_hf_config(name.removeprefix("hf-hub:"))
     except Exception as error:  # the hub client raises many kinds, all meaning: not to be had
-        raise ConfigError(f"encoder {name}: cannot be fetched or found in the cache ({first_line(error)})") from error
+        raise ConfigError(
+            f"encoder {name}: cannot be fetched or found in the cache ({first_line(error)})"
+        ) from error
     return EncoderInfo(
         name=name,
         dim=int(config["model_cfg"]["embed_dim"]),
@@ -105,9 +117,13 @@ def _describe_builtin(name: str, model: str, weights: str) -> EncoderInfo:
     architecture = _architecture(model)
     if architecture is None:
         close = ", ".join(_close(model)) or "ViT-B-32, ViT-L-14, ViT-H-14"
-        raise ConfigError(f"encoder {name}: no open_clip model {model!r}; near it: {close}; or local-dir:PATH")
+        raise ConfigError(
+            f"encoder {name}: no open_clip model {model!r}; near it: {close}; or local-dir:PATH"
+        )
     if not weights:
-        raise ConfigError(f"encoder {name}: which weights? give {model}:TAG (such as {model}:openai) or {model}:FILE")
+        raise ConfigError(
+            f"encoder {name}: which weights? give {model}:TAG (such as {model}:openai) or {model}:FILE"
+        )
     if Path(weights).expanduser().is_file():
         checkpoint = Path(weights).expanduser().resolve()
         return EncoderInfo(
@@ -123,11 +139,15 @@ def _describe_builtin(name: str, model: str, weights: str) -> EncoderInfo:
     tag = pretrained.get_pretrained_cfg(model, weights)
     if not tag:
         tags = ", ".join(pretrained.list_pretrained_tags_by_model(model)) or "none"
-        raise ConfigError(f"encoder {name}: {weights!r} is neither a file nor a tag of {model}; its tags: {tags}")
+        raise ConfigError(
+            f"encoder {name}: {weights!r} is neither a file nor a tag of {model}; its tags: {tags}"
+        )
     repository, _, file = tag.get("hf_hub", "").rpartition("/")
     if repository:
         instead = f"give a checkpoint as {model}:FILE, or local-dir:PATH"
-        require_repository(repository, None, (file,) if file else HUB_WEIGHTS, f"encoder {name}", instead)
+        require_repository(
+            repository, None, (file,) if file else HUB_WEIGHTS, f"encoder {name}", instead
+        )
     return EncoderInfo(
         name=name,
         dim=int(architecture["embed_dim"]),
@@ -159,14 +179,18 @@ def _architecture(model: str) -> dict[str, Any] | None:
 def _close(model: str) -> list[str]:
     import difflib
 
-    return difflib.get_close_matches(model, [path.stem for path in _architectures().glob("*.json")], n=4, cutoff=0.5)
+    return difflib.get_close_matches(
+        model, [path.stem for path in _architectures().glob("*.json")], n=4, cutoff=0.5
+    )
 
 
 def _preprocess(model_cfg: dict[str, Any], overrides: dict[str, Any]) -> Preprocess:
     size = model_cfg["vision_cfg"].get("image_size", DEFAULT_SIZE)
     if isinstance(size, list):
         if len(set(size)) != 1:
-            raise ConfigError(f"encoders with pictures that are not square ({size}) are not supported")
+            raise ConfigError(
+                f"encoders with pictures that are not square ({size}) are not supported"
+            )
         size = size[0]
     return Preprocess(
         size=int(size),
@@ -208,7 +232,10 @@ def _by_length(model: Any) -> dict[int, Any]:
     if model.text_pool_type not in ("argmax", "eos"):
         return {}
     models = {}
-    for length in (*(length for length in SHORT_CONTEXTS if length < model.context_length), model.context_length):
+    for length in (
+        *(length for length in SHORT_CONTEXTS if length < model.context_length),
+        model.context_length,
+    ):
         short = copy.copy(model)
         positions = torch.nn.Parameter(model.positional_embedding[:length], requires_grad=False)
         short._parameters = {**model._parameters, "positional_embedding": positions}
@@ -224,7 +251,9 @@ class OpenClipEncoder:
         import open_clip
         import torch
 
-        logging.getLogger().setLevel(logging.WARNING)  # open_clip reports every step at INFO on the root logger
+        logging.getLogger().setLevel(
+            logging.WARNING
+        )  # open_clip reports every step at INFO on the root logger
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.model = open_clip.create_model(
@@ -233,12 +262,18 @@ class OpenClipEncoder:
             self.tokenizer = open_clip.get_tokenizer(dict(info.load_args)["model_name"])
             if isinstance(self.tokenizer, open_clip.SimpleTokenizer):
                 bound_words(self.tokenizer)
-        except Exception as error:  # open_clip and the hub client raise many kinds: missing, corrupt, unreachable
-            raise ConfigError(f"encoder {info.name}: cannot load the weights ({first_line(error)})") from error
+        except (
+            Exception
+        ) as error:  # open_clip and the hub client raise many kinds: missing, corrupt, unreachable
+            raise ConfigError(
+                f"encoder {info.name}: cannot load the weights ({first_line(error)})"
+            ) from error
         cfg = open_clip.get_model_preprocess_cfg(self.model)
         if precision == "auto":
             precision = "bf16" if self.device.type == "cuda" else "fp32"
-        self.autocast_dtype = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        self.autocast_dtype = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[
+            precision
+        ]
         self.mean = torch.tensor(cfg["mean"], device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(cfg["std"], device=self.device).view(1, 3, 1, 1)
         self.dim = info.dim
@@ -249,7 +284,9 @@ class OpenClipEncoder:
 
         with (
             torch.inference_mode(),
-            torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None),
+            torch.autocast(
+                self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
+            ),
         ):
             return encode(batch, normalize=False).float().cpu().numpy()
 

@@ -24,7 +24,13 @@ def contact_sheet(distilled: DistilledSet, limit: int = 100, columns: int = COLU
     font = ImageFont.load_default(FONT_SIZE)
     for pair in range(count):
         left, top = GAP + pair % columns * width, GAP + pair // columns * height
-        sheet.paste(distilled.image(pair).resize((TILE, TILE), Image.Resampling.LANCZOS), (left, top))
-        lines = textwrap.wrap(distilled.captions[pair], TEXT_COLUMNS, max_lines=TEXT_LINES, placeholder=" ...")
-        draw.multiline_text((left, top + TILE + 3), "\n".join(lines), fill=INK, font=font, spacing=1)
+        sheet.paste(
+            distilled.image(pair).resize((TILE, TILE), Image.Resampling.LANCZOS), (left, top)
+        )
+        lines = textwrap.wrap(
+            distilled.captions[pair], TEXT_COLUMNS, max_lines=TEXT_LINES, placeholder=" ..."
+        )
+        draw.multiline_text(
+            (left, top + TILE + 3), "\n".join(lines), fill=INK, font=font, spacing=1
+        )
     return sheet

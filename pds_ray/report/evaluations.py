@@ -7,11 +7,11 @@ import os
 import posixpath
 from typing import Any
 
-from pds_ray.artifacts import RunFolder
 from pds_ray.errors import UserError
 from pds_ray.report.pictures import data_uri
 from pds_ray.stages.materialize import DistilledSetError, load_distilled
-from pds_ray.storage import Folder, is_remote
+from pds_ray.store.artifacts import RunFolder
+from pds_ray.store.storage import Folder, is_remote
 
 EVALUATION = "evaluation"
 COMPARISON = "comparison.json"
@@ -31,7 +31,9 @@ def read_evaluations(run: RunFolder) -> tuple[list[dict[str, Any]], list[str]]:
     found, notes = [], []
     for name in folder.names(".json"):
         try:
-            found.append({"name": name.removesuffix(".json"), **_evaluation(folder.read_json(name))})
+            found.append(
+                {"name": name.removesuffix(".json"), **_evaluation(folder.read_json(name))}
+            )
         except (ValueError, LookupError, TypeError, AttributeError, OSError):
             notes.append(f"{EVALUATION}/{name} is no evaluation that this version reads.")
     return found, notes
@@ -97,7 +99,9 @@ def read_comparison(folder: Folder) -> dict[str, Any]:
             "notes": [str(note) for note in value.get("notes") or []],
         }
     except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        raise ReportError(f"{folder.full(COMPARISON)} cannot be read as a comparison ({error!r})") from error
+        raise ReportError(
+            f"{folder.full(COMPARISON)} cannot be read as a comparison ({error!r})"
+        ) from error
 
 
 def comparison_beside(run: RunFolder) -> tuple[dict[str, Any], str] | None:
@@ -117,7 +121,9 @@ def comparison_beside(run: RunFolder) -> tuple[dict[str, Any], str] | None:
     return None
 
 
-def set_strips(folder: Folder, comparison: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+def set_strips(
+    folder: Folder, comparison: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[str]]:
     """The first pairs of every set of a comparison, and a note on those that are not there."""
     strips: list[dict[str, Any]] = []
     missing = 0
@@ -139,6 +145,12 @@ def set_strips(folder: Folder, comparison: dict[str, Any]) -> tuple[list[dict[st
         except (DistilledSetError, OSError):
             missing += 1
             continue
-        strips.append({"set": path, "method": cell["method"], "pairs": cell["pairs"], "first": pairs})
-    notes = [f"The pairs of {missing:,} sets cannot be shown: the sets are not there."] if missing else []
+        strips.append(
+            {"set": path, "method": cell["method"], "pairs": cell["pairs"], "first": pairs}
+        )
+    notes = (
+        [f"The pairs of {missing:,} sets cannot be shown: the sets are not there."]
+        if missing
+        else []
+    )
     return strips, notes

@@ -72,10 +72,16 @@ def run_figures(report: Json) -> Json:
             found["contingency"] = _contingency(clusters)
     if plane:
         found["map-image"] = _map(
-            plane["image"], plane["captions"], "images", "image prototypes" if plane["made"] else "chosen images"
+            plane["image"],
+            plane["captions"],
+            "images",
+            "image prototypes" if plane["made"] else "chosen images",
         )
         found["map-text"] = _map(
-            plane["text"], plane["captions"], "captions", "text prototypes" if plane["made"] else "chosen captions"
+            plane["text"],
+            plane["captions"],
+            "captions",
+            "text prototypes" if plane["made"] else "chosen captions",
         )
     if any(row["seconds"] for row in report["stages"]):
         found["stages"] = _seconds(report["stages"])
@@ -94,7 +100,9 @@ def comparison_figures(comparison: Json) -> Json:
         cells = [cell for cell in comparison["cells"] if cell["backbone"] == backbone]
         found[f"lines-{number}"] = _lines(cells, methods, len(pairs) > 1)
         for count in pairs:
-            found[f"bars-{number}-{count}"] = _method_bars([c for c in cells if c["pairs"] == count], methods)
+            found[f"bars-{number}-{count}"] = _method_bars(
+                [c for c in cells if c["pairs"] == count], methods
+            )
     return found
 
 
@@ -102,7 +110,9 @@ def comparison_axes(comparison: Json) -> tuple[list[str], list[str], list[int]]:
     """Methods and backbones (the average first) in the order given, and numbers of pairs, ascending."""
     cells = comparison["cells"]
     methods = list(dict.fromkeys(cell["method"] for cell in cells))
-    backbones = sorted(dict.fromkeys(cell["backbone"] for cell in cells), key=lambda name: name != AVERAGE)
+    backbones = sorted(
+        dict.fromkeys(cell["backbone"] for cell in cells), key=lambda name: name != AVERAGE
+    )
     return methods, backbones, sorted({cell["pairs"] for cell in cells})
 
 
@@ -125,7 +135,11 @@ def _figure(traces: list[Any], label: str, height: int, **layout: Any) -> Json:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": FONT, "size": 13, "color": INK},
-        hoverlabel={"bgcolor": PAPER, "bordercolor": FADED, "font": {"family": FONT, "size": 13, "color": INK}},
+        hoverlabel={
+            "bgcolor": PAPER,
+            "bordercolor": FADED,
+            "font": {"family": FONT, "size": 13, "color": INK},
+        },
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
         dragmode=False,
     )
@@ -155,7 +169,8 @@ def _histogram(values: np.ndarray, edges: np.ndarray) -> tuple[list[float], list
     """Centres, counts and names of whole-number bins."""
     counts, _ = np.histogram(values, edges)
     names = [
-        f"{int(low):,}" if high - low == 1 else f"{int(low):,} to {int(high) - 1:,}" for low, high in pairwise(edges)
+        f"{int(low):,}" if high - low == 1 else f"{int(low):,} to {int(high) - 1:,}"
+        for low, high in pairwise(edges)
     ]
     return ((edges[:-1] + edges[1:] - 1) / 2).tolist(), counts.tolist(), names
 
@@ -186,7 +201,10 @@ def _sizes(clusters: Json) -> Json:
         f"{modality} clusters: smallest {values.min():,}, median {np.median(values):,.0f}, largest {values.max():,}."
         for modality, values in both.items()
     )
-    axes = {"xaxis": {"title": {"text": "pairs in a cluster"}}, "yaxis": {"title": {"text": "clusters"}}}
+    axes = {
+        "xaxis": {"title": {"text": "pairs in a cluster"}},
+        "yaxis": {"title": {"text": "clusters"}},
+    }
     return _figure(traces, label, 300, barmode="group", bargap=0.08, bargroupgap=0, **axes)
 
 
@@ -201,7 +219,10 @@ def _shared(clusters: Json) -> Json:
         hovertemplate="%{customdata} shared pairs: %{y:,} couples<extra></extra>",
     )
     label = f"Histogram of the pairs that couples share: median {np.median(values):,.0f}, largest {values.max():,}."
-    axes = {"xaxis": {"title": {"text": "pairs shared by a couple"}}, "yaxis": {"title": {"text": "couples"}}}
+    axes = {
+        "xaxis": {"title": {"text": "pairs shared by a couple"}},
+        "yaxis": {"title": {"text": "couples"}},
+    }
     return _figure([bar], label, 300, bargap=0.08, **axes)
 
 
@@ -209,7 +230,9 @@ def _contingency(clusters: Json) -> Json:
     table = np.asarray(clusters["table"])
     couples = clusters["couples"]
     largest = max(int(table.max()), 1)
-    ticks = [value for power in range(8) for value in (10**power, 3 * 10**power) if value <= largest]
+    ticks = [
+        value for power in range(8) for value in (10**power, 3 * 10**power) if value <= largest
+    ]
     filled = table > 0
     z = np.where(filled, np.log10(np.maximum(table, 1)).round(3), np.nan)
     heat = go.Heatmap(
@@ -246,7 +269,11 @@ def _contingency(clusters: Json) -> Json:
         [heat],
         label,
         640,
-        xaxis={"title": {"text": "text clusters, in the order of couples"}, "automargin": False, "zeroline": False},
+        xaxis={
+            "title": {"text": "text clusters, in the order of couples"},
+            "automargin": False,
+            "zeroline": False,
+        },
         yaxis={
             "title": {"text": "image clusters, in the order of couples"},
             "autorange": "reversed",
@@ -273,7 +300,10 @@ def _hover(number: int, caption: str) -> str:
 
 
 def _map(plane: Json, captions: list[str], rows: str, prototypes: str) -> Json:
-    sample, ours = np.asarray(plane["sample"], np.float32), np.asarray(plane["prototypes"], np.float32)
+    sample, ours = (
+        np.asarray(plane["sample"], np.float32),
+        np.asarray(plane["prototypes"], np.float32),
+    )
     first, second = plane["explained"]
     traces = [
         go.Scatter(
@@ -307,7 +337,10 @@ def _map(plane: Json, captions: list[str], rows: str, prototypes: str) -> Json:
         traces,
         label,
         440,
-        xaxis={"title": {"text": f"first component, {first:.1%} of the variance"}, "zeroline": False},
+        xaxis={
+            "title": {"text": f"first component, {first:.1%} of the variance"},
+            "zeroline": False,
+        },
         yaxis={"title": {"text": f"second component, {second:.1%}"}, "zeroline": False},
         meta={"zoom": True},
     )
@@ -323,7 +356,11 @@ def _seconds(stages: list[Json]) -> Json:
         textposition="auto",
         hovertemplate="%{y}: %{text}<extra></extra>",
     )
-    label = "Seconds of each stage: " + ", ".join(f"{row['stage']} {row['seconds']:,.1f}" for row in stages) + "."
+    label = (
+        "Seconds of each stage: "
+        + ", ".join(f"{row['stage']} {row['seconds']:,.1f}" for row in stages)
+        + "."
+    )
     return _figure(
         [bar],
         label,
@@ -335,7 +372,13 @@ def _seconds(stages: list[Json]) -> Json:
 
 
 def _error(values: list[float | None]) -> Json:
-    return {"type": "data", "array": [value or 0 for value in values], "color": INK, "thickness": 1.2, "width": 3}
+    return {
+        "type": "data",
+        "array": [value or 0 for value in values],
+        "color": INK,
+        "thickness": 1.2,
+        "width": 3,
+    }
 
 
 def _recalls(evaluation: Json) -> Json:
@@ -354,12 +397,21 @@ def _recalls(evaluation: Json) -> Json:
         for number, (title, mean, std) in enumerate(series)
     ]
     label = "Bar chart of recalls in percent; the figures are in the table below it."
-    axes = {"xaxis": {"type": "category"}, "yaxis": {"title": {"text": "recall, %"}, "rangemode": "tozero"}}
-    return _figure(traces, label, 340, barmode="group", bargap=0.25, bargroupgap=0.06, showlegend=True, **axes)
+    axes = {
+        "xaxis": {"type": "category"},
+        "yaxis": {"title": {"text": "recall, %"}, "rangemode": "tozero"},
+    }
+    return _figure(
+        traces, label, 340, barmode="group", bargap=0.25, bargroupgap=0.06, showlegend=True, **axes
+    )
 
 
 def _value_bars(
-    names: list[str], means: list[float | None], stds: list[float | None], kinds: list[int], label: str
+    names: list[str],
+    means: list[float | None],
+    stds: list[float | None],
+    kinds: list[int],
+    label: str,
 ) -> Json:
     """A bar for each value, of the colour and hatch that `kinds` says: a trace each, as a trace has one hatch."""
     bars = [
@@ -387,7 +439,10 @@ def _value_bars(
 
 def _baselines(baselines: Json) -> Json:
     bars = sorted(baselines["bars"], key=lambda bar: -(bar["mean"]["r_mean"] or 0))
-    names = [bar["method"] + (" (this run)" if bar["own"] and bar["method"] != "this run" else "") for bar in bars]
+    names = [
+        bar["method"] + (" (this run)" if bar["own"] and bar["method"] != "this run" else "")
+        for bar in bars
+    ]
     means, stds = [bar["mean"]["r_mean"] for bar in bars], [bar["std"]["r_mean"] for bar in bars]
     label = f"Bar chart of the mean recall at {baselines['pairs']:,} pairs: " + ", ".join(
         f"{name} {mean or 0:.1f} %" for name, mean in zip(names, means, strict=True)
@@ -398,7 +453,10 @@ def _baselines(baselines: Json) -> Json:
 def _method_bars(cells: list[Json], methods: list[str]) -> Json:
     cells = sorted(cells, key=lambda cell: -(cell["mean"]["r_mean"] or 0))
     names = [cell["method"] for cell in cells]
-    means, stds = [cell["mean"]["r_mean"] for cell in cells], [cell["std"]["r_mean"] for cell in cells]
+    means, stds = (
+        [cell["mean"]["r_mean"] for cell in cells],
+        [cell["std"]["r_mean"] for cell in cells],
+    )
     label = "Bar chart of the mean recall of each method; the figures are in the table."
     return _value_bars(names, means, stds, [methods.index(name) for name in names], label)
 
@@ -406,7 +464,9 @@ def _method_bars(cells: list[Json], methods: list[str]) -> Json:
 def _lines(cells: list[Json], methods: list[str], several: bool) -> Json:
     traces = []
     for number, method in enumerate(methods):
-        own = sorted((cell for cell in cells if cell["method"] == method), key=lambda cell: cell["pairs"])
+        own = sorted(
+            (cell for cell in cells if cell["method"] == method), key=lambda cell: cell["pairs"]
+        )
         color = SERIES[number % len(SERIES)]
         traces.append(
             go.Scatter(
@@ -415,8 +475,16 @@ def _lines(cells: list[Json], methods: list[str], several: bool) -> Json:
                 error_y={**_error([cell["std"]["r_mean"] for cell in own]), "color": color},
                 name=plain(method),
                 mode="lines+markers" if several else "markers",
-                line={"color": color, "width": 2, "dash": DASHES[number // len(SERIES) % len(DASHES)]},
-                marker={"symbol": SYMBOLS[(number + number // len(SERIES)) % len(SYMBOLS)], "size": 9, "color": color},
+                line={
+                    "color": color,
+                    "width": 2,
+                    "dash": DASHES[number // len(SERIES) % len(DASHES)],
+                },
+                marker={
+                    "symbol": SYMBOLS[(number + number // len(SERIES)) % len(SYMBOLS)],
+                    "size": 9,
+                    "color": color,
+                },
                 hovertemplate="%{x:,} pairs: %{y:.1f} ± %{error_y.array:.1f} %<extra>%{fullData.name}</extra>",
             )
         )
@@ -425,7 +493,12 @@ def _lines(cells: list[Json], methods: list[str], several: bool) -> Json:
         traces,
         "Line chart of the mean recall of each method over the number of pairs; the figures are in the table.",
         400,
-        xaxis={"title": {"text": "pairs"}, "type": "log", "tickvals": counts, "ticktext": [f"{c:,}" for c in counts]},
+        xaxis={
+            "title": {"text": "pairs"},
+            "type": "log",
+            "tickvals": counts,
+            "ticktext": [f"{c:,}" for c in counts],
+        },
         yaxis={"title": {"text": "mean recall, %"}},
         showlegend=True,
     )

@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pds_ray.artifacts import EmbeddingStore, RunFolder, embeddings
+from pds_ray.engine.pipeline import COUNTED
 from pds_ray.errors import without_secrets
-from pds_ray.manifest import RunManifest, rate
-from pds_ray.pipeline import COUNTED
 from pds_ray.report import space
 from pds_ray.report.evaluations import (
     AVERAGE,
@@ -31,7 +29,9 @@ from pds_ray.report.evaluations import (
 )
 from pds_ray.report.pictures import data_uri, real_thumbnails
 from pds_ray.stages.materialize import DistilledSet, DistilledSetError, load_distilled
-from pds_ray.storage import Folder, StorageError
+from pds_ray.store.artifacts import EmbeddingStore, RunFolder, embeddings
+from pds_ray.store.manifest import RunManifest, rate
+from pds_ray.store.storage import Folder, StorageError
 
 PAIR_LIMIT = 1_000
 """Pairs on the page."""
@@ -65,8 +65,15 @@ def gather(path: str, quick: bool = False, step: Step = lambda: None) -> Json:
     if folder.exists(COMPARISON):
         comparison = read_comparison(folder)
         strips, notes = set_strips(folder, comparison)
-        return {"kind": "comparison", **comparison, "strips": strips, "notes": comparison["notes"] + notes}
-    raise ReportError(f"{path} has neither a {RunFolder.MANIFEST} nor a {COMPARISON}: there is nothing to report on")
+        return {
+            "kind": "comparison",
+            **comparison,
+            "strips": strips,
+            "notes": comparison["notes"] + notes,
+        }
+    raise ReportError(
+        f"{path} has neither a {RunFolder.MANIFEST} nor a {COMPARISON}: there is nothing to report on"
+    )
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,11 @@ def _open(folder: RunFolder) -> _Run:
     manifest = RunManifest(folder).data
     config = manifest.get("config", {})
     stages = manifest["stages"]
-    counts = {name: entry.get("counts", {}) for name, entry in stages.items() if entry.get("status") == "done"}
+    counts = {
+        name: entry.get("counts", {})
+        for name, entry in stages.items()
+        if entry.get("status") == "done"
+    }
     elsewhere = config.get("embed", {}).get("store")
     fingerprint = stages.get("embed", {}).get("fingerprint", "")
     store = folder.store(elsewhere, fingerprint)
@@ -116,7 +127,9 @@ def gather_run(folder: RunFolder, quick: bool = False, step: Step = lambda: None
             "The embeddings are no longer there, cannot be reached or are of another version of pds-ray: no "
             "nearest images, no clusters and no map."
         )
-    searched = bool(run.markers) and not (quick and run.counts["embed"].get("images", 0) > QUICK_IMAGES)
+    searched = bool(run.markers) and not (
+        quick and run.counts["embed"].get("images", 0) > QUICK_IMAGES
+    )
     if run.markers and not searched:
         notes.append(
             f"More than {QUICK_IMAGES:,} images: only the nearest one of each pair is shown, and no map of the space; "
@@ -138,7 +151,9 @@ def gather_run(folder: RunFolder, quick: bool = False, step: Step = lambda: None
         "dropped": _dropped(run),
         "stages": _stages(run.manifest["stages"]),
         "evaluations": evaluations,
-        "baselines": _baselines(beside, len(pairs["list"]) if distilled is None else len(distilled), evaluations),
+        "baselines": _baselines(
+            beside, len(pairs["list"]) if distilled is None else len(distilled), evaluations
+        ),
         "details": {
             "ray": _shown(run.manifest.get("ray", {})),
             "versions": _shown(run.manifest.get("versions", {})),
@@ -149,7 +164,11 @@ def gather_run(folder: RunFolder, quick: bool = False, step: Step = lambda: None
 
 def _where_it_stands(stages: Json) -> str:
     """What an unfinished run did last."""
-    open_ = [f"stage {name} is {entry.get('status')}" for name, entry in stages.items() if entry["status"] != "done"]
+    open_ = [
+        f"stage {name} is {entry.get('status')}"
+        for name, entry in stages.items()
+        if entry["status"] != "done"
+    ]
     return open_[-1] if open_ else "stages are missing"
 
 
@@ -171,8 +190,12 @@ def _look(run: _Run, distilled: DistilledSet | None, nearest: bool, step: Step) 
     shown = min(len(distilled), PAIR_LIMIT) if distilled else 0
     prototypes = distilled.image_prototypes[:shown] if distilled else np.zeros((0, 0), np.float32)
     top = space.no_rows(shown, NEAREST)
-    image_places = space.sample_places([run.markers[name]["images"] for name in shards], SAMPLE, SAMPLE_SEED)
-    text_places = space.sample_places([run.markers[name]["pairs"] for name in shards], SAMPLE, SAMPLE_SEED + 1)
+    image_places = space.sample_places(
+        [run.markers[name]["images"] for name in shards], SAMPLE, SAMPLE_SEED
+    )
+    text_places = space.sample_places(
+        [run.markers[name]["pairs"] for name in shards], SAMPLE, SAMPLE_SEED + 1
+    )
     images, texts, starts = [], [], [0]
     for name, image_rows, text_rows in zip(shards, image_places, text_places, strict=True):
         table = embeddings(run.store.images(name, ["embedding"]))
@@ -182,7 +205,9 @@ def _look(run: _Run, distilled: DistilledSet | None, nearest: bool, step: Step) 
         starts.append(starts[-1] + len(table))
         texts.append(embeddings(run.store.captions(name, ["embedding"]).take(pa.array(text_rows))))
         step()
-    found = _name_rows(run, shards, starts, top) if shown and nearest else [[] for _ in range(shown)]
+    found = (
+        _name_rows(run, shards, starts, top) if shown and nearest else [[] for _ in range(shown)]
+    )
     sampled = np.concatenate(images), np.concatenate(texts)
     plot = None
     if distilled and min(len(sampled[0]), len(sampled[1])) > 2 and prototypes.shape[1] > 1:
@@ -201,13 +226,17 @@ def _name_rows(run: _Run, shards: list[str], starts: list[int], top: space.Top) 
     keys: dict[tuple[int, int], str] = {}
     for shard in np.unique(number[top.row >= 0]):
         rows = np.unique(top.row[number == shard]) - starts[shard]
-        names = run.store.images(shards[shard], ["key"]).column("key").take(pa.array(rows)).to_pylist()
+        names = (
+            run.store.images(shards[shard], ["key"]).column("key").take(pa.array(rows)).to_pylist()
+        )
         keys.update({(int(shard), int(row)): key for row, key in zip(rows, names, strict=True)})
     return [
         [
             {
                 "shard": shards[number[pair, rank]],
-                "key": keys[int(number[pair, rank]), int(top.row[pair, rank]) - starts[number[pair, rank]]],
+                "key": keys[
+                    int(number[pair, rank]), int(top.row[pair, rank]) - starts[number[pair, rank]]
+                ],
                 "cosine": round(float(top.cosine[pair, rank]), 4),
             }
             for rank in range(top.row.shape[1])
@@ -232,7 +261,12 @@ def _plane(sample: np.ndarray, prototypes: np.ndarray) -> Json:
 
 
 def _pairs(
-    run: _Run, distilled: DistilledSet | None, look: _Look | None, nearest: bool, step: Step, notes: list[str]
+    run: _Run,
+    distilled: DistilledSet | None,
+    look: _Look | None,
+    nearest: bool,
+    step: Step,
+    notes: list[str],
 ) -> Json:
     """The gallery: one entry a pair, real pictures once each and referred to by number."""
     if distilled is None:
@@ -242,7 +276,13 @@ def _pairs(
     neighbours: list[list[Json]] = look.nearest if look else [[] for _ in range(shown)]
     if nearest and look is None:  # the one that the run itself found
         neighbours = [
-            [{"shard": row["nearest_shard"], "key": row["nearest_key"], "cosine": _round(row["nearest_cosine"])}]
+            [
+                {
+                    "shard": row["nearest_shard"],
+                    "key": row["nearest_key"],
+                    "cosine": _round(row["nearest_cosine"]),
+                }
+            ]
             if row.get("nearest_key")
             else []
             for row in records
@@ -275,7 +315,9 @@ def _pairs(
                 "details": {
                     name: _round(value)
                     for name, value in row.items()
-                    if name not in SHOWN_APART and value is not None and (nearest or not name.startswith(MADE_ONLY))
+                    if name not in SHOWN_APART
+                    and value is not None
+                    and (nearest or not name.startswith(MADE_ONLY))
                 },
             }
         )
@@ -298,7 +340,10 @@ def _clusters(run: _Run, step: Step) -> Json | None:
     chosen = np.zeros(0, np.int64)
     if couples is not None and couples.num_rows:
         shared = couples.column("shared").to_numpy()
-        image, text = couples.column("image_cluster").to_numpy(), couples.column("text_cluster").to_numpy()
+        image, text = (
+            couples.column("image_cluster").to_numpy(),
+            couples.column("text_cluster").to_numpy(),
+        )
         chosen = np.lexsort((image, -shared))[:COUPLE_LIMIT]
         rows[image[chosen]] = columns[text[chosen]] = np.arange(len(chosen))
     table = np.zeros((len(chosen), len(chosen)), np.int64)
@@ -350,7 +395,9 @@ def _dropped(run: _Run) -> Json | None:
     if prune:
         ratio = run.config.get("prune", {}).get("ratio")
         why = f"image and caption agree least (prune.ratio {ratio})"
-        steps.append({"what": "pruned pairs", "count": prune.get("dropped", 0), "of": total, "why": why})
+        steps.append(
+            {"what": "pruned pairs", "count": prune.get("dropped", 0), "of": total, "why": why}
+        )
     if match:
         filtered = run.config.get("match", {}).get("filter", True)
         why = "image and caption fall in clusters that are not matched to each other"
@@ -366,11 +413,18 @@ def _dropped(run: _Run) -> Json | None:
         policy = match.get("pairless_policy", "")
         why = f"matched clusters that share no pair; {policy}"
         steps.append(
-            {"what": "pairless couples", "count": match.get("pairless", 0), "of": match.get("clusters", 0), "why": why}
+            {
+                "what": "pairless couples",
+                "count": match.get("pairless", 0),
+                "of": match.get("clusters", 0),
+                "why": why,
+            }
         )
     if failed := embed.get("failed_shards", 0):
         why = "none of their samples is counted here; pds-ray retry-failed tries them again"
-        steps.append({"what": "shards not read", "count": failed, "of": embed["shards"], "why": why})
+        steps.append(
+            {"what": "shards not read", "count": failed, "of": embed["shards"], "why": why}
+        )
     reasons = embed.get("reasons", {})
     bad = embed.get("bad", 0)
     if not steps and not bad:
@@ -382,7 +436,10 @@ def _dropped(run: _Run) -> Json | None:
         "samples": samples,
         "reasons": [{"reason": reason, "count": count} for reason, count in reasons.items()],
         "examples": _examples(run),
-        "failed": [{"shard": shard, "problem": problem} for shard, problem in embed.get("failed", {}).items()],
+        "failed": [
+            {"shard": shard, "problem": problem}
+            for shard, problem in embed.get("failed", {}).items()
+        ],
         "flow": {
             "pruned": prune.get("dropped", 0),
             "not shared": match.get("pairs_not_shared", 0),
@@ -405,7 +462,12 @@ def _examples(run: _Run) -> list[Json]:
                 rows.append({"shard": name, **row})
         if by_reason and all(len(rows) == ERROR_LIMIT for rows in by_reason.values()):
             break
-    turns = [rows[turn] for turn in range(ERROR_LIMIT) for _, rows in sorted(by_reason.items()) if turn < len(rows)]
+    turns = [
+        rows[turn]
+        for turn in range(ERROR_LIMIT)
+        for _, rows in sorted(by_reason.items())
+        if turn < len(rows)
+    ]
     return turns[:ERROR_LIMIT]
 
 
@@ -413,7 +475,11 @@ def _examples(run: _Run) -> list[Json]:
 
 
 def _header(
-    run: _Run, method: str, distilled: DistilledSet | None, clusters: Json | None, evaluations: list[Json]
+    run: _Run,
+    method: str,
+    distilled: DistilledSet | None,
+    clusters: Json | None,
+    evaluations: list[Json],
 ) -> Json:
     config, embed = run.config, run.counts.get("embed", {})
     decode = config.get("decode", {})
@@ -421,7 +487,13 @@ def _header(
     finished = run.manifest.get("finished")
     count = len(distilled) if distilled else config.get("pairs", 0)
     seconds = sum(entry.get("seconds", 0) for entry in run.manifest["stages"].values())
-    tiles = [{"label": "pairs", "value": f"{count:,}", "note": "image and caption" if distilled else "asked for"}]
+    tiles = [
+        {
+            "label": "pairs",
+            "value": f"{count:,}",
+            "note": "image and caption" if distilled else "asked for",
+        }
+    ]
     if embed:
         tiles.append(
             {
@@ -431,16 +503,34 @@ def _header(
             }
         )
         if distilled:
-            tiles.append({"label": "reduction", "value": f"{embed['pairs'] / max(count, 1):,.0f}×", "note": "in pairs"})
-    cosines = [row["cosine"] for row in distilled.records if _round(row.get("cosine")) is not None] if distilled else []
+            tiles.append(
+                {
+                    "label": "reduction",
+                    "value": f"{embed['pairs'] / max(count, 1):,.0f}×",
+                    "note": "in pairs",
+                }
+            )
+    cosines = (
+        [row["cosine"] for row in distilled.records if _round(row.get("cosine")) is not None]
+        if distilled
+        else []
+    )
     if cosines:
-        tiles.append({"label": "mean cosine", "value": f"{np.mean(cosines):.3f}", "note": "image to text"})
+        tiles.append(
+            {"label": "mean cosine", "value": f"{np.mean(cosines):.3f}", "note": "image to text"}
+        )
     if clusters and clusters["shared"]:
         median = f"{np.median(clusters['shared']):,.0f}"
         tiles.append({"label": "shared pairs", "value": median, "note": "median of a couple"})
     if evaluations and evaluations[0]["mean"]["r_mean"] is not None:
         value = evaluations[0]["mean"]["r_mean"]
-        tiles.append({"label": "mean recall", "value": f"{value:.1f}", "note": f"%, {evaluations[0]['name']}"})
+        tiles.append(
+            {
+                "label": "mean recall",
+                "value": f"{value:.1f}",
+                "note": f"%, {evaluations[0]['name']}",
+            }
+        )
     if seconds:
         tiles.append({"label": "time", "value": _duration(seconds), "note": "all stages"})
     source = without_secrets(str(config.get("source", "")))
@@ -452,9 +542,19 @@ def _header(
             for name, value in (
                 ("source", source),
                 ("method", method),
-                ("encoder", str(run.manifest.get("encoder") or config.get("embed", {}).get("encoder", ""))),
-                ("decoder", decode.get("decoder", "") + (f" ({model})" if model not in ("auto", None) else "")),
-                ("finished", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(finished)) if finished else ""),
+                (
+                    "encoder",
+                    str(run.manifest.get("encoder") or config.get("embed", {}).get("encoder", "")),
+                ),
+                (
+                    "decoder",
+                    decode.get("decoder", "")
+                    + (f" ({model})" if model not in ("auto", None) else ""),
+                ),
+                (
+                    "finished",
+                    time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(finished)) if finished else "",
+                ),
             )
             if value
         ],
@@ -487,7 +587,12 @@ def _stages(stages: Json) -> list[Json]:
         per_s = rate(entry, key)
         told = f"{per_s:,.0f} {unit}/s" if per_s else ""
         rows.append(
-            {"stage": name, "status": entry.get("status", ""), "seconds": entry.get("seconds", 0), "rate": told}
+            {
+                "stage": name,
+                "status": entry.get("status", ""),
+                "seconds": entry.get("seconds", 0),
+                "rate": told,
+            }
         )
     return rows
 
@@ -498,7 +603,12 @@ def _baselines(beside: tuple[Json, str] | None, pairs: int, evaluations: list[Js
         return None
     comparison, own = beside
     bars = [
-        {"method": cell["method"], "mean": cell["mean"], "std": cell["std"], "own": bool(own) and cell["set"] == own}
+        {
+            "method": cell["method"],
+            "mean": cell["mean"],
+            "std": cell["std"],
+            "own": bool(own) and cell["set"] == own,
+        }
         for cell in comparison["cells"]
         if cell["pairs"] == pairs and cell["backbone"] == AVERAGE
     ]

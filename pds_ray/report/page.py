@@ -15,11 +15,11 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from pds_ray.progress import progress_bar
 from pds_ray.report.evaluations import ReportError
 from pds_ray.report.figures import PALETTE, comparison_axes, comparison_figures, run_figures
 from pds_ray.report.gather import gather
-from pds_ray.storage import Folder
+from pds_ray.store.storage import Folder
+from pds_ray.telemetry.progress import progress_bar
 
 NAME = "report.html"
 _ONLY_FOR_FIGURES = ("clusters", "space", "baselines")
@@ -37,7 +37,9 @@ def write_report(path: str, out: str | None = None, quick: bool = False) -> str:
     try:
         target.write_bytes(name, page.encode())
     except OSError as error:
-        raise ReportError(f"cannot write {(target / name).shown}: {error.strerror or error}") from error
+        raise ReportError(
+            f"cannot write {(target / name).shown}: {error.strerror or error}"
+        ) from error
     return (target / name).shown
 
 
@@ -50,7 +52,9 @@ def render(report: dict[str, Any]) -> str:
         shown["space"] = report["space"] and {
             "fitted_on": {m: report["space"][m]["fitted_on"] for m in ("image", "text")}
         }
-        shown["baselines"] = report["baselines"] and {name: report["baselines"][name] for name in ("pairs", "protocol")}
+        shown["baselines"] = report["baselines"] and {
+            name: report["baselines"][name] for name in ("pairs", "protocol")
+        }
     else:
         figures = comparison_figures(report)
         methods, backbones, pairs = comparison_axes(report)
@@ -72,7 +76,15 @@ def _cluster_figures(clusters: dict[str, Any] | None) -> dict[str, Any] | None:
     """What the page says of the clusters in words; the arrays are in the charts."""
     if clusters is None:
         return None
-    words = ("clusters", "empty", "pairless", "pairless_policy", "shared_pairs", "kept_pairs", "couples_total")
+    words = (
+        "clusters",
+        "empty",
+        "pairless",
+        "pairless_policy",
+        "shared_pairs",
+        "kept_pairs",
+        "couples_total",
+    )
     return {name: clusters[name] for name in words} | {"couples_shown": len(clusters["couples"])}
 
 

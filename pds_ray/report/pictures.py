@@ -10,7 +10,7 @@ from PIL import Image
 
 from pds_ray import catalog
 from pds_ray.errors import UserError, first_line
-from pds_ray.images import ImageError, decode_image
+from pds_ray.modalities.image import ImageError, decode_image
 from pds_ray.sources.base import Sample
 
 PICTURE_SIDE, THUMB_SIDE, QUALITY = 160, 96, 80
@@ -72,7 +72,9 @@ def real_thumbnails(
                         break
             step()
     except (UserError, OSError) as error:
-        notes.append(f"The source cannot be read any more, so real pictures are missing ({first_line(error)}).")
+        notes.append(
+            f"The source cannot be read any more, so real pictures are missing ({first_line(error)})."
+        )
         return found, notes
     missing = sum(len(needed[name]) for name in chosen) - len(found)
     if missing:

@@ -33,14 +33,19 @@ def add_rows(top: Top, queries: np.ndarray, rows: np.ndarray, chunk: int = 16_38
     for start in range(0, len(rows), chunk):
         similarity = unit @ normalized(rows[start : start + chunk]).T
         values, places = [top.cosine], [top.row]
-        for _ in range(min(k, similarity.shape[1])):  # k is small: k passes are cheaper than a sort, and stable
+        for _ in range(
+            min(k, similarity.shape[1])
+        ):  # k is small: k passes are cheaper than a sort, and stable
             best = similarity.argmax(axis=1)[:, None]
             values.append(np.take_along_axis(similarity, best, axis=1))
             places.append(best + (top.seen + start))
             np.put_along_axis(similarity, best, -np.inf, axis=1)
         cosine, row = np.concatenate(values, axis=1), np.concatenate(places, axis=1)
         order = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
-        top.cosine, top.row = np.take_along_axis(cosine, order, axis=1), np.take_along_axis(row, order, axis=1)
+        top.cosine, top.row = (
+            np.take_along_axis(cosine, order, axis=1),
+            np.take_along_axis(row, order, axis=1),
+        )
     top.seen += len(rows)
 
 
@@ -68,7 +73,9 @@ def fit_plane(vectors: np.ndarray) -> Plane:
     axes = directions[:, [-1, -2]].T
     axes *= np.sign(axes[np.arange(2), np.abs(axes).argmax(axis=1)])[:, None]
     total = max(float(values.sum()), np.finfo(np.float64).tiny)
-    return Plane(mean, axes, (max(float(values[-1]), 0.0) / total, max(float(values[-2]), 0.0) / total))
+    return Plane(
+        mean, axes, (max(float(values[-1]), 0.0) / total, max(float(values[-2]), 0.0) / total)
+    )
 
 
 def sample_places(sizes: list[int], limit: int, seed: int) -> list[np.ndarray]:

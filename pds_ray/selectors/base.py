@@ -40,7 +40,9 @@ class Candidates:
 
     def joint(self, pair: int) -> np.ndarray:
         """The joint embedding of one pair. float32 [2 d]."""
-        return np.concatenate([self.image[self.owner[pair]], self.text[pair]]) / np.float32(math.sqrt(2))
+        return np.concatenate([self.image[self.owner[pair]], self.text[pair]]) / np.float32(
+            math.sqrt(2)
+        )
 
     def joint_mean(self) -> np.ndarray:
         """The mean joint embedding of all pairs, summed in float64. float64 [2 d]."""
@@ -86,7 +88,9 @@ class Selector(Protocol):
     DESCRIPTION: str
     """For the card of the set: the method, whose it is, and what it prefers; no full stop."""
 
-    def select(self, candidates: Candidates, pairs: int, seed: int, config: SelectConfig) -> Iterator[int]:
+    def select(
+        self, candidates: Candidates, pairs: int, seed: int, config: SelectConfig
+    ) -> Iterator[int]:
         """The rows of the chosen pairs, each as soon as it is picked: `pairs` of them, at most as many as images.
 
         A function of its arguments, whatever the number of threads; of pairs that are equally good the first is picked.

@@ -27,7 +27,9 @@ def select(candidates: Candidates, pairs: int, seed: int, config: SelectConfig) 
     """The pairs forgotten fewest (or most) times first; the seed orders those forgotten equally often."""
     rng = np.random.default_rng(seed)
     counts = forgotten(learning_history(candidates, config.epochs, rng))
-    order = np.lexsort((rng.permutation(len(counts)), counts if config.forgotten == "fewest" else -counts))
+    order = np.lexsort(
+        (rng.permutation(len(counts)), counts if config.forgotten == "fewest" else -counts)
+    )
     yield from candidates.one_per_image(order)[:pairs].tolist()
 
 
@@ -62,7 +64,9 @@ def learning_history(candidates: Candidates, epochs: int, rng: np.random.Generat
                 own = logits.diagonal()
                 right[batch] = ((own == logits.amax(dim=0)) & (own == logits.amax(dim=1))).numpy()
                 target = torch.arange(len(batch))
-                loss = functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)
+                loss = functional.cross_entropy(logits, target) + functional.cross_entropy(
+                    logits.T, target
+                )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

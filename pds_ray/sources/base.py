@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Protocol
 
 from pds_ray.errors import UserError
-from pds_ray.storage import StorageError
+from pds_ray.store.storage import StorageError
 
 READ_RETRY_WAITS_S = (1.0, 5.0, 25.0)
 

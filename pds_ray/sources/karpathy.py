@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from pds_ray.captions import MAX_CAPTIONS
+from pds_ray.modalities.text import MAX_CAPTIONS
 from pds_ray.sources.base import Fault, Sample, Shard, SourceError
 
 SHARD_SIZE = 1000
@@ -47,7 +47,9 @@ class KarpathySource:
         head, _, tail = root.rpartition(":")
         root, self.split = (head, tail) if head and tail in SPLITS else (root, "train")
         if self.dataset not in ANNOTATIONS or not root:
-            raise SourceError(f"{uri!r} is not {' or '.join(f'{name}:ROOT[:SPLIT]' for name in ANNOTATIONS)}")
+            raise SourceError(
+                f"{uri!r} is not {' or '.join(f'{name}:ROOT[:SPLIT]' for name in ANNOTATIONS)}"
+            )
         # Absolute, because instances travel to workers that run in another folder.
         self.root = os.path.abspath(os.path.expanduser(root))
         self.validation = None if self.split == "val" else f"{self.dataset}:{self.root}:val"
@@ -64,7 +66,9 @@ class KarpathySource:
             rows = images[start : start + SHARD_SIZE]
             digest = hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
             location = f"{start}:{start + len(rows)}"
-            shards.append(Shard(f"{self.dataset}-{self.split}-{number:05d}", location, len(rows), digest))
+            shards.append(
+                Shard(f"{self.dataset}-{self.split}-{number:05d}", location, len(rows), digest)
+            )
         return shards
 
     def read(self, shard: Shard) -> Iterator[Sample | Fault]:
@@ -74,7 +78,12 @@ class KarpathySource:
             try:
                 with open(os.path.join(self.root, key), "rb") as file:
                     image = file.read(self.max_image_bytes + 1)
-            except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+            except (
+                FileNotFoundError,
+                PermissionError,
+                IsADirectoryError,
+                NotADirectoryError,
+            ) as error:
                 yield Fault(key, "missing_image", error.strerror or str(error))
                 continue
             if len(image) > self.max_image_bytes:
@@ -93,7 +102,9 @@ class KarpathySource:
         raise SourceError(f"{self.uri}: there is no annotation file {plain} (or {plain.name}.gz)")
 
     def _check_images_exist(self, images: Images) -> None:
-        present: dict[str, set[str]] = {}  # each folder is listed once, far quicker than asking for every file
+        present: dict[
+            str, set[str]
+        ] = {}  # each folder is listed once, far quicker than asking for every file
         absent = []
         for key, _ in images:
             folder, _, name = key.rpartition("/")
@@ -114,7 +125,9 @@ def _names_in(folder: str) -> set[str]:
         return set()
 
 
-@lru_cache(maxsize=3)  # one parse per process, not per shard; time and size tell a rewritten file from the old one
+@lru_cache(
+    maxsize=3
+)  # one parse per process, not per shard; time and size tell a rewritten file from the old one
 def _parse_annotations(path: Path, _mtime_ns: int, _size: int) -> Images:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -147,10 +160,14 @@ def _problem(record: object) -> str:
         return "'image' is not a path"
     if image.startswith("/") or ".." in PurePosixPath(image).parts or not image.isprintable():
         return f"image path {image!r} leaves the folder or is not a plain path"
-    if not isinstance(caption, str) and not (isinstance(caption, list) and all(isinstance(c, str) for c in caption)):
+    if not isinstance(caption, str) and not (
+        isinstance(caption, list) and all(isinstance(c, str) for c in caption)
+    ):
         return "'caption' is neither a string nor a list of strings"
     return ""
 
 
 def _storable(caption: str) -> str:
-    return caption.encode("utf-8", "replace").decode("utf-8")  # JSON can spell lone surrogates, UTF-8 cannot hold them
+    return caption.encode("utf-8", "replace").decode(
+        "utf-8"
+    )  # JSON can spell lone surrogates, UTF-8 cannot hold them

@@ -19,7 +19,9 @@ from pds_ray.sources.base import Fault, Sample, Shard, SourceError
 
 IMAGE_SIZE = 64
 SHARD_SIZE = 1000
-VALIDATION_SEED = 1_000_000_000  # added to a seed: pictures that nobody would train or test on by chance
+VALIDATION_SEED = (
+    1_000_000_000  # added to a seed: pictures that nobody would train or test on by chance
+)
 CAPTIONS_PER_IMAGE = 5
 SUPERSAMPLING = 4
 """Shapes are drawn this many times larger and averaged down, which is what makes their edges smooth."""
@@ -205,7 +207,11 @@ class ScenesSource:
 
     def __init__(self, uri: str) -> None:
         scheme, *numbers = uri.split(":")
-        if scheme != "scenes" or not 1 <= len(numbers) <= 3 or not all(n.isascii() and n.isdecimal() for n in numbers):
+        if (
+            scheme != "scenes"
+            or not 1 <= len(numbers) <= 3
+            or not all(n.isascii() and n.isdecimal() for n in numbers)
+        ):
             raise SourceError(
                 f"not a scenes source: {uri!r}; write scenes:N, scenes:N:SEED or scenes:N:SEED:NOISE, such as "
                 "scenes:10000:1"
@@ -213,7 +219,9 @@ class ScenesSource:
         self.uri = uri
         self.count, self.seed, self.noise = (int(number) for number in (*numbers, "0", "0")[:3])
         if self.noise > 100:
-            raise SourceError(f"{uri!r}: the noise is a percentage of the captions, such as scenes:1000:1:20")
+            raise SourceError(
+                f"{uri!r}: the noise is a percentage of the captions, such as scenes:1000:1:20"
+            )
         self.validation = f"scenes:{self.count}:{VALIDATION_SEED + self.seed}"
         if self.count == 0:
             raise SourceError(f"{uri!r} has no pictures; ask for at least one, such as scenes:1000")
@@ -249,4 +257,7 @@ class ScenesSource:
         """Each caption, or with the probability of the noise one of a picture that is not there."""
         foreign = [write_captions(make_scene(rng), rng)[0] for _ in captions]
         wrong = [100 * rng.random() < self.noise for _ in captions]
-        return tuple(other if swap else own for own, other, swap in zip(captions, foreign, wrong, strict=True))
+        return tuple(
+            other if swap else own
+            for own, other, swap in zip(captions, foreign, wrong, strict=True)
+        )

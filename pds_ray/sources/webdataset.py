@@ -26,10 +26,10 @@ from itertools import islice, takewhile
 import pyarrow.fs as pafs
 from braceexpand import braceexpand
 
-from pds_ray.captions import MAX_CAPTIONS
 from pds_ray.errors import first_line
+from pds_ray.modalities.text import MAX_CAPTIONS
 from pds_ray.sources.base import Fault, MissingShardsError, Sample, Shard, SourceError
-from pds_ray.storage import StorageError, is_remote, open_filesystem, open_stream, patiently
+from pds_ray.store.storage import StorageError, is_remote, open_filesystem, open_stream, patiently
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
@@ -110,14 +110,18 @@ class WebDatasetSource:
                     if group is not None:
                         yield group.outcome()
                     group = _Group(key)
-                    digest = hashlib.blake2b(key.encode(), digest_size=16).digest()  # names can be long, and many
+                    digest = hashlib.blake2b(
+                        key.encode(), digest_size=16
+                    ).digest()  # names can be long, and many
                     if digest in seen:
                         group.refuse("duplicate_key", f"second sample at {member.name}")
                     seen.add(digest)
                 if unsafe:
                     group.refuse("unsafe_member", f"{member.name}: {unsafe}")
                 else:
-                    limit = self.max_image_bytes if suffix in IMAGE_SUFFIXES else self.max_text_bytes
+                    limit = (
+                        self.max_image_bytes if suffix in IMAGE_SUFFIXES else self.max_text_bytes
+                    )
                     group.add(suffix, member, tar, limit)
         except _DAMAGED as error:
             yield from _cut_short(tar, group, str(error))
@@ -171,7 +175,11 @@ class _Group:
         captions = _captions(self.texts)
         if not captions:
             found = " and ".join(f".{suffix}" for suffix in self.texts)
-            return Fault(self.key, "missing_caption", f"no caption in {found}" if found else "no .txt or .json member")
+            return Fault(
+                self.key,
+                "missing_caption",
+                f"no caption in {found}" if found else "no .txt or .json member",
+            )
         return Sample(self.key, self.image, captions)
 
 
@@ -183,7 +191,9 @@ def _cut_short(tar: _TarReader, group: _Group | None, detail: str) -> Iterator[S
     key = ""
     if group is not None:
         outcome = group.outcome()
-        if group.reading or (isinstance(outcome, Fault) and outcome.reason in ("missing_image", "missing_caption")):
+        if group.reading or (
+            isinstance(outcome, Fault) and outcome.reason in ("missing_image", "missing_caption")
+        ):
             key = group.key  # what it lacks lies behind the cut
         else:
             yield outcome
@@ -240,7 +250,11 @@ def _json_captions(data: bytes) -> list[str]:
         return []
     found: list[str] = []
     for value in (record.get("captions"), record.get("caption")):
-        found += [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
+        found += [
+            item
+            for item in (value if isinstance(value, list) else [value])
+            if isinstance(item, str)
+        ]
     # JSON can spell lone surrogates, which no UTF-8 file can hold.
     return [caption.encode("utf-8", "replace").decode("utf-8") for caption in found]
 
@@ -271,9 +285,14 @@ class _TarReader:
                 overrides[field_name] = _decode(self._read_extension(member).rstrip(b"\0"))
             elif member.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
                 records = _parse_pax(self._read_extension(member))
-                overrides |= {keyword: records[keyword] for keyword in records.keys() & {"path", "linkpath", "size"}}
+                overrides |= {
+                    keyword: records[keyword]
+                    for keyword in records.keys() & {"path", "linkpath", "size"}
+                }
             elif member.type == tarfile.XGLTYPE:
-                self._read_extension(member)  # defaults for all members: comments in practice, never a name
+                self._read_extension(
+                    member
+                )  # defaults for all members: comments in practice, never a name
             else:
                 member.name = overrides.get("path", member.name)
                 member.linkname = overrides.get("linkpath", member.linkname)
@@ -311,7 +330,9 @@ class _TarReader:
 
     def _read_extension(self, member: tarfile.TarInfo) -> bytes:
         if member.size > MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"extension header of {member.size} bytes, at most {MAX_HEADER_BYTES}")
+            raise tarfile.ReadError(
+                f"extension header of {member.size} bytes, at most {MAX_HEADER_BYTES}"
+            )
         self._expect(member.size)
         return self.read()
 
@@ -331,7 +352,9 @@ class _TarReader:
 
 
 def _decode(raw: bytes) -> str:
-    return raw.decode("utf-8", "backslashreplace")  # as for plain headers: keys must be storable as UTF-8
+    return raw.decode(
+        "utf-8", "backslashreplace"
+    )  # as for plain headers: keys must be storable as UTF-8
 
 
 def _parse_pax(data: bytes) -> dict[str, str]:
@@ -375,7 +398,9 @@ class _Gunzip:
         data = self._unzipped.read(size)
         self._given += len(data)
         if self._given > max(EXPANSION_FREE, MAX_EXPANSION * self._compressed.taken):
-            raise tarfile.ReadError(f"expands to more than {MAX_EXPANSION} times its compressed size")
+            raise tarfile.ReadError(
+                f"expands to more than {MAX_EXPANSION} times its compressed size"
+            )
         return data
 
 
@@ -419,7 +444,10 @@ def _find_shards(uri: str) -> tuple[dict[str, pafs.FileInfo], str]:
         first = f"{unmatched[0]} (looked in {_fixed_folder(unmatched[0])})"
         if len(patterns) == 1:
             raise SourceError(f"no tar shard matches {first}")
-        return found, f"{len(unmatched)} of {len(patterns)} shard patterns match nothing, the first is {first}"
+        return (
+            found,
+            f"{len(unmatched)} of {len(patterns)} shard patterns match nothing, the first is {first}",
+        )
     return found, ""
 
 
@@ -434,7 +462,9 @@ def _only_shards(pattern: str, infos: list[pafs.FileInfo]) -> list[pafs.FileInfo
 
 def _expand(uri: str) -> Iterator[str]:
     """The patterns of a source URI: lists read, brace ranges spelled out, local paths made absolute."""
-    is_file = os.path.isfile(_absolute(uri.removeprefix("@")))  # such a name is literal: it may hold spaces or braces
+    is_file = os.path.isfile(
+        _absolute(uri.removeprefix("@"))
+    )  # such a name is literal: it may hold spaces or braces
     for token in [uri] if is_file else re.split(r"\s+|::", uri):
         if token.startswith("@"):
             for line in _read_list(_absolute(token[1:])):
@@ -449,7 +479,9 @@ def _expand_braces(pattern: str) -> Iterator[str]:
     try:
         yield from map(_absolute, braceexpand(pattern))
     except ValueError:
-        raise SourceError(f"braces do not match in {pattern!r}") from None  # it shows the URI as it is
+        raise SourceError(
+            f"braces do not match in {pattern!r}"
+        ) from None  # it shows the URI as it is
 
 
 def _read_list(location: str) -> list[str]:
@@ -460,7 +492,10 @@ def _read_list(location: str) -> list[str]:
         raise SourceError(f"cannot read the shard list {location}: {error}") from error
     folder = location.rpartition("/")[0]
     entries = [line for line in lines if line and not line.startswith("#")]
-    return [entry if "://" in entry or entry.startswith(("/", "~")) else f"{folder}/{entry}" for entry in entries]
+    return [
+        entry if "://" in entry or entry.startswith(("/", "~")) else f"{folder}/{entry}"
+        for entry in entries
+    ]
 
 
 class _Store:
@@ -488,7 +523,11 @@ class _Store:
             matches = [info for name, info in entries.items() if not name.startswith(".")]
             rest = parts
         elif _is_magic(head):
-            matches = [info for name, info in entries.items() if fnmatchcase(name, head) and not name.startswith(".")]
+            matches = [
+                info
+                for name, info in entries.items()
+                if fnmatchcase(name, head) and not name.startswith(".")
+            ]
         else:
             matches = [entries[head]] if head in entries else []
         for info in matches:
@@ -501,7 +540,9 @@ class _Store:
         if folder not in self._listings:
             selector = pafs.FileSelector(folder, allow_not_found=True)
             try:
-                infos = patiently(lambda: self._filesystem.get_file_info(selector), self.location(folder))
+                infos = patiently(
+                    lambda: self._filesystem.get_file_info(selector), self.location(folder)
+                )
             except NotADirectoryError:
                 infos = []
             self._listings[folder] = {info.base_name: info for info in infos}
@@ -509,7 +550,11 @@ class _Store:
 
 
 def _absolute(path: str) -> str:
-    return path if is_remote(path) else os.path.abspath(os.path.expanduser(path.removeprefix("file://")))
+    return (
+        path
+        if is_remote(path)
+        else os.path.abspath(os.path.expanduser(path.removeprefix("file://")))
+    )
 
 
 def _split_location(location: str) -> tuple[str, str, str]:
@@ -557,7 +602,9 @@ def _shard_names(locations: list[str]) -> dict[str, str]:
     uses = Counter(names.values())
     for location, name in names.items():
         if uses[name] > 1 or len(name) > NAME_LENGTH:
-            names[location] = f"{name[:NAME_LENGTH]}-{hashlib.blake2b(location.encode(), digest_size=4).hexdigest()}"
+            names[location] = (
+                f"{name[:NAME_LENGTH]}-{hashlib.blake2b(location.encode(), digest_size=4).hexdigest()}"
+            )
     return names
 
 

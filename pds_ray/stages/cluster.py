@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pds_ray.artifacts import MODALITIES
 from pds_ray.config import ClusterConfig, ConfigError
+from pds_ray.store.artifacts import MODALITIES
 
 FLAT_LIMIT = 100_000  # clusters fitted at one level
 # Clusters begun from `seeds`, and the rows a cluster that these are chosen among. Each choice reads all these rows, so
@@ -49,7 +49,9 @@ def spaces(config: ClusterConfig) -> tuple[str, ...]:
 
 def joined(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
     """Both sides of each pair at equal length, as one unit vector. float32 [n, d] twice -> float32 [n, 2d]."""
-    return np.concatenate([normalized(images), normalized(texts)], axis=1) * np.float32(math.sqrt(0.5))
+    return np.concatenate([normalized(images), normalized(texts)], axis=1) * np.float32(
+        math.sqrt(0.5)
+    )
 
 
 def sample_share(rows: int, dim: int, config: ClusterConfig, clusters: int) -> float:
@@ -82,7 +84,9 @@ def normalized(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.where(norms > 0, norms, 1)
 
 
-def fit(vectors: np.ndarray, weights: np.ndarray, clusters: int, seed: int, config: ClusterConfig) -> Fit:
+def fit(
+    vectors: np.ndarray, weights: np.ndarray, clusters: int, seed: int, config: ClusterConfig
+) -> Fit:
     """Weighted Lloyd k-means. vectors float32 [n, d], weights float32 [n]; on the GPU if FAISS has one.
 
     The vectors are taken as they are, `normalize` or not, and not copied. Raises ValueError if there are fewer vectors
@@ -93,7 +97,9 @@ def fit(vectors: np.ndarray, weights: np.ndarray, clusters: int, seed: int, conf
     training = np.ascontiguousarray(vectors, np.float32)
     weights = np.ascontiguousarray(weights, np.float32)
     best: Fit | None = None
-    for restart in range(config.restarts):  # not FAISS's nredo: its objective leaves the weights out
+    for restart in range(
+        config.restarts
+    ):  # not FAISS's nredo: its objective leaves the weights out
         rng = np.random.default_rng([seed, restart])
         start = seeds(training, weights, clusters, rng) if clusters <= SEED_LIMIT else None
         fitted = lloyd(training, weights, clusters, start, seed + 1 + restart, config)
@@ -104,7 +110,12 @@ def fit(vectors: np.ndarray, weights: np.ndarray, clusters: int, seed: int, conf
 
 
 def lloyd(
-    vectors: np.ndarray, weights: np.ndarray, clusters: int, start: np.ndarray | None, seed: int, config: ClusterConfig
+    vectors: np.ndarray,
+    weights: np.ndarray,
+    clusters: int,
+    start: np.ndarray | None,
+    seed: int,
+    config: ClusterConfig,
 ) -> Fit:
     """One fit from `start`, float32 [clusters, d], or else from what FAISS draws. The rest as of `fit`, contiguous."""
     import faiss
@@ -116,7 +127,9 @@ def lloyd(
         niter=config.iterations,
         seed=seed,
         min_points_per_centroid=1,  # few points per cluster are normal here: no warning
-        max_points_per_centroid=max(1, -(-len(vectors) // clusters)),  # the sample is ours: no second, silent one
+        max_points_per_centroid=max(
+            1, -(-len(vectors) // clusters)
+        ),  # the sample is ours: no second, silent one
         gpu=gpus > 0,
         # FAISS's objective leaves the weights out: where they differ it may rest while theirs still falls
         early_stop_threshold=config.tolerance if (weights == weights[0]).all() else 0,
@@ -128,7 +141,9 @@ def lloyd(
     return Fit(centroids, _objective(vectors, weights, centroids, labels), len(vectors))
 
 
-def seeds(vectors: np.ndarray, weights: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
+def seeds(
+    vectors: np.ndarray, weights: np.ndarray, clusters: int, rng: np.random.Generator
+) -> np.ndarray:
     """Rows to begin a k-means from, by greedy k-means++. float32 [n, d], float32 [n] -> float32 [clusters, d].
 
     Each is the one of 2 + log(clusters) candidates, drawn by weight times squared distance to the seeds so far, that
@@ -155,8 +170,12 @@ def seeds(vectors: np.ndarray, weights: np.ndarray, clusters: int, rng: np.rando
     nearest = nearer(np.array(chosen), np.inf)[0]
     while len(chosen) < clusters:
         mass = np.cumsum(weight * nearest)
-        drawn = np.searchsorted(mass, rng.random(2 + int(math.log(clusters))) * mass[-1], side="right")
-        candidates = np.minimum(drawn, len(rows) - 1)  # beyond the last if all that is left are copies of seeds
+        drawn = np.searchsorted(
+            mass, rng.random(2 + int(math.log(clusters))) * mass[-1], side="right"
+        )
+        candidates = np.minimum(
+            drawn, len(rows) - 1
+        )  # beyond the last if all that is left are copies of seeds
         apart = nearer(candidates, nearest)
         best = np.einsum("cn,n->c", apart, weight).argmin()
         chosen.append(int(candidates[best]))
@@ -176,7 +195,9 @@ def _whole(vectors: np.ndarray) -> np.ndarray:
     return np.rint(points, out=points)
 
 
-def _objective(vectors: np.ndarray, weights: np.ndarray, centroids: np.ndarray, labels: np.ndarray) -> float:
+def _objective(
+    vectors: np.ndarray, weights: np.ndarray, centroids: np.ndarray, labels: np.ndarray
+) -> float:
     """Weighted sum of squared distances. Not from FAISS's distances: their last bits depend on the threads."""
     total = 0.0
     for start in range(0, len(vectors), OBJECTIVE_ROWS):
@@ -208,7 +229,9 @@ def fit_cells(
     coarse = fit(vectors, weights, round(math.sqrt(clusters)), seed, config).centroids
     filled, cell_of = np.unique(assign(vectors, coarse), return_inverse=True)
     allotted = allot(clusters, np.bincount(cell_of, weights), np.bincount(cell_of))
-    return Cells(coarse[filled], np.concatenate([[0], np.cumsum(allotted)])), cell_of.astype(np.int32)
+    return Cells(coarse[filled], np.concatenate([[0], np.cumsum(allotted)])), cell_of.astype(
+        np.int32
+    )
 
 
 def allot(clusters: int, weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -220,7 +243,10 @@ def allot(clusters: int, weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
     def shares(scale: float) -> np.ndarray:
         return np.clip(scale * weights, 1, rows)
 
-    low, high = 0.0, 2 * float((rows / weights).max())  # from where each cell has 1 to where it has all it can take
+    low, high = (
+        0.0,
+        2 * float((rows / weights).max()),
+    )  # from where each cell has 1 to where it has all it can take
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if shares(middle).sum() <= clusters else (low, middle)
     share = shares(low)

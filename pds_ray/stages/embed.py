@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from pds_ray.artifacts import ERROR_SCHEMA, caption_schema, embedding_array, image_schema
-from pds_ray.captions import CLEANERS
 from pds_ray.config import EmbedConfig, ReadConfig
 from pds_ray.encoders.base import ROW_MULTIPLE, Encoder, Preprocess
-from pds_ray.images import ImageError, decode_image
+from pds_ray.modalities.image import ImageError, decode_image
+from pds_ray.modalities.text import CLEANERS
 from pds_ray.sources.base import Fault, Shard, Source, read_shard
+from pds_ray.store.artifacts import ERROR_SCHEMA, caption_schema, embedding_array, image_schema
 
 END = "end"  # reason of the row that closes a shard; its ordinal is the number of rows before it
 BLOCK_SAMPLES = 256
@@ -36,7 +36,10 @@ RAW_SCHEMA = pa.schema(
         ("shard", pa.string()),
         ("ordinal", pa.int32()),
         ("key", pa.string()),
-        ("image", pa.large_binary()),  # encoded picture; after decode_block raw RGB pixels; null for a fault
+        (
+            "image",
+            pa.large_binary(),
+        ),  # encoded picture; after decode_block raw RGB pixels; null for a fault
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("captions", pa.list_(pa.string())),
@@ -85,7 +88,10 @@ def read_blocks(source: Source, shard: Shard) -> Iterator[pa.Table]:
 
 
 def decode_block(
-    block: pa.Table, preprocess: Preprocess, config: ReadConfig, before: Callable[[int], None] = lambda _: None
+    block: pa.Table,
+    preprocess: Preprocess,
+    config: ReadConfig,
+    before: Callable[[int], None] = lambda _: None,
 ) -> pa.Table:
     """Pictures decoded and resized to the encoder's size, captions cleaned; what fails gets a reason.
 
@@ -97,14 +103,24 @@ def decode_block(
         if row["reason"] is None:
             before(row["ordinal"])
             try:
-                image = decode_image(row["image"], max_pixels=config.max_pixels, min_side=config.min_side)
+                image = decode_image(
+                    row["image"], max_pixels=config.max_pixels, min_side=config.min_side
+                )
             except ImageError as error:
                 row |= {"image": None, "reason": error.reason, "detail": error.detail[:500]}
             else:
-                row |= {"image": preprocess(image).tobytes(), "width": image.width, "height": image.height}
+                row |= {
+                    "image": preprocess(image).tobytes(),
+                    "width": image.width,
+                    "height": image.height,
+                }
                 row["captions"] = list(filter(None, map(clean, row["captions"])))
                 if not row["captions"]:
-                    row |= {"image": None, "reason": "missing_caption", "detail": "empty after cleaning"}
+                    row |= {
+                        "image": None,
+                        "reason": "missing_caption",
+                        "detail": "empty after cleaning",
+                    }
         rows.append(row)
     return pa.Table.from_pylist(rows, schema=RAW_SCHEMA)
 
@@ -123,7 +139,9 @@ def embed_block(block: pa.Table, encoder: Encoder, size: int, config: EmbedConfi
 
     image_embeddings = _batched(
         [pixels[i] for i in good],
-        lambda chunk: encoder.encode_images(np.frombuffer(b"".join(chunk), np.uint8).reshape(-1, size, size, 3).copy()),
+        lambda chunk: encoder.encode_images(
+            np.frombuffer(b"".join(chunk), np.uint8).reshape(-1, size, size, 3).copy()
+        ),
         bytes(size * size * 3),
         encoder.dim,
         config.batch_size,
@@ -131,12 +149,19 @@ def embed_block(block: pa.Table, encoder: Encoder, size: int, config: EmbedConfi
     caption_embeddings = _batched(flat, encoder.encode_captions, "", encoder.dim, config.batch_size)
     dtype = np.dtype(config.store_dtype)
     with np.errstate(over="ignore"):  # beyond float16 is infinity, an error row like any other
-        stored_images, stored_captions = image_embeddings.astype(dtype), caption_embeddings.astype(dtype)
+        stored_images, stored_captions = (
+            image_embeddings.astype(dtype),
+            caption_embeddings.astype(dtype),
+        )
 
     finite = np.isfinite(stored_images).all(axis=1)
     np.logical_and.at(finite, owner, np.isfinite(stored_captions).all(axis=1))
     details = block.column("detail").to_pylist()
-    bad = {i: (reason, details[i] or "") for i, reason in enumerate(reasons) if reason not in (None, END)}
+    bad = {
+        i: (reason, details[i] or "")
+        for i, reason in enumerate(reasons)
+        if reason not in (None, END)
+    }
     bad |= {good[n]: ("nonfinite_embedding", "") for n in np.flatnonzero(~finite)}
     errors = [{"key": keys[i], "reason": bad[i][0], "detail": bad[i][1]} for i in sorted(bad)]
 
@@ -178,7 +203,11 @@ def embed_block(block: pa.Table, encoder: Encoder, size: int, config: EmbedConfi
 
 
 def _batched(
-    items: list[Any], encode: Callable[[list[Any]], np.ndarray], filler: Any, dim: int, batch_size: int
+    items: list[Any],
+    encode: Callable[[list[Any]], np.ndarray],
+    filler: Any,
+    dim: int,
+    batch_size: int,
 ) -> np.ndarray:
     """Encodes in chunks of `batch_size`, the last filled up to a multiple of ROW_MULTIPLE -> float32 [items, dim]."""
     out = np.empty((len(items), dim), np.float32)
@@ -249,7 +278,9 @@ def add_counts(totals: dict[str, Any], counts: dict[str, Any]) -> None:
     """Adds a shard's counts to running totals."""
     for name in ("images", "pairs", "bad"):
         totals[name] += counts[name]
-    totals["reasons"] = dict(sorted((Counter(totals["reasons"]) + Counter(counts["reasons"])).items()))
+    totals["reasons"] = dict(
+        sorted((Counter(totals["reasons"]) + Counter(counts["reasons"])).items())
+    )
 
 
 def sum_counts(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -262,7 +293,9 @@ def sum_counts(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 def part_to_tables(part: Part) -> dict[str, pa.Table]:
     """A part as Parquet-ready tables, its numbers in the metadata."""
-    info = {b"part": json.dumps({"first": part.first, "rows": part.rows, "total": part.total}).encode()}
+    info = {
+        b"part": json.dumps({"first": part.first, "rows": part.rows, "total": part.total}).encode()
+    }
     return {
         "images": part.images.replace_schema_metadata(info),
         "captions": part.captions,
@@ -284,7 +317,12 @@ def part_from_tables(tables: dict[str, pa.Table]) -> Part:
 
 
 def embed_shard(
-    source: Source, shard: Shard, encoder: Encoder, preprocess: Preprocess, read: ReadConfig, config: EmbedConfig
+    source: Source,
+    shard: Shard,
+    encoder: Encoder,
+    preprocess: Preprocess,
+    read: ReadConfig,
+    config: EmbedConfig,
 ) -> tuple[pa.Table, pa.Table, pa.Table]:
     """The whole stage for one shard in one process: the oracle of the distributed one."""
     blocks = (decode_block(block, preprocess, read) for block in read_blocks(source, shard))

@@ -23,12 +23,18 @@ Counts = tuple[np.ndarray, np.ndarray, np.ndarray]
 """A sparse contingency table: its cells (int64, i * K + j, ascending), counts (int64) and summed cosines (float64)."""
 
 
-def count_pairs(image_cluster: np.ndarray, text_cluster: np.ndarray, similarity: np.ndarray, clusters: int) -> Counts:
+def count_pairs(
+    image_cluster: np.ndarray, text_cluster: np.ndarray, similarity: np.ndarray, clusters: int
+) -> Counts:
     """The contingency table of some pairs: int32 [n], int32 [n] (-1 where pruned), float32 [n]."""
     kept = image_cluster >= 0
     packed = image_cluster[kept].astype(np.int64) * clusters + text_cluster[kept]
     cells, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
-    return cells, counts.astype(np.int64), np.bincount(inverse, weights=similarity[kept], minlength=len(cells))
+    return (
+        cells,
+        counts.astype(np.int64),
+        np.bincount(inverse, weights=similarity[kept], minlength=len(cells)),
+    )
 
 
 def merge_counts(parts: list[Counts]) -> Counts:
@@ -37,7 +43,9 @@ def merge_counts(parts: list[Counts]) -> Counts:
     unique, inverse = np.unique(cells, return_inverse=True)
     counts = np.zeros(len(unique), np.int64)
     np.add.at(counts, inverse, np.concatenate([part[1] for part in parts]))
-    cosines = np.bincount(inverse, weights=np.concatenate([part[2] for part in parts]), minlength=len(unique))
+    cosines = np.bincount(
+        inverse, weights=np.concatenate([part[2] for part in parts]), minlength=len(unique)
+    )
     return unique, counts, cosines
 
 
@@ -74,7 +82,9 @@ def sum_counts(parts: Iterable[Counts]) -> Counts:
     return known[0][:-1], known[1][:-1], known[2][:-1]
 
 
-def assign_clusters(cells: np.ndarray, counts: np.ndarray, clusters: int, solver: str = "auto") -> np.ndarray:
+def assign_clusters(
+    cells: np.ndarray, counts: np.ndarray, clusters: int, solver: str = "auto"
+) -> np.ndarray:
     """The text cluster matched to each image cluster: a permutation, int64 [K].
 
     Dense and sparse give the same total; where several assignments do, which one is the solver's choice.
@@ -89,7 +99,9 @@ def assign_clusters(cells: np.ndarray, counts: np.ndarray, clusters: int, solver
 def _assign_sparse(cells: np.ndarray, counts: np.ndarray, clusters: int) -> np.ndarray:
     """Each image cluster gets a private dummy column of weight 0, so that a full matching always exists."""
     own = np.arange(clusters)
-    ends = np.searchsorted(cells, (own + 1) * clusters)  # the cells are in the order of a CSR array already
+    ends = np.searchsorted(
+        cells, (own + 1) * clusters
+    )  # the cells are in the order of a CSR array already
     # the solver takes no zero weights: everything is shifted by 1, the same for every full matching
     weights = np.insert(counts + 1.0, ends, 1.0)
     columns = np.insert((cells % clusters).astype(np.int32), ends, clusters + own)
@@ -103,7 +115,12 @@ def _assign_sparse(cells: np.ndarray, counts: np.ndarray, clusters: int) -> np.n
 
 
 def couples(
-    cells: np.ndarray, counts: np.ndarray, cosines: np.ndarray, text_of: np.ndarray, pairs: int, config: MatchConfig
+    cells: np.ndarray,
+    counts: np.ndarray,
+    cosines: np.ndarray,
+    text_of: np.ndarray,
+    pairs: int,
+    config: MatchConfig,
 ) -> dict[str, np.ndarray]:
     """The matched couples as columns of couples.parquet; pairless ones are there only if they are kept."""
     image_cluster = np.arange(len(text_of))

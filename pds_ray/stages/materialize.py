@@ -28,11 +28,11 @@ from PIL import Image
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from pds_ray.artifacts import RunFolder, vectors
-from pds_ray.captions import clean_basic
 from pds_ray.errors import UserError
-from pds_ray.images import ImageError, decode_image
-from pds_ray.storage import Folder, side_by_side
+from pds_ray.modalities.image import ImageError, decode_image
+from pds_ray.modalities.text import clean_basic
+from pds_ray.store.artifacts import RunFolder, vectors
+from pds_ray.store.storage import Folder, side_by_side
 
 Files = dict[str, dict[str, Any]]  # name in the set -> bytes and SHA-256
 
@@ -46,17 +46,35 @@ METADATA = "metadata.jsonl"
 DISTILLED = """Made with pds_ray by Prototype-guided Data Synthesis (Choi, Mo, Chae, ICLR 2026): CLIP embeddings of
 images and captions are clustered apart, clusters are matched by the pairs they share, the shared pairs are averaged to
 prototypes, and each prototype is decoded to a picture with the nearest caption as prompt."""
-DEPARTURES: dict[tuple[str, str, object], str] = {  # (section, option, value) -> what the card says of it
+DEPARTURES: dict[
+    tuple[str, str, object], str
+] = {  # (section, option, value) -> what the card says of it
     (
         "cluster",
         "modality",
         "joint",
     ): "one k-means on both embeddings of a pair took the place of two and of the matching",
-    ("cluster", "modality", "image"): "one k-means on the images took the place of two and of the matching",
-    ("cluster", "modality", "text"): "one k-means on the captions took the place of two and of the matching",
-    ("match", "filter", False): "whole clusters were averaged, not only the pairs that matched ones share",
+    (
+        "cluster",
+        "modality",
+        "image",
+    ): "one k-means on the images took the place of two and of the matching",
+    (
+        "cluster",
+        "modality",
+        "text",
+    ): "one k-means on the captions took the place of two and of the matching",
+    (
+        "match",
+        "filter",
+        False,
+    ): "whole clusters were averaged, not only the pairs that matched ones share",
     ("decode", "condition", "caption"): "pictures were decoded from the captions alone",
-    ("caption", "nearest_to", "picture"): "a caption is the real one nearest to the finished picture",
+    (
+        "caption",
+        "nearest_to",
+        "picture",
+    ): "a caption is the real one nearest to the finished picture",
 }
 SELECTED = """Made with pds_ray by choosing pairs of the source: pictures and captions are real, and belong together; no
 picture is chosen twice. The prototypes are the pairs' own embeddings."""
@@ -90,13 +108,17 @@ class DistilledSet:
         try:
             data = self.folder.read_bytes(name)
         except OSError as error:
-            raise DistilledSetError(f"{self.folder.full(name)} cannot be read ({error.strerror})") from error
+            raise DistilledSetError(
+                f"{self.folder.full(name)} cannot be read ({error.strerror})"
+            ) from error
         if hashlib.sha256(data).hexdigest() != self.manifest["files"][name]["sha256"]:
             raise DistilledSetError(f"{self.folder.full(name)} is not the picture that was written")
         try:
             return decode_image(data, min_side=1)
         except ImageError as error:
-            raise DistilledSetError(f"{self.folder.full(name)} is no usable picture ({error})") from error
+            raise DistilledSetError(
+                f"{self.folder.full(name)} is no usable picture ({error})"
+            ) from error
 
 
 def records(prototypes: pa.Table, captions: pa.Table | None = None) -> list[dict[str, Any]]:
@@ -107,8 +129,13 @@ def records(prototypes: pa.Table, captions: pa.Table | None = None) -> list[dict
     plain = prototypes.drop_columns(["image_prototype", "text_prototype"]).to_pylist()
     if captions is not None:
         chosen = captions.to_pylist()
-        plain = [{**row, **own, "prompt": row["caption"]} for row, own in zip(plain, chosen, strict=True)]
-    return [{"file_name": RunFolder.image_name(row["pair"]), "text": row.pop("caption"), **row} for row in plain]
+        plain = [
+            {**row, **own, "prompt": row["caption"]} for row, own in zip(plain, chosen, strict=True)
+        ]
+    return [
+        {"file_name": RunFolder.image_name(row["pair"]), "text": row.pop("caption"), **row}
+        for row in plain
+    ]
 
 
 def write_distilled(
@@ -154,7 +181,9 @@ def write_distilled(
     _write(target, PROTOTYPES, save_safetensors(tensors), others)
     _write(target, CARD, card(rows, about).encode(), others)
     files = pictures | tars | others
-    target.write_json(MANIFEST, {"schema": SET_SCHEMA_VERSION, "pairs": len(rows), "about": about, "files": files})
+    target.write_json(
+        MANIFEST, {"schema": SET_SCHEMA_VERSION, "pairs": len(rows), "about": about, "files": files}
+    )
     return {"pairs": len(rows), "bytes": sum(file["bytes"] for file in files.values())}
 
 
@@ -212,7 +241,11 @@ def card(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     `about` has a "selection" if the pairs are real ones that were chosen, and then its description.
     """
     chosen = "selection" in about
-    making = f"{SELECTED} Method: {about['selection']}." if chosen else " ".join([DISTILLED, *_departures(about)])
+    making = (
+        f"{SELECTED} Method: {about['selection']}."
+        if chosen
+        else " ".join([DISTILLED, *_departures(about)])
+    )
     decoder = "" if chosen else f"- decoder: `{about['decoder']}`\n"
     limits = (
         "A small set leaves out most of its source"
@@ -221,7 +254,9 @@ def card(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     )
     size = next((name for limit, name in SIZES if len(rows) < limit), "n>1M")
     counts = "\n".join(f"| {name} | {value} |" for name, value in about["counts"].items())
-    examples = "\n".join(f"| {row['pair']} | {_cell(row['text'])} | {row['cosine']:.3f} |" for row in rows[:10])
+    examples = "\n".join(
+        f"| {row['pair']} | {_cell(row['text'])} | {row['cosine']:.3f} |" for row in rows[:10]
+    )
     return f"""---
 license: other
 license_name: inherits-the-source
@@ -302,31 +337,48 @@ def load_distilled(path: str) -> DistilledSet:
     if not folder.exists(MANIFEST) and (folder / "distilled").exists(MANIFEST):
         folder = folder / "distilled"
     if not folder.exists(MANIFEST):
-        raise DistilledSetError(f"{path} is no distilled set: it has no {MANIFEST} (is the run finished?)")
+        raise DistilledSetError(
+            f"{path} is no distilled set: it has no {MANIFEST} (is the run finished?)"
+        )
     try:
         manifest = folder.read_json(MANIFEST)
-        metadata, prototypes = (folder / "imagefolder").read_bytes(METADATA), folder.read_bytes(PROTOTYPES)
+        metadata, prototypes = (
+            (folder / "imagefolder").read_bytes(METADATA),
+            folder.read_bytes(PROTOTYPES),
+        )
         files, pairs = manifest["files"], manifest["pairs"]
         for name, data in ((f"imagefolder/{METADATA}", metadata), (PROTOTYPES, prototypes)):
             if hashlib.sha256(data).hexdigest() != files[name]["sha256"]:
-                raise DistilledSetError(f"{path} is a damaged distilled set: {name} is not the file that was written")
+                raise DistilledSetError(
+                    f"{path} is a damaged distilled set: {name} is not the file that was written"
+                )
         rows = [json.loads(line) for line in metadata.decode().split("\n") if line]
         tensors = load_safetensors(prototypes)
         image, text = tensors["image_prototypes"], tensors["text_prototypes"]
         pictures = {row["file_name"] for row in rows}
         if unlisted := {f"imagefolder/{name}" for name in pictures}.difference(files):
-            raise DistilledSetError(f"{path} is a damaged distilled set: its manifest does not list {min(unlisted)}")
+            raise DistilledSetError(
+                f"{path} is a damaged distilled set: its manifest does not list {min(unlisted)}"
+            )
         if not isinstance(manifest["about"], dict):
-            raise DistilledSetError(f"{path} is a damaged distilled set: its manifest does not say what it is about")
+            raise DistilledSetError(
+                f"{path} is a damaged distilled set: its manifest does not say what it is about"
+            )
         images = folder / "imagefolder"  # listings of object stores may be behind
-        missing = {name for name in pictures.difference(images.names(".png")) if not images.exists(name)}
+        missing = {
+            name for name in pictures.difference(images.names(".png")) if not images.exists(name)
+        }
         captions = [row.get("text") or "" for row in rows]
     except DistilledSetError:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DistilledSetError(f"{path} is a damaged distilled set ({error!r})") from error
     if not len(rows) == pairs == len(image) == len(text):
-        raise DistilledSetError(f"{path} is a damaged distilled set: its files disagree on the number of pairs")
+        raise DistilledSetError(
+            f"{path} is a damaged distilled set: its files disagree on the number of pairs"
+        )
     if missing:
-        raise DistilledSetError(f"{path} is a damaged distilled set: {len(missing)} pictures are gone ({min(missing)})")
+        raise DistilledSetError(
+            f"{path} is a damaged distilled set: {len(missing)} pictures are gone ({min(missing)})"
+        )
     return DistilledSet(folder, captions, image, text, rows, manifest)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
-from pds_ray.artifacts import MEMBER_SAMPLE
 from pds_ray.stages.cluster import normalized
+from pds_ray.store.artifacts import MEMBER_SAMPLE
 
 
 @dataclass
@@ -50,7 +50,14 @@ def empty_sums(couple: np.ndarray, dim: int) -> Sums:
     """Nothing summed yet, for the couples given."""
     count = len(couple)
     counts = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    return Sums(couple, np.zeros((count, dim)), np.zeros((count, dim)), *counts, np.zeros(count), [[] for _ in couple])
+    return Sums(
+        couple,
+        np.zeros((count, dim)),
+        np.zeros((count, dim)),
+        *counts,
+        np.zeros(count),
+        [[] for _ in couple],
+    )
 
 
 def shard_sums(
@@ -86,7 +93,9 @@ def shard_sums(
     used, row_of_used = np.unique(image_row[on_image], return_inverse=True)
     images = image_vectors[used].astype(np.float64)  # each once, however many captions it has
     sums.image += _summed(images, row_of_used, image_group, len(touched))
-    sums.text += _summed(text_vectors[on_text].astype(np.float64), np.arange(len(on_text)), text_group, len(touched))
+    sums.text += _summed(
+        text_vectors[on_text].astype(np.float64), np.arange(len(on_text)), text_group, len(touched)
+    )
     norms = np.linalg.norm(images, axis=1)[row_of_used]
     sums.image_norm += np.bincount(image_group, weights=norms, minlength=len(touched))
     sums.image_count += np.bincount(image_group, minlength=len(touched))
@@ -105,7 +114,9 @@ def _summed(vectors: np.ndarray, rows: np.ndarray, group: np.ndarray, groups: in
     """
     starts = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=groups))])
     in_order = rows[np.argsort(group, kind="stable")]
-    return sp.csr_array((np.ones(len(rows)), in_order, starts), shape=(groups, len(vectors))) @ vectors
+    return (
+        sp.csr_array((np.ones(len(rows)), in_order, starts), shape=(groups, len(vectors))) @ vectors
+    )
 
 
 def add_sums(total: Sums, part: Sums) -> None:
@@ -147,7 +158,10 @@ def means(sums: Sums) -> Prototypes:
     return Prototypes(*vectors, cosine[order], sums.couple[alive[order]])
 
 
-QUERIES_AT_ONCE, ROWS_AT_ONCE = 2_048, 16_384  # their cosines are 128 MiB, however many there are of both
+QUERIES_AT_ONCE, ROWS_AT_ONCE = (
+    2_048,
+    16_384,
+)  # their cosines are 128 MiB, however many there are of both
 
 
 @dataclass
@@ -197,7 +211,11 @@ def nearest_rows(
 def merge_nearest(total: Nearest, part: Nearest) -> None:
     """Keeps the better of both; the earlier shard wins a tie. Called in shard order."""
     better = part.cosine > total.cosine
-    for mine, theirs in ((total.cosine, part.cosine), (total.shard, part.shard), (total.row, part.row)):
+    for mine, theirs in (
+        (total.cosine, part.cosine),
+        (total.shard, part.shard),
+        (total.row, part.row),
+    ):
         mine[better] = theirs[better]
 
 
@@ -206,4 +224,6 @@ def by_shard(nearest: Nearest) -> list[tuple[int, np.ndarray, np.ndarray]]:
     order = np.argsort(nearest.shard, kind="stable")
     numbers, starts = np.unique(nearest.shard[order], return_index=True)
     parts = np.split(order, starts[1:])
-    return [(int(number), mine, nearest.row[mine]) for number, mine in zip(numbers, parts, strict=False)]
+    return [
+        (int(number), mine, nearest.row[mine]) for number, mine in zip(numbers, parts, strict=False)
+    ]

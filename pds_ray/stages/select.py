@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from pds_ray.artifacts import EmbeddingStore, embeddings, prototype_schema, vector_array
 from pds_ray.selectors.base import Candidates
 from pds_ray.stages.cluster import normalized
+from pds_ray.store.artifacts import EmbeddingStore, embeddings, prototype_schema, vector_array
 
 
 def candidate_bytes(images: int, pairs: int, dim: int) -> int:
@@ -51,11 +51,14 @@ def split_by_shard(
     rows = np.asarray(picks, np.int64)
     of = np.searchsorted(starts, rows, side="right") - 1
     return [
-        (shards[number], np.flatnonzero(of == number), rows[of == number] - starts[number]) for number in np.unique(of)
+        (shards[number], np.flatnonzero(of == number), rows[of == number] - starts[number])
+        for number in np.unique(of)
     ]
 
 
-def chosen_pairs(shard: str, places: np.ndarray, rows: np.ndarray, store: EmbeddingStore) -> pa.Table:
+def chosen_pairs(
+    shard: str, places: np.ndarray, rows: np.ndarray, store: EmbeddingStore
+) -> pa.Table:
     """Rows of prototypes.parquet for the pairs that were chosen of a shard, numbered by their places."""
     captions = store.captions(shard).take(rows)
     images = store.images(shard, ["embedding"]).take(captions.column("image_row"))

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pds_ray.artifacts import vectors
 from pds_ray.config import DecodeConfig
 from pds_ray.decoders.base import DecodeBatch, Decoder
+from pds_ray.store.artifacts import vectors
 
 
 def pair_seed(run_seed: int, pair: int) -> int:
@@ -28,11 +28,15 @@ def chunks(pairs: int, batch_size: int) -> list[range]:
     return [range(start, min(start + batch_size, pairs)) for start in range(0, pairs, batch_size)]
 
 
-def make_batch(prototypes: pa.Table, pairs: range, run_seed: int, config: DecodeConfig) -> DecodeBatch:
+def make_batch(
+    prototypes: pa.Table, pairs: range, run_seed: int, config: DecodeConfig
+) -> DecodeBatch:
     """The request for one chunk, from the whole of prototypes.parquet."""
     rows = prototypes.slice(pairs.start, len(pairs))
     image = _image_prototypes(rows, config.rescale)
-    if config.condition == "caption":  # the decoder must be given some embedding: one that says nothing of the pair
+    if (
+        config.condition == "caption"
+    ):  # the decoder must be given some embedding: one that says nothing of the pair
         mean = _image_prototypes(prototypes, config.rescale).mean(axis=0, dtype=np.float64)
         image = np.tile(mean, (len(pairs), 1))
     shards, keys = rows.column("nearest_shard").to_pylist(), rows.column("nearest_key").to_pylist()
@@ -53,7 +57,9 @@ def _image_prototypes(rows: pa.Table, rescale: bool) -> np.ndarray:
     return image * (rows.column("member_norm").to_numpy() / np.where(norms > 0, norms, 1))[:, None]
 
 
-def synthesize_chunk(decoder: Decoder, batch: DecodeBatch, config: DecodeConfig) -> Iterator[Image.Image]:
+def synthesize_chunk(
+    decoder: Decoder, batch: DecodeBatch, config: DecodeConfig
+) -> Iterator[Image.Image]:
     """One picture a row, `image_size` square if one is asked for (LANCZOS, methods.md A.1, step 15).
 
     A picture is made when it is asked for, if the decoder allows.
@@ -61,6 +67,12 @@ def synthesize_chunk(decoder: Decoder, batch: DecodeBatch, config: DecodeConfig)
     count, side = 0, (config.image_size, config.image_size)
     for image in decoder.decode(batch):
         count += 1
-        yield image if config.image_size == 0 or image.size == side else image.resize(side, Image.Resampling.LANCZOS)
+        yield (
+            image
+            if config.image_size == 0 or image.size == side
+            else image.resize(side, Image.Resampling.LANCZOS)
+        )
     if count != len(batch.captions):
-        raise RuntimeError(f"the decoder gave {count} pictures for {len(batch.captions)} prototypes")
+        raise RuntimeError(
+            f"the decoder gave {count} pictures for {len(batch.captions)} prototypes"
+        )

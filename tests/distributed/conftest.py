@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pds_ray.artifacts import RunFolder
 from pds_ray.config import RayConfig
-from pds_ray.storage import Folder
+from pds_ray.store.artifacts import RunFolder
+from pds_ray.store.storage import Folder
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_store import Gathered, make_store
 
-from pds_ray.artifacts import EmbeddingStore, RunFolder
 from pds_ray.config import ClusterConfig, RunConfig
 from pds_ray.distributed import cluster as stage
 from pds_ray.distributed.cluster import cluster
 from pds_ray.distributed.prune import prune
 from pds_ray.stages import cluster as core
-from pds_ray.storage import Folder
+from pds_ray.store.artifacts import EmbeddingStore, RunFolder
+from pds_ray.store.storage import Folder
+from tests.support.synthetic_store import Gathered, make_store
 
 pytestmark = pytest.mark.ray
 DIM, CLUSTERS = 8, 12
@@ -29,25 +29,39 @@ Pruned = tuple[EmbeddingStore, Gathered, dict[str, Any]]
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pruned]:
     folder = tmp_path_factory.mktemp("pruned")
     store, data = make_store(folder / "store", [40, 1, 120, 39])
-    return folder, (store, data, prune(data.shards, len(data.keys), 0.2, store, RunFolder(Folder(str(folder / "run")))))
+    return folder, (
+        store,
+        data,
+        prune(data.shards, len(data.keys), 0.2, store, RunFolder(Folder(str(folder / "run")))),
+    )
 
 
-def new_run(pruned: tuple[Path, Pruned], folder: Path) -> tuple[RunFolder, Callable[..., dict[str, Any]]]:
+def new_run(
+    pruned: tuple[Path, Pruned], folder: Path
+) -> tuple[RunFolder, Callable[..., dict[str, Any]]]:
     """A run of its own on what is pruned, and a call that clusters it."""
     made, (store, data, counts) = pruned
     folder.mkdir(exist_ok=True)
     (folder / "pruning").symlink_to(made / "run" / "pruning")
     run = RunFolder(Folder(str(folder)))
 
-    def call(config: RunConfig = CONFIG, fingerprint: str = "one", **other_counts: int) -> dict[str, Any]:
-        return cluster(data.shards, {**counts, **other_counts}, DIM, store, run, config, fingerprint)
+    def call(
+        config: RunConfig = CONFIG, fingerprint: str = "one", **other_counts: int
+    ) -> dict[str, Any]:
+        return cluster(
+            data.shards, {**counts, **other_counts}, DIM, store, run, config, fingerprint
+        )
 
     return run, call
 
 
 def contents(run: RunFolder) -> dict[str, bytes]:
     root = Path(run.clusters.path)
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file()
+    }
 
 
 def no_fit(*_: Any) -> None:
@@ -91,7 +105,9 @@ def test_a_fit_that_is_finished_is_kept(pruned: tuple[Path, Pruned], tmp_path: P
 
 
 @pytest.mark.parametrize("change", ["fingerprint", "pairs"])
-def test_what_is_of_something_else_is_done_anew(pruned: tuple[Path, Pruned], tmp_path: Path, change: str) -> None:
+def test_what_is_of_something_else_is_done_anew(
+    pruned: tuple[Path, Pruned], tmp_path: Path, change: str
+) -> None:
     run, call = new_run(pruned, tmp_path)
     call()
     written = times(run)
@@ -119,13 +135,18 @@ def in_reverse(function: Callable[..., Any], items: Iterable[Any], *shared: Any)
     return reversed([function(item, *shared) for item in reversed(list(items))])
 
 
-def test_two_levels(pruned: tuple[Path, Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_levels(
+    pruned: tuple[Path, Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, (_, data, _) = pruned
     monkeypatch.setattr(core, "FLAT_LIMIT", CLUSTERS - 1)
     run, call = new_run(pruned, tmp_path / "run")
     counts = call()
     kept = np.concatenate([run.keep(shard) for shard in data.shards])
-    labels = [np.concatenate(column) for column in zip(*(run.labels(shard) for shard in data.shards), strict=True)]
+    labels = [
+        np.concatenate(column)
+        for column in zip(*(run.labels(shard) for shard in data.shards), strict=True)
+    ]
     assert not Path(run.cell_samples("image").path).exists()
     for space, rows, found in zip(("image", "text"), (data.image, data.text), labels, strict=True):
         centroids, cells = run.centroids(space), run.cells(space)
@@ -154,7 +175,11 @@ def test_two_levels(pruned: tuple[Path, Pruned], tmp_path: Path, monkeypatch: py
 def test_normalize_clusters_unit_vectors(pruned: tuple[Path, Pruned], tmp_path: Path) -> None:
     _, (_, data, _) = pruned
     run, call = new_run(pruned, tmp_path)
-    call(RunConfig(pairs=CLUSTERS, cluster=ClusterConfig(iterations=100, tolerance=0, normalize=True)))
+    call(
+        RunConfig(
+            pairs=CLUSTERS, cluster=ClusterConfig(iterations=100, tolerance=0, normalize=True)
+        )
+    )
     kept = np.concatenate([run.keep(shard) for shard in data.shards])
     found = np.concatenate([run.labels(shard)[1] for shard in data.shards])
     rows = data.text / np.linalg.norm(data.text, axis=1, keepdims=True)
@@ -162,4 +187,6 @@ def test_normalize_clusters_unit_vectors(pruned: tuple[Path, Pruned], tmp_path: 
     distances = ((rows[:, None] - centroids[None]) ** 2).sum(axis=2)
     np.testing.assert_array_equal(found[kept], distances.argmin(axis=1)[kept])
     for label in range(CLUSTERS):  # run to convergence
-        np.testing.assert_allclose(centroids[label], rows[found == label].mean(axis=0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            centroids[label], rows[found == label].mean(axis=0), rtol=1e-4, atol=1e-5
+        )

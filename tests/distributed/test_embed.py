@@ -13,20 +13,26 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import ray
-from poisoned import write_shard
 
 from pds_ray import catalog
-from pds_ray.artifacts import EmbeddingStore
 from pds_ray.config import ConfigError, EmbedConfig, RayConfig, RunConfig
 from pds_ray.distributed import embed as embed_module
-from pds_ray.distributed.embed import EmbedWorker, ShardDatasource, check_bad_share, check_failed_share, embed
+from pds_ray.distributed.embed import (
+    EmbedWorker,
+    ShardDatasource,
+    check_bad_share,
+    check_failed_share,
+    embed,
+)
 from pds_ray.distributed.runtime import unwrapped_errors
 from pds_ray.errors import UserError
 from pds_ray.sources.scenes import ScenesSource
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.stages import embed as core
 from pds_ray.stages.embed import embed_shard
-from pds_ray.storage import Folder
+from pds_ray.store.artifacts import EmbeddingStore
+from pds_ray.store.storage import Folder
+from tests.support.poisoned import write_shard
 
 pytestmark = pytest.mark.ray
 CONFIG = RunConfig(embed=EmbedConfig(encoder="demo"), ray=RayConfig(max_bad_share=1.0))
@@ -42,14 +48,18 @@ def same_as_one_process(source, shards, store: EmbeddingStore) -> None:
     info = catalog.describe_encoder(CONFIG.embed)
     encoder = catalog.load_encoder(info, "fp32")
     for shard in shards:
-        images, captions, errors = embed_shard(source, shard, encoder, info.preprocess, CONFIG.read, CONFIG.embed)
+        images, captions, errors = embed_shard(
+            source, shard, encoder, info.preprocess, CONFIG.read, CONFIG.embed
+        )
         assert store.images(shard.name).equals(images, check_metadata=True)
         assert store.captions(shard.name).equals(captions, check_metadata=True)
         assert store.errors(shard.name).equals(errors)
 
 
 @pytest.mark.parametrize("together", [1, 2_000])
-def test_equals_one_process_and_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+def test_equals_one_process_and_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
     monkeypatch.setattr(embed_module, "SHARDS_TOGETHER", together)
     source = ScenesSource("scenes:1100")
     shards = source.shards()
@@ -63,10 +73,14 @@ def test_equals_one_process_and_is_not_repeated(tmp_path: Path, monkeypatch: pyt
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
-def test_shards_larger_than_a_block_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_larger_than_a_block_are_put_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     context = ray.data.DataContext.get_current()
     block_size = context.target_max_block_size
-    context.target_max_block_size = 1 << 20  # the pixels of 1,000 scenes take 12 MB: many blocks a shard
+    context.target_max_block_size = (
+        1 << 20
+    )  # the pixels of 1,000 scenes take 12 MB: many blocks a shard
     put_together, log = embed_module.commit_parts, tmp_path / "log"
     log.mkdir()
 
@@ -113,11 +127,17 @@ def test_a_shard_that_cannot_be_opened_is_no_bad_sample(tmp_path: Path, shared_d
     config = dataclasses.replace(CONFIG, ray=RayConfig(max_bad_share=1.0, max_failed_share=0.5))
     for _ in range(2):  # how often it was tried changes nothing
         counts = embed(source, shards, catalog.describe_encoder(CONFIG.embed), config, store)
-        assert (counts["shards"], counts["failed_shards"], list(counts["failed"])) == (2, 1, ["bomb"])
+        assert (counts["shards"], counts["failed_shards"], list(counts["failed"])) == (
+            2,
+            1,
+            ["bomb"],
+        )
         assert "cannot be opened" in counts["failed"]["bomb"]
 
 
-def test_a_shard_that_loses_every_process_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_that_loses_every_process_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def alone(shard, *_):
         if shard.name.endswith("1"):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -127,7 +147,9 @@ def test_a_shard_that_loses_every_process_is_set_aside(tmp_path: Path, monkeypat
     monkeypatch.setattr(embed_module.runtime, "TASK_RETRIES", 1)
     source = ScenesSource("scenes:2000")
     info = catalog.describe_encoder(CONFIG.embed)
-    work = embed_module._Work(source, info, CONFIG.read, CONFIG.embed, CONFIG.ray, open_store(tmp_path))
+    work = embed_module._Work(
+        source, info, CONFIG.read, CONFIG.embed, CONFIG.ray, open_store(tmp_path)
+    )
     outcomes = dict(embed_module._again(source.shards(), work, None))
     assert outcomes["scenes-00000"] == {"images": 7}
     assert outcomes["scenes-00001"].startswith("whatever embeds it is lost (processes lost: 2,")
@@ -145,7 +167,9 @@ def test_broken_shards_lose_only_what_is_broken(tmp_path: Path, shared_data: Pat
     assert {f"90000000{n}" for n in (4, 5, 6, 7, 8)} <= set(keys["corrupt-images"])
     assert keys["bomb"] == ["000000140", "000000141", "000000142"]
     assert keys["empty"] == keys["not-a-tar"] == []
-    bad = {(shard.name, row["key"]) for shard in shards for row in store.errors(shard.name).to_pylist()}
+    bad = {
+        (shard.name, row["key"]) for shard in shards for row in store.errors(shard.name).to_pylist()
+    }
     assert {
         ("bomb", "900000201"),
         ("truncated", "000000020"),
@@ -162,7 +186,9 @@ def test_one_read_task_a_shard() -> None:
 
 def test_too_much_bad_data_stops_the_run() -> None:
     counts = {"images": 90, "bad": 60, "reasons": {"undecodable_image": 50, "missing_caption": 10}}
-    with pytest.raises(ConfigError, match=r"60 of 150 samples are bad \(mostly undecodable_image: 50\)"):
+    with pytest.raises(
+        ConfigError, match=r"60 of 150 samples are bad \(mostly undecodable_image: 50\)"
+    ):
         check_bad_share(counts, 0.3, final=False)
     check_bad_share(counts, 0.5, final=True)
     few = {"images": 1, "bad": 9, "reasons": {"not_a_tar": 9}}
@@ -211,7 +237,9 @@ def test_an_actor_encodes_while_it_writes(tmp_path: Path, monkeypatch: pytest.Mo
     source = ScenesSource("scenes:8")
     (raw,) = core.read_blocks(source, source.shards()[0])
     info = catalog.describe_encoder(CONFIG.embed)
-    worker = EmbedWorker(info, dataclasses.replace(CONFIG.embed, precision="fp32"), open_store(tmp_path))
+    worker = EmbedWorker(
+        info, dataclasses.replace(CONFIG.embed, precision="fp32"), open_store(tmp_path)
+    )
     writing, encoding, most = threading.Barrier(EmbedWorker.THREADS), 0, 0
     embed_block, commit = core.embed_block, EmbeddingStore.commit
 
@@ -231,7 +259,9 @@ def test_an_actor_encodes_while_it_writes(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(core, "embed_block", embed_slowly)
     monkeypatch.setattr(EmbeddingStore, "commit", commit_together)
     block = core.decode_block(raw, info.preprocess, CONFIG.read)
-    other = block.set_column(block.schema.get_field_index("shard"), "shard", pa.array(["other"] * block.num_rows))
+    other = block.set_column(
+        block.schema.get_field_index("shard"), "shard", pa.array(["other"] * block.num_rows)
+    )
     with ThreadPoolExecutor(EmbedWorker.THREADS) as threads:
         rows = [row for table in threads.map(worker, [block, other]) for row in table.to_pylist()]
     assert [(row["committed"], row["problem"]) for row in rows] == [(True, None)] * 2

@@ -23,20 +23,21 @@ import pytest
 import ray
 import ray.train
 import torch
-from hand_made_set import scenes_set
-from object_store import KEY, SECRET, Faults, proxy, uri
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from tiny_models import save_text_model
 
-from pds_ray import catalog, evaluation, load_distilled
+from pds_ray import catalog, load_distilled
 from pds_ray.config import EvaluateConfig, ProtocolConfig, RayConfig
 from pds_ray.distributed import evaluate as distributed
+from pds_ray.engine import evaluate as evaluation
 from pds_ray.errors import UserError
 from pds_ray.sources.scenes import ScenesSource
-from pds_ray.stages.evaluate import Candidate, Split, Trial, run_trial
-from pds_ray.stages.train import STATE, Gallery, Progress, TrainingPairs, Workers
-from pds_ray.storage import Folder
+from pds_ray.stages.trial import Candidate, Split, Trial, run_trial
+from pds_ray.store.storage import Folder
+from pds_ray.training.train import STATE, Gallery, Progress, TrainingPairs, Workers
+from tests.support.hand_made_set import scenes_set
+from tests.support.object_store import KEY, SECRET, Faults, proxy, uri
+from tests.support.tiny_models import save_text_model
 
 pytestmark = pytest.mark.ray
 PROTOCOL = ProtocolConfig(epochs=6, evaluate_every=2)
@@ -46,7 +47,9 @@ ONE_ITEM = 100 / 60  # percent of a gallery of 60; last bits may move an image b
 
 def encoded(captions: list[str]) -> torch.Tensor:
     return torch.from_numpy(
-        catalog.load_text_encoder(catalog.describe_text_encoder("demo"), "fp32").encode_captions(captions)
+        catalog.load_text_encoder(catalog.describe_text_encoder("demo"), "fp32").encode_captions(
+            captions
+        )
     )
 
 
@@ -54,7 +57,10 @@ def gallery(uri: str) -> Gallery:
     """A split of scenes put together by hand."""
     source = ScenesSource(uri)
     samples = [sample for shard in source.shards() for sample in source.read(shard)]
-    pictures = [np.asarray(Image.open(io.BytesIO(sample.image)).convert("RGB").resize((64, 64))) for sample in samples]
+    pictures = [
+        np.asarray(Image.open(io.BytesIO(sample.image)).convert("RGB").resize((64, 64)))
+        for sample in samples
+    ]
     owner = [image for image, sample in enumerate(samples) for _ in sample.captions]
     captions = [" ".join(caption.split()) for sample in samples for caption in sample.captions]
     images = torch.from_numpy(np.stack(pictures).transpose(0, 3, 1, 2).copy())
@@ -66,16 +72,26 @@ def in_process(path: Path, config: EvaluateConfig) -> list[dict]:
     torch.set_num_threads(1)
     distilled = load_distilled(str(path))
     images = torch.from_numpy(
-        np.stack([np.asarray(distilled.image(pair)) for pair in range(len(distilled))]).transpose(0, 3, 1, 2).copy()
+        np.stack([np.asarray(distilled.image(pair)) for pair in range(len(distilled))])
+        .transpose(0, 3, 1, 2)
+        .copy()
     )
     pairs = TrainingPairs(images, encoded(distilled.captions))
     test, val = gallery(config.test), gallery(str(ScenesSource(config.test).validation))
-    trials: list[Trial] = evaluation.plan([Candidate("x", str(path), config.protocol)], config).trials
-    return [run_trial(trial, catalog.build_backbone, pairs, val, test, torch.device("cpu")) for trial in trials]
+    trials: list[Trial] = evaluation.plan(
+        [Candidate("x", str(path), config.protocol)], config
+    ).trials
+    return [
+        run_trial(trial, catalog.build_backbone, pairs, val, test, torch.device("cpu"))
+        for trial in trials
+    ]
 
 
 def trial_files(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in (folder / "evaluation" / "trials").glob("*.json")}
+    return {
+        path.name: path.stat().st_mtime_ns
+        for path in (folder / "evaluation" / "trials").glob("*.json")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +109,9 @@ def test_figures_are_those_of_the_trials_alone(evaluated):
     for trial, alone in zip(trials, expected, strict=True):
         assert trial["recalls"] == pytest.approx(alone["recalls"], abs=ONE_ITEM)
         assert trial["recalls"]["r_mean"] == pytest.approx(alone["recalls"]["r_mean"], abs=0.3)
-    assert json.loads(Path(result["file"]).read_text()) == {name: v for name, v in result.items() if name != "file"}
+    assert json.loads(Path(result["file"]).read_text()) == {
+        name: v for name, v in result.items() if name != "file"
+    }
     assert result["test"] == {"source": "scenes:60:7", "images": 60, "captions": 300, "bad": {}}
     assert result["val"]["images"] == 60
     assert result["val"]["source"] != result["test"]["source"]
@@ -131,7 +149,9 @@ def test_two_workers_share_a_trial(evaluated, tmp_path: Path):
     path, result = evaluated
     shared = evaluation.evaluate(str(path), replace(CONFIG, workers=2), out=str(tmp_path))
     assert len(trial_files(tmp_path)) == 2
-    for mine, alone in zip(shared["backbones"][0]["trials"], result["backbones"][0]["trials"], strict=True):
+    for mine, alone in zip(
+        shared["backbones"][0]["trials"], result["backbones"][0]["trials"], strict=True
+    ):
         assert mine["recalls"] == pytest.approx(alone["recalls"], abs=2 * ONE_ITEM)
         assert mine["recalls"]["r_mean"] == pytest.approx(alone["recalls"]["r_mean"], abs=1)
 
@@ -141,11 +161,18 @@ def test_sets_side_by_side(evaluated, tmp_path: Path):
     path, result = evaluated
     folder = save_text_model(tmp_path / "bert", "bert")
     with_bert = ProtocolConfig(
-        train="heads", text_encoder=f"bert:{folder}", captions="paper", epochs=2, select="last", image_size=32
+        train="heads",
+        text_encoder=f"bert:{folder}",
+        captions="paper",
+        epochs=2,
+        select="last",
+        image_size=32,
     )
     one = replace(CONFIG, seeds=1)
     candidates = [Candidate("a", str(path), PROTOCOL), Candidate("b", str(path), PROTOCOL)]
-    found = evaluation.evaluate_all([*candidates, Candidate("c", str(path), with_bert)], one, Folder(str(tmp_path)))
+    found = evaluation.evaluate_all(
+        [*candidates, Candidate("c", str(path), with_bert)], one, Folder(str(tmp_path))
+    )
     assert len(list((tmp_path / "trials").glob("*.json"))) == 2
     assert found["a"]["backbones"] == found["b"]["backbones"]
     expected = result["backbones"][0]["trials"][0]
@@ -156,7 +183,9 @@ def test_sets_side_by_side(evaluated, tmp_path: Path):
 
 
 @pytest.mark.parametrize("damaged", ["weights", "picture"])
-def test_what_only_workers_find_is_one_line_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str):
+def test_what_only_workers_find_is_one_line_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
+):
     """No lane is started, which would try again what cannot succeed."""
 
     def lanes(*_: object) -> None:
@@ -192,7 +221,9 @@ class Killer(threading.Thread):
             if done and (not self.reported or done != self.reported[-1]):
                 self.reported.append(done)
             if self.killed_at is None and self.reported and self.reported[-1] >= self.after:
-                workers = [p for p in psutil.Process().children(recursive=True) if self.whom in _title(p)]
+                workers = [
+                    p for p in psutil.Process().children(recursive=True) if self.whom in _title(p)
+                ]
                 for process in workers:
                     process.kill()
                 if workers:
@@ -235,12 +266,16 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def test_a_backbone_is_refused_before_any_split_is_read(evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_backbone_is_refused_before_any_split_is_read(
+    evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def read(*_: object) -> None:
         raise AssertionError("this takes long with a large split")
 
     monkeypatch.setattr(distributed, "_read_split", read)
-    config = replace(CONFIG, backbones="resnet10t:scratch", workers=2, protocol=replace(PROTOCOL, train="all"))
+    config = replace(
+        CONFIG, backbones="resnet10t:scratch", workers=2, protocol=replace(PROTOCOL, train="all")
+    )
     with pytest.raises(UserError, match="resnet10t:scratch normalises over the batch"):
         evaluation.evaluate(str(evaluated[0]), config, out=str(tmp_path))
 
@@ -252,7 +287,7 @@ def test_a_held_out_picture_that_hangs_is_one_line(monkeypatch: pytest.MonkeyPat
         def read(self, shard):
             import ctypes
 
-            from pds_ray.stages import evaluate
+            from pds_ray.stages import trial as evaluate
 
             evaluate.decode_image = lambda _: ctypes.PyDLL(None).sleep(1_000)
             return super().read(shard)
@@ -260,7 +295,8 @@ def test_a_held_out_picture_that_hangs_is_one_line(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(distributed.runtime, "TASK_RETRIES", 0)
     source = Hanging("scenes:3:7")
     with pytest.raises(
-        UserError, match=r"picture of shard scenes-00000 of there .* too much memory or more than 1 s \(--ray"
+        UserError,
+        match=r"picture of shard scenes-00000 of there .* too much memory or more than 1 s \(--ray",
     ) as caught:
         distributed._read_split("test", Split("there", source, source.shards()), [8], "none", 1.0)
     assert "\n" not in str(caught.value)
@@ -275,19 +311,32 @@ def test_a_held_out_picture_that_hangs_is_one_line(monkeypatch: pytest.MonkeyPat
         pytest.param("disk", 2, "_run_lane", marks=pytest.mark.long),
     ],
 )
-def test_a_killed_trial_goes_on_from_its_last_state(where: str, workers: int, whom: str, tmp_path: Path, s3_port: int):
+def test_a_killed_trial_goes_on_from_its_last_state(
+    where: str, workers: int, whom: str, tmp_path: Path, s3_port: int
+):
     """Two workers, that is, which are killed together, or what started them: that they hold all CPUs there are must
     not keep others from being started. The trials behind it feel nothing more of it."""
     path = scenes_set(tmp_path / "set")
     protocol = replace(PROTOCOL, epochs=15, evaluate_every=1)
-    config = replace(CONFIG, seeds=4, trials=1, workers=workers, max_failures=1, save_every_s=0, protocol=protocol)
+    config = replace(
+        CONFIG,
+        seeds=4,
+        trials=1,
+        workers=workers,
+        max_failures=1,
+        save_every_s=0,
+        protocol=protocol,
+    )
     expected = in_process(path, config)
     faults, login = Faults(), f"{KEY}:{quote(SECRET, safe='')}@"
     with proxy(s3_port, faults) as port:
         out, states = str(tmp_path), "evaluation/trials/state"
         watched = Folder(str(tmp_path / states))
         if where != "disk":
-            out, watched = uri(port, "killed", login), Folder(uri(s3_port, f"killed/{states}", login))
+            out, watched = (
+                uri(port, "killed", login),
+                Folder(uri(s3_port, f"killed/{states}", login)),
+            )
             faults.errors = faults.cut_downloads = faults.cut_uploads = 0.05
         killer = Killer(watched, 4, whom)
         killer.start()
@@ -299,7 +348,9 @@ def test_a_killed_trial_goes_on_from_its_last_state(where: str, workers: int, wh
             killer.join()
     assert killer.killed_at is not None, "nobody was killed"
     assert killer.killed_at < 15
-    drop = next((i for i, (a, b) in enumerate(pairwise(killer.reported)) if b < a), len(killer.reported) - 1)
+    drop = next(
+        (i for i, (a, b) in enumerate(pairwise(killer.reported)) if b < a), len(killer.reported) - 1
+    )
     assert killer.reported[drop] > killer.killed_at, "it began anew, or nobody looked on afterwards"
     for trial, undisturbed in zip(result["backbones"][0]["trials"], expected, strict=True):
         assert workers > 1 or trial["epoch"] == undisturbed["epoch"]
@@ -315,7 +366,10 @@ def test_a_damaged_state_is_given_up(evaluated, tmp_path: Path):
     states.mkdir(parents=True)
     (states / f"{trial.key}.safetensors").write_bytes(b"half of a state")
     result = evaluation.evaluate(str(evaluated[0]), config, out=str(tmp_path))
-    assert result["backbones"][0]["trials"][0]["recalls"] == evaluated[1]["backbones"][0]["trials"][0]["recalls"]
+    assert (
+        result["backbones"][0]["trials"][0]["recalls"]
+        == evaluated[1]["backbones"][0]["trials"][0]["recalls"]
+    )
     assert not states.exists()
 
 
@@ -362,7 +416,13 @@ def test_deaths_that_bring_nothing_forward_end_it(tmp_path: Path, monkeypatch: p
             self.config = train_loop_config
 
         def fit(self) -> None:
-            done = ["b.json", "state/a.safetensors", "a.json", "state/c.safetensors", "state/c.safetensors"]
+            done = [
+                "b.json",
+                "state/a.safetensors",
+                "a.json",
+                "state/c.safetensors",
+                "state/c.safetensors",
+            ]
             assert len(fits) <= len(done), "nothing gets further"
             for name in done[len(fits) :][:1]:
                 self.config["results"].write_json(name, len(fits))
@@ -377,13 +437,17 @@ def test_deaths_that_bring_nothing_forward_end_it(tmp_path: Path, monkeypatch: p
     assert len(fits) == 6
 
 
-def test_a_state_that_cannot_be_saved_costs_no_trial(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_state_that_cannot_be_saved_costs_no_trial(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     file = tmp_path / "file"
     file.write_text("where the folder should be")
     states = distributed._States(Folder(str(tmp_path)), Workers(), 0)
     states._folder = Folder(str(file))
     trial = SimpleNamespace(key="a", protocol=PROTOCOL)
-    states.report(trial, Progress(epochs_done=1), lambda folder: (folder / STATE).write_bytes(b"") and None)
+    states.report(
+        trial, Progress(epochs_done=1), lambda folder: (folder / STATE).write_bytes(b"") and None
+    )
     assert "cannot be saved" in caplog.text
 
 
@@ -411,7 +475,11 @@ def test_only_states_of_trials_that_have_ended_are_swept(tmp_path: Path):
     ],
 )
 def test_trials_take_gpus_that_are_there_or_asked_for(
-    monkeypatch: pytest.MonkeyPatch, cluster: dict[str, float], config: EvaluateConfig, on_gpu: bool, room: int
+    monkeypatch: pytest.MonkeyPatch,
+    cluster: dict[str, float],
+    config: EvaluateConfig,
+    on_gpu: bool,
+    room: int,
 ):
     monkeypatch.setattr("ray.cluster_resources", lambda: cluster)
     assert distributed._room(config) == (on_gpu, room)

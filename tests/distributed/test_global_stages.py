@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
-from synthetic_store import Gathered, make_store
 
-from pds_ray.artifacts import EmbeddingStore, RunFolder, vectors
 from pds_ray.config import ClusterConfig, MatchConfig, RunConfig
 from pds_ray.distributed import nearest
 from pds_ray.distributed.cluster import cluster, sampled
@@ -20,20 +18,28 @@ from pds_ray.distributed.match import match
 from pds_ray.distributed.prototypes import make_prototypes
 from pds_ray.distributed.prune import prune
 from pds_ray.distributed.runtime import map_in_order
-from pds_ray.storage import Folder
+from pds_ray.store.artifacts import EmbeddingStore, RunFolder, vectors
+from pds_ray.store.storage import Folder
+from tests.support.synthetic_store import Gathered, make_store
 
 pytestmark = pytest.mark.ray
 CLUSTERS, DIM = 9, 8
-CONFIG = RunConfig(pairs=CLUSTERS, cluster=ClusterConfig(iterations=5), match=MatchConfig(pairless="drop"))
+CONFIG = RunConfig(
+    pairs=CLUSTERS, cluster=ClusterConfig(iterations=5), match=MatchConfig(pairless="drop")
+)
 
 
 def pair_labels(run: RunFolder, data: Gathered) -> tuple[np.ndarray, np.ndarray]:
     """Image and text cluster of all pairs."""
     labels = [run.labels(shard) for shard in data.shards]
-    return np.concatenate([pair[0] for pair in labels]), np.concatenate([pair[1] for pair in labels])
+    return np.concatenate([pair[0] for pair in labels]), np.concatenate(
+        [pair[1] for pair in labels]
+    )
 
 
-def run_stages(folder: Path, rows_per_shard: list[int], config: RunConfig = CONFIG) -> tuple[RunFolder, Gathered, dict]:
+def run_stages(
+    folder: Path, rows_per_shard: list[int], config: RunConfig = CONFIG
+) -> tuple[RunFolder, Gathered, dict]:
     store, data = make_store(folder / "store", rows_per_shard)
     run = RunFolder(Folder(str(folder / "run")))
     counts = prune(data.shards, len(data.keys), 0.2, store, run)
@@ -89,7 +95,11 @@ def test_couples_are_a_best_assignment(finished: tuple[RunFolder, Gathered, dict
     couples = run.couples().to_pydict()
     assert sum(couples["shared"]) == best == counts["match"]["shared_pairs"]
     for i, j, shared, mean in zip(
-        couples["image_cluster"], couples["text_cluster"], couples["shared"], couples["mean_cosine"], strict=True
+        couples["image_cluster"],
+        couples["text_cluster"],
+        couples["shared"],
+        couples["mean_cosine"],
+        strict=True,
     ):
         assert table[i, j] == shared > 0
         assert mean == pytest.approx(data.similarity[(image == i) & (text == j)].mean(), rel=1e-5)
@@ -105,15 +115,25 @@ def test_prototypes_are_means_of_shared_pairs(finished: tuple[RunFolder, Gathere
         rows, vectors(table, "image_prototype"), vectors(table, "text_prototype"), strict=True
     ):
         shared = (image == row["image_cluster"]) & (text == row["text_cluster"])
-        np.testing.assert_allclose(image_prototype, data.image[shared].mean(axis=0), rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(text_prototype, data.text[shared].mean(axis=0), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            image_prototype, data.image[shared].mean(axis=0), rtol=1e-4, atol=1e-6
+        )
+        np.testing.assert_allclose(
+            text_prototype, data.text[shared].mean(axis=0), rtol=1e-4, atol=1e-6
+        )
         assert row["shared"] == shared.sum()
-        similarity = (data.text @ text_prototype) / np.linalg.norm(data.text, axis=1) / np.linalg.norm(text_prototype)
+        similarity = (
+            (data.text @ text_prototype)
+            / np.linalg.norm(data.text, axis=1)
+            / np.linalg.norm(text_prototype)
+        )
         best = int(similarity.argmax())  # over all captions, pruned ones too
         assert (row["caption"], row["caption_key"]) == (data.captions[best], data.keys[best])
         assert row["caption_cosine"] == pytest.approx(similarity[best], abs=1e-5)
         similarity = (
-            (data.image @ image_prototype) / np.linalg.norm(data.image, axis=1) / np.linalg.norm(image_prototype)
+            (data.image @ image_prototype)
+            / np.linalg.norm(data.image, axis=1)
+            / np.linalg.norm(image_prototype)
         )
         assert row["nearest_key"] == data.keys[int(similarity.argmax())]
 
@@ -122,17 +142,25 @@ def test_prototypes_are_means_of_shared_pairs(finished: tuple[RunFolder, Gathere
 def test_cutting_the_data_in_other_shards_changes_nothing(
     finished: tuple[RunFolder, Gathered, dict], tmp_path: Path, solver: str
 ) -> None:
-    config = RunConfig(pairs=CLUSTERS, cluster=CONFIG.cluster, match=MatchConfig(pairless="drop", solver=solver))
+    config = RunConfig(
+        pairs=CLUSTERS, cluster=CONFIG.cluster, match=MatchConfig(pairless="drop", solver=solver)
+    )
     other, _, _ = run_stages(tmp_path, [200], config)
     columns = ["cosine", "shared", "caption", "nearest_key", "image_cluster"]
-    whole, cut = other.prototypes().select(columns).to_pydict(), finished[0].prototypes().select(columns).to_pydict()
+    whole, cut = (
+        other.prototypes().select(columns).to_pydict(),
+        finished[0].prototypes().select(columns).to_pydict(),
+    )
     np.testing.assert_allclose(whole.pop("cosine"), cut.pop("cosine"), rtol=1e-9)
     assert whole == cut
 
 
 @pytest.mark.parametrize("queries_per_shard", [1, 5, 10])
 def test_shards_searched_together_find_the_same(
-    finished: tuple[RunFolder, Gathered, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queries_per_shard: int
+    finished: tuple[RunFolder, Gathered, dict],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    queries_per_shard: int,
 ) -> None:
     """All four shards in one task, or in twos, or each by itself; at most nine prototypes."""
     monkeypatch.setattr(nearest, "QUERIES_PER_SHARD", queries_per_shard)
@@ -148,8 +176,12 @@ def test_shards_searched_together_find_the_same(
     other = RunFolder(Folder(str(tmp_path)))
     for folder in ("clusters", "matching"):
         (tmp_path / folder).symlink_to(Path(run.folder.path) / folder)
-    make_prototypes(data.shards, DIM, EmbeddingStore(Folder(run.folder.path) / "../store"), other, CONFIG)
-    assert other.folder.read_bytes("prototypes.parquet") == run.folder.read_bytes("prototypes.parquet")
+    make_prototypes(
+        data.shards, DIM, EmbeddingStore(Folder(run.folder.path) / "../store"), other, CONFIG
+    )
+    assert other.folder.read_bytes("prototypes.parquet") == run.folder.read_bytes(
+        "prototypes.parquet"
+    )
     together = 1 + run.prototypes().num_rows // queries_per_shard
     assert answers.count(nearest._search) == 2 * -(-4 // together)  # captions, then images
 
@@ -157,7 +189,9 @@ def test_shards_searched_together_find_the_same(
 def clustered_rows(modality: str, data: Gathered) -> np.ndarray:
     """What one k-means alone is fitted on, a row a pair."""
     if modality == "joint":
-        sides = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (data.image, data.text)]
+        sides = [
+            rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (data.image, data.text)
+        ]
         return np.concatenate(sides, axis=1) / np.sqrt(2)
     return {"image": data.image, "text": data.text}[modality]
 
@@ -180,7 +214,9 @@ def test_one_kmeans_alone_labels_both_sides(tmp_path: Path, modality: str) -> No
     assert list(counts["cluster"]) == [modality]
     assert counts["cluster"][modality]["smallest"] == sizes.min() > 0
     for label in range(CLUSTERS):  # run to convergence, an image counts once per kept caption
-        np.testing.assert_allclose(centroids[label], rows[image == label].mean(axis=0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            centroids[label], rows[image == label].mean(axis=0), rtol=1e-4, atol=1e-5
+        )
     if modality == "image":
         of_image = {(data.keys[pair], image[pair]) for pair in np.flatnonzero(kept)}
         assert len(of_image) == len({key for key, _ in of_image})
@@ -190,7 +226,10 @@ def test_one_kmeans_alone_labels_both_sides(tmp_path: Path, modality: str) -> No
     assert couples["shared"] == sizes.tolist()
     table = run.prototypes()
     for row, found_image, found_text in zip(
-        table.to_pylist(), vectors(table, "image_prototype"), vectors(table, "text_prototype"), strict=True
+        table.to_pylist(),
+        vectors(table, "image_prototype"),
+        vectors(table, "text_prototype"),
+        strict=True,
     ):
         mine = image == row["image_cluster"]
         np.testing.assert_allclose(found_image, data.image[mine].mean(axis=0), rtol=1e-4, atol=1e-6)
@@ -207,10 +246,15 @@ def test_joint_rows_are_drawn_by_their_double_width(tmp_path: Path) -> None:
     config = RunConfig(pairs=5, cluster=budget)
     run.save_centroids("image", np.zeros((5, DIM), np.float32))
     run.save_labels("left over", np.zeros(1, np.int32), np.zeros(1, np.int32))
-    found = [cluster(data.shards, counts, DIM, store, run, config, "fingerprint")["joint"] for _ in range(2)]
+    found = [
+        cluster(data.shards, counts, DIM, store, run, config, "fingerprint")["joint"]
+        for _ in range(2)
+    ]
     assert found[0] == found[1]
     assert found[0]["rows"] == pytest.approx(400, rel=0.2)
-    assert run.clusters.names(".safetensors") == ["joint.safetensors"], "what a run before it left is gone"
+    assert run.clusters.names(".safetensors") == ["joint.safetensors"], (
+        "what a run before it left is gone"
+    )
     assert run.labelled() == set(data.shards)
 
     rows, weights = sampled(data.shards, "joint", store, run, 0.4, CONFIG)
@@ -228,18 +272,27 @@ def test_without_filter_prototypes_are_means_of_whole_clusters(
 ) -> None:
     match_config = MatchConfig(pairless="drop", filter=False)
     run, data, _ = run_stages(
-        tmp_path, [40, 1, 120, 39], RunConfig(pairs=CLUSTERS, cluster=CONFIG.cluster, match=match_config)
+        tmp_path,
+        [40, 1, 120, 39],
+        RunConfig(pairs=CLUSTERS, cluster=CONFIG.cluster, match=match_config),
     )
     assert run.couples().equals(finished[0].couples())
     image, text = pair_labels(run, data)
     table = run.prototypes()
     whole = 0
     for row, found_image, found_text in zip(
-        table.to_pylist(), vectors(table, "image_prototype"), vectors(table, "text_prototype"), strict=True
+        table.to_pylist(),
+        vectors(table, "image_prototype"),
+        vectors(table, "text_prototype"),
+        strict=True,
     ):
         on_image, on_text = image == row["image_cluster"], text == row["text_cluster"]
-        np.testing.assert_allclose(found_image, data.image[on_image].mean(axis=0), rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(found_text, data.text[on_text].mean(axis=0), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            found_image, data.image[on_image].mean(axis=0), rtol=1e-4, atol=1e-6
+        )
+        np.testing.assert_allclose(
+            found_text, data.text[on_text].mean(axis=0), rtol=1e-4, atol=1e-6
+        )
         assert row["shared"] == (on_image & on_text).sum()
         norms = np.linalg.norm(data.image[on_image], axis=1)
         assert row["member_norm"] == pytest.approx(norms.mean(), rel=1e-5)

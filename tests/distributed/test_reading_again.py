@@ -9,15 +9,15 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 import pytest
-from object_store import BUCKET, Faults, client, proxy, uri
 
-from pds_ray import storage
 from pds_ray.distributed import embed
 from pds_ray.sources import base
 from pds_ray.sources.base import READ_RETRY_WAITS_S, Fault, Sample, Shard
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.stages import embed as core
-from pds_ray.storage import StorageError
+from pds_ray.store import storage
+from pds_ray.store.storage import StorageError
+from tests.support.object_store import BUCKET, Faults, client, proxy, uri
 
 
 class FailingSource:
@@ -80,8 +80,14 @@ class BrokenSource(FailingSource):
 
 
 def test_what_is_no_fault_of_the_shard_ends_the_run() -> None:
-    (row,) = pa.concat_tables(list(embed._Reader(BrokenSource(), Shard("s", "s"), Nobody())())).to_pylist()
-    assert (row["shard"], row["reason"], row["detail"]) == ("", embed.FATAL, "ZeroDivisionError: s by nothing")
+    (row,) = pa.concat_tables(
+        list(embed._Reader(BrokenSource(), Shard("s", "s"), Nobody())())
+    ).to_pylist()
+    assert (row["shard"], row["reason"], row["detail"]) == (
+        "",
+        embed.FATAL,
+        "ZeroDivisionError: s by nothing",
+    )
 
 
 class RefusedSource(FailingSource):
@@ -92,14 +98,18 @@ class RefusedSource(FailingSource):
 
 
 def test_an_object_that_is_refused_for_good_costs_its_shard(waits: list[float]) -> None:
-    (row,) = pa.concat_tables(list(embed._Reader(RefusedSource(), Shard("s", "s3://b/s.tar"), Nobody())())).to_pylist()
+    (row,) = pa.concat_tables(
+        list(embed._Reader(RefusedSource(), Shard("s", "s3://b/s.tar"), Nobody())())
+    ).to_pylist()
     assert (row["shard"], row["reason"]) == ("s", embed.UNREADABLE)
     assert "403" in row["detail"]
     assert waits == [], "the store was asked again where it is read"
 
 
 @pytest.mark.usefixtures("s3_login")
-def test_one_bad_object_of_a_store_costs_its_shard(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_bad_object_of_a_store_costs_its_shard(
+    s3_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(storage, "WAITS_S", ())
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as tar:

@@ -17,10 +17,11 @@ import pytest
 import ray
 from ray.experimental import internal_kv
 
-from pds_ray import distributed, progress
+from pds_ray import distributed
 from pds_ray.config import Actors, ConfigError, RayConfig
 from pds_ray.distributed import runtime
 from pds_ray.errors import UserError
+from pds_ray.telemetry import progress
 
 pytestmark = pytest.mark.ray
 
@@ -28,9 +29,13 @@ pytestmark = pytest.mark.ray
 def stand_in(monkeypatch: pytest.MonkeyPatch, *nodes: dict[str, float]) -> dict[str, float]:
     """A cluster of such nodes, and one that is gone; returns its resources."""
     alive = [{"Alive": True, "Resources": node} for node in nodes]
-    monkeypatch.setattr(ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 999.0}}])
+    monkeypatch.setattr(
+        ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 999.0}}]
+    )
     total = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {name: value for name, value in total.items() if value})
+    monkeypatch.setattr(
+        ray, "cluster_resources", lambda: {name: value for name, value in total.items() if value}
+    )
     return total
 
 
@@ -60,7 +65,11 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, *nodes: dict[str, float]) -> dict[
     ],
 )
 def test_pools_fit_the_cluster(
-    monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]], wish: int, workers: int, gpus_each: float
+    monkeypatch: pytest.MonkeyPatch,
+    nodes: list[dict[str, float]],
+    wish: int,
+    workers: int,
+    gpus_each: float,
 ) -> None:
     """Each actor is put on the first node that has room for it, as a scheduler would at worst."""
     total = stand_in(monkeypatch, *nodes)
@@ -69,7 +78,11 @@ def test_pools_fit_the_cluster(
     assert pool.workers * pool.num_gpus <= total["GPU"]
     free = [dict(node) for node in nodes]
     for _ in range(pool.workers):
-        room = [n for n in free if n["CPU"] + 1e-9 >= pool.num_cpus and n.get("GPU", 0) + 1e-9 >= pool.num_gpus]
+        room = [
+            n
+            for n in free
+            if n["CPU"] + 1e-9 >= pool.num_cpus and n.get("GPU", 0) + 1e-9 >= pool.num_gpus
+        ]
         assert room, "an actor fits on no node"
         room[0]["CPU"] -= pool.num_cpus
         room[0]["GPU"] = room[0].get("GPU", 0) - pool.num_gpus
@@ -101,7 +114,9 @@ def test_wishes_go_before_what_the_cluster_has(
     stand_in(monkeypatch, cluster)
     pool = runtime.pool(wish)
     assert (pool.min_workers, pool.workers, pool.num_gpus) == (wish.min_workers, workers, gpus_each)
-    assert pool.max_workers == at_most, "more GPUs that come are used, unless the number of actors was given"
+    assert pool.max_workers == at_most, (
+        "more GPUs that come are used, unless the number of actors was given"
+    )
     assert 0 < pool.num_cpus <= cluster["CPU"]
     assert runtime.precision("auto", pool, "bf16") == ("bf16" if gpus_each else "fp32")
     assert runtime.pool(wish, on_gpu=False).num_gpus == 0
@@ -137,7 +152,10 @@ def test_kmeans_takes_the_cpus_that_are_free() -> None:
 
     other = Other.remote()
     ray.get(other.here.remote())
-    assert runtime.run_kmeans(lambda _: ray.get_runtime_context().get_assigned_resources()["CPU"], []) == 1
+    assert (
+        runtime.run_kmeans(lambda _: ray.get_runtime_context().get_assigned_resources()["CPU"], [])
+        == 1
+    )
     ray.kill(other)
 
 
@@ -156,7 +174,9 @@ def test_a_kmeans_takes_all_cpus_though_tasks_have_only_just_ended() -> None:
     assert given == [2] * 12
 
 
-def test_a_kmeans_whose_node_dies_takes_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kmeans_whose_node_dies_takes_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The two CPUs asked for at first may have gone with the node: the next try asks anew."""
     tries, most = tmp_path / "tries", iter([2, 1])
 
@@ -172,7 +192,9 @@ def test_a_kmeans_whose_node_dies_takes_what_is_left(tmp_path: Path, monkeypatch
     assert tries.read_text() == "xx"
 
 
-def test_what_always_kills_is_not_tried_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_always_kills_is_not_tried_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tries = tmp_path / "tries"
 
     def die(_: object) -> None:
@@ -193,13 +215,17 @@ def test_lost_machines_are_counted_apart(monkeypatch: pytest.MonkeyPatch) -> Non
     crash, gone = ray.exceptions.WorkerCrashedError(), ray.exceptions.NodeDiedError("")
     late = ray.exceptions.GetTimeoutError("what was on the machine has to be made anew")
     deaths = runtime.Deaths()
-    assert [deaths.survived(error) for error in [gone] * 4 + [late] + [crash] * 3] == [True] * 7 + [False]
+    assert [deaths.survived(error) for error in [gone] * 4 + [late] + [crash] * 3] == [True] * 7 + [
+        False
+    ]
     assert str(deaths) == "processes lost: 3, machines lost: 5"
     deaths = runtime.Deaths()
     assert [deaths.survived(gone) for _ in range(6)] == [True] * 5 + [False]
 
 
-def test_lost_blocks_are_counted_by_what_they_were_lost_to(capfd: pytest.CaptureFixture[str]) -> None:
+def test_lost_blocks_are_counted_by_what_they_were_lost_to(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     def lost(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         match rows["id"][0]:
             case 1:
@@ -213,7 +239,11 @@ def test_lost_blocks_are_counted_by_what_they_were_lost_to(capfd: pytest.Capture
     log = runtime.LostBlocks._LOG
     before = log.level, log.propagate, list(log.handlers)
     with runtime.LostBlocks() as lost_blocks:
-        left = [number for batch in blocks.iter_batches(batch_size=None) for number in batch["id"].tolist()]
+        left = [
+            number
+            for batch in blocks.iter_batches(batch_size=None)
+            for number in batch["id"].tolist()
+        ]
     assert sorted(left) == [0, 4]
     assert lost_blocks.kinds == {"WorkerCrashedError": 1, "UserCodeException": 2}
     assert "Ignoring" not in capfd.readouterr().err
@@ -275,7 +305,9 @@ def test_who_begins_something_is_told_until_it_ends() -> None:
         another.begin("of another")
         for name in ("b", "a/é"):  # told by other processes
             ray.get(ray.remote(lambda told=name: under_way.begin(told)).remote())
-        assert re.fullmatch(rf"b \(for \d+ s, on node {here}\), a/é \(.*\)", under_way.describe(set()))
+        assert re.fullmatch(
+            rf"b \(for \d+ s, on node {here}\), a/é \(.*\)", under_way.describe(set())
+        )
         under_way.begin("b")  # once more, as after a death
         assert under_way.describe(set()).startswith("a/é ")
         assert under_way.describe({"a/é"}).startswith("b ")
@@ -314,7 +346,10 @@ def test_only_user_errors_are_unwrapped() -> None:
     def fail(_: int) -> None:
         raise ZeroDivisionError("ours")
 
-    with pytest.raises(UserError, match=r"^no such thing; name another$"), runtime.unwrapped_errors():
+    with (
+        pytest.raises(UserError, match=r"^no such thing; name another$"),
+        runtime.unwrapped_errors(),
+    ):
         list(runtime.map_in_order(refuse, [0]))
     with pytest.raises(ZeroDivisionError), runtime.unwrapped_errors():
         list(runtime.map_in_order(fail, [0]))
@@ -336,7 +371,10 @@ def test_a_model_has_no_more_threads_than_cores(monkeypatch, cores, threads):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     before = torch.get_num_threads()
     try:
-        assert runtime.load_model(lambda model: (model, torch.get_num_threads()), "model") == ("model", threads)
+        assert runtime.load_model(lambda model: (model, torch.get_num_threads()), "model") == (
+            "model",
+            threads,
+        )
     finally:
         torch.set_num_threads(before)
 
@@ -368,7 +406,8 @@ def test_a_model_on_cpus_keeps_its_memory():
 
 
 @pytest.mark.parametrize(
-    ("library", "kept"), [("glibc 2.36", True), ("glibc 2.35", False), ("glibc 3.0", True), (None, False)]
+    ("library", "kept"),
+    [("glibc 2.36", True), ("glibc 2.35", False), ("glibc 3.0", True), (None, False)],
 )
 def test_memory_is_kept_where_the_library_is_known_to_do_it(monkeypatch, library, kept):
     monkeypatch.setattr(os, "confstr", lambda _: library)

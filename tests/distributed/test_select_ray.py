@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_store import Gathered, make_store
 
 from pds_ray import catalog
-from pds_ray.artifacts import EmbeddingStore, RunFolder
 from pds_ray.config import ConfigError, RunConfig, SelectConfig
 from pds_ray.distributed import runtime
 from pds_ray.distributed.select import select
 from pds_ray.selectors.base import Candidates
 from pds_ray.stages.select import load_candidates
+from pds_ray.store.artifacts import EmbeddingStore, RunFolder
+from tests.support.synthetic_store import Gathered, make_store
 
 pytestmark = pytest.mark.ray
 PAIRS = 15
@@ -53,11 +53,15 @@ def test_embeddings_that_no_node_can_hold_are_refused(
 
 
 @pytest.mark.parametrize("method", sorted(catalog.SELECTORS))
-def test_the_same_pairs_as_without_ray(made: tuple[EmbeddingStore, Gathered], run_folder: RunFolder, method: str):
+def test_the_same_pairs_as_without_ray(
+    made: tuple[EmbeddingStore, Gathered], run_folder: RunFolder, method: str
+):
     store, data = made
     config = RunConfig(method=method, pairs=PAIRS, seed=5, select=SelectConfig(epochs=3))
     counts = select(data.shards, counts_of(data), 8, store, run_folder, config)
-    picks = list(catalog.selector(method).select(gathered_candidates(data), PAIRS, 5, config.select))
+    picks = list(
+        catalog.selector(method).select(gathered_candidates(data), PAIRS, 5, config.select)
+    )
     table = run_folder.prototypes()
     assert table.column("pair").to_pylist() == list(range(PAIRS))
     assert table.column("caption").to_pylist() == [data.captions[pick] for pick in picks]
@@ -70,7 +74,7 @@ def test_the_same_pairs_as_without_ray(made: tuple[EmbeddingStore, Gathered], ru
 
 
 def test_the_table_is_the_same_bytes_twice(made: tuple[EmbeddingStore, Gathered], tmp_path: Path):
-    from pds_ray.storage import Folder
+    from pds_ray.store.storage import Folder
 
     store, data = made
     config = RunConfig(method="herding", pairs=PAIRS)

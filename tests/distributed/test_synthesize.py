@@ -11,17 +11,21 @@ import pytest
 from PIL import Image
 
 from pds_ray import catalog
-from pds_ray.artifacts import RunFolder, prototype_schema, vector_array
 from pds_ray.config import DecodeConfig, EmbedConfig, RunConfig
 from pds_ray.distributed.synthesize import synthesize
 from pds_ray.sources.scenes import ScenesSource
+from pds_ray.store.artifacts import RunFolder, prototype_schema, vector_array
 
 pytestmark = pytest.mark.ray
 
 
 def test_pictures_are_made_once_and_remade_alike(run_folder: RunFolder) -> None:
     source = ScenesSource("scenes:1010")
-    samples = {(shard.name, item.key): item.image for shard in source.shards() for item in source.read(shard)}
+    samples = {
+        (shard.name, item.key): item.image
+        for shard in source.shards()
+        for item in source.read(shard)
+    }
     wanted = list(samples)[5:1010:100]
     count = len(wanted)
     columns = {
@@ -48,7 +52,9 @@ def test_pictures_are_made_once_and_remade_alike(run_folder: RunFolder) -> None:
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     for pair, place in enumerate(wanted):
         made = Image.open(io.BytesIO(first[run_folder.image_name(pair)]))
-        assert np.array_equal(np.asarray(made), np.asarray(Image.open(io.BytesIO(samples[place])).convert("RGB")))
+        assert np.array_equal(
+            np.asarray(made), np.asarray(Image.open(io.BytesIO(samples[place])).convert("RGB"))
+        )
 
     (folder / run_folder.image_name(6)).unlink()
     (folder / "000001.png.abcd.part").write_bytes(b"left behind by a killed worker")

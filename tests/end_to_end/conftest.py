@@ -7,7 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from command_line import DEMO, Run, command
+
+from tests.support.command_line import DEMO, Run, command
 
 
 @pytest.fixture(scope="session")
@@ -17,14 +18,22 @@ def pds_ray() -> Run:
     def run(*args: str, **options) -> subprocess.CompletedProcess:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         return subprocess.run(
-            command(*args), capture_output=True, text=True, timeout=400, env=environment, check=False, **options
+            command(*args),
+            capture_output=True,
+            text=True,
+            timeout=400,
+            env=environment,
+            check=False,
+            **options,
         )
 
     return run
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, pds_ray: Run) -> tuple[Path, subprocess.CompletedProcess]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, pds_ray: Run
+) -> tuple[Path, subprocess.CompletedProcess]:
     """A finished run of the built-in world, never interrupted: the reference of the others."""
     out = tmp_path_factory.mktemp("finished") / "run"
     done = pds_ray("distill", *DEMO, "--out", str(out))

@@ -7,11 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from pds_ray import bench, cli
-from pds_ray.pipeline import STAGES
+from pds_ray.cli import main as cli
+from pds_ray.engine.pipeline import STAGES
+from pds_ray.planning import bench
 
 pytestmark = pytest.mark.ray
-QUICK = ["--preset", "demo", "--decode.steps", "2", "--decode.batch_size", "4", "--embed.batch_size", "32"]
+QUICK = [
+    "--preset",
+    "demo",
+    "--decode.steps",
+    "2",
+    "--decode.batch_size",
+    "4",
+    "--embed.batch_size",
+    "32",
+]
 
 
 def run(*args: str) -> None:
@@ -47,7 +57,10 @@ def test_the_file_says_what_was_measured_where(rates: Path) -> None:
 
 def test_figures_are_positive_and_in_their_range(rates: Path) -> None:
     data = json.loads(rates.read_text())
-    everything = [*data["figures"].items(), *(item for found in data["sources"].values() for item in found.items())]
+    everything = [
+        *data["figures"].items(),
+        *(item for found in data["sources"].values() for item in found.items()),
+    ]
     assert len(everything) > 30
     for name, figure in everything:
         low, high = sorted((figure["worst"], figure["best"]))
@@ -59,13 +72,21 @@ def test_figures_are_positive_and_in_their_range(rates: Path) -> None:
 
 def test_figures_agree_with_each_other(rates: Path) -> None:
     data = json.loads(rates.read_text())
-    figures, jpeg, scenes = data["figures"], data["sources"]["jpeg"], data["sources"]["scenes:10000"]
+    figures, jpeg, scenes = (
+        data["figures"],
+        data["sources"]["jpeg"],
+        data["sources"]["scenes:10000"],
+    )
     for name in ("encode_images", "encode_captions"):
-        by_batch = [figure["value"] for size, figure in figures.items() if size.startswith(f"{name}@")]
+        by_batch = [
+            figure["value"] for size, figure in figures.items() if size.startswith(f"{name}@")
+        ]
         assert len(by_batch) > 1
         assert figures[name]["value"] == max(by_batch)
     assert figures["draw_with_start"]["value"] < 4 / figures["load_decoder"]["value"]
-    assert 20_000 < jpeg["image_bytes"]["value"] < 30_000  # of 341 x 256 pixels; a scene has 64 x 64
+    assert (
+        20_000 < jpeg["image_bytes"]["value"] < 30_000
+    )  # of 341 x 256 pixels; a scene has 64 x 64
     assert scenes["image_bytes"]["value"] < 2_000
     assert jpeg["preprocess"]["value"] < scenes["preprocess"]["value"]
     assert 10 < figures["text"]["value"] < 500
@@ -91,5 +112,7 @@ def test_web_data_goes_by_the_jpegs(rates: Path, capsys: pytest.CaptureFixture[s
     capsys.readouterr()
     run("plan", *QUICK, "--pairs-in", "1M", "--rates", str(rates), "--json")
     plan, data = json.loads(capsys.readouterr().out), json.loads(rates.read_text())
-    rates_used = {demand["what"]: demand["rate"] for phase in plan["stages"][0]["phases"] for demand in phase}
+    rates_used = {
+        demand["what"]: demand["rate"] for phase in plan["stages"][0]["phases"] for demand in phase
+    }
     assert rates_used["read"]["value"] == data["sources"]["jpeg"]["read"]["value"]

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import DEMO, Run, content, stages
 from PIL import Image
 
 from pds_ray import load_distilled
-from pds_ray.artifacts import RunFolder
 from pds_ray.encoders.open_clip import demo_folder
 from pds_ray.sources.scenes import ScenesSource
-from pds_ray.storage import Folder
+from pds_ray.store.artifacts import RunFolder
+from pds_ray.store.storage import Folder
+from tests.support.command_line import DEMO, Run, content, stages
 
 pytestmark = pytest.mark.ray
 Finished = tuple[Path, subprocess.CompletedProcess]
@@ -26,7 +26,9 @@ def test_the_run_folder_keeps_its_contract(finished: Finished) -> None:
     run, _ = finished
     names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     for shard in ("scenes-00000", "scenes-00001"):
-        assert {f"embeddings/{shard}.{table}.parquet" for table in ("images", "captions", "errors")} <= names
+        assert {
+            f"embeddings/{shard}.{table}.parquet" for table in ("images", "captions", "errors")
+        } <= names
         assert f"embeddings/{shard}.json" in names
         assert {f"pruning/{shard}.keep.parquet", f"clusters/{shard}.labels.parquet"} <= names
     one_of_each = "run.json", "embeddings/store", "matching/couples.parquet", "prototypes.parquet"
@@ -35,7 +37,11 @@ def test_the_run_folder_keeps_its_contract(finished: Finished) -> None:
     assert not [name for name in names if name.endswith((".part", ".pkl", ".pt", ".npy"))]
     manifest = json.loads((run / "run.json").read_text())
     counts = {name: entry["counts"] for name, entry in manifest["stages"].items()}
-    assert (counts["embed"]["images"], counts["embed"]["pairs"], counts["embed"]["bad"]) == (1200, 6000, 0)
+    assert (counts["embed"]["images"], counts["embed"]["pairs"], counts["embed"]["bad"]) == (
+        1200,
+        6000,
+        0,
+    )
     assert counts["prune"]["dropped"] == 1200
     assert counts["match"]["shared_pairs"] + counts["match"]["pairs_not_shared"] == 4800
     assert counts["prototypes"]["prototypes"] == counts["materialize"]["pairs"] == 24
@@ -65,17 +71,29 @@ def test_a_caption_is_the_nearest_to_its_picture(finished: Finished) -> None:
     run, _ = finished
     pairs = load_distilled(str(run))
     source = ScenesSource("scenes:1200")
-    captions = [text for shard in source.shards() for sample in source.read(shard) for text in sample.captions]
+    captions = [
+        text
+        for shard in source.shards()
+        for sample in source.read(shard)
+        for text in sample.captions
+    ]
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{demo_folder()}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{demo_folder()}")
     with torch.inference_mode():
-        picture = model.eval().encode_image(torch.stack([transform(pairs.image(i)) for i in range(24)]), normalize=True)
+        picture = model.eval().encode_image(
+            torch.stack([transform(pairs.image(i)) for i in range(24)]), normalize=True
+        )
         text = torch.cat(
-            [model.encode_text(tokenizer(captions[i : i + 500]), normalize=True) for i in range(0, 6000, 500)]
+            [
+                model.encode_text(tokenizer(captions[i : i + 500]), normalize=True)
+                for i in range(0, 6000, 500)
+            ]
         )
     cosine = (picture @ text.T).numpy()
     for pair, record in enumerate(pairs.records):
-        assert cosine[pair, captions.index(pairs.captions[pair])] >= cosine[pair].max() - 2e-3  # stored as float16
+        assert (
+            cosine[pair, captions.index(pairs.captions[pair])] >= cosine[pair].max() - 2e-3
+        )  # stored as float16
         assert abs(record["caption_cosine"] - cosine[pair].max()) < 2e-3
 
 
@@ -84,7 +102,12 @@ def test_the_distilled_set_is_true(finished: Finished) -> None:
     pairs = load_distilled(str(run))
     assert len(pairs) == 24
     source = ScenesSource("scenes:1200")
-    known = {caption for shard in source.shards() for sample in source.read(shard) for caption in sample.captions}
+    known = {
+        caption
+        for shard in source.shards()
+        for sample in source.read(shard)
+        for caption in sample.captions
+    }
     assert set(pairs.captions) <= known, "captions are real captions of the source"
     image, text = pairs.image_prototypes, pairs.text_prototypes
     cosine = (image * text).sum(1) / np.linalg.norm(image, axis=1) / np.linalg.norm(text, axis=1)
@@ -93,10 +116,12 @@ def test_the_distilled_set_is_true(finished: Finished) -> None:
     for pair in range(24):
         picture = pairs.image(pair)
         assert np.asarray(picture).std() > 2, "an empty picture"
-        assert np.array_equal(np.asarray(picture), np.asarray(Image.open(run / "images" / f"{pair:06d}.png")))
-    assert [record["prompt"] for record in pairs.records] == RunFolder(Folder(str(run))).prototypes()[
-        "caption"
-    ].to_pylist()
+        assert np.array_equal(
+            np.asarray(picture), np.asarray(Image.open(run / "images" / f"{pair:06d}.png"))
+        )
+    assert [record["prompt"] for record in pairs.records] == RunFolder(
+        Folder(str(run))
+    ).prototypes()["caption"].to_pylist()
     for name, file in pairs.manifest["files"].items():
         assert hashlib.sha256((run / "distilled" / name).read_bytes()).hexdigest() == file["sha256"]
 
@@ -104,14 +129,24 @@ def test_the_distilled_set_is_true(finished: Finished) -> None:
 def test_repeating_the_command_does_nothing(finished: Finished, pds_ray: Run) -> None:
     run, _ = finished
     diary = ("run.json", "report.html")
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name not in diary}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in run.rglob("*")
+        if path.is_file() and path.name not in diary
+    }
     again = pds_ray("distill", *DEMO, "--out", str(run))
     assert again.returncode == 0
-    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name not in diary}
+    after = {
+        path: path.stat().st_mtime_ns
+        for path in run.rglob("*")
+        if path.is_file() and path.name not in diary
+    }
     assert after == before
 
 
-def test_other_workers_and_batches_give_the_same_bytes(finished: Finished, pds_ray: Run, tmp_path: Path) -> None:
+def test_other_workers_and_batches_give_the_same_bytes(
+    finished: Finished, pds_ray: Run, tmp_path: Path
+) -> None:
     other = tmp_path / "run"
     options = ("--ray.num_cpus", "1", "--embed.batch_size", "48")
     assert pds_ray("distill", *DEMO, "--out", str(other), *options).returncode == 0
@@ -120,7 +155,9 @@ def test_other_workers_and_batches_give_the_same_bytes(finished: Finished, pds_r
     assert [name for name in reference if mine[name] != reference[name]] == []
 
 
-def test_a_changed_option_redoes_what_depends_on_it(finished: Finished, pds_ray: Run, tmp_path: Path) -> None:
+def test_a_changed_option_redoes_what_depends_on_it(
+    finished: Finished, pds_ray: Run, tmp_path: Path
+) -> None:
     import shutil
 
     run = tmp_path / "run"
@@ -137,13 +174,18 @@ def test_a_changed_option_redoes_what_depends_on_it(finished: Finished, pds_ray:
     assert set(stages(run).values()) == {"done"}
 
 
-def test_two_runs_share_an_embedding_store(finished: Finished, pds_ray: Run, tmp_path: Path) -> None:
+def test_two_runs_share_an_embedding_store(
+    finished: Finished, pds_ray: Run, tmp_path: Path
+) -> None:
     store = str(finished[0] / "embeddings")
     run = tmp_path / "run"
     options = ("--embed.store", store, "--decoder", "nearest", "--pairs", "12")
     done = pds_ray("distill", *DEMO, "--out", str(run), *options)
     assert done.returncode == 0, done.stderr
-    assert json.loads((run / "run.json").read_text())["stages"]["embed"]["counts"]["images_reused"] == 1200
+    assert (
+        json.loads((run / "run.json").read_text())["stages"]["embed"]["counts"]["images_reused"]
+        == 1200
+    )
     assert not (run / "embeddings").exists()
     assert len(load_distilled(str(run))) == 12
 

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from docs_pages import PAGES, ROOT, Block, blocks, commands
 
-from pds_ray.cli import resolve, resolve_evaluation
-from pds_ray.parser import build_parser
-from pds_ray.planning import read_prices
+from pds_ray.cli.main import resolve, resolve_evaluation
+from pds_ray.cli.parser import build_parser
+from pds_ray.planning.planning import read_prices
+from tests.support.docs_pages import PAGES, ROOT, Block, blocks, commands
 
 CONFIGURED = {"distill": resolve, "select": resolve, "evaluate": resolve_evaluation}
 MARKED = [

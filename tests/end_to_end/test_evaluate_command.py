@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import Run
-from hand_made_set import save_set, scenes_set
 from PIL import Image
-from test_user_errors import fails
 
 from pds_ray import load_distilled
+from tests.end_to_end.test_user_errors import fails
+from tests.support.command_line import Run
+from tests.support.hand_made_set import save_set, scenes_set
 
 RECALLS = ("tr@1", "tr@5", "tr@10", "ir@1", "ir@5", "ir@10", "r_mean")
 OF_CAPTIONS = "pds+match.filter=false+protocol.text=prototypes"
@@ -28,14 +28,20 @@ COMPARE = ["compare", "--preset", "demo", "--source", "scenes:300", "--decode.de
 
 def files(folder: Path, *but: str) -> dict[Path, int]:
     """Files of a folder and when they were written."""
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name not in but}
+    return {
+        path: path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in but
+    }
 
 
 # --- what works
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory, pds_ray: Run) -> tuple[Path, subprocess.CompletedProcess]:
+def compared(
+    tmp_path_factory: pytest.TempPathFactory, pds_ray: Run
+) -> tuple[Path, subprocess.CompletedProcess]:
     out = tmp_path_factory.mktemp("compared") / "table"
     done = pds_ray(*COMPARE, "--out", str(out))
     assert done.returncode == 0, done.stderr
@@ -57,7 +63,9 @@ def test_a_comparison_is_a_table(compared):
     for cell in table["cells"]:
         assert cell["trials"] == 1
         assert set(cell["std"].values()) == {0.0}, "one seed has no deviation"
-        assert cell["mean"]["r_mean"] == pytest.approx(np.mean([cell["mean"][name] for name in RECALLS[:6]]))
+        assert cell["mean"]["r_mean"] == pytest.approx(
+            np.mean([cell["mean"][name] for name in RECALLS[:6]])
+        )
         assert all(0 <= value <= 100 for value in cell["mean"].values())
         assert cell["mean"]["tr@1"] <= cell["mean"]["tr@5"] <= cell["mean"]["tr@10"]
         assert len(load_distilled(str(out / cell["set"]))) == 12
@@ -74,7 +82,11 @@ def test_the_csv_says_what_the_json_says(compared):
     rows = list(csv.DictReader(io.StringIO((out / "comparison.csv").read_text())))
     assert len(rows) == len(cells)
     for row, cell in zip(rows, cells, strict=True):
-        assert (row["method"], row["pairs"], row["backbone"]) == (cell["method"], "12", cell["backbone"])
+        assert (row["method"], row["pairs"], row["backbone"]) == (
+            cell["method"],
+            "12",
+            cell["backbone"],
+        )
         for name in RECALLS:
             for kind in ("mean", "std"):
                 assert float(row[f"{name} {kind}"]) == pytest.approx(cell[kind][name], abs=1e-4)
@@ -84,7 +96,11 @@ def test_the_csv_says_what_the_json_says(compared):
 def test_methods_share_the_embeddings(compared):
     """pds and its ablation read one store; every set lies in a run folder of its own, `protocol.` making no new one."""
     out, _ = compared
-    assert {path.name for path in (out / "sets").iterdir()} == {"random-12", "pds-12", "pds+match.filter=false-12"}
+    assert {path.name for path in (out / "sets").iterdir()} == {
+        "random-12",
+        "pds-12",
+        "pds+match.filter=false-12",
+    }
     assert len(list((out / "embeddings").iterdir())) == 1
     assert not list((out / "sets").glob("*/embeddings/*.parquet"))
     random, pds = (load_distilled(str(out / "sets" / name)) for name in ("random-12", "pds-12"))
@@ -116,14 +132,18 @@ def test_a_set_of_a_comparison_is_evaluated_to_the_same_figures(compared, pds_ra
     found = json.loads(done.stdout)
     assert files(out / "evaluation" / "trials") == trials
     cells = json.loads((out / "comparison.json").read_text())["cells"]
-    expected = next(cell for cell in cells if cell["method"] == "pds" and cell["backbone"] == "small_mixer")
+    expected = next(
+        cell for cell in cells if cell["method"] == "pds" and cell["backbone"] == "small_mixer"
+    )
     assert found["backbones"][0]["mean"] == expected["mean"]
 
 
 @pytest.mark.ray
 def test_a_set_alone(tmp_path: Path, pds_ray: Run):
     folder = scenes_set(tmp_path / "set")
-    done = pds_ray("evaluate", str(folder), *JUDGED, "--seeds", "2", "--protocol", "paper", "--trials", "1")
+    done = pds_ray(
+        "evaluate", str(folder), *JUDGED, "--seeds", "2", "--protocol", "paper", "--trials", "1"
+    )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     (result,) = (folder / "evaluation").glob("*.json")
@@ -168,18 +188,35 @@ def pictures_alone(path: Path) -> str:
         (["--test", "{tmp}/no/*.tar"], ["no tar shard matches"]),
         (["--test", "{pictures}"], ["none of the 20 samples", "caption"]),
         (["--test", "scenes:20:7", "--val", "{pictures}"], ["none of the 20 samples", "caption"]),
-        (["--test", "scenes:20:7", "--backbones", "nf_resnet51"], ["unknown backbone 'nf_resnet51'", "nf_resnet50"]),
-        (["--test", "scenes:20:7", "--backbones", "resnet18:{tmp}/no.pt"], ["is no file", "resnet18:scratch"]),
+        (
+            ["--test", "scenes:20:7", "--backbones", "nf_resnet51"],
+            ["unknown backbone 'nf_resnet51'", "nf_resnet50"],
+        ),
+        (
+            ["--test", "scenes:20:7", "--backbones", "resnet18:{tmp}/no.pt"],
+            ["is no file", "resnet18:scratch"],
+        ),
         (["--test", "scenes:20:7", "--backbones", ","], ["backbones", "at least one"]),
-        (["--test", "scenes:20:7", "--protocol", "papre"], ["unknown protocol 'papre'", "standard, paper"]),
-        (["--test", "scenes:20:7", "--protocol.train", "nothing"], ["train is 'nothing'", "text_head, heads"]),
+        (
+            ["--test", "scenes:20:7", "--protocol", "papre"],
+            ["unknown protocol 'papre'", "standard, paper"],
+        ),
+        (
+            ["--test", "scenes:20:7", "--protocol.train", "nothing"],
+            ["train is 'nothing'", "text_head, heads"],
+        ),
         (["--test", "scenes:20:7", "--seeds", "0"], ["seeds is 0"]),
         (["--test", "scenes:20:7", "--protocol.text-encoder", "bert:{tmp}/no"], ["bert:FOLDER"]),
         (["--test", "scenes:20:7", "--protocol.text-encoder", "bert"], ["which model"]),
-        (["--test", "scenes:20:7", "--protocol.text-encoder", "ViT-B-32"], ["which weights", "ViT-B-32:openai"]),
+        (
+            ["--test", "scenes:20:7", "--protocol.text-encoder", "ViT-B-32"],
+            ["which weights", "ViT-B-32:openai"],
+        ),
     ],
 )
-def test_one_clear_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, a_set: Path, args: list[str], words):
+def test_one_clear_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, a_set: Path, args: list[str], words
+):
     """The same of evaluate and of compare."""
     pictures = pictures_alone(tmp_path / "0.tar") if "{pictures}" in args else ""
     filled = [arg.replace("{tmp}", str(tmp_path)).replace("{pictures}", pictures) for arg in args]
@@ -188,7 +225,17 @@ def test_one_clear_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, a_se
     assert all(word in line for word in words), line
     assert files(a_set) == before
     out = tmp_path / "table"
-    compare = ["compare", "--preset", "demo", "--source", "scenes:50", "--pairs", "5", "--out", str(out)]
+    compare = [
+        "compare",
+        "--preset",
+        "demo",
+        "--source",
+        "scenes:50",
+        "--pairs",
+        "5",
+        "--out",
+        str(out),
+    ]
     line = fails(capsys, *compare, *filled)
     assert all(word in line for word in words), line
     assert not out.exists()
@@ -212,9 +259,21 @@ def test_one_clear_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, a_se
         (["--source", ""], ["--source"]),
     ],
 )
-def test_one_clear_line_of_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path, args: list[str], words):
+def test_one_clear_line_of_compare(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, args: list[str], words
+):
     out = tmp_path / "table"
-    base = ["compare", "--preset", "demo", "--source", "scenes:50", "--pairs", "5", "--test", "scenes:20"]
+    base = [
+        "compare",
+        "--preset",
+        "demo",
+        "--source",
+        "scenes:50",
+        "--pairs",
+        "5",
+        "--test",
+        "scenes:20",
+    ]
     line = fails(capsys, *base, "--out", str(out), *args)
     assert all(word in line for word in words), line
     assert not out.exists()
@@ -228,7 +287,9 @@ def test_no_set(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     line = fails(capsys, "evaluate", str(tmp_path), "--test", "scenes:20")
     assert "is no distilled set" in line
     assert list(tmp_path.iterdir()) == []
-    assert "is no distilled set" in fails(capsys, "evaluate", str(tmp_path / "none"), "--test", "scenes:20")
+    assert "is no distilled set" in fails(
+        capsys, "evaluate", str(tmp_path / "none"), "--test", "scenes:20"
+    )
     assert not (tmp_path / "none").exists()
 
 
@@ -238,18 +299,31 @@ def test_a_set_of_one_pair(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert "at least 2" in line
 
 
-def test_captions_are_needed_where_they_are_encoded(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_captions_are_needed_where_they_are_encoded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
     folder = scenes_set(tmp_path / "set", captions=False)
-    line = fails(capsys, "evaluate", str(folder), "--test", "scenes:20", "--protocol.text", "captions")
+    line = fails(
+        capsys, "evaluate", str(folder), "--test", "scenes:20", "--protocol.text", "captions"
+    )
     assert "12 of 12 pairs" in line
     assert "no caption" in line
 
 
-def test_prototypes_of_another_clip(capsys: pytest.CaptureFixture[str], tmp_path: Path, a_set: Path):
-    from tiny_models import save_clip
+def test_prototypes_of_another_clip(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, a_set: Path
+):
+    from tests.support.tiny_models import save_clip
 
     other = f"local-dir:{save_clip(tmp_path / 'clip')}"
-    args = ["--test", "scenes:20", "--protocol.text", "prototypes", "--protocol.text-encoder", other]
+    args = [
+        "--test",
+        "scenes:20",
+        "--protocol.text",
+        "prototypes",
+        "--protocol.text-encoder",
+        other,
+    ]
     line = fails(capsys, "evaluate", str(a_set), *args)
     assert "do not fit" in line
     assert "--protocol.text captions" in line

@@ -24,11 +24,11 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster_files import dashboard, metrics_of
-from command_line import DEMO, Run, command, content, stages
-from poisoned import write_shard
 
 from pds_ray.distributed.metrics import COUNTERS
+from tests.support.cluster_files import dashboard, metrics_of
+from tests.support.command_line import DEMO, Run, command, content, stages
+from tests.support.poisoned import write_shard
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,13 @@ class Cluster:
 
     def call(self, *args: str, timeout: float = 400) -> subprocess.CompletedProcess:
         return subprocess.run(
-            list(args), capture_output=True, text=True, timeout=timeout, env=self.env, check=False, cwd=ROOT
+            list(args),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=self.env,
+            check=False,
+            cwd=ROOT,
         )
 
     def submit(self, *args: str) -> subprocess.CompletedProcess:
@@ -72,7 +78,9 @@ class Cluster:
         return found
 
     def node(self, resource: str) -> str:
-        (node,) = [each["node_id"] for each in self.listed("nodes") if resource in each["resources_total"]]
+        (node,) = [
+            each["node_id"] for each in self.listed("nodes") if resource in each["resources_total"]
+        ]
         return node
 
 
@@ -87,7 +95,9 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    logs = Path(tempfile.mkdtemp(prefix="ray"))  # a short name: those of sockets may have 107 characters
+    logs = Path(
+        tempfile.mkdtemp(prefix="ray")
+    )  # a short name: those of sockets may have 107 characters
     gcs, jobs, metrics = free_port(), free_port(), free_port()
     environment = {
         **os.environ,
@@ -102,7 +112,9 @@ def cluster() -> Iterator[Cluster]:
             "--num-cpus", "0"]  # fmt: skip
     worker = ["--address", f"127.0.0.1:{gcs}", "--num-cpus", "2"]
     nodes: list[subprocess.Popen] = []
-    running = Cluster(f"http://127.0.0.1:{jobs}", f"http://127.0.0.1:{metrics}/metrics", environment)
+    running = Cluster(
+        f"http://127.0.0.1:{jobs}", f"http://127.0.0.1:{metrics}/metrics", environment
+    )
 
     def start(*args: str) -> None:
         """One after the other: a node must be up within a time.
@@ -113,9 +125,21 @@ def cluster() -> Iterator[Cluster]:
         own = logs / str(len(nodes))
         own.mkdir()
         with (own / "node.log").open("w+") as log:
-            ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--temp-dir", str(own)]
+            ray = [
+                sys.executable,
+                "-m",
+                "ray.scripts.scripts",
+                "start",
+                "--block",
+                "--temp-dir",
+                str(own),
+            ]
             whole = [*ray, "--object-store-memory", "120000000", *args]
-            nodes.append(subprocess.Popen(whole, env=environment, stdout=log, stderr=log, start_new_session=True))
+            nodes.append(
+                subprocess.Popen(
+                    whole, env=environment, stdout=log, stderr=log, start_new_session=True
+                )
+            )
             deadline = time.monotonic() + 180
             while len(running.listed("nodes")) < len(nodes):
                 assert nodes[-1].poll() is None, (log.seek(0), log.read())
@@ -143,7 +167,10 @@ def wait_for_shard(out: Path) -> None:
 
 
 def test_a_stopped_job_continues_where_it_was(
-    cluster: Cluster, tmp_path: Path, pds_ray: Run, finished: tuple[Path, subprocess.CompletedProcess]
+    cluster: Cluster,
+    tmp_path: Path,
+    pds_ray: Run,
+    finished: tuple[Path, subprocess.CompletedProcess],
 ) -> None:
     """Submitted, refused twice at once, stopped within seconds, submitted anew: the set is that of a local run."""
     out, config = tmp_path / "run", tmp_path / "local.yaml"
@@ -169,7 +196,9 @@ def test_a_stopped_job_continues_where_it_was(
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.rstrip().endswith("pds-ray: distill done")
     assert "24 pairs" in again.stdout
-    assert {path: path.stat().st_mtime_ns for path in committed} == committed, "committed shards were done again"
+    assert {path: path.stat().st_mtime_ns for path in committed} == committed, (
+        "committed shards were done again"
+    )
     mine, reference = content(out), content(finished[0])
     assert mine.keys() == reference.keys()
     assert [name for name in reference if mine[name] != reference[name]] == []
@@ -183,7 +212,18 @@ def test_a_stopped_job_continues_where_it_was(
 def test_stages_as_jobs_of_their_own(cluster: Cluster, tmp_path: Path) -> None:
     """`ray job submit --working-dir . -- python jobs/X.py`: one stage, the others, what is too early, what is wrong."""
     out = tmp_path / "run"
-    small = ["--preset", "demo", "--source", "scenes:60", "--pairs", "4", "--decode.steps", "1", "--out", str(out)]
+    small = [
+        "--preset",
+        "demo",
+        "--source",
+        "scenes:60",
+        "--pairs",
+        "4",
+        "--decode.steps",
+        "1",
+        "--out",
+        str(out),
+    ]
 
     def job(script: str, *args: str) -> subprocess.CompletedProcess:
         ignored = {"excludes": [".git", ".venv", "docs", "tests", "benchmarks", "runs"]}
@@ -235,13 +275,19 @@ def test_prometheus_sees_what_is_documented(cluster: Cluster, tmp_path: Path) ->
                     reason = "".join(re.findall(r'reason="(\w+)"', line))
                     name, value = line.partition("{")[0] + reason, float(line.rpartition(" ")[2])
                     seen[name] = seen.get(name, 0.0) + value
-    counts = {name: entry["counts"] for name, entry in json.loads((out / "run.json").read_text())["stages"].items()}
+    counts = {
+        name: entry["counts"]
+        for name, entry in json.loads((out / "run.json").read_text())["stages"].items()
+    }
     embed, decode = counts["embed"], counts["decode"]
     assert (embed["images"], embed["bad"], embed["failed_shards"], decode["made"]) == (30, 2, 0, 3)
     truth = {
         "ray_pds_ray_images_embedded_total": embed["images"],
         "ray_pds_ray_pairs_embedded_total": embed["pairs"],
-        **{f"ray_pds_ray_bad_samples_total{reason}": bad for reason, bad in embed["reasons"].items()},
+        **{
+            f"ray_pds_ray_bad_samples_total{reason}": bad
+            for reason, bad in embed["reasons"].items()
+        },
         "ray_pds_ray_shards_committed_total": embed["shards"],
         "ray_pds_ray_pictures_decoded_total": decode["made"],
         "ray_pds_ray_actor_busy_seconds_total": embed["encoder_busy_s"] + decode["decoder_busy_s"],
@@ -250,19 +296,47 @@ def test_prometheus_sees_what_is_documented(cluster: Cluster, tmp_path: Path) ->
     assert seen == pytest.approx(truth, abs=0.01)
     moved = {name.removeprefix("ray_").partition("_total")[0] + "_total" for name in seen}
     assert moved == COUNTERS.keys() - {"pds_ray_shards_failed_total"}
-    assert {name for name in metrics_of(dashboard()) if not name.startswith("ray_pds_ray")} <= served
+    assert {
+        name for name in metrics_of(dashboard()) if not name.startswith("ray_pds_ray")
+    } <= served
 
 
 @pytest.mark.parametrize(
     ("args", "why"),
     [
         ([], "which command"),
-        (["--", "distill", "--source", "scenes:9", "--out", "runs/x"], "a path that all nodes have"),
-        (["--", "distill", "--source", "shards/{0..9}.tar", "--out", "/x"], "source is 'shards/{0..9}.tar'"),
-        (["--", "distill", "--source", "s3://KEY:SECRET@bucket/a.tar", "--out", "/x"], "credentials"),
+        (
+            ["--", "distill", "--source", "scenes:9", "--out", "runs/x"],
+            "a path that all nodes have",
+        ),
+        (
+            ["--", "distill", "--source", "shards/{0..9}.tar", "--out", "/x"],
+            "source is 'shards/{0..9}.tar'",
+        ),
+        (
+            ["--", "distill", "--source", "s3://KEY:SECRET@bucket/a.tar", "--out", "/x"],
+            "credentials",
+        ),
         (["--", "distil", "--out", "/x"], "invalid choice: 'distil'"),
-        (["--env", "HF_HUB_OFFLINE", "--", "distill", "--source", "scenes:9", "--out", "/x"], "NAME=VALUE"),
-        (["--env", "A=1", "--env", "A=2", "--", "distill", "--source", "scenes:9", "--out", "/x"], "each name once"),
+        (
+            ["--env", "HF_HUB_OFFLINE", "--", "distill", "--source", "scenes:9", "--out", "/x"],
+            "NAME=VALUE",
+        ),
+        (
+            [
+                "--env",
+                "A=1",
+                "--env",
+                "A=2",
+                "--",
+                "distill",
+                "--source",
+                "scenes:9",
+                "--out",
+                "/x",
+            ],
+            "each name once",
+        ),
         (["--", "distill", "--source", "scenes:9", "--out", "/x"], "no Ray cluster takes jobs"),
     ],
 )

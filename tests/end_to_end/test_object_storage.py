@@ -15,13 +15,14 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from command_line import Run, command, content
-from object_store import BUCKET, KEY, SECRET, Faults, client, objects, proxy, uri
 
-from pds_ray import cli, load_distilled
+from pds_ray import load_distilled
+from pds_ray.cli import main as cli
 from pds_ray.sources.base import Sample
 from pds_ray.sources.scenes import ScenesSource
-from pds_ray.storage import LOCK
+from pds_ray.store.storage import LOCK
+from tests.support.command_line import Run, command, content
+from tests.support.object_store import BUCKET, KEY, SECRET, Faults, client, objects, proxy, uri
 
 pytestmark = pytest.mark.ray
 SMALL = ["distill", "--preset", "demo", "--pairs", "5", "--decode.decoder", "nearest"]
@@ -33,7 +34,9 @@ TELLTALES = (KEY, SECRET.partition("+")[2])  # what stands in the secret in any 
 def network(s3_port: int) -> Iterator[tuple[int, Faults]]:
     """A proxy that does no harm yet, before a bucket with 90 pairs in three tars."""
     source = ScenesSource("scenes:90")
-    samples = [item for shard in source.shards() for item in source.read(shard) if isinstance(item, Sample)]
+    samples = [
+        item for shard in source.shards() for item in source.read(shard) if isinstance(item, Sample)
+    ]
     for number in range(3):
         stream = io.BytesIO()
         with tarfile.open(fileobj=stream, mode="w") as tar:
@@ -42,7 +45,9 @@ def network(s3_port: int) -> Iterator[tuple[int, Faults]]:
                     member = tarfile.TarInfo(f"{place:06d}.{suffix}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-        client(s3_port).put_object(Bucket=BUCKET, Key=f"scenes/{number:05d}.tar", Body=stream.getvalue())
+        client(s3_port).put_object(
+            Bucket=BUCKET, Key=f"scenes/{number:05d}.tar", Body=stream.getvalue()
+        )
     faults = Faults()
     with proxy(s3_port, faults) as port:
         yield port, faults
@@ -52,9 +57,16 @@ def network(s3_port: int) -> Iterator[tuple[int, Faults]]:
 def reference(network: tuple[int, Faults], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run in a local folder, its source read while the network is good."""
     out = tmp_path_factory.mktemp("reference") / "run"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+    }
     arguments = [*SMALL, "--source", uri(network[0], "scenes/*.tar"), "--out", str(out)]
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        command(*arguments), capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr
     return out
 
@@ -72,11 +84,15 @@ def told(name: str, text: str | bytes) -> list[str]:
     assert all(word in uri(0, "x", LOGIN) for word in TELLTALES)  # or nothing could be found
     data = text.encode() if isinstance(text, str) else text
     return [
-        f"{name}: {data[max(0, at - 200) : at + 60]!r}" for word in TELLTALES if (at := data.find(word.encode())) >= 0
+        f"{name}: {data[max(0, at - 200) : at + 60]!r}"
+        for word in TELLTALES
+        if (at := data.find(word.encode())) >= 0
     ]
 
 
-def _check_repair(port: int, run: list[str], source: str, call: Callable[..., tuple[int, str]], pds_ray: Run) -> None:
+def _check_repair(
+    port: int, run: list[str], source: str, call: Callable[..., tuple[int, str]], pds_ray: Run
+) -> None:
     """What is missing or wrong on the store is named, and done anew to the same bytes."""
     s3 = client(port)
     before = objects(port, "run"), objects(port, "store")
@@ -108,7 +124,16 @@ def test_a_run_on_an_object_store(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name, raising=False)
     out, store = uri(port, "run", LOGIN), uri(port, "store", LOGIN)
-    arguments = [*SMALL, "--source", uri(port, "scenes/*.tar", LOGIN), "--out", out, "--embed.store", store, "-v"]
+    arguments = [
+        *SMALL,
+        "--source",
+        uri(port, "scenes/*.tar", LOGIN),
+        "--out",
+        out,
+        "--embed.store",
+        store,
+        "-v",
+    ]
     faults.errors = faults.cut_downloads = faults.cut_uploads = faults.delayed = 0.05
     faults.hidden, faults.late = 1, 0.1
     done = pds_ray(*arguments)
@@ -117,11 +142,15 @@ def test_a_run_on_an_object_store(
     faults.errors = faults.cut_downloads = faults.cut_uploads = faults.delayed = 0
     faults.hidden = 0
 
-    made = objects(s3_port, "run") | {f"embeddings/{name}": data for name, data in objects(s3_port, "store").items()}
+    made = objects(s3_port, "run") | {
+        f"embeddings/{name}": data for name, data in objects(s3_port, "store").items()
+    }
     manifest = json.loads(made.pop("run.json"))
     assert "report.html" in made
     page = made.pop("report.html")
-    assert made == {name: data for name, data in content(reference).items() if not name.endswith(LOCK)}
+    assert made == {
+        name: data for name, data in content(reference).items() if not name.endswith(LOCK)
+    }
     assert {entry["status"] for entry in manifest["stages"].values()} == {"done"}
 
     said = [*done.stdout.splitlines(), *done.stderr.splitlines()]
@@ -145,7 +174,9 @@ def test_a_run_on_an_object_store(
     assert uri(port, "run/distilled") in shown
     assert call("report", out, "--out", str(tmp_path / "report.html"))[0] == 0
     assert len(load_distilled(out)) == 5
-    assert load_distilled(out).image(4).tobytes() == load_distilled(str(reference)).image(4).tobytes()
+    assert (
+        load_distilled(out).image(4).tobytes() == load_distilled(str(reference)).image(4).tobytes()
+    )
 
     source, raw = uri(port, "scenes/*.tar", LOGIN), uri(port, "scenes/*.tar", f"{KEY}:{SECRET}@")
     for failing in (

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_run import HOSTILE, add_comparison, add_evaluation, make_run
 
 from pds_ray.report.page import write_report
+from tests.support.synthetic_run import HOSTILE, add_comparison, add_evaluation, make_run
 
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
@@ -23,7 +23,14 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 )
 OPENS_WITHIN_S = 15.0
-CAPTIONS = [*HOSTILE, "Ada's red ring", "ada's blue ring", "Zebra", "zebra", "a ring, red and small"]
+CAPTIONS = [
+    *HOSTILE,
+    "Ada's red ring",
+    "ada's blue ring",
+    "Zebra",
+    "zebra",
+    "a ring, red and small",
+]
 PAIRS = 70  # more than one page of cards
 
 
@@ -47,10 +54,15 @@ def opened(browser: Any) -> Callable[..., Any]:
         page = context.new_page()
         page.set_default_timeout(20_000)
         complaints: list[str] = []
-        page.on("console", lambda message: complaints.append(f"console {message.type}: {message.text}"))
+        page.on(
+            "console", lambda message: complaints.append(f"console {message.type}: {message.text}")
+        )
         page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
         page.on("dialog", lambda dialog: (complaints.append("a dialog"), dialog.dismiss()))
-        page.on("request", lambda request: complaints.append(request.url) if foreign(request.url) else None)
+        page.on(
+            "request",
+            lambda request: complaints.append(request.url) if foreign(request.url) else None,
+        )
 
         def foreign(url: str) -> bool:
             return not url.startswith("data:") and url.partition("#")[0] != path.as_uri()
@@ -67,7 +79,10 @@ def opened(browser: Any) -> Callable[..., Any]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = make_run(tmp_path_factory.mktemp("browser") / "run", pairs=PAIRS, captions=CAPTIONS)
     add_evaluation(made.path, backbones=(HOSTILE[0], HOSTILE[7]))
-    add_comparison(made.path.parent, {(HOSTILE[1], PAIRS): "sets/x", ("pds", PAIRS): "run", ("pds", 9): "sets/y"})
+    add_comparison(
+        made.path.parent,
+        {(HOSTILE[1], PAIRS): "sets/x", ("pds", PAIRS): "run", ("pds", 9): "sets/y"},
+    )
     return Path(write_report(str(made.path)))
 
 
@@ -78,7 +93,9 @@ def comparison(report: Path) -> Path:
 
 def numbers(page: Any) -> list[int]:
     """The pairs on the page, in their order."""
-    return page.eval_on_selector_all(".card", "cards => cards.map(card => Number(card.dataset.pair))")
+    return page.eval_on_selector_all(
+        ".card", "cards => cards.map(card => Number(card.dataset.pair))"
+    )
 
 
 def scroll_through(page: Any) -> None:
@@ -114,7 +131,10 @@ def test_everything_draws_and_nothing_is_asked_for(opened: Any, report: Path) ->
         scroll_through(page)
         titles = page.eval_on_selector_all("h2", "nodes => nodes.map(node => node.textContent)")
         assert titles[:3] == ["The pairs", "Evaluation", "Clusters and matching"]
-        assert page.eval_on_selector_all("nav a", "links => links.map(link => link.textContent)") == titles
+        assert (
+            page.eval_on_selector_all("nav a", "links => links.map(link => link.textContent)")
+            == titles
+        )
         assert page.locator(".chart").count() == 8
         assert page.locator("h1").inner_text().startswith(f"{PAIRS} pairs from")
         assert page.title().startswith(f"{PAIRS} pairs")
@@ -162,10 +182,14 @@ def test_search_narrows_the_cards(opened: Any, report: Path) -> None:
         assert len(numbers(page)) == 60
         page.fill("#search", "RING red")
         assert numbers(page) == [
-            n for n, text in enumerate(CAPTIONS) if {"ring", "red"} <= set(re.findall(r"\w+", text.lower()))
+            n
+            for n, text in enumerate(CAPTIONS)
+            if {"ring", "red"} <= set(re.findall(r"\w+", text.lower()))
         ]
         assert page.locator("#found").inner_text() == f"2 pairs of {PAIRS}"
-        assert page.eval_on_selector_all("mark", "nodes => nodes.map(node => node.textContent)") == [
+        assert page.eval_on_selector_all(
+            "mark", "nodes => nodes.map(node => node.textContent)"
+        ) == [
             "red",
             "ring",
         ] * 1 + ["ring", "red"]
@@ -219,7 +243,9 @@ def test_the_detail_view_by_keyboard(opened: Any, report: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["report", "comparison"])
-def test_a_phone_needs_no_sideways_scrolling(opened: Any, name: str, request: pytest.FixtureRequest) -> None:
+def test_a_phone_needs_no_sideways_scrolling(
+    opened: Any, name: str, request: pytest.FixtureRequest
+) -> None:
     with opened(request.getfixturevalue(name), width=390) as page:
         scroll_through(page)
         assert page.evaluate("document.documentElement.scrollWidth") == 390

@@ -8,14 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from command_line import Run, content, stages
 
 from pds_ray import load_distilled
-from pds_ray.images import decode_image
-from pds_ray.pipeline import SELECTION_STAGES
+from pds_ray.engine.pipeline import SELECTION_STAGES
+from pds_ray.modalities.image import decode_image
 from pds_ray.sources.scenes import ScenesSource
+from tests.support.command_line import Run, content, stages
 
-SELECT = ["select", "--preset", "demo", "--source", "scenes:300", "--pairs", "12", "--ray.object_store_gib", "0.3"]
+SELECT = [
+    "select",
+    "--preset",
+    "demo",
+    "--source",
+    "scenes:300",
+    "--pairs",
+    "12",
+    "--ray.object_store_gib",
+    "0.3",
+]
 SAMPLES = {
     (shard.name, sample.key): sample
     for shard in ScenesSource("scenes:300").shards()
@@ -29,7 +39,9 @@ def herding(tmp_path_factory: pytest.TempPathFactory, pds_ray: Run) -> Path:
     done = pds_ray(*SELECT, "--method", "herding", "--out", str(run))
     assert done.returncode == 0, done.stderr
     assert "method        herding" in done.stdout
-    assert [line.split()[0] for line in done.stdout.split("rate\n")[1].split("\n")[:4]] == list(SELECTION_STAGES)
+    assert [line.split()[0] for line in done.stdout.split("rate\n")[1].split("\n")[:4]] == list(
+        SELECTION_STAGES
+    )
     return run
 
 
@@ -45,7 +57,9 @@ def check_pairs(run: Path, method: str) -> None:
         assert pairs.captions[pair] in SAMPLES[place].captions
     image, text = pairs.image_prototypes, pairs.text_prototypes
     cosine = (image * text).sum(1) / np.linalg.norm(image, axis=1) / np.linalg.norm(text, axis=1)
-    np.testing.assert_allclose(cosine, [record["cosine"] for record in pairs.records], atol=2e-3)  # float16 store
+    np.testing.assert_allclose(
+        cosine, [record["cosine"] for record in pairs.records], atol=2e-3
+    )  # float16 store
     assert np.linalg.norm(image, axis=1).min() > 1.5, "un-normalised"
     about = pairs.manifest["about"]
     assert about["method"] == method
@@ -64,9 +78,15 @@ def test_the_chosen_pairs_are_those_of_the_source(herding: Path) -> None:
     assert list(stages(herding)) == list(SELECTION_STAGES)
 
 
-def test_repeating_the_command_does_nothing_and_another_method_is_refused(herding: Path, pds_ray: Run) -> None:
+def test_repeating_the_command_does_nothing_and_another_method_is_refused(
+    herding: Path, pds_ray: Run
+) -> None:
     before = content(herding)
-    files = [path for path in herding.rglob("*") if path.is_file() and path.name not in ("run.json", "report.html")]
+    files = [
+        path
+        for path in herding.rglob("*")
+        if path.is_file() and path.name not in ("run.json", "report.html")
+    ]
     times = {path: path.stat().st_mtime_ns for path in files}
     again = pds_ray(*SELECT, "--method", "herding", "--out", str(herding))
     assert again.returncode == 0, again.stderr
@@ -85,11 +105,22 @@ def test_a_second_method_shares_the_store_and_distill_does_the_same(
     done = pds_ray(*SELECT, *store, "--method", "clip_score", "--out", str(run))
     assert done.returncode == 0, done.stderr
     check_pairs(run, "clip_score")
-    assert json.loads((run / "run.json").read_text())["stages"]["embed"]["counts"]["images_reused"] == 300
+    assert (
+        json.loads((run / "run.json").read_text())["stages"]["embed"]["counts"]["images_reused"]
+        == 300
+    )
     other = tmp_path / "distill"
     # an option that the method has no use for makes no difference
     done = pds_ray(
-        "distill", *SELECT[1:], *store, "--method", "clip_score", "--prune.ratio", "0.5", "--out", str(other)
+        "distill",
+        *SELECT[1:],
+        *store,
+        "--method",
+        "clip_score",
+        "--prune.ratio",
+        "0.5",
+        "--out",
+        str(other),
     )
     assert done.returncode == 0, done.stderr
     assert content(other) == content(run)

@@ -9,9 +9,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from command_line import Run, content
 
-from pds_ray.upkeep import verify
+from pds_ray.engine.upkeep import verify
+from tests.support.command_line import Run, content
 
 pytestmark = pytest.mark.ray
 Finished = tuple[Path, subprocess.CompletedProcess]
@@ -26,7 +26,9 @@ def copy(finished: Finished, tmp_path: Path) -> Path:
 def promised(run: Path) -> list[str]:
     """Every file of a finished run that verification must know, read off the folder."""
     return sorted(
-        name for name in content(run) if not name.startswith(("hashes/", "embeddings/store")) and ".lock" not in name
+        name
+        for name in content(run)
+        if not name.startswith(("hashes/", "embeddings/store")) and ".lock" not in name
     )
 
 
@@ -45,7 +47,10 @@ def test_every_file_is_missed_and_every_flipped_bit_is_seen(copy: Path) -> None:
         path = copy / name
         whole = path.read_bytes()
         place = chance.randrange(len(whole))
-        for broken in (None, whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1 :]):
+        for broken in (
+            None,
+            whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1 :],
+        ):
             path.unlink()
             if broken is not None:
                 path.write_bytes(broken)
@@ -80,7 +85,11 @@ def test_repair_does_just_that_anew(copy: Path, finished: Finished, pds_ray: Run
     assert mended.returncode == 0, mended.stderr
     assert content(copy) == reference
     assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
-    assert json.loads((copy / "run.json").read_text())["stages"].keys() >= {"embed", "caption", "materialize"}
+    assert json.loads((copy / "run.json").read_text())["stages"].keys() >= {
+        "embed",
+        "caption",
+        "materialize",
+    }
 
 
 def test_no_run(tmp_path: Path, pds_ray: Run) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pds_ray import cli
+from pds_ray.cli import main as cli
 
 DEMO = ["distill", "--preset", "demo"]
 
@@ -49,7 +49,9 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         (["--source", "s4://bucket/x.tar"], ["s4://bucket/x.tar"]),
     ],
 )  # fmt: skip
-def test_one_clear_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, args: list[str], words: list[str]) -> None:
+def test_one_clear_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, args: list[str], words: list[str]
+) -> None:
     out = tmp_path / "out"
     filled = [arg.replace("{tmp}", str(tmp_path)) for arg in args]
     pairs = [] if "--pairs" in args else ["--pairs", "5"]
@@ -65,9 +67,15 @@ def test_one_clear_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, args
         ([], ["give --method", "herding, k_center"]),
         (["--method", "pds"], ["give --method", "herding, k_center"]),
         (["--method", "magic"], ["method is 'magic'", "herding, k_center"]),
-        (["--method", "random", "--pairs", "60"], ["60 pairs asked for", "50 captioned images", "--pairs"]),
+        (
+            ["--method", "random", "--pairs", "60"],
+            ["60 pairs asked for", "50 captioned images", "--pairs"],
+        ),
         (["--method", "forgetting", "--select.epochs", "1"], ["select.epochs is 1", "at least 2"]),
-        (["--method", "forgetting", "--select.forgotten", "some"], ["select.forgotten is 'some'", "fewest or most"]),
+        (
+            ["--method", "forgetting", "--select.forgotten", "some"],
+            ["select.forgotten is 'some'", "fewest or most"],
+        ),
         (["--method", "random", "--prune.ratio", "0.1"], ["--prune.ratio"]),
     ],
 )
@@ -76,7 +84,17 @@ def test_one_clear_line_of_select(
 ) -> None:
     out = tmp_path / "out"
     line = fails(
-        capsys, "select", "--preset", "demo", "--source", "scenes:50", "--pairs", "5", "--out", str(out), *args
+        capsys,
+        "select",
+        "--preset",
+        "demo",
+        "--source",
+        "scenes:50",
+        "--pairs",
+        "5",
+        "--out",
+        str(out),
+        *args,
     )
     assert all(word in line for word in words), line
     assert not out.exists()
@@ -89,7 +107,16 @@ def test_source_and_out_are_asked_for(capsys: pytest.CaptureFixture[str], tmp_pa
 
 def test_output_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    line = fails(capsys, *DEMO, "--source", "scenes:20", "--pairs", "5", "--out", str(tmp_path / "file" / "run"))
+    line = fails(
+        capsys,
+        *DEMO,
+        "--source",
+        "scenes:20",
+        "--pairs",
+        "5",
+        "--out",
+        str(tmp_path / "file" / "run"),
+    )
     assert "cannot write to" in line
     assert "file/run" in line
 
@@ -107,23 +134,47 @@ def test_source_without_captions(capsys: pytest.CaptureFixture[str], tmp_path: P
             member = tarfile.TarInfo(f"{number}.jpg")
             member.size = len(picture.getvalue())
             tar.addfile(member, io.BytesIO(picture.getvalue()))
-    line = fails(capsys, *DEMO, "--source", str(tmp_path / "0.tar"), "--pairs", "5", "--out", str(tmp_path / "out"))
+    line = fails(
+        capsys,
+        *DEMO,
+        "--source",
+        str(tmp_path / "0.tar"),
+        "--pairs",
+        "5",
+        "--out",
+        str(tmp_path / "out"),
+    )
     assert "no sample of" in line
     assert "(missing_caption: 20)" in line
     assert "caption" in line
 
 
-def test_karpathy_folder_with_missing_pictures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    rows = [{"image": f"flickr30k-images/{n}.jpg", "caption": "x", "image_id": str(n)} for n in range(9)]
+def test_karpathy_folder_with_missing_pictures(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rows = [
+        {"image": f"flickr30k-images/{n}.jpg", "caption": "x", "image_id": str(n)} for n in range(9)
+    ]
     (tmp_path / "flickr30k_train.json").write_text(json.dumps(rows))
     (tmp_path / "flickr30k-images").mkdir()
     (tmp_path / "flickr30k-images" / "0.jpg").touch()
-    line = fails(capsys, *DEMO, "--source", f"flickr30k:{tmp_path}", "--pairs", "5", "--out", str(tmp_path / "out"))
+    line = fails(
+        capsys,
+        *DEMO,
+        "--source",
+        f"flickr30k:{tmp_path}",
+        "--pairs",
+        "5",
+        "--out",
+        str(tmp_path / "out"),
+    )
     assert "8" in line
     assert "flickr30k-images/1.jpg" in line
 
 
-def test_encoder_and_decoder_of_different_spaces(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_encoder_and_decoder_of_different_spaces(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     import shutil
 
     from safetensors.numpy import load_file, save_file
@@ -150,7 +201,9 @@ def test_not_a_run_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
 def test_yaml_with_an_unknown_field(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("prune:\n  share: 0.3\n")
-    assert "unknown option prune.share; known: prune.ratio" in fails(capsys, *DEMO, "--config", str(file))
+    assert "unknown option prune.share; known: prune.ratio" in fails(
+        capsys, *DEMO, "--config", str(file)
+    )
 
 
 def test_verbose_shows_where(tmp_path: Path) -> None:
@@ -163,5 +216,14 @@ def test_options_of_the_authors_script() -> None:
     args = ["distill", "--num_pairs", "300", "--rm_ratio", "0.1", "--steps", "7", "--guidance", "2", "--noise", "3",
             "--normalize_embedding", "true", "--image_size", "96"]  # fmt: skip
     config = cli.resolve(cli.build_parser().parse_args(args))
-    assert (config.pairs, config.prune.ratio, config.decode.steps, config.decode.guidance) == (300, 0.1, 7, 2.0)
-    assert (config.decode.noise_level, config.cluster.normalize, config.decode.image_size) == (3, True, 96)
+    assert (config.pairs, config.prune.ratio, config.decode.steps, config.decode.guidance) == (
+        300,
+        0.1,
+        7,
+        2.0,
+    )
+    assert (config.decode.noise_level, config.cluster.normalize, config.decode.image_size) == (
+        3,
+        True,
+        96,
+    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from ray_script import output_of
+
+from tests.support.ray_script import output_of
 
 pytestmark = pytest.mark.ray
 DRIVER = """

@@ -39,7 +39,9 @@ def progress(out: Path) -> str:
 
 
 def content(run: Path) -> dict[str, bytes]:
-    files = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    files = {
+        str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()
+    }
     files.pop("run.json")
     files.pop("report.html", None)
     return files
@@ -76,7 +78,9 @@ def finished_work(out: Path) -> dict[Path, int]:
 
 
 def check_kept(finished: dict[Path, int]) -> None:
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished work was redone"
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, (
+        "finished work was redone"
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,7 +91,9 @@ def check_kept(finished: dict[Path, int]) -> None:
         pytest.param(signal.SIGINT, 130, marks=pytest.mark.long),
     ],
 )
-def test_killed_again_and_again(undisturbed: Path, tmp_path: Path, how: signal.Signals, expected: int) -> None:
+def test_killed_again_and_again(
+    undisturbed: Path, tmp_path: Path, how: signal.Signals, expected: int
+) -> None:
     """Killed once in each of two stages, at a random moment of it; finished work is not redone.
 
     SIGINT and SIGKILL reach Ray's processes too, as from a terminal; SIGTERM the driver alone, as when a job is
@@ -135,7 +141,11 @@ def test_an_actor_is_killed(undisturbed: Path, tmp_path: Path, stage: str, worke
     killed: set[int] = set()
     for wait_s in (0.0, 5.0):
         deadline = time.monotonic() + 120
-        while not (alive := [w for w in workers(psutil.Process(process.pid), worker) if w.pid not in killed]):
+        while not (
+            alive := [
+                w for w in workers(psutil.Process(process.pid), worker) if w.pid not in killed
+            ]
+        ):
             assert process.poll() is None, f"ended before there was another {worker}"
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -193,11 +203,21 @@ def test_nodes_die_and_others_come(undisturbed: Path, tmp_path: Path) -> None:
     from ray.cluster_utils import Cluster
 
     store = 300 << 20
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": store})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": store}
+    )
     try:
         nodes = [cluster.add_node(num_cpus=2, object_store_memory=store) for _ in range(2)]
         out = tmp_path / "run"
-        process = start(out, "--address", cluster.address, "--ray.embed_workers", "3", "--ray.decode_workers", "3")
+        process = start(
+            out,
+            "--address",
+            cluster.address,
+            "--ray.embed_workers",
+            "3",
+            "--ray.decode_workers",
+            "3",
+        )
         for stage, worker in (("embed", "EmbedWorker"), ("decode", "SynthesizeWorker")):
             wait_for(stage, out, process)
             node = node_with(worker, nodes, process)

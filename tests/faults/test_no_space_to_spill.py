@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from ray_script import output_of
+
+from tests.support.ray_script import output_of
 
 pytestmark = pytest.mark.ray
 DRIVER = """
@@ -42,7 +43,5 @@ runtime.stop()
 
 def test_it_is_one_line_and_not_a_slow_run() -> None:
     printed = output_of(DRIVER)
-    said = (
-        r"the memory of Ray's object store and the disk it spills to \(.*\) are full (here|on node [\d.]+); free space"
-    )
+    said = r"the memory of Ray's object store and the disk it spills to \(.*\) are full (here|on node [\d.]+); free space"
     assert [re.match(said, line)[1].split()[0] for line in printed] == ["on", "here"]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from poisoned import HOOK, write_shard
+
+from tests.support.poisoned import HOOK, write_shard
 
 pytestmark = pytest.mark.ray
 ENCODER = ["--preset", "demo", "--decoder", "nearest", "--pairs", "5"]
@@ -26,7 +27,9 @@ def pds_ray(*args: str, poison: bool = False) -> subprocess.CompletedProcess[str
 
 
 def content(run: Path) -> dict[str, bytes]:
-    files = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    files = {
+        str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()
+    }
     return {name: data for name, data in files.items() if name not in ("run.json", "report.html")}
 
 
@@ -40,7 +43,9 @@ def test_poison_costs_itself_and_can_be_tried_again(tmp_path: Path) -> None:
     done = pds_ray("distill", *ENCODER, *source, "--out", str(healthy))
     assert done.returncode == 0, done.stderr
 
-    done = pds_ray("distill", *ENCODER, *source, "--out", str(run), "--ray.sample_timeout_s", "3", poison=True)
+    done = pds_ray(
+        "distill", *ENCODER, *source, "--out", str(run), "--ray.sample_timeout_s", "3", poison=True
+    )
     assert done.returncode == 0, done.stderr
     counts = json.loads((run / "run.json").read_text())["stages"]["embed"]["counts"]
     assert counts["reasons"] == {"crashed_process": 3, "timed_out": 1}
@@ -58,7 +63,8 @@ def test_poison_costs_itself_and_can_be_tried_again(tmp_path: Path) -> None:
             assert mine == kept
         errors = pq.read_table(run / "embeddings" / f"{name}.errors.parquet").to_pylist()
         assert {row["key"]: row["reason"] for row in errors} == {
-            f"{sample:04d}": {"crash": "crashed_process", "hang": "timed_out"}[kind] for sample, kind in samples.items()
+            f"{sample:04d}": {"crash": "crashed_process", "hang": "timed_out"}[kind]
+            for sample, kind in samples.items()
         }
 
     again = pds_ray("retry-failed", str(run))  # on a machine where the pictures do no harm
@@ -75,7 +81,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if made.returncode:
         pytest.skip(f"cannot make a small disk: {made.stderr.strip()}")
@@ -86,7 +95,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_one_clear_line(tmp_path: Path, small_disk: Path) -> None:
     (tmp_path / "data").mkdir()
     write_shard(tmp_path / "data" / "a.tar", {}, samples=1500)
-    done = pds_ray("distill", *ENCODER, "--source", str(tmp_path / "data" / "a.tar"), "--out", str(small_disk / "run"))
+    done = pds_ray(
+        "distill",
+        *ENCODER,
+        "--source",
+        str(tmp_path / "data" / "a.tar"),
+        "--out",
+        str(small_disk / "run"),
+    )
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert "No space left" in last

@@ -12,20 +12,34 @@ from pathlib import Path
 
 import atheris
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 with atheris.instrument_imports(
-    include=["pds_ray.sources", "pds_ray.captions", "pds_ray.images", "tarfile", "gzip", "json", "PIL"],
+    include=[
+        "pds_ray.sources",
+        "pds_ray.modalities.text",
+        "pds_ray.modalities.image",
+        "tarfile",
+        "gzip",
+        "json",
+        "PIL",
+    ],
     enable_loader_override=False,
 ):
     import gzip  # noqa: F401 - named for the instrumentation
     import tarfile  # noqa: F401
 
-    from PIL import GifImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401
+    from PIL import (  # noqa: F401
+        GifImagePlugin,
+        JpegImagePlugin,
+        PngImagePlugin,
+        TiffImagePlugin,
+        WebPImagePlugin,
+    )
 
-    import pds_ray.captions
-    import pds_ray.images
+    import pds_ray.modalities.image
+    import pds_ray.modalities.text
     import pds_ray.sources.webdataset  # noqa: F401
-from targets import TARGETS, seeds
+from tests.fuzz.targets import TARGETS, seeds
 
 
 def main() -> None:

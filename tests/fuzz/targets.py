@@ -8,15 +8,26 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 
-from hostile import CAPTIONS, GOOD, JSON, SHARDS, encoded, gif, jpeg_with_scans, overlapping_exif, png, webp_canvas
 from PIL import Image
 
-from pds_ray.captions import CLEANERS, MAX_CAPTIONS, MAX_CHARACTERS, clean_basic
-from pds_ray.images import FORMATS, ImageError, decode_image
+from pds_ray.modalities.image import FORMATS, ImageError, decode_image
+from pds_ray.modalities.text import CLEANERS, MAX_CAPTIONS, MAX_CHARACTERS, clean_basic
 from pds_ray.report.page import _data
 from pds_ray.sources import webdataset
 from pds_ray.sources.base import REASONS, Sample
 from pds_ray.stages.materialize import _cell
+from tests.support.hostile import (
+    CAPTIONS,
+    GOOD,
+    JSON,
+    SHARDS,
+    encoded,
+    gif,
+    jpeg_with_scans,
+    overlapping_exif,
+    png,
+    webp_canvas,
+)
 
 MAX_PIXELS = 1_000_000
 PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -30,7 +41,8 @@ def has_commands(text: str) -> bool:
     """Whether a text holds what a terminal or a line-based format acts on, or what turns the direction of writing."""
     return any(
         unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
-        or unicodedata.bidirectional(character) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+        or unicodedata.bidirectional(character)
+        in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
         for character in text
     )
 
@@ -132,7 +144,12 @@ def decode(data: bytes) -> None:
     assert " at 0x" not in detail
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {"tar": tar, "record": record, "caption": caption, "image": image}
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "tar": tar,
+    "record": record,
+    "caption": caption,
+    "image": image,
+}
 
 
 def seeds(target: str) -> Iterator[bytes]:
@@ -146,9 +163,15 @@ def seeds(target: str) -> Iterator[bytes]:
     else:
         picture = Image.effect_noise((24, 16), 40)
         for fmt in FORMATS:
-            yield encoded(picture.convert("RGB"), fmt, exif=overlapping_exif(600)) if fmt != "GIF" else gif(4, 4)
+            yield (
+                encoded(picture.convert("RGB"), fmt, exif=overlapping_exif(600))
+                if fmt != "GIF"
+                else gif(4, 4)
+            )
         yield encoded(picture.convert("CMYK"), "JPEG", progressive=True)
         yield encoded(picture.convert("P"), "PNG", transparency=1)
         yield encoded(picture, "PNG", bits=1)
-        yield encoded(picture.convert("P"), "GIF", save_all=True, append_images=[picture.convert("P")])
+        yield encoded(
+            picture.convert("P"), "GIF", save_all=True, append_images=[picture.convert("P")]
+        )
         yield from (jpeg_with_scans(16, 3), webp_canvas(16, 3), png(8, 8), gif(9, 9, frames=3))

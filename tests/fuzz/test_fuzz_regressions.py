@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hostile import CAPTIONS, JSON, SHARDS
-from targets import TARGETS, seeds
+
+from tests.fuzz.targets import TARGETS, seeds
+from tests.support.hostile import CAPTIONS, JSON, SHARDS
 
 FOUND = sorted(Path(__file__).parent.joinpath("found").glob("*/*"))
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 
 # read by the hub's clients when they are imported, hence before any test module
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+)
 
 import pytest
-from tiny_models import save_clip, save_unclip
 
 from pds_ray.encoders import open_clip as encoders
+from tests.support.tiny_models import save_clip, save_unclip
 
 
 @pytest.fixture(scope="session")

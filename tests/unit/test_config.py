@@ -234,14 +234,17 @@ def test_booleans_are_read_as_written(text, value):
 
 
 @pytest.mark.parametrize("nothing", [None, "", "none", "null"])
-@pytest.mark.parametrize("dotted", ["embed.store", "decode.revision", "ray.address", "ray.num_cpus"])
+@pytest.mark.parametrize(
+    "dotted", ["embed.store", "decode.revision", "ray.address", "ray.num_cpus"]
+)
 def test_optional_fields_can_be_unset(dotted, nothing):
     config = replace(RunConfig(), {dotted: OTHER[dotted]})
     assert value_of(replace(config, {dotted: nothing}), dotted) is None
 
 
 @given(
-    st.sampled_from(FIELDS), st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text())
+    st.sampled_from(FIELDS),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text()),
 )
 def test_any_value_is_taken_or_refused(dotted, value):
     """Nothing but ConfigError comes out, and what is taken is of the field's own type."""
@@ -264,9 +267,16 @@ def test_a_configuration_cannot_be_changed_in_place():
 
 
 def test_flatten_is_the_view_of_a_yaml_file():
-    text = "pairs: 5\nprune: {ratio: 0.1}\ndecode:\n  steps: 3\n  rescale: yes\nembed.encoder: demo\n"
+    text = (
+        "pairs: 5\nprune: {ratio: 0.1}\ndecode:\n  steps: 3\n  rescale: yes\nembed.encoder: demo\n"
+    )
     config = replace(RunConfig(), flatten(yaml.safe_load(text)))
-    assert (config.pairs, config.prune.ratio, config.decode.steps, config.decode.rescale) == (5, 0.1, 3, True)
+    assert (config.pairs, config.prune.ratio, config.decode.steps, config.decode.rescale) == (
+        5,
+        0.1,
+        3,
+        True,
+    )
     assert config.embed.encoder == "demo"
 
 

@@ -11,13 +11,15 @@ import re
 from pathlib import Path
 
 import pytest
-from docs_pages import DOCS, PAGES, ROOT, Block, blocks, commands
 
-from pds_ray import catalog, progress, status
+from pds_ray import catalog
 from pds_ray.distributed.metrics import COUNTERS
-from pds_ray.heartbeat import BEAT_S, SILENT_S
+from pds_ray.engine import status
 from pds_ray.sources.base import Sample
 from pds_ray.stages.embed import no_counts
+from pds_ray.store.heartbeat import BEAT_S, SILENT_S
+from pds_ray.telemetry import progress
+from tests.support.docs_pages import DOCS, PAGES, ROOT, Block, blocks, commands
 
 
 def rows(page: str, first: str) -> list[list[str]]:
@@ -26,7 +28,9 @@ def rows(page: str, first: str) -> list[list[str]]:
     _, _, rest = text.partition(f"\n| {first} |")
     assert rest
     lines = rest.splitlines()[2:]
-    table = lines[: next(number for number, line in enumerate([*lines, ""]) if not line.startswith("|"))]
+    table = lines[
+        : next(number for number, line in enumerate([*lines, ""]) if not line.startswith("|"))
+    ]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
 
 
@@ -44,7 +48,9 @@ def test_links_lead_somewhere(path: Path) -> None:
         assert file.exists(), target
         if anchor:
             titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
+            assert anchor in {
+                re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles
+            }, target
 
 
 def test_the_metrics_are_those_that_are_counted() -> None:
@@ -62,7 +68,11 @@ def calls_of_event() -> list[tuple[str, str, set[str]]]:
             if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "log.event"):
                 continue
             event, *others = node.args
-            name = event.value if isinstance(event, ast.Constant) else re.sub(r"\{.*?\}", "*", ast.unparse(event)[2:-1])
+            name = (
+                event.value
+                if isinstance(event, ast.Constant)
+                else re.sub(r"\{.*?\}", "*", ast.unparse(event)[2:-1])
+            )
             given = {keyword.arg or "*": keyword.value for keyword in node.keywords}
             level = given.pop("level", others[1] if len(others) > 1 else ast.Constant("info"))
             assert isinstance(level, ast.Constant)
@@ -75,7 +85,10 @@ def test_the_events_are_those_that_are_told() -> None:
     told = {}
     for cells in rows("watching.md", "event"):
         told |= {name: (cells[1], names(cells[2])) for name in names(cells[0])}
-    unfolded = {"progress": {f.name for f in dataclasses.fields(progress.State)}, "shard_committed": {*no_counts()}}
+    unfolded = {
+        "progress": {f.name for f in dataclasses.fields(progress.State)},
+        "shard_committed": {*no_counts()},
+    }
     said = {}
     for pattern, level, fields in calls_of_event():
         matching = fnmatch.filter(told, pattern)
@@ -88,7 +101,9 @@ def test_the_events_are_those_that_are_told() -> None:
 
 
 def test_the_sign_of_life_looks_as_shown() -> None:
-    (shown,) = (json.loads(block.text) for block in blocks(DOCS / "watching.md") if block.language == "json")
+    (shown,) = (
+        json.loads(block.text) for block in blocks(DOCS / "watching.md") if block.language == "json"
+    )
     assert shown.keys() == {"host", "pid", "written", "progress"}
     assert shown["progress"].keys() == {f.name for f in dataclasses.fields(progress.State)}
     assert (BEAT_S, SILENT_S) == (10, 60)  # as the page says
@@ -96,14 +111,26 @@ def test_the_sign_of_life_looks_as_shown() -> None:
 
 def test_the_states_are_those_that_are_told() -> None:
     told = set().union(*(names(cells[0]) for cells in rows("watching.md", "state")))
-    assert told == set(re.findall(r"finished|running|silent|interrupted|failed|idle", inspect.getdoc(status.status)))
+    assert told == set(
+        re.findall(
+            r"finished|running|silent|interrupted|failed|idle", inspect.getdoc(status.status)
+        )
+    )
 
 
 @pytest.mark.parametrize("uri", ["flickr30k:data/Flickr30k", "coco:data/COCO"])
-def test_a_folder_laid_out_as_shown_can_be_read(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (listing,) = (block.text for block in blocks(DOCS / "flickr30k-coco.md") if block.language == "text")
+def test_a_folder_laid_out_as_shown_can_be_read(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (listing,) = (
+        block.text for block in blocks(DOCS / "flickr30k-coco.md") if block.language == "text"
+    )
     root = uri.partition(":")[2]
-    files = [line.removeprefix(f"{root}/") for line in listing.splitlines() if line.startswith(f"{root}/")]
+    files = [
+        line.removeprefix(f"{root}/")
+        for line in listing.splitlines()
+        if line.startswith(f"{root}/")
+    ]
     images = [name for name in files if name.endswith(".jpg")]
     for name in files:
         path = tmp_path / root / name
@@ -114,7 +141,9 @@ def test_a_folder_laid_out_as_shown_can_be_read(uri: str, tmp_path: Path, monkey
     for split in ("", ":train", ":val", ":test"):
         source = catalog.make_source(uri + split)
         (shard,) = source.shards()
-        assert list(source.read(shard)) == [Sample(image, b"jpeg", ("a caption",)) for image in images]
+        assert list(source.read(shard)) == [
+            Sample(image, b"jpeg", ("a caption",)) for image in images
+        ]
 
 
 def test_calls_are_found_in_a_shell_block() -> None:

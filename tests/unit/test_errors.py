@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pds_ray.errors import UserError, first_line, without_secrets
 from pds_ray.sources.base import SourceError
-from pds_ray.storage import StorageError
+from pds_ray.store.storage import StorageError
 
 
 @pytest.mark.parametrize(
@@ -45,10 +45,15 @@ def test_uris_are_shown_without_secrets(text: str, shown: str) -> None:
 PARTS = st.text("abcXYZ019+/%:-_.=~", max_size=12).filter(lambda text: "://" not in text)
 
 
-@given(before=PARTS, after=PARTS, name=st.sampled_from(["token", "secret_key", "account_key", "sas"]))
+@given(
+    before=PARTS, after=PARTS, name=st.sampled_from(["token", "secret_key", "account_key", "sas"])
+)
 def test_no_login_and_no_secret_setting_is_shown(before: str, after: str, name: str) -> None:
     secret = f"{before}S3CR3T{after}"
-    for uri in (f"s3://AKID:{secret}@bucket/x", f"gs://bucket/x?region=r&{name}={secret}&scheme=http"):
+    for uri in (
+        f"s3://AKID:{secret}@bucket/x",
+        f"gs://bucket/x?region=r&{name}={secret}&scheme=http",
+    ):
         shown = without_secrets(f"no shard matches {uri} (looked in {uri})")
         assert "S3CR3T" not in shown
         assert "AKID" not in shown

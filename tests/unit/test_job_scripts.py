@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 from ray.dashboard.modules.job.cli import submit
 
-from pds_ray import cli
+from pds_ray.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "jobs").glob("*.py"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_the_command_of_a_script_can_be_typed(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_of_a_script_can_be_typed(
+    script: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ray's parser takes it, the script that it names hands on the rest, and the command takes that with a file."""
     about = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
     typed = about.partition("ray job submit ")[2].partition(" ...")[0]
@@ -33,4 +35,10 @@ def test_the_command_of_a_script_can_be_typed(script: Path, monkeypatch: pytest.
 
 
 def test_there_are_scripts() -> None:
-    assert {path.stem for path in SCRIPTS} == {"compare", "distill", "embed", "evaluate", "synthesize"}
+    assert {path.stem for path in SCRIPTS} == {
+        "compare",
+        "distill",
+        "embed",
+        "evaluate",
+        "synthesize",
+    }

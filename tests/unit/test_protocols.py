@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from pds_ray import cli
+from pds_ray.cli import main as cli
 from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig, flatten, replace, to_dict
 from pds_ray.recipes import PROTOCOLS, protocol, protocol_name
 
@@ -88,7 +88,11 @@ def test_paper_is_the_published_protocol():
 
 def test_standard_is_honest():
     standard = protocol("standard").protocol
-    assert (standard.select, standard.sampling, standard.normalization) == ("val", "epoch", "backbone")
+    assert (standard.select, standard.sampling, standard.normalization) == (
+        "val",
+        "epoch",
+        "backbone",
+    )
     assert standard == ProtocolConfig()
 
 
@@ -105,21 +109,38 @@ def test_an_unknown_protocol_lists_the_known():
         ("paper", {}, "paper"),
         ("paper", {"seeds": 1, "backbones": "small_vit"}, "paper"),
         ("standard", {"protocol.epochs": 3}, "standard, epochs=3"),
-        ("paper", {"protocol.select": "val", "protocol.epochs": 100}, "paper, epochs=100, select=val"),
+        (
+            "paper",
+            {"protocol.select": "val", "protocol.epochs": 100},
+            "paper, epochs=100, select=val",
+        ),
         ("standard", PROTOCOLS["paper"] | {"epochs": 9}, "paper, epochs=9"),
     ],
 )
 def test_the_name_says_what_differs(start, changes, name):
-    dotted = {field if "." in field or field in FIELDS else f"protocol.{field}": v for field, v in changes.items()}
+    dotted = {
+        field if "." in field or field in FIELDS else f"protocol.{field}": v
+        for field, v in changes.items()
+    }
     assert protocol_name(replace(protocol(start), dotted)) == name
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *[(name, "nothing") for name in ("train", "text", "captions", "normalization", "optimizer", "schedule")],
-        *[(name, "nothing") for name in ("sampling", "select", "augment", "epochs", "learning_rate")],
-        *[(name, value) for name in ("learning_rate", "epochs", "evaluate_every") for value in (0, -1)],
+        *[
+            (name, "nothing")
+            for name in ("train", "text", "captions", "normalization", "optimizer", "schedule")
+        ],
+        *[
+            (name, "nothing")
+            for name in ("sampling", "select", "augment", "epochs", "learning_rate")
+        ],
+        *[
+            (name, value)
+            for name in ("learning_rate", "epochs", "evaluate_every")
+            for value in (0, -1)
+        ],
         *[(name, -1) for name in ("image_size", "momentum", "weight_decay")],
         *[(name, float("nan")) for name in ("learning_rate", "momentum", "weight_decay")],
         ("learning_rate", float("inf")),

@@ -21,7 +21,9 @@ PUBLISHED_WIDTHS = {  # parameters of the published evaluations: three give thei
 }
 
 
-def save_model(folder: Path, name: str, seed: int = 11, **options: object) -> tuple[Path, torch.nn.Module]:
+def save_model(
+    folder: Path, name: str, seed: int = 11, **options: object
+) -> tuple[Path, torch.nn.Module]:
     """A model of timm with random weights, and its file."""
     torch.manual_seed(seed)
     model = timm.create_model(name, **options).eval()
@@ -40,7 +42,12 @@ def refusal(name: str) -> str:
 def test_from_scratch():
     info = catalog.describe_backbone("resnet10t:scratch")
     cfg = timm.get_pretrained_cfg("resnet10t")
-    assert (info.image_size, info.mean, info.std, info.pretrained) == (cfg.input_size[-1], cfg.mean, cfg.std, False)
+    assert (info.image_size, info.mean, info.std, info.pretrained) == (
+        cfg.input_size[-1],
+        cfg.mean,
+        cfg.std,
+        False,
+    )
     torch.manual_seed(2)
     model = catalog.build_backbone(info, 64).eval()
     torch.manual_seed(2)
@@ -62,7 +69,9 @@ def test_published_backbones_with_weights_of_a_file(name: str, tmp_path: Path):
     assert info.pretrained
     assert hashlib.sha256(path.read_bytes()).hexdigest() in info.identity
     model = catalog.build_backbone(info, 224).eval()
-    assert all(torch.equal(value, reference.state_dict()[key]) for key, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, reference.state_dict()[key]) for key, value in model.state_dict().items()
+    )
     x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found = model(x)
@@ -78,7 +87,9 @@ def test_other_models_give_features_not_logits(tmp_path: Path):
     model = catalog.build_backbone(catalog.describe_backbone(f"resnet10t:{path}"), 64).eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(model(x), reference.forward_head(reference.forward_features(x), pre_logits=True))
+        assert torch.equal(
+            model(x), reference.forward_head(reference.forward_features(x), pre_logits=True)
+        )
 
 
 def test_a_transformer_takes_another_size():
@@ -123,7 +134,9 @@ def test_a_pickle_that_does_something_is_not_loaded(tmp_path: Path):
     assert not (tmp_path / "touched").exists()
 
 
-def test_without_a_network_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_a_network_one_line_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     message = refusal("resnet10t")
     assert "timm/resnet10t" in message

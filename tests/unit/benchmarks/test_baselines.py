@@ -17,16 +17,17 @@ from scipy.spatial.distance import cdist
 
 from benchmarks.baselines import bare_loop, evaluation, pds
 from benchmarks.data import write_flickr, write_shards
-from pds_ray.artifacts import embeddings
 from pds_ray.config import EmbedConfig, MatchConfig, ProtocolConfig, ReadConfig
 from pds_ray.encoders.open_clip import OpenClipEncoder
 from pds_ray.sources.base import Sample
 from pds_ray.sources.karpathy import KarpathySource
 from pds_ray.sources.webdataset import WebDatasetSource
-from pds_ray.stages import cluster, match, prototypes, prune, retrieval
+from pds_ray.stages import cluster, match, prototypes, prune
 from pds_ray.stages.embed import cosine, embed_shard
-from pds_ray.stages.evaluate import TextInput, Trial, run_trial
-from pds_ray.stages.train import Gallery, Pixels, TrainingPairs
+from pds_ray.stages.trial import TextInput, Trial, run_trial
+from pds_ray.store.artifacts import embeddings
+from pds_ray.training import recall as retrieval
+from pds_ray.training.train import Gallery, Pixels, TrainingPairs
 
 CLUSTERS, DIM, ROWS = 6, 8, 240
 
@@ -58,7 +59,10 @@ def test_pruning_is_that_of_the_package(pairs):
     high, before = prune.find_bucket(prune.histogram(similarity), drop - 1)
     low, before_low = prune.find_bucket(prune.histogram(similarity, high), drop - 1 - before)
     threshold = prune.Threshold((high << 16) | low, drop - before - before_low)
-    assert pds.prune(similarity).tolist() == np.flatnonzero(prune.keep_mask(similarity, threshold, 0)).tolist()
+    assert (
+        pds.prune(similarity).tolist()
+        == np.flatnonzero(prune.keep_mask(similarity, threshold, 0)).tolist()
+    )
 
 
 def test_the_table_counts_and_keeps_empty_clusters(pairs):
@@ -67,7 +71,9 @@ def test_the_table_counts_and_keeps_empty_clusters(pairs):
     counted = Counter(zip(image_labels.tolist(), text_labels.tolist(), strict=True))
     assert {(i, j): int(table[i, j]) for i, j in np.ndindex(table.shape) if table[i, j]} == counted
     assert table.shape == (CLUSTERS, CLUSTERS)
-    cells, counts, _ = match.count_pairs(image_labels, text_labels, np.zeros(ROWS, np.float32), CLUSTERS)
+    cells, counts, _ = match.count_pairs(
+        image_labels, text_labels, np.zeros(ROWS, np.float32), CLUSTERS
+    )
     assert table.ravel()[cells].tolist() == counts.tolist()
     assert table.sum() == counts.sum()
 
@@ -77,27 +83,44 @@ def test_no_assignment_shares_more(pairs):
     table = pds.contingency(image_labels, text_labels, CLUSTERS)
     couples = pds.match(table)
     total = sum(table[couple] for couple in couples)
-    assert total == max(sum(table[range(CLUSTERS), columns]) for columns in permutations(range(CLUSTERS)))
-    cells, counts, _ = match.count_pairs(image_labels, text_labels, np.zeros(ROWS, np.float32), CLUSTERS)
+    assert total == max(
+        sum(table[range(CLUSTERS), columns]) for columns in permutations(range(CLUSTERS))
+    )
+    cells, counts, _ = match.count_pairs(
+        image_labels, text_labels, np.zeros(ROWS, np.float32), CLUSTERS
+    )
     ours = match.assign_clusters(cells, counts, CLUSTERS)
     assert total == table[range(CLUSTERS), ours].sum()
 
 
 def test_prototypes_are_those_of_the_package(pairs):
     image, text, image_labels, text_labels = pairs
-    cells, counts, cosines = match.count_pairs(image_labels, text_labels, cosine(image, text), CLUSTERS)
+    cells, counts, cosines = match.count_pairs(
+        image_labels, text_labels, cosine(image, text), CLUSTERS
+    )
     text_of = match.assign_clusters(cells, counts, CLUSTERS)
     found = match.couples(cells, counts, cosines, text_of, CLUSTERS, MatchConfig())
     couples = prototypes.Couples(found["image_cluster"], found["text_cluster"], found["pairless"])
     keys = [str(row) for row in range(ROWS)]
     ours = prototypes.means(
         prototypes.shard_sums(
-            "s", keys, image, np.arange(len(keys)), text, image_labels, text_labels, couples, CLUSTERS
+            "s",
+            keys,
+            image,
+            np.arange(len(keys)),
+            text,
+            image_labels,
+            text_labels,
+            couples,
+            CLUSTERS,
         )
     )
-    theirs = pds.prototypes(image, text, image_labels, text_labels, list(enumerate(text_of.tolist())))
+    theirs = pds.prototypes(
+        image, text, image_labels, text_labels, list(enumerate(text_of.tolist()))
+    )
     assert theirs.couples == [
-        (couples.image_cluster[couple], couples.text_cluster[couple]) for couple in ours.couple.tolist()
+        (couples.image_cluster[couple], couples.text_cluster[couple])
+        for couple in ours.couple.tolist()
     ]
     np.testing.assert_allclose(theirs.image, ours.image, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(theirs.text, ours.text, rtol=1e-4, atol=1e-5)
@@ -108,8 +131,12 @@ def test_prototypes_average_what_a_couple_shares(pairs):
     found = pds.prototypes(image, text, image_labels, text_labels, [(0, 0), (1, 1), (3, 4)])
     for prototype, words, (i, j) in zip(found.image, found.text, found.couples, strict=True):
         rows = [row for row in range(ROWS) if image_labels[row] == i and text_labels[row] == j]
-        np.testing.assert_allclose(prototype, sum(image[row] for row in rows) / len(rows), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(words, sum(text[row] for row in rows) / len(rows), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            prototype, sum(image[row] for row in rows) / len(rows), rtol=1e-4, atol=1e-5
+        )
+        np.testing.assert_allclose(
+            words, sum(text[row] for row in rows) / len(rows), rtol=1e-4, atol=1e-5
+        )
     cosines = 1 - cdist(found.image, found.text, "cosine").diagonal()
     assert (np.diff(cosines) <= 1e-6).all()
 
@@ -170,7 +197,9 @@ def test_without_equal_scores_any_sort_will_do():
     image = rng.standard_normal((150, 6)).astype(np.float32)
     text = (image[owner] + rng.standard_normal((600, 6))).astype(np.float32)
     both = torch.from_numpy(image), torch.from_numpy(text)
-    assert evaluation.recalls(*both, owner) == pytest.approx(retrieval.recalls(*both, torch.from_numpy(owner)))
+    assert evaluation.recalls(*both, owner) == pytest.approx(
+        retrieval.recalls(*both, torch.from_numpy(owner))
+    )
 
 
 def test_a_gallery_below_128_is_no_trouble():
@@ -204,7 +233,9 @@ def test_an_epoch_with_features_recomputed_gives_the_recalls_of_features_kept():
     ours = run_trial(trial, small.build, pairs, None, test, torch.device("cpu"))
     torch.manual_seed(3)
     backbone = small.build(info, 16)
-    theirs = evaluation.train_on_frozen(backbone, 64, pairs, test, Pixels(info.mean, info.std), protocol, 3)
+    theirs = evaluation.train_on_frozen(
+        backbone, 64, pairs, test, Pixels(info.mean, info.std), protocol, 3
+    )
     assert theirs == pytest.approx(ours["recalls"])
 
 
@@ -238,11 +269,15 @@ def test_flickr_folders_are_read_by_the_package(flickr):
     assert captions == [caption for sample in samples for caption in sample.captions]
 
 
-def test_embedding_once_a_caption_gives_the_embeddings_of_once_an_image(flickr, clip: OpenClipEncoder, clip_info):
+def test_embedding_once_a_caption_gives_the_embeddings_of_once_an_image(
+    flickr, clip: OpenClipEncoder, clip_info
+):
     source = KarpathySource(f"flickr30k:{flickr}")
     config = EmbedConfig(store_dtype="float32", batch_size=16)
     (shard,) = source.shards()
-    images, captions, _ = embed_shard(source, shard, clip, clip_info.preprocess, ReadConfig(), config)
+    images, captions, _ = embed_shard(
+        source, shard, clip, clip_info.preprocess, ReadConfig(), config
+    )
     preprocess = open_clip.image_transform(32, is_train=False)
     paths, texts = pds.expand_pairs(flickr)
     image = pds.embed_images(paths, clip.model, preprocess, workers=0)
@@ -258,14 +293,21 @@ def test_the_bare_loop_gives_the_embeddings_of_the_package(
 ):
     captions = [["a red dog", "a dog"], ["b " * 30], ["c " * 200, "d " * 14, "e " * 15]]
     told = [json.dumps({"captions": some}).encode() for some in captions]
-    samples = [{"jpg": picture, "json": words} for picture, words in zip(_pictures(3), told, strict=True)]
+    samples = [
+        {"jpg": picture, "json": words} for picture, words in zip(_pictures(3), told, strict=True)
+    ]
     shards = write_shards(samples, tmp_path / "shards", per_shard=2)
     out = tmp_path / "found.npz"
-    found = bare_loop.embed(shards, f"local-dir:{clip_folder}", bare_loop.Tuning(2, 1, 0), encode_captions, out)
+    found = bare_loop.embed(
+        shards, f"local-dir:{clip_folder}", bare_loop.Tuning(2, 1, 0), encode_captions, out
+    )
     assert (found["images"], found["pairs"]) == (3, 6)
     source = WebDatasetSource(" ".join(shards))
     config = EmbedConfig(store_dtype="float32", batch_size=16)
-    tables = [embed_shard(source, shard, clip, clip_info.preprocess, ReadConfig(), config) for shard in source.shards()]
+    tables = [
+        embed_shard(source, shard, clip, clip_info.preprocess, ReadConfig(), config)
+        for shard in source.shards()
+    ]
     with np.load(out) as theirs:
         assert theirs["captions"].tolist() == [2, 1, 3]
         for name, side in (("image", 0), ("text", 1)):

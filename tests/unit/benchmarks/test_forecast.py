@@ -6,9 +6,16 @@ import json
 from pathlib import Path
 
 from benchmarks.forecast import table
-from pds_ray.pipeline import STAGES
+from pds_ray.engine.pipeline import STAGES
 
-RATES = {"read": 100, "preprocess": 50, "encode_images": 10, "encode_captions": 100, "commit": 250, "draw": 1}
+RATES = {
+    "read": 100,
+    "preprocess": 50,
+    "encode_images": 10,
+    "encode_captions": 100,
+    "commit": 250,
+    "draw": 1,
+}
 REAL = {
     "embed": 10.0,
     "prune": 4.0,
@@ -27,7 +34,17 @@ def entry(value: float, unit: str = "images", per: str = "core") -> dict[str, ob
 
 def make_files(folder: Path) -> tuple[Path, Path]:
     """A run of 100 scenes (500 captions) to 4 pairs, and the rates of two cores: what is not named takes no time."""
-    at_once = ("prune", "gather", "fit", "label", "label_rows", "match", "sums", "search", "search_rows")
+    at_once = (
+        "prune",
+        "gather",
+        "fit",
+        "label",
+        "label_rows",
+        "match",
+        "sums",
+        "search",
+        "search_rows",
+    )
     by_driver = ("solve_dense", "materialize", "tasks", "blocks")
     figures = {
         **{name: entry(1e18) for name in at_once},
@@ -54,7 +71,9 @@ def make_files(folder: Path) -> tuple[Path, Path]:
     }
     stages = {name: {"seconds": seconds} for name, seconds in REAL.items()}
     (folder / "rates.json").write_text(json.dumps(rates))
-    (folder / "run.json").write_text(json.dumps({"config": config, "stages": stages, "last_run_seconds": 44.0}))
+    (folder / "run.json").write_text(
+        json.dumps({"config": config, "stages": stages, "last_run_seconds": 44.0})
+    )
     return folder, folder / "rates.json"
 
 

@@ -52,9 +52,14 @@ def row(number: int = 7) -> Row:
 
 
 def outcome(number: int, seconds: float = 2.0) -> results.Result:
-    runs = {BASELINE: [measured(20.0), measured(30.0), measured(22.0)], OURS: [{**measured(seconds), "told": 1}] * 3}
+    runs = {
+        BASELINE: [measured(20.0), measured(30.0), measured(22.0)],
+        OURS: [{**measured(seconds), "told": 1}] * 3,
+    }
     checks = [at_least(runs, 10), Check("the same", "0 apart", True)]
-    return results.result(row(number), runs, {"apart": 0.0}, checks, f"python -m benchmarks {number}", quick=False)
+    return results.result(
+        row(number), runs, {"apart": 0.0}, checks, f"python -m benchmarks {number}", quick=False
+    )
 
 
 def test_factors_are_of_medians():
@@ -69,7 +74,12 @@ def test_factors_are_of_medians():
 
 def test_a_result_is_json_with_medians_and_spread():
     found = json.loads(json.dumps(outcome(7)))
-    assert found["sides"][BASELINE]["seconds"] == {"median": 22, "min": 20, "max": 30, "all": [20, 30, 22]}
+    assert found["sides"][BASELINE]["seconds"] == {
+        "median": 22,
+        "min": 20,
+        "max": 30,
+        "all": [20, 30, 22],
+    }
     assert found["sides"][OURS]["found"] == [{"told": 1}] * 3
     assert found["machine"]["cores"] == os.cpu_count()
     assert found["versions"]["numpy"] == np.__version__
@@ -129,7 +139,9 @@ def test_every_row_can_be_loaded(number):
 def test_memory_is_that_of_a_process_and_its_children_at_their_peaks(then):
     ballast = f"held = bytearray(300 << 20); {then}; print(flush=True); input()"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ballast!r}])"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdout.readline()
@@ -144,7 +156,9 @@ def test_memory_is_that_of_a_process_and_its_children_at_their_peaks(then):
 
 def test_what_processes_share_is_counted_once():
     code = "import os, sys; held = bytearray(b'1') * (300 << 20); os.fork(); print(flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         for _ in range(2):
@@ -168,7 +182,9 @@ def test_a_row_whose_checks_fail_ends_no_other(tmp_path, monkeypatch, capsys):
 
     file = tmp_path / "found.json"
     monkeypatch.setattr(__main__, "run_row", run_row)
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "7", "8", "--work", str(tmp_path), "--json", str(file)])
+    monkeypatch.setattr(
+        sys, "argv", ["benchmarks", "7", "8", "--work", str(tmp_path), "--json", str(file)]
+    )
     with pytest.raises(SystemExit) as ended:
         __main__.main()
     assert ended.value.code
@@ -190,7 +206,11 @@ def test_concepts_give_vectors_of_about_unit_length_in_clusters():
 def test_the_null_encoder_is_in_the_catalog():
     encoder = catalog.load_encoder(describe(), "fp32")
     assert isinstance(encoder, NullEncoder)
-    assert encoder.encode_captions(["a", "b"]).shape == encoder.encode_images(np.zeros((2, 16, 16, 3))).shape == (2, 16)
+    assert (
+        encoder.encode_captions(["a", "b"]).shape
+        == encoder.encode_images(np.zeros((2, 16, 16, 3))).shape
+        == (2, 16)
+    )
 
 
 def test_an_encoder_notes_when_it_is_first_loaded(tmp_path):
@@ -205,7 +225,10 @@ def test_an_encoder_notes_when_it_is_first_loaded(tmp_path):
 def test_the_breakdown_adds_up():
     counts = {"encoder_busy_s": 6.0, "encoder_idle_s": 1.0}
     run = {
-        "stages": {"embed": {"seconds": 8.0, "counts": counts}, "match": {"seconds": 1.0, "counts": {}}},
+        "stages": {
+            "embed": {"seconds": 8.0, "counts": counts},
+            "match": {"seconds": 1.0, "counts": {}},
+        },
         "last_run_seconds": 12.0,
     }
     found = shares(run)
@@ -213,7 +236,9 @@ def test_the_breakdown_adds_up():
     assert found["embed: encoders waiting"] == 1
     with pytest.raises(ValueError, match="several sittings"):
         shares({**run, "last_run_seconds": 5.0})
-    lines = table({"before": run, "after": {**run, "stages": {"embed": {"seconds": 3.0}}}}).splitlines()
+    lines = table(
+        {"before": run, "after": {**run, "stages": {"embed": {"seconds": 3.0}}}}
+    ).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert "| embed | 8.0 | 67% | 3.0 | 25% |" in lines
     assert "| match | 1.0 | 8% |  |  |" in lines
@@ -224,19 +249,38 @@ def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", *arguments]
     paths = os.pathsep.join([str(ROOT), *sys.path])
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths}
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": paths},
     )
 
 
 def test_a_row_runs_and_writes_json(tmp_path):
     file = tmp_path / "found.json"
-    arguments = ("8", "--quick", "--repeats", "1", "--work", str(tmp_path / "work"), "--json", str(file))
+    arguments = (
+        "8",
+        "--quick",
+        "--repeats",
+        "1",
+        "--work",
+        str(tmp_path / "work"),
+        "--json",
+        str(file),
+    )
     done = run_benchmark("benchmarks", *arguments)
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(file.read_text())
     assert found["sides"].keys() == {BASELINE, OURS}
-    assert found["sides"][BASELINE]["found"][0]["recalls"] == pytest.approx(found["sides"][OURS]["found"][0]["recalls"])
-    assert all(side["seconds"]["median"] > 0 and side["peak_gib"]["median"] > 0 for side in found["sides"].values())
+    assert found["sides"][BASELINE]["found"][0]["recalls"] == pytest.approx(
+        found["sides"][OURS]["found"][0]["recalls"]
+    )
+    assert all(
+        side["seconds"]["median"] > 0 and side["peak_gib"]["median"] > 0
+        for side in found["sides"].values()
+    )
     assert "| 8 | recall" in done.stdout
     assert not (tmp_path / "work" / "8-quick").exists()
 
@@ -244,7 +288,9 @@ def test_a_row_runs_and_writes_json(tmp_path):
 def test_a_row_that_is_none_is_refused_in_one_line():
     done = run_benchmark("benchmarks", "12")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("python -m benchmarks: error: rows are all, or of 1, 2")
+    assert done.stderr.splitlines()[-1].startswith(
+        "python -m benchmarks: error: rows are all, or of 1, 2"
+    )
 
 
 def test_quick_figures_are_not_written():

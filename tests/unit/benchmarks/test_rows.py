@@ -12,9 +12,9 @@ from benchmarks.data import write_shards
 from benchmarks.measure import BASELINE, OURS, Found
 from benchmarks.null_encoder import describe
 from benchmarks.rows import clip_retrieval, evaluation, startup, workers
-from pds_ray.artifacts import EmbeddingStore
 from pds_ray.config import RunConfig
-from pds_ray.storage import Folder
+from pds_ray.store.artifacts import EmbeddingStore
+from pds_ray.store.storage import Folder
 
 BURNS = "import time\nwhile time.process_time() < 0.5: pass\nprint(1, flush=True)\ntime.sleep(60)"
 
@@ -38,7 +38,9 @@ def test_shards_without_ray_are_committed(tmp_path: Path):
     Image.new("RGB", (16, 16)).save(tmp_path / "one.jpg")
     sample = {"jpg": (tmp_path / "one.jpg").read_bytes(), "txt": b"a black square"}
     write_shards([sample] * 10, tmp_path / "shards", 4)
-    seconds = workers._seconds_without_ray(f"{tmp_path}/shards/*.tar", describe(), RunConfig(), tmp_path / "store")
+    seconds = workers._seconds_without_ray(
+        f"{tmp_path}/shards/*.tar", describe(), RunConfig(), tmp_path / "store"
+    )
     markers = EmbeddingStore(Folder(str(tmp_path / "store"))).committed()
     assert [marker["images"] for marker in markers.values()] == [4, 4, 2]
     assert seconds > 0
@@ -51,21 +53,39 @@ def test_shards_without_ray_are_committed(tmp_path: Path):
         (12.0, 31.0, 0.31, [False, False, False, None]),
     ],
 )
-def test_workers_are_judged_by_the_ideal(two_s: float, shard_ms: float, image_ms: float, reached: list[bool | None]):
-    costs: Found = {"shard_ms": shard_ms, "image_ms": image_ms, "alone_shard_ms": 5.0, "alone_image_ms": 0.1}
-    runs = {workers.ONE: [{"seconds": 20.0}], workers.TWO: [{"seconds": two_s}], workers.OVERHEAD: [costs]}
+def test_workers_are_judged_by_the_ideal(
+    two_s: float, shard_ms: float, image_ms: float, reached: list[bool | None]
+):
+    costs: Found = {
+        "shard_ms": shard_ms,
+        "image_ms": image_ms,
+        "alone_shard_ms": 5.0,
+        "alone_image_ms": 0.1,
+    }
+    runs = {
+        workers.ONE: [{"seconds": 20.0}],
+        workers.TWO: [{"seconds": two_s}],
+        workers.OVERHEAD: [costs],
+    }
     assert [check.reached for check in workers.checks(runs, {})] == reached
 
 
 @pytest.mark.parametrize(("seconds", "reached"), [(9.9, True), (10.1, False)])
 def test_a_start_is_judged(seconds: float, reached: bool):
     first = {"seconds": seconds, "cpu_s": 15.0, "processes": 14}
-    runs = {"help": [{"seconds": 0.2, "heavy": ["numpy"]}], "show": [{"seconds": 0.5}], "first image": [first]}
-    assert reached in [check.reached for check in startup.checks(runs, {}) if "first work" in check.wanted]
+    runs = {
+        "help": [{"seconds": 0.2, "heavy": ["numpy"]}],
+        "show": [{"seconds": 0.5}],
+        "first image": [first],
+    }
+    assert reached in [
+        check.reached for check in startup.checks(runs, {}) if "first work" in check.wanted
+    ]
 
 
 @pytest.mark.parametrize(
-    ("reading_s", "apart", "reached"), [(1.9, 1e-4, [True, None, None, True]), (2.1, 1.0, [False, None, None, False])]
+    ("reading_s", "apart", "reached"),
+    [(1.9, 1e-4, [True, None, None, True]), (2.1, 1.0, [False, None, None, False])],
 )
 def test_reading_counts_against_us(reading_s: float, apart: float, reached: list[bool | None]):
     runs = {BASELINE: [{"seconds": 30.0, "versions": {}}], OURS: [{"seconds": 18.0}]}
@@ -77,7 +97,9 @@ def test_reading_counts_against_us(reading_s: float, apart: float, reached: list
     ("seconds", "r_mean", "gap", "reached"),
     [(9.9, 2.7, 0.1, [True, True, True, None]), (10.1, 2.6, 0.3, [False, False, False, None])],
 )
-def test_an_evaluation_is_judged(seconds: float, r_mean: float, gap: float, reached: list[bool | None]):
+def test_an_evaluation_is_judged(
+    seconds: float, r_mean: float, gap: float, reached: list[bool | None]
+):
     """Of 1,000 pictures chance finds (0.1 + 0.5 + 1) / 3 percent."""
     ours = {"seconds": seconds, "recalls": [{"r_mean": r_mean}], "images": 1000, "trials_s": 5.0}
     runs = {BASELINE: [{"seconds": 100.0, "recalls": [{"r_mean": r_mean + gap}]}], OURS: [ours]}

@@ -6,9 +6,9 @@ import copy
 from typing import Any
 
 import pytest
-from cluster_files import CLUSTERS, load, node_types, ray_cluster
 
 from pds_ray.config import RunConfig, flatten, replace
+from tests.support.cluster_files import CLUSTERS, load, node_types, ray_cluster
 
 CLUSTER_NAMES = ("kuberay", "aws", "gcp")
 RAY: dict[str, Any] = load(CLUSTERS / "run.yaml")["ray"]
@@ -26,7 +26,9 @@ DEMANDS = {
 """Of one task or actor."""
 
 
-def started(types: dict[str, Any], demand: dict[str, float], count: int) -> tuple[dict[str, int], int]:
+def started(
+    types: dict[str, Any], demand: dict[str, float], count: int
+) -> tuple[dict[str, int], int]:
     """Nodes of each kind that the autoscaler starts on an empty cluster, and how many demands no kind can meet."""
     from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
@@ -46,10 +48,14 @@ def started(types: dict[str, Any], demand: dict[str, float], count: int) -> tupl
         disable_launch_config_check=True,
         node_type_configs=kinds,
         max_num_nodes=sum(kind.max_worker_nodes for kind in kinds.values()) + 1,
-        resource_requests=ResourceRequestUtil.group_by_count([ResourceRequestUtil.make(demand)] * count),
+        resource_requests=ResourceRequestUtil.group_by_count(
+            [ResourceRequestUtil.make(demand)] * count
+        ),
     )
     reply = ResourceDemandScheduler().schedule(request)
-    return {launch.instance_type: launch.count for launch in reply.to_launch}, len(reply.infeasible_resource_requests)
+    return {launch.instance_type: launch.count for launch in reply.to_launch}, len(
+        reply.infeasible_resource_requests
+    )
 
 
 def test_the_run_is_a_configuration() -> None:

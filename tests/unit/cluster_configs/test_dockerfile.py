@@ -8,7 +8,8 @@ import sys
 from fnmatch import fnmatch
 
 import pytest
-from cluster_files import CLUSTERS, ROOT, pins, tool
+
+from tests.support.cluster_files import CLUSTERS, ROOT, pins, tool
 
 DOCKERFILE = CLUSTERS / "docker" / "Dockerfile"
 TEXT = DOCKERFILE.read_text(encoding="utf-8")
@@ -16,7 +17,9 @@ TEXT = DOCKERFILE.read_text(encoding="utf-8")
 
 def complaints(text: str) -> str:
     """What hadolint has against a Dockerfile."""
-    return subprocess.run([tool("hadolint"), "-"], input=text, capture_output=True, text=True, check=False).stdout
+    return subprocess.run(
+        [tool("hadolint"), "-"], input=text, capture_output=True, text=True, check=False
+    ).stdout
 
 
 def test_the_dockerfile_is_clean() -> None:
@@ -47,7 +50,8 @@ def versions(text: str) -> dict[str, str]:
 def test_one_faiss_of_the_version_that_was_tested_takes_the_place_of_the_other() -> None:
     assert versions(TEXT)["faiss-gpu"] == pins()["faiss-cpu"]
     installed, removed, added = (
-        TEXT.index(step) for step in ("constraint constraints.txt .", "pip uninstall --yes faiss-cpu", "faiss-gpu==")
+        TEXT.index(step)
+        for step in ("constraint constraints.txt .", "pip uninstall --yes faiss-cpu", "faiss-gpu==")
     )
     assert installed < removed < added
 
@@ -57,7 +61,9 @@ def test_faiss_gets_cuda_12_beside_the_cuda_13_of_torch() -> None:
     cuda = {name: version for name, version in versions(TEXT).items() if name.startswith("nvidia-")}
     assert {"nvidia-cuda-runtime-cu12", "nvidia-cublas-cu12", "nvidia-curand-cu12"} <= cuda.keys()
     assert all(name.endswith("-cu12") for name in cuda)
-    assert pins()["torch"].startswith("2.15."), "does this torch still bring CUDA 13? see cluster_configs/README.md"
+    assert pins()["torch"].startswith("2.15."), (
+        "does this torch still bring CUDA 13? see cluster_configs/README.md"
+    )
 
 
 def test_what_clusters_imports_no_torch() -> None:
@@ -72,7 +78,11 @@ def test_the_builder_is_sent_what_is_copied() -> None:
     rules = (CLUSTERS / "docker" / "Dockerfile.dockerignore").read_text(encoding="utf-8").split()
     assert "*" in rules
     kept = {rule[1:] for rule in rules if rule.startswith("!")}
-    copied = {source for line in re.findall(r"^COPY (.+)$", TEXT, flags=re.MULTILINE) for source in line.split()[:-1]}
+    copied = {
+        source
+        for line in re.findall(r"^COPY (.+)$", TEXT, flags=re.MULTILINE)
+        for source in line.split()[:-1]
+    }
     assert copied == kept
     assert {name for name in copied if not (ROOT / name).exists()} == set()
 
@@ -81,5 +91,7 @@ def test_no_data_is_sent_along() -> None:
     rules = (CLUSTERS / "docker" / "Dockerfile.dockerignore").read_text(encoding="utf-8").split()
     kept = {rule[1:] for rule in rules if rule.startswith("!")}
     assert not any(
-        fnmatch(name, pattern) for name in kept for pattern in ("runs*", "data*", ".git*", "*.env", "tests*")
+        fnmatch(name, pattern)
+        for name in kept
+        for pattern in ("runs*", "data*", ".git*", "*.env", "tests*")
     )

@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 import pytest
-from cluster_files import dashboard, metrics_of
 
 from pds_ray.distributed.metrics import COUNTERS
+from tests.support.cluster_files import dashboard, metrics_of
 
 PANELS = dashboard()["panels"]
 RAY_OWN = {  # scraped from a running Ray by tests/end_to_end/test_jobs.py
@@ -74,7 +74,9 @@ def test_it_can_be_imported_anywhere() -> None:
     places = set()
     for panel in PANELS:
         place = panel["gridPos"]
-        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        cells = {
+            (place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])
+        }
         assert not places & cells
         assert place["x"] + place["w"] <= 24
         places |= cells

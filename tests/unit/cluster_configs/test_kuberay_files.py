@@ -13,7 +13,15 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
-from cluster_files import KUBERAY, load, load_text, ray_cluster, ray_job, start_options
+
+from tests.support.cluster_files import (
+    KUBERAY,
+    load,
+    load_text,
+    ray_cluster,
+    ray_job,
+    start_options,
+)
 
 KUBERNETES = "1.35"
 SCHEMA = load(Path(__file__).parent / "kuberay_schema.yaml")
@@ -85,23 +93,35 @@ def breaches(spec: dict[str, Any]) -> list[str]:
     """Rules that KubeRay 1.7 checks in its operator, and ours about pods, that a cluster breaks."""
     found = []
     version = tuple(map(int, spec["rayVersion"].split(".")))
-    if spec["authOptions"]["mode"] != "token" or version < (2, 52) or not spec["authOptions"].get("secretName"):
+    if (
+        spec["authOptions"]["mode"] != "token"
+        or version < (2, 52)
+        or not spec["authOptions"].get("secretName")
+    ):
         found.append("no token")
     for group in groups(spec):
-        name, start, pod = group.get("groupName", "head"), group["rayStartParams"], group["template"]["spec"]
+        name, start, pod = (
+            group.get("groupName", "head"),
+            group["rayStartParams"],
+            group["template"]["spec"],
+        )
         ray = pod["containers"][0]
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         paths = {mount["mountPath"]: mount["name"] for mount in ray["volumeMounts"]}
         rules = {
             "pods are reused": pod["restartPolicy"] == "Never",
             "sizes twice": not (
-                group.get("resources") and start.keys() & {"num-cpus", "num-gpus", "memory", "resources"}
+                group.get("resources")
+                and start.keys() & {"num-cpus", "num-gpus", "memory", "resources"}
             ),
             "unknown option of ray start": start.keys() <= start_options(),
             "bounds": group.get("minReplicas", 0) <= group.get("maxReplicas", 1),
-            "limits differ from requests": ray["resources"]["limits"] == ray["resources"]["requests"],
-            "no limits": {"cpu", "memory", "ephemeral-storage"} <= ray["resources"]["limits"].keys(),
-            "no shm": volumes.get(paths.get("/dev/shm", ""), {}).get("emptyDir", {}).get("medium") == "Memory",
+            "limits differ from requests": ray["resources"]["limits"]
+            == ray["resources"]["requests"],
+            "no limits": {"cpu", "memory", "ephemeral-storage"}
+            <= ray["resources"]["limits"].keys(),
+            "no shm": volumes.get(paths.get("/dev/shm", ""), {}).get("emptyDir", {}).get("medium")
+            == "Memory",
             "no spilling": start.get("object-spilling-directory") in paths.keys() - {"/dev/shm"},
             "mount without volume": set(paths.values()) <= volumes.keys(),
             "root": pod["securityContext"].get("runAsNonRoot") is True,
@@ -112,7 +132,9 @@ def breaches(spec: dict[str, Any]) -> list[str]:
         }
         if "/dev/shm" in paths and rules["no shm"]:
             size = volumes[paths["/dev/shm"]]["emptyDir"]["sizeLimit"]
-            rules["object store larger than shm"] = int(start["object-store-memory"]) < bytes_of(size)
+            rules["object store larger than shm"] = int(start["object-store-memory"]) < bytes_of(
+                size
+            )
             rules["shm larger than memory"] = 2 * bytes_of(size) < bytes_of(
                 ray["resources"]["limits"].get("memory", "0Gi")
             )
@@ -140,19 +162,35 @@ def test_the_cluster_keeps_the_rules() -> None:
 LAPSES: dict[str, Callable[[dict[str, Any]], object]] = {
     "no token": lambda s: s.update(rayVersion="2.51.0"),
     "head: takes tasks": lambda s: s["headGroupSpec"]["rayStartParams"].pop("num-cpus"),
-    "cpu: pods are reused": lambda s: s["workerGroupSpecs"][0]["template"]["spec"].update(restartPolicy="Always"),
-    "cpu: sizes twice": lambda s: s["workerGroupSpecs"][0]["rayStartParams"].update({"num-cpus": "3"}),
-    "cpu: unknown option of ray start": lambda s: s["workerGroupSpecs"][0]["rayStartParams"].update({"cpus": "3"}),
-    "gpu: bounds": lambda s: s["workerGroupSpecs"][1].update(minReplicas=9),
-    "gpu: GPU nodes not tolerated": lambda s: s["workerGroupSpecs"][1]["template"]["spec"].pop("tolerations"),
-    "gpu-spot: spot nodes not tolerated": lambda s: s["workerGroupSpecs"][2]["template"]["spec"]["tolerations"].pop(),
-    "gpu-spot: no spilling": lambda s: s["workerGroupSpecs"][2]["rayStartParams"].pop("object-spilling-directory"),
-    "cpu: no shm": lambda s: s["workerGroupSpecs"][0]["template"]["spec"]["volumes"][0]["emptyDir"].pop("medium"),
-    "cpu: object store larger than shm": lambda s: s["workerGroupSpecs"][0]["rayStartParams"].update(
-        {"object-store-memory": str(20 * 2**30)}
+    "cpu: pods are reused": lambda s: s["workerGroupSpecs"][0]["template"]["spec"].update(
+        restartPolicy="Always"
     ),
+    "cpu: sizes twice": lambda s: s["workerGroupSpecs"][0]["rayStartParams"].update(
+        {"num-cpus": "3"}
+    ),
+    "cpu: unknown option of ray start": lambda s: s["workerGroupSpecs"][0]["rayStartParams"].update(
+        {"cpus": "3"}
+    ),
+    "gpu: bounds": lambda s: s["workerGroupSpecs"][1].update(minReplicas=9),
+    "gpu: GPU nodes not tolerated": lambda s: s["workerGroupSpecs"][1]["template"]["spec"].pop(
+        "tolerations"
+    ),
+    "gpu-spot: spot nodes not tolerated": lambda s: s["workerGroupSpecs"][2]["template"]["spec"][
+        "tolerations"
+    ].pop(),
+    "gpu-spot: no spilling": lambda s: s["workerGroupSpecs"][2]["rayStartParams"].pop(
+        "object-spilling-directory"
+    ),
+    "cpu: no shm": lambda s: s["workerGroupSpecs"][0]["template"]["spec"]["volumes"][0][
+        "emptyDir"
+    ].pop("medium"),
+    "cpu: object store larger than shm": lambda s: s["workerGroupSpecs"][0][
+        "rayStartParams"
+    ].update({"object-store-memory": str(20 * 2**30)}),
     "gpu: no limits": lambda s: [
-        s["workerGroupSpecs"][1]["template"]["spec"]["containers"][0]["resources"][side].pop("memory")
+        s["workerGroupSpecs"][1]["template"]["spec"]["containers"][0]["resources"][side].pop(
+            "memory"
+        )
         for side in ("limits", "requests")
     ],
 }
@@ -170,9 +208,13 @@ def test_the_job_ends_its_cluster_and_tries_again() -> None:
     assert spec["shutdownAfterJobFinishes"]
     assert spec["ttlSecondsAfterFinished"] > 0
     assert spec["backoffLimit"] >= 3
-    config = re.fullmatch(r"python \S+/jobs/distill\.py --config (\S+)/run\.yaml", spec["entrypoint"])
+    config = re.fullmatch(
+        r"python \S+/jobs/distill\.py --config (\S+)/run\.yaml", spec["entrypoint"]
+    )
     assert config
-    mounts = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
+    mounts = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0][
+        "volumeMounts"
+    ]
     assert config[1] in {mount["mountPath"] for mount in mounts}
 
 
@@ -180,7 +222,9 @@ def test_kustomize_makes_the_job_and_nothing_else() -> None:
     kubectl = shutil.which("kubectl")
     if not kubectl:
         pytest.skip("no kubectl")
-    done = subprocess.run([kubectl, "kustomize", str(KUBERAY)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [kubectl, "kustomize", str(KUBERAY)], capture_output=True, text=True, check=True
+    )
     assert load_text(done.stdout) == ray_job()
 
 

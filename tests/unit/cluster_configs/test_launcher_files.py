@@ -9,8 +9,9 @@ from typing import Any
 
 import jsonschema
 import pytest
-from cluster_files import LAUNCHER_FILES, load, pins, start_options
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from tests.support.cluster_files import LAUNCHER_FILES, load, pins, start_options
 
 
 def check(config: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +36,9 @@ BREAKAGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "misspelt key of a node type": lambda c: c["available_node_types"]["gpu"].update(max_worker=3),
     "unknown head": lambda c: c.update(head_node_type="gpu-head"),
     "no head": lambda c: c.pop("head_node_type"),
-    "share of a resource": lambda c: c["available_node_types"]["gpu"]["resources"].update(embed=0.5),
+    "share of a resource": lambda c: c["available_node_types"]["gpu"]["resources"].update(
+        embed=0.5
+    ),
     "no resources": lambda c: c["available_node_types"]["gpu"].pop("resources"),
     "no provider": lambda c: c["provider"].pop("type"),
     "command that is no text": lambda c: c.update(head_start_ray_commands=[{"ray": "stop"}]),
@@ -65,19 +68,28 @@ def breaches(config: dict[str, Any]) -> list[str]:
         for side in ("head", "worker")
     ]
     options = [re.findall(r"--([\w-]+)", start) for start in starts]
-    installed = [part for part in config["head_setup_commands"] + config["worker_setup_commands"] if "pip" in part]
-    wanted = [package for part in installed for package in part.split() if not package.startswith("-")][2:]
+    installed = [
+        part
+        for part in config["head_setup_commands"] + config["worker_setup_commands"]
+        if "pip" in part
+    ]
+    wanted = [
+        package for part in installed for package in part.split() if not package.startswith("-")
+    ][2:]
     rules = {
         "head takes tasks": head["resources"] == {"CPU": 0},
         "head on spot": not is_spot(head["node_config"]),
         "no spot": any(is_spot(kind["node_config"]) for kind in workers.values()),
         "no GPU on demand": any(
-            kind["resources"].get("GPU") and not is_spot(kind["node_config"]) for kind in workers.values()
+            kind["resources"].get("GPU") and not is_spot(kind["node_config"])
+            for kind in workers.values()
         ),
         "spot not before on-demand": all(
-            is_spot(kind["node_config"]) == (kind.get("priority", 0) > 0) for kind in workers.values()
+            is_spot(kind["node_config"]) == (kind.get("priority", 0) > 0)
+            for kind in workers.values()
         ),
-        "workers at most": sum(kind["max_workers"] for kind in workers.values()) == config["max_workers"],
+        "workers at most": sum(kind["max_workers"] for kind in workers.values())
+        == config["max_workers"],
         "no spilling": all("object-spilling-directory" in given for given in options),
         "no shm": all("--shm-size" in str(kind["docker"]) for kind in workers.values())
         and "--shm-size" in str(config["docker"]["head_run_options"]),
@@ -86,12 +98,15 @@ def breaches(config: dict[str, Any]) -> list[str]:
         and "~/.ray/auth_token" in config["file_mounts"],
         "dashboard open": "--dashboard-host=127.0.0.1" in starts[0],
         "GPU not given": all(
-            ("--gpus=all" in str(kind["docker"])) == bool(kind["resources"].get("GPU")) for kind in workers.values()
+            ("--gpus=all" in str(kind["docker"])) == bool(kind["resources"].get("GPU"))
+            for kind in workers.values()
         ),
         "another Ray": not config["setup_commands"],
-        "package not pinned": bool(wanted) and all(re.fullmatch(r"[\w-]+==[\w.]+", package) for package in wanted),
+        "package not pinned": bool(wanted)
+        and all(re.fullmatch(r"[\w-]+==[\w.]+", package) for package in wanted),
         "package pinned otherwise": all(
-            pins().get(name, version) == version for name, version in (package.split("==") for package in wanted)
+            pins().get(name, version) == version
+            for name, version in (package.split("==") for package in wanted)
         )
         if all("==" in package for package in wanted)
         else True,
@@ -112,17 +127,25 @@ LAPSES: dict[str, Callable[[dict[str, Any]], object]] = {
     "no GPU on demand": lambda c: c["available_node_types"].pop("gpu"),
     "spot not before on-demand": lambda c: c["available_node_types"]["gpu-spot"].update(priority=0),
     "workers at most": lambda c: c.update(max_workers=9),
-    "no spilling": lambda c: c.update(worker_start_ray_commands=["ray start --address=$RAY_HEAD_IP:6379"]),
+    "no spilling": lambda c: c.update(
+        worker_start_ray_commands=["ray start --address=$RAY_HEAD_IP:6379"]
+    ),
     "no shm": lambda c: c["available_node_types"]["cpu"].update(docker={"worker_run_options": []}),
-    "unknown option of ray start": lambda c: c["head_start_ray_commands"].insert(0, "ray start --hed"),
+    "unknown option of ray start": lambda c: c["head_start_ray_commands"].insert(
+        0, "ray start --hed"
+    ),
     "no token": lambda c: c.update(file_mounts={}),
-    "dashboard open": lambda c: c["head_start_ray_commands"].insert(0, "ray start --dashboard-host=0.0.0.0"),
+    "dashboard open": lambda c: c["head_start_ray_commands"].insert(
+        0, "ray start --dashboard-host=0.0.0.0"
+    ),
     "GPU not given": lambda c: c["available_node_types"]["gpu"].update(
         docker={"worker_run_options": ["--shm-size=9g"]}
     ),
     "another Ray": lambda c: c.pop("setup_commands"),
     "package not pinned": lambda c: c.update(head_setup_commands=["pip install --user boto3"]),
-    "package pinned otherwise": lambda c: c.update(head_setup_commands=["pip install --user boto3==1.0.0"]),
+    "package pinned otherwise": lambda c: c.update(
+        head_setup_commands=["pip install --user boto3==1.0.0"]
+    ),
 }
 
 

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster_files import CLUSTERS, start_options, tool
+
+from tests.support.cluster_files import CLUSTERS, start_options, tool
 
 SCRIPT = CLUSTERS / "slurm" / "pds_ray.sbatch"
 TEXT = SCRIPT.read_text(encoding="utf-8")
@@ -46,7 +47,9 @@ def test_broken_copies_are_found_out(tmp_path: Path, old: str, new: str) -> None
 def test_slurm_reads_every_directive() -> None:
     """It stops at the first command."""
     lines = TEXT.splitlines()
-    first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    first_command = next(
+        number for number, line in enumerate(lines) if line and not line.startswith("#")
+    )
     directives = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
     assert max(directives) < first_command
     given = {re.split(r"[ =]", lines[number])[1] for number in directives}
@@ -54,7 +57,9 @@ def test_slurm_reads_every_directive() -> None:
 
 
 def test_ray_has_the_options() -> None:
-    command = re.search(r"ray symmetric-run (.*?) -- python", TEXT.replace("\\\n", " "), flags=re.DOTALL)
+    command = re.search(
+        r"ray symmetric-run (.*?) -- python", TEXT.replace("\\\n", " "), flags=re.DOTALL
+    )
     assert command
     options = set(re.findall(r"--([\w-]+)", command[1]))
     assert "object-spilling-directory" in options
@@ -90,7 +95,11 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 @pytest.mark.parametrize("code", [0, 3])
 def test_the_job_ends_as_the_run_does(tmp_path: Path, slurm: dict[str, str], code: int) -> None:
     done = subprocess.run(
-        ["bash", SCRIPT], cwd=tmp_path, env={**slurm, "STEP": f"exit {code}"}, check=False, timeout=60
+        ["bash", SCRIPT],
+        cwd=tmp_path,
+        env={**slurm, "STEP": f"exit {code}"},
+        check=False,
+        timeout=60,
     )
     assert done.returncode == code
     said = (tmp_path / "srun.log").read_text(encoding="utf-8").splitlines()
@@ -102,7 +111,9 @@ def test_the_job_ends_as_the_run_does(tmp_path: Path, slurm: dict[str, str], cod
     assert "requeue" not in (tmp_path / "scontrol.log").read_text(encoding="utf-8")
 
 
-def test_before_the_time_is_up_the_job_is_requeued_while_the_run_goes_on(tmp_path: Path, slurm: dict[str, str]) -> None:
+def test_before_the_time_is_up_the_job_is_requeued_while_the_run_goes_on(
+    tmp_path: Path, slurm: dict[str, str]
+) -> None:
     step = "touch begun; sleep 3; touch ended"
     job = subprocess.Popen(["bash", SCRIPT], cwd=tmp_path, env={**slurm, "STEP": step})
     try:

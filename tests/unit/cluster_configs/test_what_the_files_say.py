@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster_files import CLUSTERS, ROOT, load, load_text, pins, texts
 
 import pds_ray
+from tests.support.cluster_files import CLUSTERS, ROOT, load, load_text, pins, texts
 
 FILES = dict(texts())
 YAML_FILES = [path for path in FILES if path.suffix == ".yaml"]
@@ -26,7 +26,8 @@ def test_yaml_is_strict(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a: 1\nb: 2\na: 3\n", "a:\n  - {b: 1, b: 2}\n", "a:\n\t- 1\n", "a: [1\n", "a: 1\n---\nb: 2\n"]
+    "text",
+    ["a: 1\nb: 2\na: 3\n", "a:\n  - {b: 1, b: 2}\n", "a:\n\t- 1\n", "a: [1\n", "a: 1\n---\nb: 2\n"],
 )
 def test_yaml_that_is_not_strict_is_refused(text: str) -> None:
     with pytest.raises(yaml.YAMLError):
@@ -36,8 +37,14 @@ def test_yaml_that_is_not_strict_is_refused(text: str) -> None:
 def lapses(text: str) -> list[str]:
     """What a file says that none should."""
     ray = re.escape(pins()["ray"])
-    found = [image for image in IMAGE.findall(text) if not image.endswith(f":{pds_ray.__version__}-ray{pins()['ray']}")]
-    found += re.findall(rf"(?i)(?<!pds-)(?<!kube)ray(?:version)?[=:\" ]+(?!{ray})\d+\.\d+\.\d+", text)
+    found = [
+        image
+        for image in IMAGE.findall(text)
+        if not image.endswith(f":{pds_ray.__version__}-ray{pins()['ray']}")
+    ]
+    found += re.findall(
+        rf"(?i)(?<!pds-)(?<!kube)ray(?:version)?[=:\" ]+(?!{ray})\d+\.\d+\.\d+", text
+    )
     found += re.findall(r"\S*:latest\b|\bnightly\b", text)
     found += re.findall(
         r"AKIA[0-9A-Z]{16}|-----BEGIN|(?i:secret_access_key|auth_token|password)\s*[:=]\s*[\"']?[A-Za-z0-9/+]{16,}",

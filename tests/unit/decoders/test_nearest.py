@@ -62,7 +62,12 @@ def decoder(source, clip_info):
 
 def test_the_right_pictures_in_the_order_asked(decoder):
     images = decoder.decode(ask(("s1", "k3"), ("s0", "k3"), ("s0", "k0"), ("s1", "k3")))
-    assert [image.getpixel((2, 2)) for image in images] == [colour(1, 3), colour(0, 3), colour(0, 0), colour(1, 3)]
+    assert [image.getpixel((2, 2)) for image in images] == [
+        colour(1, 3),
+        colour(0, 3),
+        colour(0, 0),
+        colour(1, 3),
+    ]
 
 
 def test_each_shard_is_read_once_and_no_further_than_needed(decoder, source):
@@ -72,7 +77,9 @@ def test_each_shard_is_read_once_and_no_further_than_needed(decoder, source):
 
 
 def test_a_picture_that_is_gone_is_an_error(decoder):
-    with pytest.raises(SourceError, match=r"^picture k9 of shard s0 is not there any more \(no such sample\)"):
+    with pytest.raises(
+        SourceError, match=r"^picture k9 of shard s0 is not there any more \(no such sample\)"
+    ):
         decoder.decode(ask(("s0", "k9"), ("s0", "k1")))
     with pytest.raises(SourceError, match="shard s7 is not in two any more"):
         decoder.decode(ask(("s7", "k1")))
@@ -107,7 +114,11 @@ class Changed(TwoShards):
     ("how", "failures", "said"),
     [
         ("gone", 0, "shard s0 was listed but cannot be opened .*No such file"),
-        ("cut", 0, r"picture k2 of shard s0 is not there any more \(truncated_shard: unexpected end of data\)"),
+        (
+            "cut",
+            0,
+            r"picture k2 of shard s0 is not there any more \(truncated_shard: unexpected end of data\)",
+        ),
         ("overwritten", 0, r"picture k2 of shard s0 is not what was embedded \(undecodable_image"),
         ("broken", 99, "cannot read shard s0: .*Input/output error"),
     ],
@@ -115,7 +126,11 @@ class Changed(TwoShards):
 def test_what_became_of_the_source_is_said_in_one_line(monkeypatch, how, failures, said):
     monkeypatch.setattr(base, "READ_RETRY_WAITS_S", (0.0, 0.0))
     with pytest.raises(SourceError, match=said) as caught:
-        list(NearestDecoder(Changed(how, failures)).decode(ask(("s0", "k1"), ("s0", "k2"), ("s0", "k3"))))
+        list(
+            NearestDecoder(Changed(how, failures)).decode(
+                ask(("s0", "k1"), ("s0", "k2"), ("s0", "k3"))
+            )
+        )
     assert "\n" not in str(caught.value)
 
 
@@ -128,7 +143,9 @@ def test_a_disk_that_fails_is_read_again(monkeypatch):
 def test_pictures_are_decoded_one_by_one(monkeypatch, decoder):
     """Of a batch whose pictures would not fit in memory together, no two need be held."""
     decoded = []
-    monkeypatch.setattr(nearest, "decode_image", lambda data, **_: decoded.append(data) or Image.new("RGB", (6, 6)))
+    monkeypatch.setattr(
+        nearest, "decode_image", lambda data, **_: decoded.append(data) or Image.new("RGB", (6, 6))
+    )
     images = iter(decoder.decode(ask(("s0", "k1"), ("s0", "k2"), ("s1", "k0"))))
     assert decoded == []
     next(images)
@@ -143,5 +160,7 @@ def test_fits_every_encoder(clip_info):
 
 
 def test_cannot_go_by_the_caption(clip_info):
-    with pytest.raises(ConfigError, match=r"^decode.condition is 'caption', but decoder nearest .*; use unclip$"):
+    with pytest.raises(
+        ConfigError, match=r"^decode.condition is 'caption', but decoder nearest .*; use unclip$"
+    ):
         catalog.describe_decoder(DecodeConfig(decoder="nearest", condition="caption"), clip_info)

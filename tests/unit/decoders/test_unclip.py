@@ -20,13 +20,20 @@ SEEDS = [7, 2**62 + 1, 3, 0, 7]
 
 
 def config(model, **options) -> DecodeConfig:
-    return DecodeConfig(model=str(model), **{"steps": 3, "precision": "fp32", "noise_level": 3, **options})
+    return DecodeConfig(
+        model=str(model), **{"steps": 3, "precision": "fp32", "noise_level": 3, **options}
+    )
 
 
 def batch(rows, seeds=SEEDS, dim=16) -> DecodeBatch:
     prototypes = np.random.default_rng(0).standard_normal((len(CAPTIONS), dim)).astype(np.float32)
     prototypes[4] = prototypes[0]
-    return DecodeBatch(prototypes[rows], [CAPTIONS[r] for r in rows], [seeds[r] for r in rows], [("", "")] * len(rows))
+    return DecodeBatch(
+        prototypes[rows],
+        [CAPTIONS[r] for r in rows],
+        [seeds[r] for r in rows],
+        [("", "")] * len(rows),
+    )
 
 
 def pixels(images) -> np.ndarray:
@@ -91,7 +98,9 @@ def test_another_space_is_refused(copy, clip_info):
 def test_published_checkpoints_are_known_by_name(unclip_folder, tmp_path, clip_info):
     """A local copy under the published name is held to the published space."""
     model = shutil.copytree(unclip_folder, tmp_path / "stable-diffusion-2-1-unclip-small")
-    assert "ViT-L-14:openai" in refusal(model, replace(clip_info, space="ViT-L-14:laion2b_s32b_b82k"))
+    assert "ViT-L-14:openai" in refusal(
+        model, replace(clip_info, space="ViT-L-14:laion2b_s32b_b82k")
+    )
     assert unclip.describe(config(model), replace(clip_info, space="ViT-L-14:openai")).notes == ()
     # the encoder's space is a file's hash, which a name cannot be compared with
     assert len(unclip.describe(config(model), clip_info).notes) == 1
@@ -109,7 +118,9 @@ def test_other_pipelines_are_refused(copy, clip_info):
     assert "StableDiffusionPipeline" in refusal(copy, clip_info)
 
 
-@pytest.mark.parametrize("model", ["/no/such/folder", "./no/such", "no-such-org/no-such-model", "no such name", ""])
+@pytest.mark.parametrize(
+    "model", ["/no/such/folder", "./no/such", "no-such-org/no-such-model", "no such name", ""]
+)
 def test_what_is_nowhere_is_refused(model, clip_info, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refusal(model, clip_info)
@@ -125,7 +136,9 @@ def test_missing_weights_are_refused(copy, clip_info, part):
     assert part in refusal(copy, clip_info)
 
 
-@pytest.mark.parametrize("name", ["model_index.json", "image_normalizer/config.json", "pds_ray.json"])
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "image_normalizer/config.json", "pds_ray.json"]
+)
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", "{}", '{"embedding_dim": null}', "\udcff"])
 def test_broken_configurations_are_refused(copy, clip_info, name, text):
     (copy / name).write_bytes(text.encode(errors="surrogateescape"))
@@ -166,13 +179,17 @@ def test_prototypes_and_captions_matter(decoder):
     one = pixels(decoder.decode(plain))
     moved = pixels(decoder.decode(replace(plain, prototypes=plain.prototypes[::-1])))
     assert (np.abs(one - moved).max(axis=(1, 2, 3)) > 1).all()
-    longer = pixels(decoder.decode(replace(plain, prototypes=plain.prototypes * 3)))  # lengths are not thrown away
+    longer = pixels(
+        decoder.decode(replace(plain, prototypes=plain.prototypes * 3))
+    )  # lengths are not thrown away
     assert (np.abs(one - longer).max(axis=(1, 2, 3)) > 1).all()
     reworded = pixels(decoder.decode(replace(plain, captions=["blue", "green"])))
     assert (np.abs(one - reworded).max(axis=(1, 2, 3)) > 1).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"guidance": 1.0}, {"noise_level": 0, "negative_prompt": "blur", "steps": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"guidance": 1.0}, {"noise_level": 0, "negative_prompt": "blur", "steps": 2}]
+)
 def test_equals_the_pipeline_called_by_hand(unclip_folder, clip_info, options):
     asked = config(unclip_folder, **options)
     ours = pixels(unclip.load(unclip.describe(asked, clip_info), asked, None).decode(batch([0, 3])))

@@ -66,7 +66,9 @@ def test_towers_converted_to_transformers_agree_with_open_clip(clip_folder):
         torch.testing.assert_close(image_embeds, clip.model.encode_image(pixels), atol=1e-4, rtol=0)
         states = convert_text_tower(clip.model, clip.config, clip.tokenizer)(ids)[0]
         pooled = states[torch.arange(2), ids.argmax(-1)]
-        torch.testing.assert_close(pooled @ clip.model.text_projection, clip.model.encode_text(ids), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            pooled @ clip.model.text_projection, clip.model.encode_text(ids), atol=1e-4, rtol=0
+        )
 
 
 def test_resumed_training_ends_with_the_same_weights(tmp_path, clip_folder, monkeypatch):
@@ -126,7 +128,11 @@ def test_embedding_noise_is_the_pipelines_own(unclip_folder):
     embeddings, noise = torch.randn(2, 4, 32, generator=generator)
     with torch.no_grad():
         ours = train_unclip.add_embedding_noise(
-            embeddings, torch.full((4,), 50), noise, pipeline.image_normalizer, pipeline.image_noising_scheduler
+            embeddings,
+            torch.full((4,), 50),
+            noise,
+            pipeline.image_normalizer,
+            pipeline.image_noising_scheduler,
         )
         torch.testing.assert_close(ours, pipeline.noise_image_embeddings(embeddings, 50, noise))
 
@@ -142,7 +148,8 @@ def test_standardised_latents_decode_to_the_same_picture():
         after = vae.encode(to_signed(pixels)).latent_dist
         torch.testing.assert_close(after.mean, latents, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(
-            after.std / before.std, (1 / before.mean.std((0, 2, 3)))[None, :, None, None].expand_as(after.std)
+            after.std / before.std,
+            (1 / before.mean.std((0, 2, 3)))[None, :, None, None].expand_as(after.std),
         )
         torch.testing.assert_close(vae.decode(latents).sample, painted, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
@@ -171,7 +178,12 @@ def test_vocabulary_too_small_for_bytes_is_refused():
 
 
 def test_missing_clip_is_one_clear_line(tmp_path, capsys):
-    assert train_unclip.main(["--clip", str(tmp_path), "--out", str(tmp_path / "out"), "--source", "scenes:10"]) == 2
+    assert (
+        train_unclip.main(
+            ["--clip", str(tmp_path), "--out", str(tmp_path / "out"), "--source", "scenes:10"]
+        )
+        == 2
+    )
     assert "train_clip writes such a folder" in capsys.readouterr().err
 
 

@@ -41,7 +41,15 @@ def test_what_all_nodes_can_find_may_be_a_job(source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["flickr30k:data/Flickr30k:test", "coco:COCO", "data/*.tar", "a:/data/*.tar", "file://data/a.tar", "coco"]
+    "source",
+    [
+        "flickr30k:data/Flickr30k:test",
+        "coco:COCO",
+        "data/*.tar",
+        "a:/data/*.tar",
+        "file://data/a.tar",
+        "coco",
+    ],
 )
 def test_what_only_this_folder_knows_is_refused(source: str) -> None:
     with pytest.raises(ConfigError, match="a path that all nodes have"):
@@ -51,7 +59,12 @@ def test_what_only_this_folder_knows_is_refused(source: str) -> None:
 @pytest.mark.parametrize(
     "ways",
     [
-        ["s3://bucket/run", "s3://bucket/run/", "s3://bucket/run?region=r", "s3://bucket/run/?region=r&scheme=http"],
+        [
+            "s3://bucket/run",
+            "s3://bucket/run/",
+            "s3://bucket/run?region=r",
+            "s3://bucket/run/?region=r&scheme=http",
+        ],
         ["/runs/x", "/runs/x/", "/runs//x", "file:///runs/x"],
         ["coco:/data/COCO:val"],
         ["scenes:100:7"],
@@ -111,7 +124,9 @@ class Head:
         await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True).start()
 
     async def _version(self, _: web.Request) -> web.Response:
-        return web.json_response({"version": "4", "ray_version": "2.60.0", "ray_commit": "", "session_name": ""})
+        return web.json_response(
+            {"version": "4", "ray_version": "2.60.0", "ray_commit": "", "session_name": ""}
+        )
 
     async def _package(self, _: web.Request) -> web.Response:
         return web.Response()
@@ -163,13 +178,17 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
     running.close()
 
 
-def test_a_broken_connection_is_taken_up_again(head: Head, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_connection_is_taken_up_again(
+    head: Head, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The log comes whole and once, though nothing listens for a while."""
     assert jobs.follow("job-1", head.address) == ("SUCCEEDED", 0)
     assert capsys.readouterr().out == "one\ntwo\nthree\nfour\n"
 
 
-def test_a_cluster_that_stays_silent_is_one_line(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_stays_silent_is_one_line(
+    head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(jobs, "PATIENCE_S", 0.3)
     head.comes_back = False
     with pytest.raises(ConfigError) as refused:
@@ -189,7 +208,9 @@ def test_a_connection_that_breaks_before_the_job_is_there_is_one_line(
         jobs.submit(job(out="/runs/x"), head.address)
 
 
-@pytest.mark.parametrize(("given", "wait"), [({}, "30"), ({"RAY_JOB_STOP_WAIT_TIME_S": "5", "A": "1"}, "5")])
+@pytest.mark.parametrize(
+    ("given", "wait"), [({}, "30"), ({"RAY_JOB_STOP_WAIT_TIME_S": "5", "A": "1"}, "5")]
+)
 def test_a_stopped_driver_gets_time(head: Head, given: dict[str, str], wait: str) -> None:
     jobs.submit(Job(["distill"], {"out": "/runs/x"}, None, given, 0, installed=True), head.address)
     assert head.submitted["runtime_env"]["env_vars"] == {**given, "RAY_JOB_STOP_WAIT_TIME_S": wait}

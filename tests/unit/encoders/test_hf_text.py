@@ -8,18 +8,22 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_models import TEXT_CONTEXT, save_text_model
 
 from pds_ray import catalog
 from pds_ray.config import ConfigError
-from pds_ray.stages.evaluate import encode
+from pds_ray.stages.trial import encode
+from tests.support.tiny_models import TEXT_CONTEXT, save_text_model
 
 CAPTIONS = ["a red dog runs", "dog", "a", "the dogs run", "red " * 40, "RED, dog!"]
 
 
 @pytest.fixture(scope="module", params=["bert", "distilbert"])
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    return request.param, save_text_model(tmp_path_factory.mktemp("text") / request.param, request.param)
+def saved(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    return request.param, save_text_model(
+        tmp_path_factory.mktemp("text") / request.param, request.param
+    )
 
 
 def refusal(name: str) -> str:
@@ -59,14 +63,18 @@ def test_neighbours_do_not_change_a_caption(saved: tuple[str, Path]):
     encoder = loaded(kind, folder)
     alone = np.concatenate([encoder.encode_captions([caption]) for caption in CAPTIONS])
     np.testing.assert_allclose(encoder.encode_captions(CAPTIONS), alone, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(encode(encoder, CAPTIONS * 50), np.tile(alone, (50, 1)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        encode(encoder, CAPTIONS * 50), np.tile(alone, (50, 1)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_what_is_known_without_the_weights(saved: tuple[str, Path], tmp_path: Path):
     kind, folder = saved
     info = catalog.describe_text_encoder(f"{kind}:{folder}")
     assert (info.name, info.dim) == (f"{kind}:{folder}", 24)
-    other = catalog.describe_text_encoder(f"{kind}:{save_text_model(tmp_path / 'other', kind, seed=1)}")
+    other = catalog.describe_text_encoder(
+        f"{kind}:{save_text_model(tmp_path / 'other', kind, seed=1)}"
+    )
     again = catalog.describe_text_encoder(f"{kind}:{save_text_model(tmp_path / 'again', kind)}")
     assert other.identity != info.identity
     assert again.identity == info.identity, "the same weights elsewhere"

@@ -34,7 +34,9 @@ class Payload:
     ],
     ids=["open_clip", "timm"],
 )
-def test_a_checkpoint_that_is_a_program_is_refused(tmp_path: Path, load: Callable[[Path], Any]) -> None:
+def test_a_checkpoint_that_is_a_program_is_refused(
+    tmp_path: Path, load: Callable[[Path], Any]
+) -> None:
     torch.save({"state_dict": Payload(tmp_path / "ran")}, tmp_path / "model.pt")
     with pytest.raises(ConfigError):
         load(tmp_path / "model.pt")
@@ -48,7 +50,10 @@ def test_code_beside_a_text_model_is_neither_run_nor_asked_about(
 ) -> None:
     asked: list[str] = []
     monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
-    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
+    config = {
+        "model_type": "evil",
+        "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})\n")
     with pytest.raises(ConfigError):

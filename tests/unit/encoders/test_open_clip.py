@@ -13,11 +13,11 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from tiny_models import CLIP, VOCABULARY, save_clip
 
 from pds_ray.config import ConfigError
 from pds_ray.encoders import open_clip as encoders
 from pds_ray.encoders.base import Preprocess
+from tests.support.tiny_models import CLIP, VOCABULARY, save_clip
 
 CAPTIONS = ["a red circle", "", "Zoë ☃", "word " * 300, "a red circle"]
 
@@ -31,7 +31,10 @@ def refusal(name: str) -> str:
 
 def pictures(count: int = 5) -> list[Image.Image]:
     rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (40 + n, 70 - 9 * n, 3), dtype=np.uint8)) for n in range(count)]
+    return [
+        Image.fromarray(rng.integers(0, 256, (40 + n, 70 - 9 * n, 3), dtype=np.uint8))
+        for n in range(count)
+    ]
 
 
 def test_a_folder_is_described_from_its_files(clip_folder, clip_info):
@@ -59,15 +62,23 @@ def test_the_space_is_that_of_the_weights_open_clip_loads(clip_folder, tmp_path,
 
 def test_the_preprocessing_of_a_folder_is_its_own(tmp_path):
     save_clip(tmp_path, interpolation="bilinear", resize_mode="squash", fill_color=9)
-    assert encoders.describe(f"local-dir:{tmp_path}").preprocess == Preprocess(32, "bilinear", "squash", 9)
+    assert encoders.describe(f"local-dir:{tmp_path}").preprocess == Preprocess(
+        32, "bilinear", "squash", 9
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "dim", "size"),
-    [("ViT-L-14:openai", 768, 224), ("ViT-B-32:laion2b_s34b_b79k", 512, 224), ("RN50:openai", 1024, 224)],
+    [
+        ("ViT-L-14:openai", 768, 224),
+        ("ViT-B-32:laion2b_s34b_b79k", 512, 224),
+        ("RN50:openai", 1024, 224),
+    ],
 )
 def test_pretrained_names_agree_with_open_clip(name, dim, size, monkeypatch):
-    monkeypatch.setattr(encoders, "require_repository", lambda *_: None, raising=False)  # would ask the hub
+    monkeypatch.setattr(
+        encoders, "require_repository", lambda *_: None, raising=False
+    )  # would ask the hub
     info = encoders.describe(name)
     config = open_clip.get_model_config(name.partition(":")[0])
     assert (info.dim, info.preprocess.size) == (dim, size)
@@ -190,7 +201,11 @@ def test_embeddings_are_open_clips_own(clip_folder, clip_info, clip):
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{clip_folder}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{clip_folder}")
     with torch.inference_mode():
-        images = model.eval().encode_image(torch.stack([transform(image) for image in pictures()])).numpy()
+        images = (
+            model.eval()
+            .encode_image(torch.stack([transform(image) for image in pictures()]))
+            .numpy()
+        )
         texts = model.encode_text(tokenizer(CAPTIONS)).numpy()
     found = clip.encode_images(np.stack([clip_info.preprocess(image) for image in pictures()]))
     assert found.dtype == np.float32
@@ -223,8 +238,19 @@ def test_a_caption_costs_no_more_than_its_length(clip_info, monkeypatch, pool):
     for model in clip.by_length.values():
         model.text_pool_type, model.text_eos_id = pool, VOCABULARY - 1
     seen = []
-    clip.model.transformer.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
-    captions = ["", "a", "a b", "a b c", "a b c d e f", "a b c d e f g h", "a b c d e f g h i j k l m n", "b"]
+    clip.model.transformer.register_forward_pre_hook(
+        lambda _, args: seen.append(tuple(args[0].shape[:2]))
+    )
+    captions = [
+        "",
+        "a",
+        "a b",
+        "a b c",
+        "a b c d e f",
+        "a b c d e f g h",
+        "a b c d e f g h i j k l m n",
+        "b",
+    ]
     tokens = clip.tokenizer(captions)
     lengths = tokens.argmax(dim=1) + 1
     with torch.inference_mode():

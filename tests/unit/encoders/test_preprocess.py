@@ -29,15 +29,21 @@ SIZES += [(int(w), int(h)) for w, h in np.random.default_rng(0).integers(8, 200,
 def noise(width: int, height: int) -> Image.Image:
     """Smooth enough to look like a picture, with an edge in it."""
     rng = np.random.default_rng(width * 1000 + height)
-    image = Image.fromarray(rng.integers(0, 256, (max(2, height // 4), max(2, width // 4), 3), dtype=np.uint8))
+    image = Image.fromarray(
+        rng.integers(0, 256, (max(2, height // 4), max(2, width // 4), 3), dtype=np.uint8)
+    )
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     image.paste((255, 0, 128), (0, 0, width // 3, height // 2))
     return image
 
 
-def reference(image: Image.Image, size: int, mode: str, interpolation: str, fill: int) -> np.ndarray:
+def reference(
+    image: Image.Image, size: int, mode: str, interpolation: str, fill: int
+) -> np.ndarray:
     """open_clip's transform up to its conversion to floats."""
-    whole = image_transform(size, is_train=False, resize_mode=mode, interpolation=interpolation, fill_color=fill)
+    whole = image_transform(
+        size, is_train=False, resize_mode=mode, interpolation=interpolation, fill_color=fill
+    )
     for step in whole.transforms:
         if isinstance(step, ToTensor):
             return np.asarray(image)
@@ -66,7 +72,9 @@ def test_ribbons_are_not_enlarged_whole(width, height, monkeypatch):
     seen = []
     resize = Image.Image.resize
     monkeypatch.setattr(
-        Image.Image, "resize", lambda self, size, *a, **k: seen.append(size) or resize(self, size, *a, **k)
+        Image.Image,
+        "resize",
+        lambda self, size, *a, **k: seen.append(size) or resize(self, size, *a, **k),
     )
     found = Preprocess(224)(Image.new("RGB", (width, height), (9, 80, 200)))
     assert found.shape == (224, 224, 3)

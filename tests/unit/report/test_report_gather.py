@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
-from synthetic_run import Made, add_comparison, add_evaluation, make_run
 
-from pds_ray.artifacts import ERROR_SCHEMA
 from pds_ray.report import gather as module
 from pds_ray.report import pictures
 from pds_ray.report.evaluations import ReportError
 from pds_ray.report.gather import gather
+from pds_ray.store.artifacts import ERROR_SCHEMA
+from tests.support.synthetic_run import Made, add_comparison, add_evaluation, make_run
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,9 @@ def test_nearest_images_are_the_nearest(made, report):
     for pair, entry in enumerate(report["pairs"]["list"]):
         best = np.argsort(-cosine[pair], kind="stable")[:3]
         assert [item["key"] for item in entry["nearest"]] == [made.image_keys[row] for row in best]
-        np.testing.assert_allclose([item["cosine"] for item in entry["nearest"]], cosine[pair, best], atol=1e-4)
+        np.testing.assert_allclose(
+            [item["cosine"] for item in entry["nearest"]], cosine[pair, best], atol=1e-4
+        )
 
 
 def test_thumbnails_are_the_pictures_of_the_source(report):
@@ -64,7 +66,10 @@ def test_sizes_and_contingency_are_counted_right(made, report):
         assert clusters["sizes"][modality] == np.bincount(labels[made.kept], minlength=6).tolist()
     couples = clusters["couples"]
     wanted = [
-        [int(((made.image_cluster == row) & (made.text_cluster == column)).sum()) for _, column in couples]
+        [
+            int(((made.image_cluster == row) & (made.text_cluster == column)).sum())
+            for _, column in couples
+        ]
         for row, _ in couples
     ]
     assert clusters["table"] == wanted
@@ -96,11 +101,13 @@ def test_the_plane_is_that_of_an_svd(made, report):
 
 
 def test_a_report_is_json_and_the_same_again(made, report):
-    assert json.loads(json.dumps(report, allow_nan=False)) == json.loads(json.dumps(gather(str(made.path))))
+    assert json.loads(json.dumps(report, allow_nan=False)) == json.loads(
+        json.dumps(gather(str(made.path)))
+    )
 
 
 def test_hostile_captions_come_through_unchanged(tmp_path):
-    from synthetic_run import HOSTILE
+    from tests.support.synthetic_run import HOSTILE
 
     made = make_run(tmp_path / "run", pairs=len(HOSTILE), captions=HOSTILE)
     assert [entry["caption"] for entry in gather(str(made.path))["pairs"]["list"]] == HOSTILE
@@ -119,7 +126,9 @@ def test_a_source_that_moved_costs_only_its_pictures(copy):
     report = gather(str(copy))
     assert len(report["pairs"]["list"]) == 6
     assert report["pairs"]["thumbs"] == []
-    assert all(item["thumb"] is None for entry in report["pairs"]["list"] for item in entry["nearest"])
+    assert all(
+        item["thumb"] is None for entry in report["pairs"]["list"] for item in entry["nearest"]
+    )
     (note,) = report["notes"]
     assert "cannot be read any more" in note
     assert "\n" not in note
@@ -130,7 +139,12 @@ def test_only_so_many_shards_are_read_again(made, monkeypatch):
     report = gather(str(made.path))
     (note,) = report["notes"]
     assert "1 of the 3 shards" in note
-    shown = {item["shard"] for e in report["pairs"]["list"] for item in e["nearest"] if item["thumb"] is not None}
+    shown = {
+        item["shard"]
+        for e in report["pairs"]["list"]
+        for item in e["nearest"]
+        if item["thumb"] is not None
+    }
     assert len(shown) == 1
 
 
@@ -147,7 +161,9 @@ def test_without_embeddings_there_are_still_pairs(copy):
     report = gather(str(copy))
     assert report["clusters"] is None
     assert report["space"] is None
-    assert [len(entry["nearest"]) for entry in report["pairs"]["list"]] == [1] * 6, "the one the run knows itself"
+    assert [len(entry["nearest"]) for entry in report["pairs"]["list"]] == [1] * 6, (
+        "the one the run knows itself"
+    )
     assert "no longer there" in report["notes"][0]
 
 
@@ -187,7 +203,9 @@ def test_an_unfinished_run_says_where_it_stands(copy):
 
 def test_examples_of_bad_samples_show_every_reason(copy):
     store = copy / "embeddings"
-    rows = [{"key": f"b{n}", "reason": "undecodable_image", "detail": "<i>cut</i>"} for n in range(60)]
+    rows = [
+        {"key": f"b{n}", "reason": "undecodable_image", "detail": "<i>cut</i>"} for n in range(60)
+    ]
     rows.append({"key": "rare", "reason": "missing_caption", "detail": ""})
     pa.parquet.write_table(pa.Table.from_pylist(rows, ERROR_SCHEMA), store / "00001.errors.parquet")
     marker = json.loads((store / "00001.json").read_text())
@@ -200,12 +218,16 @@ def test_examples_of_bad_samples_show_every_reason(copy):
 
 def test_a_shard_that_was_not_read_is_told(made, copy):
     manifest = json.loads((copy / "run.json").read_text())
-    manifest["stages"] = {n: manifest["stages"][n] for n in ("embed", "decode", "materialize")}  # nothing else to tell
+    manifest["stages"] = {
+        n: manifest["stages"][n] for n in ("embed", "decode", "materialize")
+    }  # nothing else to tell
     told = {"shards": 4, "failed_shards": 1, "failed": {"00003": "<b>HTTP status 403</b>"}}
     manifest["stages"]["embed"]["counts"] |= told
     (copy / "run.json").write_text(json.dumps(manifest))
     dropped = gather(str(copy))["dropped"]
-    assert [(step["what"], step["count"], step["of"]) for step in dropped["steps"]] == [("shards not read", 1, 4)]
+    assert [(step["what"], step["count"], step["of"]) for step in dropped["steps"]] == [
+        ("shards not read", 1, 4)
+    ]
     assert dropped["failed"] == [{"shard": "00003", "problem": "<b>HTTP status 403</b>"}]
     assert "shards not read" not in json.dumps(gather(str(made.path)))
 
@@ -213,18 +235,25 @@ def test_a_shard_that_was_not_read_is_told(made, copy):
 def test_evaluations_and_baselines(copy, tmp_path):
     add_evaluation(copy)
     (copy / "evaluation" / "broken.json").write_text("{}")
-    add_comparison(tmp_path, {("random", 6): "sets/random-6", ("pds", 6): "run", ("pds", 9): "sets/pds-9"})
+    add_comparison(
+        tmp_path, {("random", 6): "sets/random-6", ("pds", 6): "run", ("pds", 9): "sets/pds-9"}
+    )
     report = gather(str(copy))
     (evaluation,) = report["evaluations"]
     assert [backbone["name"] for backbone in evaluation["backbones"]] == ["nfnet", "vit"]
     assert evaluation["mean"]["r_mean"] == 17.5
     assert report["notes"] == ["evaluation/broken.json is no evaluation that this version reads."]
-    assert [(bar["method"], bar["own"]) for bar in report["baselines"]["bars"]] == [("random", False), ("pds", True)]
+    assert [(bar["method"], bar["own"]) for bar in report["baselines"]["bars"]] == [
+        ("random", False),
+        ("pds", True),
+    ]
 
 
 def test_a_comparison_shows_the_sets_below_it(copy, tmp_path):
     assert copy == tmp_path / "run"
-    add_comparison(tmp_path, {("pds", 6): "run", ("random", 6): "../outside", ("herding", 6): "gone"})
+    add_comparison(
+        tmp_path, {("pds", 6): "run", ("random", 6): "../outside", ("herding", 6): "gone"}
+    )
     report = gather(str(tmp_path))
     assert report["kind"] == "comparison"
     assert [(strip["method"], len(strip["first"])) for strip in report["strips"]] == [("pds", 6)]

@@ -10,13 +10,13 @@ import subprocess
 import sys
 
 import pytest
-from synthetic_run import HOSTILE, add_comparison, add_evaluation, make_run
 
-from pds_ray import cli
+from pds_ray.cli import main as cli
 from pds_ray.report import figures
 from pds_ray.report.evaluations import ReportError
 from pds_ray.report.gather import gather
 from pds_ray.report.page import render, write_report
+from tests.support.synthetic_run import HOSTILE, add_comparison, add_evaluation, make_run
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,12 @@ def test_there_are_the_scripts_of_ours_and_no_others(page):
     kinds = [attributes.strip() for attributes, _ in scripts(page)]
     data, figure, plotly = (f'id="{name}"' for name in ("data", "figures", "plotly"))
     json_type = 'type="application/json"'
-    assert kinds == [f"{json_type} {data}", "", f"{json_type} {figure}", f'type="text/plain" {plotly}']
+    assert kinds == [
+        f"{json_type} {data}",
+        "",
+        f"{json_type} {figure}",
+        f'type="text/plain" {plotly}',
+    ]
 
 
 def test_the_policy_names_the_scripts_by_hash(page):
@@ -42,7 +47,10 @@ def test_the_policy_names_the_scripts_by_hash(page):
     assert policy.startswith("default-src 'none'; img-src data:;")
     texts = scripts(page)
     for text in (texts[1][1], texts[3][1]):
-        assert f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" in policy
+        assert (
+            f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+            in policy
+        )
     assert "unsafe-eval" not in policy
     assert "script-src 'unsafe-inline'" not in policy
 
@@ -71,7 +79,9 @@ def test_every_colour_has_a_partner_in_the_dark(page):
 
 def luminance(colour: str) -> float:
     parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -107,9 +117,15 @@ def test_a_comparison_has_charts_for_every_choice(tmp_path):
     report = gather(str(tmp_path))
     found = figures.comparison_figures(report)
     assert set(found) == {
-        f"{kind}-{b}{end}" for b in range(3) for kind, end in (("lines", ""), ("bars", "-6"), ("bars", "-20"))
+        f"{kind}-{b}{end}"
+        for b in range(3)
+        for kind, end in (("lines", ""), ("bars", "-6"), ("bars", "-20"))
     }
-    assert figures.comparison_axes(report) == (["pds", "random"], ["average", "nfnet", "vit"], [6, 20])
+    assert figures.comparison_axes(report) == (
+        ["pds", "random"],
+        ["average", "nfnet", "vit"],
+        [6, 20],
+    )
     assert "comparison" in render(report)
 
 

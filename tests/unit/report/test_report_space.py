@@ -11,7 +11,12 @@ from pds_ray.report.space import add_rows, fit_plane, no_rows, sample_places
 
 
 @settings(max_examples=60)
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(1, 4), st.integers(1, 7), st.integers(0, 99))
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    st.integers(1, 4),
+    st.integers(1, 7),
+    st.integers(0, 99),
+)
 def test_the_best_rows_whatever_the_blocks(sizes, k, chunk, seed):
     rng = np.random.default_rng(seed)
     rows = rng.integers(-2, 3, size=(sum(sizes), 3)).astype(np.float32)  # many ties
@@ -53,7 +58,9 @@ def test_a_plane_of_equal_points():
     assert np.isfinite(plane.project(np.ones((2, 3), np.float32))).all()
 
 
-@pytest.mark.parametrize(("sizes", "limit"), [([5, 0, 7], 100), ([50, 1, 9], 20), ([], 5), ([0, 0], 5)])
+@pytest.mark.parametrize(
+    ("sizes", "limit"), [([5, 0, 7], 100), ([50, 1, 9], 20), ([], 5), ([0, 0], 5)]
+)
 def test_a_sample_of_shards(sizes, limit):
     places = sample_places(sizes, limit, 3)
     again = sample_places(sizes, limit, 3)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from select_oracle import make_candidates, picks
+
+from tests.support.select_oracle import make_candidates, picks
 
 
 def test_it_equals_sorting():

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from select_oracle import joint, make_candidates, picks
 
 from pds_ray.catalog import SELECTORS
 from pds_ray.config import METHODS
+from tests.support.select_oracle import joint, make_candidates, picks
 
 EVERY = pytest.mark.parametrize("method", sorted(SELECTORS))
 
@@ -22,7 +22,9 @@ def test_the_methods_that_can_be_asked_for_are_those_that_exist():
 @EVERY
 @settings(max_examples=15)
 @given(images=st.integers(1, 25), share=st.floats(0, 1), seed=st.integers(0, 2**31 - 1))
-def test_as_many_images_as_asked_for_and_none_twice(method: str, images: int, share: float, seed: int):
+def test_as_many_images_as_asked_for_and_none_twice(
+    method: str, images: int, share: float, seed: int
+):
     candidates = make_candidates(images, seed)
     pairs = max(1, round(share * images))
     chosen = picks(method, candidates, pairs, seed, epochs=2)
@@ -30,7 +32,9 @@ def test_as_many_images_as_asked_for_and_none_twice(method: str, images: int, sh
     assert all(type(pick) is int and 0 <= pick < len(candidates) for pick in chosen)
     assert len({int(candidates.owner[pick]) for pick in chosen}) == pairs
     assert picks(method, candidates, pairs, seed, epochs=2) == chosen
-    assert picks(method, candidates, images, seed, epochs=2)[:pairs] == chosen  # fewer pairs are the first of more
+    assert (
+        picks(method, candidates, images, seed, epochs=2)[:pairs] == chosen
+    )  # fewer pairs are the first of more
 
 
 @pytest.mark.parametrize("method", ["random", "k_center", "forgetting"])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from select_oracle import make_candidates, picks, unit
 
 from pds_ray.selectors import forgetting
 from pds_ray.selectors.base import Candidates
+from tests.support.select_oracle import make_candidates, picks, unit
 
 
 def test_events_of_a_history():
@@ -46,7 +46,9 @@ def test_mismatched_pairs_are_forgotten_most(noisy: tuple[Candidates, set[int]])
 def test_equally_forgotten_pairs_come_in_the_order_of_a_draw(
     monkeypatch: pytest.MonkeyPatch, noisy: tuple[Candidates, set[int]]
 ):
-    monkeypatch.setattr(forgetting, "learning_history", lambda _, epochs, __: np.ones((epochs, 400), bool))
+    monkeypatch.setattr(
+        forgetting, "learning_history", lambda _, epochs, __: np.ones((epochs, 400), bool)
+    )
     one, other = (picks("forgetting", noisy[0], 50, seed) for seed in (1, 2))
     assert one != other
     assert len(set(one) & set(other)) < 25
@@ -56,9 +58,15 @@ def test_right_is_who_ranks_first_both_ways():
     """The first epoch's first (and here only) batch is judged by the untrained heads: by the cosines themselves."""
     candidates = make_candidates(60, 4, noise=0.6)
     history = forgetting.learning_history(candidates, 1, np.random.default_rng(0))
-    cosines = candidates.image[candidates.owner].astype(np.float64) @ candidates.text.T.astype(np.float64)
+    cosines = candidates.image[candidates.owner].astype(np.float64) @ candidates.text.T.astype(
+        np.float64
+    )
     for pair in range(len(candidates)):
-        others = [other for other in range(len(candidates)) if candidates.owner[other] != candidates.owner[pair]]
+        others = [
+            other
+            for other in range(len(candidates))
+            if candidates.owner[other] != candidates.owner[pair]
+        ]
         first = cosines[pair, pair] > max(cosines[pair, others].max(), cosines[others, pair].max())
         assert history[0, pair] == first
     assert 0 < history.mean() < 1

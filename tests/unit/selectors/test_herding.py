@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from select_oracle import joint, make_candidates, picks
 
 from pds_ray.selectors.base import Candidates
+from tests.support.select_oracle import joint, make_candidates, picks
 
 
 def naive(candidates: Candidates, pairs: int) -> list[int]:
@@ -47,6 +47,9 @@ def test_its_mean_is_nearer_than_that_of_random_pairs(pairs: int):
 def test_of_equals_the_first_is_taken():
     one = make_candidates(1, 0, dim=7)
     candidates = Candidates(
-        np.repeat(one.image, 9, axis=0), np.repeat(one.text[:1], 9, axis=0), np.arange(9), np.ones(9, np.float32)
+        np.repeat(one.image, 9, axis=0),
+        np.repeat(one.text[:1], 9, axis=0),
+        np.arange(9),
+        np.ones(9, np.float32),
     )
     assert picks("herding", candidates, 9) == list(range(9))

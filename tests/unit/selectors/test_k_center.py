@@ -6,9 +6,9 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from select_oracle import joint, make_candidates, picks
 
 from pds_ray.selectors.base import Candidates
+from tests.support.select_oracle import joint, make_candidates, picks
 
 
 def naive(candidates: Candidates, pairs: int, first: int) -> list[int]:

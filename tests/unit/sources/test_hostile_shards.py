@@ -15,15 +15,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hostile import END_MARK, GOOD, JSON, SHARDS, header, long_name, member, pax, sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pds_ray.captions import MAX_CAPTIONS
+from pds_ray.modalities.text import MAX_CAPTIONS
 from pds_ray.sources.base import REASONS, Fault, Sample, Shard, SourceError
 from pds_ray.sources.karpathy import KarpathySource
 from pds_ray.sources.webdataset import EXPANSION_FREE, MAX_EXPANSION, MAX_NAME, WebDatasetSource
 from pds_ray.stages import embed
+from tests.support.hostile import (
+    END_MARK,
+    GOOD,
+    JSON,
+    SHARDS,
+    header,
+    long_name,
+    member,
+    pax,
+    sample,
+)
 
 BEFORE, AFTER = sample("before"), sample("after")
 MIB = 1 << 20
@@ -99,7 +109,11 @@ def test_nothing_outside_is_written_and_nothing_is_run(tmp_path: Path) -> None:
         Path(paths[-1]).write_bytes(data + END_MARK)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.tar")}
     done = subprocess.run(
-        [sys.executable, "-c", GUARDED, *paths], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-c", GUARDED, *paths],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stderr == ""
     assert done.stdout == f"{len(SHARDS)} read\n"
@@ -142,11 +156,15 @@ def test_what_came_before_is_kept_and_memory_is_bounded(tmp_path: Path, name: st
         found = read_bytes(tmp_path, BEFORE + SHARDS[name] + AFTER + END_MARK)
     assert brief(found)[0] == ("before", "")
     assert all(item.reason in REASONS for item in found if isinstance(item, Fault))
-    assert len({item.key for item in found if isinstance(item, Sample)}) == sum(isinstance(i, Sample) for i in found)
+    assert len({item.key for item in found if isinstance(item, Sample)}) == sum(
+        isinstance(i, Sample) for i in found
+    )
 
 
 def test_names_of_strangers_come_through_as_they_are(tmp_path: Path) -> None:
-    found = read_bytes(tmp_path, SHARDS["line breaks and escapes"] + SHARDS["names that are formulas"] + END_MARK)
+    found = read_bytes(
+        tmp_path, SHARDS["line breaks and escapes"] + SHARDS["names that are formulas"] + END_MARK
+    )
     assert [item.key for item in found] == [
         "bad\n\r\x1b]0;title\x07\x1b[2J\u202egpj\u2028",
         "=cmd|'/c calc'!A0",
@@ -163,7 +181,11 @@ def test_long_names_are_cut_and_many_do_not_add_up(tmp_path: Path) -> None:
     kept = 0
     with memory(4 * MIB):  # the names alone have 20 MB
         for item in WebDatasetSource("x").read(Shard("x", str(tmp_path / "x.tar"))):
-            kept += isinstance(item, Fault) and item.reason == "missing_caption" and len(item.key) <= MAX_NAME
+            kept += (
+                isinstance(item, Fault)
+                and item.reason == "missing_caption"
+                and len(item.key) <= MAX_NAME
+            )
     assert kept == 5_000
 
 
@@ -197,7 +219,9 @@ def test_a_compressed_shard_that_expands_is_cut(tmp_path: Path, name: str) -> No
     assert found[-1].detail == f"expands to more than {MAX_EXPANSION} times its compressed size"
 
 
-def test_the_work_on_a_compressed_shard_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_work_on_a_compressed_shard_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = 0
     whole = gzip.GzipFile.read
 
@@ -233,7 +257,9 @@ def test_gzip_in_gzip_is_no_tar(tmp_path: Path) -> None:
 
 # ---- JSON and captions -----------------------------------------------------------------------------------------------
 
-FIRST = dict.fromkeys(("huge exponent", "many keys", "one key many times", "not numbers", "utf-16", "python"), ("x",))
+FIRST = dict.fromkeys(
+    ("huge exponent", "many keys", "one key many times", "not numbers", "utf-16", "python"), ("x",)
+)
 FIRST |= {
     "lone surrogates": ("?x", "? ??"),
     "lists of lists": ("x",),
@@ -284,7 +310,10 @@ def test_samples_of_many_captions_make_small_blocks() -> None:
 
     blocks = list(embed.read_blocks(Source(), Shard("x", "x")))
     assert sum(block.num_rows for block in blocks) == 41
-    held = [sum(len(captions or ()) for captions in block.column("captions").to_pylist()) for block in blocks]
+    held = [
+        sum(len(captions or ()) for captions in block.column("captions").to_pylist())
+        for block in blocks
+    ]
     assert sum(held) == 40 * MAX_CAPTIONS
     assert max(held) < embed.BLOCK_CAPTIONS + MAX_CAPTIONS
 
@@ -316,22 +345,37 @@ SUFFIXES = st.sampled_from(["", ".jpg", ".PNG", ".txt", ".json", ".cls", ".seg.p
 def headers(draw: st.DrawFn) -> bytes:
     """A member of any kind, honest about its size or not."""
     name = draw(NAMES) + draw(SUFFIXES)
-    data = draw(st.binary(max_size=600) | st.sampled_from([b"", *[text for text in JSON.values() if len(text) < 1000]]))
+    data = draw(
+        st.binary(max_size=600)
+        | st.sampled_from([b"", *[text for text in JSON.values() if len(text) < 1000]])
+    )
     size = draw(st.just(len(data)) | st.sampled_from([0, 1, 511, 512, 513, 1 << 33]))
     kind = draw(st.just(tarfile.REGTYPE) | st.sampled_from(KINDS))
-    prefix = draw(st.just(b"") | st.just(long_name(name.encode() * 3)) | st.just(pax((b"path", name.encode()))))
+    prefix = draw(
+        st.just(b"")
+        | st.just(long_name(name.encode() * 3))
+        | st.just(pax((b"path", name.encode())))
+    )
     return prefix + header(name[:90], size, kind, "target") + data + bytes(-len(data) % 512)
 
 
 @settings(max_examples=300)
 @given(
-    st.lists(headers() | st.binary(max_size=700) | st.sampled_from(list(SHARDS.values())[:10]), max_size=12), st.data()
+    st.lists(
+        headers() | st.binary(max_size=700) | st.sampled_from(list(SHARDS.values())[:10]),
+        max_size=12,
+    ),
+    st.data(),
 )
 def test_any_tar_is_read_to_samples_and_faults(
     tmp_path_factory: pytest.TempPathFactory, parts: list[bytes], data: st.DataObject
 ) -> None:
     whole = bytearray(BEFORE + b"".join(parts) + END_MARK)
-    flips = data.draw(st.lists(st.tuples(st.integers(len(BEFORE), len(whole) - 1), st.integers(1, 255)), max_size=3))
+    flips = data.draw(
+        st.lists(
+            st.tuples(st.integers(len(BEFORE), len(whole) - 1), st.integers(1, 255)), max_size=3
+        )
+    )
     for position, change in flips:
         whole[position] ^= change
     cut = data.draw(st.none() | st.integers(len(BEFORE), len(whole)))
@@ -342,11 +386,18 @@ def test_any_tar_is_read_to_samples_and_faults(
     kept = [item.key for item in found if isinstance(item, Sample)]
     assert len(set(kept)) == len(kept)
     assert len(found) <= len(whole) // 512 + 1
-    assert all(caption.strip() for item in found if isinstance(item, Sample) for caption in item.captions)
+    assert all(
+        caption.strip() for item in found if isinstance(item, Sample) for caption in item.captions
+    )
 
 
 @settings(max_examples=100)
-@given(st.lists(st.sampled_from([key for key, cost in COSTS.items() if key != "pax path"]), max_size=5), st.data())
+@given(
+    st.lists(
+        st.sampled_from([key for key, cost in COSTS.items() if key != "pax path"]), max_size=5
+    ),
+    st.data(),
+)
 def test_good_samples_before_a_cut_are_all_there(
     tmp_path_factory: pytest.TempPathFactory, names: list[str], data: st.DataObject
 ) -> None:
@@ -365,7 +416,8 @@ def test_good_samples_before_a_cut_are_all_there(
 values = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(st.characters(), max_size=8),
     lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["caption", "captions", "x"]), inner, max_size=3)
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["caption", "captions", "x"]), inner, max_size=3)
     ),
     max_leaves=20,
 )
@@ -373,7 +425,9 @@ values = st.recursive(
 
 @settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from(["caption", "captions", "x"]), values) | values)
-def test_any_json_gives_captions_that_can_be_stored(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
+def test_any_json_gives_captions_that_can_be_stored(
+    tmp_path_factory: pytest.TempPathFactory, value: object
+) -> None:
     data = member("a.jpg", b"p") + member("a.json", json.dumps(value).encode()) + END_MARK
     (item,) = read_bytes(tmp_path_factory.getbasetemp(), data)
     strings = []  # by another reading: every string at `captions`, `caption` or directly in a list there
@@ -381,7 +435,9 @@ def test_any_json_gives_captions_that_can_be_stored(tmp_path_factory: pytest.Tem
         for name in ("captions", "caption"):
             inner = value.get(name)
             strings += inner if isinstance(inner, list) else [inner]
-    expected = {s.encode("utf-8", "replace").decode().strip() for s in strings if isinstance(s, str)} - {""}
+    expected = {
+        s.encode("utf-8", "replace").decode().strip() for s in strings if isinstance(s, str)
+    } - {""}
     if expected:
         assert isinstance(item, Sample)
         assert {caption.strip() for caption in item.captions} == expected

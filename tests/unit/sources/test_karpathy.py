@@ -71,12 +71,16 @@ def test_real_annotations(
 
     source = KarpathySource(f"{dataset}:{tmp_path}:{split}")
     shards = source.shards()
-    assert [shard.size for shard in shards] == [1000] * (images // 1000) + [images % 1000] * (images % 1000 > 0)
-    assert [shard.name for shard in shards] == [f"{dataset}-{split}-{n:05d}" for n in range(len(shards))]
-    samples = [item for shard in shards for item in source.read(shard)]
-    assert [(sample.key, list(sample.captions)) for sample in samples if isinstance(sample, Sample)] == [
-        (record["image"], record["caption"]) for record in records
+    assert [shard.size for shard in shards] == [1000] * (images // 1000) + [images % 1000] * (
+        images % 1000 > 0
+    )
+    assert [shard.name for shard in shards] == [
+        f"{dataset}-{split}-{n:05d}" for n in range(len(shards))
     ]
+    samples = [item for shard in shards for item in source.read(shard)]
+    assert [
+        (sample.key, list(sample.captions)) for sample in samples if isinstance(sample, Sample)
+    ] == [(record["image"], record["caption"]) for record in records]
     assert sum(len(sample.captions) for sample in samples if isinstance(sample, Sample)) == captions
     assert len({sample.key for sample in samples}) == images
 
@@ -87,7 +91,9 @@ def test_train_is_the_default_split_and_a_root_may_hold_colons(tmp_path: Path) -
     assert read_all(KarpathySource(f"coco:{root}")) == read_all(KarpathySource(uri))
 
 
-def test_relative_root_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_root_is_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     coco(tmp_path / "data", RECORDS)
     monkeypatch.chdir(tmp_path)
     source = KarpathySource("coco:data")
@@ -98,7 +104,9 @@ def test_relative_root_is_found_from_another_folder(tmp_path: Path, monkeypatch:
 def test_instances_pickle_small_and_the_annotations_are_parsed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = KarpathySource(coco(tmp_path, [{"image": f"val2014/{n}.jpg", "caption": "x"} for n in range(2500)]))
+    source = KarpathySource(
+        coco(tmp_path, [{"image": f"val2014/{n}.jpg", "caption": "x"} for n in range(2500)])
+    )
     karpathy._parse_annotations.cache_clear()
     parser = Mock(side_effect=json.loads)
     monkeypatch.setattr(json, "loads", parser)
@@ -128,7 +136,9 @@ def test_bad_images_are_faults(tmp_path: Path) -> None:
     (tmp_path / "val2014" / "2.jpg").write_bytes(b"x" * 21)
     (tmp_path / "val2014" / "3.jpg").unlink()
     (tmp_path / "val2014" / "3.jpg").mkdir()
-    found = [(item.key, item.reason if isinstance(item, Fault) else "") for item in source.read(shard)]
+    found = [
+        (item.key, item.reason if isinstance(item, Fault) else "") for item in source.read(shard)
+    ]
     assert found == [
         ("val2014/0.jpg", ""),
         ("val2014/1.jpg", "missing_image"),
@@ -144,12 +154,17 @@ def test_missing_images_are_counted_and_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"1 of 3 images are not in .*: train2014/a\.jpg$"):
         source.shards()
     shutil.rmtree(tmp_path / "train2014")
-    with pytest.raises(SourceError, match=r"2 of 3 images are not in .*: train2014/b\.jpg, train2014/a\.jpg$"):
+    with pytest.raises(
+        SourceError, match=r"2 of 3 images are not in .*: train2014/b\.jpg, train2014/a\.jpg$"
+    ):
         source.shards()
 
 
 def test_missing_annotations_are_named(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"no annotation file .*/flickr30k_val\.json \(or flickr30k_val\.json\.gz\)"):
+    with pytest.raises(
+        SourceError,
+        match=r"no annotation file .*/flickr30k_val\.json \(or flickr30k_val\.json\.gz\)",
+    ):
         KarpathySource(f"flickr30k:{tmp_path}:val").shards()
 
 
@@ -187,7 +202,9 @@ def test_unreadable_annotations(tmp_path: Path, content: bytes) -> None:
 
 
 def test_truncated_gzip_annotations(tmp_path: Path) -> None:
-    (tmp_path / "coco_karpathy_train.json.gz").write_bytes(gzip.compress(json.dumps(RECORDS).encode())[:-20])
+    (tmp_path / "coco_karpathy_train.json.gz").write_bytes(
+        gzip.compress(json.dumps(RECORDS).encode())[:-20]
+    )
     with pytest.raises(SourceError, match="cannot be read"):
         KarpathySource(f"coco:{tmp_path}").shards()
 

@@ -8,7 +8,14 @@ import pytest
 from PIL import Image
 
 from pds_ray.sources.base import Sample, SourceError
-from pds_ray.sources.scenes import CAPTIONS_PER_IMAGE, COLORS, GROUNDS, IMAGE_SIZE, SHAPES, ScenesSource
+from pds_ray.sources.scenes import (
+    CAPTIONS_PER_IMAGE,
+    COLORS,
+    GROUNDS,
+    IMAGE_SIZE,
+    SHAPES,
+    ScenesSource,
+)
 
 WORD_OF_SHAPE = "|".join(SHAPES)
 WORD_OF_COLOR = "|".join(COLORS)
@@ -54,15 +61,26 @@ def test_shards_cover_every_sample_once():
 
 def test_noise_swaps_its_share_of_captions_and_nothing_else():
     clean, noisy = read_all("scenes:400:3"), read_all("scenes:400:3:20")
-    assert [(sample.key, sample.image) for sample in noisy] == [(sample.key, sample.image) for sample in clean]
-    pairs = [pair for a, b in zip(clean, noisy, strict=True) for pair in zip(a.captions, b.captions, strict=True)]
+    assert [(sample.key, sample.image) for sample in noisy] == [
+        (sample.key, sample.image) for sample in clean
+    ]
+    pairs = [
+        pair
+        for a, b in zip(clean, noisy, strict=True)
+        for pair in zip(a.captions, b.captions, strict=True)
+    ]
     swapped = sum(own != other for own, other in pairs)
     assert abs(swapped - 0.2 * len(pairs)) < 4 * (0.2 * 0.8 * len(pairs)) ** 0.5
     assert read_all("scenes:5:3:20") == noisy[:5]
     assert read_all("scenes:5:3:0") == clean[:5]
     everything = read_all("scenes:20:3:100")
-    assert not any(own.captions[0] in other.captions for own, other in zip(clean[:20], everything, strict=True))
-    fingerprints = {ScenesSource(uri).shards()[0].version for uri in ("scenes:5:3", "scenes:5:3:20", "scenes:5:3:30")}
+    assert not any(
+        own.captions[0] in other.captions for own, other in zip(clean[:20], everything, strict=True)
+    )
+    fingerprints = {
+        ScenesSource(uri).shards()[0].version
+        for uri in ("scenes:5:3", "scenes:5:3:20", "scenes:5:3:30")
+    }
     assert len(fingerprints) == 3
 
 
@@ -79,7 +97,16 @@ def test_pictures_and_captions_vary():
         assert len(set(sample.captions)) == CAPTIONS_PER_IMAGE
         assert pixels_of(sample).shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
     text = " ".join(caption for sample in samples for caption in sample.captions)
-    for word in (*SHAPES, *COLORS, *GROUNDS, "large", "small", "above", "to the left of", "in the top right"):
+    for word in (
+        *SHAPES,
+        *COLORS,
+        *GROUNDS,
+        "large",
+        "small",
+        "above",
+        "to the left of",
+        "in the top right",
+    ):
         assert word in text
 
 
@@ -112,10 +139,21 @@ def test_relations_are_true():
         pixels = pixels_of(sample)
         for caption in sample.captions:
             match = relation.search(caption)
-            if match is None or match[1] == match[3] or len(re.findall(WORD_OF_SHAPE, caption)) != 2:
+            if (
+                match is None
+                or match[1] == match[3]
+                or len(re.findall(WORD_OF_SHAPE, caption)) != 2
+            ):
                 continue
-            (y1, x1), (y2, x2) = (np.argwhere(near(pixels, COLORS[match[i]])).mean(0) for i in (1, 3))
-            truth = {"above": y1 < y2, "below": y1 > y2, "to the left of": x1 < x2, "to the right of": x1 > x2}
+            (y1, x1), (y2, x2) = (
+                np.argwhere(near(pixels, COLORS[match[i]])).mean(0) for i in (1, 3)
+            )
+            truth = {
+                "above": y1 < y2,
+                "below": y1 > y2,
+                "to the left of": x1 < x2,
+                "to the right of": x1 > x2,
+            }
             assert truth[match[2]], caption
             checked += 1
     assert checked > 100
@@ -140,7 +178,16 @@ def test_sizes_are_true():
 
 @pytest.mark.parametrize(
     "uri",
-    ["scenes", "scenes:", "scenes:ten", "scenes:-1", "scenes:1:2:3:4", "scenes:1:2:101", "scenes:0", "scenes:1:x"],
+    [
+        "scenes",
+        "scenes:",
+        "scenes:ten",
+        "scenes:-1",
+        "scenes:1:2:3:4",
+        "scenes:1:2:101",
+        "scenes:0",
+        "scenes:1:x",
+    ],
 )
 def test_bad_uri_is_refused_in_one_line(uri):
     with pytest.raises(SourceError) as caught:

@@ -18,18 +18,18 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 import webdataset
-from hostile import block, header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
-from pds_ray.artifacts import EmbeddingStore
 from pds_ray.distributed.embed import TABLES, part_name
-from pds_ray.images import ImageError, decode_image
+from pds_ray.modalities.image import ImageError, decode_image
 from pds_ray.sources import webdataset as module
 from pds_ray.sources.base import REASONS, Fault, Sample, Shard, SourceError
 from pds_ray.sources.webdataset import MAX_HEADER_BYTES, WebDatasetSource
-from pds_ray.storage import Folder
+from pds_ray.store.artifacts import EmbeddingStore
+from pds_ray.store.storage import Folder
+from tests.support.hostile import block, header
 
 Member = tuple[str, bytes]
 END_MARK = bytes(1024)
@@ -64,7 +64,9 @@ def brief(items: list[Sample | Fault]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", [f"train-0000{n}" for n in range(5)] + ["val-00000", "test-00000"])
-def test_good_shards_read_as_the_webdataset_library_reads_them(shared_data: Path, name: str) -> None:
+def test_good_shards_read_as_the_webdataset_library_reads_them(
+    shared_data: Path, name: str
+) -> None:
     path = shared_data / "clipart" / f"{name}.tar"
     (shard,) = WebDatasetSource(str(path)).shards()
     assert (shard.name, shard.size) == (name, path.stat().st_size)
@@ -93,7 +95,9 @@ def test_broken_truncated(shared_data: Path) -> None:
     found = read_broken(shared_data, "truncated.tar")
     assert brief(found) == [*keys(0, 19), ("000000020", "truncated_shard")]
     whole = WebDatasetSource(str(shared_data / "clipart" / "train-00000.tar"))
-    assert found[:20] == [sample for sample, _ in zip(whole.read(whole.shards()[0]), range(20), strict=False)]
+    assert found[:20] == [
+        sample for sample, _ in zip(whole.read(whole.shards()[0]), range(20), strict=False)
+    ]
 
 
 def test_broken_empty_and_not_a_tar(shared_data: Path) -> None:
@@ -143,7 +147,9 @@ CORRUPT = {  # EXPECTED.md row -> outcome; sizes as in the .json members
 
 def test_broken_corrupt_images(shared_data: Path) -> None:
     expected_md = (shared_data / "clipart" / "broken" / "EXPECTED.md").read_text()
-    rows = re.findall(r"^\| `([\d./a-z]+)` \|", expected_md.partition("## corrupt-images.tar")[2], re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([\d./a-z]+)` \|", expected_md.partition("## corrupt-images.tar")[2], re.MULTILINE
+    )
     assert [row.removesuffix(".jpg") for row in rows] == list(CORRUPT)
 
     found = read_broken(shared_data, "corrupt-images.tar")
@@ -155,7 +161,9 @@ def test_broken_corrupt_images(shared_data: Path) -> None:
     captions = {item.key: item.captions for item in found if isinstance(item, Sample)}
     assert captions["900000011"]  # from the .json, as the .txt is missing
     assert captions["900000012"]  # the .txt is empty
-    assert not any("�" in caption for caption in captions["900000013"])  # the .txt is Latin-1, the .json is good
+    assert not any(
+        "�" in caption for caption in captions["900000013"]
+    )  # the .txt is Latin-1, the .json is good
     assert max(map(len, captions["900000014"])) == 20_000
     assert len(captions["900000016"]) == 1  # from the .txt, as the .json is invalid
 
@@ -183,16 +191,22 @@ def test_broken_corrupt_images(shared_data: Path) -> None:
         (None, b'{"caption": "lone \\ud800"}', ("lone ?",)),
     ],
 )
-def test_captions(tar_path: Path, txt: bytes | None, record: Any, captions: tuple[str, ...]) -> None:
+def test_captions(
+    tar_path: Path, txt: bytes | None, record: Any, captions: tuple[str, ...]
+) -> None:
     members = [("a.jpg", b"picture")]
     if txt is not None:
         members.append(("a.txt", txt))
     if record is not None:
-        members.append(("a.json", record if isinstance(record, bytes) else json.dumps(record).encode()))
+        members.append(
+            ("a.json", record if isinstance(record, bytes) else json.dumps(record).encode())
+        )
     assert read_bytes(tar_path, tar_bytes(members)) == [Sample("a", b"picture", captions)]
 
 
-@pytest.mark.parametrize("member", [None, ("a.txt", b""), ("a.json", b"{}"), ("a.json", b"[" * 500_000)])
+@pytest.mark.parametrize(
+    "member", [None, ("a.txt", b""), ("a.json", b"{}"), ("a.json", b"[" * 500_000)]
+)
 def test_missing_caption_costs_one_sample(tar_path: Path, member: Member | None) -> None:
     members = [("a.jpg", b"A"), *([member] if member else []), ("b.jpg", b"B"), ("b.txt", b"b")]
     assert brief(read_bytes(tar_path, tar_bytes(members))) == [("a", "missing_caption"), ("b", "")]
@@ -229,7 +243,10 @@ def test_duplicate_keys(tar_path: Path) -> None:
     for members, expected in [
         (first + other + again, [("a", ""), ("o", ""), ("a", "duplicate_key")]),
         (first + again, [("a", ""), ("a", "duplicate_key")]),
-        (first[:1] + other + first[1:], [("a", "missing_caption"), ("o", ""), ("a", "duplicate_key")]),
+        (
+            first[:1] + other + first[1:],
+            [("a", "missing_caption"), ("o", ""), ("a", "duplicate_key")],
+        ),
     ]:
         found = read_bytes(tar_path, tar_bytes(members))
         assert brief(found) == expected
@@ -256,17 +273,25 @@ def test_a_sample_with_several_problems_is_one_fault(tar_path: Path) -> None:
     link = header("a.png", kind=tarfile.SYMTYPE, link="x")
     again = header("a.jpg", 1) + block(b"A") + link
     assert brief(read_bytes(tar_path, GOOD + link + END_MARK)) == [("a", "unsafe_member")]
-    assert brief(read_bytes(tar_path, GOOD + again + END_MARK)) == [("a", ""), ("a", "duplicate_key")]
+    assert brief(read_bytes(tar_path, GOOD + again + END_MARK)) == [
+        ("a", ""),
+        ("a", "duplicate_key"),
+    ]
 
 
 @pytest.mark.parametrize("folder", ["/", "../", "x/../../", "/abs/", "\\"])
 def test_unsafe_names_cost_one_sample(tar_path: Path, folder: str) -> None:
     members = [(f"{folder}a.jpg", b"A"), (f"{folder}a.txt", b"a"), ("o.jpg", b"O"), ("o.txt", b"o")]
-    assert brief(read_bytes(tar_path, tar_bytes(members))) == [(f"{folder}a", "unsafe_member"), ("o", "")]
+    assert brief(read_bytes(tar_path, tar_bytes(members))) == [
+        (f"{folder}a", "unsafe_member"),
+        ("o", ""),
+    ]
 
 
 def test_names_unsafe_elsewhere_are_refused(tar_path: Path) -> None:
-    assert brief(read_bytes(tar_path, tar_bytes([(r"x\..\..\a.jpg", b"A")])))[0][1] == "unsafe_member"
+    assert (
+        brief(read_bytes(tar_path, tar_bytes([(r"x\..\..\a.jpg", b"A")])))[0][1] == "unsafe_member"
+    )
 
 
 @pytest.mark.parametrize("large", ["a.jpg", "a.txt", "a.json"])
@@ -302,12 +327,16 @@ def test_names_that_are_not_utf8_can_be_stored(tar_path: Path) -> None:
 def test_every_tar_flavour_with_long_names(tar_path: Path, fmt: int, compress: bool) -> None:
     long = "/".join(["é" * 30] * (2 if fmt == tarfile.USTAR_FORMAT else 20)) + "/a"
     data = tar_bytes([(f"{long}.jpg", b"A"), (f"{long}.txt", b"a")], fmt)
-    assert read_bytes(tar_path, gzip.compress(data) if compress else data) == [Sample(long, b"A", ("a",))]
+    assert read_bytes(tar_path, gzip.compress(data) if compress else data) == [
+        Sample(long, b"A", ("a",))
+    ]
 
 
 def test_pax_size_counts_more_than_the_header(tar_path: Path) -> None:
     pax = b"12 size=600\n"
-    data = header("x", len(pax), tarfile.XHDTYPE) + block(pax) + header("a.jpg", 0) + block(b"A" * 600)
+    data = (
+        header("x", len(pax), tarfile.XHDTYPE) + block(pax) + header("a.jpg", 0) + block(b"A" * 600)
+    )
     data += header("a.txt", 1) + block(b"a") + END_MARK
     assert read_bytes(tar_path, data) == [Sample("a", b"A" * 600, ("a",))]
 
@@ -325,7 +354,14 @@ GOOD = header("a.jpg", 1) + block(b"A") + header("a.txt", 1) + block(b"a")
         (header("b.jpg", 1), "b"),
         (header("b.jpg", 1) + block(b"B"), "b"),  # complete picture, no caption
         (header("b.jpg", 600) + bytes(512), "b"),
-        (header("b.jpg", 1) + block(b"B") + header("b.json", 15) + block(b'{"caption":"b"}') + header("b.txt", 9), "b"),
+        (
+            header("b.jpg", 1)
+            + block(b"B")
+            + header("b.json", 15)
+            + block(b'{"caption":"b"}')
+            + header("b.txt", 9),
+            "b",
+        ),
         (b"\xff" * 512 + GOOD, ""),  # tarfile takes such a header for the end
         (header("b.cls", 8 * 1024**3), "b"),
     ],
@@ -334,7 +370,9 @@ def test_everything_before_the_damage_is_kept(tar_path: Path, rest: bytes, key: 
     assert brief(read_bytes(tar_path, GOOD + rest)) == [("a", ""), (key, "truncated_shard")]
 
 
-@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+@pytest.mark.parametrize(
+    "kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK]
+)
 def test_huge_extension_headers_are_not_read(tar_path: Path, kind: bytes) -> None:
     # 64 MB of zeros behind the header, in a gzip of 64 KB.
     packer = zlib.compressobj(wbits=31)
@@ -357,19 +395,39 @@ def test_missing_end_mark_is_named(tar_path: Path) -> None:
 
 def test_many_extension_headers_in_a_row(tar_path: Path) -> None:
     # tarfile recurses into each of these.
-    pax = b"".join(header("x", 12, tarfile.XHDTYPE) + block(b"12 ke%03d=v\n" % (n % 1000)) for n in range(3000))
+    pax = b"".join(
+        header("x", 12, tarfile.XHDTYPE) + block(b"12 ke%03d=v\n" % (n % 1000)) for n in range(3000)
+    )
     assert brief(read_bytes(tar_path, pax + GOOD + END_MARK)) == [("a", "")]
 
 
 @pytest.mark.parametrize(
-    "pax", [b"garbage", b"999 path=x\n", b"3 path=x\n", b"0 a=b\n", b"14 size=-12\n", b"14 size=abc\n\n", b"\xff\xff"]
+    "pax",
+    [
+        b"garbage",
+        b"999 path=x\n",
+        b"3 path=x\n",
+        b"0 a=b\n",
+        b"14 size=-12\n",
+        b"14 size=abc\n\n",
+        b"\xff\xff",
+    ],
 )
 def test_damaged_pax_headers(tar_path: Path, pax: bytes) -> None:
-    data = GOOD + header("x", len(pax), tarfile.XHDTYPE) + block(pax) + header("b.jpg", 1) + block(b"B") + END_MARK
+    data = (
+        GOOD
+        + header("x", len(pax), tarfile.XHDTYPE)
+        + block(pax)
+        + header("b.jpg", 1)
+        + block(b"B")
+        + END_MARK
+    )
     assert brief(read_bytes(tar_path, data)) == [("a", ""), ("", "truncated_shard")]
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"\x1f\x8b", b"\x1f\x8b" + bytes(600), gzip.compress(b"no tar")])
+@pytest.mark.parametrize(
+    "content", [b"", b"x", b"\x1f\x8b", b"\x1f\x8b" + bytes(600), gzip.compress(b"no tar")]
+)
 def test_not_a_tar(tar_path: Path, content: bytes) -> None:
     assert brief(read_bytes(tar_path, content)) == [("", "not_a_tar")]
 
@@ -394,7 +452,10 @@ def shards(draw: st.DrawFn) -> bytes:
     members = []
     for name in draw(st.lists(st.text("abc0é", min_size=1, max_size=8), unique=True, max_size=5)):
         key = folder + name
-        image = (f"{key}.{draw(st.sampled_from(['jpg', 'PNG', 'webp']))}", draw(st.binary(max_size=1500)))
+        image = (
+            f"{key}.{draw(st.sampled_from(['jpg', 'PNG', 'webp']))}",
+            draw(st.binary(max_size=1500)),
+        )
         record = (f"{key}.json", json.dumps({"caption": f"json of {name}"}).encode())
         others = draw(st.lists(st.sampled_from([record, (f"{key}.cls", b"7")]), unique=True))
         members += draw(st.permutations([image, (f"{key}.txt", name.encode()), *others]))
@@ -458,21 +519,29 @@ def check_outcomes(items: list[Sample | Fault]) -> None:
 
 HEADERS = st.builds(
     header,
-    st.sampled_from(["a.jpg", "a.txt", "a.json", "b.jpg", "../c.jpg", "d", "e/", "././@LongLink", ".x.jpg"]),
+    st.sampled_from(
+        ["a.jpg", "a.txt", "a.json", "b.jpg", "../c.jpg", "d", "e/", "././@LongLink", ".x.jpg"]
+    ),
     st.integers(-(2**40), 2**40) | st.integers(0, 600),
     st.sampled_from([bytes([n]) for n in b"01234567xgXLKSDMNVZ\0"]),
 )
-BLOCKS = st.sampled_from([b"12 path=q.j\n", b'{"caption": "x"}', b"text", b"", b"\xff\xfe"]).map(block)
+BLOCKS = st.sampled_from([b"12 path=q.j\n", b'{"caption": "x"}', b"text", b"", b"\xff\xfe"]).map(
+    block
+)
 
 
 @settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(HEADERS | BLOCKS | st.binary(max_size=600), max_size=8).map(b"".join), st.booleans())
+@given(
+    st.lists(HEADERS | BLOCKS | st.binary(max_size=600), max_size=8).map(b"".join), st.booleans()
+)
 def test_any_bytes_are_read_without_an_error(tar_path: Path, data: bytes, compress: bool) -> None:
     check_outcomes(read_bytes(tar_path, gzip.compress(data) if compress else data))
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(shards(), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=5), st.booleans())
+@given(
+    shards(), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=5), st.booleans()
+)
 def test_flipped_bytes_are_read_without_an_error(
     tar_path: Path, data: bytes, edits: list[tuple[float, int]], compress: bool
 ) -> None:
@@ -493,7 +562,9 @@ def test_keys_of_any_name_are_those_of_the_webdataset_library(tar_path: Path, na
     parts = re.split(r"[/\\]", name)
     if name.startswith(("/", "\\")) or ".." in parts:
         assert [item.reason for item in found if isinstance(item, Fault)] == ["unsafe_member"]
-    elif not parts[-1].startswith(".") and not any(part.startswith(".") and part != "." for part in parts):
+    elif not parts[-1].startswith(".") and not any(
+        part.startswith(".") and part != "." for part in parts
+    ):
         key, _ = base_plus_ext(name)
         assert [item.key for item in found] == ([] if key is None else [key])
 
@@ -503,7 +574,14 @@ def test_keys_of_any_name_are_those_of_the_webdataset_library(tar_path: Path, na
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    for name in ["a/00000.tar", "a/00001.tar", "a/00002.tar.gz", "a/._00000.tar", "a/notes.txt", "b/00000.tgz"]:
+    for name in [
+        "a/00000.tar",
+        "a/00001.tar",
+        "a/00002.tar.gz",
+        "a/._00000.tar",
+        "a/notes.txt",
+        "b/00000.tgz",
+    ]:
         path = tmp_path / "my data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(name.encode())
@@ -556,7 +634,9 @@ def test_existing_file_is_taken_literally(tmp_path: Path) -> None:
     assert brief(list(source.read(shard))) == [("a", "")]
 
 
-def test_relative_paths_are_found_from_another_folder(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_are_found_from_another_folder(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tree)
     (shard,) = WebDatasetSource("a/00001.tar").shards()
     assert shard.location == f"{tree.resolve()}/a/00001.tar"
@@ -596,7 +676,10 @@ def test_names_are_unique_and_stay_the_same(tree: Path) -> None:
         ("{tree}/none-*.tar", r"^no tar shard matches \S+/none-\*\.tar \(looked in \S+/data\)$"),
         ("{tree}/none/x.tar", r"^no tar shard matches \S+ \(looked in \S+/none\)$"),
         ("{tree}/a/notes.txt/x.tar", r"^no tar shard matches"),
-        ("{tree}/a/{{00000..00041}}.tar", r"^40 of 42 shard patterns match nothing, the first is \S+/00002\.tar "),
+        (
+            "{tree}/a/{{00000..00041}}.tar",
+            r"^40 of 42 shard patterns match nothing, the first is \S+/00002\.tar ",
+        ),
         ("{tree}/a/notes.txt", r"is not a tar shard \(\.tar, \.tar\.gz, \.tgz\)$"),
         ("{tree}/a", r"is a folder; name the shards in it, as in \S+/a/\*\.tar$"),
         ("{tree}/a/*.txt", r"^no tar shard matches"),
@@ -630,19 +713,29 @@ def bucket(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 @pytest.mark.parametrize("query", ["", "?region=eu-west-1"])
 def test_object_store(tree: Path, bucket: list[str], query: str) -> None:
     (tree / "a" / "00%41 [x].tar").write_bytes(GOOD + END_MARK)
-    source = WebDatasetSource(f"s3://bucket/a/{{00000..00001}}.tar{query}::s3://bucket/**/*.t*{query}")
+    source = WebDatasetSource(
+        f"s3://bucket/a/{{00000..00001}}.tar{query}::s3://bucket/**/*.t*{query}"
+    )
     shards = source.shards()
     assert bucket == [f"s3://bucket{query}"]  # set up once, for listing and for reading
     assert [shard.location for shard in shards] == [
         f"s3://bucket/{name}{query}"
-        for name in ["a/00%41 [x].tar", "a/00000.tar", "a/00001.tar", "a/00002.tar.gz", "b/00000.tgz"]
+        for name in [
+            "a/00%41 [x].tar",
+            "a/00000.tar",
+            "a/00001.tar",
+            "a/00002.tar.gz",
+            "b/00000.tgz",
+        ]
     ]
     assert shards[0].name == "00_41__x_"
     assert brief(list(source.read(shards[0]))) == [("a", "")]
     assert bucket == [f"s3://bucket{query}"]
     (tree / "list.txt").write_text("a/*.gz\n")
     if not query:
-        assert [shard.name for shard in WebDatasetSource("@s3://bucket/list.txt").shards()] == ["00002"]
+        assert [shard.name for shard in WebDatasetSource("@s3://bucket/list.txt").shards()] == [
+            "00002"
+        ]
 
 
 def test_instances_pickle(tree: Path) -> None:

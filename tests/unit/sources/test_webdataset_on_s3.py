@@ -9,11 +9,11 @@ import tarfile
 import traceback
 
 import pytest
-from object_store import BUCKET, Faults, client, proxy, uri
 
-from pds_ray import storage
 from pds_ray.sources.base import Fault, Sample, SourceError
 from pds_ray.sources.webdataset import WebDatasetSource
+from pds_ray.store import storage
+from tests.support.object_store import BUCKET, Faults, client, proxy, uri
 
 pytestmark = pytest.mark.usefixtures("s3_login")
 
@@ -23,7 +23,11 @@ def make_shard(seed: int, samples: int) -> tuple[bytes, list[Sample]]:
     draw, stream, written = random.Random(seed), io.BytesIO(), []
     with tarfile.open(fileobj=stream, mode="w") as tar:
         for number in range(samples):
-            sample = Sample(f"{seed}-{number:03d}", draw.randbytes(draw.randrange(1, 400_000)), (f"caption {number}",))
+            sample = Sample(
+                f"{seed}-{number:03d}",
+                draw.randbytes(draw.randrange(1, 400_000)),
+                (f"caption {number}",),
+            )
             for suffix, data in (("jpg", sample.image), ("txt", sample.captions[0].encode())):
                 member = tarfile.TarInfo(f"{sample.key}.{suffix}")
                 member.size = len(data)
@@ -39,11 +43,15 @@ def shards(s3_port: int) -> dict[str, list[Sample]]:
     for seed in range(3):
         data, found[f"{seed:05d}"] = make_shard(seed, 15)
         name = f"tars/{seed:05d}.tar" + (".gz" if seed == 2 else "")
-        client(s3_port).put_object(Bucket=BUCKET, Key=name, Body=gzip.compress(data) if seed == 2 else data)
+        client(s3_port).put_object(
+            Bucket=BUCKET, Key=name, Body=gzip.compress(data) if seed == 2 else data
+        )
     return found
 
 
-def test_a_network_that_fails_costs_no_sample(s3_port: int, shards: dict[str, list[Sample]]) -> None:
+def test_a_network_that_fails_costs_no_sample(
+    s3_port: int, shards: dict[str, list[Sample]]
+) -> None:
     faults = Faults(seed=3, errors=0.2, cut_downloads=0.4, delayed=0.1)
     with proxy(s3_port, faults) as port:
         source = WebDatasetSource(uri(port, "tars/**/*.tar*"))
@@ -65,7 +73,9 @@ def test_a_transfer_that_never_ends_well_is_no_truncated_shard(
     assert shards["00000"]
 
 
-def test_a_shard_that_was_stored_cut_is_truncated(s3_port: int, shards: dict[str, list[Sample]]) -> None:
+def test_a_shard_that_was_stored_cut_is_truncated(
+    s3_port: int, shards: dict[str, list[Sample]]
+) -> None:
     data, samples = make_shard(9, 4)
     client(s3_port).put_object(Bucket=BUCKET, Key="cut/0.tar", Body=data[: len(data) // 2])
     source = WebDatasetSource(uri(s3_port, "cut/0.tar"))
@@ -77,13 +87,17 @@ def test_a_shard_that_was_stored_cut_is_truncated(s3_port: int, shards: dict[str
     assert shards
 
 
-def test_a_shard_that_goes_after_it_was_listed(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_that_goes_after_it_was_listed(
+    s3_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(storage, "WAITS_S", (0.01,))
     client(s3_port).put_object(Bucket=BUCKET, Key="gone/0.tar", Body=b"x")
     source = WebDatasetSource(uri(s3_port, "gone/*.tar"))
     (shard,) = source.shards()
     client(s3_port).delete_object(Bucket=BUCKET, Key="gone/0.tar")
-    assert [fault.reason for fault in source.read(shard) if isinstance(fault, Fault)] == ["missing_shard"]
+    assert [fault.reason for fault in source.read(shard) if isinstance(fault, Fault)] == [
+        "missing_shard"
+    ]
 
 
 @pytest.mark.parametrize("place", ["nothing/*.tar", "gone", "a/{0..", "a b"])

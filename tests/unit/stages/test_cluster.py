@@ -24,7 +24,9 @@ FINITE = {"allow_nan": False, "allow_infinity": False, "allow_subnormal": False}
 def blobs(seed: int = 0, count: int = 8, each: int = 60, dim: int = 6) -> np.ndarray:
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((count, dim)) * 10
-    return np.concatenate([centre + rng.standard_normal((each, dim)) for centre in centres]).astype(np.float32)
+    return np.concatenate([centre + rng.standard_normal((each, dim)) for centre in centres]).astype(
+        np.float32
+    )
 
 
 def squared_distances(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
@@ -40,8 +42,18 @@ def objective(vectors: np.ndarray, weights: np.ndarray, centroids: np.ndarray) -
     ("data", "clusters", "slack"),
     [
         pytest.param(blobs(), 8, 1.02, id="blobs"),
-        pytest.param(np.random.default_rng(1).standard_normal((600, 5)).astype(np.float32), 10, 1.05, id="random"),
-        pytest.param(np.random.default_rng(2).random((300, 16)).astype(np.float32), 30, 1.05, id="many clusters"),
+        pytest.param(
+            np.random.default_rng(1).standard_normal((600, 5)).astype(np.float32),
+            10,
+            1.05,
+            id="random",
+        ),
+        pytest.param(
+            np.random.default_rng(2).random((300, 16)).astype(np.float32),
+            30,
+            1.05,
+            id="many clusters",
+        ),
     ],
 )
 def test_as_good_as_scikit_learn(data, clusters, slack):
@@ -58,8 +70,13 @@ def test_a_single_fit_is_as_good_as_scikit_learn_s():
     """One start each, as by default: means over seeds, on overlapping blobs that a plain start divides badly."""
     data = blobs(seed=30, count=40, each=50, dim=4)
     ones = np.ones(len(data), np.float32)
-    ours = [objective(data, ones, cluster.fit(data, ones, 40, s, ClusterConfig()).centroids) for s in range(8)]
-    theirs = [KMeans(40, init="k-means++", n_init=1, random_state=s).fit(data).inertia_ for s in range(8)]
+    ours = [
+        objective(data, ones, cluster.fit(data, ones, 40, s, ClusterConfig()).centroids)
+        for s in range(8)
+    ]
+    theirs = [
+        KMeans(40, init="k-means++", n_init=1, random_state=s).fit(data).inertia_ for s in range(8)
+    ]
     assert np.mean(ours) <= 1.02 * np.mean(theirs)
 
 
@@ -88,7 +105,9 @@ def test_seeds_are_those_of_greedy_kmeans_plus_plus(seed):
     data = rng.standard_normal((40, 3)).astype(np.float32) + 100
     weights = rng.integers(1, 6, 40).astype(np.float64)
     found = cluster.seeds(data, weights.astype(np.float32), 9, np.random.default_rng(seed))
-    np.testing.assert_array_equal(found, greedy_by_definition(data, weights, 9, np.random.default_rng(seed)))
+    np.testing.assert_array_equal(
+        found, greedy_by_definition(data, weights, 9, np.random.default_rng(seed))
+    )
     assert found.dtype == np.float32
 
 
@@ -100,7 +119,9 @@ def test_seeds_take_weights_for_copies(seed):
     copies = np.repeat(data, weights, axis=0)
     found = cluster.seeds(data, weights.astype(np.float32), 8, np.random.default_rng(seed))
     ones = np.ones(len(copies), np.float32)
-    np.testing.assert_array_equal(found, cluster.seeds(copies, ones, 8, np.random.default_rng(seed)))
+    np.testing.assert_array_equal(
+        found, cluster.seeds(copies, ones, 8, np.random.default_rng(seed))
+    )
 
 
 @pytest.mark.parametrize("clusters", [1, 3, 5, 12])
@@ -122,11 +143,19 @@ def test_seeds_of_many_rows_are_of_a_sample():
     assert (weights[rows] > 0).all()
 
 
-@given(arrays(np.float32, st.tuples(st.integers(1, 8), st.integers(1, 5)), elements=st.floats(width=32, **FINITE)))
+@given(
+    arrays(
+        np.float32,
+        st.tuples(st.integers(1, 8), st.integers(1, 5)),
+        elements=st.floats(width=32, **FINITE),
+    )
+)
 def test_products_of_seeds_are_exact(vectors):
     """In Python's whole numbers they are the same; so are those of any order of additions."""
     points = cluster._whole(vectors)
-    exact = [[sum(int(a) * int(b) for a, b in zip(x, y, strict=True)) for y in points] for x in points]
+    exact = [
+        [sum(int(a) * int(b) for a, b in zip(x, y, strict=True)) for y in points] for x in points
+    ]
     assert (points == np.rint(points)).all()
     assert all(abs(product) < 2**51 for row in exact for product in row)
     assert (points @ points.T).tolist() == exact
@@ -140,7 +169,11 @@ def test_the_same_seeds_whatever_the_threads():
     for threads in (1, 2):
         with threadpool_limits(threads):
             found.append(cluster.seeds(data, weights, 101, np.random.default_rng(3)).tobytes())
-    assert found[0] == found[1] != cluster.seeds(data, weights, 101, np.random.default_rng(4)).tobytes()
+    assert (
+        found[0]
+        == found[1]
+        != cluster.seeds(data, weights, 101, np.random.default_rng(4)).tobytes()
+    )
 
 
 def test_the_fit_begins_from_the_seeds(monkeypatch):
@@ -150,11 +183,19 @@ def test_the_fit_begins_from_the_seeds(monkeypatch):
     begun = data[[5, 250, 17, 99]] + np.float32(0.1)
     monkeypatch.setattr(cluster, "seeds", lambda *_: begun)
     labels = squared_distances(data, begun).argmin(axis=1)
-    means = [np.average(data[labels == label], axis=0, weights=weights[labels == label]) for label in range(4)]
+    means = [
+        np.average(data[labels == label], axis=0, weights=weights[labels == label])
+        for label in range(4)
+    ]
     found = cluster.fit(data, weights, 4, 0, ClusterConfig(iterations=1)).centroids
     np.testing.assert_allclose(found, means, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(cluster, "SEED_LIMIT", 3)
-    assert np.abs(cluster.fit(data, weights, 4, 0, ClusterConfig(iterations=1)).centroids - means).max() > 0.1
+    assert (
+        np.abs(
+            cluster.fit(data, weights, 4, 0, ClusterConfig(iterations=1)).centroids - means
+        ).max()
+        > 0.1
+    )
 
 
 def test_a_fit_ends_at_the_tolerance():
@@ -163,7 +204,9 @@ def test_a_fit_ends_at_the_tolerance():
     ones = np.ones(len(data), np.float32)
 
     def fitted(iterations: int, tolerance: float) -> cluster.Fit:
-        return cluster.fit(data, ones, 20, 0, ClusterConfig(iterations=iterations, tolerance=tolerance))
+        return cluster.fit(
+            data, ones, 20, 0, ClusterConfig(iterations=iterations, tolerance=tolerance)
+        )
 
     assert whole(fitted(40, 0.5)) == whole(fitted(2, 0))
     by_tolerance = [fitted(200, tolerance).objective for tolerance in (0.5, 1e-2, 1e-3, 0)]
@@ -182,7 +225,9 @@ def test_the_best_restart_is_kept():
     """Restarts are drawn one after the other, so that more of them can only be better."""
     data = np.random.default_rng(12).random((400, 3)).astype(np.float32)
     weights = np.random.default_rng(13).integers(1, 6, 400).astype(np.float32)
-    found = [cluster.fit(data, weights, 25, 0, ClusterConfig(restarts=r)).objective for r in (1, 2, 4, 8)]
+    found = [
+        cluster.fit(data, weights, 25, 0, ClusterConfig(restarts=r)).objective for r in (1, 2, 4, 8)
+    ]
     assert found == sorted(found, reverse=True)
     assert found[-1] < found[0]
 
@@ -250,7 +295,9 @@ def test_duplicate_rows_still_give_k_centroids():
 
 def test_same_seed_same_bytes_whatever_the_threads():
     rng = np.random.default_rng(10)
-    data = rng.standard_normal((5_000, 64)).astype(np.float32)  # enough for FAISS's own distances to differ
+    data = rng.standard_normal((5_000, 64)).astype(
+        np.float32
+    )  # enough for FAISS's own distances to differ
     weights = rng.integers(1, 6, 5_000).astype(np.float32)
     config = ClusterConfig(iterations=5)
     before = faiss.omp_get_max_threads()
@@ -278,14 +325,18 @@ def test_the_fit_leaves_its_vectors_alone():
 
 
 def test_normalized_leaves_zero_rows():
-    np.testing.assert_allclose(cluster.normalized(np.array([[3.0, 4], [0, 0]])), [[0.6, 0.8], [0, 0]])
+    np.testing.assert_allclose(
+        cluster.normalized(np.array([[3.0, 4], [0, 0]])), [[0.6, 0.8], [0, 0]]
+    )
 
 
 def test_too_few_vectors():
     data = np.eye(4, dtype=np.float32)
     with pytest.raises(ValueError, match="3 vectors cannot make 4 clusters"):
         cluster.fit(data, np.array([1, 1, 0, 1], np.float32), 4, 0, CONFIG)
-    assert cluster.fit(data, np.ones(4, np.float32), 4, 0, CONFIG).objective == pytest.approx(0, abs=1e-6)
+    assert cluster.fit(data, np.ones(4, np.float32), 4, 0, CONFIG).objective == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_sample_depends_on_seed_and_shard_alone():
@@ -316,7 +367,9 @@ def test_sample_share_fits_the_budget():
     rows, dim = 10**9, 768
     share = cluster.sample_share(rows, dim, config, 100)
     assert 2 * 4 * dim * share * rows == pytest.approx(2**30)
-    with pytest.raises(ConfigError, match=r"cluster.memory_gib is 1 .* raise it to 23"):  # 39 rows for each of 10**5
+    with pytest.raises(
+        ConfigError, match=r"cluster.memory_gib is 1 .* raise it to 23"
+    ):  # 39 rows for each of 10**5
         cluster.sample_share(rows, dim, config, 10**5)
     assert cluster.sample_share(150_000, dim, config, 10**5) == 1, "all rows fit: nothing to refuse"
     assert cluster.sample_share(0, dim, config, 100) == 1
@@ -324,7 +377,12 @@ def test_sample_share_fits_the_budget():
 
 @pytest.mark.parametrize(
     ("modality", "expected"),
-    [("separate", ("image", "text")), ("joint", ("joint",)), ("image", ("image",)), ("text", ("text",))],
+    [
+        ("separate", ("image", "text")),
+        ("joint", ("joint",)),
+        ("image", ("image",)),
+        ("text", ("text",)),
+    ],
 )
 def test_what_is_clustered(modality, expected):
     assert cluster.spaces(ClusterConfig(modality=modality)) == expected
@@ -358,7 +416,9 @@ def hamilton(clusters: int, weights: list[int]) -> list[int]:
 @given(st.lists(st.integers(1, 1_000), min_size=1, max_size=12), st.integers(1, 300))
 def test_clusters_are_allotted_by_largest_remainders(weights, clusters):
     expected = hamilton(clusters, weights)
-    assume(all(clusters * weight >= sum(weights) for weight in weights))  # nobody is below one: the plain rule
+    assume(
+        all(clusters * weight >= sum(weights) for weight in weights)
+    )  # nobody is below one: the plain rule
     found = cluster.allot(clusters, np.array(weights, float), np.full(len(weights), clusters))
     ties = len({clusters * weight % sum(weights) for weight in weights}) < len(weights)
     assert found.sum() == clusters
@@ -368,7 +428,10 @@ def test_clusters_are_allotted_by_largest_remainders(weights, clusters):
 
 
 @settings(max_examples=200)
-@given(st.lists(st.tuples(st.floats(1e-3, 1e6), st.integers(1, 50)), min_size=1, max_size=30), st.data())
+@given(
+    st.lists(st.tuples(st.floats(1e-3, 1e6), st.integers(1, 50)), min_size=1, max_size=30),
+    st.data(),
+)
 def test_no_cell_gets_nothing_or_more_than_its_rows(cells, data):
     weights, rows = np.array([w for w, _ in cells]), np.array([r for _, r in cells])
     clusters = data.draw(st.integers(len(cells), int(rows.sum())))
@@ -382,7 +445,9 @@ def test_no_cell_gets_nothing_or_more_than_its_rows(cells, data):
             assert found[a] >= found[b]
 
 
-def two_levels(data: np.ndarray, weights: np.ndarray, clusters: int) -> tuple[np.ndarray, cluster.Cells, float]:
+def two_levels(
+    data: np.ndarray, weights: np.ndarray, clusters: int
+) -> tuple[np.ndarray, cluster.Cells, float]:
     cells, cell_of = cluster.fit_cells(data, weights, clusters, 0, CONFIG)
     fits = [
         cluster.fit(data[cell_of == cell], weights[cell_of == cell], int(count), 0, CONFIG)
@@ -437,6 +502,7 @@ def test_a_weighted_fit_does_not_end_by_an_unweighted_objective(seed: int) -> No
     vectors = rng.standard_normal((600, 2)).astype(np.float32)
     weights = np.where(rng.random(600) < 0.1, rng.integers(20, 100, 600), 1).astype(np.float32)
     whole, ended = (
-        cluster.fit(vectors, weights, 6, seed, ClusterConfig(tolerance=tolerance)).objective for tolerance in (0, 1e-2)
+        cluster.fit(vectors, weights, 6, seed, ClusterConfig(tolerance=tolerance)).objective
+        for tolerance in (0, 1e-2)
     )
     assert ended == whole

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pds_ray.artifacts import embeddings
 from pds_ray.config import EmbedConfig, ReadConfig
 from pds_ray.encoders.base import ROW_MULTIPLE, Preprocess
 from pds_ray.sources.base import Fault, Sample, Shard
 from pds_ray.stages import embed
+from pds_ray.store.artifacts import embeddings
 
 SIZE, DIM = 4, 6
 PREPROCESS = Preprocess(SIZE)
@@ -52,7 +52,9 @@ class Toy:
     def encode_captions(self, captions):
         self.batches.append(len(captions))
         self.captions += captions
-        counts = np.array([[caption.count(character) for character in ALPHABET] for caption in captions])
+        counts = np.array(
+            [[caption.count(character) for character in ALPHABET] for caption in captions]
+        )
         found = (counts @ self.characters).astype(np.float32)
         found[["#" in caption for caption in captions]] = np.inf
         return found
@@ -88,7 +90,9 @@ def items() -> list[Sample | Fault]:
     for number in range(40):
         key = f"k{number:02d}"
         data = picture(number, upset=number in (7, 21))[1]
-        captions = tuple(f"caption {number} {word}" for word in ("one", "two", "three")[: 1 + number % 3])
+        captions = tuple(
+            f"caption {number} {word}" for word in ("one", "two", "three")[: 1 + number % 3]
+        )
         if number % 11 == 3:
             found.append(Fault(key, "missing_image", "no member with a known extension"))
         elif number == 5:
@@ -96,7 +100,9 @@ def items() -> list[Sample | Fault]:
         elif number == 9:
             found.append(Sample(key, data, (" ", "\u200b")))  # nothing is left after cleaning
         elif number == 12:
-            found.append(Sample(key, data, ("twice  the same", "twice the same", " twice the same ", "once")))
+            found.append(
+                Sample(key, data, ("twice  the same", "twice the same", " twice the same ", "once"))
+            )
         elif number == 17:
             found.append(Sample(key, data, ("fine", "not # fine", "fine too")))
         else:
@@ -122,14 +128,20 @@ def expected_captions(number: int) -> list[str]:
 
 
 def run(source_items=ITEMS, config=CONFIG, encoder=None):
-    return embed.embed_shard(ListSource(source_items), SHARD, encoder or Toy(), PREPROCESS, READ, config)
+    return embed.embed_shard(
+        ListSource(source_items), SHARD, encoder or Toy(), PREPROCESS, READ, config
+    )
 
 
 def test_every_good_image_is_a_row_in_the_order_of_the_shard():
     images, _, _ = run()
     assert images.column("key").to_pylist() == [f"k{n:02d}" for n in GOOD]
     assert images.column("index").to_pylist() == GOOD
-    assert set(images.column("width").to_pylist()) == set(images.column("height").to_pylist()) == {SIZE}
+    assert (
+        set(images.column("width").to_pylist())
+        == set(images.column("height").to_pylist())
+        == {SIZE}
+    )
 
 
 def test_every_caption_points_to_its_image():
@@ -163,10 +175,14 @@ def test_similarity_is_the_cosine_of_what_is_stored(dtype):
 
 def test_faults_become_rows_with_reasons():
     _, _, errors = run()
-    found = list(zip(errors.column("key").to_pylist(), errors.column("reason").to_pylist(), strict=True))
+    found = list(
+        zip(errors.column("key").to_pylist(), errors.column("reason").to_pylist(), strict=True)
+    )
     assert sorted(found) == sorted(ERRORS)
     assert [key for key, _ in found] == sorted(key for key, _ in found)  # in the order of the shard
-    details = dict(zip(errors.column("key").to_pylist(), errors.column("detail").to_pylist(), strict=True))
+    details = dict(
+        zip(errors.column("key").to_pylist(), errors.column("detail").to_pylist(), strict=True)
+    )
     assert details["k03"] == "no member with a known extension"
     assert all(detail is not None for detail in details.values())
 
@@ -192,7 +208,9 @@ def test_each_image_and_each_caption_is_encoded_once(batch_size):
     assert all(size % ROW_MULTIPLE == 0 and size <= batch_size for size in toy.batches)
     padding = bytes(SIZE * SIZE * 3)
     asked = [image for image in toy.images if image != padding]
-    assert len(asked) == len(set(asked)) == len(GOOD) + 3  # the three whose embeddings are not finite
+    assert (
+        len(asked) == len(set(asked)) == len(GOOD) + 3
+    )  # the three whose embeddings are not finite
     texts = [text for text in toy.captions if text]
     sent = [n for n in range(40) if isinstance(ITEMS[n], Sample) and n not in (5, 9)]
     assert sorted(texts) == sorted(text for n in sent for text in expected_captions(n))
@@ -225,7 +243,9 @@ def test_reading_gives_blocks_of_bounded_size(monkeypatch):
     monkeypatch.setattr(embed, "BLOCK_SAMPLES", 16)
     blocks = list(embed.read_blocks(ListSource(ITEMS), SHARD))
     assert [block.num_rows for block in blocks] == [16, 16, 9]
-    assert [ordinal for block in blocks for ordinal in block.column("ordinal").to_pylist()] == list(range(41))
+    assert [ordinal for block in blocks for ordinal in block.column("ordinal").to_pylist()] == list(
+        range(41)
+    )
     assert blocks[-1].column("reason").to_pylist()[-1] == embed.END
     for found, expected in zip(run(), WHOLE, strict=True):
         assert found.equals(expected, check_metadata=True)
@@ -268,7 +288,10 @@ def test_an_embedding_too_large_for_float16_is_an_error():
 
 @pytest.mark.filterwarnings("error")
 def test_a_zero_embedding_has_similarity_zero():
-    assert embed.cosine(np.array([[0, 0], [3, 4.0]]), np.array([[1, 1], [6, 8.0]])).tolist() == [0, 1]
+    assert embed.cosine(np.array([[0, 0], [3, 4.0]]), np.array([[1, 1], [6, 8.0]])).tolist() == [
+        0,
+        1,
+    ]
 
 
 def test_limits_of_the_configuration_are_kept():
@@ -295,10 +318,14 @@ def test_the_batch_size_changes_no_byte(clip, clip_info):
         buffer = io.BytesIO()
         side = rng.randrange(20, 60)
         Image.effect_noise((side, 40), 60 + number).convert("RGB").save(buffer, "PNG")
-        sample.append(Sample(f"k{number}", buffer.getvalue(), (f"noise of {side} pixels", f"number {number}")))
+        sample.append(
+            Sample(f"k{number}", buffer.getvalue(), (f"noise of {side} pixels", f"number {number}"))
+        )
     source = ListSource(sample)
     found = [
-        embed.embed_shard(source, SHARD, clip, clip_info.preprocess, READ, EmbedConfig(batch_size=size))
+        embed.embed_shard(
+            source, SHARD, clip, clip_info.preprocess, READ, EmbedConfig(batch_size=size)
+        )
         for size in (16, 64)
     ]
     assert found[0][0].num_rows == 70

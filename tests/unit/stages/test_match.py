@@ -28,7 +28,9 @@ def assert_permutation(text_of: np.ndarray, clusters: int) -> None:
 
 TABLES = st.integers(1, 6).flatmap(
     lambda k: st.lists(
-        st.one_of(st.just(0), st.integers(0, 5), st.integers(0, 10**6)), min_size=k * k, max_size=k * k
+        st.one_of(st.just(0), st.integers(0, 5), st.integers(0, 10**6)),
+        min_size=k * k,
+        max_size=k * k,
     ).map(lambda values: np.array(values, np.int64).reshape(k, k))
 )
 
@@ -51,7 +53,11 @@ def test_solvers_agree_on_large_skewed_tables(clusters, seed):
     rng = np.random.default_rng(seed)
     table = np.zeros((clusters, clusters), np.int64)
     weights = rng.zipf(1.6, 6 * clusters).clip(max=10**5)
-    np.add.at(table, (rng.integers(0, clusters, len(weights)), rng.integers(0, clusters, len(weights))), weights)
+    np.add.at(
+        table,
+        (rng.integers(0, clusters, len(weights)), rng.integers(0, clusters, len(weights))),
+        weights,
+    )
     table[rng.integers(0, clusters, 3)] = 0
     table[:, rng.integers(0, clusters, 3)] = 0
     dense = match.assign_clusters(*sparse(table), clusters, "dense")
@@ -97,7 +103,12 @@ def labelled(seed: int, pairs: int, clusters: int) -> tuple[np.ndarray, np.ndarr
 
 
 @settings(max_examples=30)
-@given(st.integers(0, 10**6), st.integers(0, 200), st.integers(1, 9), st.lists(st.integers(0, 200), max_size=4))
+@given(
+    st.integers(0, 10**6),
+    st.integers(0, 200),
+    st.integers(1, 9),
+    st.lists(st.integers(0, 200), max_size=4),
+)
 def test_counts_equal_a_dense_table_however_the_shards_are_cut(seed, pairs, clusters, places):
     image, text, similarity = labelled(seed, pairs, clusters)
     counts = np.zeros((clusters, clusters), np.int64)
@@ -108,7 +119,10 @@ def test_counts_equal_a_dense_table_however_the_shards_are_cut(seed, pairs, clus
 
     edges = sorted({0, pairs, *(place % (pairs + 1) for place in places)})
     edges = edges if len(edges) > 1 else [0, 0]
-    parts = [match.count_pairs(image[a:b], text[a:b], similarity[a:b], clusters) for a, b in itertools.pairwise(edges)]
+    parts = [
+        match.count_pairs(image[a:b], text[a:b], similarity[a:b], clusters)
+        for a, b in itertools.pairwise(edges)
+    ]
     merged = match.merge_counts(parts)
     one_by_one = match.sum_counts(iter(parts))
     for cells, counted, summed in (merged, one_by_one):
@@ -127,14 +141,20 @@ def test_many_tables_are_added_in_their_order(clusters):
     rng = np.random.default_rng(clusters)
     parts, expected = [], {}
     for _ in range(200):
-        cells = np.sort(rng.choice(clusters**2, rng.integers(0, clusters**2 // 3), replace=False)).astype(np.int64)
-        parts.append((cells, rng.integers(1, 9, len(cells)), 10.0 ** rng.uniform(-8, 8, len(cells))))
+        cells = np.sort(
+            rng.choice(clusters**2, rng.integers(0, clusters**2 // 3), replace=False)
+        ).astype(np.int64)
+        parts.append(
+            (cells, rng.integers(1, 9, len(cells)), 10.0 ** rng.uniform(-8, 8, len(cells)))
+        )
         for cell, count, cosine in zip(*parts[-1], strict=True):
             counted, summed = expected.get(cell, (0, 0.0))
             expected[cell] = counted + count, summed + cosine
     cells, counts, cosines = match.sum_counts(parts)
     assert cells.tolist() == sorted(expected)
-    assert [(count, cosine) for count, cosine in zip(counts, cosines, strict=True)] == [expected[c] for c in cells]
+    assert [(count, cosine) for count, cosine in zip(counts, cosines, strict=True)] == [
+        expected[c] for c in cells
+    ]
 
 
 def test_cell_numbers_do_not_overflow():
@@ -160,7 +180,9 @@ def test_pairless_policy(policy, pairs, kept):
     table = np.array([[4, 0, 0], [0, 0, 1], [0, 0, 0]])
     cells, counts = sparse(table)
     text_of = np.array([0, 2, 1])
-    found = match.couples(cells, counts, np.array([2.0, 0.25]), text_of, pairs, MatchConfig(pairless=policy))
+    found = match.couples(
+        cells, counts, np.array([2.0, 0.25]), text_of, pairs, MatchConfig(pairless=policy)
+    )
     assert found["image_cluster"].tolist() == ([0, 1, 2] if kept else [0, 1])
     assert found["text_cluster"].tolist() == ([0, 2, 1] if kept else [0, 2])
     assert found["shared"].tolist() == ([4, 1, 0] if kept else [4, 1])
@@ -173,7 +195,12 @@ def test_without_filter_the_couples_are_the_same():
     for pairless, pairs in (("auto", 299), ("auto", 300), ("keep", 300), ("drop", 2)):
         plain, unfiltered = (
             match.couples(
-                cells, counts, np.ones(2), np.array([0, 2, 1]), pairs, MatchConfig(pairless=pairless, filter=on)
+                cells,
+                counts,
+                np.ones(2),
+                np.array([0, 2, 1]),
+                pairs,
+                MatchConfig(pairless=pairless, filter=on),
             )
             for on in (True, False)
         )
@@ -184,7 +211,9 @@ def test_without_filter_the_couples_are_the_same():
 
 def test_couples_of_an_empty_table():
     nothing = np.zeros(0, np.int64)
-    found = match.couples(nothing, nothing, np.zeros(0), np.array([1, 0]), 2, MatchConfig(pairless="keep"))
+    found = match.couples(
+        nothing, nothing, np.zeros(0), np.array([1, 0]), 2, MatchConfig(pairless="keep")
+    )
     assert found["pairless"].all()
     assert found["shared"].tolist() == [0, 0]
 
@@ -195,7 +224,9 @@ def test_couples_look_up_the_right_cells(table, seed):
     clusters = len(table)
     text_of = np.random.default_rng(seed).permutation(clusters)
     cells, counts = sparse(table)
-    found = match.couples(cells, counts, counts * 0.5, text_of, clusters, MatchConfig(pairless="keep"))
+    found = match.couples(
+        cells, counts, counts * 0.5, text_of, clusters, MatchConfig(pairless="keep")
+    )
     expected = table[np.arange(clusters), text_of]
     np.testing.assert_array_equal(found["shared"], expected)
     np.testing.assert_array_equal(found["pairless"], expected == 0)
@@ -213,7 +244,9 @@ def test_a_forced_pairless_couple(clusters, expected):
     image = np.concatenate([others, [0], [1]]).astype(np.int32)
     text = np.concatenate([others, [1], [0]]).astype(np.int32)
     vectors = rng.standard_normal((2, len(image), 6)).astype(np.float32)
-    cells, counts, cosines = match.merge_counts([match.count_pairs(image, text, np.ones(len(image)), clusters)])
+    cells, counts, cosines = match.merge_counts(
+        [match.count_pairs(image, text, np.ones(len(image)), clusters)]
+    )
     text_of = match.assign_clusters(cells, counts, clusters)
     np.testing.assert_array_equal(text_of, np.arange(clusters))
     found = match.couples(cells, counts, cosines, text_of, clusters, MatchConfig())
@@ -222,7 +255,9 @@ def test_a_forced_pairless_couple(clusters, expected):
     pairs = prototypes.Couples(found["image_cluster"], found["text_cluster"], found["pairless"])
     keys = [str(i) for i in range(len(image))]
     made = prototypes.means(
-        prototypes.shard_sums("s", keys, vectors[0], np.arange(len(keys)), vectors[1], image, text, pairs, clusters)
+        prototypes.shard_sums(
+            "s", keys, vectors[0], np.arange(len(keys)), vectors[1], image, text, pairs, clusters
+        )
     )
     assert len(made.couple) == expected
     assert np.isfinite(made.image).all()

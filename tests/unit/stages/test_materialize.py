@@ -19,10 +19,10 @@ import yaml
 from PIL import Image
 
 from pds_ray import load_distilled
-from pds_ray.artifacts import RunFolder, prototype_schema, vector_array
 from pds_ray.stages import materialize
 from pds_ray.stages.materialize import DistilledSetError, card, records, write_distilled
-from pds_ray.storage import CALLS_AT_ONCE, Folder
+from pds_ray.store.artifacts import RunFolder, prototype_schema, vector_array
+from pds_ray.store.storage import CALLS_AT_ONCE, Folder
 
 CAPTIONS = [
     "a red circle above a blue square",
@@ -99,8 +99,12 @@ def test_load_distilled(finished):
         assert pairs.captions == CAPTIONS
         rng = np.random.default_rng(0)
         shape = (len(CAPTIONS), 4)
-        np.testing.assert_array_equal(pairs.image_prototypes, rng.standard_normal(shape).astype(np.float32))
-        np.testing.assert_array_equal(pairs.text_prototypes, rng.standard_normal(shape).astype(np.float32))
+        np.testing.assert_array_equal(
+            pairs.image_prototypes, rng.standard_normal(shape).astype(np.float32)
+        )
+        np.testing.assert_array_equal(
+            pairs.text_prototypes, rng.standard_normal(shape).astype(np.float32)
+        )
         for pair in range(len(pairs)):
             np.testing.assert_array_equal(np.asarray(pairs.image(pair)), pixels(pair))
         assert pairs.records[3]["members"] == ["s0/k0", "s0/k1", "s0/k2"]
@@ -109,7 +113,10 @@ def test_load_distilled(finished):
 
 def test_the_card_says_where_the_method_was_left():
     plain = card(records(prototypes(CAPTIONS)), ABOUT)
-    changed = {**ABOUT, "config": {**ABOUT["config"], "match": {"filter": False}, "cluster": {"modality": "joint"}}}
+    changed = {
+        **ABOUT,
+        "config": {**ABOUT["config"], "match": {"filter": False}, "cluster": {"modality": "joint"}},
+    }
     words = ("whole clusters were averaged", "one k-means on both embeddings")
     assert not any(word in plain for word in words)
     assert all(word in card(records(prototypes(CAPTIONS)), changed) for word in words)
@@ -117,7 +124,11 @@ def test_the_card_says_where_the_method_was_left():
 
 def test_webdataset_reads_it(finished):
     path = finished / "distilled" / "webdataset" / "000000.tar"
-    found = list(webdataset.WebDataset(str(path), shardshuffle=False).decode("rgb8").to_tuple("png", "txt", "json"))
+    found = list(
+        webdataset.WebDataset(str(path), shardshuffle=False)
+        .decode("rgb8")
+        .to_tuple("png", "txt", "json")
+    )
     assert [text for _, text, _ in found] == CAPTIONS
     for pair, (picture, _, record) in enumerate(found):
         np.testing.assert_array_equal(picture, pixels(pair))
@@ -133,18 +144,30 @@ datasets.disable_progress_bars()
 found = datasets.load_dataset("imagefolder", data_dir=sys.argv[1], split="train")
 print(json.dumps([[row["text"], row["pair"], hashlib.sha256(row["image"].tobytes()).hexdigest()] for row in found]))
 """
-    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
+    env = {
+        **os.environ,
+        "HF_HOME": str(tmp_path),
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     folder = str(finished / "distilled" / "imagefolder")
-    done = subprocess.run([sys.executable, "-c", code, folder], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     expected = [
-        [caption, pair, hashlib.sha256(pixels(pair).tobytes()).hexdigest()] for pair, caption in enumerate(CAPTIONS)
+        [caption, pair, hashlib.sha256(pixels(pair).tobytes()).hexdigest()]
+        for pair, caption in enumerate(CAPTIONS)
     ]
     assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 
 def contents(path) -> dict[str, bytes]:
-    return {str(item.relative_to(path)): item.read_bytes() for item in sorted(path.rglob("*")) if item.is_file()}
+    return {
+        str(item.relative_to(path)): item.read_bytes()
+        for item in sorted(path.rglob("*"))
+        if item.is_file()
+    }
 
 
 def test_the_same_pairs_are_the_same_bytes(finished, tmp_path):
@@ -160,7 +183,10 @@ def test_the_manifest_lists_every_other_file_truly(finished):
     manifest = json.loads(files.pop("manifest.json"))
     assert set(manifest["files"]) == set(files)
     for name, data in files.items():
-        assert manifest["files"][name] == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        assert manifest["files"][name] == {
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
 
 
 def test_the_manifest_comes_last(tmp_path, monkeypatch):
@@ -245,7 +271,9 @@ def test_the_card_has_front_matter_that_parses(finished):
     assert json.loads(body.split("```json\n")[1].split("```")[0]) == ABOUT["config"]
 
 
-@pytest.mark.parametrize(("count", "size"), [(7, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (10_000, "10K<n<100K")])
+@pytest.mark.parametrize(
+    ("count", "size"), [(7, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (10_000, "10K<n<100K")]
+)
 def test_the_card_gives_the_size(count, size):
     text = card([{"pair": 0, "text": "", "cosine": 0.0}] * count, ABOUT)
     assert yaml.safe_load(text.split("---\n")[1])["size_categories"] == [size]
@@ -275,9 +303,13 @@ def edit_json(path, change):
 
 DAMAGE = {
     "metadata gone": lambda d: (d / "imagefolder" / "metadata.jsonl").unlink(),
-    "metadata cut": lambda d: (d / "imagefolder" / "metadata.jsonl").write_bytes(b'{"file_name": "0000'),
+    "metadata cut": lambda d: (d / "imagefolder" / "metadata.jsonl").write_bytes(
+        b'{"file_name": "0000'
+    ),
     "metadata empty": lambda d: (d / "imagefolder" / "metadata.jsonl").write_bytes(b""),
-    "metadata without captions": lambda d: (d / "imagefolder" / "metadata.jsonl").write_text('{"pair": 0}\n' * 7),
+    "metadata without captions": lambda d: (d / "imagefolder" / "metadata.jsonl").write_text(
+        '{"pair": 0}\n' * 7
+    ),
     "prototypes gone": lambda d: (d / "prototypes.safetensors").unlink(),
     "prototypes cut": lambda d: (d / "prototypes.safetensors").write_bytes(b"\x10" + bytes(9)),
     "prototypes of another set": lambda d: (d / "prototypes.safetensors").write_bytes(b"{}"),

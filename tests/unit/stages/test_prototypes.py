@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pds_ray.artifacts import MEMBER_SAMPLE
 from pds_ray.stages import prototypes as core
+from pds_ray.store.artifacts import MEMBER_SAMPLE
 
 
 def world(seed: int, pairs: int = 200, clusters: int = 6, dim: int = 4):
@@ -16,7 +16,9 @@ def world(seed: int, pairs: int = 200, clusters: int = 6, dim: int = 4):
     rng = np.random.default_rng(seed)
     image_vectors, text_vectors = rng.standard_normal((2, pairs, dim)).astype(np.float32)
     if pairs:
-        image_vectors = image_vectors[rng.integers(0, 1 + pairs // 3, pairs)]  # images have several captions
+        image_vectors = image_vectors[
+            rng.integers(0, 1 + pairs // 3, pairs)
+        ]  # images have several captions
     image, text = rng.integers(0, clusters, (2, pairs)).astype(np.int32)
     text_of = rng.permutation(clusters).astype(np.int32)
     pairless = np.zeros(clusters, bool)
@@ -61,10 +63,16 @@ def brute_force(seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(rows of the image side, rows of the text side) of each couple, by masks."""
     _, _, image, text, couples = world(seed)
     found = []
-    for i, j, pairless in zip(couples.image_cluster, couples.text_cluster, couples.whole, strict=True):
+    for i, j, pairless in zip(
+        couples.image_cluster, couples.text_cluster, couples.whole, strict=True
+    ):
         on_image, on_text = image == i, text == j
         shared = on_image & on_text
-        found.append((np.flatnonzero(on_image), np.flatnonzero(on_text)) if pairless else (np.flatnonzero(shared),) * 2)
+        found.append(
+            (np.flatnonzero(on_image), np.flatnonzero(on_text))
+            if pairless
+            else (np.flatnonzero(shared),) * 2
+        )
     return found
 
 
@@ -76,8 +84,12 @@ def test_sums_equal_masks_however_the_shards_are_cut(seed, places):
     for couple, (on_image, on_text) in enumerate(brute_force(seed)):
         assert total.image_count[couple] == len(on_image)
         assert total.text_count[couple] == len(on_text)
-        np.testing.assert_allclose(total.image[couple], image_vectors[on_image].astype(np.float64).sum(0), atol=1e-9)
-        np.testing.assert_allclose(total.text[couple], text_vectors[on_text].astype(np.float64).sum(0), atol=1e-9)
+        np.testing.assert_allclose(
+            total.image[couple], image_vectors[on_image].astype(np.float64).sum(0), atol=1e-9
+        )
+        np.testing.assert_allclose(
+            total.text[couple], text_vectors[on_text].astype(np.float64).sum(0), atol=1e-9
+        )
         norms = np.linalg.norm(image_vectors[on_image].astype(np.float64), axis=1)
         assert total.image_norm[couple] == pytest.approx(norms.sum())
         if not couples.whole[couple]:
@@ -91,11 +103,16 @@ def test_rounding_is_that_of_one_addition_after_the_other(seed, pairs):
     image_vectors, text_vectors, image, text, couples = world(seed, pairs, clusters=3)
     lengths = 10.0 ** np.random.default_rng(seed).integers(-30, 30, (pairs, 1))
     image_vectors = (image_vectors * lengths).astype(np.float32)
-    part = core.shard_sums("s", [""] * pairs, *shared_images(image_vectors), text_vectors, image, text, couples, 3)
+    part = core.shard_sums(
+        "s", [""] * pairs, *shared_images(image_vectors), text_vectors, image, text, couples, 3
+    )
     for vectors, found, side in ((image_vectors, part.image, 0), (text_vectors, part.text, 1)):
         expected = np.zeros((3, vectors.shape[1]))
         for couple in range(3):
-            on_image, on_text = image == couples.image_cluster[couple], text == couples.text_cluster[couple]
+            on_image, on_text = (
+                image == couples.image_cluster[couple],
+                text == couples.text_cluster[couple],
+            )
             mine = (on_image, on_text)[side] if couples.whole[couple] else on_image & on_text
             np.add.at(expected, np.full(mine.sum(), couple), vectors[mine].astype(np.float64))
         assert found.tobytes() == expected[part.couple].tobytes()
@@ -187,7 +204,10 @@ def test_nearest_ignores_length():
 @pytest.mark.parametrize("block", [(4, 3), (1000, 1000)])
 def test_nearest_on_random_vectors(block):
     rng = np.random.default_rng(6)
-    queries, rows = rng.standard_normal((11, 9)).astype(np.float32), rng.standard_normal((90, 9)).astype(np.float32)
+    queries, rows = (
+        rng.standard_normal((11, 9)).astype(np.float32),
+        rng.standard_normal((90, 9)).astype(np.float32),
+    )
     cosine, where = core.nearest_rows(queries, rows, block)
     a, b = queries.astype(np.float64), rows.astype(np.float64)
     whole = a @ b.T / (np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(b, axis=1))
@@ -214,7 +234,9 @@ def test_nearest_over_shards_equals_the_whole(edges, together):
         group = core.no_nearest(len(queries))
         for number, mine in enumerate(shards[start : start + together], start):
             cosine, where = core.nearest_rows(queries, rows[mine])
-            core.merge_nearest(group, core.Nearest(cosine, np.full(len(queries), number, np.int32), where))
+            core.merge_nearest(
+                group, core.Nearest(cosine, np.full(len(queries), number, np.int32), where)
+            )
         core.merge_nearest(total, group)
     np.testing.assert_array_equal(total.cosine, expected[0])
     found = [shards[number][row] for number, row in zip(total.shard, total.row, strict=True)]
@@ -243,7 +265,14 @@ def test_perfectly_paired_clusters_give_the_planted_means():
     keys = [str(row) for row in range(len(image))]
     made = core.means(
         core.shard_sums(
-            "s", keys, *shared_images(image_vectors), text_vectors, image, text_of[image], couples, clusters
+            "s",
+            keys,
+            *shared_images(image_vectors),
+            text_vectors,
+            image,
+            text_of[image],
+            couples,
+            clusters,
         )
     )
     np.testing.assert_allclose(made.image, 3 * np.eye(clusters)[made.couple], atol=1e-6)
@@ -254,10 +283,16 @@ def test_whole_couples_take_their_two_clusters_though_they_share_pairs():
     image_vectors, text_vectors, image, text, couples = world(7, clusters=4)
     whole = core.Couples(couples.image_cluster, couples.text_cluster, np.ones(4, bool))
     keys = [f"k{row}" for row in range(len(image))]
-    made = core.means(core.shard_sums("s", keys, *shared_images(image_vectors), text_vectors, image, text, whole, 4))
+    made = core.means(
+        core.shard_sums(
+            "s", keys, *shared_images(image_vectors), text_vectors, image, text, whole, 4
+        )
+    )
     assert sorted(made.couple) == [0, 1, 2, 3]
     for place, couple in enumerate(made.couple):
         on_image, on_text = image == whole.image_cluster[couple], text == whole.text_cluster[couple]
         assert (on_image & on_text).any() != couples.whole[couple]
-        np.testing.assert_allclose(made.image[place], image_vectors[on_image].mean(axis=0), atol=1e-6)
+        np.testing.assert_allclose(
+            made.image[place], image_vectors[on_image].mean(axis=0), atol=1e-6
+        )
         np.testing.assert_allclose(made.text[place], text_vectors[on_text].mean(axis=0), atol=1e-6)

@@ -11,7 +11,9 @@ from pds_ray.stages import prune
 
 FLOATS = st.floats(-1, 1, width=32)
 # few distinct values and both zeros: ties everywhere
-TIED = st.sampled_from([np.float32(v) for v in (-1.0, -0.25, -1e-8, -0.0, 0.0, 1e-8, 0.25, 0.5, 1.0)])
+TIED = st.sampled_from(
+    [np.float32(v) for v in (-1.0, -0.25, -1e-8, -0.0, 0.0, 1e-8, 0.25, 0.5, 1.0)]
+)
 
 
 def prune_shards(shards: list[np.ndarray], ratio: float) -> list[np.ndarray]:
@@ -69,7 +71,9 @@ def test_many_rows(spread):
         assert (~kept).sum() == 4_000
 
 
-@pytest.mark.parametrize(("ratio", "pairs", "dropped"), [(0.2, 145_000, 29_000), (0.2, 566_747, 113_349), (0.2, 4, 0)])
+@pytest.mark.parametrize(
+    ("ratio", "pairs", "dropped"), [(0.2, 145_000, 29_000), (0.2, 566_747, 113_349), (0.2, 4, 0)]
+)
 def test_drop_count_is_the_published_one(ratio, pairs, dropped):
     assert prune.drop_count(ratio, pairs) == dropped
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
-from synthetic_store import Gathered, make_store
 
-from pds_ray.artifacts import EmbeddingStore, prototype_schema, vectors
 from pds_ray.stages.select import chosen_pairs, load_candidates, split_by_shard
+from pds_ray.store.artifacts import EmbeddingStore, prototype_schema, vectors
+from tests.support.synthetic_store import Gathered, make_store
 
 ROWS = [5, 1, 12, 7]
 
@@ -20,7 +20,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[EmbeddingStore, Gath
 
 def shard_of(data: Gathered, pair: int) -> str:
     """Keys of the synthetic store count all images."""
-    return data.shards[int(np.searchsorted(np.cumsum(ROWS), int(data.keys[pair][1:]), side="right"))]
+    return data.shards[
+        int(np.searchsorted(np.cumsum(ROWS), int(data.keys[pair][1:]), side="right"))
+    ]
 
 
 def test_the_candidates_are_the_gathered_arrays(made: tuple[EmbeddingStore, Gathered]):
@@ -48,7 +50,9 @@ def test_a_chosen_pair_is_told_as_it_is_in_the_source(made: tuple[EmbeddingStore
     assert table.column("pair").to_pylist() == list(range(11))
     assert (vectors(table, "image_prototype") == data.image[picks]).all()
     assert (vectors(table, "text_prototype") == data.text[picks]).all()
-    for row, pick in zip(table.drop_columns(["image_prototype", "text_prototype"]).to_pylist(), picks, strict=True):
+    for row, pick in zip(
+        table.drop_columns(["image_prototype", "text_prototype"]).to_pylist(), picks, strict=True
+    ):
         shard, key = shard_of(data, pick), data.keys[pick]
         norm = np.linalg.norm(data.image[pick].astype(np.float64))
         assert row.pop("member_norm") == pytest.approx(norm, rel=1e-12)

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_materialize import prototypes
 
-from pds_ray.artifacts import vectors
 from pds_ray.config import DecodeConfig
 from pds_ray.stages import synthesize
+from pds_ray.store.artifacts import vectors
+from tests.unit.stages.test_materialize import prototypes
 
 
 def test_seeds_differ_and_fit():
@@ -19,7 +19,10 @@ def test_seeds_differ_and_fit():
     assert len(seeds) == 9_000
     assert all(0 <= seed < 2**63 for seed in seeds)
     # neighbours have nothing in common: about half of the bits differ
-    flips = [(synthesize.pair_seed(0, p) ^ synthesize.pair_seed(0, p + 1)).bit_count() for p in range(500)]
+    flips = [
+        (synthesize.pair_seed(0, p) ^ synthesize.pair_seed(0, p + 1)).bit_count()
+        for p in range(500)
+    ]
     assert np.mean(flips) == pytest.approx(31.5, abs=1)
 
 
@@ -71,7 +74,11 @@ def test_rescale_gives_the_norm_of_the_members():
     plain = synthesize.make_batch(table, range(2, 9), 0, DecodeConfig()).prototypes
     scaled = synthesize.make_batch(table, range(2, 9), 0, DecodeConfig(rescale=True)).prototypes
     np.testing.assert_allclose(np.linalg.norm(scaled, axis=1), norms[2:9], rtol=1e-6)
-    cosine = (plain * scaled).sum(axis=1) / np.linalg.norm(plain, axis=1) / np.linalg.norm(scaled, axis=1)
+    cosine = (
+        (plain * scaled).sum(axis=1)
+        / np.linalg.norm(plain, axis=1)
+        / np.linalg.norm(scaled, axis=1)
+    )
     np.testing.assert_allclose(cosine, 1, rtol=1e-6)
 
 
@@ -81,7 +88,10 @@ def test_by_caption_every_pair_of_every_chunk_has_the_mean_of_the_whole_table(re
     config = DecodeConfig(condition="caption", rescale=rescale)
     whole = synthesize.make_batch(table, range(len(CAPTIONS)), 5, DecodeConfig(rescale=rescale))
     expected = whole.prototypes.astype(np.float64).mean(axis=0)
-    chunked = [synthesize.make_batch(table, pairs, 5, config) for pairs in synthesize.chunks(len(CAPTIONS), 4)]
+    chunked = [
+        synthesize.make_batch(table, pairs, 5, config)
+        for pairs in synthesize.chunks(len(CAPTIONS), 4)
+    ]
     seen = np.concatenate([batch.prototypes for batch in chunked])
     assert seen.shape == whole.prototypes.shape
     assert seen.dtype == np.float32
@@ -103,7 +113,8 @@ class Painter:
 
 
 @pytest.mark.parametrize(
-    ("made", "asked", "saved"), [((64, 64), 0, (64, 64)), ((64, 64), 32, (32, 32)), ((40, 30), 224, (224, 224))]
+    ("made", "asked", "saved"),
+    [((64, 64), 0, (64, 64)), ((64, 64), 32, (32, 32)), ((40, 30), 224, (224, 224))],
 )
 def test_pictures_have_the_size_asked_for(made, asked, saved):
     config = DecodeConfig(image_size=asked)

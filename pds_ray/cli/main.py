@@ -1,0 +1,421 @@
+"""The command line: parse, validate, call the API, print; nothing else.
+
+Exit codes: 0 done, 1 an error of ours, 2 something the user can mend, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pds_ray.cli.parser import EXIT_USER, build_parser
+from pds_ray.config import (
+    METHODS,
+    ConfigError,
+    EvaluateConfig,
+    RunConfig,
+    flatten,
+    replace,
+    to_dict,
+)
+from pds_ray.errors import UserError, first_line
+from pds_ray.telemetry import log
+
+RUNS = ("distill", "select", "evaluate", "compare", "retry-failed")
+WATCH_S = 5.0
+ENDS = ("finished", "interrupted", "failed")
+"""The states of a run in which `status --watch` ends; a silent or idle one may go on."""
+EXIT_OK, EXIT_BUG, EXIT_INTERRUPTED = 0, 1, 130
+OF_EVALUATION = {field.name for field in fields(EvaluateConfig)} - {
+    field.name for field in fields(RunConfig)
+}
+"""Fields and sections of an evaluation that a run has not."""
+QUIET = {  # libraries that print on import or on load
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+}
+
+
+def resolve(args: argparse.Namespace) -> RunConfig:
+    """Preset, YAML file and flags -> the configuration. Raises ConfigError in one line."""
+    from pds_ray.recipes import recipe
+
+    written = _written(args)
+    if args.command == "compare":
+        written = {name: value for name, value in written.items() if not _of_evaluation(name)}
+    return replace(recipe(args.preset), {**written, **_changes(args)})
+
+
+def _written(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields in the file of --config, with dots: those of a run, of an evaluation, or of both in a comparison."""
+    path = vars(args).get("config")
+    return flatten(flatten(_read_yaml(path)), EvaluateConfig) if path else {}
+
+
+def _of_evaluation(name: str) -> bool:
+    return name.partition(".")[0] in OF_EVALUATION
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as stream:
+            value = yaml.safe_load(stream)
+    except OSError as error:
+        raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"--config {path} must hold fields such as 'pairs: 100', not {type(value).__name__}"
+        )
+    return value
+
+
+def _distill(args: argparse.Namespace) -> None:
+    from pds_ray.cli.output import print_plan, print_summary
+    from pds_ray.engine import pipeline
+
+    config = resolve(args)
+    if args.command == "select" and config.method not in METHODS[1:]:
+        raise ConfigError(f"which pairs? give --method, one of {', '.join(METHODS[1:])}")
+    if args.dry_run:
+        print_plan(pipeline.plan(config))
+        return
+    only = [stage.strip() for stage in args.only.split(",") if stage.strip()]
+    manifest = pipeline.distill(config, redo=args.redo, only=only)
+    print_summary(config.out, manifest)
+    if manifest["stages"].get("materialize", {}).get("status") == "done":
+        _report_at_the_end(config.out, args.verbose)
+
+
+def _report_at_the_end(path: str, verbose: bool) -> None:
+    """The report of what has just been done; that it fails must not make a finished run look failed."""
+    try:
+        from pds_ray.report.page import write_report
+
+        print(f"{'report':<13} {write_report(path, quick=True)}")
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        why = f"{type(error).__name__}: {first_line(error)}"
+        log.event(
+            "no_report", f"pds-ray: the run is done, but not its report: {why}", "warning", why=why
+        )
+
+
+def _report(args: argparse.Namespace) -> None:
+    from pds_ray.report.page import write_report
+
+    print(write_report(args.run, args.out))
+
+
+def resolve_evaluation(args: argparse.Namespace) -> EvaluateConfig:
+    """Protocol, YAML file and flags -> the configuration of an evaluation. Raises ConfigError in one line."""
+    from pds_ray.recipes import protocol
+
+    config, written = protocol(args.protocol), _written(args)
+    if args.command == "compare":
+        written = {name: value for name, value in written.items() if _of_evaluation(name)}
+    known = flatten(to_dict(config), EvaluateConfig)
+    return replace(
+        config, {**written, **{name: value for name, value in vars(args).items() if name in known}}
+    )
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from pds_ray.cli.output import print_evaluation
+    from pds_ray.engine.evaluate import evaluate
+    from pds_ray.store.artifacts import RunFolder
+    from pds_ray.store.storage import Folder
+
+    result = evaluate(args.set, resolve_evaluation(args), args.out)
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return
+    print_evaluation(result)
+    if args.out is None and Folder(args.set).exists(RunFolder.MANIFEST):
+        _report_at_the_end(args.set, args.verbose)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from pds_ray.cli.output import print_comparison
+    from pds_ray.engine.compare import ablations, compare
+
+    pairs = str(_written(args).get("pairs", 100) if args.pairs is None else args.pairs)
+    sizes = [size.strip() for size in pairs.split(",")]
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise ConfigError(
+            f"--pairs is {pairs!r}; it must be whole numbers by comma, such as 100,500"
+        )
+    methods = [method.strip() for method in args.methods.split(",") if method.strip()]
+    args.pairs = sizes[0]  # the field of a run; each gets its own
+    config, judged = resolve(args), resolve_evaluation(args)
+    methods += ablations(config, judged) if args.ablations else []
+    table = compare(config, methods, [int(size) for size in sizes], judged, redo=args.redo)
+    print_comparison(config.out, table)
+    _report_at_the_end(config.out, args.verbose)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from pds_ray.cli.output import print_rates
+    from pds_ray.planning.bench import bench
+    from pds_ray.planning.planning import default_rates
+    from pds_ray.store.storage import Folder
+
+    path = os.path.abspath(args.rates or default_rates())
+    folder, name = os.path.split(path)
+    Folder(folder).create()
+    rates = bench(resolve(args))
+    Folder(folder).write_json(name, rates)
+    print_rates(path, rates)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from pds_ray.cli.output import print_forecast
+    from pds_ray.planning import planning
+
+    count = planning.parse_count
+    config = resolve(args)
+    if args.pairs_in is not None:
+        if "source" in args:
+            raise ConfigError("--pairs-in and --source are given; give one of them")
+        config = replace(config, {"source": ""})
+        work = planning.web_workload(
+            count(args.pairs_in, "--pairs-in"),
+            count(args.captions_per_image, "--captions-per-image"),
+            count(args.bytes_per_pair, "--bytes-per-pair"),
+        )
+    elif not config.source:
+        raise ConfigError("plan what? give --pairs-in, such as 400M, or --source")
+    path = Path(args.rates) if args.rates else planning.default_rates()
+    measured = planning.read_rates(path) if args.rates or path.is_file() else None
+    cluster = planning.make_cluster(
+        args.gpus, count(args.cpus, "--cpus") if args.cpus else None, measured
+    )
+    prices = planning.read_prices(args.prices)
+    if args.pairs_in is None:
+        from pds_ray.planning.bench import survey
+
+        work = survey(config.source)
+    forecast = planning.make_plan(config, work, cluster, measured, prices)
+    if args.json:
+        print(json.dumps(planning.to_json(forecast), indent=2))
+    else:
+        print_forecast(forecast, measured)
+
+
+def _show(args: argparse.Namespace) -> None:
+    from pds_ray.cli.output import print_summary
+    from pds_ray.store.manifest import RunManifest
+
+    manifest = RunManifest.open(args.run).data
+    if args.json:
+        print(json.dumps(manifest, indent=2))
+    else:
+        print_summary(args.run, manifest)
+    if args.sheet:
+        from pds_ray.report.contact_sheet import contact_sheet
+        from pds_ray.stages.materialize import load_distilled
+
+        sheet = contact_sheet(load_distilled(args.run))
+        try:
+            sheet.save(args.sheet)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot write --sheet {args.sheet}: {error}") from error
+        log.event("sheet", f"contact sheet {args.sheet}", path=args.sheet)
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a run's configuration that flags were given for."""
+    known = flatten(to_dict(RunConfig()))
+    return {name: value for name, value in vars(args).items() if name in known}
+
+
+def _retry_failed(args: argparse.Namespace) -> None:
+    from pds_ray.cli.output import print_summary
+    from pds_ray.engine.upkeep import retry_failed
+
+    print_summary(args.run, retry_failed(args.run, _changes(args)))
+    _report_at_the_end(args.run, args.verbose)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from pds_ray.cli.output import print_problems, print_summary
+    from pds_ray.engine.upkeep import repair, verify
+
+    files, problems = verify(args.run, _changes(args))
+    print_problems(files, problems)
+    if problems and not args.repair:
+        raise SystemExit(EXIT_USER)
+    if problems:
+        print_summary(args.run, repair(args.run, problems, _changes(args)))
+        files, problems = verify(args.run, _changes(args))
+        print_problems(files, problems)
+        if problems:
+            raise SystemExit(EXIT_BUG)
+
+
+def _status(args: argparse.Namespace) -> None:
+    from pds_ray.cli.output import print_status
+    from pds_ray.engine.status import status
+
+    state = None
+    while True:
+        found = status(args.run)
+        if found["state"] == "running" or found["state"] != state:  # nothing moves in the others
+            if args.json:
+                print(json.dumps(found))
+            else:
+                print_status(found)
+            sys.stdout.flush()
+        state = found["state"]
+        if not args.watch or state in ENDS:
+            break
+        time.sleep(WATCH_S)
+    if state not in ("running", "finished"):
+        raise SystemExit(EXIT_USER)
+
+
+def _environment(pairs: list[str]) -> dict[str, str]:
+    named = dict(pair.partition("=")[::2] for pair in pairs if "=" in pair[1:])
+    if len(named) < len(pairs):
+        raise ConfigError("--env takes NAME=VALUE, and each name once")
+    return named
+
+
+def _submit(args: argparse.Namespace) -> None:
+    command = args.job[1:] if args.job[:1] == ["--"] else args.job
+    if not command or command[0] in ("submit", "doctor"):
+        raise ConfigError(
+            "which command? pds-ray submit --address http://HEAD:8265 -- distill --source ... --out ..."
+        )
+    asked = build_parser().parse_args(
+        command
+    )  # what is wrong is refused here rather than on the cluster
+    told = {**_written(asked), **vars(asked)}
+    if not args.verbose:
+        logging.disable(logging.INFO)  # Ray tells of its uploads and connections
+    from pds_ray.distributed import submit as jobs
+
+    paths = {name: str(told[name]) for name in jobs.PATHS if told.get(name)}
+    job = jobs.Job(
+        command, paths, told.get("config"), _environment(args.env), args.driver_cpus, args.installed
+    )
+    submitted = jobs.submit(job, args.address)
+    log.event("submitted", f"pds-ray: submitted job {submitted}", job=submitted)
+    if args.no_wait:
+        return
+    try:
+        outcome, code = jobs.follow(submitted, args.address)
+    except KeyboardInterrupt:
+        ends = jobs.stop_command(submitted, args.address)
+        log.event("left", f"\npds-ray: job {submitted} goes on; `{ends}` ends it", job=submitted)
+        os._exit(EXIT_INTERRUPTED)
+    log.event(
+        "job_ended", f"pds-ray: job {submitted} {outcome.lower()}", job=submitted, outcome=outcome
+    )
+    if code:
+        raise SystemExit(EXIT_INTERRUPTED if outcome == "STOPPED" else code)
+
+
+def _doctor(_: argparse.Namespace) -> None:
+    from pds_ray.cli.doctor import examine
+
+    if not examine():
+        raise SystemExit(EXIT_USER)
+
+
+COMMANDS = {
+    "distill": _distill,
+    "select": _distill,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "bench": _bench,
+    "plan": _plan,
+    "show": _show,
+    "status": _status,
+    "submit": _submit,
+    "report": _report,
+    "retry-failed": _retry_failed,
+    "verify": _verify,
+    "doctor": _doctor,
+}
+
+
+def _flush() -> None:
+    """Writes what standard output holds back in files and pipes; nowhere, if whoever reads it had enough."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `pds-ray`."""
+    args = build_parser().parse_args(argv)
+    if not args.verbose:
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        warnings.filterwarnings("ignore")
+    if args.log == "json":
+        log.as_json()
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # a stopped job ends like an interrupted one, in the background too
+        signal.signal(number, signal.default_int_handler)
+    try:
+        COMMANDS[args.command](args)
+        code = EXIT_OK
+        _flush()
+        # the last line of a log tells the outcome; on a terminal the result does
+        if args.command in RUNS:
+            quiet = sys.stderr.isatty() or getattr(args, "dry_run", False)
+            log.event("done", "" if quiet else f"pds-ray: {args.command} done", exit_code=EXIT_OK)
+    except KeyboardInterrupt:
+        text = "\npds-ray: interrupted; the same command continues"
+        _flush()
+        log.event("interrupted", text, "error", exit_code=EXIT_INTERRUPTED)
+        # not through Ray's own shutdown: interrupted while it starts, it crashes; its processes die with this one
+        os._exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # whoever read our output had enough
+        _flush()
+        code = EXIT_OK
+    except Exception as error:
+        if args.verbose:
+            raise
+        line = first_line(error)
+        if isinstance(error, UserError):
+            code, text = EXIT_USER, f"pds-ray: {line}"
+        else:
+            code, text = EXIT_BUG, f"pds-ray: {type(error).__name__}: {line} (-v shows where)"
+        _flush()
+        log.event("failed", text, "error", exit_code=code)
+    if "ray" in sys.modules:
+        from pds_ray.distributed import runtime
+
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # all is done: an interrupt now would only spoil the exit code
+        runtime.stop()
+    raise SystemExit(code)

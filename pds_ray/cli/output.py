@@ -1,0 +1,368 @@
+"""What a person reads before and after a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from pds_ray.engine.pipeline import COUNTED, Plan, public, stages
+from pds_ray.engine.upkeep import Problem
+from pds_ray.errors import printable
+from pds_ray.store.artifacts import RunFolder
+from pds_ray.store.manifest import rate
+from pds_ray.store.storage import Folder
+
+if TYPE_CHECKING:  # it costs a quarter of a second
+    from pds_ray.planning.planning import Demand, Measured
+    from pds_ray.planning.planning import Plan as Forecast
+
+
+def say(*lines: str) -> None:
+    """Prints lines in which names and notes of strangers may stand."""
+    for line in lines:
+        print(printable(line))
+
+
+def print_plan(plan: Plan) -> None:
+    """What would be done, and the resolved configuration as YAML."""
+    config, shown = plan.config, public(plan.config)
+    done = plan.store.committed() if plan.store.folder.exists(plan.store.STORE) else set()
+    embedded = sum(shard.name in done for shard in plan.shards)
+    say(f"source    {shown['source']}: {len(plan.shards):,} shards, {embedded:,} embedded")
+    say(f"method    {config.method}")
+    say(
+        f"encoder   {plan.encoder.name}: width {plan.encoder.dim}, pictures {plan.encoder.preprocess.size} px"
+    )
+    say(f"decoder   {dict(plan.decoder.load_args).get('model', plan.decoder.name)}")
+    for note in plan.decoder.notes:
+        say(f"note      {note}")
+    say(f"result    {config.pairs:,} pairs in {plan.run.distilled.shown}")
+    say(f"stages    {' -> '.join(plan.stages)}")
+    say("", "# the resolved configuration, usable with --config")
+    print(yaml.safe_dump(shown, sort_keys=False), end="")
+
+
+def print_summary(out: str, manifest: dict[str, Any]) -> None:
+    """What went in, what was dropped and why, what came out, how fast, and where it is."""
+    method = manifest.get("config", {}).get("method", "pds")
+    entries = manifest["stages"]
+    counts = {name: entry.get("counts", {}) for name, entry in entries.items()}
+    embed, prune, match = counts.get("embed", {}), counts.get("prune", {}), counts.get("match", {})
+    prototypes = counts.get("prototypes") or counts.get("select", {})
+    say("")
+    if embed:
+        say(
+            f"in            {embed['pairs']:,} pairs of {embed['images']:,} images, {embed['shards']:,} shards"
+        )
+        if embed.get("failed_shards"):
+            say(
+                f"failed        {embed['failed_shards']:,} shards; pds-ray retry-failed {out} tries them again"
+            )
+        say(f"bad samples   {embed['bad']:,}")
+        for reason, count in embed["reasons"].items():
+            say(f"  {reason:<20} {count:,}")
+    if prune:
+        say(f"pruned        {prune['dropped']:,} pairs of lowest image-caption cosine")
+    if match:
+        say(f"not shared    {match['pairs_not_shared']:,} pairs outside matched clusters")
+        say(
+            f"pairless      {match['pairless']:,} of {match['clusters']:,} couples, {match['pairless_policy']}"
+        )
+    if prototypes:
+        duplicates = {**prototypes, **counts.get("caption", {})}["duplicate_captions"]
+        say(f"method        {method}")
+        say(
+            f"out           {prototypes['prototypes']:,} pairs, {duplicates:,} with a caption of another"
+        )
+    for note in manifest.get("notes", []):
+        say(f"note          {note}")
+    say("", f"{'stage':<12} {'status':<12} {'seconds':>8}  rate")
+    for name in stages(method):
+        entry = entries.get(name)
+        if entry is None:
+            say(f"{name:<12} to do")
+            continue
+        say(
+            f"{name:<12} {entry['status']:<12} {entry.get('seconds', 0):>8.1f}  {_rate(name, entry)}"
+        )
+    finished = entries.get("materialize", {}).get("status") == "done"
+    run = RunFolder(Folder(out))
+    say(
+        "",
+        f"{'result':<13} {run.distilled.shown}"
+        if finished
+        else f"{'run folder':<13} {run.folder.shown}",
+    )
+
+
+def _rate(name: str, entry: dict[str, Any]) -> str:
+    unit, key = COUNTED[name]
+    per_s = rate(entry, key)
+    if not per_s:
+        return ""
+    return f"{_number(per_s)} {unit}/s{_idle(entry['counts'])}"
+
+
+def _idle(counts: dict[str, Any]) -> str:
+    """The share of their time that the actors of a stage, and their GPUs, waited."""
+    for actor in ("encoder", "decoder"):
+        busy, idle = counts.get(f"{actor}_busy_s", 0), counts.get(f"{actor}_idle_s", 0)
+        if busy:
+            return f", {actor}s idle {idle / (busy + idle):.0%}"
+    return ""
+
+
+def print_status(found: dict[str, Any]) -> None:
+    """Where a run stands, on a few lines."""
+    done = [stage for stage, state in found["stages"].items() if state == "done"]
+    say(f"{'run':<10} {found['run']}")
+    say(f"{'state':<10} {found['state']}, {len(done)} of {len(found['stages'])} stages done")
+    progress = found["progress"]
+    if found["stage"]:
+        where = (
+            f" ({progress['label']})" if progress and progress["label"] != found["stage"] else ""
+        )
+        say(f"{'stage':<10} {found['stage']}{where}")
+    if progress:
+        total = f" of {progress['total']:,}" if progress["total"] else ""
+        rate = f", {progress['per_s']:,.1f}/s" if progress["per_s"] else ""
+        eta = f", {progress['eta_s'] / 60:,.1f} min to go" if progress["eta_s"] else ""
+        note = f", {progress['note']}" if progress["note"] else ""
+        say(f"{'progress':<10} {progress['done']:,}{total} {progress['unit']}{rate}{eta}{note}")
+    if found["host"]:
+        say(f"{'driver':<10} on {found['host']}, heard of {found['heartbeat_age_s']:.0f} s ago")
+    if found["state"] == "silent":
+        say("its driver gives no sign of life; if it is gone, the same command continues the run")
+
+
+def print_problems(files: int, problems: list[Problem]) -> None:
+    """What `verify` found."""
+    for problem in problems:
+        say(f"{problem.stage:<12} {problem.name}: {problem.what}")
+    say(
+        f"{files:,} files checked, "
+        + (f"{len(problems):,} problems" if problems else "all as written")
+    )
+
+
+MEASURE_TITLES = {
+    "tr@1": "TR@1",
+    "tr@5": "TR@5",
+    "tr@10": "TR@10",
+    "ir@1": "IR@1",
+    "ir@5": "IR@5",
+    "ir@10": "IR@10",
+}
+
+
+def print_evaluation(result: dict[str, Any]) -> None:
+    """An evaluation as a table: mean and deviation over the seeds, in percent."""
+    about, test = result["set"], result["test"]
+    say("", f"set       {about['path']}: {about['pairs']:,} pairs, method {about['method']}")
+    say(f"test      {test['source']}: {test['images']:,} images, {test['captions']:,} captions")
+    if result["val"]:
+        say(f"val       {result['val']['source']}: {result['val']['images']:,} images")
+    say(f"protocol  {result['protocol']['name']}")
+    for name in ("test", "val"):
+        bad = (result[name] or {}).get("bad", {})
+        if bad:
+            say(f"bad       {sum(bad.values()):,} samples of {name} left out: {bad}")
+    for note in result["notes"]:
+        say(f"note      {note}")
+    rows = [([part["name"], str(len(part["trials"]))], part) for part in result["backbones"]]
+    if len(rows) > 1:
+        rows.append((["average", ""], result))
+    _print_recalls(
+        ["backbone", "seeds"], rows, max(len(part["trials"]) for part in result["backbones"])
+    )
+    say("", f"result    {result['file']}")
+
+
+def print_comparison(out: str, table: dict[str, Any]) -> None:
+    """A comparison as a table: methods by size, on the average of the backbones."""
+    test = table["test"]
+    say("", f"source    {table['source']}")
+    say(f"test      {test['source']}: {test['images']:,} images, {test['captions']:,} captions")
+    names = sorted({cell["backbone"] for cell in table["cells"]} - {"average"})
+    say(
+        f"protocol  {table['protocol']['name']}; average of {', '.join(names)}; seeds: {table['seeds']}"
+    )
+    for note in table["notes"]:
+        say(f"note      {note}")
+    cells = [cell for cell in table["cells"] if cell["backbone"] == "average"]
+    cells.sort(key=lambda cell: cell["pairs"])  # stable: methods stay in their order
+    rows = [([str(cell["pairs"]), cell["method"]], cell) for cell in cells]
+    _print_recalls(["pairs", "method"], rows, table["seeds"])
+    say("", f"result    {Folder(out).shown}: comparison.json, comparison.csv")
+
+
+def _print_recalls(
+    titles: list[str], rows: list[tuple[list[str], dict[str, Any]]], seeds: int
+) -> None:
+    """A deviation is shown where there are several seeds for it."""
+    widths = [
+        max(len(title), *(len(cells[i]) for cells, _ in rows)) for i, title in enumerate(titles)
+    ]
+    measures = {**MEASURE_TITLES, "r_mean": "r_mean"}
+
+    def line(left: list[str], right: list[str]) -> str:
+        return "  ".join(
+            [text.ljust(width) for text, width in zip(left, widths, strict=True)] + right
+        )
+
+    say("", line(titles, [title.rjust(11) for title in measures.values()]))
+    for cells, part in rows:
+        deviation = {name: f" ± {part['std'][name]:3.1f}" if seeds > 1 else "" for name in measures}
+        say(
+            line(
+                cells,
+                [f"{part['mean'][name]:5.1f}{deviation[name]}".rjust(11) for name in measures],
+            )
+        )
+
+
+def print_rates(path: str, rates: dict[str, Any]) -> None:
+    """What was measured, with its range."""
+    machine = rates["machine"]
+    gpus = ", ".join(machine["gpus"]) or "no GPU"
+    say(
+        "",
+        f"machine   {machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_bytes'] / 2**30:.0f} GiB; {gpus}",
+    )
+    if machine["load"][0] > machine["cpus"] / 4:
+        say(
+            f"note      the machine was busy (load {machine['load'][0]:.1f}): starts are too long, rates hold roughly"
+        )
+    say(f"encoder   {rates['encoder']['name']}")
+    say(f"decoder   {rates['decoder']['name']}, {rates['decoder']['steps']} steps", "")
+    figures = {
+        f"{name} ({uri})": entry
+        for uri, found in rates["sources"].items()
+        for name, entry in found.items()
+    }
+    for name, entry in {**figures, **rates["figures"]}.items():
+        spread = (
+            f"{_number(entry['worst'])} to {_number(entry['best'])}" if entry["repeats"] > 1 else ""
+        )
+        say(
+            f"{name:<30} {_number(entry['value']):>9} {_unit(entry['unit'], entry['per']):<22} {spread}"
+        )
+    say("", f"result    {path}")
+
+
+def _unit(unit: str, per: str) -> str:
+    return f"{unit} a {per}" if unit in ("s", "bytes") else f"{unit}/s a {per}"
+
+
+def _number(value: float) -> str:
+    if value >= 1e7:
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def print_forecast(plan: Forecast, measured: Measured | None) -> None:
+    """What a run would take, by stage, and how that comes about."""
+    work, cluster = plan.workload, plan.cluster
+    gpus = f"{cluster.gpus} x {cluster.gpu}" if cluster.gpus else "no GPU"
+    say(
+        f"source    {work.pairs:,} pairs of {work.images:,} images, {_bytes(work.bytes)}, {work.shards:,} shards"
+    )
+    say(f"machines  {gpus}, {cluster.cpus:,} CPU cores")
+    if measured is None:
+        say("rates     assumed, every one: pds-ray bench measures them")
+    else:
+        say(
+            f"rates     measured on {', '.join(measured.gpus) or measured.cpu}, {measured.date}, or as said below"
+        )
+    say(f"prices    {plan.prices}")
+    titles = ("GPU-h", "core-h", "disk", "network", "obj. store", "USD")
+    say(
+        "",
+        f"{'stage':<12} {'time':>8}" + "".join(f"{title:>11}" for title in titles) + "  waits for",
+    )
+    say(f"{'start':<12} {_time(plan.start.value):>8}")
+    for stage in plan.stages:
+        columns = (
+            *(f"{hours:,.2f}" if hours else "" for hours in (stage.gpu_hours, stage.core_hours)),
+            *(_bytes(size) for size in (stage.disk_bytes, stage.traffic_bytes, stage.store_bytes)),
+            _usd(stage.usd),
+        )
+        say(
+            f"{stage.name:<12} {_time(stage.seconds):>8}"
+            + "".join(f"{column:>11}" for column in columns)
+            + f"  {stage.bottleneck}"
+        )
+    totals = (
+        sum(stage.gpu_hours for stage in plan.stages),
+        sum(stage.core_hours for stage in plan.stages),
+        sum(stage.disk_bytes for stage in plan.stages),
+        sum(stage.traffic_bytes for stage in plan.stages),
+    )
+    columns = (
+        *(f"{hours:,.2f}" for hours in totals[:2]),
+        *(_bytes(size) for size in totals[2:]),
+        "",
+        _usd(plan.usd),
+    )
+    say(f"{'total':<12} {_time(plan.seconds):>8}" + "".join(f"{column:>11}" for column in columns))
+    say(
+        "",
+        f"range     {_time(plan.seconds_best)} to {_time(plan.seconds_worst)}, all rates at their best or worst",
+    )
+    say(f"also      {_usd(plan.storage_usd_month)} USD a month to keep what is written")
+    if work.remote:
+        say(f"also      {_usd(plan.egress_usd)} USD if the source is read from another region")
+    if cluster.gpus and _fit_on_cpu(plan):
+        say(
+            "note      k-means is planned on CPUs, as with faiss-cpu; pds-ray bench measures a FAISS that uses GPUs"
+        )
+    say(
+        "",
+        "how each time comes about (GPU-h are of GPUs at work; USD are of all machines, waiting ones too)",
+    )
+    for stage in plan.stages:
+        say("", f"{stage.name}: start {_time(stage.start.value)} [{stage.start.origin}]")
+        for phase in stage.phases:
+            for number, demand in enumerate(phase):
+                say(("  + " if number else "  ") + _formula(demand))
+
+
+def _fit_on_cpu(plan: Forecast) -> bool:
+    stage = next(stage for stage in plan.stages if stage.name == "cluster")
+    return any(
+        d.rate.unit == "FLOP" and d.rate.per == "core" and d.at_most
+        for phase in stage.phases
+        for d in phase
+    )
+
+
+def _formula(demand: Demand) -> str:
+    rate, unit = demand.rate, demand.rate.per
+    limit = f", at most {demand.at_most:,.0f} at once" if demand.at_most else ""
+    return (
+        f"{demand.what}: {_number(demand.work)} {rate.unit} / {_number(rate.value)} {_unit(rate.unit, unit)} "
+        f"= {_spent(demand.unit_seconds, unit)}{limit} [{rate.origin}]"
+    )
+
+
+def _spent(seconds: float, unit: str) -> str:
+    return f"{_number(seconds / 3600)} {unit}-h" if seconds >= 360 else f"{seconds:.1f} {unit}-s"
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _bytes(size: float) -> str:
+    for scale, unit in ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if size >= scale:
+            return f"{size / scale:,.2f} {unit}"
+    return f"{size / 1e3:,.0f} kB" if size else ""
+
+
+def _usd(usd: float | None) -> str:
+    return "unknown" if usd is None else f"{usd:,.2f}"

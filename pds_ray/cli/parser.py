@@ -1,0 +1,343 @@
+"""The command line's grammar: commands, and a flag for every field of the configuration."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from typing import Any, NoReturn
+
+from pds_ray import __version__
+from pds_ray.config import METHODS, EvaluateConfig, RunConfig, sections
+from pds_ray.errors import without_secrets
+
+EXIT_USER = 2
+Commands = Any  # argparse has no public name for what add_subparsers returns
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        advice = "; patterns of --source need quotes" if message.startswith("unrecognized") else ""
+        print(
+            f"pds-ray: {without_secrets(message)} (see {self.prog} --help{advice})", file=sys.stderr
+        )
+        raise SystemExit(EXIT_USER)
+
+
+def _add_config_options(
+    parser: argparse.ArgumentParser, only: tuple[str, ...] | None = None, top: type = RunConfig
+) -> None:
+    """A flag for every field of the configuration `top`: --prune.ratio, and the other names it is known by.
+
+    `only` names the sections and dotted fields that get one; "" are the fields outside of sections.
+    """
+    for section, cls in {"": top, **sections(top)}.items():
+        fields = {
+            f"{section}.{f.name}" if section else f.name: f
+            for f in dataclasses.fields(cls)
+            if "doc" in f.metadata
+        }
+        if only is not None and section not in only:
+            fields = {dotted: field for dotted, field in fields.items() if dotted in only}
+        if not fields:
+            continue
+        about = (cls.__doc__ or "").splitlines()[0] if section else None
+        group = parser.add_argument_group(
+            section or top.__name__.removesuffix("Config").lower(), about
+        )
+        for dotted, field in fields.items():
+            known_as = (dotted.replace("_", "-"), dotted, *field.metadata["aliases"])
+            default = "" if field.default in (None, "") else f" [{field.default}]"
+            group.add_argument(
+                *dict.fromkeys(f"--{name}" for name in known_as),
+                dest=dotted,
+                metavar=field.name.upper(),
+                default=argparse.SUPPRESS,
+                help=(field.metadata["doc"] + default).replace("%", "%%"),
+            )
+
+
+def _add_recipe(parser: argparse.ArgumentParser, preset: str) -> None:
+    """Where the fields of a run come from before flags change them."""
+    parser.add_argument(
+        "--preset", default=preset, help="default, demo, paper or web_scale [%(default)s]"
+    )
+    _add_config_file(parser)
+
+
+def _add_config_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE.yaml", help="fields as YAML, sections nested")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(
+        prog="pds-ray", description="Distil image-text data into a few image-caption pairs, on Ray."
+    )
+    parser.add_argument("--version", action="version", version=f"pds-ray {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, parser_class=_Parser, metavar="COMMAND"
+    )
+    _add_makers(commands)
+    _add_judges(commands)
+    _add_planning(commands)
+    _add_viewers(commands)
+    _add_upkeep(commands)
+    _add_cluster(commands)
+    commands.add_parser(
+        "doctor", help="hardware, versions, weights and paths found, and what is missing"
+    )
+    for command in commands.choices.values():
+        command.add_argument(
+            "-v", "--verbose", action="store_true", help="show stack traces and library messages"
+        )
+        command.add_argument(
+            "--log", choices=("text", "json"), default="text", help="what stands on standard error"
+        )
+    return parser
+
+
+def _add_makers(commands: Commands) -> None:
+    distill = commands.add_parser(
+        "distill",
+        help="distil a data set",
+        allow_abbrev=False,
+        description="Distils a data set into image-caption pairs. Repeating an interrupted command continues it.",
+        epilog="Values come from the preset, then the YAML file, then the command line. Every field has a flag.",
+    )
+    select = commands.add_parser(
+        "select",
+        help="choose real pairs of a data set",
+        allow_abbrev=False,
+        description=f"Chooses real pairs of a data set, no picture twice. Methods: {', '.join(METHODS[1:])}.",
+        epilog="The result has the form of a distilled set. Repeating an interrupted command continues it.",
+    )
+    for command in (distill, select):
+        _add_recipe(command, "default")
+        command.add_argument(
+            "--dry-run", action="store_true", help="validate, print plan and configuration, stop"
+        )
+        command.add_argument(
+            "--redo", action="store_true", help="redo what depends on a changed configuration"
+        )
+        command.add_argument(
+            "--only",
+            default="",
+            metavar="STAGES",
+            help="these stages by comma; what comes before them must be done",
+        )
+    _add_config_options(distill)
+    _add_config_options(select, only=("", "read", "embed", "select", "decode.image_size", "ray"))
+
+
+def _add_judges(commands: Commands) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="train models on a distilled set and measure retrieval",
+        allow_abbrev=False,
+        description="Trains fresh models on a distilled set, ours or any in its layout, and measures image-text "
+        "retrieval on a held-out split. Repeating an interrupted command continues it.",
+        epilog="Values come from the protocol, then the YAML file, then the command line. Every field has a flag.",
+    )
+    evaluate.add_argument("set", metavar="SET", help="run folder or distilled set")
+    _add_config_file(evaluate)
+    evaluate.add_argument("--out", metavar="FOLDER", help="where evaluation/ is made [SET]")
+    evaluate.add_argument("--json", action="store_true", help="print the result as JSON")
+    compare = commands.add_parser(
+        "compare",
+        help="methods side by side: distil, select, train, measure, tabulate",
+        allow_abbrev=False,
+        description="Makes a set with every method at every size from one source and measures them all alike. "
+        "Repeating an interrupted command continues it.",
+        epilog="Values come from preset and protocol, then the YAML file, which holds fields of a run and of an "
+        "evaluation, then the command line.",
+    )
+    _add_recipe(compare, "default")
+    compare.add_argument(
+        "--methods",
+        default=",".join(METHODS[1:] + METHODS[:1]),
+        help="methods by comma, each with changes behind it if wanted: pds+match.filter=false [%(default)s]",
+    )
+    compare.add_argument(
+        "--ablations", action="store_true", help="add the ablations of the paper to the methods"
+    )
+    compare.add_argument("--pairs", help="sizes by comma [100]")
+    compare.add_argument(
+        "--redo", action="store_true", help="redo what depends on a changed configuration"
+    )
+    _add_config_options(
+        compare,
+        only=(
+            "source",
+            "out",
+            "seed",
+            "read",
+            "embed",
+            "select",
+            "prune",
+            "cluster",
+            "match",
+            "decode",
+            "caption",
+            "ray",
+        ),
+    )
+    evaluation_fields = tuple(
+        field.name for field in dataclasses.fields(EvaluateConfig) if field.name != "ray"
+    )
+    _add_config_options(evaluate, only=(*evaluation_fields, "ray"), top=EvaluateConfig)
+    _add_config_options(compare, only=evaluation_fields, top=EvaluateConfig)
+    for command in (evaluate, compare):
+        command.add_argument(
+            "--protocol", default="standard", help="standard, or paper (best epoch on test)"
+        )
+
+
+def _add_planning(commands: Commands) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="measure this machine for pds-ray plan",
+        allow_abbrev=False,
+        description="Measures with the engine's own code what a plan needs: reading, encoding, clustering, decoding, "
+        "and what it takes to start. Takes some minutes with the built-in models.",
+    )
+    _add_recipe(bench, "demo")
+    bench.add_argument(
+        "--out", dest="rates", metavar="RATES.json", help="where to [the cache folder of the user]"
+    )
+    _add_config_options(
+        bench, only=("source", "read", "embed", "decode", "ray.num_cpus", "ray.object_store_gib")
+    )
+    plan = commands.add_parser(
+        "plan",
+        help="foretell time, hardware and cost of a run",
+        allow_abbrev=False,
+        description="Foretells stage by stage what a run takes, each figure with its formula and where its rate comes "
+        "from: measured by pds-ray bench, published, or assumed.",
+        epilog="Give --pairs-in, or --source to count one. Without --gpus it is the machine that was measured.",
+    )
+    _add_recipe(plan, "web_scale")
+    plan.add_argument("--pairs-in", metavar="N", help="pairs of the source, such as 400M or 5.85B")
+    plan.add_argument(
+        "--captions-per-image", metavar="N", default="1", help="of --pairs-in [%(default)s]"
+    )
+    plan.add_argument(
+        "--bytes-per-pair",
+        metavar="N",
+        default="24k",
+        help="of --pairs-in, as stored [%(default)s]",
+    )
+    plan.add_argument("--gpus", metavar="NxKIND", help="such as 64xH100; 0 for none")
+    plan.add_argument("--cpus", metavar="N", help="CPU cores in all [8 a GPU]")
+    plan.add_argument(
+        "--rates", metavar="RATES.json", help="what pds-ray bench measured [its default place]"
+    )
+    plan.add_argument(
+        "--prices",
+        metavar="FILE.yaml",
+        help="USD: gpu_hour by kind, core_hour, storage_tb_month, egress_tb",
+    )
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    _add_config_options(
+        plan,
+        only=(
+            "source",
+            "pairs",
+            "embed",
+            "prune",
+            "cluster",
+            "match",
+            "decode",
+            "caption",
+            "ray.embed_workers",
+            "ray.decode_workers",
+        ),
+    )
+
+
+def _add_viewers(commands: Commands) -> None:
+    show = commands.add_parser("show", help="what a run is and how far it is")
+    show.add_argument("run", metavar="RUN")
+    show.add_argument("--json", action="store_true", help="run.json as it is")
+    show.add_argument(
+        "--sheet", metavar="FILE.png", help="also draw the distilled pairs as one picture"
+    )
+
+    status = commands.add_parser(
+        "status",
+        help="how far a run is, from any machine that sees its folder",
+        description="Says which stage of a run is under way, how far it is and how fast. Exit code 2 if the run is "
+        "neither finished nor under way.",
+    )
+    status.add_argument("run", metavar="RUN")
+    status.add_argument("--json", action="store_true", help="as JSON")
+    status.add_argument(
+        "--watch",
+        action="store_true",
+        help="again and again, until the run is finished, interrupted or failed",
+    )
+
+    report = commands.add_parser(
+        "report",
+        help="a run, or a comparison, as one HTML page",
+        description="Writes a run folder, or the folder of a comparison, as one HTML file that opens offline.",
+    )
+    report.add_argument("run", metavar="RUN")
+    report.add_argument("--out", metavar="FILE.html", help="where to [RUN/report.html]")
+
+
+def _add_upkeep(commands: Commands) -> None:
+    retry = commands.add_parser(
+        "retry-failed",
+        help="try again what failed in a run",
+        allow_abbrev=False,
+        description="Tries again the shards that could not be read and the samples that killed their process, then "
+        "redoes what depends on them, if anything came of it.",
+    )
+    retry.add_argument("run", metavar="RUN")
+    _add_config_options(retry, only=("source", "ray"))
+
+    verify = commands.add_parser(
+        "verify",
+        help="check every file and count of a run",
+        allow_abbrev=False,
+        description="Checks every file of a run against the hashes and counts of its manifests. Exit code 2 if "
+        "something is missing or corrupt.",
+    )
+    verify.add_argument("run", metavar="RUN")
+    verify.add_argument(
+        "--repair", action="store_true", help="do anew what is missing or corrupt, and nothing else"
+    )
+    _add_config_options(verify, only=("source", "embed.store", "ray"))
+
+
+def _add_cluster(commands: Commands) -> None:
+    submit = commands.add_parser(
+        "submit",
+        help="run a command as a job of a Ray cluster",
+        description="Submits a command of pds-ray to the Jobs API of a Ray cluster and follows its log. Paths are "
+        "those of the cluster, but the file of --config is sent along. Submitted again, an interrupted run continues.",
+        epilog="Exit code: that of the job, 130 if it was stopped. Ctrl-C leaves the job running.",
+    )
+    submit.add_argument("--address", help="http://HEAD:8265 [RAY_API_SERVER_ADDRESS]")
+    submit.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="for the job; no secrets"
+    )
+    submit.add_argument(
+        "--driver-cpus",
+        type=float,
+        default=0,
+        help="CPUs of the driver; with 0 it runs on the head",
+    )
+    submit.add_argument(
+        "--installed",
+        action="store_true",
+        help="use the pds_ray of the cluster, do not send this one",
+    )
+    submit.add_argument("--no-wait", action="store_true", help="do not follow the log")
+    submit.add_argument(
+        "job",
+        nargs=argparse.REMAINDER,
+        metavar="-- COMMAND ...",
+        help="distill, select, evaluate, ...",
+    )

@@ -1,0 +1,242 @@
+"""Embedding a shard in a child process that may die: the sample that kills it becomes an error row.
+
+The second try of shards whose workers died. The child says which sample it is about to touch; when it is gone, too slow
+or too big, that sample is refused and a new child goes on behind it. The rows of all other samples are those of
+`stages.embed.embed_shard`; on a CPU to the byte.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+import psutil
+import pyarrow as pa
+
+from pds_ray.config import EmbedConfig, ReadConfig
+from pds_ray.encoders.base import Encoder, EncoderInfo
+from pds_ray.errors import UserError
+from pds_ray.sources.base import Shard, Source, SourceError
+from pds_ray.stages import embed as core
+
+POLL_S = 0.1
+PR_SET_PDEATHSIG = 1  # of prctl
+MAX_REFUSED = 100  # samples of one shard that may kill their process, before the shard is given up
+LOAD, READ, DECODE, ENCODE = "loading the encoder", "reading", "decoding", "encoding"
+OTHER_STEPS_S = 3600.0  # longer than any of them takes: only so that a child that hangs ends at all
+DEATHS = 2  # of processes on one sample, before it is refused: one may be another's fault
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one sample may cost."""
+
+    seconds: float
+    """To decode it."""
+    memory_bytes: int
+    """By which its process may grow meanwhile."""
+
+
+@dataclass
+class _Known:
+    """What is known of a shard from the children that died on it."""
+
+    blocks: dict[int, list[core.Part]] = field(default_factory=dict)
+    """Embedded blocks, by the ordinal of their first row."""
+    refused: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """Ordinal of a sample that kills -> reason and detail."""
+    one_by_one: set[int] = field(default_factory=set)
+    """Blocks (first ordinal) that killed while they were encoded: next time row by row."""
+    deaths: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """At what, and at which ordinal."""
+
+
+def embed_isolated(
+    source: Source,
+    shard: Shard,
+    info: EncoderInfo,
+    load: Callable[[], Encoder],
+    read: ReadConfig,
+    config: EmbedConfig,
+    limits: Limits,
+) -> tuple[pa.Table, pa.Table, pa.Table]:
+    """Image, caption and error tables of a shard. `load`, called in the child, must pickle.
+
+    Raises SourceError if the shard cannot be read or more than MAX_REFUSED of its samples kill, RuntimeError if the
+    encoder cannot be loaded alive; what else the child raises is raised here.
+    """
+    known = _Known()
+    while not _attempt(known, limits, source, shard, info, load, read, config):
+        if len(known.refused) > MAX_REFUSED:
+            raise SourceError(
+                f"more than {MAX_REFUSED} samples of {shard.name} kill the process that decodes them"
+            )
+    return core.merge_parts(part for parts in known.blocks.values() for part in parts)
+
+
+def _attempt(known: _Known, limits: Limits, source: Source, shard: Shard, *work: Any) -> bool:
+    """One child's life; whether it got through the shard. What it learnt is in `known`."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    arguments = (theirs, set(known.blocks), known.refused, known.one_by_one, source, shard, *work)
+    child = context.Process(target=_child, args=arguments, daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        return _listen(child, ours, known, limits, shard)
+    finally:
+        child.kill()
+        child.join()
+        ours.close()
+
+
+@dataclass
+class _Step:
+    """What a child last said it is about to do."""
+
+    doing: str
+    at: int = 0
+    """Ordinal of the first of the rows it does it to; while it reads, of the block it read before."""
+    rows: int = 0
+    memory: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+
+def _listen(
+    child: SpawnProcess, pipe: Connection, known: _Known, limits: Limits, shard: Shard
+) -> bool:
+    step = _Step(LOAD)
+    while True:
+        message, fault = None, None
+        try:
+            if pipe.poll(POLL_S):
+                message = pipe.recv()
+            else:
+                fault = _over_limit(child, step, limits)
+        except (EOFError, OSError, psutil.NoSuchProcess):  # OSError: it died while it was sending
+            child.join()
+            fault = (
+                "crashed_process",
+                f"{step.doing} it ended the process (exit code {child.exitcode})",
+            )
+        if fault is not None:
+            _learn(known, step, fault, shard)
+            return False
+        match message:
+            case ("block", first, parts):
+                known.blocks[first] = parts
+            case ("end",):
+                return True
+            case ("error", error):
+                raise error
+            case (doing, at, rows):
+                step = _Step(doing, at, rows, _memory(child))
+
+
+def _over_limit(child: SpawnProcess, step: _Step, limits: Limits) -> tuple[str, str] | None:
+    """Reason and detail if the one sample that is being decoded takes too much."""
+    seconds = limits.seconds if step.doing == DECODE else OTHER_STEPS_S
+    if time.monotonic() - step.since > seconds:
+        return "timed_out", f"{step.doing} it took more than {seconds:g} s"
+    if step.doing == DECODE and _memory(child) - step.memory > limits.memory_bytes:
+        return (
+            "out_of_memory",
+            f"{step.doing} it took more than {limits.memory_bytes / 2**30:g} GiB",
+        )
+    return None
+
+
+def _learn(known: _Known, step: _Step, fault: tuple[str, str], shard: Shard) -> None:
+    reason, detail = fault
+    known.deaths[step.doing, step.at] += 1
+    if (
+        reason == "crashed_process"
+        and step.rows <= 1
+        and known.deaths[step.doing, step.at] < DEATHS
+    ):
+        return
+    if step.doing == LOAD:
+        raise RuntimeError(f"the process that loads the encoder dies: {detail}")
+    if step.doing == READ:
+        raise SourceError(
+            f"{shard.name} ended the process that was reading it, behind row {step.at}"
+        )
+    if step.rows > 1:
+        known.one_by_one.add(step.at)
+    else:
+        known.refused[step.at] = fault
+
+
+def _memory(child: SpawnProcess) -> int:
+    """Resident bytes of a child."""
+    return psutil.Process(child.pid).memory_info().rss
+
+
+def _child(
+    pipe: Connection,
+    done: set[int],
+    refused: dict[int, tuple[str, str]],
+    one_by_one: set[int],
+    source: Source,
+    shard: Shard,
+    info: EncoderInfo,
+    load: Callable[[], Encoder],
+    read: ReadConfig,
+    config: EmbedConfig,
+) -> None:
+    def about_to(what: str, ordinal: int, rows: int) -> None:
+        pipe.send((what, ordinal, rows))
+
+    _die_with_parent()
+    try:
+        encoder = load()
+        about_to(READ, 0, 0)
+        for block in core.read_blocks(source, shard):
+            first = block.column("ordinal")[0].as_py()
+            if first in done:
+                continue
+            marked = _refuse(block, refused)
+            decoded = core.decode_block(
+                marked, info.preprocess, read, lambda ordinal: about_to(DECODE, ordinal, 1)
+            )
+            step = 1 if first in one_by_one else max(1, decoded.num_rows)
+            parts = []
+            for start in range(0, decoded.num_rows, step):
+                rows = decoded.slice(start, step)
+                about_to(ENCODE, rows.column("ordinal")[0].as_py(), rows.num_rows)
+                parts.append(core.embed_block(rows, encoder, info.preprocess.size, config))
+            pipe.send(("block", first, parts))
+            about_to(READ, first, 0)
+        pipe.send(("end",))
+    except UserError as error:
+        pipe.send(("error", error))
+    except Exception as error:  # which need not pickle
+        pipe.send(
+            ("error", RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+        )
+
+
+def _die_with_parent() -> None:
+    """Where Linux offers it: a child that hangs must not outlive whoever would end it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _refuse(block: pa.Table, refused: dict[int, tuple[str, str]]) -> pa.Table:
+    """The block with the refused samples as faults."""
+    rows = block.to_pylist()
+    for row in rows:
+        if row["ordinal"] in refused and row["reason"] is None:
+            reason, detail = refused[row["ordinal"]]
+            row |= {"image": None, "captions": None, "reason": reason, "detail": detail}
+    return pa.Table.from_pylist(rows, schema=core.RAW_SCHEMA)

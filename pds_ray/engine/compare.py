@@ -1,0 +1,230 @@
+"""The table of the literature in one call: methods x sizes x backbones, on one embedding store.
+
+A method is written `pds`, `random`, ..., or with changes of the configuration behind it, as in
+`pds+match.filter=false+protocol.text=captions`: that is what ablations are. Layout of the folder:
+
+comparison.json, comparison.csv    the cells: mean and deviation per method, size and backbone
+sets/METHOD-PAIRS/                 one run folder a set
+embeddings/                        the embeddings that they share, one store for each way of making them
+evaluation/trials/                 one file a trained model
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pds_ray.config import METHODS, ConfigError, EvaluateConfig, RunConfig, replace
+from pds_ray.engine import evaluate as evaluation
+from pds_ray.engine import pipeline
+from pds_ray.errors import without_secrets
+from pds_ray.stages.trial import MEASURES, Candidate
+from pds_ray.store.storage import Folder
+
+SCHEMA_VERSION = 1
+COMPARISON, TABLE = "comparison.json", "comparison.csv"
+AVERAGE = "average"
+ABLATIONS = (
+    "pds+match.filter=false",
+    "pds+cluster.modality=joint",
+    "pds+cluster.modality=image",
+    "pds+cluster.modality=text",
+    "pds+prune.ratio=0",
+    "pds+decode.decoder=nearest",
+    "pds+decode.condition=caption",
+    "pds+caption.nearest_to=prototype",
+    "pds+protocol.text=prototypes",
+)
+"""What the paper varies, one thing at a time; another encoder is `pds+embed.encoder=NAME`."""
+
+
+def ablations(config: RunConfig, judged: EvaluateConfig) -> list[str]:
+    """Those of ABLATIONS that change something in these configurations."""
+
+    def changes(written: str) -> bool:
+        field, _, value = written.partition("+")[2].partition("=")
+        if field.startswith("protocol."):
+            return replace(judged, {field: value}) != judged
+        return replace(config, {field: value}) != config
+
+    return [written for written in ABLATIONS if changes(written)]
+
+
+FIXED = ("source", "out", "method", "pairs", "embed.store")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table: a method with its changes, at one size."""
+
+    method: str
+    """As the user wrote it."""
+    pairs: int
+    folder: str
+    """Where its set is, below the comparison."""
+    run: RunConfig
+    evaluation: EvaluateConfig
+
+    @property
+    def label(self) -> str:
+        return f"{self.method}-{self.pairs}"
+
+
+def entries(
+    config: RunConfig, methods: list[str], sizes: list[int], judged: EvaluateConfig
+) -> list[Entry]:
+    """Every method at every size. Raises ConfigError in one line for a method or a change that there is not."""
+    root = Folder(config.out)
+    found = []
+    for written in dict.fromkeys(methods):
+        name, *changes = written.split("+")
+        if name not in METHODS:
+            raise ConfigError(
+                f"unknown method {name!r}; known: {', '.join(METHODS)}, each with +FIELD=VALUE behind it"
+            )
+        fields = {}
+        for change in changes:
+            flag, mark, value = change.partition("=")
+            field = flag.replace("-", "_")  # as on the command line
+            if not mark:
+                raise ConfigError(f"method {written!r}: {change!r} is no change; write FIELD=VALUE")
+            if field in FIXED:
+                raise ConfigError(
+                    f"method {written!r}: {field} is the same for all of a comparison"
+                )
+            fields[field] = value
+        of_protocol = {
+            field: fields.pop(field) for field in list(fields) if field.startswith("protocol.")
+        }
+        kept = [f"{field}={value}" for field, value in fields.items()]
+        folder = re.sub(r"[^\w.=+-]", "_", "+".join([name, *kept]))
+        for pairs in dict.fromkeys(sizes):
+            place = f"sets/{folder}-{pairs}"
+            run = replace(
+                config, {**fields, "method": name, "pairs": pairs, "out": (root / place).path}
+            )
+            plain = replace(config, {"method": name, "pairs": pairs, "out": run.out})
+            changed = replace(judged, of_protocol)
+            for given, same in (
+                (fields, pipeline.relevant(run) == pipeline.relevant(plain)),
+                (of_protocol, changed == judged),
+            ):
+                if given and same:
+                    raise ConfigError(
+                        f"method {written!r}: {' and '.join(given)} changes nothing here"
+                    )
+            found.append(Entry(written, pairs, place, run, changed))
+    return found
+
+
+def compare(
+    config: RunConfig,
+    methods: list[str],
+    sizes: list[int],
+    judged: EvaluateConfig,
+    redo: bool = False,
+) -> dict[str, Any]:
+    """Makes every set that is not there, runs every trial that was not run, writes the table and returns it.
+
+    Interrupted and called again, it goes on. Raises UserError in one line for what the user can mend, as far as
+    possible before anything long starts.
+    """
+    if not config.out:
+        raise ConfigError("no folder for the comparison: give --out FOLDER")
+    if min(sizes) < 2:
+        raise ConfigError(f"--pairs is {min(sizes)}; training needs at least 2")
+    if not methods:
+        raise ConfigError(f"no methods to compare: give --methods, some of {', '.join(METHODS)}")
+    root = Folder(config.out)
+    judged = replace(judged, {"ray": config.ray})
+    rows, shards = [], []
+    for entry in entries(config, methods, sizes, judged):
+        plan = pipeline.plan(entry.run)
+        encoder, shards = plan.encoder, plan.shards
+        evaluation.text_encoder(
+            entry.evaluation.protocol, entry.label, encoder.name, encoder.space, encoder.dim
+        )
+        rows.append(_on_shared_store(entry, plan, root))
+    evaluation.check(judged, [entry.evaluation.protocol for entry in rows], shards)
+    root.create()
+    for number, entry in enumerate(rows):
+        print(f"[{number + 1}/{len(rows)}] {entry.label}", flush=True)
+        pipeline.distill(entry.run, redo=redo)
+    candidates = [
+        Candidate(entry.label, entry.run.out, entry.evaluation.protocol) for entry in rows
+    ]
+    results = evaluation.evaluate_all(candidates, judged, root / evaluation.EVALUATION)
+    for entry in rows:
+        evaluation.save(results[entry.label], Folder(entry.run.out))
+    first = results[rows[0].label]
+    table = {
+        "schema": SCHEMA_VERSION,
+        "source": without_secrets(config.source),
+        "test": first["test"],
+        "protocol": {
+            "name": evaluation.protocol_name(judged),
+            **dataclasses.asdict(judged.protocol),
+        },
+        "seeds": judged.seeds,
+        "cells": [cell for entry in rows for cell in _cells(entry, results[entry.label])],
+        "notes": _notes(rows, results),
+    }
+    root.write_json(COMPARISON, table)
+    root.write_bytes(TABLE, as_csv(table["cells"]).encode())
+    return table
+
+
+def _on_shared_store(entry: Entry, plan: pipeline.Plan, root: Folder) -> Entry:
+    """The entry with its embeddings in the folder of all that are made the same way."""
+    if entry.run.embed.store:
+        return entry
+    store = (root / "embeddings" / plan.fingerprints["embed"][:12]).path
+    return dataclasses.replace(entry, run=replace(entry.run, {"embed.store": store}))
+
+
+def _notes(rows: list[Entry], results: dict[str, dict[str, Any]]) -> list[str]:
+    """What a reader should know: of the whole table once, of some rows with their names."""
+    of: dict[str, list[str]] = {}
+    for entry in rows:
+        for note in results[entry.label]["notes"]:
+            of.setdefault(note, []).append(entry.label)
+    return [
+        note if len(labels) == len(rows) else f"{', '.join(labels)}: {note}"
+        for note, labels in of.items()
+    ]
+
+
+def _cells(entry: Entry, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cells of a row: one a backbone, then their average."""
+    about = {"method": entry.method, "pairs": entry.pairs}
+    parts = [
+        (backbone["name"], backbone, len(backbone["trials"])) for backbone in result["backbones"]
+    ]
+    parts.append((AVERAGE, result, sum(trials for _, _, trials in parts)))
+    return [
+        {
+            **about,
+            "backbone": name,
+            "mean": part["mean"],
+            "std": part["std"],
+            "trials": trials,
+            "set": entry.folder,
+        }
+        for name, part, trials in parts
+    ]
+
+
+def as_csv(cells: list[dict[str, Any]]) -> str:
+    """One line a cell: mean and deviation of every measure, in percent."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    measures = [f"{name} {kind}" for name in MEASURES for kind in ("mean", "std")]
+    writer.writerow(["method", "pairs", "backbone", "trials", *measures])
+    for cell in cells:
+        values = [f"{cell[kind][name]:.4f}" for name in MEASURES for kind in ("mean", "std")]
+        writer.writerow([cell["method"], cell["pairs"], cell["backbone"], cell["trials"], *values])
+    return stream.getvalue()

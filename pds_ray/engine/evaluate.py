@@ -1,0 +1,337 @@
+"""Evaluation as a user asks for it: the checks before it, the trials, the results as tables and JSON.
+
+evaluation/NAME.json of a run folder, or of a distilled set by itself, holds one evaluation; evaluation/trials/KEY.json
+one trained model each. A trial whose file is there is never trained again; one that is under way has its state in
+evaluation/trials/state/KEY.safetensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pds_ray import catalog
+from pds_ray.backbones.base import BackboneInfo
+from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig
+from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
+from pds_ray.errors import UserError, without_secrets
+from pds_ray.modalities.text import CLEANERS
+from pds_ray.recipes import protocol_name
+from pds_ray.sources.base import Sample, Shard, Source
+from pds_ray.stages.materialize import PROTOTYPES, DistilledSet, load_distilled
+from pds_ray.stages.trial import (
+    VALIDATION_EVERY,
+    Candidate,
+    CheckedSet,
+    Split,
+    TextInput,
+    Trial,
+    average,
+    summarize,
+)
+from pds_ray.store.manifest import fingerprint
+from pds_ray.store.storage import Folder
+
+SCHEMA_VERSION = 1
+EVALUATION, TRIALS = "evaluation", "trials"
+CAPTION_PROBE = 1_000  # samples looked at for one with picture and caption
+MIN_PAIRS = 2  # a pair needs another to differ from
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A validated evaluation."""
+
+    config: EvaluateConfig
+    splits: dict[str, Split]
+    sets: list[CheckedSet]
+    trials: list[Trial]
+
+
+def evaluate(path: str, config: EvaluateConfig, out: str | None = None) -> dict[str, Any]:
+    """Trains models on the distilled set at `path` and measures retrieval on `config.test`; returns the results.
+
+    They are also written to OUT/evaluation/ (default: the run folder or set itself). Interrupted and called again, it
+    goes on with the trials that are missing. Raises UserError in one line for what the user can mend.
+    """
+    label = Folder(path).name
+    target = Folder(out or path)
+    result = evaluate_all([Candidate(label, path, config.protocol)], config, target / EVALUATION)[
+        label
+    ]
+    return {**result, "file": save(result, target)}
+
+
+def save(result: dict[str, Any], run: Folder) -> str:
+    """Writes an evaluation into a run folder; returns where."""
+    name = f"{result['protocol']['name'].partition(',')[0]}-{result['fingerprint'][:8]}.json"
+    (run / EVALUATION).write_json(name, result)
+    return (run / EVALUATION / name).shown
+
+
+def check(config: EvaluateConfig, protocols: list[ProtocolConfig], trained_on: list[Shard]) -> None:
+    """What can be said against an evaluation before there are sets: its splits and backbones.
+
+    `trained_on` are the shards of the source. Raises ConfigError or SourceError in one line.
+    """
+    for name, split in _splits(config, protocols).items():
+        if overlap(split.shards, trained_on):
+            raise ConfigError(
+                f"--{name} {split.uri} holds pictures of the source; give one that was held out"
+            )
+    for name in config.backbone_names:
+        catalog.describe_backbone(name)
+
+
+def evaluate_all(
+    candidates: Iterable[Candidate], config: EvaluateConfig, folder: Folder
+) -> dict[str, dict[str, Any]]:
+    """Evaluates several sets side by side; returns the results by label. Trials are kept in FOLDER/trials/."""
+    plan_ = plan(candidates, config)
+    results = folder / TRIALS
+    results.create()
+    with results.lock():
+        results.sweep()
+        from pds_ray.distributed import runtime
+        from pds_ray.distributed.evaluate import run_trials
+
+        done = set(results.names(".json"))
+        todo = {trial.key: trial for trial in plan_.trials if f"{trial.key}.json" not in done}
+        if todo:  # sets that do not differ share their trials
+            runtime.start(config.ray)
+            run_trials(list(todo.values()), plan_.sets, plan_.splits, results, config)
+    return {checked.candidate.label: _result(checked, plan_, results) for checked in plan_.sets}
+
+
+def plan(candidates: Iterable[Candidate], config: EvaluateConfig) -> Plan:
+    """Checks sets, sources, backbones and text encoders, and lists the trials.
+
+    Raises ConfigError, SourceError or DistilledSetError in one line; nothing long has started by then.
+    """
+    candidates = list(candidates)
+    splits = _splits(config, [candidate.protocol for candidate in candidates])
+    backbones = [catalog.describe_backbone(name) for name in config.backbone_names]
+    sets = [_check(candidate) for candidate in candidates]
+    _require_held_out(sets, splits)
+    trials = [trial for checked in sets for trial in _trials(checked, backbones, splits, config)]
+    return Plan(config, splits, sets, trials)
+
+
+def _splits(config: EvaluateConfig, protocols: list[ProtocolConfig]) -> dict[str, Split]:
+    """The test split, and the one that chooses the epoch if one of the protocols wants one."""
+    if not config.test:
+        raise ConfigError(
+            "no test split: give --test SOURCE (such as flickr30k:ROOT:test or scenes:1000:7)"
+        )
+    test = catalog.make_source(config.test)
+    splits = {"test": _split(config.test, test)}
+    if any(protocol.select == "val" for protocol in protocols):
+        uri = config.val or test.validation
+        if uri:
+            splits["val"] = _split(uri, catalog.make_source(uri))
+            if overlap(splits["test"].shards, splits["val"].shards):
+                raise ConfigError(
+                    f"--val {uri} holds pictures of --test {config.test}: the epoch would be chosen on the test split; "
+                    "give another, or --protocol.select test"
+                )
+        else:
+            splits["val"] = dataclasses.replace(splits["test"], part="val")
+            splits["test"] = dataclasses.replace(splits["test"], part="test")
+    return splits
+
+
+def _require_held_out(sets: list[CheckedSet], splits: dict[str, Split]) -> None:
+    """Raises ConfigError if a set is known to come from pictures it would be judged by."""
+    for uri in {str(checked.distilled.manifest["about"].get("source", "")) for checked in sets}:
+        for name, split in splits.items():
+            if uri.partition(":")[0] != split.uri.partition(":")[0]:
+                continue
+            try:
+                source = catalog.make_source(uri).shards()
+            except UserError:
+                continue  # a source that is no longer there tells nothing
+            if overlap(split.shards, source):
+                raise ConfigError(
+                    f"--{name} {split.uri} holds pictures of {uri}, which the set was made from"
+                )
+
+
+def overlap(some: list[Shard], others: list[Shard]) -> bool:
+    """Whether two sources have a shard in common."""
+    return not {(s.name, s.version or s.size) for s in some}.isdisjoint(
+        (s.name, s.version or s.size) for s in others
+    )
+
+
+def _split(uri: str, source: Source) -> Split:
+    """A source as a split. Raises ConfigError if the first samples have no caption."""
+    shards = source.shards()
+    _require_captions(uri, source, shards)
+    return Split(uri, source, shards)
+
+
+def _require_captions(uri: str, source: Source, shards: list[Shard]) -> None:
+    seen = 0
+    for shard in shards:
+        for item in source.read(shard):
+            if isinstance(item, Sample):
+                return
+            seen += 1
+            if seen == CAPTION_PROBE:
+                raise ConfigError(
+                    f"none of the first {seen:,} samples of {uri} has a picture and a caption"
+                )
+    raise ConfigError(
+        f"none of the {seen:,} samples of {uri} has a picture and a caption; retrieval needs both"
+    )
+
+
+def _check(candidate: Candidate) -> CheckedSet:
+    """Loads a set and settles what `auto` stands for. Raises ConfigError or DistilledSetError in one line."""
+    distilled, protocol = load_distilled(candidate.path), candidate.protocol
+    about = distilled.manifest["about"]
+    if len(distilled) < MIN_PAIRS:
+        raise ConfigError(
+            f"{candidate.path} has {len(distilled)} pairs; training needs at least {MIN_PAIRS}"
+        )
+    own, space, dim = about.get("encoder"), about.get("space"), distilled.text_prototypes.shape[1]
+    encoder = text_encoder(protocol, candidate.path, own, space, dim)
+    name = encoder.name
+    clean = CLEANERS[protocol.captions]
+    blank = sum(not clean(caption) for caption in distilled.captions)
+    if protocol.text == "captions" and blank:
+        raise ConfigError(
+            f"{blank:,} of {len(distilled):,} pairs of {candidate.path} have no caption, and {name} needs them"
+        )
+    return CheckedSet(
+        candidate, distilled, encoder, TextInput(protocol.text, encoder.identity, protocol.captions)
+    )
+
+
+def text_encoder(
+    protocol: ProtocolConfig, path: str, own: str | None, space: str | None, dim: int
+) -> EncoderInfo | TextEncoderInfo:
+    """The text encoder that a protocol wants for the set at `path`, made by the CLIP `own`.
+
+    Raises ConfigError in one line if there is none, or if the set's text prototypes are wanted and do not fit it.
+    """
+    name = own if protocol.text_encoder == "auto" else protocol.text_encoder
+    if not name:
+        raise ConfigError(f"{path} does not say which CLIP made it; give --protocol.text-encoder")
+    encoder = catalog.describe_text_encoder(name)
+    if protocol.text == "prototypes" and (encoder.space, encoder.dim) != (space, dim):
+        raise ConfigError(
+            f"the text prototypes of {path} are of {own} and do not fit the text encoder {name}; "
+            "give --protocol.text captions"
+        )
+    return encoder
+
+
+def _trials(
+    checked: CheckedSet,
+    backbones: list[BackboneInfo],
+    splits: dict[str, Split],
+    config: EvaluateConfig,
+) -> list[Trial]:
+    candidate, protocol = checked.candidate, checked.candidate.protocol
+    held_out = {
+        name: [split.part, [(shard.name, shard.size, shard.version) for shard in split.shards]]
+        for name, split in splits.items()
+        if name == "test" or protocol.select == "val"
+    }
+    # what the name of the encoder says is in its identity
+    about_protocol = {**dataclasses.asdict(protocol), "text_encoder": checked.encoder.identity}
+    return [
+        Trial(
+            key=fingerprint(
+                SCHEMA_VERSION,
+                _content(checked.distilled),
+                about_protocol,
+                held_out,
+                backbone.identity,
+                seed,
+            ),
+            label=candidate.label,
+            backbone=backbone,
+            image_size=protocol.image_size or backbone.image_size,
+            seed=seed,
+            protocol=protocol,
+            text=checked.text,
+            pairs=len(checked.distilled),
+        )
+        for backbone in backbones
+        for seed in range(config.seeds)
+    ]
+
+
+def _content(distilled: DistilledSet) -> list[Any]:
+    """What training sees of a set: the same for two that differ only in what is said of them."""
+    files = distilled.manifest["files"]
+    trained_on = [*(f"imagefolder/{row['file_name']}" for row in distilled.records), PROTOTYPES]
+    return [[files[name]["sha256"] for name in trained_on], distilled.captions]
+
+
+def _result(checked: CheckedSet, plan_: Plan, results: Folder) -> dict[str, Any]:
+    """The finished trials of a set as one JSON value."""
+    config, protocol = plan_.config, checked.candidate.protocol
+    mine = [trial for trial in plan_.trials if trial.label == checked.candidate.label]
+    found = {trial.key: results.read_json(f"{trial.key}.json") for trial in mine}
+    backbones = {
+        name: [
+            {field: found[trial.key][field] for field in ("seed", "epoch", "recalls", "seconds")}
+            for trial in mine
+            if trial.backbone.name == name
+        ]
+        for name in config.backbone_names
+    }
+    about = checked.distilled.manifest["about"]
+    counts = found[mine[0].key]["splits"]
+    splits = {
+        name: {"source": without_secrets(split.uri), **counts[name]}
+        for name, split in plan_.splits.items()
+        if name == "test" or protocol.select == "val"
+    }
+    return {
+        "schema": SCHEMA_VERSION,
+        "fingerprint": fingerprint(sorted(found)),
+        "set": {
+            "path": without_secrets(checked.candidate.path),
+            "pairs": len(checked.distilled),
+            **{name: about.get(name) for name in ("method", "source", "encoder", "decoder")},
+        },
+        "protocol": {
+            "name": protocol_name(dataclasses.replace(config, protocol=protocol)),
+            **dataclasses.asdict(protocol),
+            "text_encoder": checked.encoder.name,
+        },
+        "test": splits["test"],
+        "val": splits.get("val"),
+        "backbones": [
+            {"name": name, "trials": trials, **summarize(trials)}
+            for name, trials in backbones.items()
+        ],
+        **average(list(backbones.values())),
+        "notes": _notes(checked, plan_),
+    }
+
+
+def _notes(checked: CheckedSet, plan_: Plan) -> list[str]:
+    """What a reader of the figures should know."""
+    protocol, notes = checked.candidate.protocol, []
+    if protocol.select == "test":
+        notes.append(
+            "the epoch was chosen on the test split, as in the published evaluation: figures are optimistic"
+        )
+    if plan_.splits["test"].part:
+        notes.append(
+            f"no validation split is known for {without_secrets(plan_.config.test)}: every {VALIDATION_EVERY}th image "
+            "of it chose the epoch, the others were the test; --val SOURCE gives one"
+        )
+    pairs = len(checked.distilled)
+    if pairs < protocol.batch_size:
+        notes.append(
+            f"{pairs:,} pairs are fewer than a batch of {protocol.batch_size}: every step sees them all"
+        )
+    return notes

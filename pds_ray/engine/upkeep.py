@@ -1,0 +1,213 @@
+"""Looking after a run: is all there that the manifests promise, and doing anew what is not, or what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pds_ray.config import ConfigError, RunConfig, flatten, replace
+from pds_ray.engine import pipeline
+from pds_ray.errors import first_line
+from pds_ray.sources.base import RETRYABLE
+from pds_ray.stages.embed import shard_counts, sum_counts
+from pds_ray.stages.materialize import MANIFEST
+from pds_ray.store.artifacts import EmbeddingStore, RunFolder
+from pds_ray.store.manifest import RunManifest
+from pds_ray.store.storage import Folder, side_by_side
+from pds_ray.telemetry.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file that is not what it should be."""
+
+    stage: str
+    name: str
+    """Below the run folder; of embeddings, below their store."""
+    what: str
+    """Missing, corrupt, or what it disagrees with."""
+    shard: str = ""
+    """Of embeddings."""
+
+
+@dataclass(frozen=True)
+class _Promise:
+    """A file with the bytes that a manifest promises."""
+
+    stage: str
+    folder: Folder
+    name: str
+    sha256: str
+    shard: str = ""
+
+    def problem(self) -> Problem | None:
+        try:
+            what = "" if self.folder.sha256(self.name) == self.sha256 else "corrupt"
+        except FileNotFoundError:
+            what = "missing"
+        except OSError as error:
+            what = f"unreadable ({first_line(error)})"
+        return Problem(self.stage, self.name, what, self.shard) if what else None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run by its folder alone: neither source nor models are looked at."""
+
+    folder: RunFolder
+    manifest: RunManifest
+    config: RunConfig
+    """As recorded, with the changes that were given."""
+
+    @property
+    def done(self) -> list[str]:
+        entries = self.manifest.stages
+        return [
+            s
+            for s in pipeline.stages(self.config.method)
+            if entries.get(s, {}).get("status") == "done"
+        ]
+
+    @property
+    def store(self) -> EmbeddingStore:
+        fingerprint = self.manifest.stages.get("embed", {}).get("fingerprint", "")
+        return self.folder.store(self.config.embed.store, fingerprint)
+
+
+def _open(path: str, changes: Mapping[str, Any]) -> _Run:
+    manifest = RunManifest.open(path)
+    recorded = flatten(manifest.data.get("config", {}))
+    return _Run(manifest.run, manifest, replace(RunConfig(), {**recorded, "out": path, **changes}))
+
+
+def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
+    """Checks every file and count of the finished stages of a run; how many files were looked at, and what is wrong.
+
+    `changes` to the recorded configuration may say where the embedding store is now.
+
+    Raises ManifestError if `path` is no run folder or a damaged one.
+    """
+    run = _open(path, changes)
+    problems: list[Problem] = []
+    promises: list[_Promise] = []
+    markers: dict[str, dict[str, Any]] = {}
+    if recorded := run.manifest.data.get("shards_sha256"):
+        promises.append(_Promise("embed", run.folder.folder, RunFolder.SHARDS, recorded))
+    for stage in run.done:
+        if stage == "embed":
+            markers = run.store.committed()
+            problems += list(_disagreements(run, markers))
+            for shard, marker in markers.items():
+                hashes = marker["sha256"].items()
+                promises += [
+                    _Promise(stage, run.store.folder, name, sha256, shard)
+                    for name, sha256 in hashes
+                ]
+            continue
+        manifest = f"hashes/{stage}.json"
+        try:
+            hashes = run.folder.folder.read_json(manifest).items()
+        except FileNotFoundError:
+            problems.append(Problem(stage, manifest, "missing"))
+        except (ValueError, AttributeError):
+            problems.append(Problem(stage, manifest, "corrupt"))
+        else:
+            promises += [
+                _Promise(stage, run.folder.folder, name, sha256) for name, sha256 in hashes
+            ]
+        if stage == "materialize":
+            promises += [
+                _Promise(stage, run.folder.distilled, name, sha256)
+                for name, sha256 in _set_files(run)
+            ]
+    with progress_bar("verify", len(promises) + len(markers), "files") as bar:
+        for problem in side_by_side(_Promise.problem, promises):
+            problems += [problem] if problem else []
+            bar.update()
+        broken = {problem.shard for problem in problems}
+        whole = [(shard, marker) for shard, marker in markers.items() if shard not in broken]
+        for problem in side_by_side(lambda item: _miscounted(run.store, *item), whole):
+            problems += [problem] if problem else []
+            bar.update()
+    return len(promises), problems
+
+
+def _set_files(run: _Run) -> list[tuple[str, str]]:
+    """Names and hashes of the files of the distilled set; none if its manifest, a promised file, is not as it was."""
+    try:
+        files = run.folder.distilled.read_json(MANIFEST)["files"]
+        return [(name, file["sha256"]) for name, file in files.items()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
+
+
+def _miscounted(store: EmbeddingStore, shard: str, marker: dict[str, Any]) -> Problem | None:
+    """Whether the marker of a shard whose files are good counts other than what is in them."""
+    counts = shard_counts(store.images(shard, []), store.captions(shard, []), store.errors(shard))
+    told = {name: marker[name] for name in counts}
+    if told == counts:
+        return None
+    return Problem("embed", shard + store.MARKER, f"counts {told}, its files hold {counts}", shard)
+
+
+def _disagreements(run: _Run, markers: dict[str, dict[str, Any]]) -> Iterator[Problem]:
+    """Where the markers of the store and run.json do not tell the same."""
+    store, counts = run.store, run.manifest.stages["embed"]["counts"]
+    failed = store.failed().keys() - markers.keys()
+    for name in store.folder.names(store.IMAGES):
+        shard = name.removesuffix(store.IMAGES)
+        if shard not in markers and shard not in failed:
+            yield Problem("embed", shard + store.MARKER, "missing or corrupt", shard)
+    found = {"shards": len(markers) + len(failed), **sum_counts(markers.values())}
+    for what in ("shards", "images", "pairs", "bad"):
+        if found[what] != counts[what]:
+            yield Problem(
+                "embed",
+                store.STORE,
+                f"holds {found[what]:,} {what}, run.json says {counts[what]:,}",
+            )
+
+
+def repair(path: str, problems: list[Problem], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Does anew what `verify` found wrong, and nothing else unless it comes out otherwise.
+
+    Raises what `pipeline.distill` does: source and models are needed again.
+    """
+
+    def prepare(plan: pipeline.Plan) -> None:
+        for problem in problems:
+            if problem.shard:
+                plan.store.forget(problem.shard)
+            elif problem.stage not in ("embed", "materialize"):
+                plan.run.folder.delete(problem.name)  # what is there is taken for good
+
+    run = _open(path, changes)
+    if any(problem.name == RunFolder.SHARDS for problem in problems):
+        run.folder.folder.delete(RunFolder.SHARDS)  # made anew from the source
+    return pipeline.redo(run.config, {problem.stage for problem in problems}, prepare)
+
+
+def retry_failed(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Tries again what could not be read or killed its process in a run, then all that depends on it.
+
+    `changes` to the configuration of the run may say how the source is reached now, or anything of `ray.*`.
+
+    Raises what `pipeline.distill` does, and ConfigError if nothing failed.
+    """
+    run = _open(path, changes)
+    markers = run.store.committed()
+    deadly = [
+        shard for shard, marker in markers.items() if marker["reasons"].keys() & set(RETRYABLE)
+    ]
+    shards = [*run.store.failed(), *deadly]
+    if not shards:
+        raise ConfigError(
+            f"nothing to try again: no shard of {path} failed, no sample killed its process"
+        )
+
+    def prepare(plan: pipeline.Plan) -> None:
+        for shard in shards:
+            plan.store.fail(shard, "to be tried again")  # what there is of it stands until more is
+
+    return pipeline.redo(run.config, ["embed"], prepare)

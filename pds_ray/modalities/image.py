@@ -1,0 +1,122 @@
+"""From encoded bytes to an RGB picture, or to one reason why not."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+
+import numpy as np
+from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+"""The only decoders that are ever tried: each further one is more code open to hostile bytes."""
+
+MAX_JPEG_SCANS = 100
+"""Passes over a progressive JPEG; each costs as much as a whole picture and may take 10 bytes. Real ones have 10."""
+
+_JPEG_SEGMENT = re.compile(
+    rb"\xff([^\x00\x01\xd0-\xd8\xff])"
+)  # the markers that a length follows, and the end
+_ORIENTATION_TAG = 0x0112
+_ORIENTATIONS = {  # EXIF value -> how to turn the stored picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        """One of `sources.base.REASONS`."""
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+def decode_image(data: bytes, *, max_pixels: int = 64_000_000, min_side: int = 2) -> Image.Image:
+    """The (first) picture in JPEG, PNG, WebP or GIF bytes: upright, RGB, transparency laid on white.
+
+    The size is checked in the header, before any pixel is decoded; Pillow's own pixel limit applies as well.
+    Raises ImageError, and nothing else, whatever the bytes are.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # of damaged metadata: up to 65,535 lines for one picture
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_size(image.size, max_pixels, min_side)
+                if image.format in ("JPEG", "MPO"):
+                    _check_scans(data)
+                image.load()
+                return _upright(_to_rgb(image), image)
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(
+            "image_too_large",
+            f"more than {min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels):,} pixels",
+        ) from error
+    # Pillow documents OSError, ValueError and TypeError, but its parsers also let through what they trip over:
+    # SyntaxError, EOFError, struct.error, zlib.error, IndexError, KeyError, OverflowError, MemoryError... That list
+    # is not closed from one release to the next, and bad bytes must cost one sample, so everything is taken here.
+    except Exception as error:
+        raise ImageError("undecodable_image", _describe(error)) from error
+
+
+def _check_size(size: tuple[int, int], max_pixels: int, min_side: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise ImageError("image_too_large", f"{width} x {height} pixels, at most {max_pixels}")
+    if min(size) < min_side:
+        raise ImageError(
+            "image_too_small", f"{width} x {height} pixels, each side at least {min_side}"
+        )
+
+
+def _check_scans(jpeg: bytes) -> None:
+    scans, position = 0, 0
+    while (marker := _JPEG_SEGMENT.search(jpeg, position)) and marker[1] != b"\xd9":
+        scans += marker[1] == b"\xda"
+        position = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2])
+    if scans > MAX_JPEG_SCANS:
+        raise ImageError("undecodable_image", f"{scans} scans, at most {MAX_JPEG_SCANS}")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(
+        "I"
+    ):  # 16-bit grey: convert() would clip everything above 255 to white
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _upright(rgb: Image.Image, source: Image.Image) -> Image.Image:
+    try:
+        orientation = source.getexif().get(_ORIENTATION_TAG)
+    except (
+        Exception
+    ):  # the same open list of errors; broken metadata does not make a good picture bad
+        return rgb
+    turn = _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _describe(error: Exception) -> str:
+    # Pillow names the BytesIO object, whose address differs from run to run: details must be reproducible.
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture"
+    return f"{type(error).__name__}: {error}".removesuffix(": ")

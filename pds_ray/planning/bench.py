@@ -1,0 +1,597 @@
+"""What a plan goes by, measured on the machine at hand with the engine's own code, and the size of a source.
+
+Work of the CPU is measured in seconds of CPU time, all threads together, work of a GPU and starts in seconds of the
+clock: so rates a core hold on a busy machine, too, and starts do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import os
+import platform
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+import pyarrow as pa
+from PIL import Image
+from tqdm import tqdm
+
+from pds_ray import catalog
+from pds_ray.config import ClusterConfig, RayConfig, RunConfig, replace
+from pds_ray.decoders.base import DecodeBatch, DecoderInfo
+from pds_ray.distributed import keeping_memory
+from pds_ray.encoders.base import EncoderInfo
+from pds_ray.engine import pipeline
+from pds_ray.errors import first_line, without_secrets
+from pds_ray.planning.planning import (
+    JPEG,
+    SCHEMA_VERSION,
+    Workload,
+    decoder_name,
+    distance_flop,
+    make_cluster,
+    make_plan,
+    parse_rates,
+    passes,
+    read_prices,
+)
+from pds_ray.sources.base import Sample, Shard, Source, SourceError
+from pds_ray.stages import cluster, match, prototypes
+from pds_ray.stages import embed as embedding
+from pds_ray.store.artifacts import (
+    ERROR_SCHEMA,
+    MODALITIES,
+    EmbeddingStore,
+    RunFolder,
+    caption_schema,
+    embedding_array,
+    image_schema,
+)
+from pds_ray.store.manifest import versions
+from pds_ray.store.storage import Folder, is_remote
+from pds_ray.telemetry.progress import progress_bar
+
+REPEATS, BUDGET_S = 3, 6.0
+RUNS, RUN_IMAGES, RUN_PAIRS = (
+    2,
+    16,
+    2,
+)  # whole runs, as small as a forward pass: what they take is their start
+BATCHES = (16, 64, 256)
+SHARD_PAIRS, CLUSTERS, ITERATIONS = 10_000, 1_000, 3
+FEW = 16  # clusters where distances are not what is measured
+DENSE, SPARSE, CELLS = 1_000, 5_000, 30  # clusters of assignments, and cells a row
+TASKS, BLOCKS, TASKS_A_BLOCK = 500, 60, 3
+
+Entry = dict[str, Any]
+Result = TypeVar("Result")
+
+
+def survey(uri: str) -> Workload:
+    """What a source holds, from the list of its shards and the first of them, whose like the others are taken to be.
+
+    Raises SourceError in one line if that cannot be read or holds nothing.
+    """
+    source = catalog.make_source(uri)
+    shards = source.shards()
+    images = pairs = size = 0
+    try:
+        for item in source.read(shards[0]):
+            if isinstance(item, Sample):
+                images += 1
+                pairs += len(item.captions)
+                size += len(item.image) + sum(map(len, item.captions))
+    except OSError as error:
+        raise SourceError(
+            f"shard {shards[0].name} of {uri} cannot be read: {first_line(error)}"
+        ) from error
+    if not images:
+        raise SourceError(f"the first shard of {uri} ({shards[0].name}) holds no captioned image")
+    scale = sum(shard.size for shard in shards) / shards[0].size if shards[0].size else len(shards)
+    return Workload(
+        round(images * scale), round(pairs * scale), size * scale, len(shards), is_remote(uri)
+    )
+
+
+def bench(config: RunConfig) -> dict[str, Any]:
+    """Measures what `planning.Measured` reads: with the encoder, decoder, steps and source of `config`.
+
+    Raises ConfigError or SourceError in one line if a model or the source cannot be used.
+    """
+    info = catalog.describe_encoder(config.embed)
+    decoder = catalog.describe_decoder(config.decode, info)
+    uris = [config.source] if config.source else []
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # as for the engine's workers: waiting costs no CPU time
+    load = os.getloadavg()
+    with (
+        tempfile.TemporaryDirectory(prefix="pds-ray-bench-") as folder,
+        progress_bar("bench", 4 + RUNS, "parts") as bar,
+    ):
+        jpegs = catalog.make_source(_write_jpegs(Path(folder) / "jpegs.tar"))
+        sources = {JPEG: _source_figures(jpegs, info, config)}
+        sources |= {
+            without_secrets(uri): _source_figures(catalog.make_source(uri), info, config)
+            for uri in uris
+        }
+        bar.update()
+        with _environment({} if _gpus() else keeping_memory()):  # as the engine's workers have it
+            figures = _in_a_process(_model_figures, info, decoder, jpegs, config)
+        bar.update()
+        figures |= _stage_figures(Folder(folder), info.dim, config)
+        figures["commit"] = _one_after_the_other(
+            figures.pop("around_encoder"), figures.pop("store")
+        )
+        bar.update()
+        figures |= _in_a_process(_ray_figures, config.ray)
+        bar.update()
+        data = {
+            "schema": SCHEMA_VERSION,
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": {**_machine(config), "load": load},
+            "versions": versions(),
+            "encoder": {"name": info.name, "dim": info.dim, "size": info.preprocess.size},
+            "decoder": {
+                "name": decoder_name(config),
+                "steps": config.decode.steps,
+                "passes": passes(config),
+            },
+            "sources": sources,
+            "figures": figures,
+        }
+        figures |= _start_figures(Folder(folder), config, data, bar)
+    return data
+
+
+# ---- timing ----------------------------------------------------------------------------------------------------------
+
+
+def _seconds(action: Callable[[], object], clock: Callable[[], float]) -> list[float]:
+    """Of REPEATS calls after a first one that warms up; where that alone takes half of BUDGET_S, of that one."""
+    found: list[float] = []
+    for _ in range(1 + REPEATS):
+        began = clock()
+        action()
+        found.append(clock() - began)
+        if len(found) == 1 and found[0] > BUDGET_S / 2:
+            return found
+    return found[1:]
+
+
+def _entry(values: Sequence[float], unit: str, per: str) -> Entry:
+    """Median and range; the worst is the longest time or the lowest rate."""
+    low, high = min(values), max(values)
+    worst, best = (high, low) if unit in ("s", "bytes") else (low, high)
+    median = statistics.median(values)
+    return {
+        "value": median,
+        "worst": worst,
+        "best": best,
+        "unit": unit,
+        "per": per,
+        "repeats": len(values),
+    }
+
+
+def _rate(action: Callable[[], object], work: float, unit: str, per: str = "core") -> Entry:
+    clock = time.perf_counter if per == "GPU" else time.process_time
+    return _entry([work / seconds for seconds in _seconds(action, clock)], unit, per)
+
+
+def _one_after_the_other(first: Entry, second: Entry) -> Entry:
+    """The rate of doing both."""
+    return {
+        **first,
+        **{case: 1 / (1 / first[case] + 1 / second[case]) for case in ("value", "worst", "best")},
+    }
+
+
+def _in_a_process(function: Callable[..., Result], *args: Any) -> Result:
+    """Called where nothing was imported or started before, and of which nothing stays on a GPU."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *args).result()
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """What processes that are started in here begin with."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _machine(config: RunConfig) -> dict[str, Any]:
+    return {
+        "cpu": cpu_name(),
+        "cpus": config.ray.num_cpus or os.cpu_count(),
+        "gpus": _gpus(),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+
+
+def cpu_name() -> str:
+    """Of this machine, as its kernel calls it; its architecture where that is not told."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+# ---- pictures and models ---------------------------------------------------------------------------------------------
+
+
+def _write_jpegs(path: Path) -> str:
+    """A shard of JPEGs of 341 x 256 pixels and about 24 kB, like those of web data; its path."""
+    rng = np.random.default_rng(0)
+    with tarfile.open(path, "w") as tar:
+        for number in range(embedding.BLOCK_SAMPLES):
+            coarse = Image.fromarray(rng.integers(0, 256, (8, 11, 3), np.uint8)).resize((341, 256))
+            noisy = np.clip(np.asarray(coarse) + rng.normal(0, 12, (256, 341, 1)), 0, 255).astype(
+                np.uint8
+            )
+            file = io.BytesIO()
+            Image.fromarray(noisy).save(file, "JPEG", quality=80)
+            caption = (
+                f"a photograph of {number} things that stand beside one another on a table".encode()
+            )
+            for suffix, data in (("jpg", file.getvalue()), ("txt", caption)):
+                member = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
+def _first_block(source: Source) -> tuple[Shard, pa.Table]:
+    """The first shard, and the first rows of it."""
+    shard = source.shards()[0]
+    block = next(embedding.read_blocks(source, shard))
+    if not block.column("captions").drop_null().length():
+        raise SourceError(
+            f"the first samples of {without_secrets(source.uri)} hold no captioned image"
+        )
+    return shard, block
+
+
+def _source_figures(source: Source, info: EncoderInfo, config: RunConfig) -> dict[str, Entry]:
+    shard, block = _first_block(source)
+    pictures = block.column("image").drop_null()
+    images = len(pictures)
+    size = sum(len(picture.as_py()) for picture in pictures)
+    return {
+        "read": _rate(lambda: next(embedding.read_blocks(source, shard)), images, "images"),
+        "preprocess": _rate(
+            lambda: embedding.decode_block(block, info.preprocess, config.read), images, "images"
+        ),
+        "image_bytes": _entry([size / images], "bytes", "image"),
+    }
+
+
+def _model_figures(
+    info: EncoderInfo, decoder: DecoderInfo, source: Source, config: RunConfig
+) -> dict[str, Entry]:
+    return {**_encoder_figures(info, source, config), **_decoder_figures(decoder, source, config)}
+
+
+class _NoEncoder:
+    """Gives vectors at no cost: what is left is the work around the encoder."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def encode_images(self, pixels: np.ndarray) -> np.ndarray:
+        return np.ones((len(pixels), self.dim), np.float32)
+
+    def encode_captions(self, captions: list[str]) -> np.ndarray:
+        return np.ones((len(captions), self.dim), np.float32)
+
+
+def _encoder_figures(info: EncoderInfo, source: Source, config: RunConfig) -> dict[str, Entry]:
+    """Encoding at the best of a few batch sizes, and the work around it, without the commit."""
+    import torch
+
+    from pds_ray.distributed.runtime import load_model
+
+    per = "GPU" if torch.cuda.is_available() else "core"
+    began = time.perf_counter()
+    encoder = load_model(catalog.load_encoder, info, config.embed.precision)
+    loaded = time.perf_counter() - began
+    side = info.preprocess.size
+    block = embedding.decode_block(_first_block(source)[1], info.preprocess, config.read)
+    good = [row for row in block.to_pylist() if row["reason"] is None]
+    pixels = np.frombuffer(b"".join(row["image"] for row in good), np.uint8).reshape(
+        -1, side, side, 3
+    )
+    captions = np.array([row["captions"][0] for row in good], object)
+    bare, size = _NoEncoder(info.dim), config.embed.batch_size
+    around = _rate(
+        lambda: embedding.embed_block(block, bare, side, config.embed), len(good), "pairs"
+    )
+    return {
+        **_by_batch(
+            "encode_images",
+            lambda few: encoder.encode_images(pixels[few]),
+            len(good),
+            size,
+            "images",
+            per,
+        ),
+        **_by_batch(
+            "encode_captions",
+            lambda few: encoder.encode_captions(captions[few].tolist()),
+            len(good),
+            size,
+            "captions",
+            per,
+        ),
+        "around_encoder": around,
+        "load_encoder": _entry([loaded], "s", "process"),
+    }
+
+
+def _by_batch(
+    name: str,
+    encode: Callable[[np.ndarray], object],
+    items: int,
+    configured: int,
+    unit: str,
+    per: str,
+) -> dict[str, Entry]:
+    """The rate at a few batch sizes, as NAME@SIZE, and the best of them as NAME. `encode` takes indices of items."""
+    found: dict[str, Entry] = {}
+    slowest = 0.0  # seconds an item
+    for size in sorted({*BATCHES, configured}):
+        if found and size * slowest > BUDGET_S / 2:
+            break
+        few = np.arange(size) % items
+        entry = _rate(partial(encode, few), size, unit, per)
+        found[f"{name}@{size}"] = {**entry, "batch": size}
+        slowest = max(slowest, 1 / entry["value"])
+    return {name: max(found.values(), key=lambda entry: entry["value"]), **found}
+
+
+def _decoder_figures(info: DecoderInfo, source: Source, config: RunConfig) -> dict[str, Entry]:
+    """Drawing at the configured steps, without and with the loading of the model; nothing of `nearest`."""
+    if info.dim is None:
+        return {}
+    import torch
+
+    from pds_ray.distributed.runtime import load_model
+
+    per = "GPU" if torch.cuda.is_available() else "core"
+    began = time.perf_counter()
+    decoder = load_model(catalog.load_decoder, info, config.decode, source)
+    loaded = time.perf_counter() - began
+    count = config.decode.batch_size if per == "GPU" else min(config.decode.batch_size, FEW)
+    vectors = np.random.default_rng(0).standard_normal((count, info.dim), np.float32)
+    batch = DecodeBatch(vectors, ["a picture"] * count, list(range(count)), [("", "")] * count)
+    decoder.decode(batch)
+    first = time.perf_counter() - began
+    return {
+        "draw": {**_rate(lambda: decoder.decode(batch), count, "images", per), "batch": count},
+        "draw_with_start": {**_entry([count / first], "images", "process"), "batch": count},
+        "load_decoder": _entry([loaded], "s", "process"),
+    }
+
+
+# ---- the stages between ----------------------------------------------------------------------------------------------
+
+
+def _write_store(
+    folder: Folder, dim: int, dtype: str
+) -> tuple[EmbeddingStore, str, Callable[[], object], int]:
+    """A store of one shard of random vectors, the shard's name, the committing again, and the bytes of its files."""
+    rng, shard = np.random.default_rng(0), "00000"
+    vectors = rng.standard_normal((2, SHARD_PAIRS, dim), np.float32)
+    keys, rows = (
+        [f"{row:09d}" for row in range(SHARD_PAIRS)],
+        np.arange(SHARD_PAIRS, dtype=np.int32),
+    )
+    images = pa.table(
+        {
+            "key": keys,
+            "index": rows,
+            "embedding": embedding_array(vectors[0], dtype),
+            "width": rows,
+            "height": rows,
+        },
+        schema=image_schema(dim, dtype),
+    )
+    captions = pa.table(
+        {
+            "key": keys,
+            "image_row": rows,
+            "caption_index": np.zeros_like(rows),
+            "caption": [
+                f"a photograph of {row} things that stand beside one another on a table"
+                for row in rows
+            ],
+            "embedding": embedding_array(vectors[1], dtype),
+            "similarity": embedding.cosine(*vectors),
+        },
+        schema=caption_schema(dim, dtype),
+    )
+    store = EmbeddingStore(folder, "bench")
+    store.folder.create()
+
+    def commit() -> None:
+        store.commit(shard, images, captions, ERROR_SCHEMA.empty_table(), {})
+
+    commit()
+    size = sum(Path(store.folder.full(name)).stat().st_size for name in store.folder.names())
+    return store, shard, commit, size
+
+
+def _stage_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Entry]:
+    """What each pass over a shard takes, and distances, assignments and what is stored."""
+    from pds_ray.distributed import cluster as clustering
+    from pds_ray.distributed import match as matching
+    from pds_ray.distributed import nearest, prune
+    from pds_ray.distributed import prototypes as averaging
+    from pds_ray.stages.prune import Threshold
+
+    dtype = config.embed.store_dtype
+    store, shard, commit, stored = _write_store(folder / "store", dim, dtype)
+    run = RunFolder(folder / "stages")
+    run.folder.create()
+    rng = np.random.default_rng(1)
+    rows = rng.standard_normal((SHARD_PAIRS, dim), np.float32)
+    centroids = rows[:CLUSTERS] + np.float32(0.1)
+    few: dict[str, clustering.Level] = dict.fromkeys(MODALITIES, (centroids[:FEW], None))
+    each = np.arange(FEW, dtype=np.int32)
+    couples = prototypes.Couples(each, each, np.zeros(FEW, bool))
+    threshold = Threshold(1 << 31, 0)
+    lloyd = ClusterConfig(
+        iterations=ITERATIONS, tolerance=0
+    )  # as many as can be: they are what the rate is of
+    plain = replace(config, {"cluster.normalize": False})
+
+    def four_passes() -> None:
+        prune._histogram(shard, store, None)
+        prune._histogram(shard, store, 1 << 15)
+        prune._count_ties(shard, store, threshold)
+        prune._write_mask((shard, 0), store, run, Threshold(0, 0))  # all are kept
+
+    def fit() -> None:
+        cluster.lloyd(rows, np.ones(len(rows), np.float32), CLUSTERS, centroids, 0, lloyd)
+
+    dense, sparse = _table(DENSE), _table(SPARSE)
+    flop = distance_flop(SHARD_PAIRS, CLUSTERS, dim)
+    return {
+        "store": _rate(commit, SHARD_PAIRS, "pairs"),
+        "prune": _rate(four_passes, SHARD_PAIRS, "pairs"),
+        "sample": _rate(
+            lambda: clustering.sampled([shard], "text", store, run, 0.5, plain),
+            SHARD_PAIRS,
+            "vectors",
+        ),
+        "fit": _rate(fit, (ITERATIONS + 1) * flop, "FLOP", "GPU" if _faiss_has_gpus() else "core"),
+        "label": _rate(lambda: cluster.assign(rows, centroids), flop, "FLOP"),
+        "label_rows": _rate(
+            lambda: clustering._label((shard, False), store, run, few, False), SHARD_PAIRS, "pairs"
+        ),
+        "match": _rate(lambda: matching._count(shard, store, run, FEW), SHARD_PAIRS, "pairs"),
+        "solve_dense": _rate(
+            lambda: match.assign_clusters(*dense, DENSE, "dense"), DENSE**3, "clusters^3", "driver"
+        ),
+        "solve_sparse": _rate(
+            lambda: match.assign_clusters(*sparse, SPARSE, "sparse"),
+            SPARSE**2,
+            "clusters^2",
+            "driver",
+        ),
+        "sums": _rate(
+            lambda: averaging._sums(shard, store, run, couples, FEW), SHARD_PAIRS, "pairs"
+        ),
+        "search": _rate(lambda: prototypes.nearest_rows(centroids, rows), flop, "FLOP"),
+        "search_rows": _rate(
+            lambda: nearest._search([(0, shard)], "captions", store, centroids[:1]),
+            SHARD_PAIRS,
+            "rows",
+        ),
+        "text": _entry(
+            [stored / SHARD_PAIRS - 2 * dim * np.dtype(dtype).itemsize], "bytes", "pair"
+        ),
+    }
+
+
+def _table(clusters: int) -> tuple[np.ndarray, np.ndarray]:
+    """A contingency table of CELLS cells a row with skewed counts: int64, int64."""
+    rng = np.random.default_rng(clusters)
+    cells = np.unique(rng.integers(0, clusters**2, clusters * CELLS))
+    return cells, rng.zipf(1.6, len(cells)).clip(max=100_000)
+
+
+def _faiss_has_gpus() -> bool:
+    import faiss
+
+    return hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() > 0
+
+
+# ---- Ray and whole runs ----------------------------------------------------------------------------------------------
+
+
+def _ray_figures(config: RayConfig) -> dict[str, Entry]:
+    """What Ray asks of the driver. Starts a local Ray."""
+    from pds_ray.distributed import runtime
+    from pds_ray.distributed.bench import block_seconds, task_seconds
+
+    runtime.start(config)
+    try:
+        task_seconds(FEW)  # workers start
+        tasks = [TASKS / task_seconds(TASKS) for _ in range(REPEATS)]
+        blocks = [TASKS_A_BLOCK * BLOCKS / block_seconds(BLOCKS) for _ in range(REPEATS)]
+    finally:
+        runtime.stop()
+    return {"tasks": _entry(tasks, "tasks", "driver"), "blocks": _entry(blocks, "tasks", "driver")}
+
+
+def _whole_run(config: RunConfig) -> dict[str, float]:
+    """Seconds of each stage of a run, and of all that is in no stage."""
+    from pds_ray.distributed import runtime
+
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
+        manifest = pipeline.distill(config)
+        runtime.stop()
+    seconds = {stage: entry["seconds"] for stage, entry in manifest["stages"].items()}
+    return {**seconds, "": manifest["last_run_seconds"] - sum(seconds.values())}
+
+
+def _start_figures(
+    folder: Folder, config: RunConfig, data: dict[str, Any], bar: tqdm
+) -> dict[str, Entry]:
+    """What each stage takes however little it has to do: the seconds of small runs less those of their work."""
+    small = replace(
+        config,
+        {
+            "source": f"scenes:{RUN_IMAGES}",
+            "out": "",
+            "pairs": RUN_PAIRS,
+            "method": "pds",
+            "embed.store": None,
+        },
+    )
+    measured = parse_rates(data)
+    plan = make_plan(
+        small, survey(small.source), make_cluster(None, None, measured), measured, read_prices(None)
+    )
+    runs = []
+    for number in range(RUNS):
+        runs.append(
+            _in_a_process(_whole_run, replace(small, {"out": folder.full(f"run-{number}")}))
+        )
+        bar.update()
+    starts = {"start": _entry([run[""] for run in runs], "s", "run")}
+    for stage in plan.stages:
+        work = stage.seconds - stage.start.value
+        starts[f"start_{stage.name}"] = _entry(
+            [max(0.0, run[stage.name] - work) for run in runs], "s", "run"
+        )
+    return starts

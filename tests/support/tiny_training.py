@@ -1,0 +1,45 @@
+"""A model of a few hundred weights and data for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pds_ray.training.train import Gallery, Pixels, TrainingPairs, TwoTowers
+
+PIXELS = Pixels((0.5, 0.4, 0.3), (0.5, 0.6, 0.7))
+SIDE, TEXT_WIDTH, FEATURES = 16, 6, 12
+
+
+class TinyBackbone(nn.Module):
+    """Convolution and pooling; counts the pictures it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, FEATURES, 5, stride=3)
+        self.seen = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += len(x)
+        return self.conv(x).tanh().mean((2, 3))
+
+
+def make_data(seed: int = 0, pairs: int = 20, images: int = 15) -> tuple[TrainingPairs, Gallery]:
+    """A training set and a gallery of two captions an image."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def pictures(count: int) -> torch.Tensor:
+        return torch.randint(0, 256, (count, 3, SIDE, SIDE), generator=draw, dtype=torch.uint8)
+
+    owner = torch.arange(images).repeat_interleave(2)
+    held_out = Gallery(pictures(images), torch.randn(2 * images, TEXT_WIDTH, generator=draw), owner)
+    return TrainingPairs(pictures(pairs), torch.randn(pairs, TEXT_WIDTH, generator=draw)), held_out
+
+
+def make_model(part: str = "all", seed: int = 0) -> TwoTowers:
+    torch.manual_seed(seed)
+    return TwoTowers(TinyBackbone(), FEATURES, TEXT_WIDTH, image_head=part in ("heads", "all"))
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}

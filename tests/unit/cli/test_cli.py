@@ -1,0 +1,271 @@
+"""The command line without what it calls: files of --config, what it watches, what it says last."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pds_ray.cli import main as cli
+from pds_ray.config import ConfigError, EvaluateConfig, RunConfig
+from pds_ray.recipes import protocol, recipe
+from pds_ray.telemetry import log
+
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+class ReachedError(Exception):
+    """What a command would have called, with these arguments."""
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a command up to its work, and returns the arguments of that."""
+
+    def call(*args: Any, **_: Any) -> None:
+        raise ReachedError(*args)
+
+    monkeypatch.setattr("pds_ray.engine.evaluate.evaluate", call)
+    monkeypatch.setattr("pds_ray.engine.compare.compare", call)
+    monkeypatch.setattr("pds_ray.distributed.submit.submit", call)
+
+    def run(*args: str) -> tuple[Any, ...]:
+        with pytest.raises(ReachedError) as work:
+            cli.COMMANDS[args[0]](cli.build_parser().parse_args(list(args)))
+        return work.value.args
+
+    return run
+
+
+def written(folder: Path, **fields: Any) -> str:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return str(path)
+
+
+EVALUATION = {
+    "test": "scenes:50:7",
+    "backbones": "small_conv",
+    "seeds": 2,
+    "protocol": {"epochs": 7, "train": "heads"},
+    "ray": {"num_cpus": 3},
+}
+
+
+def test_an_evaluation_by_file(called: Any, tmp_path: Path) -> None:
+    """Protocol, then file, then flags."""
+    config: EvaluateConfig
+    path, config, out = called(
+        "evaluate",
+        "runs/x",
+        "--protocol",
+        "paper",
+        "--config",
+        written(tmp_path, **EVALUATION),
+        "--seeds",
+        "1",
+    )
+    assert (path, out) == ("runs/x", None)
+    assert (config.test, config.backbones, config.seeds) == ("scenes:50:7", "small_conv", 1)
+    assert (config.protocol.epochs, config.protocol.train, config.ray.num_cpus) == (7, "heads", 3)
+    assert config.protocol.learning_rate == protocol("paper").protocol.learning_rate
+
+
+def test_a_comparison_by_file(called: Any, tmp_path: Path) -> None:
+    """One file holds the fields of runs and of their evaluation."""
+    run, judged, sizes = comparison(
+        called,
+        tmp_path,
+        source="scenes:90",
+        out="/x",
+        pairs="5,10",
+        prune={"ratio": 0.1},
+        **EVALUATION,
+    )
+    assert (run.source, run.out, run.prune.ratio, run.ray.num_cpus) == ("scenes:90", "/x", 0.1, 3)
+    assert run.embed == recipe("demo").embed
+    assert sizes == [5, 10]
+    assert (judged.test, judged.seeds, judged.protocol.epochs) == ("scenes:50:7", 2, 7)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "flags", "sizes"),
+    [({}, (), [100]), ({"pairs": 20}, (), [20]), ({"pairs": 20}, ("--pairs", "3,4"), [3, 4])],
+)
+def test_the_sizes_of_a_comparison(
+    called: Any, tmp_path: Path, pairs: dict[str, int], flags: tuple[str, ...], sizes: list[int]
+) -> None:
+    assert comparison(called, tmp_path, *flags, **pairs)[2] == sizes
+
+
+def comparison(
+    called: Any, folder: Path, *flags: str, **fields: Any
+) -> tuple[RunConfig, EvaluateConfig, list[int]]:
+    run, _, sizes, judged = called(
+        "compare", "--preset", "demo", "--config", written(folder, **fields), *flags
+    )
+    return run, judged, sizes
+
+
+def test_a_comparison_is_shown_where_the_file_puts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr("pds_ray.engine.compare.compare", lambda *_, **__: {})
+    monkeypatch.setattr("pds_ray.cli.output.print_comparison", lambda out, _: shown.append(out))
+    monkeypatch.setattr(cli, "_report_at_the_end", lambda out, _: shown.append(out))
+    cli.COMMANDS["compare"](
+        cli.build_parser().parse_args(["compare", "--config", written(tmp_path, out="/x")])
+    )
+    assert shown == ["/x", "/x"]
+
+
+@pytest.mark.parametrize(
+    ("command", "fields", "line"),
+    [
+        (
+            ["evaluate", "runs/x"],
+            {"source": "scenes:9"},
+            "unknown option source; known: test, val, backbones",
+        ),
+        (
+            ["evaluate", "runs/x"],
+            {"prune": {"ratio": 0}},
+            "unknown section 'prune'; known: protocol, ray",
+        ),
+        (
+            ["evaluate", "runs/x"],
+            {"protocol": {"epoch": 1}},
+            "unknown option protocol.epoch; known: protocol.train",
+        ),
+        (
+            ["evaluate", "runs/x"],
+            {"protocol": "paper"},
+            "protocol is 'paper'; it must be a section",
+        ),
+        (
+            ["compare"],
+            {"protocol": {"epoch": 1}},
+            "unknown option protocol.epoch; known: protocol.train",
+        ),
+        (["compare"], {"backbone": "small_conv"}, "unknown option backbone; known: source"),
+        (["compare"], {"pairs": "5,x"}, "--pairs is '5,x'"),
+        (["distill"], {"seeds": 2}, "unknown option seeds; known: source"),
+    ],
+)
+def test_unknown_names_are_refused(
+    tmp_path: Path, command: list[str], fields: dict[str, Any], line: str
+) -> None:
+    args = cli.build_parser().parse_args([*command, "--config", written(tmp_path, **fields)])
+    with pytest.raises(ConfigError) as refused:
+        cli.COMMANDS[args.command](args)
+    assert str(refused.value).startswith(line)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "fields", "paths"),
+    [
+        (["evaluate", "/runs/x"], EVALUATION, {"set": "/runs/x", "test": "scenes:50:7"}),
+        (["compare"], {**EVALUATION, "out": "/x"}, {"out": "/x", "test": "scenes:50:7"}),
+        (["distill"], {"out": "/x", "embed": {"store": "/s"}}, {"out": "/x", "embed.store": "/s"}),
+        (["distill", "--out", "/y"], {"out": "/x"}, {"out": "/y"}),
+    ],
+)
+def test_a_file_travels_with_its_job(
+    called: Any, tmp_path: Path, command: list[str], fields: dict[str, Any], paths: dict[str, str]
+) -> None:
+    path = written(tmp_path, **fields)
+    job, _ = called("submit", "-v", "--", *command, "--config", path)
+    assert (job.paths, job.config, job.command) == (paths, path, [*command, "--config", path])
+
+
+@pytest.mark.parametrize(
+    ("states", "shown", "code"),
+    [
+        (["running", "running", "finished"], ["running", "running", "finished"], 0),
+        (["silent", "silent", "running", "failed"], ["silent", "running", "failed"], 2),
+        (
+            ["idle", "idle", "silent", "running", "interrupted"],
+            ["idle", "silent", "running", "interrupted"],
+            2,
+        ),
+    ],
+)
+def test_a_run_is_watched_to_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    states: list[str],
+    shown: list[str],
+    code: int,
+) -> None:
+    """What may go on is said once, and watched further."""
+    monkeypatch.setattr(cli, "WATCH_S", 0.0)
+    found = iter(states)
+    monkeypatch.setattr("pds_ray.engine.status.status", lambda _: {"state": next(found)})
+    try:
+        cli.COMMANDS["status"](
+            cli.build_parser().parse_args(["status", "runs/x", "--watch", "--json"])
+        )
+        ended: Any = 0
+    except SystemExit as error:
+        ended = error.code
+    assert ended == code
+    assert [json.loads(line)["state"] for line in capsys.readouterr().out.splitlines()] == shown
+    assert next(found, None) is None
+
+
+@pytest.mark.parametrize(
+    ("end", "last", "code"),
+    [
+        ("", "pds-ray: distill done", 0),
+        ("raise ConfigError('no such thing')", "pds-ray: no such thing", 2),
+        ("raise KeyboardInterrupt", "pds-ray: interrupted; the same command continues", 130),
+    ],
+)
+def test_the_outcome_is_the_last_line(tmp_path: Path, end: str, last: str, code: int) -> None:
+    """Where both streams go to one file, as in a job's log, which standard output writes late."""
+    script = (
+        "from pds_ray.cli import main as cli\nfrom pds_ray.config import ConfigError\n"
+        f"def command(args):\n    print('the summary')\n    {end or 'pass'}\n"
+        "cli.COMMANDS['distill'] = command\ncli.main(['distill'])\n"
+    )
+    with (tmp_path / "log").open("w+") as both:
+        done = subprocess.run(
+            [sys.executable, "-c", script], stdout=both, stderr=both, check=False, env=BUFFERED
+        )
+        both.seek(0)
+        lines = [line for line in both.read().splitlines() if line]
+    assert (done.returncode, lines) == (code, ["the summary", last])
+
+
+@pytest.mark.parametrize(("length", "last"), [(10, ["pds-ray: distill done"]), (100_000, [])])
+def test_nobody_has_to_read_to_the_end(length: int, last: list[str]) -> None:
+    """Neither what is still held back nor what is written in the middle."""
+    script = (
+        "from pds_ray.cli import main as cli\n"
+        f"cli.COMMANDS['distill'] = lambda args: print('x' * {length})\ncli.main(['distill'])\n"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=pipe, stderr=pipe, env=BUFFERED
+    ) as process:
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert (process.returncode, said.splitlines()) == (0, last)
+
+
+def test_a_report_that_fails_is_an_event(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(log, "_json", True)
+    cli._report_at_the_end(str(tmp_path), verbose=False)  # a folder without a run
+    said = json.loads(capsys.readouterr().err)
+    assert (said["event"], said["level"]) == ("no_report", "warning")
+    assert said["why"] in said["message"]

@@ -1,0 +1,127 @@
+"""pds-ray plan from the command line: what it prints, and refusals of one line with exit code 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pds_ray.cli import main as cli
+from pds_ray.engine.pipeline import STAGES
+
+WEB = [
+    "plan",
+    "--pairs-in",
+    "400M",
+    "--encoder",
+    "ViT-L-14",
+    "--pairs",
+    "100000",
+    "--gpus",
+    "64xH100",
+]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[object, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(args))
+    printed = capsys.readouterr()
+    return ended.value.code, printed.out, printed.err
+
+
+def test_a_plan_names_every_stage_its_bottleneck_and_its_formulas(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, err = run(capsys, *WEB)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "source    400,000,000 pairs of 400,000,000 images, 9.60 TB, 40,000 shards"
+    assert lines[1] == "machines  64 x H100, 512 CPU cores"
+    for stage in STAGES:
+        assert any(line.startswith(f"{stage:<12} ") for line in lines)
+        assert any(line.startswith(f"{stage}: start ") for line in lines)
+    assert (
+        "encode images: 4.00e+08 images / 1,068 images/s a GPU = 104 GPU-h, at most 64 at once"
+        in out
+    )
+    assert "989 TFLOP/s x 17.5% / 162 GFLOP (published: clip-retrieval" in out
+    assert "assumed, every one" in out
+    assert "k-means is planned on CPUs" in out
+
+
+def test_the_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, *WEB, "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert [stage["name"] for stage in plan["stages"]] == list(STAGES)
+    assert plan["workload"] == {
+        "images": 400_000_000, "pairs": 400_000_000, "bytes": 9.6e12, "shards": 40_000, "remote": True,
+    }  # fmt: skip
+    for stage in plan["stages"]:
+        assert {
+            "seconds",
+            "bottleneck",
+            "gpu_hours",
+            "core_hours",
+            "disk_bytes",
+            "usd",
+            "phases",
+        } <= stage.keys()
+
+
+def test_captions_share_a_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, *WEB, "--captions-per-image", "5", "--bytes-per-pair", "5k", "--json")
+    work = json.loads(out)["workload"]
+    assert (work["images"], work["pairs"], work["bytes"], work["shards"]) == (
+        80_000_000,
+        400_000_000,
+        2e12,
+        8_000,
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--gpus", "0", "--cpus", "8"], ["plan what?", "--pairs-in", "--source"]),
+        (["--pairs-in", "400M"], ["which machines?", "--gpus", "pds-ray bench"]),
+        (["--pairs-in", "400M", "--source", "scenes:10", "--gpus", "1xH100"], ["give one of them"]),
+        (["--pairs-in", "lots", "--gpus", "1xH100"], ["--pairs-in is 'lots'", "400M"]),
+        (
+            ["--pairs-in", "400M", "--captions-per-image", "0", "--gpus", "1xH100"],
+            ["--captions-per-image is '0'"],
+        ),
+        (
+            ["--pairs-in", "400M", "--bytes-per-pair", "24kB", "--gpus", "1xH100"],
+            ["--bytes-per-pair is '24kB'"],
+        ),
+        (["--pairs-in", "400M", "--gpus", "64xP100"], ["--gpus is '64xP100'", "64xH100", "A100"]),
+        (["--pairs-in", "400M", "--gpus", "0"], ["--cpus"]),
+        (["--pairs-in", "400M", "--gpus", "0", "--cpus", "-3"], ["--cpus is '-3'"]),
+        (
+            ["--pairs-in", "400M", "--gpus", "1xH100", "--rates", "no.json"],
+            ["no.json", "pds-ray bench"],
+        ),
+        (["--pairs-in", "400M", "--gpus", "1xH100", "--prices", "no.yaml"], ["no.yaml"]),
+        (
+            ["--pairs-in", "400M", "--gpus", "1xH100", "--encoder", "RN50"],
+            ["encoder RN50", "ViT-L-14"],
+        ),
+        (["--pairs-in", "400M", "--gpus", "1xH100", "--prune.ratio", "2"], ["prune.ratio is 2.0"]),
+        (["--source", "scenes:many", "--gpus", "1xH100"], ["scenes:many"]),
+    ],
+)
+def test_one_clear_line(
+    capsys: pytest.CaptureFixture[str], args: list[str], words: list[str]
+) -> None:
+    code, out, err = run(capsys, "plan", *args)
+    assert (code, out) == (2, "")
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert all(word in lines[0] for word in words), lines[0]

@@ -1,0 +1,370 @@
+"""What a change of the configuration or of the data makes stale: exactly the stages from the first that it touches."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pds_ray.config import ConfigError, RunConfig, replace
+from pds_ray.engine import pipeline
+from pds_ray.engine.pipeline import SELECTION_STAGES, STAGES, plan
+from pds_ray.recipes import recipe
+from pds_ray.sources.base import Sample, Shard, SourceError
+from pds_ray.sources.webdataset import WebDatasetSource
+from pds_ray.store.artifacts import RunFolder
+from pds_ray.store.manifest import ManifestError, RunManifest
+from pds_ray.store.storage import StorageError
+from tests.support.poisoned import write_shard
+
+BASE = {"source": "scenes:120", "pairs": 5, "out": "unused", "decode.decoder": "nearest"}
+
+
+def fingerprints(**changes: Any) -> dict[str, str]:
+    names = {name.replace("__", "."): value for name, value in changes.items()}
+    return plan(replace(recipe("demo"), {**BASE, **names})).fingerprints
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, str]:
+    return fingerprints()
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"source": "scenes:121"}, "embed"),
+        ({"source": "scenes:120:1"}, "embed"),
+        ({"read__captions": "paper"}, "embed"),
+        ({"read__min_side": 3}, "embed"),
+        ({"embed__store_dtype": "float32"}, "embed"),
+        ({"embed__precision": "bf16"}, "embed"),
+        ({"prune__ratio": 0.3}, "prune"),
+        ({"pairs": 6}, "cluster"),
+        ({"seed": 1}, "cluster"),
+        ({"cluster__iterations": 3}, "cluster"),
+        ({"cluster__tolerance": 0.01}, "cluster"),
+        ({"cluster__normalize": True}, "cluster"),
+        ({"cluster__modality": "joint"}, "cluster"),
+        ({"match__pairless": "drop"}, "match"),
+        ({"match__solver": "sparse"}, "match"),
+        ({"match__filter": False}, "match"),
+        ({"decode__steps": 3}, "decode"),
+        ({"decode__image_size": 32}, "decode"),
+        ({"decode__rescale": True}, "decode"),
+        ({"caption__nearest_to": "prototype"}, "caption"),
+    ],
+)
+def test_a_change_makes_stale_what_depends_on_it(
+    reference: dict[str, str], changes: dict[str, Any], first: str
+) -> None:
+    changed = fingerprints(**changes)
+    stale = [stage for stage in STAGES if changed[stage] != reference[stage]]
+    assert stale == list(STAGES[STAGES.index(first) :])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"out": "elsewhere"},
+        {"embed__batch_size": 16},
+        {"embed__store": "shared"},
+        {"decode__batch_size": 2},
+        {"ray__num_cpus": 1},
+        {"ray__embed_workers": 3},
+        {"ray__embed_min_workers": 2},
+        {"ray__embed_gpus": 0.5},
+        {"ray__embed_resources": "H100=1"},
+        {"ray__decode_min_workers": 2},
+        {"ray__decode_gpus": 2.0},
+        {"ray__decode_resources": "A100=1"},
+        {"ray__read_resources": "reader=1"},
+        {"ray__max_bad_share": 0.1},
+        {"ray__max_failed_share": 0.2},
+        {"ray__sample_timeout_s": 5.0},
+        {"select__epochs": 3},  # of other methods
+        {"select__forgotten": "most"},
+    ],
+)
+def test_where_and_how_fast_changes_nothing(
+    reference: dict[str, str], changes: dict[str, Any]
+) -> None:
+    assert fingerprints(**changes) == reference
+
+
+def test_another_condition_makes_decoding_stale() -> None:
+    unclip = {"decode__decoder": "unclip"}
+    plain, by_caption = fingerprints(**unclip), fingerprints(**unclip, decode__condition="caption")
+    assert [stage for stage in STAGES if plain[stage] != by_caption[stage]] == [
+        "decode",
+        "caption",
+        "materialize",
+    ]
+
+
+@pytest.fixture(scope="module")
+def selection() -> dict[str, str]:
+    return fingerprints(method="forgetting")
+
+
+def test_methods_share_the_embeddings_and_nothing_else(
+    reference: dict[str, str], selection: dict[str, str]
+) -> None:
+    assert list(reference) == list(STAGES)
+    assert list(selection) == list(SELECTION_STAGES)
+    assert {stage for stage in selection if selection[stage] == reference.get(stage)} == {"embed"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"source": "scenes:121"}, "embed"),
+        ({"read__captions": "paper"}, "embed"),
+        ({"method": "random"}, "select"),
+        ({"pairs": 6}, "select"),
+        ({"seed": 1}, "select"),
+        ({"select__epochs": 3}, "select"),
+        ({"select__forgotten": "most"}, "select"),
+        ({"decode__image_size": 32}, "decode"),
+    ],
+)
+def test_a_change_makes_stale_what_of_a_selection_depends_on_it(
+    selection: dict[str, str], changes: dict[str, Any], first: str
+) -> None:
+    changed = fingerprints(**{"method": "forgetting", **changes})
+    stale = [stage for stage in SELECTION_STAGES if changed[stage] != selection[stage]]
+    assert stale == list(SELECTION_STAGES[SELECTION_STAGES.index(first) :])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prune__ratio": 0.3},
+        {"cluster__iterations": 3},
+        {"cluster__modality": "joint"},
+        {"match__pairless": "drop"},
+        {"decode__decoder": "unclip", "decode__model": "no such model"},
+        {"decode__condition": "caption"},
+        {"decode__rescale": True},
+        {"decode__steps": 3},
+        {"decode__batch_size": 2},
+        {"embed__store": "shared"},
+        {"ray__num_cpus": 1},
+    ],
+)
+def test_what_a_selection_has_no_use_for_changes_nothing(
+    selection: dict[str, str], changes: dict[str, Any]
+) -> None:
+    """Nor does it make the planning fail: no decoder is looked up but the one that looks up pictures."""
+    assert fingerprints(method="forgetting", **changes) == selection
+
+
+def test_every_option_is_judged() -> None:
+    """A new option must be put on one of the lists above."""
+    from pds_ray.config import flatten, to_dict
+
+    judged = {
+        "source", "out", "method", "pairs", "seed", "select.epochs", "select.forgotten",
+        "read.captions", "read.min_side", "read.max_pixels", "embed.encoder",
+        "embed.precision", "embed.batch_size", "embed.store", "embed.store_dtype", "prune.ratio", "cluster.iterations",
+        "cluster.tolerance", "cluster.restarts", "cluster.normalize", "cluster.memory_gib", "cluster.modality",
+        "match.solver", "match.pairless", "match.filter", "decode.decoder", "decode.model", "decode.revision",
+        "decode.condition",
+        "decode.steps", "decode.guidance", "decode.noise_level", "decode.negative_prompt", "decode.rescale",
+        "decode.precision", "decode.batch_size", "decode.image_size",
+        "caption.nearest_to",
+    }  # fmt: skip
+    assert {name for name in flatten(to_dict(RunConfig())) if not name.startswith("ray.")} == judged
+
+
+def test_a_card_counts_the_shards_that_were_not_read(tmp_path: Path) -> None:
+    plan_ = plan(replace(recipe("demo"), {**BASE, "out": str(tmp_path), "method": "random"}))
+    counts = {
+        "images": 90,
+        "pairs": 450,
+        "bad": 3,
+        "failed_shards": 2,
+        "failed": {"a": "gone", "b": "gone"},
+    }
+    manifest = RunManifest(plan_.run)
+    manifest.data["stages"] = {"embed": {"counts": counts}, "decode": {"counts": {"images": 5}}}
+    about = pipeline._about(plan_, manifest)
+    assert about["counts"]["shards not read"] == 2
+    assert "gone" not in str(about), "why may differ from one try to the next"
+
+
+def test_pictures_are_not_continued_in_another_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pds_ray.distributed import runtime, synthesize
+
+    options = {**BASE, "out": str(tmp_path), "decode.decoder": "unclip"}
+    plan_ = plan(replace(recipe("demo"), options))
+    plan_.run.folder.create()
+    told: list[str] = []
+    monkeypatch.setattr(
+        synthesize, "synthesize", lambda *args: told.append(args[2].decode.precision) or {}
+    )
+    monkeypatch.setattr(RunFolder, "prototypes", lambda _: pa.table({"pair": [0, 1]}))
+
+    def decode(gpus: float, **changes: Any) -> None:
+        monkeypatch.setattr(runtime, "pool", lambda *_, **__: runtime.Pool(1, 1, 1, 1.0, gpus, {}))
+        changed = dataclasses.replace(plan_, config=replace(plan_.config, changes))
+        pipeline._steps(changed, RunManifest(plan_.run), dict)["decode"]()
+
+    decode(gpus=0.0)
+    decode(gpus=1.0)  # no picture was made
+    plan_.run.images.write_bytes(plan_.run.image_name(0), b"picture")
+    decode(gpus=0.5)
+    with pytest.raises(
+        ConfigError,
+        match=r"were begun in fp16, batches of .* here they would go on in fp32, batches",
+    ):
+        decode(gpus=0.0)
+    with pytest.raises(ConfigError, match="here they would go on in fp16, batches of 3;"):
+        decode(gpus=1.0, **{"decode.batch_size": 3})
+    assert told == ["fp32", "fp16", "fp16"], "every actor is told, none decides for itself"
+    manifest = RunManifest(plan_.run)
+    del manifest.data["images_made"]  # as of a run begun before it was recorded
+    manifest.update()
+    decode(gpus=0.0)
+    assert told[-1] == "fp32"
+
+
+class Refusing:
+    """Ten captioned samples a shard; the store refuses the shards that are named."""
+
+    uri, validation = "refusing", None
+
+    def __init__(self, refused: set[int]) -> None:
+        self.refused = refused
+        self.asked: list[str] = []
+
+    def read(self, shard: Shard) -> Iterator[Sample]:
+        self.asked.append(shard.name)
+        if int(shard.name) in self.refused:
+            raise StorageError("the object store fails at s3://b/0.tar (HTTP status 403)")
+        for number in range(10):
+            yield Sample(str(number), b"", ("a caption",))
+
+
+def test_a_source_without_samples_says_why(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.tar").write_text("<html>404</html>")
+    config = RunConfig(source=str(tmp_path / "*.tar"), pairs=10, out=str(tmp_path / "run"))
+    source = WebDatasetSource(config.source)
+    with pytest.raises(
+        ConfigError, match=r"no sample of .* has a picture and a caption \(not_a_tar: 2\)"
+    ):
+        pipeline._check_enough(source, source.shards(), config)
+
+
+def check_enough(source: Refusing, shards: int, pairs: int) -> None:
+    config = RunConfig(source="s3://b/*.tar", pairs=pairs)
+    pipeline._check_enough(source, [Shard(str(n), "") for n in range(shards)], config)
+
+
+def test_a_shard_that_its_store_refuses_is_passed_over() -> None:
+    check_enough(Refusing({0, 2}), shards=4, pairs=20)
+    with pytest.raises(ConfigError, match="has only 20 captioned images"):
+        check_enough(Refusing({0, 2}), shards=4, pairs=21)
+
+
+def test_a_store_that_refuses_all_is_not_asked_for_long() -> None:
+    source = Refusing(set(range(40_000)))
+    with pytest.raises(
+        SourceError, match=r"none of the first 10 shards of s3://b/\*.tar can be read: .*403"
+    ):
+        check_enough(source, shards=40_000, pairs=5)
+    assert len(source.asked) == 10
+    with pytest.raises(SourceError, match="no shard of"):
+        check_enough(Refusing({0, 1, 2}), shards=3, pairs=5)
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> tuple[RunConfig, pipeline.Plan]:
+    """A run of three shards, of which the first is embedded."""
+    for number in range(3):
+        write_shard(tmp_path / f"{number}.tar", {}, samples=4, seed=number)
+    changes = {"source": f"{tmp_path}/{{0..2}}.tar", "pairs": 2, "out": str(tmp_path / "run")}
+    config = replace(recipe("demo"), {"decode.decoder": "nearest", **changes})
+    first = plan(config)
+    pipeline.open_run(first, redo=False)
+    first.store.folder.write_json("0.json", {})
+    return config, first
+
+
+@pytest.mark.parametrize("form", ["{0..2}.tar", "*.tar"])
+def test_a_run_goes_on_though_shards_are_gone_or_newer(
+    begun: tuple[RunConfig, pipeline.Plan],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    form: str,
+) -> None:
+    config, first = begun
+    config = replace(config, {"source": f"{tmp_path}/{form}"})
+    (tmp_path / "0.tar").unlink()
+    os.utime(tmp_path / "1.tar", ns=(1, 1))
+    write_shard(tmp_path / "2.tar", {}, samples=8)  # mended before it was embedded
+    again = plan(config)
+    assert "1 are gone and 2 are newer" in capsys.readouterr().err
+    assert again.fingerprints == first.fingerprints
+    assert again.shards == first.shards
+    RunManifest(again.run).update(config=pipeline.public(config))
+    pipeline.open_run(again, redo=False)
+    now = plan(replace(config, {"source": f"{tmp_path}/*.tar"}), redo=True)
+    assert [shard.name for shard in now.shards] == ["1", "2"]
+    assert now.fingerprints != first.fingerprints
+
+
+def test_shards_that_never_were_there_are_no_source(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", {}, samples=4)
+    changes = {"source": f"{tmp_path}/{{0..2}}.tar", "pairs": 2, "out": str(tmp_path / "run")}
+    with pytest.raises(SourceError, match="2 of 3 shard patterns match nothing"):
+        plan(replace(recipe("demo"), {"decode.decoder": "nearest", **changes}))
+
+
+@pytest.mark.parametrize("what", ["a new shard", "another size"])
+def test_new_shards_and_other_ones_are_another_source(
+    begun: tuple[RunConfig, pipeline.Plan], tmp_path: Path, what: str
+) -> None:
+    config, first = begun
+    write_shard(tmp_path / ("3.tar" if what == "a new shard" else "0.tar"), {}, samples=30)
+    again = plan(replace(config, {"source": f"{tmp_path}/*.tar"}))
+    assert again.fingerprints != first.fingerprints
+    with pytest.raises(ManifestError, match="other data"):
+        pipeline.open_run(again, redo=False)
+
+
+def test_no_secret_is_kept_with_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "s3://key:hidden@bucket/0.tar"
+    monkeypatch.setattr(WebDatasetSource, "shards", lambda _: [Shard("0", secret, 1)])
+    monkeypatch.setattr(pipeline, "_check_enough", lambda *_: None)
+    first = plan(
+        replace(recipe("demo"), {"source": secret, "pairs": 2, "out": str(tmp_path / "run")})
+    )
+    pipeline.open_run(first, redo=False)
+    assert "hidden" not in str(first.run.shards())
+    assert (
+        plan(
+            replace(recipe("demo"), {"source": secret, "pairs": 2, "out": str(tmp_path / "run")})
+        ).shards
+        == first.shards
+    )
+
+
+def test_a_damaged_list_of_shards_is_one_line(
+    begun: tuple[RunConfig, pipeline.Plan], tmp_path: Path
+) -> None:
+    config, first = begun
+    (tmp_path / "run" / "shards.parquet").write_bytes(b"not what it was")
+    with pytest.raises(
+        StorageError, match=r"shards.parquet cannot be read .* verify --repair makes it anew"
+    ):
+        plan(config)
+    assert plan(config, redo=True).shards == first.shards

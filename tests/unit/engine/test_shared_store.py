@@ -1,0 +1,164 @@
+"""A run whose embedding store another run changes: its counts follow, and nothing of two contents is mixed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pds_ray.config import RunConfig, replace
+from pds_ray.distributed import embed, runtime
+from pds_ray.engine import pipeline
+from pds_ray.recipes import recipe
+from pds_ray.sources import scenes
+from pds_ray.stages.embed import shard_counts
+from pds_ray.store.artifacts import EmbeddingStore
+from pds_ray.store.manifest import ManifestError, RunManifest
+from pds_ray.store.storage import StorageError
+from tests.support.synthetic_store import make_store
+
+ROWS = [10, 13, 8, 11]
+FIRST = ("embed", "prune")
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """Of a run of four shards, whose tasks are called one after the other and whose unread shards stay unread."""
+
+    def in_turn(function: Callable[..., Any], items: Iterable[Any], *shared: Any) -> Iterator[Any]:
+        return (function(item, *shared) for item in items)
+
+    def in_vain(
+        todo: list[Any], work: object, reused: dict[str, Any], *_: object
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        for shard in todo:
+            work.store.fail(shard.name, "is still away")
+        return reused, {shard.name: "is still away" for shard in todo}
+
+    monkeypatch.setattr(scenes, "SHARD_SIZE", 10)
+    monkeypatch.setattr(pipeline, "LISTING_WAITS_S", (0.0,))
+    monkeypatch.setattr(runtime, "start", lambda *_: {})
+    monkeypatch.setattr(runtime, "map_in_order", in_turn)
+    monkeypatch.setattr(runtime, "pool", lambda *_: None)
+    monkeypatch.setattr(runtime, "precision", lambda *_: "fp32")
+    monkeypatch.setattr(embed, "_embed", in_vain)
+    changes = {
+        "source": "scenes:40",
+        "pairs": 3,
+        "decode.decoder": "nearest",
+        "ray.max_failed_share": 1,
+    }
+    return replace(
+        recipe("demo"),
+        {**changes, "out": str(tmp_path / "run"), "embed.store": str(tmp_path / "store")},
+    )
+
+
+@pytest.fixture
+def fill(config: RunConfig, tmp_path: Path) -> Callable[..., EmbeddingStore]:
+    """Commits shards of the given numbers to the store, as the other run does."""
+    made, _ = make_store(tmp_path / "made", ROWS)
+    store = pipeline.plan(config).store
+
+    def commit(*numbers: int) -> EmbeddingStore:
+        for number in numbers:
+            name = f"{number:05d}"
+            tables = made.images(name), made.captions(name), made.errors(name)
+            store.commit(f"scenes-{name}", *tables, {**shard_counts(*tables), "precision": "fp32"})
+        return store
+
+    return commit
+
+
+def held(config: RunConfig, shards: Iterable[int]) -> int:
+    """Pairs of some shards, by their files alone."""
+    folder = Path(str(config.embed.store))
+    return sum(
+        pq.read_metadata(folder / f"scenes-{number:05d}.captions.parquet").num_rows
+        for number in shards
+    )
+
+
+def pairs(config: RunConfig) -> tuple[int, int, int]:
+    """What embedding and pruning say, and what the masks hold."""
+    stages = json.loads((Path(config.out) / "run.json").read_text())["stages"]
+    masks = sum(
+        pq.read_metadata(mask).num_rows for mask in (Path(config.out) / "pruning").iterdir()
+    )
+    return stages["embed"]["counts"]["pairs"], stages["prune"]["counts"]["pairs"], masks
+
+
+def test_shards_that_another_run_brings_back_count(
+    config: RunConfig, fill: Callable[..., EmbeddingStore]
+) -> None:
+    fill(0, 1, 3)
+    pipeline.distill(config, only=FIRST)
+    assert pairs(config) == (held(config, (0, 1, 3)),) * 3
+    fill(2)
+    pipeline.distill(config, only=FIRST)
+    assert pairs(config) == (held(config, range(4)),) * 3
+
+
+def test_a_shard_that_another_run_lost_is_not_waited_for_for_ever(
+    config: RunConfig, fill: Callable[..., EmbeddingStore]
+) -> None:
+    store = fill(0, 1, 2, 3)
+    pipeline.distill(config, only=FIRST)
+    store.fail("scenes-00002", "to be tried again")
+    store.folder.delete("scenes-00002.json")  # and the other run was killed
+    found = pipeline.distill(config, only=FIRST)["stages"]
+    assert found["embed"]["counts"]["failed_shards"] == 1
+    assert (
+        found["embed"]["counts"]["pairs"]
+        == found["prune"]["counts"]["pairs"]
+        == held(config, (0, 1, 3))
+    )
+
+
+def test_nothing_is_done_twice_where_nothing_changed(
+    config: RunConfig, fill: Callable[..., EmbeddingStore]
+) -> None:
+    fill(0, 1, 3)  # the third is set aside as failed
+    pipeline.distill(config, only=FIRST)
+    mask = Path(config.out) / "pruning" / "scenes-00000.keep.parquet"
+    before = mask.stat().st_mtime_ns
+    pipeline.distill(config, only=FIRST)
+    assert mask.stat().st_mtime_ns == before
+
+
+def test_without_its_manifest_a_run_goes_on_from_what_is_embedded(
+    config: RunConfig, fill: Callable[..., EmbeddingStore]
+) -> None:
+    store = fill(0, 1, 2, 3)
+    pipeline.distill(config, only=FIRST)
+    before = {path: path.stat().st_mtime_ns for path in Path(store.folder.path).glob("scenes-*")}
+    manifest = Path(config.out) / "run.json"
+    manifest.write_bytes(manifest.read_bytes()[:100])
+    with pytest.raises(ManifestError, match="delete it"):
+        pipeline.distill(config, only=FIRST)
+    manifest.unlink()
+    counts = pipeline.distill(config, only=FIRST)["stages"]["embed"]["counts"]
+    assert (counts["shards_reused"], counts["timed"], counts["pairs"]) == (
+        4,
+        0,
+        held(config, range(4)),
+    )
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_set_of_two_contents_is_not_written(
+    config: RunConfig, fill: Callable[..., EmbeddingStore]
+) -> None:
+    """What changes between two stages shows before the result is written, whichever of them have read it."""
+    fill(0, 1, 3)
+    pipeline.distill(config, only=FIRST)
+    plan = pipeline.plan(config)
+    write = pipeline._steps(plan, RunManifest(plan.run), dict)["materialize"]
+    fill(2)
+    with pytest.raises(StorageError, match="changed while they were read"):
+        write()
+    assert not (Path(config.out) / "distilled").exists()

@@ -1,0 +1,193 @@
+"""Folders on an S3 server of their own, through a network that fails; boto3 says what the store really holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import tracemalloc
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pds_ray.store import storage
+from pds_ray.store.artifacts import EmbeddingStore, RunFolder
+from pds_ray.store.storage import Folder, StorageError
+from tests.support.object_store import BUCKET, KEY, SECRET, Faults, client, objects, proxy, uri
+
+pytestmark = pytest.mark.usefixtures("s3_login")
+
+
+@pytest.fixture
+def place(request):
+    """A path in the bucket that is this test's own."""
+    return request.node.name.replace("[", "-").rstrip("]")
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """Repeats soon, and only once: the client itself has tried for six seconds by then."""
+    monkeypatch.setattr(storage, "WAITS_S", (0.05,))
+
+
+def test_what_is_written_is_there(s3_port, place):
+    folder = Folder(uri(s3_port, place)) / "a"
+    folder.create()
+    assert objects(s3_port, place) == {}  # nothing of the trial
+    folder.write_bytes("x.bin", b"\x00one")
+    folder.write_bytes("empty", b"")
+    folder.write_json("y.json", {"ü": [1]})
+    folder.write_table("t.parquet", pa.table({"n": [1, 2]}))
+    there = objects(s3_port, place)
+    assert there.keys() == {"a/x.bin", "a/empty", "a/y.json", "a/t.parquet"}
+    assert (there["a/x.bin"], there["a/empty"], json.loads(there["a/y.json"])) == (
+        b"\x00one",
+        b"",
+        {"ü": [1]},
+    )
+    assert folder.read_bytes("x.bin") == b"\x00one"
+    assert folder.read_bytes("empty") == b""
+    assert folder.read_table("t.parquet", ["n"]).to_pydict() == {"n": [1, 2]}
+    assert folder.names() == ["empty", "t.parquet", "x.bin", "y.json"]
+    assert folder.exists("empty")
+    folder.delete("x.bin")
+    folder.delete("x.bin")
+    assert not folder.exists("x.bin")
+    Folder(uri(s3_port, place)).delete_all()
+    Folder(uri(s3_port, place)).delete_all()
+    assert objects(s3_port, place) == {}
+    assert folder.names() == []
+
+
+def test_a_network_that_fails_changes_nothing(s3_port, place):
+    """Every fault at once, each at a fifth of the requests: what is read and what boto3 sees is what was written."""
+    faults = Faults(
+        seed=7, errors=0.2, cut_downloads=0.2, cut_uploads=0.2, delayed=0.2, delay_s=0.05, hidden=1
+    )
+    draw = random.Random(1)
+    written = {
+        f"{number:02d}": draw.randbytes(draw.choice([0, 1, 1000, 300_000])) for number in range(6)
+    }
+    with proxy(s3_port, faults) as port:
+        folder = Folder(uri(port, place))
+        for name, data in written.items():
+            folder.write_bytes(name, data)
+        read = {name: folder.read_bytes(name) for name in written}
+    assert faults.struck > len(written)
+    assert read == written
+    assert objects(s3_port, place) == written
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_write_that_cannot_be_done_leaves_what_was_there(s3_port, place):
+    Folder(uri(s3_port, place)).write_bytes("old", b"whole")
+    with (
+        proxy(s3_port, Faults(cut_uploads=1.0)) as port,
+        pytest.raises(StorageError, match="the object store fails at s3://bucket/"),
+    ):
+        Folder(uri(port, place)).write_bytes("old", b"x" * 100_000)
+    assert objects(s3_port, place) == {"old": b"whole"}
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_store_that_goes_on_failing_is_one_line_without_secrets(s3_port, place):
+    login = f"{KEY}:{SECRET.replace('/', '%2F').replace('+', '%2B')}@"
+    with proxy(s3_port, Faults(errors=1.0)) as port:
+        folder = Folder(uri(port, place, login))
+        with pytest.raises(StorageError) as caught:
+            folder.names()
+    assert str(caught.value).startswith(f"the object store fails at {uri(port, place)} (")
+    assert "\n" not in str(caught.value)
+    assert KEY not in str(caught.value)
+    assert SECRET[:12] not in str(caught.value)
+    assert KEY not in repr([folder, EmbeddingStore(folder)])
+
+
+def test_an_object_that_shows_late_is_waited_for(s3_port, place, monkeypatch):
+    monkeypatch.setattr(storage, "WAITS_S", (0.05, 0.05, 0.05))
+    with proxy(s3_port, Faults(hidden=2)) as port:
+        folder = Folder(uri(port, place))
+        folder.write_bytes("mine", b"1")
+        assert folder.exists("mine")  # its writer has waited for it
+        client(port).put_object(Bucket=BUCKET, Key=f"{place}/promised", Body=b"2")
+        assert folder.read_bytes("promised") == b"2"
+        assert folder.names() == []  # listings are behind longer
+    with proxy(s3_port, Faults(hidden=100)) as port:
+        client(port).put_object(Bucket=BUCKET, Key=f"{place}/never", Body=b"3")
+        with pytest.raises(FileNotFoundError):
+            Folder(uri(port, place)).read_bytes("never")
+
+
+def test_a_bucket_that_is_not_there_is_said_at_once(s3_port):
+    with pytest.raises(StorageError, match="Bucket 'nobucket' not found"):
+        Folder(uri(s3_port, "x").replace(f"//{BUCKET}/", "//nobucket/")).create()
+
+
+def test_markers_are_read_together_and_a_damaged_one_is_none(s3_port, place):
+    store = EmbeddingStore(Folder(uri(s3_port, place)), "mine")
+    tables = [pa.table({"n": [1]})] * 3
+    rest = {"pairs": 1, "bad": 0, "reasons": {}, "precision": "fp32"}
+    for number in range(40):
+        store.commit(f"s{number:02d}", *tables, {"images": number, **rest})
+    broken = {
+        "half": b'{"shard": "half", "fing',
+        "list": b"[]",
+        "other": b'{"fingerprint": "theirs"}',
+        "none": b"",
+    }
+    for name, data in broken.items():
+        client(s3_port).put_object(Bucket=BUCKET, Key=f"{place}/{name}.json", Body=data)
+    faults = Faults(delayed=1.0, delay_s=0.2)
+    with proxy(s3_port, faults) as port:
+        found = EmbeddingStore(Folder(uri(port, place)), "mine").committed()
+    assert faults.busiest > 8
+    assert {name: marker["images"] for name, marker in found.items()} == {
+        f"s{n:02d}": n for n in range(40)
+    }
+
+
+def test_files_that_are_not_listed_yet_are_hashed_and_deleted(s3_port, place, monkeypatch):
+    """Else they would pass for those of the next configuration, once they show."""
+    monkeypatch.setattr(storage, "WAITS_S", (0.05, 0.05))
+    with proxy(s3_port, Faults(hidden=1)) as port:
+        run = RunFolder(Folder(uri(port, place)))
+        run.save_labels("a", np.zeros(2, np.int32), np.ones(2, np.int32))
+        run.images.write_bytes(run.image_name(0), b"picture")
+        names = ["clusters/a.labels.parquet", "images/000000.png"]
+        there = objects(s3_port, place)
+        assert there.keys() == set(names)
+        assert run.hash_files(names) == {
+            name: hashlib.sha256(data).hexdigest() for name, data in there.items()
+        }
+        run.delete_labels(["a", "b"])
+        run.delete_images(2)
+    assert objects(s3_port, place) == {}
+    with pytest.raises(StorageError, match="is not there"):
+        RunFolder(Folder(uri(s3_port, place))).hash_files(names)
+
+
+def test_a_large_object_is_not_held_in_memory(s3_port, place):
+    """A tar of the distilled set has thousands of pictures."""
+    pieces = [bytes([number]) * 2**20 for number in range(48)]
+    Folder(uri(s3_port, place)).write_bytes("warm", b"")
+    tracemalloc.start()
+    with Folder(uri(s3_port, place)).writer("large") as stream:
+        for piece in pieces:
+            stream.write(piece)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert objects(s3_port, place)["large"] == b"".join(pieces)
+    assert peak < 24 * 2**20, "twice what is spooled would be held, or the whole"
+
+
+def test_an_upload_in_pieces_is_repeated_whole(s3_port, place, monkeypatch):
+    monkeypatch.setattr(storage, "WAITS_S", (0.05,) * 8)
+    monkeypatch.setattr(storage, "SPOOL_BYTES", 1000)
+    data = random.Random(1).randbytes(3 * 2**20 + 17)
+    faults = Faults(seed=2, errors=0.3, cut_uploads=0.3, limit=6)
+    with proxy(s3_port, faults) as port, Folder(uri(port, place)).writer("x") as stream:
+        stream.write(data[:100])
+        stream.write(data[100:])
+    assert faults.struck
+    assert objects(s3_port, place)["x"] == data

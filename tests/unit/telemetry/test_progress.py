@@ -1,0 +1,60 @@
+"""Progress off a terminal: lines, not carriage returns, and always a last one."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from pds_ray.telemetry import progress
+from pds_ray.telemetry.progress import progress_bar
+
+
+def test_a_log_gets_one_whole_line_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("embed", 300, "images", done=100) as bar:
+        for _ in range(4):
+            bar.set_postfix_str("2 bad", refresh=False)
+            bar.update(50)
+    error = capsys.readouterr().err
+    assert "\r" not in error
+    lines = error.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("embed ")
+    for text in ("100%", "300/300", "images/s", "2 bad"):
+        assert text in lines[0]
+
+
+def test_an_error_passes_through() -> None:
+    with pytest.raises(KeyError), progress_bar("x", 3, "shards"):
+        raise KeyError("inside")
+
+
+def test_the_watchdog_speaks_until_something_is_finished(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "STALL_S", 0.4)
+    with progress_bar("embed", 3, "shards") as bar:
+        progress.waiting_for(lambda: "00042 (for 7 s, on node ab)")
+        time.sleep(1.0)
+        said = capsys.readouterr().err
+        bar.update()
+    assert said.startswith("embed: nothing finished for ")
+    assert said.endswith("; waiting for 00042 (for 7 s, on node ab)\n")
+
+
+def test_what_is_quick_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for delay_s, lines in ((60.0, 0), (0.01, 1)):
+        with progress_bar("check", 2, "images", delay_s=delay_s) as bar:
+            time.sleep(0.02)
+            bar.update(2)
+        assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+def test_the_last_line_comes_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pds_ray.telemetry.progress.LOG_INTERVAL_S", 0.0)
+    with progress_bar("embed", 3, "images") as bar:
+        for _ in range(3):
+            bar.update(1)
+    assert capsys.readouterr().err.count("3/3") == 1
