@@ -137,7 +137,7 @@ def write_set(folder: Path, prototypes: Any, pictures: list[Image.Image]) -> Non
     from pds_ray import catalog
     from pds_ray.config import EmbedConfig
     from pds_ray.stages.materialize import write_distilled
-    from pds_ray.store.artifacts import RunFolder
+    from pds_ray.store.run_folder import RunFolder
     from pds_ray.store.storage import Folder
 
     run = RunFolder(Folder(str(folder)))

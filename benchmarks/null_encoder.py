@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pds_ray import catalog
-from pds_ray.encoders.base import EncoderInfo, Preprocess
+from pds_ray.encoders.base import EncoderInfo
+from pds_ray.modalities.image import Preprocess
 
 NAME, DIM, SIDE = "null", 16, 16
 catalog.ENCODERS[NAME] = __name__

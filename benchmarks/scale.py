@@ -37,14 +37,9 @@ import pyarrow as pa
 from benchmarks.measure import GIB, peak_rss
 from pds_ray.config import ClusterConfig, RayConfig, RunConfig
 from pds_ray.stages.embed import cosine
-from pds_ray.store.artifacts import (
-    ERROR_SCHEMA,
-    EmbeddingStore,
-    RunFolder,
-    caption_schema,
-    embedding_array,
-    image_schema,
-)
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.schemas import ERROR_SCHEMA, caption_schema, embedding_array, image_schema
 from pds_ray.store.storage import Folder
 
 DIM, SHARD_PAIRS = 128, 10_000
@@ -181,7 +176,7 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     folder = Folder(args.folder)
     store = make_store(folder / f"store-{args.pairs}-{args.seed}", args.pairs, args.seed, args.cpus)
 
-    from pds_ray.distributed import cluster, match, prototypes, prune, runtime
+    from pds_ray.distributed import cluster, match, prototypes, prune, session, tasks
 
     shards = list(shard_sizes(args.pairs))
     config = RunConfig(
@@ -192,15 +187,15 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     run = RunFolder(folder / f"run-{args.clusters}")
     run.folder.delete_all()
     run.folder.create()
-    runtime.start(RayConfig(num_cpus=args.cpus, object_store_gib=args.object_store_gib))
+    session.start(RayConfig(num_cpus=args.cpus, object_store_gib=args.object_store_gib))
     list(
-        runtime.map_in_order(_load, ["pds_ray.distributed.prototypes", "faiss"] * args.cpus)
+        tasks.map_in_order(_load, ["pds_ray.distributed.prototypes", "faiss"] * args.cpus)
     )  # workers start
     watch, load = Watch(), os.getloadavg()
     counts: dict[str, Any] = {}
     with watch.stage("prune"):
         counts |= prune.prune(shards, args.pairs, RATIO, store, run)
-    fit, run_kmeans = np.zeros(2), runtime.run_kmeans
+    fit, run_kmeans = np.zeros(2), tasks.run_kmeans
 
     def timed(*task: Any) -> Any:
         began = watch.now()
@@ -208,7 +203,7 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
         fit[:] += watch.now() - began
         return found
 
-    runtime.run_kmeans = timed  # type: ignore[assignment]  # the fit is told apart: its sample is bounded
+    tasks.run_kmeans = timed  # type: ignore[assignment]  # the fit is told apart: its sample is bounded
     with watch.stage("cluster"):
         counts["cluster"] = cluster.cluster(shards, counts, DIM, store, run, config, "scale")
     watch.stages["cluster"] |= {"fit_seconds": fit[0], "fit_cpu_seconds": fit[1]}
@@ -216,7 +211,7 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
         counts["match"] = match.match(shards, store, run, config)
     with watch.stage("prototypes"):
         counts["prototypes"] = prototypes.make_prototypes(shards, DIM, store, run, config)
-    runtime.stop()
+    session.stop()
     run.folder.delete_all()
     if not args.keep:
         store.folder.delete_all()

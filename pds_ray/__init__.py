@@ -17,7 +17,7 @@ from pds_ray.config import ConfigError, EvaluateConfig, RunConfig
 from pds_ray.config import replace as configure
 from pds_ray.engine.pipeline import distill, plan
 from pds_ray.recipes import protocol, recipe
-from pds_ray.stages.materialize import DistilledSet, load_distilled
+from pds_ray.store.distilled_set import DistilledSet, load_distilled
 
 __version__ = "0.1.0"
 __all__ = [

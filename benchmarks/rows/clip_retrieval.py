@@ -107,7 +107,7 @@ def after(task: Task) -> Found:
     import pyarrow.parquet as pq
 
     from pds_ray.stages.cluster import normalized
-    from pds_ray.store.artifacts import EmbeddingStore
+    from pds_ray.store.embeddings import EmbeddingStore
     from pds_ray.store.storage import Folder
 
     theirs_, mine = task.out / f"{BASELINE}-0" / "embeddings", task.out / f"{OURS}-0" / "store"

@@ -53,7 +53,7 @@ def prepare(task: Task) -> Found:
 def _load(task: Task) -> tuple[Any, Any, Any]:
     """Configuration, prototypes and the loaded decoder, which has decoded once."""
     from pds_ray import catalog
-    from pds_ray.store.artifacts import RunFolder
+    from pds_ray.store.run_folder import RunFolder
     from pds_ray.store.storage import Folder
 
     config = _config(task)
@@ -124,7 +124,7 @@ def after(task: Task) -> Found:
     from PIL import Image
 
     from benchmarks.data import judge_sets, write_set
-    from pds_ray.store.artifacts import RunFolder
+    from pds_ray.store.run_folder import RunFolder
     from pds_ray.store.storage import Folder
 
     single, batched = (

@@ -73,9 +73,9 @@ def embed_with_engine(source_uri: str, model: str, folder: Path, captions: str =
     from benchmarks import noting_encoder
     from pds_ray import catalog
     from pds_ray.config import RunConfig, replace
-    from pds_ray.distributed import runtime
+    from pds_ray.distributed import session
     from pds_ray.distributed.embed import embed
-    from pds_ray.store.artifacts import EmbeddingStore
+    from pds_ray.store.embeddings import EmbeddingStore
     from pds_ray.store.storage import Folder
 
     config = replace(
@@ -86,12 +86,12 @@ def embed_with_engine(source_uri: str, model: str, folder: Path, captions: str =
     info = catalog.describe_encoder(config.embed)
     store = EmbeddingStore(Folder(str(folder)))
     store.folder.create()
-    runtime.start(config.ray)
+    session.start(config.ray)
     loaded = folder.with_name(f"{folder.name}.loaded")
     began = time.time()
     counts = embed(source, source.shards(), noting_encoder.describe(info, loaded), config, store)
     ended = time.time()
-    runtime.stop()
+    session.stop()
     busy, idle = counts["encoder_busy_s"], counts["encoder_idle_s"]
     told = {name: counts[name] for name in ("images", "pairs", "bad")}
     seconds = ended - loaded.stat().st_mtime
@@ -105,7 +105,8 @@ def embed_with_engine(source_uri: str, model: str, folder: Path, captions: str =
 
 def stored(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """The embeddings of a store in its order: images [I, d], captions [N, d], float32."""
-    from pds_ray.store.artifacts import EmbeddingStore, embeddings
+    from pds_ray.store.embeddings import EmbeddingStore
+    from pds_ray.store.schemas import embeddings
     from pds_ray.store.storage import Folder
 
     store = EmbeddingStore(Folder(str(folder)))

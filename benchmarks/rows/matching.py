@@ -34,13 +34,8 @@ def prepare(task: Task) -> Found:
     import pyarrow as pa
 
     from pds_ray.stages.embed import cosine
-    from pds_ray.store.artifacts import (
-        ERROR_SCHEMA,
-        EmbeddingStore,
-        caption_schema,
-        embedding_array,
-        image_schema,
-    )
+    from pds_ray.store.embeddings import EmbeddingStore
+    from pds_ray.store.schemas import ERROR_SCHEMA, caption_schema, embedding_array, image_schema
     from pds_ray.store.storage import Folder
 
     images, _, clusters = _size(task)
@@ -124,9 +119,11 @@ def ours(task: Task) -> Found:
     from tqdm import tqdm
 
     from pds_ray.config import RayConfig, RunConfig
-    from pds_ray.distributed import match, prototypes, prune, runtime
+    from pds_ray.distributed import match, prototypes, prune, session, tasks
     from pds_ray.distributed.nearest import nearest
-    from pds_ray.store.artifacts import EmbeddingStore, RunFolder, vectors
+    from pds_ray.store.embeddings import EmbeddingStore
+    from pds_ray.store.run_folder import RunFolder
+    from pds_ray.store.schemas import vectors
     from pds_ray.store.storage import Folder
 
     images, pairs, clusters = _size(task)
@@ -136,8 +133,8 @@ def ours(task: Task) -> Found:
     run = RunFolder(Folder(str(task.out / "run")))
     shards = sorted(store.committed())
     config = RunConfig(pairs=clusters)
-    runtime.start(RayConfig(num_cpus=DRIVER_CPUS, object_store_gib=0.5))
-    list(runtime.map_in_order(_import, range(2 * DRIVER_CPUS)))  # workers start
+    session.start(RayConfig(num_cpus=DRIVER_CPUS, object_store_gib=0.5))
+    list(tasks.map_in_order(_import, range(2 * DRIVER_CPUS)))  # workers start
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
     counts = prune.prune(shards, pairs, config.prune.ratio, store, run)
@@ -158,7 +155,7 @@ def ours(task: Task) -> Found:
     began = time.perf_counter()
     nearest("images", shards, store, vectors(table, "image_prototype"), tqdm(disable=True))
     pictures = time.perf_counter() - began
-    runtime.stop()
+    session.stop()
     del seconds["labels"]  # the clustering is another row's
     couples = [table.column(name).to_pylist() for name in ("image_cluster", "text_cluster")]
     _leave(

@@ -57,7 +57,7 @@ def theirs(task: Task) -> Found:
     from benchmarks.baselines import pds
     from pds_ray import catalog
     from pds_ray.modalities.text import clean_basic
-    from pds_ray.store.artifacts import prototype_schema, vector_array
+    from pds_ray.store.schemas import prototype_schema, vector_array
 
     config = _config(task)
     name = dict(catalog.describe_encoder(config.embed).load_args)["model_name"]

@@ -42,7 +42,7 @@ def prepare(task: Task) -> Found:
 def _embed_seconds(source_uri: str, info: Any, config: Any, folder: Path) -> float:
     from pds_ray import catalog
     from pds_ray.distributed.embed import embed
-    from pds_ray.store.artifacts import EmbeddingStore
+    from pds_ray.store.embeddings import EmbeddingStore
     from pds_ray.store.storage import Folder
 
     source = catalog.make_source(source_uri)
@@ -61,12 +61,12 @@ def two_workers(task: Task) -> Found:
     os.sched_setaffinity(0, cores)
     from pds_ray import catalog
     from pds_ray.config import RunConfig, replace
-    from pds_ray.distributed import runtime
+    from pds_ray.distributed import session
 
     ray = {"ray.num_cpus": 2, "ray.embed_workers": 2, "ray.object_store_gib": 0.5}
     config = replace(RunConfig(), {"embed.encoder": "demo", **ray})
     info = catalog.describe_encoder(config.embed)
-    runtime.start(config.ray)
+    session.start(config.ray)
     sizes = (20, 60) if task.quick else SCENES
     _embed_seconds(
         "scenes:16", info, config, task.out / "first"
@@ -74,7 +74,7 @@ def two_workers(task: Task) -> Found:
     small, large = (
         _embed_seconds(f"scenes:{size}", info, config, task.out / str(size)) for size in sizes
     )
-    runtime.stop()
+    session.stop()
     return {"seconds": large - small, "with_start": [small, large], "images": sizes[1] - sizes[0]}
 
 
@@ -101,7 +101,7 @@ def overhead(task: Task) -> Found:
     """Start, shards and images each have their price: three sizes give the three."""
     from benchmarks.null_encoder import describe
     from pds_ray.config import RunConfig, replace
-    from pds_ray.distributed import runtime
+    from pds_ray.distributed import session
 
     config = replace(RunConfig(), {"ray.object_store_gib": 0.5})
     grid = _grid(task)
@@ -112,13 +112,13 @@ def overhead(task: Task) -> Found:
         )
         for number in range(len(grid))
     ]
-    runtime.start(config.ray)
+    session.start(config.ray)
     _embed_seconds(f"{task.data}/0/*.tar", describe(), config, task.out / "first")
     seconds = [
         _embed_seconds(f"{task.data}/{number}/*.tar", describe(), config, task.out / str(number))
         for number in range(len(grid))
     ]
-    runtime.stop()
+    session.stop()
     system = [[1, shards, shards * images] for shards, images in grid]
     (start, shard, image), (_, alone_shard, alone_image) = (
         np.linalg.solve(system, each) for each in (seconds, alone)
@@ -136,7 +136,7 @@ def _seconds_without_ray(source_uri: str, info: Any, config: Any, folder: Path) 
     """Shards read, decoded, embedded and committed one after the other in this process."""
     from pds_ray import catalog
     from pds_ray.stages.embed import embed_shard, shard_counts
-    from pds_ray.store.artifacts import EmbeddingStore
+    from pds_ray.store.embeddings import EmbeddingStore
     from pds_ray.store.storage import Folder
 
     source = catalog.make_source(source_uri)

@@ -145,7 +145,7 @@ def resolve_evaluation(args: argparse.Namespace) -> EvaluateConfig:
 def _evaluate(args: argparse.Namespace) -> None:
     from pds_ray.cli.output import print_evaluation
     from pds_ray.engine.evaluate import evaluate
-    from pds_ray.store.artifacts import RunFolder
+    from pds_ray.store.run_folder import RunFolder
     from pds_ray.store.storage import Folder
 
     result = evaluate(args.set, resolve_evaluation(args), args.out)
@@ -235,7 +235,7 @@ def _show(args: argparse.Namespace) -> None:
         print_summary(args.run, manifest)
     if args.sheet:
         from pds_ray.report.contact_sheet import contact_sheet
-        from pds_ray.stages.materialize import load_distilled
+        from pds_ray.store.distilled_set import load_distilled
 
         sheet = contact_sheet(load_distilled(args.run))
         try:
@@ -412,10 +412,10 @@ def main(argv: list[str] | None = None) -> None:
         _flush()
         log.event("failed", text, "error", exit_code=code)
     if "ray" in sys.modules:
-        from pds_ray.distributed import runtime
+        from pds_ray.distributed import session
 
         signal.signal(
             signal.SIGINT, signal.SIG_IGN
         )  # all is done: an interrupt now would only spoil the exit code
-        runtime.stop()
+        session.stop()
     raise SystemExit(code)

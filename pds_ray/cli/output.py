@@ -9,8 +9,8 @@ import yaml
 from pds_ray.engine.pipeline import COUNTED, Plan, public, stages
 from pds_ray.engine.upkeep import Problem
 from pds_ray.errors import printable
-from pds_ray.store.artifacts import RunFolder
 from pds_ray.store.manifest import rate
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
 
 if TYPE_CHECKING:  # it costs a quarter of a second

@@ -9,7 +9,7 @@ import pyarrow as pa
 import ray
 
 from pds_ray.config import Actors
-from pds_ray.distributed import runtime
+from pds_ray.distributed import pools, tasks
 
 Value = TypeVar("Value")
 
@@ -23,10 +23,10 @@ class _Same:
         return block
 
 
-def task_seconds(tasks: int) -> float:
+def task_seconds(count: int) -> float:
     """Seconds of the driver's CPU that so many tasks of `map_in_order` take."""
     began = time.process_time()
-    for _ in runtime.map_in_order(_same, range(tasks)):
+    for _ in tasks.map_in_order(_same, range(count)):
         pass
     return time.process_time() - began
 
@@ -34,11 +34,9 @@ def task_seconds(tasks: int) -> float:
 def block_seconds(blocks: int) -> float:
     """Seconds of the driver's CPU that so many blocks take on a way like that of embedding: three tasks each."""
     read = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
-        _same, batch_size=None, batch_format="pyarrow", num_cpus=runtime.DECODE_CPUS
+        _same, batch_size=None, batch_format="pyarrow", num_cpus=pools.DECODE_CPUS
     )
-    dataset = runtime.map_blocks(
-        read, _Same, (), runtime.pool(Actors(1, 1, None, {}), on_gpu=False)
-    )
+    dataset = pools.map_blocks(read, _Same, (), pools.pool(Actors(1, 1, None, {}), on_gpu=False))
     began = time.process_time()
     for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         pass

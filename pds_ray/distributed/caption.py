@@ -12,17 +12,19 @@ from PIL import Image
 
 from pds_ray import catalog
 from pds_ray.config import EmbedConfig, RunConfig
-from pds_ray.distributed import runtime
+from pds_ray.distributed import pools, process
 from pds_ray.distributed.nearest import nearest
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.stages.embed import embed_pictures
-from pds_ray.store.artifacts import CHOSEN_CAPTION_SCHEMA, EmbeddingStore, RunFolder
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.schemas import CHOSEN_CAPTION_SCHEMA
 from pds_ray.store.storage import side_by_side
 from pds_ray.telemetry.progress import progress_bar
 
 
 def _embed(pairs: int, info: EncoderInfo, config: EmbedConfig, run: RunFolder) -> np.ndarray:
-    encoder = runtime.load_model(catalog.load_encoder, info, config.precision)
+    encoder = process.load_model(catalog.load_encoder, info, config.precision)
     files = side_by_side(run.images.read_bytes, map(run.image_name, range(pairs)))
     pictures = (Image.open(io.BytesIO(file)) for file in files)
     return embed_pictures(pictures, encoder, info.preprocess, config.batch_size)
@@ -42,9 +44,9 @@ def caption(
         run.save_captions(prototypes.select(columns))
         return {"pairs": pairs, "changed": 0}
     with progress_bar("caption", 1 + len(shards), "steps") as bar:
-        actors = runtime.pool(config.ray.embed_actors)
+        actors = pools.pool(config.ray.embed_actors)
         settings = EmbedConfig(precision=config.embed.precision)
-        pictures = ray.get(runtime.start_model(actors, _embed, pairs, info, settings, run))
+        pictures = ray.get(pools.start_model(actors, _embed, pairs, info, settings, run))
         bar.update()
         found = nearest("captions", shards, store, pictures, bar)
     chosen = found["caption"]

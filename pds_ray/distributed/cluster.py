@@ -13,9 +13,11 @@ import numpy as np
 import ray
 
 from pds_ray.config import RunConfig
-from pds_ray.distributed import runtime
+from pds_ray.distributed import process, tasks
 from pds_ray.stages import cluster as core
-from pds_ray.store.artifacts import EmbeddingStore, RunFolder, embeddings
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.schemas import embeddings
 from pds_ray.telemetry.progress import progress_bar
 
 SAMPLE_TASKS = 1_000  # at most: Ray keeps results below 100 KB in the driver
@@ -55,15 +57,15 @@ def _sample(
     config: RunConfig,
 ) -> list[Parts]:
     """Samples all shards, side by side over the cluster, whose object stores hold what is found."""
-    tasks = min(len(shards), SAMPLE_TASKS)
-    bounds = np.linspace(0, len(shards), tasks + 1).astype(int)
+    parts_count = min(len(shards), SAMPLE_TASKS)
+    bounds = np.linspace(0, len(shards), parts_count + 1).astype(int)
     groups = [shards[start:end] for start, end in pairwise(bounds)]
     parts: list[Parts] = []
     with progress_bar("cluster", len(shards), "shards") as bar:
         bar.set_postfix_str(
             f"{share:.3%} of {space} vectors" if share < 1 else f"{space} vectors", refresh=False
         )
-        for part in runtime.map_to_store(sampled, groups, space, store, run, share, config):
+        for part in tasks.map_to_store(sampled, groups, space, store, run, share, config):
             bar.update(len(groups[len(parts)]))
             parts.append(part)
     return parts
@@ -71,11 +73,11 @@ def _sample(
 
 def _gathered(parts: list[Parts]) -> tuple[np.ndarray, np.ndarray]:
     """A sample as one array; besides it no more than one part is held. float32 [n, width], float32 [n]."""
-    weights = [runtime.fetch(reference) for _, reference in parts]
+    weights = [tasks.fetch(reference) for _, reference in parts]
     ends = np.cumsum([len(weight) for weight in weights])
-    sample = np.empty((ends[-1], runtime.fetch(parts[0][0]).shape[1]), np.float32)
+    sample = np.empty((ends[-1], tasks.fetch(parts[0][0]).shape[1]), np.float32)
     for (reference, _), weight, end in zip(parts, weights, ends, strict=True):
-        sample[end - len(weight) : end] = runtime.fetch(reference)
+        sample[end - len(weight) : end] = tasks.fetch(reference)
     return sample, np.concatenate(weights)
 
 
@@ -123,7 +125,7 @@ def _fit_coarse(parts: list[Parts], space: str, run: RunFolder, config: RunConfi
 def _fit_cell(item: tuple[int, int], space: str, run: RunFolder, config: RunConfig) -> core.Fit:
     cell, clusters = item
     sample = run.cell_sample(space, cell)
-    return runtime.with_faiss_threads(1, core.fit, *sample, clusters, config.seed, config.cluster)
+    return process.with_faiss_threads(1, core.fit, *sample, clusters, config.seed, config.cluster)
 
 
 def _fit_in_cells(
@@ -131,7 +133,7 @@ def _fit_in_cells(
 ) -> dict[str, Any]:
     """The fine level of a two-level fit."""
     items = [(cell, int(clusters)) for cell, clusters in enumerate(np.diff(cells.starts))]
-    fits = list(runtime.map_in_order(_fit_cell, items, space, run, config))
+    fits = list(tasks.map_in_order(_fit_cell, items, space, run, config))
     centroids = np.concatenate([fitted.centroids for fitted in fits])
     run.save_centroids(space, centroids, coarse=cells.coarse, starts=cells.starts)
     run.cell_samples(space).delete_all()
@@ -214,10 +216,10 @@ def cluster(
         with progress_bar("cluster", len(spaces), "k-means", done=number) as bar:
             bar.set_postfix_str(f"{space}, K = {config.pairs:,}", refresh=False)
             if config.pairs <= core.FLAT_LIMIT:
-                begun["fits"][space] = runtime.run_kmeans(_fit, parts, space, run, config)
+                begun["fits"][space] = tasks.run_kmeans(_fit, parts, space, run, config)
                 parts.clear()  # the object stores hold no sample longer than it is needed
             else:
-                cells = runtime.run_kmeans(_fit_coarse, parts, space, run, config)
+                cells = tasks.run_kmeans(_fit_coarse, parts, space, run, config)
                 parts.clear()
                 begun["fits"][space] = _fit_in_cells(cells, space, run, config)
             run.save_fits(begun)
@@ -230,7 +232,7 @@ def cluster(
     done = run.labelled()
     items = [(shard, shard in done) for shard in shards]
     with progress_bar("cluster", len(shards), "shards") as bar:
-        for labelled in runtime.map_in_order(
+        for labelled in tasks.map_in_order(
             _label, items, store, run, levels, config.cluster.normalize
         ):
             for size, (labels, found) in zip(sizes, labelled, strict=True):

@@ -29,13 +29,13 @@ from ray.data.block import BlockMetadata
 
 from pds_ray import catalog
 from pds_ray.config import ConfigError, EmbedConfig, RayConfig, ReadConfig, RunConfig
-from pds_ray.distributed import metrics, runtime
+from pds_ray.distributed import TASK_RETRIES, metrics, pools, process, tasks, watch
 from pds_ray.distributed.isolated import Limits, embed_isolated
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import UserError, first_line
 from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
-from pds_ray.store.artifacts import EmbeddingStore
+from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.storage import side_by_side
 from pds_ray.telemetry import log
 from pds_ray.telemetry.progress import QUIET_S, progress_bar, waiting_for
@@ -57,7 +57,7 @@ FATAL, STORE = (
 class ShardDatasource(Datasource):
     """One read task a shard: a fault can cost one shard's remainder, never its neighbours."""
 
-    def __init__(self, source: Source, shards: list[Shard], under_way: runtime.UnderWay) -> None:
+    def __init__(self, source: Source, shards: list[Shard], under_way: watch.UnderWay) -> None:
         super().__init__()
         self._source = source
         self._shards = shards
@@ -79,7 +79,7 @@ class ShardDatasource(Datasource):
 class _Reader:
     source: Source
     shard: Shard
-    under_way: runtime.UnderWay
+    under_way: watch.UnderWay
 
     def __call__(self) -> Iterable[pa.Table]:
         """The shard's blocks.
@@ -114,7 +114,7 @@ def _said(error: Exception) -> str:
 def _decode(block: pa.Table, info: EncoderInfo, read: ReadConfig, seconds: float) -> pa.Table:
     """`core.decode_block`; a picture that takes longer than `seconds` ends the process, even stuck in C code."""
     try:
-        with runtime.time_limit(seconds) as begin:
+        with process.time_limit(seconds) as begin:
             return core.decode_block(block, info.preprocess, read, lambda _: begin())
     except Exception as error:
         return _problem(_fault(error), error)
@@ -130,7 +130,7 @@ class EmbedWorker:
 
     def __init__(self, info: EncoderInfo, config: EmbedConfig, store: EmbeddingStore) -> None:
         self.size = info.preprocess.size
-        self.encoder = runtime.load_model(catalog.load_encoder, info, config.precision)
+        self.encoder = process.load_model(catalog.load_encoder, info, config.precision)
         self.config = config
         self.store = store
         self.encoding = threading.Lock()
@@ -278,8 +278,8 @@ def embed(
     reused = core.sum_counts(done[name] for name in sorted(names))
     totals, failed, encoders = reused, dict[str, str](), metrics.ActorTime("embed")
     if todo:
-        precision = runtime.precision(
-            config.embed.precision, runtime.pool(config.ray.embed_actors), "bf16"
+        precision = pools.precision(
+            config.embed.precision, pools.pool(config.ray.embed_actors), "bf16"
         )
         embed_config = replace(config.embed, precision=precision)
         begun = {marker["precision"] for marker in done.values()} - {embed_config.precision}
@@ -324,7 +324,7 @@ def _embed(
     totals, limits = core.sum_counts([reused]), work.ray
     finished, problems = shards - len(todo), dict[str, str]()
     with (
-        runtime.UnderWay() as under_way,
+        watch.UnderWay() as under_way,
         progress_bar("embed", None, "images", reused["images"]) as bar,
     ):
         waiting_for(
@@ -389,35 +389,35 @@ def _stream(
     shards: list[Shard],
     work: _Work,
     arrived: dict[str, _Progress],
-    under_way: runtime.UnderWay,
+    under_way: watch.UnderWay,
     encoders: metrics.ActorTime,
 ) -> Iterator[tuple[str, dict[str, Any], bool]]:
     """Runs the data set; books in `arrived` and `encoders` what comes.
 
     Yields shard and counts of each block, and whether the shard is committed; if not, once more when it is.
     """
-    with runtime.lost_blocks_allowed():
+    with watch.lost_blocks_allowed():
         decoded = ray.data.read_datasource(
             ShardDatasource(work.source, shards, under_way),
             override_num_blocks=len(shards),
-            num_cpus=runtime.READ_CPUS,
+            num_cpus=pools.READ_CPUS,
             resources=work.ray.reader_resources,
-            ray_remote_args={"max_retries": runtime.TASK_RETRIES},
+            ray_remote_args={"max_retries": TASK_RETRIES},
         ).map_batches(
             _decode,
             fn_args=(work.info, work.read, work.ray.sample_timeout_s),
             batch_size=None,
             batch_format="pyarrow",
-            num_cpus=runtime.DECODE_CPUS,
+            num_cpus=pools.DECODE_CPUS,
             resources=work.ray.reader_resources,
-            max_retries=runtime.TASK_RETRIES,
+            max_retries=TASK_RETRIES,
         )
-        actors = runtime.pool(work.ray.embed_actors)
+        actors = pools.pool(work.ray.embed_actors)
         arguments = (work.info, work.config, work.store)
-        embedded = runtime.map_blocks(decoded, EmbedWorker, arguments, actors, EmbedWorker.THREADS)
+        embedded = pools.map_blocks(decoded, EmbedWorker, arguments, actors, EmbedWorker.THREADS)
     commits: dict[ray.ObjectRef, str] = {}
-    commit = ray.remote(commit_parts).options(num_cpus=runtime.DECODE_CPUS)
-    with runtime.LostBlocks() as lost:
+    commit = ray.remote(commit_parts).options(num_cpus=pools.DECODE_CPUS)
+    with watch.LostBlocks() as lost:
         for batch in embedded.iter_batches(batch_size=None, batch_format="pyarrow"):
             lost.check_space()
             for row in pa.table(batch).to_pylist():
@@ -453,18 +453,18 @@ def _stream(
 
 
 def _again(
-    shards: list[Shard], work: _Work, under_way: runtime.UnderWay
+    shards: list[Shard], work: _Work, under_way: watch.UnderWay
 ) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Embeds shards that were lost, each in processes of its own; yields their counts, or why they cannot be read."""
-    actors = runtime.pool(work.ray.embed_actors)
+    actors = pools.pool(work.ray.embed_actors)
     remote = ray.remote(_embed_alone).options(**actors.options(), max_retries=0)
-    pending = {remote.remote(shard, work, under_way): (shard, runtime.Deaths()) for shard in shards}
+    pending = {remote.remote(shard, work, under_way): (shard, tasks.Deaths()) for shard in shards}
     while pending:
         (ready,), _ = ray.wait(list(pending))
         shard, deaths = pending.pop(ready)
         try:
             yield shard.name, ray.get(ready)
-        except runtime.LOST as error:
+        except tasks.LOST as error:
             if deaths.survived(error):
                 pending[remote.remote(shard, work, under_way)] = shard, deaths
             else:
@@ -474,10 +474,10 @@ def _again(
                 )
 
 
-def _embed_alone(shard: Shard, work: _Work, under_way: runtime.UnderWay) -> dict[str, Any] | str:
+def _embed_alone(shard: Shard, work: _Work, under_way: watch.UnderWay) -> dict[str, Any] | str:
     """Embeds and commits a shard in a child process; returns its counts, or why it cannot be read."""
     under_way.begin(shard.name)
-    load = partial(runtime.load_model, catalog.load_encoder, work.info, work.config.precision)
+    load = partial(process.load_model, catalog.load_encoder, work.info, work.config.precision)
     limits = Limits(
         work.ray.sample_timeout_s, min(MAX_GROWTH_BYTES, psutil.virtual_memory().available // 2)
     )

@@ -33,7 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pds_ray import catalog
 from pds_ray.backbones.base import BackboneInfo
 from pds_ray.config import ConfigError, EvaluateConfig
-from pds_ray.distributed import runtime
+from pds_ray.distributed import TASK_RETRIES, pools, process, session, tasks
 from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
 from pds_ray.errors import first_line
 from pds_ray.modalities.text import CLEANERS
@@ -113,7 +113,7 @@ def run_trials(
     def begin(lane: list[core.Trial]) -> ray.ObjectRef:
         return task.remote(lane, [shared], results, groups, config, on_gpu)
 
-    pending = {begin(lane): (lane, runtime.Deaths()) for lane in lanes}
+    pending = {begin(lane): (lane, tasks.Deaths()) for lane in lanes}
     missing = {trial.key for trial in trials}
 
     def under_way() -> str:
@@ -132,14 +132,14 @@ def run_trials(
                 for reference in ready:
                     lane, deaths = pending.pop(reference)
                     try:
-                        with runtime.unwrapped_errors():
+                        with session.unwrapped_errors():
                             ray.get(reference)
                     except (
-                        runtime.LOST
+                        tasks.LOST
                     ) as error:  # of the lane itself; deaths of its workers are Ray Train's
                         left = [trial for trial in lane if trial.key in missing]
                         if len(left) < len(lane):
-                            deaths = runtime.Deaths()
+                            deaths = tasks.Deaths()
                         if not deaths.survived(error):
                             raise
                         _release(groups, lane)
@@ -218,20 +218,20 @@ def _prepare(
         (trial.backbone.name, trial.image_size, trial.protocol.train): trial for trial in trials
     }
     with (
-        runtime.unwrapped_errors(),
+        session.unwrapped_errors(),
         progress_bar("build", len(kinds), "backbones", delay_s=QUIET_S) as bar,
     ):
-        for _ in runtime.map_in_order(_try_backbone, kinds.values(), config.workers):
+        for _ in tasks.map_in_order(_try_backbone, kinds.values(), config.workers):
             bar.update()
     sizes = sorted({trial.image_size for trial in trials})
     wanted = {trial.label for trial in trials}
     sets = [checked for checked in sets if checked.candidate.label in wanted]
     encoders = {checked.encoder.identity: checked.encoder for checked in sets}
     data = LaneData({}, {}, {}, {})
-    actors = runtime.pool(config.ray.embed_actors)
+    actors = pools.pool(config.ray.embed_actors)
 
     def encode(encoder: str, captions: list[str]) -> ray.ObjectRef:
-        return runtime.start_model(actors, _encode, encoders[encoder], captions)
+        return pools.start_model(actors, _encode, encoders[encoder], captions)
 
     for name, split in splits.items():
         for rule in sorted({checked.text.cleaning for checked in sets}):
@@ -245,7 +245,7 @@ def _prepare(
     for checked in sets:
         label, distilled = checked.candidate.label, checked.distilled
         for size in sizes:
-            task = ray.remote(core.set_pictures).options(num_cpus=runtime.SMALL_TASK_CPUS)
+            task = ray.remote(core.set_pictures).options(num_cpus=pools.SMALL_TASK_CPUS)
             data.pictures[label, size] = task.remote(distilled, size)
         if checked.text.of_set == "prototypes":
             data.text[label] = ray.put(distilled.text_prototypes)
@@ -255,14 +255,14 @@ def _prepare(
                 checked.text.encoder, [clean(caption) for caption in distilled.captions]
             )
     # before there are lanes: they leave no CPU and no GPU to these tasks, and try again what cannot succeed
-    count = ray.remote(_count).options(num_cpus=runtime.SMALL_TASK_CPUS)
+    count = ray.remote(_count).options(num_cpus=pools.SMALL_TASK_CPUS)
     with (
-        runtime.unwrapped_errors(),
+        session.unwrapped_errors(),
         progress_bar("prepare", None, "inputs", delay_s=QUIET_S) as bar,
     ):
         made: dict[Any, ray.ObjectRef] = {**data.pictures, **data.text, **data.held_out_text}
         for of, reference in made.items():
-            runtime.wait_for(count.remote(reference), f"the inputs of {of}")
+            tasks.wait_for(count.remote(reference), f"the inputs of {of}")
             bar.update()
     return data
 
@@ -275,10 +275,10 @@ def _read_split(
     Raises in one line ConfigError if nothing in it can be used, UserError if not all of it can be read.
     """
     task = ray.remote(core.read_split).options(
-        num_cpus=runtime.SMALL_TASK_CPUS, num_returns=3, max_retries=runtime.TASK_RETRIES
+        num_cpus=pools.SMALL_TASK_CPUS, num_returns=3, max_retries=TASK_RETRIES
     )
     pick = ray.remote(_pick).options(num_cpus=0)
-    limit = partial(runtime.time_limit, seconds)
+    limit = partial(process.time_limit, seconds)
     pending: list[Any] = [
         task.remote(split.source, shard, sizes, rule, limit) for shard in split.shards
     ]
@@ -287,10 +287,10 @@ def _read_split(
     with progress_bar(f"read {name}", len(pending), "shards") as bar:
         for shard, (_, captions, faults) in zip(split.shards, pending, strict=True):
             try:
-                with runtime.unwrapped_errors():
+                with session.unwrapped_errors():
                     texts += ray.get(captions)
                     bad.update(ray.get(faults))
-            except runtime.LOST as error:
+            except tasks.LOST as error:
                 raise SourceError(
                     f"a picture of shard {shard.name} of {split.uri} ends the process that decodes it, takes too much "
                     f"memory or more than {seconds:g} s (--ray.sample-timeout-s), or its machine was lost; recalls "
@@ -324,12 +324,12 @@ def _try_backbone(trial: core.Trial, workers: int) -> None:
 
 
 def _build_backbone(info: BackboneInfo, image_size: int) -> torch.nn.Module:
-    with runtime.without_collections():
+    with process.without_collections():
         return catalog.build_backbone(info, image_size)
 
 
 def _encode(info: EncoderInfo | TextEncoderInfo, captions: list[str]) -> np.ndarray:
-    return core.encode(runtime.load_model(catalog.load_text_encoder, info, "fp32"), captions)
+    return core.encode(process.load_model(catalog.load_text_encoder, info, "fp32"), captions)
 
 
 def _lanes(trials: list[core.Trial], count: int) -> list[list[core.Trial]]:
@@ -358,7 +358,7 @@ def _run_lane(
 
     Gives up when workers have died `max_failures` times and more, and neither a trial was finished nor a state left.
     """
-    states, deaths = results / STATES, runtime.Deaths()
+    states, deaths = results / STATES, tasks.Deaths()
 
     def left() -> set[str]:
         return {trial.key for trial in trials} - {
@@ -371,7 +371,7 @@ def _run_lane(
 
     before = progress()
     while left():
-        runtime.await_all(ray.get(shared[0]).references())
+        tasks.await_all(ray.get(shared[0]).references())
         with tempfile.TemporaryDirectory() as place:  # Ray leaves a marker there, and nothing else
             trainer = TorchTrainer(
                 _train_lane,
@@ -398,7 +398,7 @@ def _run_lane(
                 return
             except ray.exceptions.RayActorError as error:  # Ray Train's own process
                 now = progress()
-                deaths = runtime.Deaths() if now != before else deaths
+                deaths = tasks.Deaths() if now != before else deaths
                 before = now
                 if not deaths.survived(error):
                     raise
@@ -426,7 +426,7 @@ def _train_lane(config: dict[str, Any]) -> None:
         torch.set_num_threads(
             1
         )  # the CPU it asked for; convolutions round by the number of threads
-    data: LaneData = runtime.fetch(config["shared"][0])
+    data: LaneData = tasks.fetch(config["shared"][0])
     results: Folder = config["results"]
     if workers.rank == 0 and not is_remote(results.path) and not results.exists(LOCK):
         raise ConfigError(
@@ -476,8 +476,8 @@ def _train_lane(config: dict[str, Any]) -> None:
 
 
 def _pairs(data: LaneData, trial: core.Trial) -> TrainingPairs:
-    pictures = runtime.fetch(data.pictures[trial.label, trial.image_size])
-    return TrainingPairs(_tensor(pictures), _tensor(runtime.fetch(data.text[trial.label])))
+    pictures = tasks.fetch(data.pictures[trial.label, trial.image_size])
+    return TrainingPairs(_tensor(pictures), _tensor(tasks.fetch(data.text[trial.label])))
 
 
 Galleries = dict[tuple[str, int, str, str], Gallery]
@@ -491,14 +491,14 @@ def _gallery(data: LaneData, name: str, trial: core.Trial, made: Galleries) -> G
         return None
     key = (name, trial.image_size, rule, encoder)
     if key not in made:
-        shards = [runtime.fetch(shard) for shard in split.pictures[trial.image_size]]
+        shards = [tasks.fetch(shard) for shard in split.pictures[trial.image_size]]
         pictures = (
             shards[0] if len(shards) == 1 else np.concatenate(shards)
         )  # one shard stays where it is shared
         if not split.chosen.all():
             pictures = pictures[split.chosen]
         rows, owner = split.rows()
-        text = runtime.fetch(data.held_out_text[name, rule, encoder])[rows]
+        text = tasks.fetch(data.held_out_text[name, rule, encoder])[rows]
         made[key] = Gallery(_tensor(pictures), _tensor(text), torch.from_numpy(owner))
     return made[key]
 

@@ -8,9 +8,11 @@ from typing import Any
 import pyarrow as pa
 
 from pds_ray.config import RunConfig
-from pds_ray.distributed import runtime
+from pds_ray.distributed import tasks
 from pds_ray.stages import match as core
-from pds_ray.store.artifacts import COUPLE_SCHEMA, EmbeddingStore, RunFolder
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.schemas import COUPLE_SCHEMA
 from pds_ray.telemetry.progress import progress_bar
 
 
@@ -26,7 +28,7 @@ def match(
     with progress_bar("match", len(shards) + 1, "shards") as bar:
 
         def parts() -> Iterator[core.Counts]:
-            for part in runtime.map_in_order(_count, shards, store, run, config.pairs):
+            for part in tasks.map_in_order(_count, shards, store, run, config.pairs):
                 bar.update()
                 yield part
 

@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from pds_ray.distributed import runtime
+from pds_ray.distributed import tasks
 from pds_ray.stages import prototypes as core
-from pds_ray.store.artifacts import EmbeddingStore, embeddings
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.schemas import embeddings
 
 Side = Literal["images", "captions"]
 NAMES = {"images": ["key"], "captions": ["key", "caption"]}  # what is told of a winner
@@ -50,7 +51,7 @@ def nearest(
     size = 1 + len(queries) // QUERIES_PER_SHARD
     groups = [numbered[start : start + size] for start in range(0, len(shards), size)]
     for group, part in zip(
-        groups, runtime.map_in_order(_search, groups, side, store, queries), strict=True
+        groups, tasks.map_in_order(_search, groups, side, store, queries), strict=True
     ):
         core.merge_nearest(best, part)
         bar.update(len(group))
@@ -58,7 +59,7 @@ def nearest(
     columns = {name: [""] * len(queries) for name in ("shard", *NAMES[side])}
     items = ((shards[number], rows) for number, _, rows in winners)
     for (_, mine, _), found in zip(
-        winners, runtime.map_in_order(_look_up, items, side, store), strict=True
+        winners, tasks.map_in_order(_look_up, items, side, store), strict=True
     ):
         for name, column in columns.items():
             for query, value in zip(mine, found.column(name).to_pylist(), strict=True):

@@ -8,16 +8,12 @@ import numpy as np
 import pyarrow as pa
 
 from pds_ray.config import RunConfig
-from pds_ray.distributed import runtime
+from pds_ray.distributed import tasks
 from pds_ray.distributed.nearest import nearest
 from pds_ray.stages import prototypes as core
-from pds_ray.store.artifacts import (
-    EmbeddingStore,
-    RunFolder,
-    embeddings,
-    prototype_schema,
-    vector_array,
-)
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.schemas import embeddings, prototype_schema, vector_array
 from pds_ray.telemetry.progress import progress_bar
 
 
@@ -51,7 +47,7 @@ def make_prototypes(
     )
     with progress_bar("prototypes", 3 * len(shards), "shards") as bar:
         sums = core.empty_sums(np.arange(len(couples.whole)), dim)
-        for part in runtime.map_in_order(_sums, shards, store, run, couples, config.pairs):
+        for part in tasks.map_in_order(_sums, shards, store, run, couples, config.pairs):
             core.add_sums(sums, part)
             bar.update()
         prototypes = core.means(sums)

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from pds_ray.distributed import runtime
+from pds_ray.distributed import tasks
 from pds_ray.stages import prune as core
-from pds_ray.store.artifacts import EmbeddingStore, RunFolder
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.telemetry.progress import progress_bar
 
 
@@ -45,24 +46,22 @@ def prune(
             bar.update(3 * len(shards))
         else:
             upper = np.zeros(core.BUCKETS, np.int64)
-            for counts in runtime.map_in_order(_histogram, shards, store, None):
+            for counts in tasks.map_in_order(_histogram, shards, store, None):
                 upper += counts
                 bar.update()
             high, before = core.find_bucket(upper, drop - 1)
             lower = np.zeros(core.BUCKETS, np.int64)
-            for counts in runtime.map_in_order(_histogram, shards, store, high):
+            for counts in tasks.map_in_order(_histogram, shards, store, high):
                 lower += counts
                 bar.update()
             low, before_low = core.find_bucket(lower, drop - 1 - before)
             threshold = core.Threshold((high << 16) | low, drop - before - before_low)
-            ties = list(runtime.map_in_order(_count_ties, shards, store, threshold))
+            ties = list(tasks.map_in_order(_count_ties, shards, store, threshold))
             bar.update(len(shards))
         starts = [int(start) for start in np.cumsum([0, *ties[:-1]])]
         kept = images = 0
         items = zip(shards, starts, strict=True)
-        for kept_here, images_here in runtime.map_in_order(
-            _write_mask, items, store, run, threshold
-        ):
+        for kept_here, images_here in tasks.map_in_order(_write_mask, items, store, run, threshold):
             kept += kept_here
             images += images_here
             bar.update()

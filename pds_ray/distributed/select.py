@@ -10,9 +10,10 @@ import pyarrow as pa
 
 from pds_ray import catalog
 from pds_ray.config import ConfigError, RunConfig
-from pds_ray.distributed import runtime
+from pds_ray.distributed import pools, tasks
 from pds_ray.stages import select as core
-from pds_ray.store.artifacts import EmbeddingStore, RunFolder
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.telemetry.progress import progress_bar
 
 
@@ -41,7 +42,7 @@ def select(
     """
     needed, there = (
         core.candidate_bytes(counts["images"], counts["pairs"], dim),
-        runtime.most_memory(),
+        pools.most_memory(),
     )
     if needed > there:
         raise ConfigError(
@@ -50,11 +51,11 @@ def select(
         )
     picks = []
     with progress_bar("select", config.pairs, "pairs") as bar:
-        for pick in runtime.stream(_pick, shards, dim, store, config):
+        for pick in tasks.stream(_pick, shards, dim, store, config):
             picks.append(pick)
             bar.update()
     parts = core.split_by_shard(picks, shards, store)
-    chosen = pa.concat_tables(runtime.map_in_order(_look_up, parts, store)).sort_by("pair")
+    chosen = pa.concat_tables(tasks.map_in_order(_look_up, parts, store)).sort_by("pair")
     run.save_prototypes(chosen)
     return {
         "prototypes": chosen.num_rows,

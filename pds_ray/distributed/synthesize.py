@@ -13,10 +13,10 @@ import ray
 from pds_ray import catalog
 from pds_ray.config import RunConfig
 from pds_ray.decoders.base import DecoderInfo
-from pds_ray.distributed import metrics, runtime
+from pds_ray.distributed import metrics, pools, process, watch
 from pds_ray.sources.base import Source
 from pds_ray.stages import synthesize as core
-from pds_ray.store.artifacts import RunFolder
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.telemetry.progress import progress_bar, waiting_for
 
 
@@ -29,11 +29,11 @@ class SynthesizeWorker:
         config: RunConfig,
         source: Source,
         run: RunFolder,
-        under_way: runtime.UnderWay,
+        under_way: watch.UnderWay,
     ) -> None:
         is_model = info.dim is not None  # it takes embeddings
         load = (
-            partial(runtime.load_model, catalog.load_decoder) if is_model else catalog.load_decoder
+            partial(process.load_model, catalog.load_decoder) if is_model else catalog.load_decoder
         )
         self.decoder = load(info, config.decode, source)
         self.config = config
@@ -81,11 +81,11 @@ def _named(start: int) -> str:
 
 def precision(info: DecoderInfo, config: RunConfig) -> str:
     """In which pictures are decoded here: settled once, lest actors on unlike machines differ."""
-    return runtime.precision(config.decode.precision, _actors(info, config), "fp16")
+    return pools.precision(config.decode.precision, _actors(info, config), "fp16")
 
 
-def _actors(info: DecoderInfo, config: RunConfig) -> runtime.Pool:
-    return runtime.pool(config.ray.decode_actors, on_gpu=info.dim is not None)
+def _actors(info: DecoderInfo, config: RunConfig) -> pools.Pool:
+    return pools.pool(config.ray.decode_actors, on_gpu=info.dim is not None)
 
 
 def synthesize(
@@ -104,7 +104,7 @@ def synthesize(
     made, decoders = 0, metrics.ActorTime("decode")
     if todo:
         ended = set[str]()
-        with runtime.UnderWay() as under_way, progress_bar("decode", pairs, "images", found) as bar:
+        with watch.UnderWay() as under_way, progress_bar("decode", pairs, "images", found) as bar:
             waiting_for(lambda: under_way.describe(ended))
             dataset = ray.data.from_items(
                 [{"start": chunk.start, "stop": chunk.stop} for chunk in todo],
@@ -114,7 +114,7 @@ def synthesize(
                 fn_constructor_args=(info, config, source, run, under_way),
                 batch_size=1,
                 batch_format="pyarrow",
-                **runtime.actor_options(_actors(info, config)),
+                **pools.actor_options(_actors(info, config)),
             )
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
                 for row in pa.table(batch).to_pylist():

@@ -7,72 +7,15 @@ resize pictures with it and load the weights themselves.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
-
-@dataclass(frozen=True)
-class Preprocess:
-    """How a picture becomes the pixels an encoder takes. Pillow only, so that decoding workers need no torch.
-
-    Gives the pixels of open_clip's inference transform before its conversion to floats.
-    """
-
-    size: int
-    interpolation: str = "bicubic"
-    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
-    fill: int = 0
-
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """RGB picture -> uint8 [size, size, 3]."""
-        resample = (
-            Image.Resampling.BILINEAR
-            if self.interpolation == "bilinear"
-            else Image.Resampling.BICUBIC
-        )
-        if self.resize_mode == "squash":
-            return np.asarray(image.resize((self.size, self.size), resample))
-        if self.resize_mode == "shortest":
-            image = _bounded(image)
-        width, height = image.size
-        if self.resize_mode == "longest":
-            ratio = max(width / self.size, height / self.size)
-            scaled = (round(width / ratio), round(height / ratio))
-        elif width <= height:
-            scaled = (self.size, int(self.size * height / width))
-        else:
-            scaled = (int(self.size * width / height), self.size)
-        scaled = (max(1, scaled[0]), max(1, scaled[1]))
-        if scaled != (width, height):
-            image = image.resize(scaled, resample)
-        left, top = (self._edge(side) for side in scaled)
-        if (left, top) == (0, 0) and scaled == (self.size, self.size):
-            return np.asarray(image)
-        canvas = Image.new("RGB", (self.size, self.size), (self.fill,) * 3)
-        canvas.paste(image, (-left, -top))
-        return np.asarray(canvas)
-
-    def _edge(self, side: int) -> int:
-        """Where the middle `size` pixels of a side begin; below 0 where it is padded, the odd pixel at the far end."""
-        return -((self.size - side) // 2) if side < self.size else round((side - self.size) / 2)
-
+from pds_ray.modalities.image import Preprocess
 
 ROW_MULTIPLE = (
     16  # forward passes take multiples of 16 rows: then a row's result does not depend on its batch
 )
-MAX_ASPECT = 32
-
-
-def _bounded(image: Image.Image) -> Image.Image:
-    """The middle of a picture longer than MAX_ASPECT times its short side: enlarged whole it would fill memory."""
-    width, height = image.size
-    limit = MAX_ASPECT * min(width, height)
-    if max(width, height) <= limit:
-        return image
-    left, top = max(0, (width - limit) // 2), max(0, (height - limit) // 2)
-    return image.crop((left, top, min(width, left + limit), min(height, top + limit)))
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pds_ray.config import ConfigError
-from pds_ray.encoders.base import ROW_MULTIPLE, EncoderInfo, Preprocess
+from pds_ray.encoders.base import ROW_MULTIPLE, EncoderInfo
 from pds_ray.errors import first_line
+from pds_ray.modalities.image import Preprocess
 from pds_ray.store.hub import require_repository
 from pds_ray.store.storage import file_sha256, folder_sha256
 

@@ -20,7 +20,6 @@ from pds_ray.errors import UserError, without_secrets
 from pds_ray.modalities.text import CLEANERS
 from pds_ray.recipes import protocol_name
 from pds_ray.sources.base import Sample, Shard, Source
-from pds_ray.stages.materialize import PROTOTYPES, DistilledSet, load_distilled
 from pds_ray.stages.trial import (
     VALIDATION_EVERY,
     Candidate,
@@ -31,6 +30,7 @@ from pds_ray.stages.trial import (
     average,
     summarize,
 )
+from pds_ray.store.distilled_set import PROTOTYPES, DistilledSet, load_distilled
 from pds_ray.store.manifest import fingerprint
 from pds_ray.store.storage import Folder
 
@@ -94,13 +94,13 @@ def evaluate_all(
     results.create()
     with results.lock():
         results.sweep()
-        from pds_ray.distributed import runtime
+        from pds_ray.distributed import session
         from pds_ray.distributed.evaluate import run_trials
 
         done = set(results.names(".json"))
         todo = {trial.key: trial for trial in plan_.trials if f"{trial.key}.json" not in done}
         if todo:  # sets that do not differ share their trials
-            runtime.start(config.ray)
+            session.start(config.ray)
             run_trials(list(todo.values()), plan_.sets, plan_.splits, results, config)
     return {checked.candidate.label: _result(checked, plan_, results) for checked in plan_.sets}
 

@@ -30,9 +30,11 @@ from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import first_line, without_secrets
 from pds_ray.modalities.text import CLEANERS
 from pds_ray.sources.base import Fault, MissingShardsError, Sample, Shard, Source, SourceError
-from pds_ray.store.artifacts import STORE_SCHEMA_VERSION, EmbeddingStore, RunFolder
+from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.heartbeat import beating
 from pds_ray.store.manifest import ManifestError, RunManifest, fingerprint, versions
+from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.schemas import STORE_SCHEMA_VERSION
 from pds_ray.store.storage import Folder, StorageError, is_remote
 from pds_ray.telemetry import log
 from pds_ray.telemetry.progress import QUIET_S, progress_bar
@@ -454,14 +456,14 @@ def _run_stages(plan_: Plan, manifest: RunManifest, only: Collection[str] = ()) 
     for stage in until:
         check_order()
         if not manifest.is_done(stage, plan_.fingerprints[stage]):
-            from pds_ray.distributed import runtime
+            from pds_ray.distributed import session
 
             if not started:
-                manifest.update(ray=runtime.start(plan_.config.ray, plan_.run.folder.shown))
+                manifest.update(ray=session.start(plan_.config.ray, plan_.run.folder.shown))
                 started = True
             with (
                 _recorded(manifest, stage, plan_.fingerprints[stage]) as counts,
-                runtime.unwrapped_errors(),
+                session.unwrapped_errors(),
             ):
                 counts.update(steps[stage]())
                 if stage != "embed":

@@ -7,9 +7,9 @@ from typing import Any
 
 from pds_ray.engine.pipeline import stages
 from pds_ray.store import heartbeat
-from pds_ray.store.artifacts import RunFolder
 from pds_ray.store.heartbeat import SILENT_S
 from pds_ray.store.manifest import RunManifest
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
 
 

@@ -11,9 +11,10 @@ from pds_ray.engine import pipeline
 from pds_ray.errors import first_line
 from pds_ray.sources.base import RETRYABLE
 from pds_ray.stages.embed import shard_counts, sum_counts
-from pds_ray.stages.materialize import MANIFEST
-from pds_ray.store.artifacts import EmbeddingStore, RunFolder
+from pds_ray.store.distilled_set import MANIFEST
+from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import RunManifest
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder, side_by_side
 from pds_ray.telemetry.progress import progress_bar
 

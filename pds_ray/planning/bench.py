@@ -50,16 +50,16 @@ from pds_ray.planning.planning import (
 from pds_ray.sources.base import Sample, Shard, Source, SourceError
 from pds_ray.stages import cluster, match, prototypes
 from pds_ray.stages import embed as embedding
-from pds_ray.store.artifacts import (
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.manifest import versions
+from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.schemas import (
     ERROR_SCHEMA,
     MODALITIES,
-    EmbeddingStore,
-    RunFolder,
     caption_schema,
     embedding_array,
     image_schema,
 )
-from pds_ray.store.manifest import versions
 from pds_ray.store.storage import Folder, is_remote
 from pds_ray.telemetry.progress import progress_bar
 
@@ -317,7 +317,7 @@ def _encoder_figures(info: EncoderInfo, source: Source, config: RunConfig) -> di
     """Encoding at the best of a few batch sizes, and the work around it, without the commit."""
     import torch
 
-    from pds_ray.distributed.runtime import load_model
+    from pds_ray.distributed.process import load_model
 
     per = "GPU" if torch.cuda.is_available() else "core"
     began = time.perf_counter()
@@ -383,7 +383,7 @@ def _decoder_figures(info: DecoderInfo, source: Source, config: RunConfig) -> di
         return {}
     import torch
 
-    from pds_ray.distributed.runtime import load_model
+    from pds_ray.distributed.process import load_model
 
     per = "GPU" if torch.cuda.is_available() else "core"
     began = time.perf_counter()
@@ -540,26 +540,26 @@ def _faiss_has_gpus() -> bool:
 
 def _ray_figures(config: RayConfig) -> dict[str, Entry]:
     """What Ray asks of the driver. Starts a local Ray."""
-    from pds_ray.distributed import runtime
+    from pds_ray.distributed import session
     from pds_ray.distributed.bench import block_seconds, task_seconds
 
-    runtime.start(config)
+    session.start(config)
     try:
         task_seconds(FEW)  # workers start
         tasks = [TASKS / task_seconds(TASKS) for _ in range(REPEATS)]
         blocks = [TASKS_A_BLOCK * BLOCKS / block_seconds(BLOCKS) for _ in range(REPEATS)]
     finally:
-        runtime.stop()
+        session.stop()
     return {"tasks": _entry(tasks, "tasks", "driver"), "blocks": _entry(blocks, "tasks", "driver")}
 
 
 def _whole_run(config: RunConfig) -> dict[str, float]:
     """Seconds of each stage of a run, and of all that is in no stage."""
-    from pds_ray.distributed import runtime
+    from pds_ray.distributed import session
 
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
         manifest = pipeline.distill(config)
-        runtime.stop()
+        session.stop()
     seconds = {stage: entry["seconds"] for stage, entry in manifest["stages"].items()}
     return {**seconds, "": manifest["last_run_seconds"] - sum(seconds.values())}
 

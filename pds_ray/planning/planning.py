@@ -567,7 +567,7 @@ class _Run:
         return float(self.work.images) * 3 * self.size**2
 
     def actors(self, wish: Actors, on_gpu: bool = True) -> int:
-        """Those of runtime.pool that find room."""
+        """Those of pools.pool that find room."""
         if on_gpu and wish.gpus:
             room = int(self.cluster.gpus / wish.gpus)
             return min(room, wish.workers or room)

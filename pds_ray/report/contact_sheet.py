@@ -6,7 +6,7 @@ import textwrap
 
 from PIL import Image, ImageDraw, ImageFont
 
-from pds_ray.stages.materialize import DistilledSet
+from pds_ray.store.distilled_set import DistilledSet
 
 TILE, TEXT_HEIGHT, GAP, COLUMNS = 144, 54, 8, 10
 FONT_SIZE, TEXT_COLUMNS, TEXT_LINES = 11, 25, 4

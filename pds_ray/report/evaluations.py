@@ -9,8 +9,8 @@ from typing import Any
 
 from pds_ray.errors import UserError
 from pds_ray.report.pictures import data_uri
-from pds_ray.stages.materialize import DistilledSetError, load_distilled
-from pds_ray.store.artifacts import RunFolder
+from pds_ray.store.distilled_set import DistilledSetError, load_distilled
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder, is_remote
 
 EVALUATION = "evaluation"

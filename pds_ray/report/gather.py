@@ -28,9 +28,11 @@ from pds_ray.report.evaluations import (
     set_strips,
 )
 from pds_ray.report.pictures import data_uri, real_thumbnails
-from pds_ray.stages.materialize import DistilledSet, DistilledSetError, load_distilled
-from pds_ray.store.artifacts import EmbeddingStore, RunFolder, embeddings
+from pds_ray.store.distilled_set import DistilledSet, DistilledSetError, load_distilled
+from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import RunManifest, rate
+from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.schemas import embeddings
 from pds_ray.store.storage import Folder, StorageError
 
 PAIR_LIMIT = 1_000

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pds_ray.config import ClusterConfig, ConfigError
-from pds_ray.store.artifacts import MODALITIES
+from pds_ray.store.schemas import MODALITIES
 
 FLAT_LIMIT = 100_000  # clusters fitted at one level
 # Clusters begun from `seeds`, and the rows a cluster that these are chosen among. Each choice reads all these rows, so

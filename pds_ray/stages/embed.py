@@ -20,11 +20,11 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from pds_ray.config import EmbedConfig, ReadConfig
-from pds_ray.encoders.base import ROW_MULTIPLE, Encoder, Preprocess
-from pds_ray.modalities.image import ImageError, decode_image
+from pds_ray.encoders.base import ROW_MULTIPLE, Encoder
+from pds_ray.modalities.image import ImageError, Preprocess, decode_image
 from pds_ray.modalities.text import CLEANERS
 from pds_ray.sources.base import Fault, Shard, Source, read_shard
-from pds_ray.store.artifacts import ERROR_SCHEMA, caption_schema, embedding_array, image_schema
+from pds_ray.store.schemas import ERROR_SCHEMA, caption_schema, embedding_array, image_schema
 
 END = "end"  # reason of the row that closes a shard; its ordinal is the number of rows before it
 BLOCK_SAMPLES = 256

@@ -13,7 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from pds_ray.stages.cluster import normalized
-from pds_ray.store.artifacts import MEMBER_SAMPLE
+from pds_ray.store.schemas import MEMBER_SAMPLE
 
 
 @dataclass

@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from pds_ray.selectors.base import Candidates
 from pds_ray.stages.cluster import normalized
-from pds_ray.store.artifacts import EmbeddingStore, embeddings, prototype_schema, vector_array
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.schemas import embeddings, prototype_schema, vector_array
 
 
 def candidate_bytes(images: int, pairs: int, dim: int) -> int:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pds_ray.config import DecodeConfig
 from pds_ray.decoders.base import DecodeBatch, Decoder
-from pds_ray.store.artifacts import vectors
+from pds_ray.store.schemas import vectors
 
 
 def pair_seed(run_seed: int, pair: int) -> int:

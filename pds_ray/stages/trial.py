@@ -18,11 +18,11 @@ import torch
 
 from pds_ray.backbones.base import BackboneInfo
 from pds_ray.config import ConfigError, ProtocolConfig
-from pds_ray.encoders.base import EncoderInfo, Preprocess, TextEncoder, TextEncoderInfo
-from pds_ray.modalities.image import ImageError, decode_image
+from pds_ray.encoders.base import EncoderInfo, TextEncoder, TextEncoderInfo
+from pds_ray.modalities.image import ImageError, Preprocess, decode_image
 from pds_ray.modalities.text import CLEANERS
 from pds_ray.sources.base import SHARD_ENDS, Fault, Shard, Source, SourceError, read_shard
-from pds_ray.stages.materialize import DistilledSet
+from pds_ray.store.distilled_set import DistilledSet
 from pds_ray.training.recall import RECALLS
 from pds_ray.training.train import (
     Gallery,

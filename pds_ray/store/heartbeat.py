@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pds_ray.errors import first_line
-from pds_ray.store.artifacts import RunFolder
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import StorageError, is_remote
 from pds_ray.telemetry import log, progress
 

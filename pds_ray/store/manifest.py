@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pds_ray.errors import UserError, first_line
-from pds_ray.store.artifacts import RunFolder
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
 
 PACKAGES = (

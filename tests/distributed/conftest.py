@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from pds_ray.config import RayConfig
-from pds_ray.store.artifacts import RunFolder
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
 
 
 @pytest.fixture(scope="session", autouse=True)
 def local_ray() -> Iterator[None]:
-    from pds_ray.distributed import runtime
+    from pds_ray.distributed import session
 
-    runtime.start(RayConfig(num_cpus=2, object_store_gib=0.5))
+    session.start(RayConfig(num_cpus=2, object_store_gib=0.5))
     yield
-    runtime.stop()
+    session.stop()
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from pds_ray.distributed import cluster as stage
 from pds_ray.distributed.cluster import cluster
 from pds_ray.distributed.prune import prune
 from pds_ray.stages import cluster as core
-from pds_ray.store.artifacts import EmbeddingStore, RunFolder
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
 from tests.support.synthetic_store import Gathered, make_store
 
@@ -81,7 +82,7 @@ def test_labels_that_are_there_are_kept(
     lost = [f"{shard}.labels.parquet" for shard in pruned[1][1].shards[1:3]]
     for name in lost:
         run.clusters.delete(name)
-    monkeypatch.setattr("pds_ray.distributed.runtime.run_kmeans", no_fit)
+    monkeypatch.setattr("pds_ray.distributed.tasks.run_kmeans", no_fit)
     assert call() == undisturbed
     assert contents(run) == before
     after = times(run)
@@ -167,7 +168,7 @@ def test_two_levels(
         assert counts[space]["rows"] == (images if space == "image" else kept.sum())
 
     again, call = new_run(pruned, tmp_path / "again")
-    monkeypatch.setattr(stage.runtime, "map_in_order", in_reverse)
+    monkeypatch.setattr(stage.tasks, "map_in_order", in_reverse)
     assert call() == counts
     assert contents(again) == contents(run), "whatever the order of the tasks"
 

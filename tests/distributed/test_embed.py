@@ -24,13 +24,13 @@ from pds_ray.distributed.embed import (
     check_failed_share,
     embed,
 )
-from pds_ray.distributed.runtime import unwrapped_errors
+from pds_ray.distributed.session import unwrapped_errors
 from pds_ray.errors import UserError
 from pds_ray.sources.scenes import ScenesSource
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.stages import embed as core
 from pds_ray.stages.embed import embed_shard
-from pds_ray.store.artifacts import EmbeddingStore
+from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.storage import Folder
 from tests.support.poisoned import write_shard
 
@@ -144,7 +144,7 @@ def test_a_shard_that_loses_every_process_is_set_aside(
         return {"images": 7}
 
     monkeypatch.setattr(embed_module, "_embed_alone", alone)
-    monkeypatch.setattr(embed_module.runtime, "TASK_RETRIES", 1)
+    monkeypatch.setattr(embed_module.tasks, "TASK_RETRIES", 1)
     source = ScenesSource("scenes:2000")
     info = catalog.describe_encoder(CONFIG.embed)
     work = embed_module._Work(

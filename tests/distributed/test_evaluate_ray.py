@@ -126,7 +126,7 @@ def test_finished_trials_are_never_run_again(evaluated, monkeypatch: pytest.Monk
         raise AssertionError("there is nothing to do")
 
     monkeypatch.setattr(distributed, "run_trials", none_to_run)
-    monkeypatch.setattr("pds_ray.distributed.runtime.start", none_to_run)
+    monkeypatch.setattr("pds_ray.distributed.session.start", none_to_run)
     assert evaluation.evaluate(str(path), CONFIG) == result
     fewer = evaluation.evaluate(str(path), replace(CONFIG, seeds=1))
     assert fewer["backbones"][0]["trials"] == result["backbones"][0]["trials"][:1]
@@ -292,7 +292,7 @@ def test_a_held_out_picture_that_hangs_is_one_line(monkeypatch: pytest.MonkeyPat
             evaluate.decode_image = lambda _: ctypes.PyDLL(None).sleep(1_000)
             return super().read(shard)
 
-    monkeypatch.setattr(distributed.runtime, "TASK_RETRIES", 0)
+    monkeypatch.setattr(distributed, "TASK_RETRIES", 0)
     source = Hanging("scenes:3:7")
     with pytest.raises(
         UserError,
@@ -395,7 +395,7 @@ def test_a_row_of_trials_that_is_lost_begins_again(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(distributed, "_run_lane", lane)
     monkeypatch.setattr(distributed, "_prepare", lambda *_: distributed.LaneData({}, {}, {}, {}))
-    monkeypatch.setattr(distributed.runtime, "TASK_RETRIES", 1)
+    monkeypatch.setattr(distributed.tasks, "TASK_RETRIES", 1)
     trials = [
         SimpleNamespace(key=key, pairs=1, label="", seed=number, backbone=SimpleNamespace(name=""))
         for number, key in enumerate("abcd")

@@ -17,8 +17,10 @@ from pds_ray.distributed.cluster import cluster, sampled
 from pds_ray.distributed.match import match
 from pds_ray.distributed.prototypes import make_prototypes
 from pds_ray.distributed.prune import prune
-from pds_ray.distributed.runtime import map_in_order
-from pds_ray.store.artifacts import EmbeddingStore, RunFolder, vectors
+from pds_ray.distributed.tasks import map_in_order
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.schemas import vectors
 from pds_ray.store.storage import Folder
 from tests.support.synthetic_store import Gathered, make_store
 
@@ -171,7 +173,7 @@ def test_shards_searched_together_find_the_same(
             answers.append(args[0])
             yield answer
 
-    monkeypatch.setattr(nearest.runtime, "map_in_order", counted)
+    monkeypatch.setattr(nearest.tasks, "map_in_order", counted)
     run, data, _ = finished
     other = RunFolder(Folder(str(tmp_path)))
     for folder in ("clusters", "matching"):

@@ -19,7 +19,7 @@ from ray.experimental import internal_kv
 
 from pds_ray import distributed
 from pds_ray.config import Actors, ConfigError, RayConfig
-from pds_ray.distributed import runtime
+from pds_ray.distributed import pools, process, session, tasks, watch
 from pds_ray.errors import UserError
 from pds_ray.telemetry import progress
 
@@ -73,7 +73,7 @@ def test_pools_fit_the_cluster(
 ) -> None:
     """Each actor is put on the first node that has room for it, as a scheduler would at worst."""
     total = stand_in(monkeypatch, *nodes)
-    pool = runtime.pool(Actors(wish, 1, None, {}))
+    pool = pools.pool(Actors(wish, 1, None, {}))
     assert (pool.workers, pool.num_gpus) == (workers, gpus_each)
     assert pool.workers * pool.num_gpus <= total["GPU"]
     free = [dict(node) for node in nodes]
@@ -86,7 +86,7 @@ def test_pools_fit_the_cluster(
         assert room, "an actor fits on no node"
         room[0]["CPU"] -= pool.num_cpus
         room[0]["GPU"] = room[0].get("GPU", 0) - pool.num_gpus
-    needed = min(runtime.READ_CPUS, runtime.DECODE_CPUS)
+    needed = min(pools.READ_CPUS, pools.DECODE_CPUS)
     assert max(node["CPU"] for node in free) >= needed, "nothing left to read and decode with"
 
 
@@ -112,19 +112,19 @@ def test_wishes_go_before_what_the_cluster_has(
     at_most: int | None,
 ) -> None:
     stand_in(monkeypatch, cluster)
-    pool = runtime.pool(wish)
+    pool = pools.pool(wish)
     assert (pool.min_workers, pool.workers, pool.num_gpus) == (wish.min_workers, workers, gpus_each)
     assert pool.max_workers == at_most, (
         "more GPUs that come are used, unless the number of actors was given"
     )
     assert 0 < pool.num_cpus <= cluster["CPU"]
-    assert runtime.precision("auto", pool, "bf16") == ("bf16" if gpus_each else "fp32")
-    assert runtime.pool(wish, on_gpu=False).num_gpus == 0
+    assert pools.precision("auto", pool, "bf16") == ("bf16" if gpus_each else "fp32")
+    assert pools.pool(wish, on_gpu=False).num_gpus == 0
 
 
 def test_limits_are_in_force_and_told() -> None:
     """Of nodes, by the environment of the raylet that runs; of Ray Data, by its context."""
-    told = runtime.start(RayConfig())
+    told = session.start(RayConfig())
     raylets = [p for p in psutil.Process().children(recursive=True) if p.name() == "raylet"]
     environment = raylets[0].environ()
     for name, (value, why) in {**distributed.DRIVER, **distributed.NODES}.items():
@@ -153,7 +153,7 @@ def test_kmeans_takes_the_cpus_that_are_free() -> None:
     other = Other.remote()
     ray.get(other.here.remote())
     assert (
-        runtime.run_kmeans(lambda _: ray.get_runtime_context().get_assigned_resources()["CPU"], [])
+        tasks.run_kmeans(lambda _: ray.get_runtime_context().get_assigned_resources()["CPU"], [])
         == 1
     )
     ray.kill(other)
@@ -167,10 +167,10 @@ def test_a_kmeans_takes_all_cpus_though_tasks_have_only_just_ended() -> None:
 
     given = []
     for _ in range(4):
-        list(runtime.map_in_order(cpus, range(20)))
-        given += [runtime.run_kmeans(cpus, []), runtime.run_kmeans(cpus, [])]
-        list(runtime.map_in_order(cpus, range(20)))
-        given += runtime.stream(lambda: iter([cpus()]))
+        list(tasks.map_in_order(cpus, range(20)))
+        given += [tasks.run_kmeans(cpus, []), tasks.run_kmeans(cpus, [])]
+        list(tasks.map_in_order(cpus, range(20)))
+        given += tasks.stream(lambda: iter([cpus()]))
     assert given == [2] * 12
 
 
@@ -187,8 +187,8 @@ def test_a_kmeans_whose_node_dies_takes_what_is_left(
             os.kill(os.getpid(), signal.SIGKILL)
         return ray.get_runtime_context().get_assigned_resources()["CPU"]
 
-    monkeypatch.setattr(runtime, "_most_cpus", lambda: next(most))
-    assert runtime.run_kmeans(die_once, []) == 1
+    monkeypatch.setattr(tasks, "most_cpus", lambda: next(most))
+    assert tasks.run_kmeans(die_once, []) == 1
     assert tries.read_text() == "xx"
 
 
@@ -202,24 +202,24 @@ def test_what_always_kills_is_not_tried_for_ever(
             file.write("x")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(runtime, "TASK_RETRIES", 1)
-    with pytest.raises(runtime.LOST):
-        runtime.run_kmeans(die, [])
+    monkeypatch.setattr(tasks, "TASK_RETRIES", 1)
+    with pytest.raises(tasks.LOST):
+        tasks.run_kmeans(die, [])
     assert tries.read_text() == "xx"
 
 
 def test_lost_machines_are_counted_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """A crash may be the work's own doing, a machine that goes is not: spot machines go all the time."""
-    monkeypatch.setattr(runtime, "TASK_RETRIES", 2)
-    monkeypatch.setattr(runtime, "MACHINES_LOST", 5)
+    monkeypatch.setattr(tasks, "TASK_RETRIES", 2)
+    monkeypatch.setattr(tasks, "MACHINES_LOST", 5)
     crash, gone = ray.exceptions.WorkerCrashedError(), ray.exceptions.NodeDiedError("")
     late = ray.exceptions.GetTimeoutError("what was on the machine has to be made anew")
-    deaths = runtime.Deaths()
+    deaths = tasks.Deaths()
     assert [deaths.survived(error) for error in [gone] * 4 + [late] + [crash] * 3] == [True] * 7 + [
         False
     ]
     assert str(deaths) == "processes lost: 3, machines lost: 5"
-    deaths = runtime.Deaths()
+    deaths = tasks.Deaths()
     assert [deaths.survived(gone) for _ in range(6)] == [True] * 5 + [False]
 
 
@@ -234,11 +234,11 @@ def test_lost_blocks_are_counted_by_what_they_were_lost_to(
                 raise ValueError("ours")
         return rows
 
-    with runtime.lost_blocks_allowed():
+    with watch.lost_blocks_allowed():
         blocks = ray.data.range(5, override_num_blocks=5).map_batches(lost, max_retries=0)
-    log = runtime.LostBlocks._LOG
+    log = watch.LostBlocks._LOG
     before = log.level, log.propagate, list(log.handlers)
-    with runtime.LostBlocks() as lost_blocks:
+    with watch.LostBlocks() as lost_blocks:
         left = [
             number
             for batch in blocks.iter_batches(batch_size=None)
@@ -259,9 +259,9 @@ def test_the_node_that_is_full_is_the_one_where_it_happened() -> None:
         def __str__(self) -> str:
             return "ray::count() (pid=1, ip=10.0.0.1)\n  ray::encode() (pid=2, ip=10.0.0.2)\nLocal disk is full"
 
-    assert "full on node 10.0.0.2;" in runtime._no_space(Nested(""))
-    assert "full here;" in runtime._no_space(ray.exceptions.ObjectStoreFullError("no space"))
-    assert runtime._no_space(OSError("ip=10.0.0.1")) == ""
+    assert "full on node 10.0.0.2;" in watch.no_space(Nested(""))
+    assert "full here;" in watch.no_space(ray.exceptions.ObjectStoreFullError("no space"))
+    assert watch.no_space(OSError("ip=10.0.0.1")) == ""
 
 
 def test_a_stream_that_breaks_off_is_taken_up(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_a_stream_that_breaks_off_is_taken_up(tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield number
 
-    assert list(runtime.stream(count)) == [0, 1, 2, 3, 4]
+    assert list(tasks.stream(count)) == [0, 1, 2, 3, 4]
     assert broken.exists()
 
 
@@ -287,7 +287,7 @@ def test_the_watchdog_names_what_is_waited_for(monkeypatch: pytest.MonkeyPatch, 
         return item
 
     with progress.progress_bar("prune", 2, "shards") as bar:
-        for _ in runtime.map_in_order(slow, ["00006", "00007"]):
+        for _ in tasks.map_in_order(slow, ["00006", "00007"]):
             bar.update()
         awaited = capsys.readouterr().err
         bar.set_postfix_str("the assignment", refresh=False)
@@ -301,7 +301,7 @@ def test_the_watchdog_names_what_is_waited_for(monkeypatch: pytest.MonkeyPatch, 
 
 def test_who_begins_something_is_told_until_it_ends() -> None:
     here = ray.get_runtime_context().get_node_id()[:8]
-    with runtime.UnderWay() as under_way, runtime.UnderWay() as another:
+    with watch.UnderWay() as under_way, watch.UnderWay() as another:
         another.begin("of another")
         for name in ("b", "a/é"):  # told by other processes
             ray.get(ray.remote(lambda told=name: under_way.begin(told)).remote())
@@ -325,7 +325,7 @@ def test_what_cannot_be_told_stops_no_work(monkeypatch: pytest.MonkeyPatch) -> N
 
     for client, problem in ((Gone(), "RpcError"), (None, "RaySystemError")):
         monkeypatch.setattr(internal_kv, "internal_kv_get_gcs_client", lambda client=client: client)
-        with runtime.UnderWay() as under_way:
+        with watch.UnderWay() as under_way:
             under_way.begin("a")
             assert under_way.describe(set()) == f"unknown ({problem})"
 
@@ -335,7 +335,7 @@ def test_results_come_in_the_order_of_the_items() -> None:
         time.sleep(0.02 * (item % 3))  # later items may end first
         return item * item + int(shared.sum())
 
-    found = list(runtime.map_in_order(slow_square, range(20), np.arange(4)))
+    found = list(tasks.map_in_order(slow_square, range(20), np.arange(4)))
     assert found == [item * item + 6 for item in range(20)]
 
 
@@ -348,11 +348,11 @@ def test_only_user_errors_are_unwrapped() -> None:
 
     with (
         pytest.raises(UserError, match=r"^no such thing; name another$"),
-        runtime.unwrapped_errors(),
+        session.unwrapped_errors(),
     ):
-        list(runtime.map_in_order(refuse, [0]))
-    with pytest.raises(ZeroDivisionError), runtime.unwrapped_errors():
-        list(runtime.map_in_order(fail, [0]))
+        list(tasks.map_in_order(refuse, [0]))
+    with pytest.raises(ZeroDivisionError), session.unwrapped_errors():
+        list(tasks.map_in_order(fail, [0]))
 
 
 def test_an_address_without_a_cluster_is_told_at_once() -> None:
@@ -361,7 +361,7 @@ def test_an_address_without_a_cluster_is_told_at_once() -> None:
     with socket.socket() as free:  # bound, not listening: nothing answers there
         free.bind(("127.0.0.1", 0))
         with pytest.raises(ConfigError, match="nothing answers at --address"):
-            runtime._connect(f"127.0.0.1:{free.getsockname()[1]}")
+            session._connect(f"127.0.0.1:{free.getsockname()[1]}")
 
 
 @pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 2), (4, 4), (64, 4)])
@@ -371,7 +371,7 @@ def test_a_model_has_no_more_threads_than_cores(monkeypatch, cores, threads):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     before = torch.get_num_threads()
     try:
-        assert runtime.load_model(lambda model: (model, torch.get_num_threads()), "model") == (
+        assert process.load_model(lambda model: (model, torch.get_num_threads()), "model") == (
             "model",
             threads,
         )
@@ -387,10 +387,10 @@ def test_garbage_is_collected_as_before_when_a_model_is_loaded_or_cannot_be(coll
     if not collecting:
         gc.disable()
     try:
-        assert not runtime.load_model(gc.isenabled)
+        assert not process.load_model(gc.isenabled)
         assert gc.isenabled() == collecting
         with pytest.raises(ZeroDivisionError):
-            runtime.load_model(divmod, 1, 0)
+            process.load_model(divmod, 1, 0)
         assert gc.isenabled() == collecting
     finally:
         gc.enable()
@@ -398,8 +398,8 @@ def test_garbage_is_collected_as_before_when_a_model_is_loaded_or_cannot_be(coll
 
 
 def test_a_model_on_cpus_keeps_its_memory():
-    actors = runtime.pool(Actors(1, 1, None, {}), on_gpu=False)
-    found = ray.get(runtime.start_model(actors, lambda: dict(os.environ)))
+    actors = pools.pool(Actors(1, 1, None, {}), on_gpu=False)
+    found = ray.get(pools.start_model(actors, lambda: dict(os.environ)))
     kept = distributed.keeping_memory()
     assert kept.items() <= found.items()
     assert not kept.keys() & os.environ.keys()
@@ -412,5 +412,5 @@ def test_a_model_on_cpus_keeps_its_memory():
 def test_memory_is_kept_where_the_library_is_known_to_do_it(monkeypatch, library, kept):
     monkeypatch.setattr(os, "confstr", lambda _: library)
     assert bool(distributed.keeping_memory()) == kept
-    actors = runtime.pool(Actors(1, 1, None, {}), on_gpu=False)
+    actors = pools.pool(Actors(1, 1, None, {}), on_gpu=False)
     assert ("runtime_env" in actors.options()) == kept

@@ -9,11 +9,12 @@ import pytest
 
 from pds_ray import catalog
 from pds_ray.config import ConfigError, RunConfig, SelectConfig
-from pds_ray.distributed import runtime
+from pds_ray.distributed import pools, tasks
 from pds_ray.distributed.select import select
 from pds_ray.selectors.base import Candidates
 from pds_ray.stages.select import load_candidates
-from pds_ray.store.artifacts import EmbeddingStore, RunFolder
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.run_folder import RunFolder
 from tests.support.synthetic_store import Gathered, make_store
 
 pytestmark = pytest.mark.ray
@@ -45,9 +46,9 @@ def test_embeddings_that_no_node_can_hold_are_refused(
     all_ = load_candidates(data.shards, store, 8)
     needed = sum(array.nbytes for array in (all_.image, all_.text, all_.owner, all_.similarity))
     config = RunConfig(method="random", pairs=PAIRS)
-    monkeypatch.setattr(runtime, "most_memory", lambda: needed)
+    monkeypatch.setattr(pools, "most_memory", lambda: needed)
     select(data.shards, counts_of(data), 8, store, run_folder, config)
-    monkeypatch.setattr(runtime, "most_memory", lambda: needed - 1)
+    monkeypatch.setattr(pools, "most_memory", lambda: needed - 1)
     with pytest.raises(ConfigError, match="method random holds all embeddings at once"):
         select(data.shards, counts_of(data), 8, store, run_folder, config)
 
@@ -93,6 +94,6 @@ def test_a_stream_arrives_in_order_and_its_error_is_raised():
 
     found = []
     with pytest.raises(ValueError, match="no more than 5"):  # noqa: PT012
-        for value in runtime.stream(count, 5):
+        for value in tasks.stream(count, 5):
             found.append(value)
     assert found == list(range(5))

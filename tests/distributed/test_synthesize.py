@@ -14,7 +14,8 @@ from pds_ray import catalog
 from pds_ray.config import DecodeConfig, EmbedConfig, RunConfig
 from pds_ray.distributed.synthesize import synthesize
 from pds_ray.sources.scenes import ScenesSource
-from pds_ray.store.artifacts import RunFolder, prototype_schema, vector_array
+from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.schemas import prototype_schema, vector_array
 
 pytestmark = pytest.mark.ray
 

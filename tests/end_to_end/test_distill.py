@@ -14,7 +14,7 @@ from PIL import Image
 from pds_ray import load_distilled
 from pds_ray.encoders.open_clip import demo_folder
 from pds_ray.sources.scenes import ScenesSource
-from pds_ray.store.artifacts import RunFolder
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
 from tests.support.command_line import DEMO, Run, content, stages
 

@@ -13,7 +13,7 @@ import pyarrow as pa, ray
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 from pds_ray.config import Actors, RayConfig
-from pds_ray.distributed import runtime
+from pds_ray.distributed import pools, session
 
 class Slow:
     def __call__(self, block):
@@ -23,17 +23,17 @@ class Slow:
 node = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": 200 << 20}  # Ray takes our word for the GPU
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "object_store_memory": 200 << 20})
 cluster.add_node(**node)
-runtime.start(RayConfig(address=cluster.address))
+session.start(RayConfig(address=cluster.address))
 blocks = ray.data.range(120, override_num_blocks=120)
 processes = []
-for batch in runtime.map_blocks(blocks, Slow, (), runtime.pool(Actors(0, 1, None, {}))).iter_batches(batch_size=None):
+for batch in pools.map_blocks(blocks, Slow, (), pools.pool(Actors(0, 1, None, {}))).iter_batches(batch_size=None):
     processes += batch["process"].tolist()
     if len(processes) == 10:
         cluster.add_node(**node)
     if len(processes) == 110:
         waiting = sum(actor.state == "PENDING_CREATION" for actor in list_actors(limit=1000))
 print(json.dumps([len(processes), len(set(processes[:5])), len(set(processes)), waiting]))
-runtime.stop()
+session.stop()
 cluster.shutdown()
 """
 

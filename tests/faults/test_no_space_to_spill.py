@@ -15,7 +15,7 @@ os.environ["RAY_local_fs_capacity_threshold"] = "0.001"  # Ray then takes any di
 import numpy as np
 import ray
 from pds_ray.config import RayConfig
-from pds_ray.distributed import runtime
+from pds_ray.distributed import session, watch
 from pds_ray.errors import UserError
 
 MANY = 60 << 20  # of a store of 80 MB
@@ -23,21 +23,21 @@ MANY = 60 << 20  # of a store of 80 MB
 def grow(batch):
     return {"x": np.zeros((1, MANY), np.uint8)}
 
-runtime.start(RayConfig(num_cpus=2, object_store_gib=0.08))
+session.start(RayConfig(num_cpus=2, object_store_gib=0.08))
 held = []
 try:
-    with runtime.lost_blocks_allowed(), runtime.LostBlocks() as lost:
+    with watch.lost_blocks_allowed(), watch.LostBlocks() as lost:
         for block in ray.data.range(4, override_num_blocks=4).map_batches(grow).iter_internal_ref_bundles():
             held.append(block)
     lost.check_space()
 except UserError as error:
     print(error)
 try:
-    with runtime.unwrapped_errors():
+    with session.unwrapped_errors():
         held += [ray.put(np.zeros(MANY, np.uint8)) for _ in range(2)]
 except UserError as error:
     print(error)
-runtime.stop()
+session.stop()
 """
 
 

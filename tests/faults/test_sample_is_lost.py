@@ -12,7 +12,7 @@ import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 from pds_ray.config import RayConfig
-from pds_ray.distributed import runtime
+from pds_ray.distributed import session, tasks
 from pds_ray.distributed.cluster import _gathered
 
 def sampled(number, rows):
@@ -22,15 +22,15 @@ def sampled(number, rows):
 node = {"num_cpus": 2, "object_store_memory": 200 << 20}
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 200 << 20})
 first = cluster.add_node(**node)
-runtime.start(RayConfig(address=cluster.address))
-parts = list(runtime.map_to_store(sampled, range(5), 40_000))  # beyond what Ray keeps in the driver
+session.start(RayConfig(address=cluster.address))
+parts = list(tasks.map_to_store(sampled, range(5), 40_000))  # beyond what Ray keeps in the driver
 cluster.add_node(**node)
 cluster.remove_node(first, allow_graceful=False)
-vectors, weights = runtime.run_kmeans(_gathered, parts)
+vectors, weights = tasks.run_kmeans(_gathered, parts)
 expected = [np.random.default_rng(number).standard_normal((40_000, 8), np.float32) for number in range(5)]
 np.testing.assert_array_equal(vectors, np.concatenate(expected))
 np.testing.assert_array_equal(weights, np.repeat(np.arange(5, dtype=np.float32), 40_000))
-runtime.stop()
+session.stop()
 cluster.shutdown()
 """
 

@@ -15,13 +15,9 @@ from PIL import Image
 from pds_ray.config import MatchConfig, RunConfig, to_dict
 from pds_ray.stages import match
 from pds_ray.stages.materialize import write_distilled
-from pds_ray.store.artifacts import (
-    EmbeddingStore,
-    RunFolder,
-    embeddings,
-    prototype_schema,
-    vector_array,
-)
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.schemas import embeddings, prototype_schema, vector_array
 from pds_ray.store.storage import Folder
 from tests.support.synthetic_store import Gathered, make_store
 

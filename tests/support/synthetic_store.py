@@ -9,13 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from pds_ray.stages.embed import cosine, shard_counts
-from pds_ray.store.artifacts import (
-    ERROR_SCHEMA,
-    EmbeddingStore,
-    caption_schema,
-    embedding_array,
-    image_schema,
-)
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.schemas import ERROR_SCHEMA, caption_schema, embedding_array, image_schema
 from pds_ray.store.storage import Folder
 
 

@@ -144,7 +144,7 @@ def test_only_the_ray_layer_imports_ray():
         for name in MODULES
         if any(other.split(".")[0] == "ray" for other in imports(name, typing_too=True))
     }
-    assert "pds_ray.distributed.runtime" in users  # that the search finds anything
+    assert "pds_ray.distributed.session" in users  # that the search finds anything
     assert {
         name for name in users if not name.startswith(("pds_ray.distributed.", "jobs"))
     } == set()

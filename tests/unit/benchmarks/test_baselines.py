@@ -25,7 +25,7 @@ from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.stages import cluster, match, prototypes, prune
 from pds_ray.stages.embed import cosine, embed_shard
 from pds_ray.stages.trial import TextInput, Trial, run_trial
-from pds_ray.store.artifacts import embeddings
+from pds_ray.store.schemas import embeddings
 from pds_ray.training import recall as retrieval
 from pds_ray.training.train import Gallery, Pixels, TrainingPairs
 

@@ -13,7 +13,7 @@ from benchmarks.measure import BASELINE, OURS, Found
 from benchmarks.null_encoder import describe
 from benchmarks.rows import clip_retrieval, evaluation, startup, workers
 from pds_ray.config import RunConfig
-from pds_ray.store.artifacts import EmbeddingStore
+from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.storage import Folder
 
 BURNS = "import time\nwhile time.process_time() < 0.5: pass\nprint(1, flush=True)\ntime.sleep(60)"

@@ -12,7 +12,8 @@ import pytest
 
 from pds_ray.config import EmbedConfig, ReadConfig
 from pds_ray.distributed.isolated import MAX_REFUSED, Limits, embed_isolated
-from pds_ray.encoders.base import EncoderInfo, Preprocess
+from pds_ray.encoders.base import EncoderInfo
+from pds_ray.modalities.image import Preprocess
 from pds_ray.sources.base import Sample, Shard, SourceError
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.stages import embed as core

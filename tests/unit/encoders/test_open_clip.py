@@ -16,7 +16,7 @@ from PIL import Image
 
 from pds_ray.config import ConfigError
 from pds_ray.encoders import open_clip as encoders
-from pds_ray.encoders.base import Preprocess
+from pds_ray.modalities.image import Preprocess
 from tests.support.tiny_models import CLIP, VOCABULARY, save_clip
 
 CAPTIONS = ["a red circle", "", "Zoë ☃", "word " * 300, "a red circle"]

@@ -8,7 +8,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 from torchvision.transforms import Normalize, ToTensor
 
-from pds_ray.encoders.base import MAX_ASPECT, Preprocess
+from pds_ray.modalities.image import MAX_ASPECT, Preprocess
 
 SIZES = [
     (64, 64),

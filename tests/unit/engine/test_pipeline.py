@@ -17,8 +17,8 @@ from pds_ray.engine.pipeline import SELECTION_STAGES, STAGES, plan
 from pds_ray.recipes import recipe
 from pds_ray.sources.base import Sample, Shard, SourceError
 from pds_ray.sources.webdataset import WebDatasetSource
-from pds_ray.store.artifacts import RunFolder
 from pds_ray.store.manifest import ManifestError, RunManifest
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import StorageError
 from tests.support.poisoned import write_shard
 
@@ -201,7 +201,7 @@ def test_a_card_counts_the_shards_that_were_not_read(tmp_path: Path) -> None:
 def test_pictures_are_not_continued_in_another_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pds_ray.distributed import runtime, synthesize
+    from pds_ray.distributed import pools, synthesize
 
     options = {**BASE, "out": str(tmp_path), "decode.decoder": "unclip"}
     plan_ = plan(replace(recipe("demo"), options))
@@ -213,7 +213,7 @@ def test_pictures_are_not_continued_in_another_way(
     monkeypatch.setattr(RunFolder, "prototypes", lambda _: pa.table({"pair": [0, 1]}))
 
     def decode(gpus: float, **changes: Any) -> None:
-        monkeypatch.setattr(runtime, "pool", lambda *_, **__: runtime.Pool(1, 1, 1, 1.0, gpus, {}))
+        monkeypatch.setattr(pools, "pool", lambda *_, **__: pools.Pool(1, 1, 1, 1.0, gpus, {}))
         changed = dataclasses.replace(plan_, config=replace(plan_.config, changes))
         pipeline._steps(changed, RunManifest(plan_.run), dict)["decode"]()
 

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pds_ray.config import RunConfig, replace
-from pds_ray.distributed import embed, runtime
+from pds_ray.distributed import embed, pools, session, tasks
 from pds_ray.engine import pipeline
 from pds_ray.recipes import recipe
 from pds_ray.sources import scenes
 from pds_ray.stages.embed import shard_counts
-from pds_ray.store.artifacts import EmbeddingStore
+from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import ManifestError, RunManifest
 from pds_ray.store.storage import StorageError
 from tests.support.synthetic_store import make_store
@@ -41,10 +41,10 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 
     monkeypatch.setattr(scenes, "SHARD_SIZE", 10)
     monkeypatch.setattr(pipeline, "LISTING_WAITS_S", (0.0,))
-    monkeypatch.setattr(runtime, "start", lambda *_: {})
-    monkeypatch.setattr(runtime, "map_in_order", in_turn)
-    monkeypatch.setattr(runtime, "pool", lambda *_: None)
-    monkeypatch.setattr(runtime, "precision", lambda *_: "fp32")
+    monkeypatch.setattr(session, "start", lambda *_: {})
+    monkeypatch.setattr(tasks, "map_in_order", in_turn)
+    monkeypatch.setattr(pools, "pool", lambda *_: None)
+    monkeypatch.setattr(pools, "precision", lambda *_: "fp32")
     monkeypatch.setattr(embed, "_embed", in_vain)
     changes = {
         "source": "scenes:40",

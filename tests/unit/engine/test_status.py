@@ -21,9 +21,9 @@ from pds_ray.engine.pipeline import SELECTION_STAGES, STAGES
 from pds_ray.engine.status import status
 from pds_ray.recipes import recipe
 from pds_ray.store import heartbeat, storage
-from pds_ray.store.artifacts import RunFolder
 from pds_ray.store.heartbeat import SILENT_S
 from pds_ray.store.manifest import ManifestError, RunManifest
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder, StorageError
 from pds_ray.telemetry.progress import progress_bar
 

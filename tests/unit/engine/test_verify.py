@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from pds_ray.config import RunConfig, to_dict
 from pds_ray.engine.upkeep import Problem, verify
 from pds_ray.stages.embed import sum_counts
-from pds_ray.store.artifacts import EmbeddingStore, RunFolder
+from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import RunManifest
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
 from tests.support.synthetic_store import make_store
 

@@ -35,9 +35,11 @@ from pds_ray.modalities.text import (
 )
 from pds_ray.report.figures import _hover
 from pds_ray.report.page import _data
-from pds_ray.stages.materialize import DistilledSetError, card, load_distilled, write_distilled
+from pds_ray.stages.materialize import card, write_distilled
 from pds_ray.stages.trial import MEASURES
-from pds_ray.store.artifacts import RunFolder, prototype_schema, vector_array
+from pds_ray.store.distilled_set import DistilledSetError, load_distilled
+from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.schemas import prototype_schema, vector_array
 from pds_ray.store.storage import Folder
 from tests.support.hostile import CAPTIONS, encoded, png
 

@@ -198,7 +198,7 @@ def test_a_phase_waits_for_its_busiest_resource() -> None:
 
 
 def test_embedding_on_two_cores_is_the_sum_of_its_work() -> None:
-    """On CPUs alone readers and encoder share the cores, whatever runtime.pool sets apart for each."""
+    """On CPUs alone readers and encoder share the cores, whatever pools.pool sets apart for each."""
     plan = make_plan(
         machine_config(),
         Workload(20_000, 100_000, 19.4e6, 20, False),
@@ -784,11 +784,11 @@ def test_pools_are_those_of_the_engine(
     on_gpu: bool,
 ) -> None:
     """But for actors that find no room."""
-    from pds_ray.distributed import runtime
+    from pds_ray.distributed import pools
 
-    monkeypatch.setattr(runtime.ray, "cluster_resources", lambda: {"GPU": gpus, "CPU": cpus})
+    monkeypatch.setattr(pools.ray, "cluster_resources", lambda: {"GPU": gpus, "CPU": cpus})
     node = {"Alive": True, "Resources": {"CPU": cpus // nodes}}
-    monkeypatch.setattr(runtime.ray, "nodes", lambda: [node] * nodes)
+    monkeypatch.setattr(pools.ray, "nodes", lambda: [node] * nodes)
     cluster = Cluster(gpus, "H100" if gpus else "", cpus, cpus // nodes)
     run = planning._Run(
         configure(web(), {"ray.embed_workers": workers, "ray.embed_gpus": each if gpus else None}),
@@ -799,17 +799,17 @@ def test_pools_are_those_of_the_engine(
         224,
     )
     wish = run.config.ray.embed_actors
-    pool = runtime.pool(wish, on_gpu)
+    pool = pools.pool(wish, on_gpu)
     room = gpus // pool.num_gpus if wish.gpus and on_gpu else math.inf
     assert run.actors(wish, on_gpu) == min(pool.workers, room)
 
 
 def test_constants_are_those_of_the_engine() -> None:
     from pds_ray import distributed
-    from pds_ray.distributed import nearest, runtime
+    from pds_ray.distributed import nearest, pools, process
 
-    assert planning.MODEL_THREADS == runtime.MODEL_THREADS
-    assert planning.CPUS_A_WORKER == runtime.CPUS_A_WORKER
+    assert planning.MODEL_THREADS == process.MODEL_THREADS
+    assert planning.CPUS_A_WORKER == pools.CPUS_A_WORKER
     assert planning.BLOCK_BYTES == distributed.BLOCK_BYTES
     assert planning.QUERIES_PER_SHARD == nearest.QUERIES_PER_SHARD
 

@@ -17,7 +17,7 @@ from pds_ray.report import gather as module
 from pds_ray.report import pictures
 from pds_ray.report.evaluations import ReportError
 from pds_ray.report.gather import gather
-from pds_ray.store.artifacts import ERROR_SCHEMA
+from pds_ray.store.schemas import ERROR_SCHEMA
 from tests.support.synthetic_run import Made, add_comparison, add_evaluation, make_run
 
 

@@ -27,7 +27,7 @@ from pds_ray.modalities.image import ImageError, decode_image
 from pds_ray.sources import webdataset as module
 from pds_ray.sources.base import REASONS, Fault, Sample, Shard, SourceError
 from pds_ray.sources.webdataset import MAX_HEADER_BYTES, WebDatasetSource
-from pds_ray.store.artifacts import EmbeddingStore
+from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.storage import Folder
 from tests.support.hostile import block, header
 

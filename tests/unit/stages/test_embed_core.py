@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pds_ray.config import EmbedConfig, ReadConfig
-from pds_ray.encoders.base import ROW_MULTIPLE, Preprocess
+from pds_ray.encoders.base import ROW_MULTIPLE
+from pds_ray.modalities.image import Preprocess
 from pds_ray.sources.base import Fault, Sample, Shard
 from pds_ray.stages import embed
-from pds_ray.store.artifacts import embeddings
+from pds_ray.store.schemas import embeddings
 
 SIZE, DIM = 4, 6
 PREPROCESS = Preprocess(SIZE)

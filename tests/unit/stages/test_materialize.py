@@ -20,8 +20,10 @@ from PIL import Image
 
 from pds_ray import load_distilled
 from pds_ray.stages import materialize
-from pds_ray.stages.materialize import DistilledSetError, card, records, write_distilled
-from pds_ray.store.artifacts import RunFolder, prototype_schema, vector_array
+from pds_ray.stages.materialize import card, records, write_distilled
+from pds_ray.store.distilled_set import DistilledSetError
+from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.schemas import prototype_schema, vector_array
 from pds_ray.store.storage import CALLS_AT_ONCE, Folder
 
 CAPTIONS = [

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pds_ray.stages import prototypes as core
-from pds_ray.store.artifacts import MEMBER_SAMPLE
+from pds_ray.store.schemas import MEMBER_SAMPLE
 
 
 def world(seed: int, pairs: int = 200, clusters: int = 6, dim: int = 4):

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 
 from pds_ray.stages.select import chosen_pairs, load_candidates, split_by_shard
-from pds_ray.store.artifacts import EmbeddingStore, prototype_schema, vectors
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.schemas import prototype_schema, vectors
 from tests.support.synthetic_store import Gathered, make_store
 
 ROWS = [5, 1, 12, 7]

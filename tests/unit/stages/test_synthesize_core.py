@@ -10,7 +10,7 @@ from PIL import Image
 
 from pds_ray.config import DecodeConfig
 from pds_ray.stages import synthesize
-from pds_ray.store.artifacts import vectors
+from pds_ray.store.schemas import vectors
 from tests.unit.stages.test_materialize import prototypes
 
 

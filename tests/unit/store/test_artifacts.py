@@ -15,14 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pds_ray.store import artifacts
-from pds_ray.store.artifacts import (
-    EmbeddingStore,
-    RunFolder,
-    embedding_array,
-    embeddings,
-    vector_array,
-    vectors,
-)
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.schemas import embedding_array, embeddings, vector_array, vectors
 from pds_ray.store.storage import Folder
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pds_ray.store.artifacts import RunFolder
 from pds_ray.store.manifest import ManifestError, RunManifest, fingerprint, rate, versions
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
 
 JSON = st.recursive(

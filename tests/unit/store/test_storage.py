@@ -21,7 +21,7 @@ import pytest
 
 from pds_ray.cli import main as cli
 from pds_ray.store import heartbeat, storage
-from pds_ray.store.artifacts import RunFolder
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import (
     CALLS_AT_ONCE,
     PART_SUFFIX,

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pytest
 
 from pds_ray.store import storage
-from pds_ray.store.artifacts import EmbeddingStore, RunFolder
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder, StorageError
 from tests.support.object_store import BUCKET, KEY, SECRET, Faults, client, objects, proxy, uri
 
