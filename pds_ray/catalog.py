@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
-from pds_ray.config import ConfigError
+from pds_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,6 +56,11 @@ SELECTORS = {  # method -> module with DESCRIPTION and select(candidates, pairs,
     "k_center": "pds_ray.selectors.k_center",
     "forgetting": "pds_ray.selectors.forgetting",
     "clip_score": "pds_ray.selectors.clip_score",
+}
+
+METHODS = {  # method -> the Method: its stages in order
+    "pds": "pds_ray.methods.pds:PDS",
+    **dict.fromkeys(SELECTORS, "pds_ray.methods.selection:SELECTION"),
 }
 
 

@@ -12,14 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from pds_ray.errors import UserError
+from pds_ray import catalog
+from pds_ray.errors import ConfigError as ConfigError
 from pds_ray.modalities.text import CLEANERS
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-
-
-class ConfigError(UserError, ValueError):
-    """Asked for something that cannot be."""
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -88,7 +85,7 @@ class EmbedConfig:
         )
 
 
-METHODS = ("pds", "random", "herding", "k_center", "forgetting", "clip_score")
+METHODS = tuple(catalog.METHODS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,10 @@ class UserError(Exception):
         super().__init__(without_secrets(message))
 
 
+class ConfigError(UserError, ValueError):
+    """An option, or a combination of options, that cannot be."""
+
+
 def without_secrets(text: str) -> str:
     """A URI, or a text with URIs, as it may be shown and published.
 
