@@ -35,7 +35,7 @@ import psutil
 import pyarrow as pa
 
 from benchmarks.measure import GIB, peak_rss
-from pds_ray.config import ClusterConfig, RayConfig, RunConfig
+from pds_ray.config import ClusterConfig, PruneConfig, RayConfig, RunConfig
 from pds_ray.stages.embed import cosine
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
@@ -176,17 +176,19 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     folder = Folder(args.folder)
     store = make_store(folder / f"store-{args.pairs}-{args.seed}", args.pairs, args.seed, args.cpus)
 
-    from pds_ray.distributed import cluster, match, prototypes, prune, session, tasks
+    from pds_ray.distributed import session, tasks
+    from tests.support.stage_run import do, stage_run
 
-    shards = list(shard_sizes(args.pairs))
     config = RunConfig(
         pairs=args.clusters,
         seed=args.seed,
+        prune=PruneConfig(ratio=RATIO),
         cluster=ClusterConfig(memory_gib=args.memory_gib, iterations=args.iterations),
     )
-    run = RunFolder(folder / f"run-{args.clusters}")
-    run.folder.delete_all()
-    run.folder.create()
+    place = RunFolder(folder / f"run-{args.clusters}")
+    place.folder.delete_all()
+    place.folder.create()
+    run = stage_run(store, place, config, DIM)
     session.start(RayConfig(num_cpus=args.cpus, object_store_gib=args.object_store_gib))
     list(
         tasks.map_in_order(_load, ["pds_ray.distributed.prototypes", "faiss"] * args.cpus)
@@ -194,7 +196,7 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     watch, load = Watch(), os.getloadavg()
     counts: dict[str, Any] = {}
     with watch.stage("prune"):
-        counts |= prune.prune(shards, args.pairs, RATIO, store, run)
+        counts |= do(run, "prune")["prune"]
     fit, run_kmeans = np.zeros(2), tasks.run_kmeans
 
     def timed(*task: Any) -> Any:
@@ -205,14 +207,14 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
 
     tasks.run_kmeans = timed  # type: ignore[assignment]  # the fit is told apart: its sample is bounded
     with watch.stage("cluster"):
-        counts["cluster"] = cluster.cluster(shards, counts, DIM, store, run, config, "scale")
+        counts |= do(run, "cluster")
     watch.stages["cluster"] |= {"fit_seconds": fit[0], "fit_cpu_seconds": fit[1]}
     with watch.stage("match"):
-        counts["match"] = match.match(shards, store, run, config)
+        counts |= do(run, "match")
     with watch.stage("prototypes"):
-        counts["prototypes"] = prototypes.make_prototypes(shards, DIM, store, run, config)
+        counts |= do(run, "prototypes")
     session.stop()
-    run.folder.delete_all()
+    place.folder.delete_all()
     if not args.keep:
         store.folder.delete_all()
     return {"options": vars(args), "load": load, "stages": watch.stages, "counts": counts}

@@ -15,7 +15,8 @@ from typing import Any
 
 from pds_ray.config import ConfigError, EvaluateConfig, RunConfig
 from pds_ray.config import replace as configure
-from pds_ray.engine.pipeline import distill, plan
+from pds_ray.engine.plan import make_run as plan
+from pds_ray.engine.run import distill
 from pds_ray.recipes import protocol, recipe
 from pds_ray.store.distilled_set import DistilledSet, load_distilled
 

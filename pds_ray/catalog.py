@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pds_ray.config import DecodeConfig, EmbedConfig
     from pds_ray.decoders.base import Decoder, DecoderInfo
     from pds_ray.encoders.base import Encoder, EncoderInfo, TextEncoder, TextEncoderInfo
+    from pds_ray.methods.base import Method
     from pds_ray.selectors.base import Selector
     from pds_ray.sources.base import Source
 
@@ -125,6 +126,12 @@ def describe_decoder(config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:
 def load_decoder(info: DecoderInfo, config: DecodeConfig, source: Source) -> Decoder:
     """The decoder, ready to decode; `source` is where real images are found by those that need them."""
     return import_module(_known("decoder", DECODERS, config.decoder)).load(info, config, source)
+
+
+def method(name: str) -> Method:
+    """Return the method called `name`. Raises ConfigError listing the known names."""
+    module, _, attribute = _known("method", METHODS, name).partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def selector(method: str) -> Selector:

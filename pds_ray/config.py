@@ -14,6 +14,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pds_ray import catalog
 from pds_ray.errors import ConfigError as ConfigError
+from pds_ray.errors import without_secrets
 from pds_ray.modalities.text import CLEANERS
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -156,6 +157,11 @@ class ClusterConfig:
         )
         _require(self.restarts > 0, "cluster.restarts", self.restarts, "positive")
         _require(self.memory_gib > 0, "cluster.memory_gib", self.memory_gib, "positive")
+
+    @property
+    def spaces(self) -> tuple[str, ...]:
+        """The spaces with a k-means of their own; a pair's image cluster is of the first."""
+        return ("image", "text") if self.modality == "separate" else (self.modality,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -524,12 +530,30 @@ class EvaluateConfig:
         )
 
 
+FREE_FIELDS = (
+    "out",
+    "embed.batch_size",
+    "embed.store",
+    "decode.batch_size",  # unless some images of a model are there already
+)
+"""Options that may differ when a run is continued; so may all of ray.*."""
+
 Config = TypeVar("Config", RunConfig, EvaluateConfig)
 
 
 def to_dict(config: RunConfig | EvaluateConfig) -> dict[str, Any]:
     """The configuration as plain JSON values, sections nested."""
     return dataclasses.asdict(config)
+
+
+def public(config: RunConfig) -> dict[str, Any]:
+    """Return the configuration as it may be shown and published; run.json holds it so."""
+    values = to_dict(config)
+    for name in ("source", "out"):
+        values[name] = without_secrets(values[name])
+    if config.embed.store:
+        values["embed"]["store"] = without_secrets(config.embed.store)
+    return values
 
 
 def sections(cls: type = RunConfig) -> dict[str, type]:

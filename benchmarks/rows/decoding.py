@@ -44,7 +44,7 @@ def _config(task: Task) -> Any:
 
 def prepare(task: Task) -> Found:
     """Prototypes of 10,000 scenes."""
-    from pds_ray.engine.pipeline import distill
+    from pds_ray.engine.run import distill
 
     distill(_config(task), only=("embed", "prune", "cluster", "match", "prototypes"))
     return {}

@@ -74,9 +74,11 @@ def embed_with_engine(source_uri: str, model: str, folder: Path, captions: str =
     from pds_ray import catalog
     from pds_ray.config import RunConfig, replace
     from pds_ray.distributed import session
-    from pds_ray.distributed.embed import embed
+    from pds_ray.distributed.embed import fill_store
     from pds_ray.store.embeddings import EmbeddingStore
+    from pds_ray.store.run_folder import RunFolder
     from pds_ray.store.storage import Folder
+    from tests.support.stage_run import stage_run
 
     config = replace(
         RunConfig(),
@@ -88,8 +90,16 @@ def embed_with_engine(source_uri: str, model: str, folder: Path, captions: str =
     store.folder.create()
     session.start(config.ray)
     loaded = folder.with_name(f"{folder.name}.loaded")
+    run = stage_run(
+        store,
+        RunFolder(store.folder / "run"),
+        config,
+        source=source,
+        shards=source.shards(),
+        encoder=noting_encoder.describe(info, loaded),
+    )
     began = time.time()
-    counts = embed(source, source.shards(), noting_encoder.describe(info, loaded), config, store)
+    counts = fill_store(run)
     ended = time.time()
     session.stop()
     busy, idle = counts["encoder_busy_s"], counts["encoder_idle_s"]

@@ -37,7 +37,7 @@ def prepare(task: Task) -> Found:
     from safetensors.torch import save_file
 
     from pds_ray.config import replace
-    from pds_ray.engine.pipeline import distill
+    from pds_ray.engine.run import distill
     from pds_ray.recipes import recipe
 
     torch.manual_seed(0)

@@ -119,39 +119,40 @@ def ours(task: Task) -> Found:
     from tqdm import tqdm
 
     from pds_ray.config import RayConfig, RunConfig
-    from pds_ray.distributed import match, prototypes, prune, session, tasks
+    from pds_ray.distributed import session, tasks
     from pds_ray.distributed.nearest import nearest
     from pds_ray.store.embeddings import EmbeddingStore
     from pds_ray.store.run_folder import RunFolder
     from pds_ray.store.schemas import vectors
     from pds_ray.store.storage import Folder
+    from tests.support.stage_run import do, stage_run
 
     images, pairs, clusters = _size(task)
     with np.load(task.data / "labels.npz") as labels:
         image_labels, text_labels = labels["image"], labels["text"]
     store = EmbeddingStore(Folder(str(task.data / "store")))
-    run = RunFolder(Folder(str(task.out / "run")))
-    shards = sorted(store.committed())
-    config = RunConfig(pairs=clusters)
+    folder = RunFolder(Folder(str(task.out / "run")))
+    run = stage_run(store, folder, RunConfig(pairs=clusters), DIM)
+    shards = run.shard_names
     session.start(RayConfig(num_cpus=DRIVER_CPUS, object_store_gib=0.5))
     list(tasks.map_in_order(_import, range(2 * DRIVER_CPUS)))  # workers start
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
-    counts = prune.prune(shards, pairs, config.prune.ratio, store, run)
+    counts = do(run, "prune")["prune"]
     clock.lap("prune")
     starts = np.searchsorted(_owner(task), np.arange(0, images + SHARD_IMAGES, SHARD_IMAGES))
     for number, shard in enumerate(shards):
-        kept, rows = run.keep(shard), slice(starts[number], starts[number + 1])
+        kept, rows = folder.keep(shard), slice(starts[number], starts[number + 1])
         both = (
             np.where(kept, labels[rows], np.int32(-1)) for labels in (image_labels, text_labels)
         )
-        run.save_labels(shard, *both)
+        folder.save_labels(shard, *both)
     clock.lap("labels")
-    match.match(shards, store, run, config)
+    do(run, "match")
     clock.lap("match")
-    prototypes.make_prototypes(shards, DIM, store, run, config)
+    do(run, "prototypes")
     clock.lap("prototypes and captions")
-    table = run.prototypes()
+    table = folder.prototypes()
     began = time.perf_counter()
     nearest("images", shards, store, vectors(table, "image_prototype"), tqdm(disable=True))
     pictures = time.perf_counter() - began

@@ -108,7 +108,7 @@ def theirs(task: Task) -> Found:
 
 
 def ours(task: Task) -> Found:
-    from pds_ray.engine.pipeline import distill
+    from pds_ray.engine.run import distill
 
     manifest = distill(_config(task))
     stages = {stage: entry["seconds"] for stage, entry in manifest["stages"].items()}

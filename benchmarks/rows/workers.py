@@ -41,15 +41,25 @@ def prepare(task: Task) -> Found:
 
 def _embed_seconds(source_uri: str, info: Any, config: Any, folder: Path) -> float:
     from pds_ray import catalog
-    from pds_ray.distributed.embed import embed
+    from pds_ray.distributed.embed import fill_store
     from pds_ray.store.embeddings import EmbeddingStore
+    from pds_ray.store.run_folder import RunFolder
     from pds_ray.store.storage import Folder
+    from tests.support.stage_run import stage_run
 
     source = catalog.make_source(source_uri)
     store = EmbeddingStore(Folder(str(folder)))
     store.folder.create()
+    run = stage_run(
+        store,
+        RunFolder(store.folder / "run"),
+        config,
+        source=source,
+        shards=source.shards(),
+        encoder=info,
+    )
     began = time.perf_counter()
-    embed(source, source.shards(), info, config, store)
+    fill_store(run)
     return time.perf_counter() - began
 
 

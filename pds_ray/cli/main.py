@@ -91,16 +91,17 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 def _distill(args: argparse.Namespace) -> None:
     from pds_ray.cli.output import print_plan, print_summary
-    from pds_ray.engine import pipeline
+    from pds_ray.engine.plan import make_run
+    from pds_ray.engine.run import distill
 
     config = resolve(args)
     if args.command == "select" and config.method not in METHODS[1:]:
         raise ConfigError(f"which pairs? give --method, one of {', '.join(METHODS[1:])}")
     if args.dry_run:
-        print_plan(pipeline.plan(config))
+        print_plan(make_run(config))
         return
     only = [stage.strip() for stage in args.only.split(",") if stage.strip()]
-    manifest = pipeline.distill(config, redo=args.redo, only=only)
+    manifest = distill(config, redo=args.redo, only=only)
     print_summary(config.out, manifest)
     if manifest["stages"].get("materialize", {}).get("status") == "done":
         _report_at_the_end(config.out, args.verbose)

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pds_ray.engine.pipeline import COUNTED, Plan, public, stages
+from pds_ray import catalog
+from pds_ray.config import public
 from pds_ray.engine.upkeep import Problem
 from pds_ray.errors import printable
+from pds_ray.methods.base import Run, Stage
 from pds_ray.store.manifest import rate
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
@@ -24,7 +26,7 @@ def say(*lines: str) -> None:
         print(printable(line))
 
 
-def print_plan(plan: Plan) -> None:
+def print_plan(plan: Run) -> None:
     """What would be done, and the resolved configuration as YAML."""
     config, shown = plan.config, public(plan.config)
     done = plan.store.committed() if plan.store.folder.exists(plan.store.STORE) else set()
@@ -37,8 +39,8 @@ def print_plan(plan: Plan) -> None:
     say(f"decoder   {dict(plan.decoder.load_args).get('model', plan.decoder.name)}")
     for note in plan.decoder.notes:
         say(f"note      {note}")
-    say(f"result    {config.pairs:,} pairs in {plan.run.distilled.shown}")
-    say(f"stages    {' -> '.join(plan.stages)}")
+    say(f"result    {config.pairs:,} pairs in {plan.folder.distilled.shown}")
+    say(f"stages    {' -> '.join(plan.method.names)}")
     say("", "# the resolved configuration, usable with --config")
     print(yaml.safe_dump(shown, sort_keys=False), end="")
 
@@ -78,13 +80,13 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
     for note in manifest.get("notes", []):
         say(f"note          {note}")
     say("", f"{'stage':<12} {'status':<12} {'seconds':>8}  rate")
-    for name in stages(method):
-        entry = entries.get(name)
+    for stage in catalog.method(method).stages:
+        name, entry = stage.name, entries.get(stage.name)
         if entry is None:
             say(f"{name:<12} to do")
             continue
         say(
-            f"{name:<12} {entry['status']:<12} {entry.get('seconds', 0):>8.1f}  {_rate(name, entry)}"
+            f"{name:<12} {entry['status']:<12} {entry.get('seconds', 0):>8.1f}  {_rate(stage, entry)}"
         )
     finished = entries.get("materialize", {}).get("status") == "done"
     run = RunFolder(Folder(out))
@@ -96,12 +98,11 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
     )
 
 
-def _rate(name: str, entry: dict[str, Any]) -> str:
-    unit, key = COUNTED[name]
-    per_s = rate(entry, key)
+def _rate(stage: Stage, entry: dict[str, Any]) -> str:
+    per_s = rate(entry, stage.counted)
     if not per_s:
         return ""
-    return f"{_number(per_s)} {unit}/s{_idle(entry['counts'])}"
+    return f"{_number(per_s)} {stage.unit}/s{_idle(entry['counts'])}"
 
 
 def _idle(counts: dict[str, Any]) -> str:

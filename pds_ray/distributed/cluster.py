@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import ray
 
-from pds_ray.config import RunConfig
+from pds_ray.config import ConfigError, RunConfig
 from pds_ray.distributed import process, tasks
+from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import cluster as core
 from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.manifest import fingerprint
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import embeddings
 from pds_ray.telemetry.progress import progress_bar
@@ -28,7 +30,7 @@ def sampled(
     shards: list[str],
     space: str,
     store: EmbeddingStore,
-    run: RunFolder,
+    folder: RunFolder,
     share: float,
     config: RunConfig,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +40,7 @@ def sampled(
     """
     found, weights = [], []
     for shard in shards:
-        weight = run.keep(shard).astype(np.float32)
+        weight = folder.keep(shard).astype(np.float32)
         if space == "image":
             weight = np.bincount(_owner(shard, store), weight).astype(np.float32)
         candidates = np.flatnonzero(weight)
@@ -52,7 +54,7 @@ def _sample(
     space: str,
     shards: list[str],
     store: EmbeddingStore,
-    run: RunFolder,
+    folder: RunFolder,
     share: float,
     config: RunConfig,
 ) -> list[Parts]:
@@ -65,7 +67,7 @@ def _sample(
         bar.set_postfix_str(
             f"{share:.3%} of {space} vectors" if share < 1 else f"{space} vectors", refresh=False
         )
-        for part in tasks.map_to_store(sampled, groups, space, store, run, share, config):
+        for part in tasks.map_to_store(sampled, groups, space, store, folder, share, config):
             bar.update(len(groups[len(parts)]))
             parts.append(part)
     return parts
@@ -106,37 +108,37 @@ def _vectors(
     return core.normalized(found) if normalize else found
 
 
-def _fit(parts: list[Parts], space: str, run: RunFolder, config: RunConfig) -> dict[str, Any]:
+def _fit(parts: list[Parts], space: str, folder: RunFolder, config: RunConfig) -> dict[str, Any]:
     fitted = core.fit(*_gathered(parts), config.pairs, config.seed, config.cluster)
-    run.save_centroids(space, fitted.centroids)
+    folder.save_centroids(space, fitted.centroids)
     return {"rows": fitted.rows, "objective": fitted.objective}
 
 
-def _fit_coarse(parts: list[Parts], space: str, run: RunFolder, config: RunConfig) -> core.Cells:
+def _fit_coarse(parts: list[Parts], space: str, folder: RunFolder, config: RunConfig) -> core.Cells:
     """The coarse level of a two-level fit; leaves the sample of each cell as a file."""
     sample, weights = _gathered(parts)
     cells, cell_of = core.fit_cells(sample, weights, config.pairs, config.seed, config.cluster)
     for cell in range(len(cells.coarse)):
         mine = cell_of == cell
-        run.save_cell_sample(space, cell, sample[mine], weights[mine])
+        folder.save_cell_sample(space, cell, sample[mine], weights[mine])
     return cells
 
 
-def _fit_cell(item: tuple[int, int], space: str, run: RunFolder, config: RunConfig) -> core.Fit:
+def _fit_cell(item: tuple[int, int], space: str, folder: RunFolder, config: RunConfig) -> core.Fit:
     cell, clusters = item
-    sample = run.cell_sample(space, cell)
+    sample = folder.cell_sample(space, cell)
     return process.with_faiss_threads(1, core.fit, *sample, clusters, config.seed, config.cluster)
 
 
 def _fit_in_cells(
-    cells: core.Cells, space: str, run: RunFolder, config: RunConfig
+    cells: core.Cells, space: str, folder: RunFolder, config: RunConfig
 ) -> dict[str, Any]:
     """The fine level of a two-level fit."""
     items = [(cell, int(clusters)) for cell, clusters in enumerate(np.diff(cells.starts))]
-    fits = list(tasks.map_in_order(_fit_cell, items, space, run, config))
+    fits = list(tasks.map_in_order(_fit_cell, items, space, folder, config))
     centroids = np.concatenate([fitted.centroids for fitted in fits])
-    run.save_centroids(space, centroids, coarse=cells.coarse, starts=cells.starts)
-    run.cell_samples(space).delete_all()
+    folder.save_centroids(space, centroids, coarse=cells.coarse, starts=cells.starts)
+    folder.cell_samples(space).delete_all()
     return {
         "rows": sum(fitted.rows for fitted in fits),
         "objective": sum(fitted.objective for fitted in fits),
@@ -149,7 +151,7 @@ Level = tuple[np.ndarray, core.Cells | None]
 def _label(
     item: tuple[str, bool],
     store: EmbeddingStore,
-    run: RunFolder,
+    folder: RunFolder,
     levels: dict[str, Level],
     normalize: bool,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -159,81 +161,86 @@ def _label(
     """
     shard, done = item
     if not done:
-        kept, owner = run.keep(shard), _owner(shard, store)
+        kept, owner = folder.keep(shard), _owner(shard, store)
         labels = []
         for space, (centroids, cells) in levels.items():
             found = core.assign(_vectors(space, shard, store, normalize), centroids, cells)
             labels.append(
                 np.where(kept, found[owner] if space == "image" else found, -1).astype(np.int32)
             )
-        run.save_labels(shard, labels[0], labels[-1])  # one k-means alone labels both sides
-    saved = run.labels(shard)[: len(levels)]
+        folder.save_labels(shard, labels[0], labels[-1])  # one k-means alone labels both sides
+    saved = folder.labels(shard)[: len(levels)]
     return [np.unique(label[label >= 0], return_counts=True) for label in saved]
 
 
-def _begin(run: RunFolder, shards: list[str], made_from: dict[str, Any]) -> dict[str, Any]:
-    """What is known of the fits so far; clusters of other data or another configuration are removed."""
-    found = run.fits()
+def _begin(run: Run, shards: list[str]) -> dict[str, Any]:
+    """Return the record of the fits; clusters of other data or another configuration are removed.
+
+    They belong to the pairs that pruning left and to all that the clusters depend on.
+    """
+    folder, counts = run.folder, run.counts("prune")
+    made_from = {
+        "fingerprint": fingerprint(run.fingerprints["cluster"], run.manifest.data["store_content"]),
+        **{name: counts[name] for name in ("pairs", "kept", "images_kept")},
+    }
+    found = folder.fits()
     if found.get("made_from") == made_from:
         return found
-    run.save_fits({})  # first, lest a removal that is cut short looks whole
-    run.clusters.delete_all()
+    folder.save_fits({})  # first, lest a removal that is cut short looks whole
+    folder.clusters.delete_all()
     if found:
-        run.delete_labels(shards)
+        folder.delete_labels(shards)
     begun = {"made_from": made_from, "fits": {}}
-    run.save_fits(begun)
+    folder.save_fits(begun)
     return begun
 
 
-def cluster(
-    shards: list[str],
-    counts: dict[str, int],
-    dim: int,
-    store: EmbeddingStore,
-    run: RunFolder,
-    config: RunConfig,
-    fingerprint: str,
-) -> dict[str, Any]:
-    """Fits what is clustered and labels every pair. Returns sizes and objectives.
+def cluster(run: Run) -> Counts:
+    """Fit each k-means and label every pair. Return sizes and objectives.
 
-    `counts`: of pruning. `fingerprint`: of all that the clusters depend on; what is there of the same is kept.
+    Raises ConfigError if pruning leaves fewer pairs or images than clusters.
     """
-    spaces = core.spaces(config.cluster)
-    pairs = {name: counts[name] for name in ("pairs", "kept", "images_kept")}
-    begun = _begin(run, shards, {"fingerprint": fingerprint, **pairs})
+    shards, store, folder, config = run.shard_names, run.store, run.folder, run.config
+    counts, dim, spaces = run.counts("prune"), run.encoder.dim, config.cluster.spaces
+    if min(counts["images_kept"], counts["kept"]) < config.pairs:
+        raise ConfigError(
+            f"{config.pairs:,} clusters asked for, but pruning leaves {counts['kept']:,} pairs of "
+            f"{counts['images_kept']:,} images; lower --pairs or --prune.ratio"
+        )
+    begun = _begin(run, shards)
     for number, space in enumerate(spaces):
-        if space in begun["fits"] and run.has_centroids(space):
+        if space in begun["fits"] and folder.has_centroids(space):
             continue
         if (
             space in begun["fits"]
         ):  # centroids made anew may differ from those that are gone in their last bits
-            run.delete_labels(shards)
+            folder.delete_labels(shards)
         rows = counts["images_kept"] if space == "image" else counts["kept"]
         share = core.sample_share(
             rows, 2 * dim if space == "joint" else dim, config.cluster, config.pairs
         )
-        parts = _sample(space, shards, store, run, share, config)
+        parts = _sample(space, shards, store, folder, share, config)
         with progress_bar("cluster", len(spaces), "k-means", done=number) as bar:
             bar.set_postfix_str(f"{space}, K = {config.pairs:,}", refresh=False)
             if config.pairs <= core.FLAT_LIMIT:
-                begun["fits"][space] = tasks.run_kmeans(_fit, parts, space, run, config)
+                begun["fits"][space] = tasks.run_kmeans(_fit, parts, space, folder, config)
                 parts.clear()  # the object stores hold no sample longer than it is needed
             else:
-                cells = tasks.run_kmeans(_fit_coarse, parts, space, run, config)
+                cells = tasks.run_kmeans(_fit_coarse, parts, space, folder, config)
                 parts.clear()
-                begun["fits"][space] = _fit_in_cells(cells, space, run, config)
-            run.save_fits(begun)
+                begun["fits"][space] = _fit_in_cells(cells, space, folder, config)
+            folder.save_fits(begun)
             bar.update()
     levels: dict[str, Level] = {}
     for space in spaces:
-        cells_of = run.cells(space)
-        levels[space] = run.centroids(space), core.Cells(**cells_of) if cells_of else None
+        cells_of = folder.cells(space)
+        levels[space] = folder.centroids(space), core.Cells(**cells_of) if cells_of else None
     sizes = np.zeros((len(spaces), config.pairs), np.int64)
-    done = run.labelled()
+    done = folder.labelled()
     items = [(shard, shard in done) for shard in shards]
     with progress_bar("cluster", len(shards), "shards") as bar:
         for labelled in tasks.map_in_order(
-            _label, items, store, run, levels, config.cluster.normalize
+            _label, items, store, folder, levels, config.cluster.normalize
         ):
             for size, (labels, found) in zip(sizes, labelled, strict=True):
                 size[labels] += found

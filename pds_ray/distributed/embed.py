@@ -28,11 +28,12 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from pds_ray import catalog
-from pds_ray.config import ConfigError, EmbedConfig, RayConfig, ReadConfig, RunConfig
+from pds_ray.config import ConfigError, EmbedConfig, RayConfig, ReadConfig
 from pds_ray.distributed import TASK_RETRIES, metrics, pools, process, tasks, watch
 from pds_ray.distributed.isolated import Limits, embed_isolated
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import UserError, first_line
+from pds_ray.methods.base import Counts, Run
 from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
 from pds_ray.store.embeddings import EmbeddingStore
@@ -261,15 +262,28 @@ class _Work:
     store: EmbeddingStore
 
 
-def embed(
-    source: Source, shards: list[Shard], info: EncoderInfo, config: RunConfig, store: EmbeddingStore
-) -> dict[str, Any]:
-    """Embeds the shards that are not committed yet; returns the counts of all that are then.
+def embed(run: Run) -> Counts:
+    """Embed the shards that are not committed yet; return the counts of all that are then.
 
-    Raises ConfigError when more than `ray.max_bad_share` of the samples or `ray.max_failed_share` of the shards is
-    lost, or the store was begun in another precision; EmbedError if the store cannot be
-    written.
+    Raises ConfigError when more than `ray.max_bad_share` of the samples or `ray.max_failed_share`
+    of the shards is lost, fewer images are good than pairs are asked for, or the store was begun in
+    another precision; EmbedError if the store cannot be written.
     """
+    with run.store.folder.lock():  # a shared store is filled by one run at a time
+        counts = fill_store(run)
+    if counts["images"] < run.config.pairs:
+        raise ConfigError(
+            f"{run.config.pairs:,} pairs asked for, but only {counts['images']:,} images of "
+            f"{run.config.source} are good ({counts['bad']:,} bad: {counts['reasons']}); lower "
+            "--pairs"
+        )
+    return counts
+
+
+def fill_store(run: Run) -> Counts:
+    """Do what `embed` does in a store that is locked, however few images are good."""
+    source, shards, info = run.source, run.shards, run.encoder
+    config, store = run.config, run.store
     store.folder.sweep()
     with progress_bar("list", None, "shards", delay_s=QUIET_S) as bar:
         done, again = store.committed(bar.update), store.failed()

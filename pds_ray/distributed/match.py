@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pyarrow as pa
 
-from pds_ray.config import RunConfig
 from pds_ray.distributed import tasks
+from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import match as core
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
@@ -16,19 +15,18 @@ from pds_ray.store.schemas import COUPLE_SCHEMA
 from pds_ray.telemetry.progress import progress_bar
 
 
-def _count(shard: str, store: EmbeddingStore, run: RunFolder, clusters: int) -> core.Counts:
+def _count(shard: str, store: EmbeddingStore, folder: RunFolder, clusters: int) -> core.Counts:
     similarity = store.captions(shard, ["similarity"]).column("similarity").to_numpy()
-    return core.count_pairs(*run.labels(shard), similarity, clusters)
+    return core.count_pairs(*folder.labels(shard), similarity, clusters)
 
 
-def match(
-    shards: list[str], store: EmbeddingStore, run: RunFolder, config: RunConfig
-) -> dict[str, Any]:
-    """Writes the couples; returns how many there are and what they share."""
+def match(run: Run) -> Counts:
+    """Write the matched clusters; return how many there are and what they share."""
+    shards, config = run.shard_names, run.config
     with progress_bar("match", len(shards) + 1, "shards") as bar:
 
         def parts() -> Iterator[core.Counts]:
-            for part in tasks.map_in_order(_count, shards, store, run, config.pairs):
+            for part in tasks.map_in_order(_count, shards, run.store, run.folder, config.pairs):
                 bar.update()
                 yield part
 
@@ -37,7 +35,7 @@ def match(
         text_of = core.assign_clusters(cells, counts, config.pairs, config.match.solver)
         bar.update()
     columns = core.couples(cells, counts, cosines, text_of, config.pairs, config.match)
-    run.save_couples(pa.table(columns, schema=COUPLE_SCHEMA))
+    run.folder.save_couples(pa.table(columns, schema=COUPLE_SCHEMA))
     shared = int(columns["shared"].sum())
     pairless = config.pairs - int((~columns["pairless"]).sum())
     return {

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 
-from pds_ray.config import RunConfig
 from pds_ray.distributed import tasks
 from pds_ray.distributed.nearest import nearest
+from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import prototypes as core
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
@@ -18,7 +16,7 @@ from pds_ray.telemetry.progress import progress_bar
 
 
 def _sums(
-    shard: str, store: EmbeddingStore, run: RunFolder, couples: core.Couples, clusters: int
+    shard: str, store: EmbeddingStore, folder: RunFolder, couples: core.Couples, clusters: int
 ) -> core.Sums:
     captions = store.captions(shard, ["key", "image_row", "embedding"])
     return core.shard_sums(
@@ -27,17 +25,16 @@ def _sums(
         embeddings(store.images(shard, ["embedding"])),
         captions.column("image_row").to_numpy(),
         embeddings(captions),
-        *run.labels(shard),
+        *folder.labels(shard),
         couples,
         clusters,
     )
 
 
-def make_prototypes(
-    shards: list[str], dim: int, store: EmbeddingStore, run: RunFolder, config: RunConfig
-) -> dict[str, Any]:
-    """Writes prototypes.parquet; returns what became of the couples."""
-    table = run.couples()
+def make_prototypes(run: Run) -> Counts:
+    """Write prototypes.parquet; return what became of the matched clusters."""
+    shards, store, config = run.shard_names, run.store, run.config
+    dim, table = run.encoder.dim, run.folder.couples()
     names = ("image_cluster", "text_cluster", "pairless")
     image_cluster, text_cluster, pairless = (
         table.column(name).to_numpy(zero_copy_only=False) for name in names
@@ -47,7 +44,7 @@ def make_prototypes(
     )
     with progress_bar("prototypes", 3 * len(shards), "shards") as bar:
         sums = core.empty_sums(np.arange(len(couples.whole)), dim)
-        for part in tasks.map_in_order(_sums, shards, store, run, couples, config.pairs):
+        for part in tasks.map_in_order(_sums, shards, store, run.folder, couples, config.pairs):
             core.add_sums(sums, part)
             bar.update()
         prototypes = core.means(sums)
@@ -55,7 +52,7 @@ def make_prototypes(
         caption = nearest("captions", shards, store, prototypes.text, bar)
         image = nearest("images", shards, store, prototypes.image, bar)
     of = prototypes.couple
-    run.save_prototypes(
+    run.folder.save_prototypes(
         pa.table(
             {
                 "pair": np.arange(count, dtype=np.int32),

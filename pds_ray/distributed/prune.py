@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from pds_ray.distributed import tasks
+from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import prune as core
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
@@ -26,20 +25,20 @@ def _count_ties(shard: str, store: EmbeddingStore, threshold: core.Threshold) ->
 
 
 def _write_mask(
-    item: tuple[str, int], store: EmbeddingStore, run: RunFolder, threshold: core.Threshold
+    item: tuple[str, int], store: EmbeddingStore, folder: RunFolder, threshold: core.Threshold
 ) -> tuple[int, int]:
     shard, ties_before = item
     captions = store.captions(shard, ["image_row", "similarity"])
     kept = core.keep_mask(captions.column("similarity").to_numpy(), threshold, ties_before)
-    run.save_keep(shard, kept)
+    folder.save_keep(shard, kept)
     return int(kept.sum()), len(np.unique(captions.column("image_row").to_numpy()[kept]))
 
 
-def prune(
-    shards: list[str], pairs: int, ratio: float, store: EmbeddingStore, run: RunFolder
-) -> dict[str, Any]:
-    """Writes the keep mask of every shard; returns how many pairs and images stay."""
-    drop = core.drop_count(ratio, pairs)
+def prune(run: Run) -> Counts:
+    """Write the keep mask of every shard; return how many pairs and images stay."""
+    shards, pairs = run.shard_names, run.counts("embed")["pairs"]
+    store, folder = run.store, run.folder
+    drop = core.drop_count(run.config.prune.ratio, pairs)
     with progress_bar("prune", 4 * len(shards), "shards") as bar:
         if drop == 0:
             threshold, ties = core.Threshold(0, 0), [0] * len(shards)
@@ -61,7 +60,9 @@ def prune(
         starts = [int(start) for start in np.cumsum([0, *ties[:-1]])]
         kept = images = 0
         items = zip(shards, starts, strict=True)
-        for kept_here, images_here in tasks.map_in_order(_write_mask, items, store, run, threshold):
+        for kept_here, images_here in tasks.map_in_order(
+            _write_mask, items, store, folder, threshold
+        ):
             kept += kept_here
             images += images_here
             bar.update()

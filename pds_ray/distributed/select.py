@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,9 +10,9 @@ import pyarrow as pa
 from pds_ray import catalog
 from pds_ray.config import ConfigError, RunConfig
 from pds_ray.distributed import pools, tasks
+from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import select as core
 from pds_ray.store.embeddings import EmbeddingStore
-from pds_ray.store.run_folder import RunFolder
 from pds_ray.telemetry.progress import progress_bar
 
 
@@ -28,18 +27,13 @@ def _look_up(picks: tuple[str, np.ndarray, np.ndarray], store: EmbeddingStore) -
     return core.chosen_pairs(*picks, store)
 
 
-def select(
-    shards: list[str],
-    counts: dict[str, int],
-    dim: int,
-    store: EmbeddingStore,
-    run: RunFolder,
-    config: RunConfig,
-) -> dict[str, Any]:
-    """Writes prototypes.parquet; returns what was chosen. `counts`: of embedding.
+def select(run: Run) -> Counts:
+    """Write prototypes.parquet, with the chosen pairs; return what was chosen.
 
     Raises ConfigError if the embeddings do not fit in the memory of one node.
     """
+    shards, store, config = run.shard_names, run.store, run.config
+    counts, dim = run.counts("embed"), run.encoder.dim
     needed, there = (
         core.candidate_bytes(counts["images"], counts["pairs"], dim),
         pools.most_memory(),
@@ -56,7 +50,7 @@ def select(
             bar.update()
     parts = core.split_by_shard(picks, shards, store)
     chosen = pa.concat_tables(tasks.map_in_order(_look_up, parts, store)).sort_by("pair")
-    run.save_prototypes(chosen)
+    run.folder.save_prototypes(chosen)
     return {
         "prototypes": chosen.num_rows,
         "duplicate_captions": chosen.num_rows - len(set(chosen.column("caption").to_pylist())),

@@ -5,17 +5,19 @@ from __future__ import annotations
 import io
 import time
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
 import ray
 
 from pds_ray import catalog
-from pds_ray.config import RunConfig
+from pds_ray.config import ConfigError, RunConfig
+from pds_ray.config import replace as configure
 from pds_ray.decoders.base import DecoderInfo
 from pds_ray.distributed import metrics, pools, process, watch
+from pds_ray.methods.base import Counts, Run
 from pds_ray.sources.base import Source
 from pds_ray.stages import synthesize as core
+from pds_ray.store.manifest import fingerprint
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.telemetry.progress import progress_bar, waiting_for
 
@@ -28,7 +30,7 @@ class SynthesizeWorker:
         info: DecoderInfo,
         config: RunConfig,
         source: Source,
-        run: RunFolder,
+        folder: RunFolder,
         under_way: watch.UnderWay,
     ) -> None:
         is_model = info.dim is not None  # it takes embeddings
@@ -37,9 +39,9 @@ class SynthesizeWorker:
         )
         self.decoder = load(info, config.decode, source)
         self.config = config
-        self.run = run
+        self.folder = folder
         self.under_way = under_way
-        self.prototypes = run.prototypes()
+        self.prototypes = folder.prototypes()
         self.free_since = time.monotonic()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -54,11 +56,11 @@ class SynthesizeWorker:
             fresh, began = 0, time.monotonic()
             for pair, image in zip(pairs, images, strict=True):
                 busy_s += time.monotonic() - began
-                name = self.run.image_name(pair)
-                if not self.run.images.exists(name):
+                name = self.folder.image_name(pair)
+                if not self.folder.images.exists(name):
                     buffer = io.BytesIO()
                     image.save(buffer, format="PNG")
-                    self.run.images.write_bytes(name, buffer.getvalue())
+                    self.folder.images.write_bytes(name, buffer.getvalue())
                     fresh += 1
                 began = time.monotonic()
             written.append(fresh)
@@ -79,42 +81,43 @@ def _named(start: int) -> str:
     return f"the pictures from {RunFolder.image_name(start)} on"
 
 
-def precision(info: DecoderInfo, config: RunConfig) -> str:
-    """In which pictures are decoded here: settled once, lest actors on unlike machines differ."""
-    return pools.precision(config.decode.precision, _actors(info, config), "fp16")
+def synthesize(run: Run) -> Counts:
+    """Decode every pair whose image is not there; return how many were made and how many found."""
+    # settled once, lest actors on unlike machines differ
+    precision = pools.precision(run.config.decode.precision, _pool(run), "fp16")
+    _keep_images_alike(run, precision)
+    return _decode(run, configure(run.config, {"decode.precision": precision}))
 
 
-def _actors(info: DecoderInfo, config: RunConfig) -> pools.Pool:
-    return pools.pool(config.ray.decode_actors, on_gpu=info.dim is not None)
-
-
-def synthesize(
-    source: Source, info: DecoderInfo, config: RunConfig, run: RunFolder
-) -> dict[str, Any]:
-    """Decodes every pair whose picture is not there; returns how many were made and how many were found."""
-    pairs = run.prototypes().num_rows
-    run.images.sweep()
-    there = set(run.images.names(".png"))
+def _decode(run: Run, config: RunConfig) -> Counts:
+    """Decode what is missing with the settled `config`."""
+    folder = run.folder
+    pairs = folder.prototypes().num_rows
+    folder.images.sweep()
+    there = set(folder.images.names(".png"))
     todo = [
         chunk
         for chunk in core.chunks(pairs, config.decode.batch_size)
-        if any(run.image_name(pair) not in there for pair in chunk)
+        if any(folder.image_name(pair) not in there for pair in chunk)
     ]
-    found = sum(run.image_name(pair) in there for pair in range(pairs))
+    found = sum(folder.image_name(pair) in there for pair in range(pairs))
     made, decoders = 0, metrics.ActorTime("decode")
     if todo:
         ended = set[str]()
-        with watch.UnderWay() as under_way, progress_bar("decode", pairs, "images", found) as bar:
+        with (
+            watch.UnderWay() as under_way,
+            progress_bar("decode", pairs, "images", found) as bar,
+        ):
             waiting_for(lambda: under_way.describe(ended))
             dataset = ray.data.from_items(
                 [{"start": chunk.start, "stop": chunk.stop} for chunk in todo],
                 override_num_blocks=len(todo),
             ).map_batches(
                 SynthesizeWorker,
-                fn_constructor_args=(info, config, source, run, under_way),
+                fn_constructor_args=(run.decoder, config, run.source, folder, under_way),
                 batch_size=1,
                 batch_format="pyarrow",
-                **pools.actor_options(_actors(info, config)),
+                **pools.actor_options(_pool(run)),
             )
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
                 for row in pa.table(batch).to_pylist():
@@ -124,3 +127,32 @@ def synthesize(
                     metrics.count("pds_ray_pictures_decoded_total", row["written"])
                     bar.update(row["written"])
     return {"images": pairs, "made": made, "found": found, **decoders.counts("decoder")}
+
+
+def _pool(run: Run) -> pools.Pool:
+    return pools.pool(run.config.ray.decode_actors, on_gpu=run.decoder.dim is not None)
+
+
+def _keep_images_alike(run: Run, precision: str) -> None:
+    """Delete the images of another configuration or of other prototypes.
+
+    Raises ConfigError if existing images were decoded with another precision or batch size.
+    """
+    folder, manifest = run.folder, run.manifest
+    before = run.method.before("decode").name
+    wanted = fingerprint(run.fingerprints["decode"], folder.hashes(before))
+    batch = run.config.decode.batch_size
+    made = f"{precision}, batches of {batch}" if run.decoder.dim is not None else "no model"
+    drawn_for = manifest.data.get("images_fingerprint")
+    if drawn_for != wanted:
+        folder.delete_images(folder.prototypes().num_rows if drawn_for else 0)
+        manifest.update(images_fingerprint=wanted, images_made=made)
+    begun = manifest.data.get("images_made", made)
+    if begun != made and not folder.images.names(".png"):
+        manifest.update(images_made=made)
+    elif begun != made:  # last bits depend on both: a set must not be made of two kinds of images
+        raise ConfigError(
+            f"the images in {folder.folder.shown} were begun in {begun}, here they would go on in "
+            f"{made}; go on as they were begun, or say --decode.precision or --decode.batch_size, "
+            "and give another --out"
+        )

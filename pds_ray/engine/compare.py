@@ -18,10 +18,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from pds_ray import catalog
 from pds_ray.config import METHODS, ConfigError, EvaluateConfig, RunConfig, replace
 from pds_ray.engine import evaluate as evaluation
-from pds_ray.engine import pipeline
+from pds_ray.engine.plan import make_run, relevant
+from pds_ray.engine.run import distill
 from pds_ray.errors import without_secrets
+from pds_ray.methods.base import Run
 from pds_ray.stages.trial import MEASURES, Candidate
 from pds_ray.store.storage import Folder
 
@@ -109,8 +112,9 @@ def entries(
             )
             plain = replace(config, {"method": name, "pairs": pairs, "out": run.out})
             changed = replace(judged, of_protocol)
+            method = catalog.method(name)
             for given, same in (
-                (fields, pipeline.relevant(run) == pipeline.relevant(plain)),
+                (fields, relevant(run, method) == relevant(plain, method)),
                 (of_protocol, changed == judged),
             ):
                 if given and same:
@@ -143,7 +147,7 @@ def compare(
     judged = replace(judged, {"ray": config.ray})
     rows, shards = [], []
     for entry in entries(config, methods, sizes, judged):
-        plan = pipeline.plan(entry.run)
+        plan = make_run(entry.run)
         encoder, shards = plan.encoder, plan.shards
         evaluation.text_encoder(
             entry.evaluation.protocol, entry.label, encoder.name, encoder.space, encoder.dim
@@ -153,7 +157,7 @@ def compare(
     root.create()
     for number, entry in enumerate(rows):
         print(f"[{number + 1}/{len(rows)}] {entry.label}", flush=True)
-        pipeline.distill(entry.run, redo=redo)
+        distill(entry.run, redo=redo)
     candidates = [
         Candidate(entry.label, entry.run.out, entry.evaluation.protocol) for entry in rows
     ]
@@ -178,7 +182,7 @@ def compare(
     return table
 
 
-def _on_shared_store(entry: Entry, plan: pipeline.Plan, root: Folder) -> Entry:
+def _on_shared_store(entry: Entry, plan: Run, root: Folder) -> Entry:
     """The entry with its embeddings in the folder of all that are made the same way."""
     if entry.run.embed.store:
         return entry

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pds_ray.engine.pipeline import stages
+from pds_ray import catalog
 from pds_ray.store import heartbeat
 from pds_ray.store.heartbeat import SILENT_S
 from pds_ray.store.manifest import RunManifest
@@ -28,7 +28,8 @@ def status(path: str) -> dict[str, Any]:
     manifest = RunManifest.open(path)
     method = manifest.data.get("config", {}).get("method", "pds")
     entries = {
-        stage: manifest.stages.get(stage, {}).get("status", "to do") for stage in stages(method)
+        stage: manifest.stages.get(stage, {}).get("status", "to do")
+        for stage in catalog.method(method).names
     }
     open_ = [stage for stage, state in entries.items() if state != "done"]
     state = entries[open_[0]] if open_ else "finished"

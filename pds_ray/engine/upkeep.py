@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pds_ray import catalog
 from pds_ray.config import ConfigError, RunConfig, flatten, replace
-from pds_ray.engine import pipeline
+from pds_ray.engine import run as engine
 from pds_ray.errors import first_line
+from pds_ray.methods.base import Run
 from pds_ray.sources.base import RETRYABLE
 from pds_ray.stages.embed import shard_counts, sum_counts
 from pds_ray.store.distilled_set import MANIFEST
@@ -66,7 +68,7 @@ class _Run:
         entries = self.manifest.stages
         return [
             s
-            for s in pipeline.stages(self.config.method)
+            for s in catalog.method(self.config.method).names
             if entries.get(s, {}).get("status") == "done"
         ]
 
@@ -173,20 +175,20 @@ def _disagreements(run: _Run, markers: dict[str, dict[str, Any]]) -> Iterator[Pr
 def repair(path: str, problems: list[Problem], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Does anew what `verify` found wrong, and nothing else unless it comes out otherwise.
 
-    Raises what `pipeline.distill` does: source and models are needed again.
+    Raises what `engine.run.distill` does: source and models are needed again.
     """
 
-    def prepare(plan: pipeline.Plan) -> None:
+    def prepare(run: Run) -> None:
         for problem in problems:
             if problem.shard:
-                plan.store.forget(problem.shard)
+                run.store.forget(problem.shard)
             elif problem.stage not in ("embed", "materialize"):
-                plan.run.folder.delete(problem.name)  # what is there is taken for good
+                run.folder.folder.delete(problem.name)  # what is there is taken for good
 
     run = _open(path, changes)
     if any(problem.name == RunFolder.SHARDS for problem in problems):
         run.folder.folder.delete(RunFolder.SHARDS)  # made anew from the source
-    return pipeline.redo(run.config, {problem.stage for problem in problems}, prepare)
+    return engine.redo(run.config, {problem.stage for problem in problems}, prepare)
 
 
 def retry_failed(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,7 +196,7 @@ def retry_failed(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
 
     `changes` to the configuration of the run may say how the source is reached now, or anything of `ray.*`.
 
-    Raises what `pipeline.distill` does, and ConfigError if nothing failed.
+    Raises what `engine.run.distill` does, and ConfigError if nothing failed.
     """
     run = _open(path, changes)
     markers = run.store.committed()
@@ -207,8 +209,8 @@ def retry_failed(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
             f"nothing to try again: no shard of {path} failed, no sample killed its process"
         )
 
-    def prepare(plan: pipeline.Plan) -> None:
+    def prepare(run: Run) -> None:
         for shard in shards:
-            plan.store.fail(shard, "to be tried again")  # what there is of it stands until more is
+            run.store.fail(shard, "to be tried again")  # what there is of it stands until more is
 
-    return pipeline.redo(run.config, ["embed"], prepare)
+    return engine.redo(run.config, ["embed"], prepare)

@@ -33,7 +33,7 @@ from pds_ray.config import ClusterConfig, RayConfig, RunConfig, replace
 from pds_ray.decoders.base import DecodeBatch, DecoderInfo
 from pds_ray.distributed import keeping_memory
 from pds_ray.encoders.base import EncoderInfo
-from pds_ray.engine import pipeline
+from pds_ray.engine.run import distill
 from pds_ray.errors import first_line, without_secrets
 from pds_ray.planning.planning import (
     JPEG,
@@ -558,7 +558,7 @@ def _whole_run(config: RunConfig) -> dict[str, float]:
     from pds_ray.distributed import session
 
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
-        manifest = pipeline.distill(config)
+        manifest = distill(config)
         session.stop()
     seconds = {stage: entry["seconds"] for stage, entry in manifest["stages"].items()}
     return {**seconds, "": manifest["last_run_seconds"] - sum(seconds.values())}

@@ -26,11 +26,11 @@ from typing import Any, Literal
 
 import yaml
 
+from pds_ray import catalog
 from pds_ray.catalog import SOURCES
 from pds_ray.config import Actors, ConfigError, RunConfig
-from pds_ray.engine.pipeline import STAGES
 from pds_ray.errors import first_line
-from pds_ray.stages.cluster import FLAT_LIMIT, sample_share, spaces
+from pds_ray.stages.cluster import FLAT_LIMIT, sample_share
 from pds_ray.stages.match import DENSE_LIMIT
 from pds_ray.store.storage import CALLS_AT_ONCE, is_remote
 
@@ -658,7 +658,7 @@ def _sample(run: _Run, space: str) -> tuple[float, int]:
 
 def _cluster(run: _Run) -> list[Phase]:
     config, phases = run.config.cluster, list[Phase]()
-    for space in spaces(config):
+    for space in config.spaces:
         stored = run.work.images if space == "image" else run.work.pairs
         sample, width = _sample(run, space)
         flop = (
@@ -678,7 +678,7 @@ def _cluster(run: _Run) -> list[Phase]:
         )
     flop = sum(
         distance_flop(rows, compared(run.clusters), run.dim * (2 if space == "joint" else 1))
-        for space in spaces(config)
+        for space in config.spaces
         for rows in (run.work.images if space == "image" else run.work.pairs,)
     )
     labels = (
@@ -804,7 +804,7 @@ def _store_bytes(run: _Run) -> dict[str, float]:
         "embed": min(blocks, run.pixel_bytes + run.work.bytes),
         "cluster": max(
             nodes * 2 * queries,
-            *(4.0 * math.prod(_sample(run, space)) for space in spaces(run.config.cluster)),
+            *(4.0 * math.prod(_sample(run, space)) for space in run.config.cluster.spaces),
         ),
         "prototypes": search,
         "caption": search,
@@ -896,7 +896,7 @@ def make_plan(
             {name: figure.at(case) for name, figure in figures.items()},
             *shape,
         )
-        return (_plan_stage(name, run, prices) for name in STAGES)
+        return (_plan_stage(name, run, prices) for name in catalog.method("pds").names)
 
     def total(case: Case) -> float:
         return figures["start"].at(case).value + sum(stage.seconds for stage in stages(case))

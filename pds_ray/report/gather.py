@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pds_ray.engine.pipeline import COUNTED
+from pds_ray import catalog
 from pds_ray.errors import without_secrets
 from pds_ray.report import space
 from pds_ray.report.evaluations import (
@@ -151,7 +151,7 @@ def gather_run(folder: RunFolder, quick: bool = False, step: Step = lambda: None
         "clusters": clusters,
         "space": look.space if look else None,
         "dropped": _dropped(run),
-        "stages": _stages(run.manifest["stages"]),
+        "stages": _stages(method, run.manifest["stages"]),
         "evaluations": evaluations,
         "baselines": _baselines(
             beside, len(pairs["list"]) if distilled is None else len(distilled), evaluations
@@ -582,18 +582,20 @@ def _reading(run: _Run, method: str, distilled: DistilledSet | None, clusters: J
     )
 
 
-def _stages(stages: Json) -> list[Json]:
+def _stages(method: str, entries: Json) -> list[Json]:
+    """Return a row per stage of a run that has begun: status, seconds, rate."""
     rows = []
-    for name, entry in stages.items():
-        unit, key = COUNTED.get(name, ("", ""))
-        per_s = rate(entry, key)
-        told = f"{per_s:,.0f} {unit}/s" if per_s else ""
+    for stage in catalog.method(method).stages:
+        if stage.name not in entries:
+            continue
+        entry = entries[stage.name]
+        per_s = rate(entry, stage.counted)
         rows.append(
             {
-                "stage": name,
+                "stage": stage.name,
                 "status": entry.get("status", ""),
                 "seconds": entry.get("seconds", 0),
-                "rate": told,
+                "rate": f"{per_s:,.0f} {stage.unit}/s" if per_s else "",
             }
         )
     return rows

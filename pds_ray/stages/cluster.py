@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from pds_ray.config import ClusterConfig, ConfigError
-from pds_ray.store.schemas import MODALITIES
 
 FLAT_LIMIT = 100_000  # clusters fitted at one level
 # Clusters begun from `seeds`, and the rows a cluster that these are chosen among. Each choice reads all these rows, so
@@ -40,11 +39,6 @@ class Fit:
     """Weighted sum of squared distances of the training vectors to their centroids."""
     rows: int
     """Training vectors used."""
-
-
-def spaces(config: ClusterConfig) -> tuple[str, ...]:
-    """What is clustered: image and text, or one of image, text and joint; a pair's image label is the first's."""
-    return MODALITIES if config.modality == "separate" else (config.modality,)
 
 
 def joined(images: np.ndarray, texts: np.ndarray) -> np.ndarray:

@@ -15,11 +15,15 @@ from typing import IO, Any
 import pyarrow as pa
 from safetensors.numpy import save as save_safetensors
 
+from pds_ray import catalog
+from pds_ray.config import FREE_FIELDS, public, sections
+from pds_ray.methods.base import Counts, Run
 from pds_ray.modalities.text import clean_basic
 from pds_ray.store.distilled_set import CARD, MANIFEST, METADATA, PROTOTYPES, SET_SCHEMA_VERSION
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import vectors
 from pds_ray.store.storage import Folder, side_by_side
+from pds_ray.telemetry.progress import QUIET_S, progress_bar
 
 Files = dict[str, dict[str, Any]]  # name in the set -> bytes and SHA-256
 
@@ -67,6 +71,46 @@ DEPARTURES: dict[
 
 SELECTED = """Made with pds_ray by choosing pairs of the source: pictures and captions are real, and belong together; no
 picture is chosen twice. The prototypes are the pairs' own embeddings."""
+
+
+def materialize(run: Run) -> Counts:
+    """Write the distilled set of a run whose other stages are done."""
+    folder = run.folder
+    folder.distilled.delete_all()
+    captions = folder.captions() if "caption" in run.method.names else None
+    pairs = run.counts("decode")["images"]
+    with progress_bar("materialize", pairs, "pairs", delay_s=QUIET_S) as bar:
+        return write_distilled(folder, about(run), captions, bar.update)
+
+
+def about(run: Run) -> dict[str, Any]:
+    """Return what the distilled set says of its making: the same for two runs of one configuration."""
+    config = public(run.config)
+    del config["ray"]
+    for option in FREE_FIELDS:
+        section, _, name = option.rpartition(".")
+        del (config[section] if section else config)[name]
+    read = {option.partition(".")[0] for option in run.method.options}
+    for section in sections().keys() - read - {"ray"}:
+        del config[section]
+    decoder, synthetic = run.decoder, run.decoder.dim is not None
+    selected = config["method"] in catalog.SELECTORS
+    described = {"selection": catalog.selector(config["method"]).DESCRIPTION} if selected else {}
+    return {
+        "source": config["source"],
+        "method": config["method"],
+        **described,
+        "encoder": run.encoder.name,
+        "space": run.encoder.space,
+        "decoder": f"{decoder.name} {decoder.identity}" if synthetic else decoder.name,
+        "picture_origin": "synthetic" if synthetic else "real pictures of the source",
+        "counts": {
+            label: run.counts(stage.name)[count]
+            for stage in run.method.stages
+            for label, count in stage.card
+        },
+        "config": config,
+    }
 
 
 def records(prototypes: pa.Table, captions: pa.Table | None = None) -> list[dict[str, Any]]:

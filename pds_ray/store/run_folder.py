@@ -54,6 +54,8 @@ class RunFolder:
     MANIFEST = "run.json"
     HEARTBEAT = "heartbeat.json"  # there while a driver works
     SHARDS = "shards.parquet"
+    COUPLES, PROTOTYPES = "matching/couples.parquet", "prototypes.parquet"
+    CAPTIONS, SET_MANIFEST = "captions.parquet", "distilled/manifest.json"
 
     def save_shards(self, shards: list[dict[str, Any]]) -> str:
         """The shards that the run begins with, in order. Returns the SHA-256 of the file."""
@@ -73,30 +75,18 @@ class RunFolder:
                 f"{place} cannot be read ({first_line(error)}); verify --repair makes it anew"
             ) from error
 
-    def files(
-        self, stage: str, shards: Iterable[str], spaces: Iterable[str], pairs: int
-    ) -> list[str]:
-        """The names below the run folder of all that a stage after embedding must leave.
+    def keep_files(self, shards: Iterable[str]) -> list[str]:
+        """Return the names below the run folder of the keep masks of some shards."""
+        return [f"pruning/{self.keep_name(shard)}" for shard in shards]
 
-        `shards` that are embedded, `spaces` that are clustered, `pairs` of the distilled set.
-        """
-        match stage:
-            case "prune":
-                return [f"pruning/{self.keep_name(shard)}" for shard in shards]
-            case "cluster":
-                centroids, labels = map(self.centroids_name, spaces), map(self.labels_name, shards)
-                return [f"clusters/{name}" for name in ("fits.json", *centroids, *labels)]
-            case "decode":
-                return [f"images/{self.image_name(pair)}" for pair in range(pairs)]
-        return [
-            {
-                "match": "matching/couples.parquet",
-                "select": "prototypes.parquet",
-                "prototypes": "prototypes.parquet",
-                "caption": "captions.parquet",
-                "materialize": "distilled/manifest.json",  # which promises the rest of the set
-            }[stage]
-        ]
+    def cluster_files(self, spaces: Iterable[str], shards: Iterable[str]) -> list[str]:
+        """Return the names below the run folder of what clustering some spaces leaves."""
+        centroids, labels = map(self.centroids_name, spaces), map(self.labels_name, shards)
+        return [f"clusters/{name}" for name in ("fits.json", *centroids, *labels)]
+
+    def image_files(self, pairs: int) -> list[str]:
+        """Return the names below the run folder of the images of the first `pairs` pairs."""
+        return [f"images/{self.image_name(pair)}" for pair in range(pairs)]
 
     def hash_files(
         self, names: list[str], told: Callable[[], object] = lambda: None

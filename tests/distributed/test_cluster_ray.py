@@ -11,12 +11,11 @@ import pytest
 
 from pds_ray.config import ClusterConfig, RunConfig
 from pds_ray.distributed import cluster as stage
-from pds_ray.distributed.cluster import cluster
-from pds_ray.distributed.prune import prune
 from pds_ray.stages import cluster as core
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
+from tests.support.stage_run import do, stage_run
 from tests.support.synthetic_store import Gathered, make_store
 
 pytestmark = pytest.mark.ray
@@ -33,7 +32,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pruned]:
     return folder, (
         store,
         data,
-        prune(data.shards, len(data.keys), 0.2, store, RunFolder(Folder(str(folder / "run")))),
+        do(stage_run(store, RunFolder(Folder(str(folder / "run"))), CONFIG), "prune")["prune"],
     )
 
 
@@ -49,9 +48,10 @@ def new_run(
     def call(
         config: RunConfig = CONFIG, fingerprint: str = "one", **other_counts: int
     ) -> dict[str, Any]:
-        return cluster(
-            data.shards, {**counts, **other_counts}, DIM, store, run, config, fingerprint
-        )
+        on = stage_run(store, run, config, DIM)
+        on.fingerprints["cluster"] = fingerprint
+        on.manifest.stages["prune"] = {"counts": {**counts, **other_counts}}
+        return do(on, "cluster")["cluster"]
 
     return run, call
 

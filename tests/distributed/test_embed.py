@@ -22,7 +22,7 @@ from pds_ray.distributed.embed import (
     ShardDatasource,
     check_bad_share,
     check_failed_share,
-    embed,
+    fill_store,
 )
 from pds_ray.distributed.session import unwrapped_errors
 from pds_ray.errors import UserError
@@ -31,8 +31,10 @@ from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.stages import embed as core
 from pds_ray.stages.embed import embed_shard
 from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
 from tests.support.poisoned import write_shard
+from tests.support.stage_run import stage_run
 
 pytestmark = pytest.mark.ray
 CONFIG = RunConfig(embed=EmbedConfig(encoder="demo"), ray=RayConfig(max_bad_share=1.0))
@@ -42,6 +44,11 @@ def open_store(path: Path) -> EmbeddingStore:
     store = EmbeddingStore(Folder(str(path)))
     store.folder.create()
     return store
+
+
+def embed(source, shards, info, config, store: EmbeddingStore) -> dict:
+    folder = RunFolder(store.folder / "run")
+    return fill_store(stage_run(store, folder, config, source=source, shards=shards, encoder=info))
 
 
 def same_as_one_process(source, shards, store: EmbeddingStore) -> None:

@@ -11,17 +11,15 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from pds_ray.config import ClusterConfig, MatchConfig, RunConfig
+from pds_ray.config import ClusterConfig, MatchConfig, RunConfig, replace
 from pds_ray.distributed import nearest
-from pds_ray.distributed.cluster import cluster, sampled
-from pds_ray.distributed.match import match
-from pds_ray.distributed.prototypes import make_prototypes
-from pds_ray.distributed.prune import prune
+from pds_ray.distributed.cluster import sampled
 from pds_ray.distributed.tasks import map_in_order
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import vectors
 from pds_ray.store.storage import Folder
+from tests.support.stage_run import do, stage_run
 from tests.support.synthetic_store import Gathered, make_store
 
 pytestmark = pytest.mark.ray
@@ -44,11 +42,9 @@ def run_stages(
 ) -> tuple[RunFolder, Gathered, dict]:
     store, data = make_store(folder / "store", rows_per_shard)
     run = RunFolder(Folder(str(folder / "run")))
-    counts = prune(data.shards, len(data.keys), 0.2, store, run)
-    counts["cluster"] = cluster(data.shards, counts, DIM, store, run, config, "fingerprint")
-    counts["match"] = match(data.shards, store, run, config)
-    counts["prototypes"] = make_prototypes(data.shards, DIM, store, run, config)
-    return run, data, counts
+    stages = ("prune", "cluster", "match", "prototypes")
+    counts = do(stage_run(store, run, config, DIM), *stages)
+    return run, data, {**counts.pop("prune"), **counts}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +75,7 @@ def test_labels_are_nearest_centroids(finished: tuple[RunFolder, Gathered, dict]
 def test_training_vectors_are_weighted_images(tmp_path: Path) -> None:
     store, data = make_store(tmp_path / "store", [30, 20])
     run = RunFolder(Folder(str(tmp_path / "run")))
-    prune(data.shards, len(data.keys), 0.3, store, run)
+    do(stage_run(store, run, replace(CONFIG, {"prune.ratio": 0.3})), "prune")
     kept = np.concatenate([run.keep(shard) for shard in data.shards])
     rows, weights = sampled(data.shards, "image", store, run, 1.0, CONFIG)
     copies = data.image[kept]  # the authors' way: an image once per kept caption
@@ -178,9 +174,8 @@ def test_shards_searched_together_find_the_same(
     other = RunFolder(Folder(str(tmp_path)))
     for folder in ("clusters", "matching"):
         (tmp_path / folder).symlink_to(Path(run.folder.path) / folder)
-    make_prototypes(
-        data.shards, DIM, EmbeddingStore(Folder(run.folder.path) / "../store"), other, CONFIG
-    )
+    store = EmbeddingStore(Folder(run.folder.path) / "../store")
+    do(stage_run(store, other, CONFIG, DIM), "prototypes")
     assert other.folder.read_bytes("prototypes.parquet") == run.folder.read_bytes(
         "prototypes.parquet"
     )
@@ -242,16 +237,15 @@ def test_joint_rows_are_drawn_by_their_double_width(tmp_path: Path) -> None:
     """A budget for 400 vectors of width 2d; that of one shard does not depend on the others."""
     store, data = make_store(tmp_path / "store", [300, 300])
     run = RunFolder(Folder(str(tmp_path / "run")))
-    counts = prune(data.shards, len(data.keys), 0.2, store, run)
+    counts = do(stage_run(store, run, CONFIG), "prune")["prune"]
     assert counts["kept"] > 800, "without the double width, all would fit"
     budget = ClusterConfig(modality="joint", memory_gib=400 * 2 * 4 * 2 * DIM / 2**30)
     config = RunConfig(pairs=5, cluster=budget)
     run.save_centroids("image", np.zeros((5, DIM), np.float32))
     run.save_labels("left over", np.zeros(1, np.int32), np.zeros(1, np.int32))
-    found = [
-        cluster(data.shards, counts, DIM, store, run, config, "fingerprint")["joint"]
-        for _ in range(2)
-    ]
+    on = stage_run(store, run, config, DIM)
+    on.manifest.stages["prune"] = {"counts": counts}
+    found = [do(on, "cluster")["cluster"]["joint"] for _ in range(2)]
     assert found[0] == found[1]
     assert found[0]["rows"] == pytest.approx(400, rel=0.2)
     assert run.clusters.names(".safetensors") == ["joint.safetensors"], (

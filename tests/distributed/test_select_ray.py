@@ -15,6 +15,7 @@ from pds_ray.selectors.base import Candidates
 from pds_ray.stages.select import load_candidates
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
+from tests.support.stage_run import stage_run
 from tests.support.synthetic_store import Gathered, make_store
 
 pytestmark = pytest.mark.ray
@@ -34,10 +35,6 @@ def gathered_candidates(data: Gathered) -> Candidates:
     return Candidates(image[first], text, owner, data.similarity)
 
 
-def counts_of(data: Gathered) -> dict[str, int]:
-    return {"images": len(set(data.keys)), "pairs": len(data.captions)}
-
-
 def test_embeddings_that_no_node_can_hold_are_refused(
     made: tuple[EmbeddingStore, Gathered], run_folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ):
@@ -47,10 +44,10 @@ def test_embeddings_that_no_node_can_hold_are_refused(
     needed = sum(array.nbytes for array in (all_.image, all_.text, all_.owner, all_.similarity))
     config = RunConfig(method="random", pairs=PAIRS)
     monkeypatch.setattr(pools, "most_memory", lambda: needed)
-    select(data.shards, counts_of(data), 8, store, run_folder, config)
+    select(stage_run(store, run_folder, config, 8))
     monkeypatch.setattr(pools, "most_memory", lambda: needed - 1)
     with pytest.raises(ConfigError, match="method random holds all embeddings at once"):
-        select(data.shards, counts_of(data), 8, store, run_folder, config)
+        select(stage_run(store, run_folder, config, 8))
 
 
 @pytest.mark.parametrize("method", sorted(catalog.SELECTORS))
@@ -59,7 +56,7 @@ def test_the_same_pairs_as_without_ray(
 ):
     store, data = made
     config = RunConfig(method=method, pairs=PAIRS, seed=5, select=SelectConfig(epochs=3))
-    counts = select(data.shards, counts_of(data), 8, store, run_folder, config)
+    counts = select(stage_run(store, run_folder, config, 8))
     picks = list(
         catalog.selector(method).select(gathered_candidates(data), PAIRS, 5, config.select)
     )
@@ -82,7 +79,7 @@ def test_the_table_is_the_same_bytes_twice(made: tuple[EmbeddingStore, Gathered]
     written = []
     for name in ("one", "two"):
         run = RunFolder(Folder(str(tmp_path / name)))
-        select(data.shards, counts_of(data), 8, store, run, config)
+        select(stage_run(store, run, config, 8))
         written.append(run.folder.read_bytes("prototypes.parquet"))
     assert written[0] == written[1]
 

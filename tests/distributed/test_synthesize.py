@@ -16,6 +16,7 @@ from pds_ray.distributed.synthesize import synthesize
 from pds_ray.sources.scenes import ScenesSource
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import prototype_schema, vector_array
+from tests.support.stage_run import stage_run
 
 pytestmark = pytest.mark.ray
 
@@ -45,7 +46,9 @@ def test_pictures_are_made_once_and_remade_alike(run_folder: RunFolder) -> None:
     config = RunConfig(embed=EmbedConfig(encoder="demo"), decode=decode)
     info = catalog.describe_decoder(decode, catalog.describe_encoder(config.embed))
 
-    found = synthesize(source, info, config, run_folder)
+    store = run_folder.store(None, "")
+    run = stage_run(store, run_folder, config, source=source, decoder=info)
+    found = synthesize(run)
     assert (found["images"], found["made"], found["found"]) == (count, count, 0)
     assert found["decoder_busy_s"] > 0
     assert found["decoder_idle_s"] > 0
@@ -61,7 +64,7 @@ def test_pictures_are_made_once_and_remade_alike(run_folder: RunFolder) -> None:
     (folder / "000001.png.abcd.part").write_bytes(b"left behind by a killed worker")
     kept = folder / run_folder.image_name(5)
     stamp = kept.stat().st_mtime_ns
-    again = synthesize(source, info, config, run_folder)
+    again = synthesize(run)
     assert (again["images"], again["made"], again["found"]) == (count, 1, count - 1)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
     assert kept.stat().st_mtime_ns == stamp

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pds_ray.cli import main as cli
-from pds_ray.engine.pipeline import STAGES
+from pds_ray.methods.pds import PDS
 from pds_ray.planning import bench
 
 pytestmark = pytest.mark.ray
@@ -51,7 +51,7 @@ def test_the_file_says_what_was_measured_where(rates: Path) -> None:
     assert data["machine"]["memory_bytes"] > 2**28
     assert {"python", "torch", "ray"} <= data["versions"].keys()
     assert set(data["sources"]) == {"jpeg", "scenes:10000"}
-    for stage in STAGES:
+    for stage in PDS.names:
         assert data["figures"][f"start_{stage}"]["unit"] == "s"
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pds_ray import load_distilled
-from pds_ray.engine.pipeline import SELECTION_STAGES
+from pds_ray.methods.selection import SELECTION
 from pds_ray.modalities.image import decode_image
 from pds_ray.sources.scenes import ScenesSource
 from tests.support.command_line import Run, content, stages
@@ -40,7 +40,7 @@ def herding(tmp_path_factory: pytest.TempPathFactory, pds_ray: Run) -> Path:
     assert done.returncode == 0, done.stderr
     assert "method        herding" in done.stdout
     assert [line.split()[0] for line in done.stdout.split("rate\n")[1].split("\n")[:4]] == list(
-        SELECTION_STAGES
+        SELECTION.names
     )
     return run
 
@@ -75,7 +75,7 @@ def check_pairs(run: Path, method: str) -> None:
 
 def test_the_chosen_pairs_are_those_of_the_source(herding: Path) -> None:
     check_pairs(herding, "herding")
-    assert list(stages(herding)) == list(SELECTION_STAGES)
+    assert list(stages(herding)) == list(SELECTION.names)
 
 
 def test_repeating_the_command_does_nothing_and_another_method_is_refused(

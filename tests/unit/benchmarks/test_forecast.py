@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from benchmarks.forecast import table
-from pds_ray.engine.pipeline import STAGES
+from pds_ray.methods.pds import PDS
 
 RATES = {
     "read": 100,
@@ -50,7 +50,7 @@ def make_files(folder: Path) -> tuple[Path, Path]:
         **{name: entry(1e18) for name in at_once},
         **{name: entry(1e18, per="driver") for name in by_driver},
         **{name: entry(rate) for name, rate in RATES.items()},
-        **{f"start_{name}": entry(2.0, "s", "run") for name in STAGES},
+        **{f"start_{name}": entry(2.0, "s", "run") for name in PDS.names},
         "start": entry(5.0, "s", "run"),
     }
     rates = {

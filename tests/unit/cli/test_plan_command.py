@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pds_ray.cli import main as cli
-from pds_ray.engine.pipeline import STAGES
+from pds_ray.methods.pds import PDS
 
 WEB = [
     "plan",
@@ -43,7 +43,7 @@ def test_a_plan_names_every_stage_its_bottleneck_and_its_formulas(
     lines = out.splitlines()
     assert lines[0] == "source    400,000,000 pairs of 400,000,000 images, 9.60 TB, 40,000 shards"
     assert lines[1] == "machines  64 x H100, 512 CPU cores"
-    for stage in STAGES:
+    for stage in PDS.names:
         assert any(line.startswith(f"{stage:<12} ") for line in lines)
         assert any(line.startswith(f"{stage}: start ") for line in lines)
     assert (
@@ -59,7 +59,7 @@ def test_the_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, *WEB, "--json")
     plan = json.loads(out)
     assert code == 0
-    assert [stage["name"] for stage in plan["stages"]] == list(STAGES)
+    assert [stage["name"] for stage in plan["stages"]] == list(PDS.names)
     assert plan["workload"] == {
         "images": 400_000_000, "pairs": 400_000_000, "bytes": 9.6e12, "shards": 40_000, "remote": True,
     }  # fmt: skip

@@ -12,12 +12,14 @@ import pytest
 
 from pds_ray.config import RunConfig, replace
 from pds_ray.distributed import embed, pools, session, tasks
-from pds_ray.engine import pipeline
+from pds_ray.engine import state
+from pds_ray.engine.plan import make_run
+from pds_ray.engine.run import _run_stage, distill
 from pds_ray.recipes import recipe
 from pds_ray.sources import scenes
 from pds_ray.stages.embed import shard_counts
 from pds_ray.store.embeddings import EmbeddingStore
-from pds_ray.store.manifest import ManifestError, RunManifest
+from pds_ray.store.manifest import ManifestError
 from pds_ray.store.storage import StorageError
 from tests.support.synthetic_store import make_store
 
@@ -40,7 +42,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
         return reused, {shard.name: "is still away" for shard in todo}
 
     monkeypatch.setattr(scenes, "SHARD_SIZE", 10)
-    monkeypatch.setattr(pipeline, "LISTING_WAITS_S", (0.0,))
+    monkeypatch.setattr(state, "LISTING_WAITS_S", (0.0,))
     monkeypatch.setattr(session, "start", lambda *_: {})
     monkeypatch.setattr(tasks, "map_in_order", in_turn)
     monkeypatch.setattr(pools, "pool", lambda *_: None)
@@ -62,7 +64,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 def fill(config: RunConfig, tmp_path: Path) -> Callable[..., EmbeddingStore]:
     """Commits shards of the given numbers to the store, as the other run does."""
     made, _ = make_store(tmp_path / "made", ROWS)
-    store = pipeline.plan(config).store
+    store = make_run(config).store
 
     def commit(*numbers: int) -> EmbeddingStore:
         for number in numbers:
@@ -96,10 +98,10 @@ def test_shards_that_another_run_brings_back_count(
     config: RunConfig, fill: Callable[..., EmbeddingStore]
 ) -> None:
     fill(0, 1, 3)
-    pipeline.distill(config, only=FIRST)
+    distill(config, only=FIRST)
     assert pairs(config) == (held(config, (0, 1, 3)),) * 3
     fill(2)
-    pipeline.distill(config, only=FIRST)
+    distill(config, only=FIRST)
     assert pairs(config) == (held(config, range(4)),) * 3
 
 
@@ -107,10 +109,10 @@ def test_a_shard_that_another_run_lost_is_not_waited_for_for_ever(
     config: RunConfig, fill: Callable[..., EmbeddingStore]
 ) -> None:
     store = fill(0, 1, 2, 3)
-    pipeline.distill(config, only=FIRST)
+    distill(config, only=FIRST)
     store.fail("scenes-00002", "to be tried again")
     store.folder.delete("scenes-00002.json")  # and the other run was killed
-    found = pipeline.distill(config, only=FIRST)["stages"]
+    found = distill(config, only=FIRST)["stages"]
     assert found["embed"]["counts"]["failed_shards"] == 1
     assert (
         found["embed"]["counts"]["pairs"]
@@ -123,10 +125,10 @@ def test_nothing_is_done_twice_where_nothing_changed(
     config: RunConfig, fill: Callable[..., EmbeddingStore]
 ) -> None:
     fill(0, 1, 3)  # the third is set aside as failed
-    pipeline.distill(config, only=FIRST)
+    distill(config, only=FIRST)
     mask = Path(config.out) / "pruning" / "scenes-00000.keep.parquet"
     before = mask.stat().st_mtime_ns
-    pipeline.distill(config, only=FIRST)
+    distill(config, only=FIRST)
     assert mask.stat().st_mtime_ns == before
 
 
@@ -134,14 +136,14 @@ def test_without_its_manifest_a_run_goes_on_from_what_is_embedded(
     config: RunConfig, fill: Callable[..., EmbeddingStore]
 ) -> None:
     store = fill(0, 1, 2, 3)
-    pipeline.distill(config, only=FIRST)
+    distill(config, only=FIRST)
     before = {path: path.stat().st_mtime_ns for path in Path(store.folder.path).glob("scenes-*")}
     manifest = Path(config.out) / "run.json"
     manifest.write_bytes(manifest.read_bytes()[:100])
     with pytest.raises(ManifestError, match="delete it"):
-        pipeline.distill(config, only=FIRST)
+        distill(config, only=FIRST)
     manifest.unlink()
-    counts = pipeline.distill(config, only=FIRST)["stages"]["embed"]["counts"]
+    counts = distill(config, only=FIRST)["stages"]["embed"]["counts"]
     assert (counts["shards_reused"], counts["timed"], counts["pairs"]) == (
         4,
         0,
@@ -155,10 +157,9 @@ def test_a_set_of_two_contents_is_not_written(
 ) -> None:
     """What changes between two stages shows before the result is written, whichever of them have read it."""
     fill(0, 1, 3)
-    pipeline.distill(config, only=FIRST)
-    plan = pipeline.plan(config)
-    write = pipeline._steps(plan, RunManifest(plan.run), dict)["materialize"]
+    distill(config, only=FIRST)
+    run = make_run(config)
     fill(2)
     with pytest.raises(StorageError, match="changed while they were read"):
-        write()
+        _run_stage(run, run.method.stage("materialize"))
     assert not (Path(config.out) / "distilled").exists()

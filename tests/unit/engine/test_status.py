@@ -16,9 +16,10 @@ import pyarrow.fs as pafs
 import pytest
 
 from pds_ray.config import replace
-from pds_ray.engine import pipeline
-from pds_ray.engine.pipeline import SELECTION_STAGES, STAGES
+from pds_ray.engine import run as engine
 from pds_ray.engine.status import status
+from pds_ray.methods.pds import PDS
+from pds_ray.methods.selection import SELECTION
 from pds_ray.recipes import recipe
 from pds_ray.store import heartbeat, storage
 from pds_ray.store.heartbeat import SILENT_S
@@ -57,15 +58,15 @@ def sign(run: RunFolder, age_s: float) -> None:
 @pytest.mark.parametrize(
     ("done", "last", "how", "age_s", "state", "stage"),
     [
-        (STAGES, "", "", None, "finished", None),
-        (STAGES, "", "", SILENT_S + 5, "finished", None),  # killed after its last word
-        (STAGES[:2], "cluster", "", 1.0, "running", "cluster"),
-        (STAGES[:2], "", "", 1.0, "running", "cluster"),  # between two stages
-        (STAGES[:2], "cluster", "", SILENT_S + 5, "silent", "cluster"),  # killed
+        (PDS.names, "", "", None, "finished", None),
+        (PDS.names, "", "", SILENT_S + 5, "finished", None),  # killed after its last word
+        (PDS.names[:2], "cluster", "", 1.0, "running", "cluster"),
+        (PDS.names[:2], "", "", 1.0, "running", "cluster"),  # between two stages
+        (PDS.names[:2], "cluster", "", SILENT_S + 5, "silent", "cluster"),  # killed
         ((), "embed", "", None, "silent", "embed"),
         ((), "embed", "interrupted", None, "interrupted", "embed"),
-        (STAGES[:1], "prune", "failed", None, "failed", "prune"),
-        (STAGES[:1], "", "", None, "idle", "prune"),  # --only embed
+        (PDS.names[:1], "prune", "failed", None, "failed", "prune"),
+        (PDS.names[:1], "", "", None, "idle", "prune"),  # --only embed
         ((), "", "", None, "idle", "embed"),
     ],
 )
@@ -83,7 +84,7 @@ def test_the_state(
         sign(run, age_s)
     found = status(run.folder.path)
     assert (found["state"], found["stage"]) == (state, stage)
-    assert list(found["stages"]) == list(STAGES)
+    assert list(found["stages"]) == list(PDS.names)
     assert [name for name, how in found["stages"].items() if how == "done"] == list(done)
 
 
@@ -92,7 +93,7 @@ def test_a_run_that_ends_meanwhile_is_not_silent(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, accesses: int
 ) -> None:
     """It ends after so many accesses of the folder, as a driver does: the manifest first, then its sign."""
-    book(run, STAGES[:-1], STAGES[-1])
+    book(run, PDS.names[:-1], PDS.names[-1])
     sign(run, 1.0)
     left = accesses
 
@@ -101,7 +102,7 @@ def test_a_run_that_ends_meanwhile_is_not_silent(
             nonlocal left
             if left == 0:
                 left -= 1
-                book(run, STAGES)
+                book(run, PDS.names)
                 run.folder.delete(RunFolder.HEARTBEAT)
             left -= 1
             return method(*args)
@@ -130,7 +131,7 @@ def test_a_clock_that_jumps_brings_no_dead_driver_to_life(
 @pytest.mark.parametrize(("label", "told"), [("embed", False), ("prune", True), ("list", True)])
 def test_progress_of_a_stage_that_is_done_is_old(run: RunFolder, label: str, told: bool) -> None:
     """The manifest is written at once, the sign of life only now and then."""
-    book(run, STAGES[:1], "prune")
+    book(run, PDS.names[:1], "prune")
     progress = {
         "label": label,
         "unit": "images",
@@ -147,7 +148,7 @@ def test_progress_of_a_stage_that_is_done_is_old(run: RunFolder, label: str, tol
 
 
 def test_other_methods_have_other_stages(run: RunFolder) -> None:
-    book(run, SELECTION_STAGES, method="herding")
+    book(run, SELECTION.names, method="herding")
     assert status(run.folder.path)["state"] == "finished"
 
 
@@ -196,7 +197,7 @@ def test_the_folder_is_swept_before_it_holds_a_sign(
         assert not left.exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "beating", begin)
+    monkeypatch.setattr(engine, "beating", begin)
     small = {
         "source": "scenes:20",
         "pairs": 2,
@@ -204,7 +205,7 @@ def test_the_folder_is_swept_before_it_holds_a_sign(
         "out": str(left.parent),
     }
     with pytest.raises(KeyboardInterrupt):
-        pipeline.distill(replace(recipe("demo"), small))
+        engine.distill(replace(recipe("demo"), small))
 
 
 def test_a_run_goes_on_where_it_cannot_be_watched(
@@ -349,5 +350,5 @@ def test_a_process_that_has_the_number_of_a_dead_one_need_not_wait(remote: RunFo
 
 
 def test_status_is_json(run: RunFolder) -> None:
-    book(run, STAGES)
+    book(run, PDS.names)
     assert json.loads(json.dumps(status(run.folder.path)))["state"] == "finished"

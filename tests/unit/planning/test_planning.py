@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pds_ray.config import ConfigError, RunConfig
 from pds_ray.config import replace as configure
-from pds_ray.engine.pipeline import STAGES
+from pds_ray.methods.pds import PDS
 from pds_ray.planning import planning
 from pds_ray.planning.planning import (
     Cluster,
@@ -242,7 +242,7 @@ def test_round_trips_to_a_store(out: str, source_is_remote: bool, counted: bool)
     work = replace(web_workload(400_000_000, 1, 24_000), remote=source_is_remote)
     plan = make_plan(web(out=out), work, make_cluster("64xH100", None, None), None, PRICES)
     found: dict[str, list[float]] = {}
-    for name in STAGES:
+    for name in PDS.names:
         for phase in stage(plan, name).phases:
             for trips in (d for d in phase if d.rate.per == "connection"):
                 assert trips.at_most is not None
@@ -319,7 +319,7 @@ def drawn(
 @given(st.fixed_dictionaries(CASES))
 def test_no_stage_is_shorter_than_the_work_for_any_resource(case: dict[str, Any]) -> None:
     plan = drawn(**case)
-    assert tuple(found.name for found in plan.stages) == STAGES
+    assert tuple(found.name for found in plan.stages) == PDS.names
     for found in plan.stages:
         for per in ("core", "GPU", "node", "driver"):
             work = sum(
@@ -577,7 +577,7 @@ MADE_UP = Figure(7.0, 7.0, 7.0, "things", "core", "made up")
 def measured_all(**changes: Any) -> Measured:
     """Every figure measured, with the models of `web()`."""
     figures = dict.fromkeys(
-        {*chosen(web(), MACHINE_HERE, None), *(f"start_{name}" for name in STAGES)}, MADE_UP
+        {*chosen(web(), MACHINE_HERE, None), *(f"start_{name}" for name in PDS.names)}, MADE_UP
     )
     known = replace(
         MACHINE,

@@ -385,7 +385,7 @@ def test_sample_share_fits_the_budget():
     ],
 )
 def test_what_is_clustered(modality, expected):
-    assert cluster.spaces(ClusterConfig(modality=modality)) == expected
+    assert ClusterConfig(modality=modality).spaces == expected
 
 
 def test_joined_vectors_weigh_both_sides_alike():

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pds_ray.store import artifacts
+from pds_ray.store import schemas
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import embedding_array, embeddings, vector_array, vectors
@@ -34,7 +34,7 @@ def test_embeddings_come_back(rows, dim, dtype, start, length, seed):
     rng = np.random.default_rng(seed)
     values = rng.standard_normal((rows, dim)).astype(np.float32)
     stored, names = values.astype(dtype).astype(np.float32), [f"k{row}" for row in range(rows)]
-    schema = pa.schema([("key", pa.string()), artifacts.embedding_field(dim, dtype)])
+    schema = pa.schema([("key", pa.string()), schemas.embedding_field(dim, dtype)])
     table = pa.table({"key": names, "embedding": embedding_array(values, dtype)}, schema=schema)
     file = pa.BufferOutputStream()
     pq.write_table(table, file, row_group_size=7)
@@ -63,11 +63,11 @@ def test_embeddings_are_little_endian_numbers_one_after_the_other():
 
 
 def test_no_rows_keep_the_width():
-    schema = artifacts.image_schema(7, "float16")
+    schema = schemas.image_schema(7, "float16")
     assert embeddings(schema.empty_table()).shape == (0, 7)
     assert embeddings(pa.concat_tables([schema.empty_table()] * 2)).shape == (0, 7)
     assert embeddings(pa.Table.from_batches([], schema=schema)).shape == (0, 7)
-    prototypes = artifacts.prototype_schema(7)
+    prototypes = schemas.prototype_schema(7)
     assert vectors(prototypes.empty_table(), "image_prototype").shape == (0, 7)
     assert vectors(pa.Table.from_batches([], schema=prototypes), "image_prototype").shape == (0, 7)
 
@@ -97,7 +97,7 @@ def test_vectors_come_back(rows, dim, start, length, seed):
 )
 def test_views_are_taken_as_they_look(values):
     np.testing.assert_array_equal(vectors(pa.table({"v": vector_array(values)}), "v"), values)
-    schema = pa.schema([artifacts.embedding_field(values.shape[1], "float32")])
+    schema = pa.schema([schemas.embedding_field(values.shape[1], "float32")])
     table = pa.table({"embedding": embedding_array(values, "float32")}, schema=schema)
     np.testing.assert_array_equal(embeddings(table), values)
 
@@ -114,7 +114,7 @@ def tables(dim=3, dtype="float16", rows=4):
             "width": numbers,
             "height": numbers,
         },
-        schema=artifacts.image_schema(dim, dtype),
+        schema=schemas.image_schema(dim, dtype),
     )
     captions = pa.table(
         {
@@ -125,10 +125,10 @@ def tables(dim=3, dtype="float16", rows=4):
             "embedding": embedding_array(-embedding, dtype),
             "similarity": embedding[:, 0].astype(np.float32),
         },
-        schema=artifacts.caption_schema(dim, dtype),
+        schema=schemas.caption_schema(dim, dtype),
     )
     errors = pa.table(
-        {"key": ["e"], "reason": ["not_a_tar"], "detail": [""]}, schema=artifacts.ERROR_SCHEMA
+        {"key": ["e"], "reason": ["not_a_tar"], "detail": [""]}, schema=schemas.ERROR_SCHEMA
     )
     return images, captions, errors
 
@@ -245,7 +245,7 @@ def run(tmp_path):
 
 def test_centroids(run):
     centroids = np.random.default_rng(1).standard_normal((5, 3)).astype(np.float32)
-    for modality in artifacts.MODALITIES:
+    for modality in schemas.MODALITIES:
         run.save_centroids(modality, centroids)
         found = run.centroids(modality)
         assert found.dtype == np.float32
@@ -301,11 +301,11 @@ def test_couples_and_prototypes(run):
             "pairless": [False],
             "mean_cosine": [math.pi],
         },
-        schema=artifacts.COUPLE_SCHEMA,
+        schema=schemas.COUPLE_SCHEMA,
     )
     run.save_couples(couples)
     assert run.couples().equals(couples)
-    schema = artifacts.prototype_schema(3)
+    schema = schemas.prototype_schema(3)
     vector = vector_array(np.arange(3.0)[None])
     values = {field.name: ["x"] if field.type == pa.string() else [1] for field in schema}
     values |= {"image_prototype": vector, "text_prototype": vector, "members": [["s/a", "s/b"]]}

@@ -11,12 +11,16 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pds_ray.config import ConfigError, RunConfig, replace
-from pds_ray.engine import pipeline
-from pds_ray.engine.pipeline import SELECTION_STAGES, STAGES, plan
+from pds_ray.config import ConfigError, RunConfig, public, replace
+from pds_ray.engine import plan, state
+from pds_ray.engine.plan import make_run
+from pds_ray.methods.base import Run
+from pds_ray.methods.pds import PDS
+from pds_ray.methods.selection import SELECTION
 from pds_ray.recipes import recipe
 from pds_ray.sources.base import Sample, Shard, SourceError
 from pds_ray.sources.webdataset import WebDatasetSource
+from pds_ray.stages.materialize import about
 from pds_ray.store.manifest import ManifestError, RunManifest
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import StorageError
@@ -27,7 +31,7 @@ BASE = {"source": "scenes:120", "pairs": 5, "out": "unused", "decode.decoder": "
 
 def fingerprints(**changes: Any) -> dict[str, str]:
     names = {name.replace("__", "."): value for name, value in changes.items()}
-    return plan(replace(recipe("demo"), {**BASE, **names})).fingerprints
+    return make_run(replace(recipe("demo"), {**BASE, **names})).fingerprints
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +68,8 @@ def test_a_change_makes_stale_what_depends_on_it(
     reference: dict[str, str], changes: dict[str, Any], first: str
 ) -> None:
     changed = fingerprints(**changes)
-    stale = [stage for stage in STAGES if changed[stage] != reference[stage]]
-    assert stale == list(STAGES[STAGES.index(first) :])
+    stale = [stage for stage in PDS.names if changed[stage] != reference[stage]]
+    assert stale == list(PDS.names[PDS.names.index(first) :])
 
 
 @pytest.mark.parametrize(
@@ -100,7 +104,7 @@ def test_where_and_how_fast_changes_nothing(
 def test_another_condition_makes_decoding_stale() -> None:
     unclip = {"decode__decoder": "unclip"}
     plain, by_caption = fingerprints(**unclip), fingerprints(**unclip, decode__condition="caption")
-    assert [stage for stage in STAGES if plain[stage] != by_caption[stage]] == [
+    assert [stage for stage in PDS.names if plain[stage] != by_caption[stage]] == [
         "decode",
         "caption",
         "materialize",
@@ -115,8 +119,8 @@ def selection() -> dict[str, str]:
 def test_methods_share_the_embeddings_and_nothing_else(
     reference: dict[str, str], selection: dict[str, str]
 ) -> None:
-    assert list(reference) == list(STAGES)
-    assert list(selection) == list(SELECTION_STAGES)
+    assert list(reference) == list(PDS.names)
+    assert list(selection) == list(SELECTION.names)
     assert {stage for stage in selection if selection[stage] == reference.get(stage)} == {"embed"}
 
 
@@ -137,8 +141,8 @@ def test_a_change_makes_stale_what_of_a_selection_depends_on_it(
     selection: dict[str, str], changes: dict[str, Any], first: str
 ) -> None:
     changed = fingerprints(**{"method": "forgetting", **changes})
-    stale = [stage for stage in SELECTION_STAGES if changed[stage] != selection[stage]]
-    assert stale == list(SELECTION_STAGES[SELECTION_STAGES.index(first) :])
+    stale = [stage for stage in SELECTION.names if changed[stage] != selection[stage]]
+    assert stale == list(SELECTION.names[SELECTION.names.index(first) :])
 
 
 @pytest.mark.parametrize(
@@ -183,7 +187,7 @@ def test_every_option_is_judged() -> None:
 
 
 def test_a_card_counts_the_shards_that_were_not_read(tmp_path: Path) -> None:
-    plan_ = plan(replace(recipe("demo"), {**BASE, "out": str(tmp_path), "method": "random"}))
+    run = make_run(replace(recipe("demo"), {**BASE, "out": str(tmp_path), "method": "random"}))
     counts = {
         "images": 90,
         "pairs": 450,
@@ -191,35 +195,34 @@ def test_a_card_counts_the_shards_that_were_not_read(tmp_path: Path) -> None:
         "failed_shards": 2,
         "failed": {"a": "gone", "b": "gone"},
     }
-    manifest = RunManifest(plan_.run)
-    manifest.data["stages"] = {"embed": {"counts": counts}, "decode": {"counts": {"images": 5}}}
-    about = pipeline._about(plan_, manifest)
-    assert about["counts"]["shards not read"] == 2
-    assert "gone" not in str(about), "why may differ from one try to the next"
+    run.manifest.data["stages"] = {"embed": {"counts": counts}, "decode": {"counts": {"images": 5}}}
+    told = about(run)
+    assert told["counts"]["shards not read"] == 2
+    assert "gone" not in str(told), "why may differ from one try to the next"
 
 
-def test_pictures_are_not_continued_in_another_way(
+def test_images_are_not_continued_in_another_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pds_ray.distributed import pools, synthesize
 
     options = {**BASE, "out": str(tmp_path), "decode.decoder": "unclip"}
-    plan_ = plan(replace(recipe("demo"), options))
-    plan_.run.folder.create()
+    run = make_run(replace(recipe("demo"), options))
+    run.folder.folder.create()
     told: list[str] = []
     monkeypatch.setattr(
-        synthesize, "synthesize", lambda *args: told.append(args[2].decode.precision) or {}
+        synthesize, "_decode", lambda run, config, *_: told.append(config.decode.precision) or {}
     )
     monkeypatch.setattr(RunFolder, "prototypes", lambda _: pa.table({"pair": [0, 1]}))
 
     def decode(gpus: float, **changes: Any) -> None:
         monkeypatch.setattr(pools, "pool", lambda *_, **__: pools.Pool(1, 1, 1, 1.0, gpus, {}))
-        changed = dataclasses.replace(plan_, config=replace(plan_.config, changes))
-        pipeline._steps(changed, RunManifest(plan_.run), dict)["decode"]()
+        config, manifest = replace(run.config, changes), RunManifest(run.folder)
+        synthesize.synthesize(dataclasses.replace(run, config=config, manifest=manifest))
 
     decode(gpus=0.0)
-    decode(gpus=1.0)  # no picture was made
-    plan_.run.images.write_bytes(plan_.run.image_name(0), b"picture")
+    decode(gpus=1.0)  # no image was made
+    run.folder.images.write_bytes(run.folder.image_name(0), b"picture")
     decode(gpus=0.5)
     with pytest.raises(
         ConfigError,
@@ -229,7 +232,7 @@ def test_pictures_are_not_continued_in_another_way(
     with pytest.raises(ConfigError, match="here they would go on in fp16, batches of 3;"):
         decode(gpus=1.0, **{"decode.batch_size": 3})
     assert told == ["fp32", "fp16", "fp16"], "every actor is told, none decides for itself"
-    manifest = RunManifest(plan_.run)
+    manifest = RunManifest(run.folder)
     del manifest.data["images_made"]  # as of a run begun before it was recorded
     manifest.update()
     decode(gpus=0.0)
@@ -259,14 +262,14 @@ def test_a_source_without_samples_says_why(tmp_path: Path) -> None:
     config = RunConfig(source=str(tmp_path / "*.tar"), pairs=10, out=str(tmp_path / "run"))
     source = WebDatasetSource(config.source)
     with pytest.raises(
-        ConfigError, match=r"no sample of .* has a picture and a caption \(not_a_tar: 2\)"
+        ConfigError, match=r"no sample of .* has an image and a caption \(not_a_tar: 2\)"
     ):
-        pipeline._check_enough(source, source.shards(), config)
+        plan._check_enough(source, source.shards(), config)
 
 
 def check_enough(source: Refusing, shards: int, pairs: int) -> None:
     config = RunConfig(source="s3://b/*.tar", pairs=pairs)
-    pipeline._check_enough(source, [Shard(str(n), "") for n in range(shards)], config)
+    plan._check_enough(source, [Shard(str(n), "") for n in range(shards)], config)
 
 
 def test_a_shard_that_its_store_refuses_is_passed_over() -> None:
@@ -287,21 +290,21 @@ def test_a_store_that_refuses_all_is_not_asked_for_long() -> None:
 
 
 @pytest.fixture
-def begun(tmp_path: Path) -> tuple[RunConfig, pipeline.Plan]:
+def begun(tmp_path: Path) -> tuple[RunConfig, Run]:
     """A run of three shards, of which the first is embedded."""
     for number in range(3):
         write_shard(tmp_path / f"{number}.tar", {}, samples=4, seed=number)
     changes = {"source": f"{tmp_path}/{{0..2}}.tar", "pairs": 2, "out": str(tmp_path / "run")}
     config = replace(recipe("demo"), {"decode.decoder": "nearest", **changes})
-    first = plan(config)
-    pipeline.open_run(first, redo=False)
+    first = make_run(config)
+    state.open_run(first, redo=False)
     first.store.folder.write_json("0.json", {})
     return config, first
 
 
 @pytest.mark.parametrize("form", ["{0..2}.tar", "*.tar"])
 def test_a_run_goes_on_though_shards_are_gone_or_newer(
-    begun: tuple[RunConfig, pipeline.Plan],
+    begun: tuple[RunConfig, Run],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     form: str,
@@ -311,13 +314,13 @@ def test_a_run_goes_on_though_shards_are_gone_or_newer(
     (tmp_path / "0.tar").unlink()
     os.utime(tmp_path / "1.tar", ns=(1, 1))
     write_shard(tmp_path / "2.tar", {}, samples=8)  # mended before it was embedded
-    again = plan(config)
+    again = make_run(config)
     assert "1 are gone and 2 are newer" in capsys.readouterr().err
     assert again.fingerprints == first.fingerprints
     assert again.shards == first.shards
-    RunManifest(again.run).update(config=pipeline.public(config))
-    pipeline.open_run(again, redo=False)
-    now = plan(replace(config, {"source": f"{tmp_path}/*.tar"}), redo=True)
+    RunManifest(again.folder).update(config=public(config))
+    state.open_run(again, redo=False)
+    now = make_run(replace(config, {"source": f"{tmp_path}/*.tar"}), redo=True)
     assert [shard.name for shard in now.shards] == ["1", "2"]
     assert now.fingerprints != first.fingerprints
 
@@ -326,45 +329,43 @@ def test_shards_that_never_were_there_are_no_source(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", {}, samples=4)
     changes = {"source": f"{tmp_path}/{{0..2}}.tar", "pairs": 2, "out": str(tmp_path / "run")}
     with pytest.raises(SourceError, match="2 of 3 shard patterns match nothing"):
-        plan(replace(recipe("demo"), {"decode.decoder": "nearest", **changes}))
+        make_run(replace(recipe("demo"), {"decode.decoder": "nearest", **changes}))
 
 
 @pytest.mark.parametrize("what", ["a new shard", "another size"])
 def test_new_shards_and_other_ones_are_another_source(
-    begun: tuple[RunConfig, pipeline.Plan], tmp_path: Path, what: str
+    begun: tuple[RunConfig, Run], tmp_path: Path, what: str
 ) -> None:
     config, first = begun
     write_shard(tmp_path / ("3.tar" if what == "a new shard" else "0.tar"), {}, samples=30)
-    again = plan(replace(config, {"source": f"{tmp_path}/*.tar"}))
+    again = make_run(replace(config, {"source": f"{tmp_path}/*.tar"}))
     assert again.fingerprints != first.fingerprints
     with pytest.raises(ManifestError, match="other data"):
-        pipeline.open_run(again, redo=False)
+        state.open_run(again, redo=False)
 
 
 def test_no_secret_is_kept_with_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = "s3://key:hidden@bucket/0.tar"
     monkeypatch.setattr(WebDatasetSource, "shards", lambda _: [Shard("0", secret, 1)])
-    monkeypatch.setattr(pipeline, "_check_enough", lambda *_: None)
-    first = plan(
+    monkeypatch.setattr(plan, "_check_enough", lambda *_: None)
+    first = make_run(
         replace(recipe("demo"), {"source": secret, "pairs": 2, "out": str(tmp_path / "run")})
     )
-    pipeline.open_run(first, redo=False)
-    assert "hidden" not in str(first.run.shards())
+    state.open_run(first, redo=False)
+    assert "hidden" not in str(first.folder.shards())
     assert (
-        plan(
+        make_run(
             replace(recipe("demo"), {"source": secret, "pairs": 2, "out": str(tmp_path / "run")})
         ).shards
         == first.shards
     )
 
 
-def test_a_damaged_list_of_shards_is_one_line(
-    begun: tuple[RunConfig, pipeline.Plan], tmp_path: Path
-) -> None:
+def test_a_damaged_list_of_shards_is_one_line(begun: tuple[RunConfig, Run], tmp_path: Path) -> None:
     config, first = begun
     (tmp_path / "run" / "shards.parquet").write_bytes(b"not what it was")
     with pytest.raises(
         StorageError, match=r"shards.parquet cannot be read .* verify --repair makes it anew"
     ):
-        plan(config)
-    assert plan(config, redo=True).shards == first.shards
+        make_run(config)
+    assert make_run(config, redo=True).shards == first.shards

@@ -1,0 +1,183 @@
+"""The checks before a run: source, models, sizes and folders. Nothing long starts here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from tqdm import tqdm
+
+from pds_ray import catalog
+from pds_ray.config import ConfigError, RunConfig, flatten, to_dict
+from pds_ray.config import replace as configure
+from pds_ray.errors import first_line
+from pds_ray.methods.base import Method, Run
+from pds_ray.modalities.text import CLEANERS
+from pds_ray.sources.base import Fault, MissingShardsError, Sample, Shard, Source, SourceError
+from pds_ray.store.manifest import RunManifest, fingerprint
+from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.storage import Folder, StorageError
+from pds_ray.telemetry import log
+from pds_ray.telemetry.progress import QUIET_S, progress_bar
+
+PROBE = 10_000  # images looked at before a run; the rest is counted while it is embedded
+CAPTIONLESS_PROBE = 1_000  # with so many samples in a row without a caption, the source has none
+UNREADABLE_PROBE = 10  # with so many unreadable shards at the start, no shard can be read
+
+
+def make_run(config: RunConfig, redo: bool = False) -> Run:
+    """Check source, encoder, decoder, sizes and folders, and return the run.
+
+    With `redo` the source is taken as it is now, not as the run began with it. Raises ConfigError,
+    SourceError, StorageError or ManifestError in one line.
+    """
+    if not config.source:
+        raise ConfigError(
+            "no source: give --source (tar path, glob or brace range, flickr30k:ROOT, coco:ROOT "
+            "or scenes:N)"
+        )
+    if not config.out:
+        raise ConfigError("no run folder: give --out FOLDER")
+    method = catalog.method(config.method)
+    config = relevant(config, method)
+    source = catalog.make_source(config.source)
+    folder = RunFolder(Folder(config.out))
+    shards = _choose_shards(source, folder, config.embed.store, redo)
+    encoder = catalog.describe_encoder(config.embed)
+    decoder = catalog.describe_decoder(config.decode, encoder)
+    _check_enough(source, shards, config)
+    run = Run(
+        config=config,
+        method=method,
+        source=source,
+        shards=shards,
+        encoder=encoder,
+        decoder=decoder,
+        folder=folder,
+        store=folder.store(config.embed.store, ""),
+        manifest=RunManifest(folder),
+        fingerprints={},
+    )
+    hashes = _fingerprints(run)
+    return replace(
+        run, fingerprints=hashes, store=folder.store(config.embed.store, hashes["embed"])
+    )
+
+
+def relevant(config: RunConfig, method: Method) -> RunConfig:
+    """Return the configuration with every option that the method does not read at its default.
+
+    So nothing depends on such an option.
+    """
+    defaults = flatten(to_dict(RunConfig()))
+    read = {*method.options, "ray"}
+    unread = {
+        name: value
+        for name, value in defaults.items()
+        if "." in name and name not in read and name.partition(".")[0] not in read
+    }
+    return configure(config, {**unread, **method.settings})
+
+
+def _fingerprints(run: Run) -> dict[str, str]:
+    """Return for each stage a hash of all that its bytes depend on; each covers the one before."""
+    hashes: dict[str, str] = {}
+    previous = ""
+    for stage in run.method.stages:
+        hashes[stage.name] = previous = fingerprint(previous, stage.depends_on(run))
+    return hashes
+
+
+def _choose_shards(
+    source: Source, folder: RunFolder, store_path: str | None, redo: bool
+) -> list[Shard]:
+    """Return the shards of a source. A resumed run keeps its original list.
+
+    A shard that was removed or modified since must not stand against going on with all the others.
+    New shards, or an embedded shard of another size, make it another source: then the shards are
+    those that are there now. Raises SourceError.
+    """
+    begun = [] if redo else [Shard(**row) for row in folder.shards()]
+    try:
+        listed = source.shards()
+    except MissingShardsError as error:
+        if not begun:
+            raise
+        listed = error.found
+    before, now = {shard.name: shard for shard in begun}, {shard.name: shard for shard in listed}
+    store = folder.store(store_path, "")
+    for name, shard in now.items():
+        resized = name in before and shard.size != before[name].size
+        if name not in before or (resized and store.folder.exists(name + store.MARKER)):
+            return listed
+    changed = sum(shard.version != before[name].version for name, shard in now.items())
+    gone = len(before.keys() - now.keys())
+    if changed or gone:
+        text = (
+            f"pds-ray: of {len(begun):,} shards that {folder.folder.shown} began with, {gone:,} "
+            f"are gone and {changed:,} are newer; what is embedded of them stands (--redo embeds "
+            "all anew)"
+        )
+        log.event("source_changed", text, "warning", gone=gone, changed=changed)
+    return [replace(shard, location=now.get(shard.name, shard).location) for shard in begun]
+
+
+def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> None:
+    """Read just far enough to know that there are `pairs` captioned images, PROBE at most.
+
+    A shard that cannot be read is passed over, unless no shard can be read or none of the first
+    UNREADABLE_PROBE. Raises ConfigError or SourceError.
+    """
+    wanted = min(config.pairs, PROBE)
+    with progress_bar("check", wanted, "images", delay_s=QUIET_S) as bar:
+        images, bad = _count_captioned(wanted, source, shards, config, bar)
+    if images >= wanted:
+        return
+    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in bad.most_common() if count)
+    if images == 0:
+        raise ConfigError(
+            f"no sample of {config.source} has an image and a caption{reasons and f' ({reasons})'}"
+        )
+    raise ConfigError(
+        f"{config.pairs:,} pairs asked for, but {config.source} has only {images:,} captioned "
+        f"images{reasons and f', besides what is bad ({reasons})'}; lower --pairs"
+    )
+
+
+def _count_captioned(
+    wanted: int, source: Source, shards: list[Shard], config: RunConfig, bar: tqdm
+) -> tuple[int, Counter[str]]:
+    """Read until there are `wanted` captioned images; return how many there are, and what is bad.
+
+    Moves `bar` on by each image.
+    """
+    clean = CLEANERS[config.read.captions]
+    images = read = 0
+    bad: Counter[str] = Counter()
+    for shard in shards:
+        bar.set_postfix_str(shard.name, refresh=False)
+        try:
+            for item in source.read(shard):
+                captioned = isinstance(item, Sample) and any(map(clean, item.captions))
+                images += captioned
+                bar.update(captioned)
+                if images >= wanted:
+                    return images, bad
+                if isinstance(item, Fault):
+                    bad[item.reason] += 1
+                if images == 0 and bad["missing_caption"] >= CAPTIONLESS_PROBE:
+                    raise ConfigError(
+                        f"the first {CAPTIONLESS_PROBE:,} samples of {config.source} have no "
+                        "caption"
+                    )
+            read += 1
+        except (OSError, StorageError) as error:
+            bad["unreadable shards"] += 1
+            unreadable = bad["unreadable shards"]
+            if unreadable == min(len(shards), UNREADABLE_PROBE) and not read:
+                every = unreadable == len(shards)
+                which = "no shard" if every else f"none of the first {unreadable} shards"
+                raise SourceError(
+                    f"{which} of {config.source} can be read: {first_line(error)}"
+                ) from error
+    return images, bad

@@ -1,0 +1,218 @@
+"""What is done of a run: fingerprints, commit markers, hashes, and refusals of what does not belong."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+from pds_ray.config import FREE_FIELDS, RunConfig, flatten, public, to_dict
+from pds_ray.errors import without_secrets
+from pds_ray.methods.base import Counts, Run, Stage
+from pds_ray.store.manifest import ManifestError, RunManifest, fingerprint
+from pds_ray.store.storage import StorageError, is_remote
+from pds_ray.telemetry import log
+from pds_ray.telemetry.progress import QUIET_S, progress_bar
+
+LISTING_WAITS_S = (0.0, 1.0, 4.0, 16.0)
+Markers = dict[str, dict[str, Any]]  # shard -> its commit marker
+
+
+def open_run(run: Run, redo: bool) -> Run:
+    """Open the run folder (which exists and is locked) and its embedding store; return the run.
+
+    Raises ManifestError in one line if either belongs to another configuration and `redo` does not
+    allow the change.
+    """
+    run = replace(run, manifest=RunManifest(run.folder))
+    manifest = run.manifest
+    recorded = {stage: entry["fingerprint"] for stage, entry in manifest.stages.items()}
+    changed = [name for name, hash_ in recorded.items() if hash_ != run.fingerprints.get(name)]
+    if "config" in manifest.data and not redo:
+        _refuse_changes(run, changed)
+    _open_store(run, redo)
+    if redo or not run.folder.shards():
+        shards = [asdict(shard) for shard in run.shards]
+        shown = [{**shard, "location": without_secrets(shard["location"])} for shard in shards]
+        manifest.update(shards_sha256=run.folder.save_shards(shown))
+    if changed:  # stale stages must not look finished, should redoing them be interrupted
+        run.folder.distilled.delete_all()
+        manifest.forget(*changed)
+    return run
+
+
+def _refuse_changes(run: Run, changed: list[str]) -> None:
+    """Raise ManifestError if configuration, source, models or version are not those recorded.
+
+    `changed`: stages whose fingerprint is not the recorded one.
+    """
+    place = run.folder.folder.shown
+    differing = _differences(run.manifest.data["config"], public(run.config))
+    if differing:
+        raise ManifestError(
+            f"{place} was made with another configuration ({'; '.join(differing)}); give another "
+            "--out, or --redo to redo what depends on the change"
+        )
+    if changed:
+        raise ManifestError(
+            f"the source, a model or the version of pds-ray changed since {place} was begun "
+            f"(stage {changed[0]} no longer matches); give another --out, or --redo to redo what "
+            "depends on it"
+        )
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return a text per option that differs and may not."""
+    # an option that the recorded version did not have counts as its default
+    old, new = {**flatten(to_dict(RunConfig())), **flatten(before)}, flatten(after)
+    return [
+        f"{name}: {old.get(name)} -> {value}"
+        for name, value in new.items()
+        if old.get(name) != value and name not in FREE_FIELDS and not name.startswith("ray.")
+    ]
+
+
+def _open_store(run: Run, redo: bool) -> None:
+    store, wanted = run.store, run.fingerprints["embed"]
+    store.folder.create()
+    if store.folder.exists(store.STORE):
+        found = store.folder.read_json(store.STORE)
+        if found.get("fingerprint") == wanted:
+            return
+        shared = run.config.embed.store is not None
+        if shared or not redo:  # a shared store is never wiped: other runs stand on it
+            raise ManifestError(
+                f"the embeddings in {store.folder.shown} were made from other data, by another "
+                f"encoder or by another version of pds-ray ({found.get('source')}, "
+                f"{found.get('encoder')}); give another "
+                + ("--embed.store" if shared else "--out, or --redo")
+            )
+        store.folder.delete_all()
+        store.folder.create()
+    about = {
+        "source": without_secrets(run.config.source),
+        "encoder": run.encoder.name,
+        "space": run.encoder.space,
+    }
+    sizes = {"dim": run.encoder.dim, "shards": len(run.shards)}
+    store.folder.write_json(store.STORE, {"fingerprint": wanted, **about, **sizes})
+
+
+def is_done(run: Run, stage: Stage) -> bool:
+    """Return whether a stage ended with what its bytes depend on as it is now."""
+    return run.manifest.is_done(stage.name, run.fingerprints[stage.name])
+
+
+@contextmanager
+def recorded(run: Run, stage: Stage) -> Iterator[Counts]:
+    """Record a stage in run.json, however it ends; the block fills in the counts."""
+    manifest, name = run.manifest, stage.name
+    manifest.start(name, run.fingerprints[name])
+    counts: Counts = {}
+    with log.context(stage=name):
+        log.event("stage_started")
+        try:
+            yield counts
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+            outcome = "interrupted" if stopped else "failed"
+            manifest.stop(name, outcome)
+            log.event(f"stage_{outcome}", level="error")
+            raise
+        manifest.stop(name, "done", counts)
+        log.event("stage_done", seconds=manifest.stages[name]["seconds"], counts=counts)
+
+
+def keep_hashes(run: Run, stage: Stage) -> None:
+    """Keep the hashes of what a stage wrote; later stages stand as long as these do not change."""
+    assert stage.files is not None
+    files = stage.files(run)
+    with progress_bar("hash", len(files), "files", delay_s=QUIET_S) as bar:
+        bar.set_postfix_str(f"the files of {stage.name}", refresh=False)
+        hashes = run.folder.hash_files(files, bar.update)
+    if hashes != run.folder.hashes(stage.name):
+        forget_after(run, stage)
+    run.folder.save_hashes(stage.name, hashes)
+
+
+def forget_after(run: Run, stage: Stage) -> None:
+    """Clear the status of later stages; they must not look finished, should redoing be interrupted."""
+    later = [after.name for after in run.method.after(stage.name)]
+    if run.manifest.stages.keys() & set(later):
+        run.folder.distilled.delete_all()
+        run.manifest.forget(*later)
+
+
+def read_embeddings(run: Run, stage: Stage) -> Run:
+    """Return the run with the markers of its embedded shards; what stood on others is forgotten.
+
+    Raises StorageError if some do not show up.
+    """
+    expected = _expected(run)
+    found = run.embedded or _markers(run, expected)
+    if len(found) < expected:
+        raise StorageError(
+            f"{expected - len(found):,} shards that were embedded are not in "
+            f"{run.store.folder.shown}; the same command continues"
+        )
+    content = _content(found)
+    if run.manifest.data.get("store_content") != content:
+        forget_after(run, stage)
+    run.manifest.update(store_content=content)
+    return replace(run, embedded=found)
+
+
+def check_store(run: Run) -> Run:
+    """Return the run with its markers if its embeddings are done and those that were last read.
+
+    Otherwise their stage is forgotten: another run brought shards back, or some are lost.
+    """
+    stage = run.method.stages[0]
+    if not is_done(run, stage):
+        return run
+    found = unchanged(run)
+    if not found:
+        run.manifest.forget(stage.name)
+    return replace(run, embedded=found)
+
+
+def unchanged(run: Run) -> Markers:
+    """Return the markers if the store holds the same as when it was last read; else nothing."""
+    found = _markers(run, _expected(run))
+    return found if _content(found) == run.manifest.data.get("store_content") else {}
+
+
+def _expected(run: Run) -> int:
+    """Return how many shards are embedded, as the stage counted them."""
+    return len(run.shards) - run.counts("embed").get("failed_shards", 0)
+
+
+def _markers(run: Run, expected: int) -> Markers:
+    """Return the markers of the embedded shards, in order; failed shards have none.
+
+    Waits a while for as many as `expected`: a store may list late what it holds.
+    """
+    found: Markers = {}
+    for wait_s in LISTING_WAITS_S if is_remote(run.store.folder.path) else LISTING_WAITS_S[:1]:
+        time.sleep(wait_s)
+        markers = _committed(run)
+        found = {shard.name: markers[shard.name] for shard in run.shards if shard.name in markers}
+        if len(found) >= expected:
+            break
+    return found
+
+
+def _committed(run: Run) -> Markers:
+    with progress_bar("list", None, "shards", delay_s=QUIET_S) as bar:
+        bar.set_postfix_str(f"the markers in {run.store.folder.shown}", refresh=False)
+        return run.store.committed(bar.update)
+
+
+def _content(embedded: Mapping[str, dict[str, Any]]) -> str:
+    """Return a digest of all embeddings of the run.
+
+    They may change under one configuration, as when failed shards succeed.
+    """
+    return fingerprint([[shard, marker["sha256"]] for shard, marker in embedded.items()])

@@ -1,0 +1,113 @@
+"""What a method is: a list of stages. What a stage is: one row. What every stage gets: one `Run`.
+
+A method is named in `catalog.METHODS`; `engine.run` runs any of them, stage by stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from pds_ray.config import RunConfig
+from pds_ray.decoders.base import DecoderInfo
+from pds_ray.encoders.base import EncoderInfo
+from pds_ray.sources.base import Shard, Source
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.manifest import RunManifest
+from pds_ray.store.run_folder import RunFolder
+
+Counts = dict[str, Any]
+"""What a stage did, as JSON values: shown in the summary, recorded in run.json."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a method: all that is to be known of it, in one row."""
+
+    name: str
+    run: str
+    """The function that does it, as "module:function"; it takes the `Run` and returns `Counts`."""
+    depends_on: Callable[[Run], Any]
+    """JSON values that its bytes depend on; those of the stages before it are added."""
+    files: Callable[[Run], list[str]] | None
+    """Names below the run folder of all that it writes, hashed when it ends.
+
+    None for the stage that fills the embedding store, whose commit markers hold the hashes.
+    """
+    options: tuple[str, ...] = ()
+    """Sections of the configuration that it reads, or single options with dots."""
+    unit: str = ""
+    """What its rate counts; "" for a stage without a rate."""
+    counted: str = ""
+    """The entry of its counts that says how many of them the last session did."""
+    card: tuple[tuple[str, str], ...] = ()
+    """Lines of the data-set card: (label, entry of its counts)."""
+    plan: str = ""
+    """Its row of the cost model, as "module:attribute"; "" where it cannot be planned."""
+
+    def function(self) -> Callable[[Run], Counts]:
+        """Import the function that does it; Ray is imported with it, hence not before it is needed."""
+        module, _, name = self.run.partition(":")
+        return getattr(import_module(module), name)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make a distilled set: stages, in order."""
+
+    stages: tuple[Stage, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Options, with dots, that it fixes."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the stages, in order."""
+        return tuple(stage.name for stage in self.stages)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The sections and single options that its stages read."""
+        return tuple(dict.fromkeys(name for stage in self.stages for name in stage.options))
+
+    def stage(self, name: str) -> Stage:
+        """Return the stage called `name`. Raises KeyError."""
+        return {stage.name: stage for stage in self.stages}[name]
+
+    def before(self, name: str) -> Stage:
+        """Return the stage before the one called `name`."""
+        return self.stages[self.names.index(name) - 1]
+
+    def after(self, name: str) -> tuple[Stage, ...]:
+        """Return the stages after the one called `name`."""
+        return self.stages[self.names.index(name) + 1 :]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A checked run: what its stages work on. Made by `engine.plan.make_run`."""
+
+    config: RunConfig
+    """With all options that the method does not read at their defaults."""
+    method: Method
+    source: Source
+    shards: list[Shard]
+    encoder: EncoderInfo
+    decoder: DecoderInfo
+    folder: RunFolder
+    store: EmbeddingStore
+    manifest: RunManifest
+    fingerprints: Mapping[str, str]
+    """Stage -> hash of all that its bytes depend on."""
+    embedded: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """Shard -> commit marker of the shards that are embedded, in order; empty until they are."""
+
+    @property
+    def shard_names(self) -> list[str]:
+        """The names of the shards that are embedded, in order."""
+        return list(self.embedded)
+
+    def counts(self, stage: str) -> Counts:
+        """Return what a finished stage counted."""
+        return self.manifest.stages[stage]["counts"]

@@ -1,0 +1,121 @@
+"""Prototype-guided Data Synthesis (Choi, Mo, Chae, ICLR 2026) as a list of stages; docs/methods.md has the formulas."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from pds_ray.methods.base import Method, Run, Stage
+from pds_ray.store.schemas import STORE_SCHEMA_VERSION
+
+NOT_OF_IMAGES = ("model", "revision", "batch_size")
+"""Options of decoding that leave the images as they are: the decoder's identity tells its weights."""
+
+
+def _embeddings(run: Run) -> list[Any]:
+    preprocess = run.encoder.preprocess
+    return [
+        STORE_SCHEMA_VERSION,
+        [(shard.name, shard.size, shard.version) for shard in run.shards],
+        asdict(run.config.read),
+        run.encoder.identity,
+        [preprocess.size, preprocess.interpolation, preprocess.resize_mode, preprocess.fill],
+        run.config.embed.precision,
+        run.config.embed.store_dtype,
+    ]
+
+
+def _images(run: Run) -> list[Any]:
+    options = asdict(run.config.decode)
+    for name in NOT_OF_IMAGES:
+        del options[name]
+    return [run.config.seed, options, run.decoder.identity]
+
+
+EMBED = Stage(
+    "embed",
+    run="pds_ray.distributed.embed:embed",
+    depends_on=_embeddings,
+    files=None,
+    options=("read", "embed"),
+    unit="images",
+    counted="timed",
+    card=(
+        ("images embedded", "images"),
+        ("pairs embedded", "pairs"),
+        ("bad samples", "bad"),
+        ("shards not read", "failed_shards"),
+    ),
+    plan="pds_ray.planning.phases:EMBED",
+)
+PRUNE = Stage(
+    "prune",
+    run="pds_ray.distributed.prune:prune",
+    depends_on=lambda run: asdict(run.config.prune),
+    files=lambda run: run.folder.keep_files(run.shard_names),
+    options=("prune",),
+    unit="pairs",
+    counted="pairs",
+    card=(("pairs pruned", "dropped"),),
+    plan="pds_ray.planning.phases:PRUNE",
+)
+CLUSTER = Stage(
+    "cluster",
+    run="pds_ray.distributed.cluster:cluster",
+    depends_on=lambda run: [run.config.pairs, run.config.seed, asdict(run.config.cluster)],
+    files=lambda run: run.folder.cluster_files(run.config.cluster.spaces, run.shard_names),
+    options=("cluster",),
+    plan="pds_ray.planning.phases:CLUSTER",
+)
+MATCH = Stage(
+    "match",
+    run="pds_ray.distributed.match:match",
+    depends_on=lambda run: asdict(run.config.match),
+    files=lambda run: [run.folder.COUPLES],
+    options=("match",),
+    unit="couples",
+    counted="couples",
+    card=(("pairs in matched clusters", "shared_pairs"), ("pairless couples", "pairless")),
+    plan="pds_ray.planning.phases:MATCH",
+)
+PROTOTYPES = Stage(
+    "prototypes",
+    run="pds_ray.distributed.prototypes:make_prototypes",
+    depends_on=lambda _: [],
+    files=lambda run: [run.folder.PROTOTYPES],
+    unit="prototypes",
+    counted="prototypes",
+    plan="pds_ray.planning.phases:PROTOTYPES",
+)
+DECODE = Stage(
+    "decode",
+    run="pds_ray.distributed.synthesize:synthesize",
+    depends_on=_images,
+    files=lambda run: run.folder.image_files(run.folder.prototypes().num_rows),
+    options=("decode",),
+    unit="images",
+    counted="made",
+    card=(("distilled pairs", "images"),),
+    plan="pds_ray.planning.phases:DECODE",
+)
+CAPTION = Stage(
+    "caption",
+    run="pds_ray.distributed.caption:caption",
+    depends_on=lambda run: asdict(run.config.caption),
+    files=lambda run: [run.folder.CAPTIONS],
+    options=("caption",),
+    unit="pairs",
+    counted="pairs",
+    plan="pds_ray.planning.phases:CAPTION",
+)
+MATERIALIZE = Stage(
+    "materialize",
+    run="pds_ray.stages.materialize:materialize",
+    depends_on=lambda _: [],
+    files=lambda run: [run.folder.SET_MANIFEST],  # which holds the hashes of the rest of the set
+    unit="pairs",
+    counted="pairs",
+    plan="pds_ray.planning.phases:MATERIALIZE",
+)
+
+PDS = Method((EMBED, PRUNE, CLUSTER, MATCH, PROTOTYPES, DECODE, CAPTION, MATERIALIZE))
