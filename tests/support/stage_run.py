@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 from pds_ray import catalog
@@ -28,7 +29,7 @@ def stage_run(
 ) -> Run:
     """Return a run on all committed shards of `store`, by name, with embeddings of width `dim`."""
     method = catalog.method(config.method)
-    markers = store.committed() if store.folder.exists("") else {}
+    markers = store.committed() if Path(store.folder.path).is_dir() else {}
     manifest = RunManifest(folder)
     manifest.data["store_content"] = "content"
     images, pairs = (
