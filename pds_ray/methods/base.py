@@ -6,7 +6,7 @@ A method is named in `catalog.METHODS`; `engine.run` runs any of them, stage by 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
@@ -74,6 +74,11 @@ class Method:
     def stage(self, name: str) -> Stage:
         """Return the stage called `name`. Raises KeyError."""
         return {stage.name: stage for stage in self.stages}[name]
+
+    def replaced(self, row: Stage) -> Method:
+        """Return the method with the stage of the same name replaced by `row`: a variant."""
+        stages = tuple(row if stage.name == row.name else stage for stage in self.stages)
+        return replace(self, stages=stages)
 
     def before(self, name: str) -> Stage:
         """Return the stage before the one called `name`."""

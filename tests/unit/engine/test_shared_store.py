@@ -27,9 +27,8 @@ ROWS = [10, 13, 8, 11]
 FIRST = ("embed", "prune")
 
 
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    """Of a run of four shards, whose tasks are called one after the other and whose unread shards stay unread."""
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call tasks one after the other; leave unread shards unread; cut scenes into shards of ten."""
 
     def in_turn(function: Callable[..., Any], items: Iterable[Any], *shared: Any) -> Iterator[Any]:
         return (function(item, *shared) for item in items)
@@ -48,6 +47,23 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     monkeypatch.setattr(pools, "pool", lambda *_: None)
     monkeypatch.setattr(pools, "precision", lambda *_: "fp32")
     monkeypatch.setattr(embed, "_embed", in_vain)
+
+
+def commit_shards(config: RunConfig, made_in: Path, numbers: Iterable[int]) -> EmbeddingStore:
+    """Commit shards of the given numbers to the store of a run, as another run does."""
+    made, _ = make_store(made_in, ROWS)
+    store = make_run(config).store
+    for number in numbers:
+        name = f"{number:05d}"
+        tables = made.images(name), made.captions(name), made.errors(name)
+        store.commit(f"scenes-{name}", *tables, {**shard_counts(*tables), "precision": "fp32"})
+    return store
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """A run of four shards, whose tasks are called one after the other."""
+    without_ray(monkeypatch)
     changes = {
         "source": "scenes:40",
         "pairs": 3,
@@ -62,18 +78,8 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 
 @pytest.fixture
 def fill(config: RunConfig, tmp_path: Path) -> Callable[..., EmbeddingStore]:
-    """Commits shards of the given numbers to the store, as the other run does."""
-    made, _ = make_store(tmp_path / "made", ROWS)
-    store = make_run(config).store
-
-    def commit(*numbers: int) -> EmbeddingStore:
-        for number in numbers:
-            name = f"{number:05d}"
-            tables = made.images(name), made.captions(name), made.errors(name)
-            store.commit(f"scenes-{name}", *tables, {**shard_counts(*tables), "precision": "fp32"})
-        return store
-
-    return commit
+    """Commit shards of the given numbers to the store, as the other run does."""
+    return lambda *numbers: commit_shards(config, tmp_path / "made", numbers)
 
 
 def held(config: RunConfig, shards: Iterable[int]) -> int:
