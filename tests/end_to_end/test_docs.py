@@ -98,7 +98,8 @@ def test_plugins_are_added_word_by_word(tmp_path: Path) -> None:
 def test_every_page_is_followed() -> None:
     """A new page has to be named above; the index holds no commands."""
     assert {page.name for page in PAGES if blocks(page)} == {
-        "laptop.md", "flickr30k-coco.md", "laion-on-a-cluster.md", "watching.md", "extending.md",
+        "laptop.md", "flickr30k-coco.md", "laion-on-a-cluster.md", "watching.md", "evaluation.md",
+        "extending.md",
     }  # fmt: skip
 
 
