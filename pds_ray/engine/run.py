@@ -1,4 +1,4 @@
-"""A whole run on one page: each stage of the method that is not done yet is run, counted, hashed."""
+"""A whole run on one page: every stage of the method that is not done is run, counted, hashed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done of a run: fingerprints, commit markers, hashes, and refusals of what does not belong."""
+"""State of a run: fingerprints, commit markers, hashes; refusal of folders that do not belong."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def keep_hashes(run: Run, stage: Stage) -> None:
 
 
 def forget_after(run: Run, stage: Stage) -> None:
-    """Clear the status of later stages; they must not look finished, should redoing be interrupted."""
+    """Clear the status of later stages, lest they look finished if redoing is interrupted."""
     later = [after.name for after in run.method.after(stage.name)]
     if run.manifest.stages.keys() & set(later):
         run.folder.distilled.delete_all()

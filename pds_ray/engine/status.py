@@ -14,39 +14,36 @@ from pds_ray.store.storage import Folder
 
 
 def status(path: str) -> dict[str, Any]:
-    """What a run is doing, as JSON values.
+    """Return what a run is doing, as JSON values.
 
-    `state` is finished, running, silent (under way, but its driver gives no sign of life), interrupted, failed, or idle
-    (nothing is under way: the next stage has not begun). `stage` is the one under way, or the next; `progress` is as in
-    `progress.State`, null where the stage has no bar.
+    `state` is finished, running, silent (a stage is running, but its driver's heartbeat is stale),
+    interrupted, failed, or idle (no stage is running: the next has not begun). `stage` is the one
+    that runs, or the next; `progress` is as in `progress.State`, null where the stage has no bar.
 
     Raises ManifestError in one line if `path` is no run folder.
     """
-    sign = heartbeat.read(
-        RunFolder(Folder(path))
-    )  # first: a driver takes it away after its last word in the manifest
+    # before the manifest: a driver removes its heartbeat after its last entry there
+    sign = heartbeat.read(RunFolder(Folder(path)))
     manifest = RunManifest.open(path)
     method = manifest.data.get("config", {}).get("method", "pds")
     entries = {
         stage: manifest.stages.get(stage, {}).get("status", "to do")
         for stage in catalog.method(method).names
     }
-    open_ = [stage for stage, state in entries.items() if state != "done"]
-    state = entries[open_[0]] if open_ else "finished"
-    # a sign from far ahead is older than it looks: the clock was set back
+    unfinished = [stage for stage, state in entries.items() if state != "done"]
+    state = entries[unfinished[0]] if unfinished else "finished"
+    # a heartbeat from far ahead is older than it looks: the clock was set back
     if sign is not None and abs(time.time() - sign["written"]) < SILENT_S:
         state = "running"
-    elif state == "running" or (
-        sign is not None and open_
-    ):  # killed, perhaps before its first sign
-        state = "silent"
+    elif state == "running" or (sign is not None and unfinished):
+        state = "silent"  # killed, perhaps before its first heartbeat
     progress = sign["progress"] if sign else None
-    if progress and entries.get(progress["label"]) == "done":  # the sign is older than the manifest
+    if progress and entries.get(progress["label"]) == "done":  # older than the manifest
         progress = None
     return {
         "run": manifest.run.folder.shown,
         "state": "idle" if state == "to do" else state,
-        "stage": open_[0] if open_ else None,
+        "stage": unfinished[0] if unfinished else None,
         "stages": entries,
         "progress": progress,
         "host": sign["host"] if sign else None,

@@ -1,4 +1,4 @@
-"""Looking after a run: is all there that the manifests promise, and doing anew what is not, or what failed."""
+"""Looking after a run: check what the manifests promise, redo what is missing or failed."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class Problem:
 
     stage: str
     name: str
-    """Below the run folder; of embeddings, below their store."""
+    """Name below the run folder; for embeddings, below their store."""
     what: str
     """Missing, corrupt, or what it disagrees with."""
     shard: str = ""
-    """Of embeddings."""
+    """The shard, for embeddings."""
 
 
 @dataclass(frozen=True)
 class _Promise:
-    """A file with the bytes that a manifest promises."""
+    """A file with the hash that a manifest promises."""
 
     stage: str
     folder: Folder
@@ -56,7 +56,7 @@ class _Promise:
 
 @dataclass(frozen=True)
 class _Run:
-    """A run by its folder alone: neither source nor models are looked at."""
+    """A run as its folder has it; neither source nor models are read."""
 
     folder: RunFolder
     manifest: RunManifest
@@ -65,12 +65,9 @@ class _Run:
 
     @property
     def done(self) -> list[str]:
-        entries = self.manifest.stages
-        return [
-            s
-            for s in catalog.method(self.config.method).names
-            if entries.get(s, {}).get("status") == "done"
-        ]
+        """The names of the finished stages, in order."""
+        names, entries = catalog.method(self.config.method).names, self.manifest.stages
+        return [name for name in names if entries.get(name, {}).get("status") == "done"]
 
     @property
     def store(self) -> EmbeddingStore:
@@ -85,11 +82,11 @@ def _open(path: str, changes: Mapping[str, Any]) -> _Run:
 
 
 def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
-    """Checks every file and count of the finished stages of a run; how many files were looked at, and what is wrong.
+    """Check every file and count of the finished stages of a run.
 
-    `changes` to the recorded configuration may say where the embedding store is now.
-
-    Raises ManifestError if `path` is no run folder or a damaged one.
+    Returns how many files were checked, and the problems. `changes` to the recorded configuration
+    may say where the embedding store is now. Raises ManifestError if `path` is no run folder or a
+    damaged one.
     """
     run = _open(path, changes)
     problems: list[Problem] = []
@@ -137,7 +134,10 @@ def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
 
 
 def _set_files(run: _Run) -> list[tuple[str, str]]:
-    """Names and hashes of the files of the distilled set; none if its manifest, a promised file, is not as it was."""
+    """Return names and hashes of the files of the distilled set.
+
+    Returns none if its manifest is damaged: that one is promised, and reported, by itself.
+    """
     try:
         files = run.folder.distilled.read_json(MANIFEST)["files"]
         return [(name, file["sha256"]) for name, file in files.items()]
@@ -146,7 +146,7 @@ def _set_files(run: _Run) -> list[tuple[str, str]]:
 
 
 def _miscounted(store: EmbeddingStore, shard: str, marker: dict[str, Any]) -> Problem | None:
-    """Whether the marker of a shard whose files are good counts other than what is in them."""
+    """Return a problem if a marker disagrees with the shard's files, whose hashes are good."""
     counts = shard_counts(store.images(shard, []), store.captions(shard, []), store.errors(shard))
     told = {name: marker[name] for name in counts}
     if told == counts:
@@ -155,7 +155,7 @@ def _miscounted(store: EmbeddingStore, shard: str, marker: dict[str, Any]) -> Pr
 
 
 def _disagreements(run: _Run, markers: dict[str, dict[str, Any]]) -> Iterator[Problem]:
-    """Where the markers of the store and run.json do not tell the same."""
+    """Yield where the markers of the store and run.json disagree."""
     store, counts = run.store, run.manifest.stages["embed"]["counts"]
     failed = store.failed().keys() - markers.keys()
     for name in store.folder.names(store.IMAGES):
@@ -173,7 +173,7 @@ def _disagreements(run: _Run, markers: dict[str, dict[str, Any]]) -> Iterator[Pr
 
 
 def repair(path: str, problems: list[Problem], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Does anew what `verify` found wrong, and nothing else unless it comes out otherwise.
+    """Redo what `verify` found wrong, and nothing else unless it comes out otherwise.
 
     Raises what `engine.run.distill` does: source and models are needed again.
     """
@@ -183,18 +183,19 @@ def repair(path: str, problems: list[Problem], changes: Mapping[str, Any]) -> di
             if problem.shard:
                 run.store.forget(problem.shard)
             elif problem.stage not in ("embed", "materialize"):
-                run.folder.folder.delete(problem.name)  # what is there is taken for good
+                run.folder.folder.delete(problem.name)  # a file that is there is taken for good
 
     run = _open(path, changes)
     if any(problem.name == RunFolder.SHARDS for problem in problems):
-        run.folder.folder.delete(RunFolder.SHARDS)  # made anew from the source
+        run.folder.folder.delete(RunFolder.SHARDS)  # written again from the source
     return engine.redo(run.config, {problem.stage for problem in problems}, prepare)
 
 
 def retry_failed(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Tries again what could not be read or killed its process in a run, then all that depends on it.
+    """Retry shards that failed and samples that killed their process, then what depends on them.
 
-    `changes` to the configuration of the run may say how the source is reached now, or anything of `ray.*`.
+    `changes` to the configuration of the run may say how the source is reached now, or anything of
+    `ray.*`.
 
     Raises what `engine.run.distill` does, and ConfigError if nothing failed.
     """
@@ -211,6 +212,8 @@ def retry_failed(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
 
     def prepare(run: Run) -> None:
         for shard in shards:
-            run.store.fail(shard, "to be tried again")  # what there is of it stands until more is
+            run.store.fail(
+                shard, "to be tried again"
+            )  # what is embedded of it stands until it succeeds
 
     return engine.redo(run.config, ["embed"], prepare)

@@ -1,4 +1,4 @@
-"""What a change of the configuration or of the data makes stale: exactly the stages from the first that it touches."""
+"""A change of configuration or data makes stale exactly the stages from the first it touches."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_a_change_makes_stale_what_of_a_selection_depends_on_it(
 def test_what_a_selection_has_no_use_for_changes_nothing(
     selection: dict[str, str], changes: dict[str, Any]
 ) -> None:
-    """Nor does it make the planning fail: no decoder is looked up but the one that looks up pictures."""
+    """Nor does planning fail: only the decoder that looks up images is described."""
     assert fingerprints(method="forgetting", **changes) == selection
 
 
@@ -174,14 +174,13 @@ def test_every_option_is_judged() -> None:
 
     judged = {
         "source", "out", "method", "pairs", "seed", "select.epochs", "select.forgotten",
-        "read.captions", "read.min_side", "read.max_pixels", "embed.encoder",
-        "embed.precision", "embed.batch_size", "embed.store", "embed.store_dtype", "prune.ratio", "cluster.iterations",
-        "cluster.tolerance", "cluster.restarts", "cluster.normalize", "cluster.memory_gib", "cluster.modality",
-        "match.solver", "match.pairless", "match.filter", "decode.decoder", "decode.model", "decode.revision",
-        "decode.condition",
-        "decode.steps", "decode.guidance", "decode.noise_level", "decode.negative_prompt", "decode.rescale",
-        "decode.precision", "decode.batch_size", "decode.image_size",
-        "caption.nearest_to",
+        "read.captions", "read.min_side", "read.max_pixels", "embed.encoder", "embed.precision",
+        "embed.batch_size", "embed.store", "embed.store_dtype", "prune.ratio", "cluster.iterations",
+        "cluster.tolerance", "cluster.restarts", "cluster.normalize", "cluster.memory_gib",
+        "cluster.modality", "match.solver", "match.pairless", "match.filter", "decode.decoder",
+        "decode.model", "decode.revision", "decode.condition", "decode.steps", "decode.guidance",
+        "decode.noise_level", "decode.negative_prompt", "decode.rescale", "decode.precision",
+        "decode.batch_size", "decode.image_size", "caption.nearest_to",
     }  # fmt: skip
     assert {name for name in flatten(to_dict(RunConfig())) if not name.startswith("ray.")} == judged
 
@@ -211,7 +210,7 @@ def test_images_are_not_continued_in_another_way(
     run.folder.folder.create()
     told: list[str] = []
     monkeypatch.setattr(
-        synthesize, "_decode", lambda run, config, *_: told.append(config.decode.precision) or {}
+        synthesize, "_decode", lambda _, config: told.append(config.decode.precision) or {}
     )
     monkeypatch.setattr(RunFolder, "prototypes", lambda _: pa.table({"pair": [0, 1]}))
 

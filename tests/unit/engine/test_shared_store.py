@@ -1,4 +1,4 @@
-"""A run whose embedding store another run changes: its counts follow, and nothing of two contents is mixed."""
+"""A run whose store another run changes: its counts follow, and contents are never mixed."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_without_its_manifest_a_run_goes_on_from_what_is_embedded(
 def test_a_set_of_two_contents_is_not_written(
     config: RunConfig, fill: Callable[..., EmbeddingStore]
 ) -> None:
-    """What changes between two stages shows before the result is written, whichever of them have read it."""
+    """A change between two stages shows before the result is written."""
     fill(0, 1, 3)
     distill(config, only=FIRST)
     run = make_run(config)

@@ -1,4 +1,4 @@
-"""Methods as lists of stages: every row is whole, and a stage that is added is a stage like all others."""
+"""Methods as lists of stages: every row is whole, and an added stage is like all others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 
 from pds_ray import catalog
 from pds_ray.config import RunConfig, flatten, replace, sections, to_dict
-from pds_ray.distributed import session
 from pds_ray.engine.run import distill
 from pds_ray.engine.status import status
 from pds_ray.engine.upkeep import verify
@@ -62,7 +61,7 @@ def test_neighbours_of_a_stage() -> None:
 
 
 def count_keys(run: Run) -> Counts:
-    """A stage: write how many keys each shard has, cut at `match.solver` characters for the sake of an option."""
+    """A stage: write how many keys each shard has, and an option."""
     found = {shard: run.store.images(shard, ["key"]).num_rows for shard in run.shard_names}
     run.folder.folder.write_json("keys.json", {"keys": found, "solver": run.config.match.solver})
     return {"keys": sum(found.values())}
@@ -94,9 +93,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     return found
 
 
-def test_an_added_stage_is_run_recorded_hashed_and_verified(
-    config: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_added_stage_is_run_recorded_hashed_and_verified(config: RunConfig) -> None:
     done = distill(config)
     assert list(done["stages"]) == ["embed", "keys", "prune"]
     assert done["stages"]["keys"]["counts"] == {"keys": 42}
@@ -148,4 +145,3 @@ def test_the_card_counts_what_the_rows_name(config: RunConfig) -> None:
     assert told["counts"]["pairs pruned"] > 0
     assert "match" in told["config"]
     assert "cluster" not in told["config"]
-    assert session  # the run started no Ray
