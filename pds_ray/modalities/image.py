@@ -1,4 +1,4 @@
-"""From encoded bytes to an RGB picture, or to one reason why not."""
+"""Decode encoded bytes to an RGB image, or to one reason why not; resize it for an encoder."""
 
 from __future__ import annotations
 
@@ -9,31 +9,23 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 """The only decoders that are ever tried: each further one is more code open to hostile bytes."""
 
 MAX_JPEG_SCANS = 100
-"""Passes over a progressive JPEG; each costs as much as a whole picture and may take 10 bytes. Real ones have 10."""
+"""Most passes over a progressive JPEG that are accepted; real ones have 10.
 
-_JPEG_SEGMENT = re.compile(
-    rb"\xff([^\x00\x01\xd0-\xd8\xff])"
-)  # the markers that a length follows, and the end
-_ORIENTATION_TAG = 0x0112
-_ORIENTATIONS = {  # EXIF value -> how to turn the stored picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+Each costs as much as a whole image and may take 10 bytes.
+"""
+
+# the markers that a length follows, and the end
+_JPEG_SEGMENT = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used."""
+    """An image that cannot be used."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
@@ -46,16 +38,15 @@ class ImageError(ValueError):
 
 
 def decode_image(data: bytes, *, max_pixels: int = 64_000_000, min_side: int = 2) -> Image.Image:
-    """The (first) picture in JPEG, PNG, WebP or GIF bytes: upright, RGB, transparency laid on white.
+    """Decode the (first) image in JPEG, PNG, WebP or GIF bytes: upright, RGB, laid on white.
 
-    The size is checked in the header, before any pixel is decoded; Pillow's own pixel limit applies as well.
-    Raises ImageError, and nothing else, whatever the bytes are.
+    The size is checked in the header, before any pixel is decoded; Pillow's own pixel limit applies
+    as well. Raises ImageError, and nothing else, whatever the bytes are.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # of damaged metadata: up to 65,535 lines for one picture
+            # of damaged metadata there can be 65,535 warnings for one image
+            warnings.simplefilter("ignore", UserWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(image.size, max_pixels, min_side)
                 if image.format in ("JPEG", "MPO"):
@@ -65,13 +56,12 @@ def decode_image(data: bytes, *, max_pixels: int = 64_000_000, min_side: int = 2
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(
-            "image_too_large",
-            f"more than {min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels):,} pixels",
-        ) from error
-    # Pillow documents OSError, ValueError and TypeError, but its parsers also let through what they trip over:
-    # SyntaxError, EOFError, struct.error, zlib.error, IndexError, KeyError, OverflowError, MemoryError... That list
-    # is not closed from one release to the next, and bad bytes must cost one sample, so everything is taken here.
+        limit = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)
+        raise ImageError("image_too_large", f"more than {limit:,} pixels") from error
+    # Pillow documents OSError, ValueError and TypeError, but its parsers also let through what they
+    # trip over: SyntaxError, EOFError, struct.error, zlib.error, IndexError, KeyError,
+    # OverflowError, MemoryError... That list is not closed from one release to the next, and bad
+    # bytes must cost one sample, so everything is taken here.
     except Exception as error:
         raise ImageError("undecodable_image", _describe(error)) from error
 
@@ -96,9 +86,8 @@ def _check_scans(jpeg: bytes) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(
-        "I"
-    ):  # 16-bit grey: convert() would clip everything above 255 to white
+    if image.mode.startswith("I"):
+        # 16-bit grey: convert() would clip everything above 255 to white
         return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -107,28 +96,35 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(rgb: Image.Image, source: Image.Image) -> Image.Image:
+    """Return `rgb` turned as the EXIF orientation of `source` says."""
     try:
-        orientation = source.getexif().get(_ORIENTATION_TAG)
-    except (
-        Exception
-    ):  # the same open list of errors; broken metadata does not make a good picture bad
+        orientation = source.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # the same open list; broken metadata does not make a good image bad
         return rgb
-    turn = _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
-    return rgb if turn is None else rgb.transpose(turn)
+    if not isinstance(orientation, int) or orientation not in range(2, 9):
+        return rgb
+    # Pillow writes the whole EXIF anew, which costs gigabytes where entries overlap: it is shown
+    # the orientation alone.
+    info, rgb.info = rgb.info, {}
+    rgb.getexif()[ExifTags.Base.Orientation] = orientation
+    upright = ImageOps.exif_transpose(rgb)
+    upright.info = info
+    return upright
 
 
 def _describe(error: Exception) -> str:
-    # Pillow names the BytesIO object, whose address differs from run to run: details must be reproducible.
+    # Pillow names the BytesIO object, whose address differs from run to run
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture"
+        return f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
     return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a picture becomes the pixels an encoder takes. Pillow only, so that decoding workers need no torch.
+    """The resizing and cropping of an image to the pixels that an encoder takes.
 
-    Gives the pixels of open_clip's inference transform before its conversion to floats.
+    The pixels are those of open_clip's inference transform before its conversion to floats. Pillow
+    only, so that decoding workers need no torch.
     """
 
     size: int
@@ -137,12 +133,9 @@ class Preprocess:
     fill: int = 0
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """RGB picture -> uint8 [size, size, 3]."""
-        resample = (
-            Image.Resampling.BILINEAR
-            if self.interpolation == "bilinear"
-            else Image.Resampling.BICUBIC
-        )
+        """Return the pixels of an RGB image, uint8 [size, size, 3]."""
+        bilinear = self.interpolation == "bilinear"
+        resample = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
         if self.resize_mode == "squash":
             return np.asarray(image.resize((self.size, self.size), resample))
         if self.resize_mode == "shortest":
@@ -166,15 +159,22 @@ class Preprocess:
         return np.asarray(canvas)
 
     def _edge(self, side: int) -> int:
-        """Where the middle `size` pixels of a side begin; below 0 where it is padded, the odd pixel at the far end."""
+        """Return where the middle `size` pixels of a side begin.
+
+        Below 0 where the side is padded, the odd pixel at the far end.
+        """
         return -((self.size - side) // 2) if side < self.size else round((side - self.size) / 2)
 
 
 MAX_ASPECT = 32
+"""Longest side, in short sides, that `Preprocess` looks at."""
 
 
 def _bounded(image: Image.Image) -> Image.Image:
-    """The middle of a picture longer than MAX_ASPECT times its short side: enlarged whole it would fill memory."""
+    """Crop the middle of an image longer than MAX_ASPECT times its short side.
+
+    Enlarged whole it would fill memory.
+    """
     width, height = image.size
     limit = MAX_ASPECT * min(width, height)
     if max(width, height) <= limit:

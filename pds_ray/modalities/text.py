@@ -1,10 +1,11 @@
 """Caption cleaning: one function per rule set, chosen by name.
 
-A cleaner never raises and may return "": a caption of which nothing is left is the caller's to count as missing.
+A cleaner never raises and may return "": the caller counts an empty caption as missing.
 
-Whatever the rule, a caption ends after MAX_CHARACTERS characters. A CLIP text encoder reads 77 tokens, 300 to 400
-characters of prose; that it would read beyond the cut takes words of more than 26 characters a token, which real
-captions do not have. Tokenizers, though, take the whole text, and the whole text is stored.
+Whatever the rule, a caption ends after MAX_CHARACTERS characters. A CLIP text encoder reads 77
+tokens, 300 to 400 characters of prose; it would read beyond the cut only if a token had more than
+26 characters on average, which real captions do not have. Tokenizers, though, take the whole text,
+and the whole text is stored.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ MAX_CHARACTERS = 2000
 """Longest caption that a cleaner lets pass."""
 
 MAX_CAPTIONS = 1000
-"""Captions of one sample that a source hands out."""
+"""Most captions of one sample that a source hands out."""
 
 PAPER_MAX_WORDS = 30
+"""Words of a caption that the published protocols read."""
 
-# Characters that show nothing but change what is tokenised or displayed: controls that are not white space, lone
-# surrogates (which cannot be stored as UTF-8), zero-width and invisible operators, bidi controls, tag characters.
+# Characters that show nothing but change what is tokenised or displayed: controls that are not
+# white space, lone surrogates (which cannot be stored as UTF-8), zero-width and invisible
+# operators, bidi controls, tag characters.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f"
     "\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
@@ -31,7 +34,7 @@ _WHITE_RUN = re.compile(r"\s{2,}")
 
 
 def clean_basic(text: str) -> str:
-    """One line of visible text, white space collapsed, at most `MAX_CHARACTERS` characters, cut at a word end."""
+    """Return one line of visible text, white space collapsed, cut at a word end."""
     line = " ".join(_INVISIBLE.sub("", text).split())
     if len(line) <= MAX_CHARACTERS:
         return line
@@ -40,16 +43,20 @@ def clean_basic(text: str) -> str:
 
 
 def clean_paper(text: str) -> str:
-    """The rule of the published Flickr30K and COCO protocols: lower case, . ! " ( ) * # : ; ~ to spaces, 30 words.
+    """Apply the rule of the published Flickr30K and COCO protocols.
 
-    Kept to the letter, so only *runs* of white space collapse and a lone tab stays; but for the cut at MAX_CHARACTERS.
+    Lower case, the signs . ! " ( ) * # : ; ~ to spaces, 30 words. Kept to the letter but for the
+    cut at MAX_CHARACTERS, so only *runs* of white space collapse and a lone tab stays.
     """
     line = _WHITE_RUN.sub(" ", _PAPER_PUNCTUATION.sub(" ", text.lower()))
     return " ".join(line.rstrip("\n").strip(" ").split(" ")[:PAPER_MAX_WORDS])[:MAX_CHARACTERS]
 
 
 def clean_none(text: str) -> str:
-    """The caption as the source has it; of one beyond MAX_CHARACTERS, the first ones from where its text begins."""
+    """Return the caption as the source has it.
+
+    Of one beyond MAX_CHARACTERS, return as many from where its text begins.
+    """
     return text if len(text) <= MAX_CHARACTERS else text.lstrip()[:MAX_CHARACTERS]
 
 

@@ -1,7 +1,8 @@
-"""What a data source offers: shards to read, and the samples or faults found in them.
+"""The interface of a data source: shards to read, and the samples or faults found in them.
 
-A source knows where image-caption samples come from and nothing of what is done with them. It hands out
-*encoded* image bytes; decoding is `pds_ray.images`' work, so that one broken picture costs one sample.
+A source knows where image-caption samples come from and nothing of what is done with them. It hands
+out *encoded* image bytes; `modalities.image` decodes them, so that one broken image costs one
+sample.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class MissingShardsError(SourceError):
     def __init__(self, message: str, found: list[Shard]) -> None:
         super().__init__(message)
         self.found = found
-        """Those that are."""
+        """The shards that are there."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,17 @@ class Shard:
     """The unit of reading, retry, commit and progress."""
 
     name: str
-    """Unique in its source, made of letters, digits, '.', '_' and '-': artifacts are named after it."""
+    """Unique in its source, made of letters, digits, '.', '_' and '-': files are named after it."""
     location: str = field(repr=False)
-    """What `Source.read` needs to find it: a path, a URI, a range of rows."""
+    """A path, a URI or a range of rows, by which `Source.read` finds it."""
     size: int = 0
     """Bytes for files, samples otherwise; 0 if unknown."""
     version: str = ""
-    """What else the content depends on (a seed, a digest). Name, size and version make the source's fingerprint; the
-    location does not, so that data may move."""
+    """A seed, a digest or a time that the content depends on.
+
+    Name, size and version make the source's fingerprint; the location does not, so that data may
+    move.
+    """
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Sample:
 
     key: str
     image: bytes
-    """Encoded picture (JPEG, PNG, WebP, GIF)."""
+    """Encoded image (JPEG, PNG, WebP, GIF)."""
     captions: tuple[str, ...]
     """At least one, not blank, not yet cleaned."""
 
@@ -69,9 +73,9 @@ class Fault:
 
 REASONS = (
     "not_a_tar",  # the shard is not a tar at all; key is ""
-    "truncated_shard",  # the tar ends early: everything before the cut was read; key is the sample cut in two, or ""
+    "truncated_shard",  # the tar ends early, all before the cut was read; key: sample cut, or ""
     "missing_shard",  # listed, but gone or unreadable when it was opened; key is ""
-    "missing_image",  # no member with a known picture extension, or the file is not there
+    "missing_image",  # no member with a known image extension, or the file is not there
     "missing_caption",  # neither .txt nor .json gives a caption that is not blank
     "duplicate_key",  # a second sample under a key already seen in this shard
     "unsafe_member",  # absolute path, '..', link or device: never followed, never written
@@ -84,46 +88,50 @@ REASONS = (
     "timed_out",  # decoding it took longer than the limit
     "out_of_memory",  # decoding it took more memory than the limit
 )
-"""The closed list of reasons for which a sample is kept out; every count in a summary is one of these."""
+"""The closed list of reasons for which a sample is kept out; a summary counts by these."""
 
 SHARD_ENDS = ("not_a_tar", "truncated_shard")
-"""Reasons that tell of the rest of a shard, whatever it held."""
+"""Reasons that stand for the rest of a shard, whatever it held."""
 
 RETRYABLE = ("crashed_process", "timed_out", "out_of_memory")
-"""Reasons that another machine, or another day, may not have."""
+"""Reasons that may not hold on another machine or another day."""
 
 
 class Source(Protocol):
-    """A data set of image-caption samples, cut in shards. Instances pickle: they travel to Ray workers."""
+    """A data set of image-caption samples, cut in shards.
+
+    Instances pickle: they travel to Ray workers.
+    """
 
     uri: str
     validation: str | None
-    """URI of the split that belongs to this one for choosing by, if the source knows one."""
+    """URI of the validation split that belongs to this one, if the source knows one."""
 
     def shards(self) -> list[Shard]:
-        """Every shard, in a stable order. Raises SourceError in one line if there is none."""
+        """Return every shard, in a stable order. Raises SourceError if there is none."""
         ...
 
     def read(self, shard: Shard) -> Iterator[Sample | Fault]:
-        """The samples of a shard in their stored order, faults in between. Never raises for bad data."""
+        """Yield a shard's samples and faults in stored order. Never raises for bad data."""
         ...
 
 
 def read_shard(source: Source, shard: Shard) -> Iterator[Sample | Fault]:
-    """What `source.read` gives of a shard that must be there.
+    """Yield what `source.read` yields for a shard that must be there.
 
-    A disk that fails is read again, it says nothing about the data; object stores are asked again where they are read
-    (`storage.open_stream`). Raises SourceError naming the shard if it is gone or cannot be read to its end.
+    A disk that fails is read again, as it says nothing about the data; object stores are asked
+    again where they are read (`storage.open_stream`). Raises SourceError naming the shard if it is
+    gone or cannot be read to its end.
     """
     done = 0
     for wait_s in (*READ_RETRY_WAITS_S, None):
         try:
             for item in islice(source.read(shard), done, None):
                 if isinstance(item, Fault) and item.reason == "missing_shard":
-                    # not one bad sample but a whole shard: taken as such, it would never be tried again
+                    # a whole shard, not one bad sample: as a fault it would never be tried again
                     raise SourceError(
-                        f"shard {shard.name} was listed but cannot be opened where it is read ({item.detail}); every "
-                        "node must see the source"
+                        f"shard {shard.name} was listed but cannot be opened where it is read "
+                        f"({item.detail}); every node must see the source"
                     )
                 yield item
                 done += 1

@@ -3,9 +3,9 @@
     Flickr30k/  flickr30k-images/  flickr30k_{train,val,test}.json
     COCO/       train2014/  val2014/  coco_karpathy_{train,val,test}.json
 
-An annotation file is one JSON list, plain or gzipped. A record is one image with a list of captions, or one caption as
-a string, in which case the image's further captions are in other records. Of more than MAX_CAPTIONS of an image the
-first ones count.
+An annotation file is one JSON list, plain or gzipped. A record is one image with a list of
+captions, or one caption as a string, in which case the image's further captions are in other
+records. Of more than MAX_CAPTIONS of an image the first ones count.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Images = tuple[tuple[str, tuple[str, ...]], ...]
 class KarpathySource:
     """`flickr30k:ROOT[:SPLIT]` or `coco:ROOT[:SPLIT]`, the train split by default.
 
-    A sample's key is the image path in the annotation file. Images come in the order in which that file first names
-    them, each once with all of its captions.
+    A sample's key is the image path in the annotation file. Images come in the order in which that
+    file first names them, each once with all of its captions.
     """
 
     def __init__(self, uri: str, max_image_bytes: int = 64 * 1024**2) -> None:
@@ -55,9 +55,10 @@ class KarpathySource:
         self.validation = None if self.split == "val" else f"{self.dataset}:{self.root}:val"
 
     def shards(self) -> list[Shard]:
-        """Shards of 1,000 images. Raises SourceError if the annotations are unusable or any image is not there.
+        """Return shards of 1,000 images.
 
-        A shard's version is a digest of its records, so that an edited annotation file is another source.
+        A shard's version is a digest of its records, so that an edited annotation file is another
+        source. Raises SourceError if the annotations are unusable or any image is not there.
         """
         images = self._images()
         self._check_images_exist(images)
@@ -72,7 +73,10 @@ class KarpathySource:
         return shards
 
     def read(self, shard: Shard) -> Iterator[Sample | Fault]:
-        """The images of a row range. Raises SourceError if the annotation file has gone since it was listed."""
+        """Yield the samples and faults of a row range.
+
+        Raises SourceError if the annotation file has gone since it was listed.
+        """
         start, stop = map(int, shard.location.split(":"))
         for key, captions in self._images()[start:stop]:
             try:
@@ -102,9 +106,8 @@ class KarpathySource:
         raise SourceError(f"{self.uri}: there is no annotation file {plain} (or {plain.name}.gz)")
 
     def _check_images_exist(self, images: Images) -> None:
-        present: dict[
-            str, set[str]
-        ] = {}  # each folder is listed once, far quicker than asking for every file
+        # each folder is listed once, far quicker than asking for every file
+        present: dict[str, set[str]] = {}
         absent = []
         for key, _ in images:
             folder, _, name = key.rpartition("/")
@@ -125,9 +128,8 @@ def _names_in(folder: str) -> set[str]:
         return set()
 
 
-@lru_cache(
-    maxsize=3
-)  # one parse per process, not per shard; time and size tell a rewritten file from the old one
+# one parse per process, not per shard; time and size tell a rewritten file from the old one
+@lru_cache(maxsize=3)
 def _parse_annotations(path: Path, _mtime_ns: int, _size: int) -> Images:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -152,7 +154,7 @@ def _parse_annotations(path: Path, _mtime_ns: int, _size: int) -> Images:
 
 
 def _problem(record: object) -> str:
-    """What is wrong with a record, or ""."""
+    """Say why a record cannot be used, "" if it can."""
     if not isinstance(record, dict):
         return "not a JSON object"
     image, caption = record.get("image"), record.get("caption")
@@ -168,6 +170,5 @@ def _problem(record: object) -> str:
 
 
 def _storable(caption: str) -> str:
-    return caption.encode("utf-8", "replace").decode(
-        "utf-8"
-    )  # JSON can spell lone surrogates, UTF-8 cannot hold them
+    # JSON can spell lone surrogates, which UTF-8 cannot hold
+    return caption.encode("utf-8", "replace").decode("utf-8")

@@ -13,8 +13,9 @@ from PIL import Image
 from pds_ray.modalities.image import FORMATS, ImageError, decode_image
 from pds_ray.modalities.text import CLEANERS, MAX_CAPTIONS, MAX_CHARACTERS, clean_basic
 from pds_ray.report.page import _data
-from pds_ray.sources import webdataset
 from pds_ray.sources.base import REASONS, Sample
+from pds_ray.sources.tar import TarReader
+from pds_ray.sources.webdataset import WebDatasetSource, read_captions
 from pds_ray.stages.materialize import _cell
 from tests.support.hostile import (
     CAPTIONS,
@@ -70,10 +71,10 @@ def with_header_sums(data: bytes) -> bytes:
 
 
 def read_shard(data: bytes) -> None:
-    reader = webdataset._TarReader(webdataset._decompressed(io.BufferedReader(io.BytesIO(data))))
+    reader = TarReader(io.BufferedReader(io.BytesIO(data)))
     keys: list[str] = []
     faults = 0
-    for item in webdataset.WebDatasetSource("x.tar")._read_samples(reader):
+    for item in WebDatasetSource("x.tar").read_samples(reader):
         assert storable(item.key)
         if isinstance(item, Sample):
             keys.append(item.key)
@@ -89,7 +90,7 @@ def read_shard(data: bytes) -> None:
 def record(data: bytes) -> None:
     """The .json, and the .txt, of a sample give captions that can be stored, or none."""
     for texts in ({"json": data}, {"txt": data}, {"txt": data, "json": data}):
-        check_captions(webdataset._captions(texts))
+        check_captions(read_captions(texts))
 
 
 def caption(data: bytes) -> None:

@@ -180,10 +180,12 @@ def zeros(size: int) -> bytes:
     return b"".join(packer.compress(bytes(1 << 20)) for _ in range(size >> 20)) + packer.flush()
 
 
-def overlapping_exif(size: int) -> bytes:
-    """EXIF whose every entry claims nearly all of it for its value."""
+def overlapping_exif(size: int, orientation: int = 0) -> bytes:
+    """EXIF whose entries each claim nearly all of it, but for the first if an orientation is given."""
     entries = min(65_535, size // 24)
     rows = b"".join(struct.pack(">HHII", 1000 + n, 7, size - 100, 50) for n in range(entries))
+    if orientation:
+        rows = struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0) + rows[12:]
     body = b"MM\0*\0\0\0\x08" + struct.pack(">H", entries) + rows
     return b"Exif\0\0" + body + bytes(size - len(body))
 

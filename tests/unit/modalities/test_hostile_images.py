@@ -114,16 +114,16 @@ READ: dict[str, tuple[Callable[[], bytes], str]] = {
     "gif with 100,000 empty extensions": (lambda: gif(8, 8, b"!\xff\1x\0" * 100_000), "8 x 8"),
     **{
         f"{fmt} with EXIF of overlapping values": (
-            lambda fmt=fmt: encoded(
-                Image.new("RGB", (8, 8)), fmt, exif=overlapping_exif(1_000_000)
-            ),  # type: ignore[misc]
+            lambda fmt=fmt, size=size: encoded(  # type: ignore[misc]
+                Image.new("RGB", (8, 8)), fmt, exif=overlapping_exif(size)
+            ),
             "8 x 8",
         )
-        for fmt in ("PNG", "WEBP")
+        for fmt, size in (("PNG", 1_000_000), ("WEBP", 1_000_000), ("JPEG", 60_000))
     },
-    "JPEG with EXIF of overlapping values": (
-        lambda: encoded(Image.new("RGB", (8, 8)), "JPEG", exif=overlapping_exif(60_000)),
-        "8 x 8",
+    "PNG to be turned, with EXIF of overlapping values": (
+        lambda: encoded(Image.new("RGB", (8, 4)), "PNG", exif=overlapping_exif(1_000_000, 6)),
+        "4 x 8",
     ),
 }
 

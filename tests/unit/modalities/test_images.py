@@ -135,6 +135,14 @@ def test_exif_orientation(orientation: int) -> None:
     assert (decoded.size, decoded.tobytes()) == (expected.size, expected.tobytes())
 
 
+def test_a_turned_image_keeps_its_colour_profile() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(noise(5, 3), "PNG", exif=exif.tobytes(), icc_profile=b"profile")
+    decoded = decode_image(data)
+    assert (decoded.size, decoded.info["icc_profile"]) == ((3, 5), b"profile")
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize(
     "exif", [b"Exif\x00\x00garbage", b"Exif\x00\x00MM\x00*\xff\xff\xff\xff", b"Exif\x00\x00"]
@@ -183,9 +191,7 @@ def test_errors_are_reproducible_and_pickle() -> None:
             decode_image(b"nothing")
         errors.append(pickle.loads(pickle.dumps(caught.value)))  # noqa: S301
     assert (
-        str(errors[0])
-        == str(errors[1])
-        == "undecodable_image: not a JPEG, PNG, WEBP or GIF picture"
+        str(errors[0]) == str(errors[1]) == "undecodable_image: not a JPEG, PNG, WEBP or GIF image"
     )
 
 

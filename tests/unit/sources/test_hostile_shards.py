@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from pds_ray.modalities.text import MAX_CAPTIONS
 from pds_ray.sources.base import REASONS, Fault, Sample, Shard, SourceError
 from pds_ray.sources.karpathy import KarpathySource
-from pds_ray.sources.webdataset import EXPANSION_FREE, MAX_EXPANSION, MAX_NAME, WebDatasetSource
+from pds_ray.sources.tar import EXPANSION_FREE, MAX_EXPANSION
+from pds_ray.sources.webdataset import MAX_NAME, WebDatasetSource
 from pds_ray.stages import embed
 from tests.support.hostile import (
     END_MARK,

@@ -24,9 +24,10 @@ from webdataset.tariterators import base_plus_ext
 
 from pds_ray.distributed.embed import TABLES, part_name
 from pds_ray.modalities.image import ImageError, decode_image
-from pds_ray.sources import webdataset as module
+from pds_ray.sources import shard_patterns
 from pds_ray.sources.base import REASONS, Fault, Sample, Shard, SourceError
-from pds_ray.sources.webdataset import MAX_HEADER_BYTES, WebDatasetSource
+from pds_ray.sources.tar import MAX_HEADER_BYTES
+from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.storage import Folder
 from tests.support.hostile import block, header
@@ -704,10 +705,10 @@ def bucket(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         opened.append(uri)
         return pafs.SubTreeFileSystem(str(tree.parent.resolve()), pafs.LocalFileSystem()), "my data"
 
-    monkeypatch.setattr(module, "open_filesystem", open_filesystem)
-    module._open_store.cache_clear()
+    monkeypatch.setattr(shard_patterns, "open_filesystem", open_filesystem)
+    shard_patterns._open_store.cache_clear()
     yield opened
-    module._open_store.cache_clear()
+    shard_patterns._open_store.cache_clear()
 
 
 @pytest.mark.parametrize("query", ["", "?region=eu-west-1"])
