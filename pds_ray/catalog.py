@@ -7,17 +7,24 @@ nothing; an unknown name lists the known ones.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from pds_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from pds_ray.backbones.base import BackboneInfo
+    from pds_ray.backbones.base import BackboneInfo, BackboneModule
     from pds_ray.config import DecodeConfig, EmbedConfig
-    from pds_ray.decoders.base import Decoder, DecoderInfo
-    from pds_ray.encoders.base import Encoder, EncoderInfo, TextEncoder, TextEncoderInfo
+    from pds_ray.decoders.base import Decoder, DecoderInfo, DecoderModule
+    from pds_ray.encoders.base import (
+        Encoder,
+        EncoderInfo,
+        EncoderModule,
+        TextEncoder,
+        TextEncoderInfo,
+        TextEncoderModule,
+    )
     from pds_ray.methods.base import Method
     from pds_ray.selectors.base import Selector
     from pds_ray.sources.base import Source
@@ -98,34 +105,44 @@ def load_text_encoder(info: EncoderInfo | TextEncoderInfo, precision: str) -> Te
     return _text_encoder_module(info.name).load(info, precision)
 
 
-def _text_encoder_module(name: str) -> Any:
+def _text_encoder_module(name: str) -> TextEncoderModule:
     prefix = name.partition(":")[0]
-    return import_module(TEXT_ENCODERS[prefix if prefix in TEXT_ENCODERS else ""])
+    entry = TEXT_ENCODERS[prefix if prefix in TEXT_ENCODERS else ""]
+    return cast("TextEncoderModule", import_module(entry))
 
 
 def describe_backbone(name: str) -> BackboneInfo:
     """What a backbone is, without building it. Raises ConfigError in one line if there is no such backbone."""
-    return import_module(BACKBONES.get(name, BACKBONES[""])).describe(name)
+    return _backbone_module(name).describe(name)
 
 
 def build_backbone(info: BackboneInfo, image_size: int) -> nn.Module:
     """The backbone with its weights at the start, from torch's global generator where they are random."""
-    return import_module(BACKBONES.get(info.name, BACKBONES[""])).build(info, image_size)
+    return _backbone_module(info.name).build(info, image_size)
 
 
-def _encoder_module(name: str) -> Any:
+def _backbone_module(name: str) -> BackboneModule:
+    return cast("BackboneModule", import_module(BACKBONES.get(name, BACKBONES[""])))
+
+
+def _encoder_module(name: str) -> EncoderModule:
     prefix = name.partition(":")[0]
-    return import_module(ENCODERS[prefix if prefix in ENCODERS else ""])
+    entry = ENCODERS[prefix if prefix in ENCODERS else ""]
+    return cast("EncoderModule", import_module(entry))
 
 
 def describe_decoder(config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:
     """What the decoder is, checked against the encoder's space. Raises ConfigError in one line if they do not fit."""
-    return import_module(_known("decoder", DECODERS, config.decoder)).describe(config, encoder)
+    return _decoder_module(config.decoder).describe(config, encoder)
 
 
 def load_decoder(info: DecoderInfo, config: DecodeConfig, source: Source) -> Decoder:
     """The decoder, ready to decode; `source` is where real images are found by those that need them."""
-    return import_module(_known("decoder", DECODERS, config.decoder)).load(info, config, source)
+    return _decoder_module(config.decoder).load(info, config, source)
+
+
+def _decoder_module(name: str) -> DecoderModule:
+    return cast("DecoderModule", import_module(_known("decoder", DECODERS, name)))
 
 
 def method(name: str) -> Method:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -25,3 +28,18 @@ class BackboneInfo:
     std: tuple[float, float, float]
     pretrained: bool
     load_args: tuple[tuple[str, Any], ...] = ()
+
+
+class BackboneModule(Protocol):
+    """A module that the catalog names as a backbone."""
+
+    def describe(self, name: str) -> BackboneInfo:
+        """Describe `name` without building it. Raises ConfigError in one line if it is nothing."""
+        ...
+
+    def build(self, info: BackboneInfo, image_size: int) -> nn.Module:
+        """Build a module from float32 [B, 3, image_size, image_size] to float32 [B, d].
+
+        Random weights are drawn from torch's global generator.
+        """
+        ...

@@ -1,4 +1,4 @@
-"""What a decoder offers: pictures from prototypes."""
+"""The interface of a decoder: images from prototypes."""
 
 from __future__ import annotations
 
@@ -9,24 +9,28 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from pds_ray.config import DecodeConfig
+from pds_ray.encoders.base import EncoderInfo
+from pds_ray.sources.base import Source
+
 
 @dataclass(frozen=True)
 class DecoderInfo:
-    """What a decoder is, known without loading it."""
+    """The description of a decoder, known without loading it."""
 
     name: str
     dim: int | None
     """Width of the embeddings it takes; None if it takes any."""
     identity: str
-    """What its pictures depend on besides the request: repository and revision, or a hash of the weights."""
+    """Repository and revision, or a hash of the weights: with the request it decides the images."""
     load_args: tuple[tuple[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
-    """What the user should know (a space that could not be checked)."""
+    """One-line notes for the user, such as that the embedding space could not be checked."""
 
 
 @dataclass(frozen=True)
 class DecodeBatch:
-    """B prototypes to be made visible."""
+    """A request to decode B prototypes."""
 
     prototypes: np.ndarray
     """float32 [B, d], un-normalised image prototypes."""
@@ -37,8 +41,26 @@ class DecodeBatch:
 
 
 class Decoder(Protocol):
-    """A loaded decoder. Picture i depends on row i of the batch alone, up to float tolerance."""
+    """A loaded decoder. Image i depends on row i of the batch alone, up to float tolerance."""
 
     def decode(self, batch: DecodeBatch) -> Iterable[Image.Image]:
-        """One RGB picture a row, made when it is asked for where a batch of them would take much memory."""
+        """Return one RGB image per row.
+
+        Each is made when it is asked for where a batch of them would take much memory.
+        """
+        ...
+
+
+class DecoderModule(Protocol):
+    """A module that the catalog names as a decoder."""
+
+    def describe(self, config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:
+        """Describe the decoder without its weights, checked against the encoder's space.
+
+        Raises ConfigError in one line if it is nothing, or takes other embeddings.
+        """
+        ...
+
+    def load(self, info: DecoderInfo, config: DecodeConfig, source: Source) -> Decoder:
+        """Load the decoder, onto the GPU if there is one; `source` holds the real images."""
         ...

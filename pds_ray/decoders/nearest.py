@@ -1,4 +1,7 @@
-"""The real image nearest to the prototype: needs no generator. Published as an ablation of PDS, and the toy to read."""
+"""The real image nearest to the prototype, without a generator.
+
+Published as an ablation of PDS (docs/methods.md), and the decoder to read first.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,11 @@ from pds_ray.modalities.image import ImageError, decode_image
 from pds_ray.sources.base import SHARD_ENDS, Fault, Shard, Source, SourceError, read_shard
 
 
-def describe(config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:  # noqa: ARG001 - fits every encoder
-    """Fits every encoder. Raises ConfigError if the caption is to decide, which is not looked at here."""
+def describe(config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:  # noqa: ARG001
+    """Describe the decoder, which fits every encoder.
+
+    Raises ConfigError if the caption is to decide, which is not looked at here.
+    """
     if config.condition == "caption":
         raise ConfigError(
             "decode.condition is 'caption', but decoder nearest goes by the prototype; use unclip"
@@ -28,16 +34,16 @@ def load(info: DecoderInfo, config: DecodeConfig, source: Source) -> NearestDeco
 
 
 class NearestDecoder:
-    """Looks the pictures up in the source, each shard read once a batch."""
+    """A decoder that looks images up in the source, each shard read once per batch."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.shards: dict[str, Shard] = {shard.name: shard for shard in source.shards()}
 
     def decode(self, batch: DecodeBatch) -> Iterator[Image.Image]:
-        """The pictures one by one, for at their full size a batch need not fit in memory.
+        """Return the images one by one: at their full size a batch may not fit in memory.
 
-        Raises SourceError naming the shard if it or one of its pictures is not there any more.
+        Raises SourceError naming the shard if it or one of its images is not there any more.
         """
         wanted: dict[str, set[str]] = {}
         for shard, key in batch.nearest:
@@ -47,12 +53,12 @@ class NearestDecoder:
             for shard, keys in wanted.items()
             for key, data in self._look_up(shard, keys)
         }
-        return (_picture(place, found[place]) for place in batch.nearest)
+        return (_decode(place, found[place]) for place in batch.nearest)
 
     def _look_up(self, shard: str, keys: set[str]) -> Iterator[tuple[str, bytes]]:
         if shard not in self.shards:
             raise SourceError(
-                f"shard {shard} is not in {self.source.uri} any more; a picture of it is wanted"
+                f"shard {shard} is not in {self.source.uri} any more; an image of it is wanted"
             )
         missing, faults = set(keys), dict[str, Fault]()
         for item in read_shard(self.source, self.shards[shard]):
@@ -64,22 +70,20 @@ class NearestDecoder:
                 if not missing:
                     return
         key = min(missing)
-        fault = faults.get(key) or next(
-            (f for f in faults.values() if f.reason in SHARD_ENDS), None
-        )
+        ends = (fault for fault in faults.values() if fault.reason in SHARD_ENDS)
+        fault = faults.get(key) or next(ends, None)
         why = f"{fault.reason}: {fault.detail}" if fault else "no such sample"
         raise SourceError(
-            f"picture {key} of shard {shard} is not there any more ({why}); it was when it was embedded"
+            f"image {key} of shard {shard} is not there any more ({why}); "
+            "it was when it was embedded"
         )
 
 
-def _picture(place: tuple[str, str], data: bytes) -> Image.Image:
+def _decode(place: tuple[str, str], data: bytes) -> Image.Image:
     try:
-        return decode_image(
-            data, max_pixels=sys.maxsize, min_side=1
-        )  # what was embedded was judged by then
+        # without limits: they were applied when it was embedded
+        return decode_image(data, max_pixels=sys.maxsize, min_side=1)
     except ImageError as error:
         shard, key = place
-        raise SourceError(
-            f"picture {key} of shard {shard} is not what was embedded ({error})"
-        ) from error
+        message = f"image {key} of shard {shard} is not what was embedded ({error})"
+        raise SourceError(message) from error

@@ -1,7 +1,7 @@
-"""diffusers `StableUnCLIPImg2ImgPipeline`: a Stable Diffusion that takes a CLIP image embedding as class label.
+"""diffusers `StableUnCLIPImg2ImgPipeline`: Stable Diffusion with a CLIP embedding as class label.
 
-The embedding goes in un-normalised: the pipeline standardises it by the statistics of raw embeddings stored with the
-checkpoint (methods.md A.2). Each picture has a generator of its own.
+The image embedding goes in un-normalised: the pipeline standardises it by the statistics of raw
+embeddings stored with the checkpoint (docs/methods.md). Each image has a generator of its own.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ from pds_ray.store.hub import require_repository
 from pds_ray.store.storage import folder_sha256
 
 WEIGHTS = ("unet", "vae", "text_encoder", "image_normalizer")
-SPACE_FILE = (
-    "pds_ray.json"  # {"space": ..., "dim": ...}: written beside checkpoints trained by our scripts
-)
+SPACE_FILE = "pds_ray.json"
+"""{"space": ..., "dim": ...}, written beside checkpoints trained by our scripts."""
 
-KNOWN_SPACES = {  # repository name -> embedding space its class label was trained on
+# repository name -> embedding space its class label was trained on
+KNOWN_SPACES = {
     "stable-diffusion-2-1-unclip-small": "ViT-L-14:openai",
     "stable-diffusion-2-1-unclip": "ViT-H-14:laion2b_s32b_b79k",
 }
-DEFAULT_MODELS = {  # embedding space -> checkpoint that takes it (the original repositories were withdrawn)
+# embedding space -> checkpoint that takes it (the original repositories were withdrawn)
+DEFAULT_MODELS = {
     "ViT-L-14:openai": "sd2-community/stable-diffusion-2-1-unclip-small",
     "ViT-H-14:laion2b_s32b_b79k": "sd2-community/stable-diffusion-2-1-unclip",
 }
 
 
 def demo_folder() -> Path:
-    """The built-in unCLIP, a diffusers folder like any other."""
+    """Return the folder of the built-in unCLIP, a diffusers folder like any other."""
     return Path(str(resources.files("pds_ray.demo") / "weights" / "unclip"))
 
 
 def describe(config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:
-    """What the checkpoint is, from its configuration files, checked against the encoder.
+    """Describe the checkpoint from its configuration files, checked against the encoder.
 
     Raises ConfigError in one line if it cannot be found, is no unCLIP, or expects another embedding.
     """
@@ -56,21 +57,22 @@ def describe(config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:
         dim, space, identity = _inspect_hub(model, config.revision)
     if dim != encoder.dim:
         raise ConfigError(
-            f"decoder {model} takes embeddings of width {dim}, encoder {encoder.name} gives {encoder.dim}; "
-            "choose a matching pair, or --decoder nearest"
+            f"decoder {model} takes embeddings of width {dim}, encoder {encoder.name} gives "
+            f"{encoder.dim}; choose a matching pair, or --decoder nearest"
         )
     notes: tuple[str, ...] = ()
     known = KNOWN_SPACES.get(model.rstrip("/").rsplit("/", 1)[-1], space)
-    if known is None or _is_hash(known) != _is_hash(
-        encoder.space
-    ):  # a name and a file's hash cannot be compared
+    # a name and a file's hash cannot be compared
+    if known is None or _is_hash(known) != _is_hash(encoder.space):
         notes = (
-            f"whether decoder {model} was trained on embeddings of {encoder.name} cannot be told; check it",
+            f"whether decoder {model} was trained on embeddings of {encoder.name} cannot be told; "
+            "check it",
         )
     elif known != encoder.space:
         raise ConfigError(
-            f"decoder {model} was trained on the embeddings of {_short(known)}, not of {encoder.name} "
-            f"({_short(encoder.space)}): same width, other space; choose a matching pair, or --decoder nearest"
+            f"decoder {model} was trained on the embeddings of {_short(known)}, not of "
+            f"{encoder.name} ({_short(encoder.space)}): same width, other space; "
+            "choose a matching pair, or --decoder nearest"
         )
     args = (("model", model), ("revision", config.revision))
     return DecoderInfo(name="unclip", dim=dim, identity=identity, load_args=args, notes=notes)
@@ -82,8 +84,8 @@ def _choose(encoder: EncoderInfo) -> str:
     if encoder.space in DEFAULT_MODELS:
         return DEFAULT_MODELS[encoder.space]
     raise ConfigError(
-        f"no unCLIP decoder is known for encoder {encoder.name}; known for: {', '.join(DEFAULT_MODELS)}. "
-        "Name one with --decode.model, or use --decoder nearest"
+        f"no unCLIP decoder is known for encoder {encoder.name}; known for: "
+        f"{', '.join(DEFAULT_MODELS)}. Name one with --decode.model, or use --decoder nearest"
     )
 
 
@@ -101,20 +103,18 @@ def _short(space: str) -> str:
 
 
 def _inspect(folder: Path) -> tuple[int, str | None, str]:
-    """Embedding width, space if stated, and identity of a diffusers folder."""
+    """Return the embedding width, the space if stated, and the identity of a diffusers folder."""
     index = _read_json(folder / "model_index.json", folder)
     if "image_normalizer" not in index:
         kind = index.get("_class_name", "folder without a pipeline")
         raise ConfigError(
-            f"decoder {folder}: is a {kind}, not an unCLIP image pipeline (it has no image_normalizer)"
+            f"decoder {folder}: is a {kind}, not an unCLIP image pipeline "
+            "(it has no image_normalizer)"
         )
     try:
         dim = int(_read_json(folder / "image_normalizer" / "config.json", folder)["embedding_dim"])
-        space = (
-            _read_json(folder / SPACE_FILE, folder)["space"]
-            if (folder / SPACE_FILE).is_file()
-            else None
-        )
+        space_file = folder / SPACE_FILE
+        space = _read_json(space_file, folder)["space"] if space_file.is_file() else None
     except ConfigError:
         raise
     except (KeyError, TypeError, ValueError) as error:
@@ -124,11 +124,8 @@ def _inspect(folder: Path) -> tuple[int, str | None, str]:
     for part in WEIGHTS:
         if not list((folder / part).glob("*.safetensors")):
             raise ConfigError(f"decoder {folder}: no .safetensors weights under {part}/")
-    return (
-        dim,
-        space,
-        folder_sha256(folder, ("*/*.safetensors", "*/*.json", "*/*.txt", "model_index.json"))[:16],
-    )
+    files = ("*/*.safetensors", "*/*.json", "*/*.txt", "model_index.json")
+    return dim, space, folder_sha256(folder, files)[:16]
 
 
 def _inspect_hub(model: str, revision: str | None) -> tuple[int, str | None, str]:
@@ -149,9 +146,8 @@ def _inspect_hub(model: str, revision: str | None) -> tuple[int, str | None, str
         raise ConfigError(
             f"decoder {model}: is no unCLIP image pipeline ({reason}); {instead}"
         ) from error
-    commit = path.parents[
-        1
-    ].name  # .../snapshots/COMMIT/image_normalizer/config.json: branches move, commits do not
+    # .../snapshots/COMMIT/image_normalizer/config.json: branches move, commits do not
+    commit = path.parents[1].name
     return dim, None, f"{model}@{commit}"
 
 
@@ -159,17 +155,16 @@ def _read_json(path: Path, folder: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"decoder {folder}: cannot read {path.relative_to(folder)} ({error})"
-        ) from None
+        name = path.relative_to(folder)
+        raise ConfigError(f"decoder {folder}: cannot read {name} ({error})") from None
     if not isinstance(value, dict):
-        raise ConfigError(
-            f"decoder {folder}: {path.relative_to(folder)} does not hold a JSON object"
-        )
+        name = path.relative_to(folder)
+        raise ConfigError(f"decoder {folder}: {name} does not hold a JSON object")
     return value
 
 
-def load(info: DecoderInfo, config: DecodeConfig, source: Source) -> UnClipDecoder:  # noqa: ARG001 - all synthetic
+def load(info: DecoderInfo, config: DecodeConfig, source: Source) -> UnClipDecoder:  # noqa: ARG001
+    """Load the pipeline, onto the GPU if there is one; it needs no real images."""
     return UnClipDecoder(info, config)
 
 
@@ -192,23 +187,26 @@ class UnClipDecoder:
             self.pipeline = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(
                 args["model"], revision=args["revision"], dtype=dtype, use_safetensors=True
             ).to("cuda" if cuda else "cpu")
-        except Exception as error:  # missing, cut off, of another version: diffusers and safetensors raise many kinds
+        # missing, cut off, of another version: diffusers and safetensors raise many kinds
+        except Exception as error:
             reason = first_line(error)
             raise ConfigError(f"decoder {args['model']}: cannot load ({reason})") from error
         self.pipeline.set_progress_bar_config(disable=True)
         self.config = config
 
     def decode(self, batch: DecodeBatch) -> list[Image.Image]:
-        """Prompt = retrieved caption, class label = prototype, one generator a picture (methods.md A.1, step 14)."""
+        """Return one image per row: prompt = retrieved caption, class label = prototype.
+
+        Each image has one generator (PDS, image synthesis; docs/methods.md).
+        """
         import torch
 
         pipeline, config = self.pipeline, self.config
+        embeddings = torch.from_numpy(np.ascontiguousarray(batch.prototypes))
         images = pipeline(
             prompt=batch.captions,
             negative_prompt=[config.negative_prompt] * len(batch.captions),
-            image_embeds=torch.from_numpy(np.ascontiguousarray(batch.prototypes)).to(
-                pipeline.device, pipeline.dtype
-            ),
+            image_embeds=embeddings.to(pipeline.device, pipeline.dtype),
             num_inference_steps=config.steps,
             guidance_scale=config.guidance,
             noise_level=config.noise_level,

@@ -1,7 +1,7 @@
-"""What an encoder offers: images and captions as vectors of one space.
+"""The interface of an encoder: images and captions as vectors of one space.
 
-`EncoderInfo` says what the encoder is without loading weights; it is small, pickles, and travels to workers, which
-resize pictures with it and load the weights themselves.
+`EncoderInfo` describes the encoder without loading weights; it is small, pickles, and travels to
+workers, which resize images with it and load the weights themselves.
 """
 
 from __future__ import annotations
@@ -13,31 +13,33 @@ import numpy as np
 
 from pds_ray.modalities.image import Preprocess
 
-ROW_MULTIPLE = (
-    16  # forward passes take multiples of 16 rows: then a row's result does not depend on its batch
-)
+ROW_MULTIPLE = 16
+"""Forward passes take multiples of 16 rows: then a row's result does not depend on its batch."""
 
 
 @dataclass(frozen=True)
 class EncoderInfo:
-    """What an encoder is."""
+    """The description of an encoder, known without loading it."""
 
     name: str
     """As the user gave it."""
     dim: int
     """Width d of the embeddings."""
     space: str
-    """Identity of the embedding space: equal for two encoders only if their vectors may be mixed."""
+    """Identity of the embedding space: equal only if the vectors of two encoders may be mixed."""
     identity: str
-    """What the bytes of the embeddings depend on besides precision: weights, architecture, preprocessing, tokenizer."""
+    """Weights, architecture, preprocessing and tokenizer.
+
+    The bytes of the embeddings depend on nothing else but the precision.
+    """
     preprocess: Preprocess
     load_args: tuple[tuple[str, Any], ...]
-    """What `load` needs beyond the name."""
+    """Arguments that `load` needs beyond the name."""
 
 
 @dataclass(frozen=True)
 class TextEncoderInfo:
-    """What an encoder of captions alone is; the fields mean what they do in `EncoderInfo`."""
+    """The description of an encoder of captions alone, with the fields of `EncoderInfo`."""
 
     name: str
     dim: int
@@ -52,19 +54,46 @@ class TextEncoder(Protocol):
     dim: int
 
     def encode_captions(self, captions: list[str]) -> np.ndarray:
-        """B captions, cut to the model's context length -> float32 [B, d]."""
+        """Encode B captions, cut to the model's context length. float32 [B, d]."""
         ...
 
 
 class Encoder(Protocol):
-    """A loaded encoder. Embeddings are un-normalised projections, float32."""
+    """A loaded encoder. Embeddings are un-normalised projections."""
 
     dim: int
 
     def encode_images(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [B, S, S, 3] at the preprocess' size -> float32 [B, d]."""
+        """Encode pixels, uint8 [B, S, S, 3] at the preprocess' size. float32 [B, d]."""
         ...
 
     def encode_captions(self, captions: list[str]) -> np.ndarray:
-        """B captions, cut to the model's context length -> float32 [B, d]."""
+        """Encode B captions, cut to the model's context length. float32 [B, d]."""
+        ...
+
+
+class EncoderModule(Protocol):
+    """A module that the catalog names as an encoder."""
+
+    def describe(self, name: str) -> EncoderInfo:
+        """Describe `name` without its weights. Raises ConfigError in one line if it is nothing."""
+        ...
+
+    def load(self, info: EncoderInfo, precision: str) -> Encoder:
+        """Load the weights, onto the GPU if there is one; precision fp32, fp16, bf16 or auto.
+
+        Raises ConfigError in one line if they cannot be had.
+        """
+        ...
+
+
+class TextEncoderModule(Protocol):
+    """A module that the catalog names as a text encoder: an encoder module, or one of captions."""
+
+    def describe(self, name: str) -> EncoderInfo | TextEncoderInfo:
+        """Describe `name` without its weights. Raises ConfigError in one line if it is nothing."""
+        ...
+
+    def load(self, info: Any, precision: str) -> TextEncoder:
+        """Load the weights as `EncoderModule.load` does; `info` is what `describe` returned."""
         ...

@@ -1,6 +1,7 @@
-"""BERT and DistilBERT as text encoders of an evaluation: `bert:MODEL`, `distilbert:MODEL`, hub id or folder.
+"""BERT and DistilBERT as text encoders of an evaluation: `bert:MODEL`, `distilbert:MODEL`.
 
-A caption's vector is the last hidden state of its first token, as VL-Distill and LoRS take it.
+MODEL is a hub id or a folder. A caption's vector is the last hidden state of its first token, as
+VL-Distill and LoRS take it (docs/methods.md).
 """
 
 from __future__ import annotations
@@ -21,40 +22,39 @@ FILES = ("config.json", "*.safetensors", "tokenizer*.json", "vocab.txt")
 
 
 def describe(name: str) -> TextEncoderInfo:
-    """What `name` is. Raises ConfigError in one line if it cannot be had."""
+    """Describe `name`. Raises ConfigError in one line if it cannot be had."""
     from transformers import AutoConfig
 
     kind, _, model = name.partition(":")
     if not model:
         raise ConfigError(
-            f"text encoder {name!r}: which model? give {kind}:ID (such as {kind}-base-uncased) or {kind}:FOLDER"
+            f"text encoder {name!r}: which model? give {kind}:ID (such as {kind}-base-uncased) "
+            f"or {kind}:FOLDER"
         )
     folder = Path(model).expanduser()
     if folder.is_dir():
         model, identity = str(folder.resolve()), folder_sha256(folder, FILES)
     else:
-        require_repository(
-            model, None, ("config.json",), f"text encoder {name}", f"give a folder as {kind}:FOLDER"
-        )
+        instead = f"give a folder as {kind}:FOLDER"
+        require_repository(model, None, ("config.json",), f"text encoder {name}", instead)
         identity = model
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         found, width = config.model_type, int(config.hidden_size)
-    except (
-        Exception
-    ) as error:  # transformers and the hub client raise many kinds, all meaning: no such model
+    # transformers and the hub client raise many kinds, all meaning: no such model
+    except Exception as error:
         line = first_line(error)
         raise ConfigError(
             f"text encoder {name}: {model} holds no transformers model ({line})"
         ) from error
     if found != kind:
         raise ConfigError(f"text encoder {name}: {model} is a model of type {found}, not {kind}")
-    return TextEncoderInfo(
-        name, width, f"{kind} {identity}", f"{kind} {identity}", (("model", model),)
-    )
+    identity = f"{kind} {identity}"
+    return TextEncoderInfo(name, width, identity, identity, (("model", model),))
 
 
-def load(info: TextEncoderInfo, precision: str) -> HfTextEncoder:  # noqa: ARG001 - always fp32: a few captions a set
+def load(info: TextEncoderInfo, precision: str) -> HfTextEncoder:  # noqa: ARG001
+    """Load the model, always in fp32: a set has few captions."""
     return HfTextEncoder(info)
 
 
@@ -65,32 +65,25 @@ class HfTextEncoder:
         import torch
         from transformers import AutoModel, AutoTokenizer
 
-        options: dict[str, Any] = {
-            "trust_remote_code": False
-        }  # left out, it means: ask on the terminal
+        # left out, trust_remote_code means: ask on the terminal
+        options: dict[str, Any] = {"trust_remote_code": False}
         model = dict(info.load_args)["model"]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model, **options)
-            self.model = (
-                AutoModel.from_pretrained(model, use_safetensors=True, **options)
-                .eval()
-                .to(self.device)
-            )
+            loaded = AutoModel.from_pretrained(model, use_safetensors=True, **options)
+            self.model = loaded.eval().to(self.device)
         except Exception as error:  # missing, corrupt, unreachable: of many kinds
             line = first_line(error)
             raise ConfigError(
                 f"text encoder {info.name}: cannot load the weights ({line})"
             ) from error
         self.dim = info.dim
-        limits = (
-            self.tokenizer.model_max_length,
-            getattr(self.model.config, "max_position_embeddings", MAX_TOKENS),
-        )
-        self.max_tokens = min(MAX_TOKENS, *limits)
+        positions = getattr(self.model.config, "max_position_embeddings", MAX_TOKENS)
+        self.max_tokens = min(MAX_TOKENS, self.tokenizer.model_max_length, positions)
 
     def encode_captions(self, captions: list[str]) -> np.ndarray:
-        """B captions, cut to the model's context length -> float32 [B, d]."""
+        """Encode B captions, cut to the model's context length. float32 [B, d]."""
         import torch
 
         tokens = self.tokenizer(

@@ -1,15 +1,18 @@
-"""open_clip models: by name and pretrained tag, from a checkpoint file, from a local folder or from the hub.
+"""open_clip models: by name and tag, from a checkpoint file, from a folder or from the hub.
 
-Names: `MODEL:TAG` (ViT-L-14:openai), `MODEL:/path/to/checkpoint`, `local-dir:/path`, `hf-hub:org/repo`, and `demo`, the
-model in the package.
+Names: `MODEL:TAG` (ViT-L-14:openai), `MODEL:/path/to/checkpoint`, `local-dir:/path`,
+`hf-hub:org/repo`, and `demo`, the model in the package.
 """
 
 from __future__ import annotations
 
 import copy
+import difflib
 import importlib.util
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -31,18 +34,22 @@ if TYPE_CHECKING:
 DEFAULT_SIZE = 224
 SHORT_CONTEXTS = (16, 24, 32, 48)  # tokens; the mean caption has a dozen
 MAX_WORD_BYTES = 768
-"""What is read of one word: 75 tokens, all that fit, would have to hold 10 bytes each to reach its end."""
+"""Bytes of a word that are read: 75 tokens, all that fit, would need 10 bytes each to go beyond."""
 MAX_WORDS_KNOWN = 1 << 17
+"""Words whose tokens are kept."""
 HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 def demo_folder() -> Path:
-    """The built-in CLIP, an open_clip folder like any other."""
+    """Return the folder of the built-in CLIP, an open_clip folder like any other."""
     return Path(str(resources.files("pds_ray.demo") / "weights" / "clip"))
 
 
 def describe(name: str) -> EncoderInfo:
-    """What `name` is, from configuration files alone. Raises ConfigError in one line if it is nothing."""
+    """Describe `name` from configuration files alone.
+
+    Raises ConfigError in one line if it is nothing.
+    """
     if name == "demo":
         return _describe_folder(name, demo_folder())
     prefix, _, rest = name.partition(":")
@@ -70,15 +77,14 @@ def _describe_folder(name: str, folder: Path) -> EncoderInfo:
         raise ConfigError(
             f"encoder {name}: {config_path} is not an open_clip configuration ({error!r})"
         ) from None
-    weights = sorted(
-        folder.glob("*.safetensors"), key=lambda path: (_preference(path.name), path.name)
-    )
+    weights = [path.name for path in folder.glob("*.safetensors")]
     if not weights:
         raise ConfigError(f"encoder {name}: no .safetensors weights in {folder}")
+    loaded = min(weights, key=lambda file: (_preference(file), file))
     return EncoderInfo(
         name=name,
         dim=dim,
-        space=file_sha256(weights[0]),
+        space=file_sha256(folder / loaded),
         identity=folder_sha256(folder, ("*.safetensors", "*.json", "*.txt")),
         preprocess=preprocess,
         load_args=(("model_name", f"local-dir:{folder.resolve()}"),),
@@ -86,7 +92,7 @@ def _describe_folder(name: str, folder: Path) -> EncoderInfo:
 
 
 def _preference(weights: str) -> int:
-    """Which of several files open_clip loads: the lowest."""
+    """Rank a weights file: of several, open_clip loads the lowest."""
     preferred = (
         "open_clip_model.safetensors",
         "open_clip_pytorch_model.safetensors",
@@ -100,7 +106,7 @@ def _describe_hub(name: str) -> EncoderInfo:
 
     try:
         config = factory._get_hf_config(name.removeprefix("hf-hub:"))
-    except Exception as error:  # the hub client raises many kinds, all meaning: not to be had
+    except Exception as error:  # the hub client raises many kinds, all meaning: cannot be had
         raise ConfigError(
             f"encoder {name}: cannot be fetched or found in the cache ({first_line(error)})"
         ) from error
@@ -123,7 +129,8 @@ def _describe_builtin(name: str, model: str, weights: str) -> EncoderInfo:
         )
     if not weights:
         raise ConfigError(
-            f"encoder {name}: which weights? give {model}:TAG (such as {model}:openai) or {model}:FILE"
+            f"encoder {name}: which weights? give {model}:TAG (such as {model}:openai) "
+            f"or {model}:FILE"
         )
     if Path(weights).expanduser().is_file():
         checkpoint = Path(weights).expanduser().resolve()
@@ -146,14 +153,14 @@ def _describe_builtin(name: str, model: str, weights: str) -> EncoderInfo:
     repository, _, file = tag.get("hf_hub", "").rpartition("/")
     if repository:
         instead = f"give a checkpoint as {model}:FILE, or local-dir:PATH"
-        require_repository(
-            repository, None, (file,) if file else HUB_WEIGHTS, f"encoder {name}", instead
-        )
+        files = (file,) if file else HUB_WEIGHTS
+        require_repository(repository, None, files, f"encoder {name}", instead)
+    identity = f"{model.removesuffix('-quickgelu')}:{weights}"
     return EncoderInfo(
         name=name,
         dim=int(architecture["embed_dim"]),
-        space=f"{model.removesuffix('-quickgelu')}:{weights}",
-        identity=f"{model.removesuffix('-quickgelu')}:{weights}",
+        space=identity,
+        identity=identity,
         preprocess=_preprocess(architecture, tag),
         # open_clip only warns when weights trained with QuickGELU meet an architecture without it
         load_args=(
@@ -172,17 +179,17 @@ def _architectures() -> Path:
 
 
 def _architecture(model: str) -> dict[str, Any] | None:
-    """The configuration file of an architecture: read directly, since importing open_clip takes seconds."""
+    """Read the configuration of an architecture, None if there is none.
+
+    The file is read directly, since importing open_clip takes seconds.
+    """
     path = _architectures() / f"{model.replace('/', '-')}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _close(model: str) -> list[str]:
-    import difflib
-
-    return difflib.get_close_matches(
-        model, [path.stem for path in _architectures().glob("*.json")], n=4, cutoff=0.5
-    )
+    names = [path.stem for path in _architectures().glob("*.json")]
+    return difflib.get_close_matches(model, names, n=4, cutoff=0.5)
 
 
 def _preprocess(model_cfg: dict[str, Any], overrides: dict[str, Any]) -> Preprocess:
@@ -190,7 +197,7 @@ def _preprocess(model_cfg: dict[str, Any], overrides: dict[str, Any]) -> Preproc
     if isinstance(size, list):
         if len(set(size)) != 1:
             raise ConfigError(
-                f"encoders with pictures that are not square ({size}) are not supported"
+                f"encoders with images that are not square ({size}) are not supported"
             )
         size = size[0]
     return Preprocess(
@@ -202,13 +209,19 @@ def _preprocess(model_cfg: dict[str, Any], overrides: dict[str, Any]) -> Preproc
 
 
 def load(info: EncoderInfo, precision: str) -> OpenClipEncoder:
-    """The model on the GPU if there is one. Raises ConfigError in one line if the weights cannot be had."""
+    """Load the model, onto the GPU if there is one.
+
+    Raises ConfigError in one line if the weights cannot be had.
+    """
     return OpenClipEncoder(info, precision)
 
 
 def bound_words(tokenizer: SimpleTokenizer) -> None:
-    """Bounds what a word may cost CLIP's own tokenizer: its time grows with the square of the word's length (a minute
-    for 20,000 letters), and it keeps every word that it ever met."""
+    """Bound the cost of a word in CLIP's own tokenizer.
+
+    Its time grows with the square of the word's length (a minute for 20,000 letters), and it keeps
+    every word that it ever met.
+    """
     encode, specials = tokenizer.bpe, dict(tokenizer.cache)
 
     @lru_cache(MAX_WORDS_KNOWN)
@@ -220,10 +233,11 @@ def bound_words(tokenizer: SimpleTokenizer) -> None:
 
 
 def _by_length(model: Any) -> dict[int, Any]:
-    """Context length -> `model` with its weights and that context, in rising order; none if it must see all tokens.
+    """Return context length -> `model` with its weights and that context, in rising order.
 
-    Under a causal mask nothing behind the end of a caption acts on it: most take a fifth of the work. Which context a
-    caption gets depends on itself alone, not on its batch.
+    Under a causal mask nothing behind the end of a caption acts on it: most take a fifth of the
+    work. The context of a caption depends on itself alone, not on its batch. Empty if the model
+    must see all tokens.
     """
     import open_clip
     import torch
@@ -233,16 +247,32 @@ def _by_length(model: Any) -> dict[int, Any]:
     if model.text_pool_type not in ("argmax", "eos"):
         return {}
     models = {}
-    for length in (
-        *(length for length in SHORT_CONTEXTS if length < model.context_length),
-        model.context_length,
-    ):
+    shorter = [length for length in SHORT_CONTEXTS if length < model.context_length]
+    for length in (*shorter, model.context_length):
         short = copy.copy(model)
         positions = torch.nn.Parameter(model.positional_embedding[:length], requires_grad=False)
         short._parameters = {**model._parameters, "positional_embedding": positions}
         short._buffers = {**model._buffers, "attn_mask": model.attn_mask[:length, :length]}
         models[length] = short
     return models
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep open_clip's reports off the terminal, and leave the root logger as it was.
+
+    open_clip reports every step at INFO by `logging.info`, which gives a root logger without
+    handlers one.
+    """
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    root.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        for handler in set(root.handlers).difference(handlers):
+            root.removeHandler(handler)
 
 
 class OpenClipEncoder:
@@ -252,29 +282,26 @@ class OpenClipEncoder:
         import open_clip
         import torch
 
-        logging.getLogger().setLevel(
-            logging.WARNING
-        )  # open_clip reports every step at INFO on the root logger
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        args = dict(info.load_args)
         try:
-            self.model = open_clip.create_model(
-                **dict(info.load_args), device=self.device, require_pretrained=True
-            ).eval()
-            self.tokenizer = open_clip.get_tokenizer(dict(info.load_args)["model_name"])
-            if isinstance(self.tokenizer, open_clip.SimpleTokenizer):
-                bound_words(self.tokenizer)
-        except (
-            Exception
-        ) as error:  # open_clip and the hub client raise many kinds: missing, corrupt, unreachable
+            with _quiet():
+                self.model = open_clip.create_model(
+                    **args, device=self.device, require_pretrained=True
+                ).eval()
+                self.tokenizer = open_clip.get_tokenizer(args["model_name"])
+        # open_clip and the hub client raise many kinds: missing, corrupt, unreachable
+        except Exception as error:
             raise ConfigError(
                 f"encoder {info.name}: cannot load the weights ({first_line(error)})"
             ) from error
+        if isinstance(self.tokenizer, open_clip.SimpleTokenizer):
+            bound_words(self.tokenizer)
         cfg = open_clip.get_model_preprocess_cfg(self.model)
         if precision == "auto":
             precision = "bf16" if self.device.type == "cuda" else "fp32"
-        self.autocast_dtype = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[
-            precision
-        ]
+        dtypes = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+        self.autocast_dtype = dtypes[precision]
         self.mean = torch.tensor(cfg["mean"], device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(cfg["std"], device=self.device).view(1, 3, 1, 1)
         self.dim = info.dim
@@ -283,23 +310,20 @@ class OpenClipEncoder:
     def _forward(self, encode: Any, batch: torch.Tensor) -> np.ndarray:
         import torch
 
-        with (
-            torch.inference_mode(),
-            torch.autocast(
-                self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
-            ),
-        ):
+        dtype = self.autocast_dtype
+        autocast = torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+        with torch.inference_mode(), autocast:
             return encode(batch, normalize=False).float().cpu().numpy()
 
     def encode_images(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [B, S, S, 3] -> float32 [B, d]."""
+        """Encode pixels, uint8 [B, S, S, 3]. float32 [B, d]."""
         import torch
 
         batch = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float().div_(255)
         return self._forward(self.model.encode_image, (batch - self.mean) / self.std)
 
     def encode_captions(self, captions: list[str]) -> np.ndarray:
-        """B captions, truncated to the context length -> float32 [B, d]."""
+        """Encode B captions, truncated to the context length. float32 [B, d]."""
         tokens = self.tokenizer(captions)
         if not self.by_length:
             return self._forward(self.model.encode_text, tokens.to(self.device))

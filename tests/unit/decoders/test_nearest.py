@@ -78,7 +78,7 @@ def test_each_shard_is_read_once_and_no_further_than_needed(decoder, source):
 
 def test_a_picture_that_is_gone_is_an_error(decoder):
     with pytest.raises(
-        SourceError, match=r"^picture k9 of shard s0 is not there any more \(no such sample\)"
+        SourceError, match=r"^image k9 of shard s0 is not there any more \(no such sample\)"
     ):
         decoder.decode(ask(("s0", "k9"), ("s0", "k1")))
     with pytest.raises(SourceError, match="shard s7 is not in two any more"):
@@ -117,9 +117,9 @@ class Changed(TwoShards):
         (
             "cut",
             0,
-            r"picture k2 of shard s0 is not there any more \(truncated_shard: unexpected end of data\)",
+            r"image k2 of shard s0 is not there any more \(truncated_shard: unexpected end of data\)",
         ),
-        ("overwritten", 0, r"picture k2 of shard s0 is not what was embedded \(undecodable_image"),
+        ("overwritten", 0, r"image k2 of shard s0 is not what was embedded \(undecodable_image"),
         ("broken", 99, "cannot read shard s0: .*Input/output error"),
     ],
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -263,6 +265,19 @@ def test_a_caption_costs_no_more_than_its_length(clip_info, monkeypatch, pool):
     assert len(set(expected)) > 2
     alone = np.concatenate([clip.encode_captions([caption]) for caption in captions])
     np.testing.assert_array_equal(alone, found)
+
+
+@pytest.mark.parametrize("level", [logging.DEBUG, logging.ERROR])
+@pytest.mark.parametrize("handlers", [[], [logging.NullHandler()]])
+def test_the_root_logger_is_left_as_it_was(clip_info, monkeypatch, capfd, level, handlers):
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", list(handlers))
+    monkeypatch.setattr(root, "level", level)
+    encoders.load(clip_info, "fp32")
+    with pytest.raises(ConfigError):
+        encoders.load(dataclasses.replace(clip_info, load_args=(("model_name", "x"),)), "fp32")
+    assert (root.level, root.handlers) == (level, handlers)
+    assert "Loading" not in capfd.readouterr().err
 
 
 def test_texts_seen_whole_are_not_cut(clip_info):

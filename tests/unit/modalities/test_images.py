@@ -135,6 +135,26 @@ def test_exif_orientation(orientation: int) -> None:
     assert (decoded.size, decoded.tobytes()) == (expected.size, expected.tobytes())
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        struct.pack(">HHIf", 0x010E, 11, 1, 0.5),  # a description that is a number
+        struct.pack(">HHIi", 0x8769, 6, 2, -30),  # a directory that lies before the start
+        struct.pack(">HHII", 0xA005, 16, 5, 0),
+        struct.pack(">HHII", 0x011A, 7, 2, 0),  # a resolution that is text
+    ],
+)
+def test_damaged_exif_beside_an_orientation_does_no_harm(entry: bytes) -> None:
+    turned = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + turned + entry + bytes(60)
+    data = encode(noise(5, 3), "PNG", exif=exif)
+    with pytest.raises(Exception):  # noqa: B017, PT011 - of many kinds
+        ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    expected = noise(5, 3).transpose(Image.Transpose.ROTATE_270)
+    decoded = decode_image(data)
+    assert (decoded.size, decoded.tobytes()) == ((3, 5), expected.tobytes())
+
+
 def test_a_turned_image_keeps_its_colour_profile() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
