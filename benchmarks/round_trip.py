@@ -14,7 +14,7 @@ import numpy as np
 
 from pds_ray import catalog, load_distilled
 from pds_ray.config import EmbedConfig
-from pds_ray.stages.cluster import normalized
+from pds_ray.stages.vectors import normalized
 
 
 def main(run: str) -> None:

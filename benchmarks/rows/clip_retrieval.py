@@ -106,7 +106,7 @@ def after(task: Task) -> Found:
     import numpy as np
     import pyarrow.parquet as pq
 
-    from pds_ray.stages.cluster import normalized
+    from pds_ray.stages.vectors import normalized
     from pds_ray.store.embeddings import EmbeddingStore
     from pds_ray.store.storage import Folder
 

@@ -16,6 +16,7 @@ from pds_ray.config import ConfigError, RunConfig
 from pds_ray.distributed import process, tasks
 from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import cluster as core
+from pds_ray.stages import vectors
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import fingerprint
 from pds_ray.store.run_folder import RunFolder
@@ -104,8 +105,8 @@ def _vectors(
     found = embeddings(side)[rows]
     if space == "joint":
         images = embeddings(store.images(shard, ["embedding"]))
-        found = core.joined(images[_owner(shard, store)[rows]], found)
-    return core.normalized(found) if normalize else found
+        found = vectors.joined(images[_owner(shard, store)[rows]], found)
+    return vectors.normalized(found) if normalize else found
 
 
 def _fit(parts: list[Parts], space: str, folder: RunFolder, config: RunConfig) -> dict[str, Any]:

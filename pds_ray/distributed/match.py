@@ -34,7 +34,7 @@ def match(run: Run) -> Counts:
         bar.set_postfix_str("the assignment", refresh=False)
         text_of = core.assign_clusters(cells, counts, config.pairs, config.match.solver)
         bar.update()
-    columns = core.couples(cells, counts, cosines, text_of, config.pairs, config.match)
+    columns = core.matched_clusters(cells, counts, cosines, text_of, config.pairs, config.match)
     run.folder.save_couples(pa.table(columns, schema=COUPLE_SCHEMA))
     shared = int(columns["shared"].sum())
     pairless = config.pairs - int((~columns["pairless"]).sum())
@@ -43,7 +43,7 @@ def match(run: Run) -> Counts:
         "cells": len(cells),
         "couples": len(columns["shared"]),
         "pairless": pairless,
-        "pairless_policy": "kept" if core.keeps_pairless(config.pairs, config.match) else "dropped",
+        "pairless_policy": "kept" if core.keeps_empty(config.pairs, config.match) else "dropped",
         "shared_pairs": shared,
         "pairs_not_shared": int(counts.sum()) - shared,
     }

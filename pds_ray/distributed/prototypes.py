@@ -16,7 +16,7 @@ from pds_ray.telemetry.progress import progress_bar
 
 
 def _sums(
-    shard: str, store: EmbeddingStore, folder: RunFolder, couples: core.Couples, clusters: int
+    shard: str, store: EmbeddingStore, folder: RunFolder, couples: core.Matches, clusters: int
 ) -> core.Sums:
     captions = store.captions(shard, ["key", "image_row", "embedding"])
     return core.shard_sums(
@@ -39,7 +39,7 @@ def make_prototypes(run: Run) -> Counts:
     image_cluster, text_cluster, pairless = (
         table.column(name).to_numpy(zero_copy_only=False) for name in names
     )
-    couples = core.Couples(
+    couples = core.Matches(
         image_cluster, text_cluster, pairless if config.match.filter else np.ones_like(pairless)
     )
     with progress_bar("prototypes", 3 * len(shards), "shards") as bar:
@@ -48,10 +48,10 @@ def make_prototypes(run: Run) -> Counts:
             core.add_sums(sums, part)
             bar.update()
         prototypes = core.means(sums)
-        count = len(prototypes.couple)
+        count = len(prototypes.match)
         caption = nearest("captions", shards, store, prototypes.text, bar)
         image = nearest("images", shards, store, prototypes.image, bar)
-    of = prototypes.couple
+    of = prototypes.match
     run.folder.save_prototypes(
         pa.table(
             {

@@ -466,7 +466,7 @@ def _stage_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Ent
     centroids = rows[:CLUSTERS] + np.float32(0.1)
     few: dict[str, clustering.Level] = dict.fromkeys(MODALITIES, (centroids[:FEW], None))
     each = np.arange(FEW, dtype=np.int32)
-    couples = prototypes.Couples(each, each, np.zeros(FEW, bool))
+    couples = prototypes.Matches(each, each, np.zeros(FEW, bool))
     threshold = Threshold(1 << 31, 0)
     lloyd = ClusterConfig(
         iterations=ITERATIONS, tolerance=0

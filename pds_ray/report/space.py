@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pds_ray.stages.cluster import normalized
+from pds_ray.stages.vectors import normalized
 
 
 @dataclass

@@ -1,10 +1,15 @@
-"""What a selector does: of all real image-caption pairs it picks some, one after the other.
+"""The interface of a selector: of all real image-caption pairs it picks some, one by one.
 
-No image is picked twice, whatever the method: K pairs show K pictures, as K prototypes do. Where several captions
-belong to an image this makes a baseline stronger than one that may repeat a picture.
+No image is picked twice, whatever the method: K pairs show K images, as K prototypes do. Where
+several captions belong to an image this makes a baseline stronger than one that may repeat an
+image.
 
-The joint embedding of a pair is concat(unit image, unit text) / sqrt(2), a unit vector. It is never built: an image's
-half would be repeated for each of its captions. Dot products with it are sums of two, which is all that is needed.
+The joint embedding of a pair is a unit vector,
+
+    x_n = [ v_n / |v_n| , t_n / |t_n| ] / sqrt(2)      (docs/methods.md, "Selectors")
+
+It is never built: an image's half would be repeated for each of its captions. Dot products with it
+are sums of two, which is all that is needed.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ BLOCK = 65_536  # rows a thread takes at a time
 
 @dataclass(frozen=True)
 class Candidates:
-    """All pairs of a source, by their embeddings: N pairs of n images, width d."""
+    """All pairs of a source as embeddings: N pairs of n images, width d."""
 
     image: np.ndarray
     """float32 [n, d], unit rows."""
@@ -39,35 +44,37 @@ class Candidates:
         return len(self.owner)
 
     def joint(self, pair: int) -> np.ndarray:
-        """The joint embedding of one pair. float32 [2 d]."""
-        return np.concatenate([self.image[self.owner[pair]], self.text[pair]]) / np.float32(
-            math.sqrt(2)
-        )
+        """Return the joint embedding of one pair. float32 [2 d]."""
+        both = [self.image[self.owner[pair]], self.text[pair]]
+        return np.concatenate(both) / np.float32(math.sqrt(2))
 
     def joint_mean(self) -> np.ndarray:
-        """The mean joint embedding of all pairs, summed in float64. float64 [2 d]."""
+        """Return the mean joint embedding of all pairs, summed in float64. float64 [2 d]."""
         captions = np.bincount(self.owner, minlength=len(self.image))
         image = np.einsum("n,nd->d", captions, self.image, dtype=np.float64)
         text = self.text.sum(axis=0, dtype=np.float64)
         return np.concatenate([image, text]) / (math.sqrt(2) * len(self))
 
     def joint_dots(self, query: np.ndarray) -> np.ndarray:
-        """Dot products of all joint embeddings with a vector [2 d]. float32 [N]; equal pairs have equal ones."""
+        """Return the dot products of all joint embeddings with a vector [2 d]. float32 [N].
+
+        Equal pairs have equal ones.
+        """
         on_image, on_text = np.split(query.astype(np.float32) / np.float32(math.sqrt(2)), 2)
         return _dots(self.image, on_image)[self.owner] + _dots(self.text, on_text)
 
-    def sisters(self, pair: int) -> np.ndarray:
-        """The pairs of the same image, the pair itself among them. bool [N]."""
+    def same_image(self, pair: int) -> np.ndarray:
+        """Mark the pairs that share this pair's image, itself among them. bool [N]."""
         return self.owner == self.owner[pair]
 
     def one_per_image(self, order: np.ndarray) -> np.ndarray:
-        """Of pairs in some order, int64 [N], the first of each image, in that order. int64 [n]."""
+        """Return the first pair of each image among pairs in some order, int64 [N]. int64 [n]."""
         _, first = np.unique(self.owner[order], return_index=True)
         return order[np.sort(first)]
 
 
 def _dots(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """float32 [n, d], [d] -> float32 [n], each a function of its row alone.
+    """Return dot products that are functions of their row alone. float32 [n, d], [d] -> [n].
 
     Not by BLAS, which rounds a row by its place and by the number of threads.
     """
@@ -83,16 +90,17 @@ def _dots(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
 
 
 class Selector(Protocol):
-    """A module of this folder."""
+    """A module that the catalog names as a selector."""
 
     DESCRIPTION: str
-    """For the card of the set: the method, whose it is, and what it prefers; no full stop."""
+    """Method, source and preference, for the card of the set; no full stop."""
 
     def select(
         self, candidates: Candidates, pairs: int, seed: int, config: SelectConfig
     ) -> Iterator[int]:
-        """The rows of the chosen pairs, each as soon as it is picked: `pairs` of them, at most as many as images.
+        """Yield the rows of `pairs` chosen pairs, at most as many as images, as each is picked.
 
-        A function of its arguments, whatever the number of threads; of pairs that are equally good the first is picked.
+        A function of its arguments, whatever the number of threads; of pairs that are equally good
+        the first is picked.
         """
         ...

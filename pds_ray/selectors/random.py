@@ -12,7 +12,12 @@ from pds_ray.selectors.base import Candidates
 DESCRIPTION = "random: pairs in random order, the first of each image"
 
 
-def select(candidates: Candidates, pairs: int, seed: int, config: SelectConfig) -> Iterator[int]:  # noqa: ARG001
-    """The first `pairs` of a seeded permutation that show a new image."""
+def select(
+    candidates: Candidates,
+    pairs: int,
+    seed: int,
+    config: SelectConfig,  # noqa: ARG001
+) -> Iterator[int]:
+    """Yield the first `pairs` of a seeded permutation that show a new image."""
     order = np.random.default_rng(seed).permutation(len(candidates))
     yield from candidates.one_per_image(order)[:pairs].tolist()

@@ -1,14 +1,19 @@
-"""K-means with FAISS, once per modality, on raw un-normalised vectors (methods.md A.1, step 7).
+"""K-means with FAISS, once per modality, on raw un-normalised vectors (docs/methods.md, "cluster").
 
-An image counts as often as it has kept captions: by weight, not by copies. Small data is used whole; of large data a
-seeded sample is used that fits the memory budget. Each shard's sample depends on (seed, shard) alone.
+    images:    minimise  sum over images m    w_m |v_m - c_a(m)|^2,  w_m = kept captions of image m
+    captions:  minimise  sum over kept pairs n    |t_n - c'_b(n)|^2
 
-Above FLAT_LIMIT clusters the fit has two levels: a coarse k-means of about sqrt(K) cells, then one k-means inside each
-cell, with clusters in proportion to its weight. A vector's label is then the nearest centroid of its nearest cell: the
-same rule for the sample, when it is fitted, and for all pairs, when they are labelled.
+An image counts as often as it has kept captions: by weight, not by copies. Small data is used
+whole; of large data a seeded sample is used that fits the memory budget. Each shard's sample
+depends on (seed, shard) alone.
 
-As ablations there is one k-means alone, of either modality or of both joined; every pair then has one label for both
-its sides, and matching has nothing left to decide.
+Above FLAT_LIMIT clusters the fit has two levels: a coarse k-means of about sqrt(K) cells, then one
+k-means inside each cell, with clusters in proportion to its weight. A vector's label is then the
+nearest centroid of its nearest cell: the same rule for the sample, when it is fitted, and for all
+pairs, when they are labelled.
+
+As ablations there is one k-means alone, of either modality or of both joined; every pair then has
+one label for both its sides, and matching has nothing left to decide.
 """
 
 from __future__ import annotations
@@ -22,11 +27,12 @@ import numpy as np
 from pds_ray.config import ClusterConfig, ConfigError
 
 FLAT_LIMIT = 100_000  # clusters fitted at one level
-# Clusters begun from `seeds`, and the rows a cluster that these are chosen among. Each choice reads all these rows, so
-# the time is as SEED_ROWS * K^2 * d: on a core 5 s at 500 clusters of 768 dimensions, hence 80 s at 2,000.
+# Most clusters that begin from `seeds`, and the rows per cluster that these are chosen among. Each
+# choice reads all these rows, so the time grows as SEED_ROWS * K^2 * d: on a core 5 s at 500
+# clusters of 768 dimensions, hence 80 s at 2,000.
 SEED_LIMIT, SEED_ROWS = 2_000, 20
 OBJECTIVE_ROWS = 16_384  # summed at once
-MIN_ROWS_PER_CLUSTER = 39  # what FAISS, too, takes for the least that a fit needs
+MIN_ROWS_PER_CLUSTER = 39  # the least that a fit needs, by FAISS's own rule
 
 
 @dataclass(frozen=True)
@@ -41,66 +47,52 @@ class Fit:
     """Training vectors used."""
 
 
-def joined(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Both sides of each pair at equal length, as one unit vector. float32 [n, d] twice -> float32 [n, 2d]."""
-    return np.concatenate([normalized(images), normalized(texts)], axis=1) * np.float32(
-        math.sqrt(0.5)
-    )
-
-
 def sample_share(rows: int, dim: int, config: ClusterConfig, clusters: int) -> float:
-    """Share of the rows that fits the memory budget: half of it is for the sample as float32, half for the fit.
+    """Return the share of the rows that fits the memory budget.
 
-    Raises ConfigError if a sample that fits is too small for that many clusters.
+    Half of the budget is for the sample as float32, half for the fit: rows * dim * 8 bytes. Raises
+    ConfigError if a sample that fits is too small for that many clusters.
     """
     row_bytes = 2 * 4 * dim
     share = min(1.0, config.memory_gib * 2**30 / row_bytes / max(rows, 1))
     if share < 1 and share * rows < MIN_ROWS_PER_CLUSTER * clusters:
         needed = math.ceil(MIN_ROWS_PER_CLUSTER * clusters * row_bytes / 2**30)
         raise ConfigError(
-            f"cluster.memory_gib is {config.memory_gib} and holds {share * rows:,.0f} of {rows:,} vectors, too few to "
-            f"fit {clusters:,} clusters; raise it to {needed}"
+            f"cluster.memory_gib is {config.memory_gib} and holds {share * rows:,.0f} of {rows:,} "
+            f"vectors, too few to fit {clusters:,} clusters; raise it to {needed}"
         )
     return share
 
 
 def sample_rows(rows: int, share: float, seed: int, shard: str) -> np.ndarray:
-    """Indices of the rows of a shard that are in the sample, ascending."""
+    """Return the rows of a shard that are in the sample, ascending. int64 [m]."""
     if share >= 1:
         return np.arange(rows)
     digest = hashlib.sha256(f"{seed}/{shard}".encode()).digest()
     return np.flatnonzero(np.random.default_rng(list(digest[:16])).random(rows) < share)
 
 
-def normalized(vectors: np.ndarray) -> np.ndarray:
-    """Rows at unit length; zero rows stay zero."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(norms > 0, norms, 1)
-
-
 def fit(
     vectors: np.ndarray, weights: np.ndarray, clusters: int, seed: int, config: ClusterConfig
 ) -> Fit:
-    """Weighted Lloyd k-means. vectors float32 [n, d], weights float32 [n]; on the GPU if FAISS has one.
+    """Fit a weighted Lloyd k-means, on the GPU if FAISS has one; keep the best restart.
 
-    The vectors are taken as they are, `normalize` or not, and not copied. Raises ValueError if there are fewer vectors
-    of positive weight than clusters.
+    vectors float32 [n, d], weights float32 [n]. The vectors are taken as they are, `normalize` or
+    not, and not copied. Raises ValueError if there are fewer vectors of positive weight than
+    clusters.
     """
     if np.count_nonzero(weights) < clusters:
         raise ValueError(f"{np.count_nonzero(weights)} vectors cannot make {clusters} clusters")
     training = np.ascontiguousarray(vectors, np.float32)
     weights = np.ascontiguousarray(weights, np.float32)
-    best: Fit | None = None
-    for restart in range(
-        config.restarts
-    ):  # not FAISS's nredo: its objective leaves the weights out
+
+    def attempt(restart: int) -> Fit:
         rng = np.random.default_rng([seed, restart])
         start = seeds(training, weights, clusters, rng) if clusters <= SEED_LIMIT else None
-        fitted = lloyd(training, weights, clusters, start, seed + 1 + restart, config)
-        if best is None or fitted.objective < best.objective:
-            best = fitted
-    assert best is not None
-    return best
+        return lloyd(training, weights, clusters, start, seed + 1 + restart, config)
+
+    # not FAISS's nredo: its objective leaves the weights out
+    return min(map(attempt, range(config.restarts)), key=lambda fitted: fitted.objective)
 
 
 def lloyd(
@@ -111,7 +103,10 @@ def lloyd(
     seed: int,
     config: ClusterConfig,
 ) -> Fit:
-    """One fit from `start`, float32 [clusters, d], or else from what FAISS draws. The rest as of `fit`, contiguous."""
+    """Fit once from `start`, float32 [clusters, d], or else from seeds that FAISS draws.
+
+    The other arguments are those of `fit`, contiguous.
+    """
     import faiss
 
     gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
@@ -121,11 +116,10 @@ def lloyd(
         niter=config.iterations,
         seed=seed,
         min_points_per_centroid=1,  # few points per cluster are normal here: no warning
-        max_points_per_centroid=max(
-            1, -(-len(vectors) // clusters)
-        ),  # the sample is ours: no second, silent one
+        # the sample is ours: no second, silent one
+        max_points_per_centroid=max(1, -(-len(vectors) // clusters)),
         gpu=gpus > 0,
-        # FAISS's objective leaves the weights out: where they differ it may rest while theirs still falls
+        # FAISS's objective leaves the weights out: it may rest while the weighted one still falls
         early_stop_threshold=config.tolerance if (weights == weights[0]).all() else 0,
         init_method=faiss.ClusteringInitMethod_AFK_MC2,  # like k-means++, at a fraction of its cost
     )
@@ -138,12 +132,13 @@ def lloyd(
 def seeds(
     vectors: np.ndarray, weights: np.ndarray, clusters: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Rows to begin a k-means from, by greedy k-means++. float32 [n, d], float32 [n] -> float32 [clusters, d].
+    """Choose rows to begin a k-means from, by greedy k-means++ (Arthur and Vassilvitskii, 2007).
 
-    Each is the one of 2 + log(clusters) candidates, drawn by weight times squared distance to the seeds so far, that
-    lowers their weighted sum most. Of many rows a sample is used, a uniform one, as weights count in it all the same.
-    Rows repeat where too few are distinct by 2^-25 of the longest; those of weight 0 are never taken. At least one
-    must be positive.
+    float32 [n, d], float32 [n] -> float32 [clusters, d]. Each seed is the one of 2 + log(clusters)
+    candidates, drawn by weight times squared distance to the seeds so far, that lowers their
+    weighted sum most. Of many rows a sample is used, a uniform one, as weights count in it all the
+    same. Rows repeat where too few are distinct by 2^-25 of the longest; those of weight 0 are
+    never taken. At least one must be positive.
     """
     rows = np.flatnonzero(weights)
     if len(rows) > SEED_ROWS * clusters:
@@ -153,7 +148,10 @@ def seeds(
     squares = np.einsum("nd,nd->n", points, points)
 
     def nearer(candidates: np.ndarray, nearest: np.ndarray | float) -> np.ndarray:
-        """Squared distances to the nearest seed if a candidate were one. float64 [candidates, n]."""
+        """Return squared distances to the nearest seed if a candidate were one.
+
+        float64 [candidates, n].
+        """
         apart = points[candidates] @ points.T
         apart *= -2
         apart += squares
@@ -164,12 +162,10 @@ def seeds(
     nearest = nearer(np.array(chosen), np.inf)[0]
     while len(chosen) < clusters:
         mass = np.cumsum(weight * nearest)
-        drawn = np.searchsorted(
-            mass, rng.random(2 + int(math.log(clusters))) * mass[-1], side="right"
-        )
-        candidates = np.minimum(
-            drawn, len(rows) - 1
-        )  # beyond the last if all that is left are copies of seeds
+        places = rng.random(2 + int(math.log(clusters))) * mass[-1]
+        drawn = np.searchsorted(mass, places, side="right")
+        # beyond the last row if only copies of seeds are left
+        candidates = np.minimum(drawn, len(rows) - 1)
         apart = nearer(candidates, nearest)
         best = np.einsum("cn,n->c", apart, weight).argmin()
         chosen.append(int(candidates[best]))
@@ -178,9 +174,10 @@ def seeds(
 
 
 def _whole(vectors: np.ndarray) -> np.ndarray:
-    """Vectors about their mean, scaled to a norm of 2^25 at most and rounded. float32 [n, d] -> float64 [n, d].
+    """Centre vectors on their mean, scale them to a norm of at most 2^25 and round them.
 
-    Squared distances of whole numbers below 2^53 are exact, in whatever order the threads of a matrix product add.
+    float32 [n, d] -> float64 [n, d]. Squared distances of whole numbers below 2^53 are exact, in
+    whatever order the threads of a matrix product add.
     """
     points = vectors.astype(np.float64)
     points -= points.mean(axis=0)
@@ -192,7 +189,10 @@ def _whole(vectors: np.ndarray) -> np.ndarray:
 def _objective(
     vectors: np.ndarray, weights: np.ndarray, centroids: np.ndarray, labels: np.ndarray
 ) -> float:
-    """Weighted sum of squared distances. Not from FAISS's distances: their last bits depend on the threads."""
+    """Return the weighted sum of squared distances.
+
+    Not from FAISS's distances: their last bits depend on the threads.
+    """
     total = 0.0
     for start in range(0, len(vectors), OBJECTIVE_ROWS):
         some = slice(start, start + OBJECTIVE_ROWS)
@@ -214,33 +214,32 @@ class Cells:
 def fit_cells(
     vectors: np.ndarray, weights: np.ndarray, clusters: int, seed: int, config: ClusterConfig
 ) -> tuple[Cells, np.ndarray]:
-    """The coarse level, and the cell of each training vector, int32 [n]. Arguments as of `fit`, weights positive.
+    """Fit the coarse level; return it with the cell of each training vector, int32 [n].
 
-    A cell that no training vector is nearest to is left out.
+    The arguments are those of `fit`, with positive weights. A cell that no training vector is
+    nearest to is left out.
     """
     if len(vectors) < clusters:
         raise ValueError(f"{len(vectors)} vectors cannot make {clusters} clusters")
     coarse = fit(vectors, weights, round(math.sqrt(clusters)), seed, config).centroids
     filled, cell_of = np.unique(assign(vectors, coarse), return_inverse=True)
     allotted = allot(clusters, np.bincount(cell_of, weights), np.bincount(cell_of))
-    return Cells(coarse[filled], np.concatenate([[0], np.cumsum(allotted)])), cell_of.astype(
-        np.int32
-    )
+    starts = np.concatenate([[0], np.cumsum(allotted)])
+    return Cells(coarse[filled], starts), cell_of.astype(np.int32)
 
 
 def allot(clusters: int, weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Clusters of each cell, in proportion to its weight by largest remainders, but from 1 to its rows. int64 [C].
+    """Allot clusters to cells in proportion to their weight by largest remainders. int64 [C].
 
-    float64 [C], int64 [C], both positive; C <= clusters <= sum of the rows.
+    Each gets from 1 to as many as it has rows. float64 [C], int64 [C], both positive;
+    C <= clusters <= sum of the rows.
     """
 
     def shares(scale: float) -> np.ndarray:
         return np.clip(scale * weights, 1, rows)
 
-    low, high = (
-        0.0,
-        2 * float((rows / weights).max()),
-    )  # from where each cell has 1 to where it has all it can take
+    # from where each cell has 1 to where it has all it can take
+    low, high = 0.0, 2 * float((rows / weights).max())
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if shares(middle).sum() <= clusters else (low, middle)
     share = shares(low)
@@ -252,7 +251,7 @@ def allot(clusters: int, weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def assign(vectors: np.ndarray, centroids: np.ndarray, cells: Cells | None = None) -> np.ndarray:
-    """Nearest centroid of each row, if there are cells of those in its nearest one.
+    """Return the nearest centroid of each row; with cells, of those in its nearest cell.
 
     float32 [n, d], [K, d] -> int32 [n].
     """

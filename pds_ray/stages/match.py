@@ -1,8 +1,10 @@
-"""Matching: which image cluster goes with which text cluster (methods.md A.1, steps 8, 9 and 11).
+"""Matching: one image cluster with one text cluster (docs/methods.md, "match").
 
-T[i, j] counts kept pairs with image cluster i and text cluster j. The assignment is one-to-one, over all K clusters,
-and maximises the sum of T over the matched couples. Labels are table positions, so an empty cluster is an empty row
-and shifts nothing.
+    T[i, j] = number of kept pairs with image cluster i and text cluster j
+    sigma   = argmax over permutations of  sum over i of T[i, sigma(i)]
+
+Labels are table positions, so an empty cluster is an empty row and shifts nothing. A match of
+clusters that share no pair is an empty match.
 """
 
 from __future__ import annotations
@@ -17,43 +19,44 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from pds_ray.config import MatchConfig
 
 DENSE_LIMIT = 5_000
-KEEP_PAIRLESS_BELOW = 300  # pairs; the paper keeps centroids of pairless couples in small sets only
+KEEP_EMPTY_BELOW = 300  # pairs; the published code keeps empty matches in small sets only
 
 Counts = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""A sparse contingency table: its cells (int64, i * K + j, ascending), counts (int64) and summed cosines (float64)."""
+"""A sparse contingency table: cells, counts and summed cosines.
+
+Cells are i * K + j, int64, ascending; counts int64; summed cosines float64.
+"""
 
 
 def count_pairs(
     image_cluster: np.ndarray, text_cluster: np.ndarray, similarity: np.ndarray, clusters: int
 ) -> Counts:
-    """The contingency table of some pairs: int32 [n], int32 [n] (-1 where pruned), float32 [n]."""
+    """Count the contingency table of some pairs.
+
+    Labels int32 [n] twice (-1 where pruned), cosines float32 [n].
+    """
     kept = image_cluster >= 0
     packed = image_cluster[kept].astype(np.int64) * clusters + text_cluster[kept]
     cells, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
-    return (
-        cells,
-        counts.astype(np.int64),
-        np.bincount(inverse, weights=similarity[kept], minlength=len(cells)),
-    )
+    cosines = np.bincount(inverse, weights=similarity[kept], minlength=len(cells))
+    return cells, counts.astype(np.int64), cosines
 
 
 def merge_counts(parts: list[Counts]) -> Counts:
-    """The sum of a few contingency tables; the cosines of a cell are added in the order of the tables."""
+    """Sum a few contingency tables; a cell's cosines are added in the order of the tables."""
     cells = np.concatenate([part[0] for part in parts])
     unique, inverse = np.unique(cells, return_inverse=True)
     counts = np.zeros(len(unique), np.int64)
     np.add.at(counts, inverse, np.concatenate([part[1] for part in parts]))
-    cosines = np.bincount(
-        inverse, weights=np.concatenate([part[2] for part in parts]), minlength=len(unique)
-    )
-    return unique, counts, cosines
+    weights = np.concatenate([part[2] for part in parts])
+    return unique, counts, np.bincount(inverse, weights=weights, minlength=len(unique))
 
 
 def sum_counts(parts: Iterable[Counts]) -> Counts:
-    """The sum of any number of contingency tables: what `merge_counts` of all of them gives, bit for bit.
+    """Sum any number of contingency tables: `merge_counts` of all of them, bit for bit.
 
-    What falls into known cells is added in place; new cells wait until they are half as many as the known ones, so
-    that little more than the sum is held and all merges together cost O(n).
+    Counts of known cells are added in place; new cells wait until they are half as many as the
+    known ones, so that little more than the sum is held and all merges together cost O(n).
     """
     last = np.iinfo(np.int64).max  # a cell beyond all others: every search ends at one
     known: list[np.ndarray] = [np.array([last]), np.zeros(1, np.int64), np.zeros(1)]
@@ -85,9 +88,9 @@ def sum_counts(parts: Iterable[Counts]) -> Counts:
 def assign_clusters(
     cells: np.ndarray, counts: np.ndarray, clusters: int, solver: str = "auto"
 ) -> np.ndarray:
-    """The text cluster matched to each image cluster: a permutation, int64 [K].
+    """Return the text cluster matched to each image cluster: a permutation, int64 [K].
 
-    Dense and sparse give the same total; where several assignments do, which one is the solver's choice.
+    Dense and sparse reach the same total; where several assignments do, the choice is the solver's.
     """
     if solver == "dense" or (solver == "auto" and clusters <= DENSE_LIMIT):
         table = np.zeros(clusters * clusters)
@@ -97,24 +100,23 @@ def assign_clusters(
 
 
 def _assign_sparse(cells: np.ndarray, counts: np.ndarray, clusters: int) -> np.ndarray:
-    """Each image cluster gets a private dummy column of weight 0, so that a full matching always exists."""
+    """Assign with a private dummy column of weight 0 per image cluster: a full matching exists."""
     own = np.arange(clusters)
-    ends = np.searchsorted(
-        cells, (own + 1) * clusters
-    )  # the cells are in the order of a CSR array already
+    # the cells are in the order of a CSR array already
+    ends = np.searchsorted(cells, (own + 1) * clusters)
     # the solver takes no zero weights: everything is shifted by 1, the same for every full matching
     weights = np.insert(counts + 1.0, ends, 1.0)
     columns = np.insert((cells % clusters).astype(np.int32), ends, clusters + own)
     starts = np.concatenate([[0], ends + own + 1])
     graph = sp.csr_array((weights, columns, starts), shape=(clusters, 2 * clusters))
     matched = min_weight_full_bipartite_matching(graph, maximize=True)[1].astype(np.int64)
-    # those on their dummy share no pair with any free text cluster: they take the free ones in order
+    # those on their dummy share no pair with a free text cluster: they take the free ones in order
     left_over = np.flatnonzero(matched >= clusters)
     matched[left_over] = np.setdiff1d(own, matched[matched < clusters])
     return matched
 
 
-def couples(
+def matched_clusters(
     cells: np.ndarray,
     counts: np.ndarray,
     cosines: np.ndarray,
@@ -122,24 +124,24 @@ def couples(
     pairs: int,
     config: MatchConfig,
 ) -> dict[str, np.ndarray]:
-    """The matched couples as columns of couples.parquet; pairless ones are there only if they are kept."""
+    """Return the matched clusters as columns of couples.parquet, empty matches only if kept."""
     image_cluster = np.arange(len(text_of))
     wanted = image_cluster * len(text_of) + text_of
     found = np.minimum(np.searchsorted(cells, wanted), max(len(cells) - 1, 0))
     hit = (cells[found] == wanted) if len(cells) else np.zeros(len(wanted), bool)
     shared = np.where(hit, counts[found], 0) if len(cells) else np.zeros(len(wanted), np.int64)
     total = np.where(hit, cosines[found], 0.0) if len(cells) else np.zeros(len(wanted))
-    pairless = shared == 0
-    kept = ~pairless | keeps_pairless(pairs, config)
+    empty = shared == 0
+    kept = ~empty | keeps_empty(pairs, config)
     return {
         "image_cluster": image_cluster[kept].astype(np.int32),
         "text_cluster": text_of[kept].astype(np.int32),
         "shared": shared[kept],
-        "pairless": pairless[kept],
+        "pairless": empty[kept],
         "mean_cosine": (total / np.maximum(shared, 1))[kept],
     }
 
 
-def keeps_pairless(pairs: int, config: MatchConfig) -> bool:
-    """Whether couples that share no pair stay in, as their two clusters' means."""
-    return config.pairless == "keep" or (config.pairless == "auto" and pairs < KEEP_PAIRLESS_BELOW)
+def keeps_empty(pairs: int, config: MatchConfig) -> bool:
+    """Return whether empty matches stay in, as their two clusters' means."""
+    return config.pairless == "keep" or (config.pairless == "auto" and pairs < KEEP_EMPTY_BELOW)

@@ -1,8 +1,10 @@
-"""Prototypes: the mean image and mean text vector of each couple's shared pairs, and what lies nearest to them.
+"""Prototypes: mean image and mean text vector of each match's shared pairs, and their nearest rows.
 
-methods.md A.1, steps 10 to 13. Means are plain means of raw vectors, summed in float64. A pairless couple that is kept
-takes the means of its two clusters' kept pairs; without `match.filter` every couple does. Both passes are a map over
-shards and a merge in shard order.
+    p_i = mean of v_n,  q_i = mean of t_n   over kept pairs n with a(n) = i and b(n) = sigma(i)
+
+(docs/methods.md, "prototypes"). Means are plain means of raw vectors, summed in float64. An empty
+match that is kept takes the means of its two clusters' kept pairs; without `match.filter` every
+match does. Both passes are a map over shards and a merge in shard order.
 """
 
 from __future__ import annotations
@@ -12,16 +14,16 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
-from pds_ray.stages.cluster import normalized
+from pds_ray.stages.vectors import normalized
 from pds_ray.store.schemas import MEMBER_SAMPLE
 
 
 @dataclass
 class Sums:
-    """Sums over the pairs of T couples: of all, or of those that a shard touches."""
+    """Sums over the pairs of T matches: of all matches, or of those that a shard touches."""
 
-    couple: np.ndarray
-    """int64 [T]: which couples, ascending."""
+    match: np.ndarray
+    """int64 [T]: numbers of the matches, ascending."""
     image: np.ndarray
     """float64 [T, d]."""
     text: np.ndarray
@@ -29,34 +31,34 @@ class Sums:
     image_count: np.ndarray
     """int64 [T]: pairs summed on the image side."""
     text_count: np.ndarray
-    """int64 [T]: pairs summed on the text side; equal to image_count unless the couple is whole."""
+    """int64 [T]: pairs summed on the text side; equal to image_count unless the match is whole."""
     image_norm: np.ndarray
     """float64 [T]: summed norms of the image vectors."""
     members: list[list[str]]
-    """The first MEMBER_SAMPLE pairs of each couple, as shard/key."""
+    """The first MEMBER_SAMPLE pairs of each match, as shard/key."""
 
 
 @dataclass(frozen=True)
-class Couples:
-    """The couples as arrays: int32 [C], int32 [C], bool [C]."""
+class Matches:
+    """The matched clusters as arrays: int32 [C], int32 [C], bool [C]."""
 
     image_cluster: np.ndarray
     text_cluster: np.ndarray
     whole: np.ndarray
-    """Whether its two whole clusters are averaged, not the pairs they share."""
+    """True where the two whole clusters are averaged, not the pairs they share."""
 
 
-def empty_sums(couple: np.ndarray, dim: int) -> Sums:
-    """Nothing summed yet, for the couples given."""
-    count = len(couple)
-    counts = np.zeros(count, np.int64), np.zeros(count, np.int64)
+def empty_sums(match: np.ndarray, dim: int) -> Sums:
+    """Return zero sums for matches of these numbers, int64 [T]."""
+    count = len(match)
     return Sums(
-        couple,
-        np.zeros((count, dim)),
-        np.zeros((count, dim)),
-        *counts,
-        np.zeros(count),
-        [[] for _ in couple],
+        match=match,
+        image=np.zeros((count, dim)),
+        text=np.zeros((count, dim)),
+        image_count=np.zeros(count, np.int64),
+        text_count=np.zeros(count, np.int64),
+        image_norm=np.zeros(count),
+        members=[[] for _ in match],
     )
 
 
@@ -68,34 +70,33 @@ def shard_sums(
     text_vectors: np.ndarray,
     image_cluster: np.ndarray,
     text_cluster: np.ndarray,
-    couples: Couples,
+    matches: Matches,
     clusters: int,
 ) -> Sums:
-    """Sums of one shard.
+    """Sum over the pairs of one shard.
 
-    Its n images as float32 [n, d], its m pairs as keys [m], the row of each one's image, integers [m], text vectors,
-    float32 [m, d], and labels, int32 [m] (-1 where pruned).
+    The shard's n images are float32 [n, d]; its m pairs are keys [m], the row of each one's image,
+    integers [m], text vectors, float32 [m, d], and labels, int32 [m] (-1 where pruned).
     """
-    count = len(couples.image_cluster)
+    count = len(matches.image_cluster)
     of_image = np.full(clusters + 1, -1)  # one more slot: label -1 finds -1
     of_text = np.full(clusters + 1, -1)
-    of_image[couples.image_cluster] = of_text[couples.text_cluster] = np.arange(count)
-    image_couple, text_couple = of_image[image_cluster], of_text[text_cluster]
-    whole = np.append(couples.whole, False)
-    shared = (image_couple == text_couple) & (image_couple >= 0)
-    on_image = np.flatnonzero(shared | whole[image_couple])
-    on_text = np.flatnonzero(shared | whole[text_couple])
+    of_image[matches.image_cluster] = of_text[matches.text_cluster] = np.arange(count)
+    image_match, text_match = of_image[image_cluster], of_text[text_cluster]
+    whole = np.append(matches.whole, False)
+    shared = (image_match == text_match) & (image_match >= 0)
+    on_image = np.flatnonzero(shared | whole[image_match])
+    on_text = np.flatnonzero(shared | whole[text_match])
 
-    touched = np.unique(np.concatenate([image_couple[on_image], text_couple[on_text]]))
+    touched = np.unique(np.concatenate([image_match[on_image], text_match[on_text]]))
     sums = empty_sums(touched, image_vectors.shape[1])
-    image_group = np.searchsorted(touched, image_couple[on_image])
-    text_group = np.searchsorted(touched, text_couple[on_text])
+    image_group = np.searchsorted(touched, image_match[on_image])
+    text_group = np.searchsorted(touched, text_match[on_text])
     used, row_of_used = np.unique(image_row[on_image], return_inverse=True)
     images = image_vectors[used].astype(np.float64)  # each once, however many captions it has
     sums.image += _summed(images, row_of_used, image_group, len(touched))
-    sums.text += _summed(
-        text_vectors[on_text].astype(np.float64), np.arange(len(on_text)), text_group, len(touched)
-    )
+    texts = text_vectors[on_text].astype(np.float64)
+    sums.text += _summed(texts, np.arange(len(texts)), text_group, len(touched))
     norms = np.linalg.norm(images, axis=1)[row_of_used]
     sums.image_norm += np.bincount(image_group, weights=norms, minlength=len(touched))
     sums.image_count += np.bincount(image_group, minlength=len(touched))
@@ -107,21 +108,23 @@ def shard_sums(
 
 
 def _summed(vectors: np.ndarray, rows: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
-    """Sums of those of the vectors, float64 [n, d], that are of a group, one after the other -> float64 [groups, d].
+    """Sum the vectors, float64 [n, d], of each group in their order. float64 [groups, d].
 
-    `rows[i]` is of `group[i]`, integers [m]. A sparse product, which has neither threads nor sums of parts: the bits
-    are those of `np.add.at`, which is slow.
+    `rows[i]` is of `group[i]`, integers [m]. A sparse product, which has neither threads nor sums
+    of parts: the bits are those of `np.add.at`, which is slow.
     """
     starts = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=groups))])
     in_order = rows[np.argsort(group, kind="stable")]
-    return (
-        sp.csr_array((np.ones(len(rows)), in_order, starts), shape=(groups, len(vectors))) @ vectors
-    )
+    members = sp.csr_array((np.ones(len(rows)), in_order, starts), shape=(groups, len(vectors)))
+    return members @ vectors
 
 
 def add_sums(total: Sums, part: Sums) -> None:
-    """Adds a shard's sums to those of all couples; called in shard order, so that rounding never differs."""
-    rows = part.couple
+    """Add a shard's sums to those of all matches.
+
+    Called in shard order, so that rounding never differs.
+    """
+    rows = part.match
     total.image[rows] += part.image
     total.text[rows] += part.text
     total.image_count[rows] += part.image_count
@@ -134,7 +137,7 @@ def add_sums(total: Sums, part: Sums) -> None:
 
 @dataclass(frozen=True)
 class Prototypes:
-    """B prototypes in the order of falling cosine, each with the couple it comes from."""
+    """B prototypes in the order of falling cosine, each with the match it comes from."""
 
     image: np.ndarray
     """float32 [B, d]."""
@@ -142,12 +145,15 @@ class Prototypes:
     """float32 [B, d]."""
     cosine: np.ndarray
     """float64 [B], between the two."""
-    couple: np.ndarray
-    """int64 [B], index of the couple."""
+    match: np.ndarray
+    """int64 [B], number of the match."""
 
 
 def means(sums: Sums) -> Prototypes:
-    """Sums -> prototypes. Couples without any vector on one side (two empty clusters matched) are left out."""
+    """Turn sums into prototypes; leave out matches without any vector on one side.
+
+    Those are matches of an empty cluster. Of equal cosines the lower match comes first.
+    """
     alive = np.flatnonzero((sums.image_count > 0) & (sums.text_count > 0))
     image = sums.image[alive] / sums.image_count[alive, None]
     text = sums.text[alive] / sums.text_count[alive, None]
@@ -155,18 +161,16 @@ def means(sums: Sums) -> Prototypes:
     cosine = np.einsum("bd,bd->b", image, text) / np.where(norms > 0, norms, 1)
     order = np.lexsort((alive, -cosine))
     vectors = image[order].astype(np.float32), text[order].astype(np.float32)
-    return Prototypes(*vectors, cosine[order], sums.couple[alive[order]])
+    return Prototypes(*vectors, cosine[order], sums.match[alive[order]])
 
 
-QUERIES_AT_ONCE, ROWS_AT_ONCE = (
-    2_048,
-    16_384,
-)  # their cosines are 128 MiB, however many there are of both
+# their cosines are 128 MiB, however many there are of both
+QUERIES_AT_ONCE, ROWS_AT_ONCE = 2_048, 16_384
 
 
 @dataclass
 class Nearest:
-    """For each of B queries the best row so far."""
+    """The best row so far for each of B queries."""
 
     cosine: np.ndarray
     """float32 [B], -inf before anything was seen."""
@@ -177,7 +181,7 @@ class Nearest:
 
 
 def no_nearest(queries: int) -> Nearest:
-    """The neutral element of `merge_nearest`."""
+    """Return the neutral element of `merge_nearest`."""
     nowhere = np.full(queries, -1, np.int32)
     return Nearest(np.full(queries, -np.inf, np.float32), nowhere, nowhere.copy())
 
@@ -185,9 +189,10 @@ def no_nearest(queries: int) -> Nearest:
 def nearest_rows(
     queries: np.ndarray, rows: np.ndarray, block: tuple[int, int] = (QUERIES_AT_ONCE, ROWS_AT_ONCE)
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The row of highest cosine for each query, the first of equals. float32 [B, d], [n, d] -> float32 [B], int32 [B].
+    """Return the highest cosine and its row for each query, the first of equals.
 
-    Exact, in blocks of queries and rows; -inf and -1 where there are no rows.
+    float32 [B, d], [n, d] -> float32 [B], int32 [B]. Exact, in blocks of queries and rows; -inf and
+    -1 where there are no rows.
     """
     some_queries, some_rows = block
     unit = normalized(queries)
@@ -209,18 +214,14 @@ def nearest_rows(
 
 
 def merge_nearest(total: Nearest, part: Nearest) -> None:
-    """Keeps the better of both; the earlier shard wins a tie. Called in shard order."""
+    """Keep the better of both; called in shard order, the earlier shard wins a tie."""
     better = part.cosine > total.cosine
-    for mine, theirs in (
-        (total.cosine, part.cosine),
-        (total.shard, part.shard),
-        (total.row, part.row),
-    ):
-        mine[better] = theirs[better]
+    for name in ("cosine", "shard", "row"):
+        getattr(total, name)[better] = getattr(part, name)[better]
 
 
 def by_shard(nearest: Nearest) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """The shards that hold a nearest row of any query: their number, those queries and their rows in it."""
+    """Return the shards that hold a nearest row: number, the queries it serves and their rows."""
     order = np.argsort(nearest.shard, kind="stable")
     numbers, starts = np.unique(nearest.shard[order], return_index=True)
     parts = np.split(order, starts[1:])

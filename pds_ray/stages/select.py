@@ -1,7 +1,7 @@
-"""Selection: real pairs instead of prototypes. What is chosen from, and what is told of the chosen.
+"""Selection: real pairs instead of prototypes (docs/methods.md, "Selectors").
 
-A chosen pair goes on as a prototype does: its two embeddings are the prototypes, its caption the retrieved one, its
-image the nearest one.
+A chosen pair goes on as a prototype does: its two embeddings are the prototypes, its caption the
+retrieved one, its image the nearest one.
 """
 
 from __future__ import annotations
@@ -10,21 +10,24 @@ import numpy as np
 import pyarrow as pa
 
 from pds_ray.selectors.base import Candidates
-from pds_ray.stages.cluster import normalized
+from pds_ray.stages.vectors import normalized
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.schemas import embeddings, prototype_schema, vector_array
 
 
 def candidate_bytes(images: int, pairs: int, dim: int) -> int:
-    """What `load_candidates` returns takes so many."""
+    """Return the memory that the result of `load_candidates` takes."""
     return 4 * dim * (images + pairs) + (8 + 4) * pairs
 
 
 def load_candidates(shards: list[str], store: EmbeddingStore, dim: int) -> Candidates:
-    """All pairs of the shards, in their order; besides the result no more than a shard is held at a time."""
+    """Load all pairs of the shards, in their order.
+
+    Besides the result no more than one shard is held at a time.
+    """
     markers = store.committed()
     images, pairs = (sum(markers[shard][name] for shard in shards) for name in ("images", "pairs"))
-    all_ = Candidates(
+    candidates = Candidates(
         np.empty((images, dim), np.float32),
         np.empty((pairs, dim), np.float32),
         np.empty(pairs, np.int64),
@@ -32,21 +35,24 @@ def load_candidates(shards: list[str], store: EmbeddingStore, dim: int) -> Candi
     )
     image = pair = 0
     for shard in shards:
-        pictures = normalized(embeddings(store.images(shard, ["embedding"])))
+        vectors = normalized(embeddings(store.images(shard, ["embedding"])))
         captions = store.captions(shard, ["image_row", "embedding", "similarity"])
         rows = slice(pair, pair + captions.num_rows)
-        all_.image[image : image + len(pictures)] = pictures
-        all_.text[rows] = normalized(embeddings(captions))
-        all_.owner[rows] = captions.column("image_row").to_numpy().astype(np.int64) + image
-        all_.similarity[rows] = captions.column("similarity").to_numpy()
-        image, pair = image + len(pictures), rows.stop
-    return all_
+        candidates.image[image : image + len(vectors)] = vectors
+        candidates.text[rows] = normalized(embeddings(captions))
+        candidates.owner[rows] = captions.column("image_row").to_numpy().astype(np.int64) + image
+        candidates.similarity[rows] = captions.column("similarity").to_numpy()
+        image, pair = image + len(vectors), rows.stop
+    return candidates
 
 
 def split_by_shard(
     picks: list[int], shards: list[str], store: EmbeddingStore
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """The picks of each shard that has any: shard, their places among the picks and their rows in it, int64 both."""
+    """Split picks by shard: shard, places among the picks and rows in it, int64 both.
+
+    Shards without a pick are left out.
+    """
     markers = store.committed()
     starts = np.concatenate([[0], np.cumsum([markers[shard]["pairs"] for shard in shards])])
     rows = np.asarray(picks, np.int64)
@@ -60,7 +66,7 @@ def split_by_shard(
 def chosen_pairs(
     shard: str, places: np.ndarray, rows: np.ndarray, store: EmbeddingStore
 ) -> pa.Table:
-    """Rows of prototypes.parquet for the pairs that were chosen of a shard, numbered by their places."""
+    """Return rows of prototypes.parquet for the chosen pairs of a shard, numbered by place."""
     captions = store.captions(shard).take(rows)
     images = store.images(shard, ["embedding"]).take(captions.column("image_row"))
     image, text = embeddings(images), embeddings(captions)

@@ -1,7 +1,8 @@
-"""Synthesis: prototypes -> pictures, in fixed chunks so that nothing depends on workers or restarts.
+"""Synthesis: prototypes -> images (docs/methods.md, "decode").
 
-Chunk c holds pairs [c * batch_size, (c + 1) * batch_size). A chunk is decoded whole even if some of its pictures are
-there already: a picture's last bits may depend on the shape of its batch.
+Chunks are fixed, so that nothing depends on workers or restarts: chunk c holds pairs
+[c * batch_size, (c + 1) * batch_size). A chunk is decoded whole even if some of its images are
+there already: an image's last bits may depend on the shape of its batch.
 """
 
 from __future__ import annotations
@@ -19,24 +20,26 @@ from pds_ray.store.schemas import vectors
 
 
 def pair_seed(run_seed: int, pair: int) -> int:
-    """Seed of one picture: a hash, so that neighbouring pairs and runs have nothing in common. Below 2**63."""
+    """Return the seed of one image, below 2**63.
+
+    A hash, so that neighbouring pairs and runs have nothing in common.
+    """
     return int.from_bytes(hashlib.sha256(f"{run_seed}/{pair}".encode()).digest()[:8], "big") >> 1
 
 
 def chunks(pairs: int, batch_size: int) -> list[range]:
-    """The pairs of each chunk."""
+    """Return the pairs of each chunk."""
     return [range(start, min(start + batch_size, pairs)) for start in range(0, pairs, batch_size)]
 
 
 def make_batch(
     prototypes: pa.Table, pairs: range, run_seed: int, config: DecodeConfig
 ) -> DecodeBatch:
-    """The request for one chunk, from the whole of prototypes.parquet."""
+    """Make the request for one chunk, from the whole of prototypes.parquet."""
     rows = prototypes.slice(pairs.start, len(pairs))
     image = _image_prototypes(rows, config.rescale)
-    if (
-        config.condition == "caption"
-    ):  # the decoder must be given some embedding: one that says nothing of the pair
+    if config.condition == "caption":
+        # the decoder must be given some embedding: one that says nothing of the pair
         mean = _image_prototypes(prototypes, config.rescale).mean(axis=0, dtype=np.float64)
         image = np.tile(mean, (len(pairs), 1))
     shards, keys = rows.column("nearest_shard").to_pylist(), rows.column("nearest_key").to_pylist()
@@ -49,7 +52,7 @@ def make_batch(
 
 
 def _image_prototypes(rows: pa.Table, rescale: bool) -> np.ndarray:
-    """Those of some rows, float [rows, d], at the mean norm of their members if `rescale`."""
+    """Return image prototypes, float [rows, d], at the mean norm of their members if `rescale`."""
     image = vectors(rows, "image_prototype")
     if not rescale:
         return image
@@ -60,19 +63,14 @@ def _image_prototypes(rows: pa.Table, rescale: bool) -> np.ndarray:
 def synthesize_chunk(
     decoder: Decoder, batch: DecodeBatch, config: DecodeConfig
 ) -> Iterator[Image.Image]:
-    """One picture a row, `image_size` square if one is asked for (LANCZOS, methods.md A.1, step 15).
+    """Yield one image per row, `image_size` square (LANCZOS) if that is not 0.
 
-    A picture is made when it is asked for, if the decoder allows.
+    An image is made when it is asked for, if the decoder allows.
     """
     count, side = 0, (config.image_size, config.image_size)
     for image in decoder.decode(batch):
         count += 1
-        yield (
-            image
-            if config.image_size == 0 or image.size == side
-            else image.resize(side, Image.Resampling.LANCZOS)
-        )
+        fits = config.image_size == 0 or image.size == side
+        yield image if fits else image.resize(side, Image.Resampling.LANCZOS)
     if count != len(batch.captions):
-        raise RuntimeError(
-            f"the decoder gave {count} pictures for {len(batch.captions)} prototypes"
-        )
+        raise RuntimeError(f"the decoder gave {count} images for {len(batch.captions)} prototypes")

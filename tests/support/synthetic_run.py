@@ -92,7 +92,7 @@ def make_run(
     matrix = np.concatenate(images)
     table = match.count_pairs(image_cluster, text_cluster, data.similarity, pairs)
     text_of = match.assign_clusters(table[0], table[1], pairs)
-    columns = match.couples(*table, text_of, pairs, MatchConfig())
+    columns = match.matched_clusters(*table, text_of, pairs, MatchConfig())
     run.save_couples(pa.table(columns))
     prototypes = (
         matrix[rng.integers(len(matrix), size=pairs)] + rng.normal(size=(pairs, 8))

@@ -99,8 +99,8 @@ def test_prototypes_are_those_of_the_package(pairs):
         image_labels, text_labels, cosine(image, text), CLUSTERS
     )
     text_of = match.assign_clusters(cells, counts, CLUSTERS)
-    found = match.couples(cells, counts, cosines, text_of, CLUSTERS, MatchConfig())
-    couples = prototypes.Couples(found["image_cluster"], found["text_cluster"], found["pairless"])
+    found = match.matched_clusters(cells, counts, cosines, text_of, CLUSTERS, MatchConfig())
+    couples = prototypes.Matches(found["image_cluster"], found["text_cluster"], found["pairless"])
     keys = [str(row) for row in range(ROWS)]
     ours = prototypes.means(
         prototypes.shard_sums(
@@ -120,7 +120,7 @@ def test_prototypes_are_those_of_the_package(pairs):
     )
     assert theirs.couples == [
         (couples.image_cluster[couple], couples.text_cluster[couple])
-        for couple in ours.couple.tolist()
+        for couple in ours.match.tolist()
     ]
     np.testing.assert_allclose(theirs.image, ours.image, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(theirs.text, ours.text, rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from pds_ray.config import ClusterConfig, ConfigError
-from pds_ray.stages import cluster
+from pds_ray.stages import cluster, vectors
 
 CONFIG = ClusterConfig(iterations=50, tolerance=0, restarts=5)
 
@@ -326,7 +326,7 @@ def test_the_fit_leaves_its_vectors_alone():
 
 def test_normalized_leaves_zero_rows():
     np.testing.assert_allclose(
-        cluster.normalized(np.array([[3.0, 4], [0, 0]])), [[0.6, 0.8], [0, 0]]
+        vectors.normalized(np.array([[3.0, 4], [0, 0]])), [[0.6, 0.8], [0, 0]]
     )
 
 
@@ -393,7 +393,7 @@ def test_joined_vectors_weigh_both_sides_alike():
     rng = np.random.default_rng(14)
     images = rng.standard_normal((30, 5)).astype(np.float32) * 40
     texts = rng.standard_normal((30, 5)).astype(np.float32) * 0.01
-    joined = cluster.joined(images, texts)
+    joined = vectors.joined(images, texts)
     assert joined.shape == (30, 10)
     assert joined.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(joined, axis=1), 1, rtol=1e-6)

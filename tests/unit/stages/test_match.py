@@ -180,7 +180,7 @@ def test_pairless_policy(policy, pairs, kept):
     table = np.array([[4, 0, 0], [0, 0, 1], [0, 0, 0]])
     cells, counts = sparse(table)
     text_of = np.array([0, 2, 1])
-    found = match.couples(
+    found = match.matched_clusters(
         cells, counts, np.array([2.0, 0.25]), text_of, pairs, MatchConfig(pairless=policy)
     )
     assert found["image_cluster"].tolist() == ([0, 1, 2] if kept else [0, 1])
@@ -194,7 +194,7 @@ def test_without_filter_the_couples_are_the_same():
     cells, counts = sparse(np.array([[4, 0, 0], [0, 0, 1], [0, 0, 0]]))
     for pairless, pairs in (("auto", 299), ("auto", 300), ("keep", 300), ("drop", 2)):
         plain, unfiltered = (
-            match.couples(
+            match.matched_clusters(
                 cells,
                 counts,
                 np.ones(2),
@@ -211,7 +211,7 @@ def test_without_filter_the_couples_are_the_same():
 
 def test_couples_of_an_empty_table():
     nothing = np.zeros(0, np.int64)
-    found = match.couples(
+    found = match.matched_clusters(
         nothing, nothing, np.zeros(0), np.array([1, 0]), 2, MatchConfig(pairless="keep")
     )
     assert found["pairless"].all()
@@ -224,7 +224,7 @@ def test_couples_look_up_the_right_cells(table, seed):
     clusters = len(table)
     text_of = np.random.default_rng(seed).permutation(clusters)
     cells, counts = sparse(table)
-    found = match.couples(
+    found = match.matched_clusters(
         cells, counts, counts * 0.5, text_of, clusters, MatchConfig(pairless="keep")
     )
     expected = table[np.arange(clusters), text_of]
@@ -249,17 +249,17 @@ def test_a_forced_pairless_couple(clusters, expected):
     )
     text_of = match.assign_clusters(cells, counts, clusters)
     np.testing.assert_array_equal(text_of, np.arange(clusters))
-    found = match.couples(cells, counts, cosines, text_of, clusters, MatchConfig())
+    found = match.matched_clusters(cells, counts, cosines, text_of, clusters, MatchConfig())
     assert len(found["shared"]) == expected
     assert found["pairless"].sum() == (expected == clusters)
-    pairs = prototypes.Couples(found["image_cluster"], found["text_cluster"], found["pairless"])
+    pairs = prototypes.Matches(found["image_cluster"], found["text_cluster"], found["pairless"])
     keys = [str(i) for i in range(len(image))]
     made = prototypes.means(
         prototypes.shard_sums(
             "s", keys, vectors[0], np.arange(len(keys)), vectors[1], image, text, pairs, clusters
         )
     )
-    assert len(made.couple) == expected
+    assert len(made.match) == expected
     assert np.isfinite(made.image).all()
     assert np.isfinite(made.text).all()
     assert np.isfinite(made.cosine).all()

@@ -28,7 +28,7 @@ def world(seed: int, pairs: int = 200, clusters: int = 6, dim: int = 4):
         text[clash] = text_of[-1]
     pruned = rng.random(pairs) < 0.2
     image[pruned] = text[pruned] = -1
-    couples = core.Couples(np.arange(clusters, dtype=np.int32), text_of, pairless)
+    couples = core.Matches(np.arange(clusters, dtype=np.int32), text_of, pairless)
     return image_vectors, text_vectors, image, text, couples
 
 
@@ -115,7 +115,7 @@ def test_rounding_is_that_of_one_addition_after_the_other(seed, pairs):
             )
             mine = (on_image, on_text)[side] if couples.whole[couple] else on_image & on_text
             np.add.at(expected, np.full(mine.sum(), couple), vectors[mine].astype(np.float64))
-        assert found.tobytes() == expected[part.couple].tobytes()
+        assert found.tobytes() == expected[part.match].tobytes()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -123,9 +123,9 @@ def test_means_are_those_of_the_rows_in_falling_cosine(seed):
     image_vectors, text_vectors, _, _, _ = world(seed)
     made = core.means(sums_of(seed))
     rows = brute_force(seed)
-    assert sorted(made.couple) == [c for c, (a, b) in enumerate(rows) if len(a) and len(b)]
+    assert sorted(made.match) == [c for c, (a, b) in enumerate(rows) if len(a) and len(b)]
     assert made.image.dtype == made.text.dtype == np.float32
-    for place, couple in enumerate(made.couple):
+    for place, couple in enumerate(made.match):
         on_image, on_text = rows[couple]
         image = image_vectors[on_image].astype(np.float64).mean(axis=0)
         text = text_vectors[on_text].astype(np.float64).mean(axis=0)
@@ -140,7 +140,7 @@ def test_equal_cosines_keep_the_order_of_the_couples():
     sums = core.empty_sums(np.arange(3), 2)
     sums.image[:] = sums.text[:] = [[2, 0], [0, 1], [3, 0]]
     sums.image_count[:] = sums.text_count[:] = 1
-    assert core.means(sums).couple.tolist() == [0, 1, 2]
+    assert core.means(sums).match.tolist() == [0, 1, 2]
 
 
 def test_a_zero_mean_has_cosine_zero():
@@ -148,7 +148,7 @@ def test_a_zero_mean_has_cosine_zero():
     sums.image[1] = sums.text[1] = [1, 1]
     sums.image_count[:] = sums.text_count[:] = 2
     made = core.means(sums)
-    assert made.couple.tolist() == [1, 0]
+    assert made.match.tolist() == [1, 0]
     assert made.cosine.tolist() == pytest.approx([1, 0])
 
 
@@ -158,7 +158,7 @@ def test_couples_without_rows_are_left_out():
     sums.image_count[:] = [0, 1, 4]
     sums.text_count[:] = [3, 1, 0]
     made = core.means(sums)
-    assert made.couple.tolist() == [1]
+    assert made.match.tolist() == [1]
     assert np.isfinite(made.image).all()
 
 
@@ -261,7 +261,7 @@ def test_perfectly_paired_clusters_give_the_planted_means():
     noise = np.tile(np.array([1, -1], np.float32), clusters * each // 2)[:, None] * 0.1
     image_vectors = np.eye(clusters, dtype=np.float32)[image] * 3 + noise
     text_vectors = np.eye(clusters, dtype=np.float32)[text_of[image]] * 2 + noise
-    couples = core.Couples(np.arange(clusters, dtype=np.int32), text_of, np.zeros(clusters, bool))
+    couples = core.Matches(np.arange(clusters, dtype=np.int32), text_of, np.zeros(clusters, bool))
     keys = [str(row) for row in range(len(image))]
     made = core.means(
         core.shard_sums(
@@ -275,21 +275,21 @@ def test_perfectly_paired_clusters_give_the_planted_means():
             clusters,
         )
     )
-    np.testing.assert_allclose(made.image, 3 * np.eye(clusters)[made.couple], atol=1e-6)
-    np.testing.assert_allclose(made.text, 2 * np.eye(clusters)[text_of[made.couple]], atol=1e-6)
+    np.testing.assert_allclose(made.image, 3 * np.eye(clusters)[made.match], atol=1e-6)
+    np.testing.assert_allclose(made.text, 2 * np.eye(clusters)[text_of[made.match]], atol=1e-6)
 
 
 def test_whole_couples_take_their_two_clusters_though_they_share_pairs():
     image_vectors, text_vectors, image, text, couples = world(7, clusters=4)
-    whole = core.Couples(couples.image_cluster, couples.text_cluster, np.ones(4, bool))
+    whole = core.Matches(couples.image_cluster, couples.text_cluster, np.ones(4, bool))
     keys = [f"k{row}" for row in range(len(image))]
     made = core.means(
         core.shard_sums(
             "s", keys, *shared_images(image_vectors), text_vectors, image, text, whole, 4
         )
     )
-    assert sorted(made.couple) == [0, 1, 2, 3]
-    for place, couple in enumerate(made.couple):
+    assert sorted(made.match) == [0, 1, 2, 3]
+    for place, couple in enumerate(made.match):
         on_image, on_text = image == whole.image_cluster[couple], text == whole.text_cluster[couple]
         assert (on_image & on_text).any() != couples.whole[couple]
         np.testing.assert_allclose(

@@ -126,5 +126,5 @@ def test_pictures_have_the_size_asked_for(made, asked, saved):
 
 def test_a_decoder_that_loses_pictures_is_caught():
     batch = synthesize.make_batch(prototypes(CAPTIONS), range(3), 0, DecodeConfig())
-    with pytest.raises(RuntimeError, match="2 pictures for 3"):
+    with pytest.raises(RuntimeError, match="2 images for 3"):
         list(synthesize.synthesize_chunk(Painter((8, 8), lost=1), batch, DecodeConfig()))

@@ -1,0 +1,22 @@
+"""Vectors at unit length."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def normalized(vectors: np.ndarray) -> np.ndarray:
+    """Return the rows, float [n, d], at unit length; zero rows stay zero."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(norms > 0, norms, 1)
+
+
+def joined(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """Join both sides of each pair at equal length, as one unit vector.
+
+    float32 [n, d] twice -> float32 [n, 2d].
+    """
+    both = [normalized(images), normalized(texts)]
+    return np.concatenate(both, axis=1) * np.float32(math.sqrt(0.5))
