@@ -1,4 +1,6 @@
-"""Coverage-guided fuzzing with atheris: `python tests/fuzz/fuzz.py TARGET [FOLDER ...] [-max_total_time=S ...]`.
+"""Coverage-guided fuzzing with atheris.
+
+    python tests/fuzz/fuzz.py TARGET [FOLDER ...] [-max_total_time=S ...]
 
 The folder keeps what reached new code, from one run to the next; the other options are libFuzzer's.
 """

@@ -1,4 +1,4 @@
-"""What must hold of any bytes at all, one function for each place where a stranger's bytes come in."""
+"""Invariants of any bytes at all, one function per place where a stranger's bytes come in."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 
+import numpy as np
 from PIL import Image
 
 from pds_ray.modalities.image import FORMATS, ImageError, decode_image
 from pds_ray.modalities.text import CLEANERS, MAX_CAPTIONS, MAX_CHARACTERS, clean_basic
 from pds_ray.report.page import _data
-from pds_ray.sources.base import REASONS, Sample
+from pds_ray.sources.base import REASONS, Fault, Sample
 from pds_ray.sources.tar import TarReader
 from pds_ray.sources.webdataset import WebDatasetSource, read_captions
 from pds_ray.stages.materialize import _cell
@@ -32,6 +33,7 @@ from tests.support.hostile import (
 
 MAX_PIXELS = 1_000_000
 PNG_START = b"\x89PNG\r\n\x1a\n"
+CUT_EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x01"
 
 
 def storable(text: str) -> bool:
@@ -39,7 +41,7 @@ def storable(text: str) -> bool:
 
 
 def has_commands(text: str) -> bool:
-    """Whether a text holds what a terminal or a line-based format acts on, or what turns the direction of writing."""
+    """Say if a text holds what a terminal or a line-based format acts on, or turns the writing."""
     return any(
         unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
         or unicodedata.bidirectional(character)
@@ -55,13 +57,13 @@ def check_captions(captions: tuple[str, ...]) -> None:
 
 
 def tar(data: bytes) -> None:
-    """A shard gives samples and faults with known reasons, no sample twice, and no more of them than members."""
+    """A shard gives samples and faults with known reasons, no sample twice, one per member."""
     read_shard(data)
     read_shard(with_header_sums(data))
 
 
 def with_header_sums(data: bytes) -> bytes:
-    """The data with the checksums that belong to its tar headers, which a change would otherwise never get past."""
+    """Return the data with the checksums that belong to its tar headers, to get past them."""
     blocks = [data[start : start + 512] for start in range(0, len(data), 512)]
     for number, head in enumerate(blocks):
         if head[257:262] == b"ustar" and len(head) == 512:
@@ -72,19 +74,23 @@ def with_header_sums(data: bytes) -> bytes:
 
 def read_shard(data: bytes) -> None:
     reader = TarReader(io.BufferedReader(io.BytesIO(data)))
-    keys: list[str] = []
-    faults = 0
-    for item in WebDatasetSource("x.tar").read_samples(reader):
-        assert storable(item.key)
-        if isinstance(item, Sample):
-            keys.append(item.key)
-            check_captions(item.captions)
-        else:
-            assert item.reason in REASONS
-            faults += 1
-    assert len(set(keys)) == len(keys)
+    found = list(WebDatasetSource("x.tar").read_samples(reader))
+    check_outcomes(found)
     if data[:2] != b"\x1f\x8b":
-        assert len(keys) + faults <= len(data) // 512 + 1
+        assert len(found) <= len(data) // 512 + 1
+
+
+def check_outcomes(found: list[Sample | Fault]) -> None:
+    """Samples have captions that can be stored and keys of their own, faults a known reason."""
+    keys = [item.key for item in found if isinstance(item, Sample)]
+    assert len(set(keys)) == len(keys)
+    for item in found:
+        assert storable(item.key)
+        if isinstance(item, Fault):
+            assert item.reason in REASONS
+        else:
+            assert item.captions
+            check_captions(item.captions)
 
 
 def record(data: bytes) -> None:
@@ -116,7 +122,7 @@ def caption(data: bytes) -> None:
 
 
 def image(data: bytes) -> None:
-    """Bytes are an RGB picture within the limits, or an ImageError with a known reason that names no object."""
+    """Bytes are an RGB image within the limits, or an ImageError that names no object."""
     decode(data)
     if data.startswith(PNG_START):
         decode(with_chunk_sums(data))
@@ -135,12 +141,12 @@ def with_chunk_sums(data: bytes) -> bytes:
 def decode(data: bytes) -> None:
     outcome, detail = "", ""
     try:
-        picture = decode_image(data, max_pixels=MAX_PIXELS)
+        decoded = decode_image(data, max_pixels=MAX_PIXELS)
     except ImageError as error:
         outcome, detail = error.reason, error.detail
     else:
-        assert picture.mode == "RGB"
-        assert picture.width * picture.height <= MAX_PIXELS
+        assert decoded.mode == "RGB"
+        assert decoded.width * decoded.height <= MAX_PIXELS
     assert outcome in ("", *REASONS)
     assert " at 0x" not in detail
 
@@ -162,17 +168,16 @@ def seeds(target: str) -> Iterator[bytes]:
     elif target == "caption":
         yield from (text.encode() for text in CAPTIONS)
     else:
-        picture = Image.effect_noise((24, 16), 40)
+        grey = Image.effect_noise((24, 16), 40)
         for fmt in FORMATS:
             yield (
-                encoded(picture.convert("RGB"), fmt, exif=overlapping_exif(600))
+                encoded(grey.convert("RGB"), fmt, exif=overlapping_exif(600))
                 if fmt != "GIF"
                 else gif(4, 4)
             )
-        yield encoded(picture.convert("CMYK"), "JPEG", progressive=True)
-        yield encoded(picture.convert("P"), "PNG", transparency=1)
-        yield encoded(picture, "PNG", bits=1)
-        yield encoded(
-            picture.convert("P"), "GIF", save_all=True, append_images=[picture.convert("P")]
-        )
+        yield encoded(grey.convert("CMYK"), "JPEG", progressive=True, exif=CUT_EXIF)
+        yield encoded(grey.convert("P"), "PNG", transparency=1)
+        yield encoded(grey, "PNG", bits=1)
+        yield encoded(grey.convert("P"), "GIF", save_all=True, append_images=[grey.convert("P")])
+        yield encoded(Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16)), "PNG")
         yield from (jpeg_with_scans(16, 3), webp_canvas(16, 3), png(8, 8), gif(9, 9, frames=3))

@@ -1,4 +1,4 @@
-"""Shards, pictures and captions made to do harm: what the tests attack with, and what the fuzzers start from."""
+"""Shards, images and captions made to do harm, for tests and fuzzers, and ways to read them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,61 @@ import gzip
 import io
 import struct
 import tarfile
+import tracemalloc
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from pds_ray.sources.base import Fault, Sample, Shard
+from pds_ray.sources.webdataset import WebDatasetSource
+
 END_MARK = bytes(1024)
+MIB = 1 << 20
+
+
+def read(path: Path, **limits: int) -> list[Sample | Fault]:
+    """Return what a shard gives."""
+    return list(WebDatasetSource(str(path), **limits).read(Shard("x", str(path))))
+
+
+def read_bytes(folder: Path, data: bytes, **limits: int) -> list[Sample | Fault]:
+    """Return what a shard of these bytes gives."""
+    (folder / "x.tar").write_bytes(data)
+    return read(folder / "x.tar", **limits)
+
+
+def brief(items: list[Sample | Fault]) -> list[tuple[str, str]]:
+    """(key, reason), the reason of a sample being ""."""
+    return [(item.key, item.reason if isinstance(item, Fault) else "") for item in items]
+
+
+@contextmanager
+def memory(limit: int) -> Iterator[None]:
+    """Pass if Python's memory grew by less than `limit` bytes meanwhile."""
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < limit, f"{peak:,} bytes"
+
+
+def tar_bytes(members: list[tuple[str, bytes]], fmt: int = tarfile.GNU_FORMAT) -> bytes:
+    """A tar of these members, as tarfile writes it, up to its end mark."""
+    buffer = io.BytesIO()
+    end = 0
+    with tarfile.open(fileobj=buffer, mode="w", format=fmt) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        end = tar.offset
+    return buffer.getvalue()[: end + len(END_MARK)]
 
 
 def header(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, link: str = "") -> bytes:
@@ -181,7 +230,7 @@ def zeros(size: int) -> bytes:
 
 
 def overlapping_exif(size: int, orientation: int = 0) -> bytes:
-    """EXIF whose entries each claim nearly all of it, but for the first if an orientation is given."""
+    """EXIF whose entries each claim nearly all of it; the first is the orientation, if given."""
     entries = min(65_535, size // 24)
     rows = b"".join(struct.pack(">HHII", 1000 + n, 7, size - 100, 50) for n in range(entries))
     if orientation:

@@ -1,4 +1,4 @@
-"""Small random candidates, and the plain way to compute what the selectors compute without building it."""
+"""Small random candidates, and the joint embeddings that selectors never build."""
 
 from __future__ import annotations
 

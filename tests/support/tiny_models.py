@@ -1,4 +1,4 @@
-"""Tiny random models in the formats of the real ones: an open_clip folder and a diffusers unCLIP folder."""
+"""Tiny random models in the formats of real ones: open_clip, diffusers unCLIP, transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLIP = {
 
 
 def save_clip(folder: Path, seed: int = 0, **preprocess: object) -> Path:
-    """An open_clip folder with random weights: 32-pixel pictures, 12 tokens, width 16."""
+    """An open_clip folder with random weights: 32-pixel images, 12 tokens, width 16."""
     import open_clip
     import torch
     from safetensors.torch import save_file
@@ -39,7 +39,7 @@ def save_clip(folder: Path, seed: int = 0, **preprocess: object) -> Path:
 
 
 def save_unclip(folder: Path, dim: int = 16, seed: int = 0, space: str | None = None) -> Path:
-    """A StableUnCLIPImg2ImgPipeline folder with random weights: 16-pixel pictures, `dim`-wide class labels."""
+    """An unCLIP pipeline folder with random weights: 16-pixel images, labels of width `dim`."""
     import diffusers
     import torch
     import transformers

@@ -86,7 +86,7 @@ def test_a_picture_that_is_gone_is_an_error(decoder):
 
 
 class Changed(TwoShards):
-    """The same source later: cut short, gone, or with a picture that is none; its disk fails as often as told."""
+    """The source later: cut short, gone, or with a broken image; its disk fails `failures` times."""
 
     def __init__(self, how: str, failures: int = 0):
         super().__init__()
@@ -117,7 +117,8 @@ class Changed(TwoShards):
         (
             "cut",
             0,
-            r"image k2 of shard s0 is not there any more \(truncated_shard: unexpected end of data\)",
+            r"image k2 of shard s0 is not there any more "
+            r"\(truncated_shard: unexpected end of data\)",
         ),
         ("overwritten", 0, r"image k2 of shard s0 is not what was embedded \(undecodable_image"),
         ("broken", 99, "cannot read shard s0: .*Input/output error"),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
-import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, settings
 
 from pds_ray.modalities.text import CLEANERS, MAX_CHARACTERS, clean_basic, clean_paper
+from tests.fuzz import targets
+from tests.support.strategies import any_text
 
 
 @pytest.mark.parametrize(
@@ -74,14 +74,10 @@ def test_basic_rule_cuts_at_a_word_end() -> None:
     assert clean_basic("a" * 5000) == "a" * MAX_CHARACTERS
 
 
-@given(st.text(st.characters()) | st.text("ab \n\t\u200b\u202e\x00", min_size=1990, max_size=2020))
-def test_basic_rule_always_gives_one_clean_storable_line(text: str) -> None:
-    cleaned = clean_basic(text)
-    assert clean_basic(cleaned) == cleaned
-    assert cleaned.encode("utf-8").decode("utf-8") == cleaned
-    assert len(cleaned) <= MAX_CHARACTERS
-    assert cleaned == " ".join(cleaned.split())
-    assert not any(unicodedata.category(character) in ("Cc", "Cs") for character in cleaned)
+@settings(max_examples=300)
+@given(any_text)
+def test_any_text_is_cleaned_and_shown_without_harm(text: str) -> None:
+    targets.caption(text.encode("utf-8", "surrogatepass"))
 
 
 def test_cleaners_by_name() -> None:

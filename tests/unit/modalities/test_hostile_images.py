@@ -46,7 +46,7 @@ print(json.dumps([outcome(path) for path in sys.argv[6:]]))
 
 
 def outcomes(folder: Path, pictures: list[bytes], memory: int) -> list[str]:
-    """What becomes of pictures in a process that may take so many bytes more than it has when it starts to decode."""
+    """Decode in a process that may take `memory` bytes more than it has when it starts."""
     small = Image.new("RGB", (8, 8))
     paths = []
     for number, data in enumerate(
@@ -129,7 +129,8 @@ READ: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 def test_pictures_that_lie_cost_little_memory(tmp_path: Path) -> None:
-    # 96 MB beyond what the interpreter has: the largest of these would take from 256 MB to 16 GB if it were believed.
+    # 96 MB beyond what the interpreter has: the largest of these would take from 256 MB to 16 GB if
+    # it were believed.
     attacks = {**REFUSED, **READ}
     found = outcomes(tmp_path, [make() for make, _ in attacks.values()], 96 << 20)
     assert dict(zip(attacks, found, strict=True)) == {
@@ -138,7 +139,8 @@ def test_pictures_that_lie_cost_little_memory(tmp_path: Path) -> None:
 
 
 def test_the_largest_picture_there_may_be_takes_bounded_memory(tmp_path: Path) -> None:
-    # 64 million pixels with transparency, at most 20 bytes a pixel; one pixel more is refused in no memory at all
+    # 64 million pixels with transparency, at most 20 bytes a pixel; one pixel more is refused in no
+    # memory at all
     row = b"\0" + b"\x40" * (4 * 8000)
     ihdr = png_chunk(b"IHDR", (8000).to_bytes(4) * 2 + b"\x08\x06\0\0\0")
     packer = zlib.compressobj(1)
@@ -148,7 +150,8 @@ def test_the_largest_picture_there_may_be_takes_bounded_memory(tmp_path: Path) -
 
 
 def test_a_webp_canvas_is_refused_before_it_is_touched() -> None:
-    # libwebp reserves two canvases, a gigabyte, as soon as it is opened; that costs memory only when it is written to.
+    # libwebp reserves two canvases, a gigabyte, as soon as it is opened; that costs memory only
+    # when it is written to.
     code = """if True:
         import resource, sys
         from tests.support.hostile import webp_canvas
@@ -158,7 +161,8 @@ def test_a_webp_canvas_is_refused_before_it_is_touched() -> None:
         try:
             decode_image(webp_canvas(12_000, 1))
         except ImageError as error:
-            print(error.reason, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 * 1024)
+            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+            print(error.reason, grown < 16 * 1024)
     """
     path = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(

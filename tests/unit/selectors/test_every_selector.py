@@ -70,5 +70,6 @@ def test_a_dot_product_does_not_depend_on_its_place(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(base, "BLOCK", 7)
     assert (candidates.joint_dots(query) == whole).all()
     turned = np.arange(len(candidates))[::-1]
-    assert (replace(candidates, text=candidates.text[turned], owner=candidates.owner[turned]).joint_dots(query)
-            == whole[turned]).all()  # fmt: skip
+    text, owner = candidates.text[turned], candidates.owner[turned]
+    found = replace(candidates, text=text, owner=owner).joint_dots(query)
+    assert (found == whole[turned]).all()

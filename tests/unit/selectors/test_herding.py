@@ -1,4 +1,4 @@
-"""Herding against the definition: of all means that one more pair can give, the nearest to the mean of all."""
+"""Herding against the definition: each pick gives the mean that is nearest to the mean of all."""
 
 from __future__ import annotations
 

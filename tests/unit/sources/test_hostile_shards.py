@@ -1,4 +1,4 @@
-"""Shards made to do harm: what each costs, and that none of them writes, runs or hoards anything."""
+"""Shards made to do harm: the cost of each, and that none writes, runs or hoards anything."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import io
 import json
 import subprocess
 import sys
-import tarfile
-import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,55 +21,39 @@ from pds_ray.sources.karpathy import KarpathySource
 from pds_ray.sources.tar import EXPANSION_FREE, MAX_EXPANSION
 from pds_ray.sources.webdataset import MAX_NAME, WebDatasetSource
 from pds_ray.stages import embed
+from tests.fuzz import targets
+from tests.fuzz.targets import check_outcomes
 from tests.support.hostile import (
     END_MARK,
     GOOD,
     JSON,
+    MIB,
     SHARDS,
+    brief,
     header,
     long_name,
     member,
+    memory,
     pax,
+    read,
+    read_bytes,
     sample,
 )
+from tests.support.strategies import any_json, any_tar, good_tars, mangled, packings
 
 BEFORE, AFTER = sample("before"), sample("after")
-MIB = 1 << 20
 
-
-def read(path: Path) -> list[Sample | Fault]:
-    return list(WebDatasetSource(str(path)).read(Shard("x", str(path))))
-
-
-def read_bytes(folder: Path, data: bytes) -> list[Sample | Fault]:
-    (folder / "x.tar").write_bytes(data)
-    return read(folder / "x.tar")
-
-
-def brief(items: list[Sample | Fault]) -> list[tuple[str, str]]:
-    return [(item.key, item.reason if isinstance(item, Fault) else "") for item in items]
-
-
-@contextmanager
-def memory(limit: int) -> Iterator[None]:
-    """Passes if Python's memory grew by less than `limit` bytes meanwhile."""
-    tracemalloc.start()
-    try:
-        yield
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < limit, f"{peak:,} bytes"
-
-
-# ---- nothing is written, nothing is run ------------------------------------------------------------------------------
+# ---- nothing is written, nothing is run ----------------------------------------------------------
 
 GUARDED = """
 import os, sys
 from pds_ray.sources.base import Shard
 from pds_ray.sources.webdataset import WebDatasetSource
 
-HARMFUL = ("os.", "subprocess.", "shutil.", "socket.", "pickle.", "marshal.", "ctypes.", "exec", "compile", "import")
+HARMFUL = (
+    "os.", "subprocess.", "shutil.", "socket.", "pickle.", "marshal.", "ctypes.",
+    "exec", "compile", "import",
+)
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 seen = []
 
@@ -101,7 +82,8 @@ print(len(sys.argv[2:]), "read")
 
 
 def test_nothing_outside_is_written_and_nothing_is_run(tmp_path: Path) -> None:
-    # Audited by the interpreter itself: every file opened for writing, every process, import and unpickling.
+    # Audited by the interpreter itself: every file opened for writing, every process, import and
+    # unpickling.
     folder = tmp_path / "a" / "b" / "c"
     folder.mkdir(parents=True)
     paths = []
@@ -123,7 +105,7 @@ def test_nothing_outside_is_written_and_nothing_is_run(tmp_path: Path) -> None:
     assert not any(Path("/tmp").glob("escaped*"))
 
 
-# ---- what each costs -------------------------------------------------------------------------------------------------
+# ---- what each costs -----------------------------------------------------------------------------
 
 COSTS = {  # reasons of the faults; "cut" if what lies behind it is lost
     "parent": ["unsafe_member"],
@@ -195,7 +177,7 @@ def test_pax_headers_of_many_records(tmp_path: Path) -> None:
     assert brief(read_bytes(tmp_path, records * 100 + GOOD + END_MARK)) == [("good", "")]
 
 
-# ---- what expands ----------------------------------------------------------------------------------------------------
+# ---- what expands --------------------------------------------------------------------------------
 
 
 def packed(path: Path, start: bytes, zeros: int, end: bytes = END_MARK) -> None:
@@ -256,7 +238,7 @@ def test_gzip_in_gzip_is_no_tar(tmp_path: Path) -> None:
     assert (fault.key, fault.reason) == ("", "not_a_tar")  # type: ignore[union-attr]
 
 
-# ---- JSON and captions -----------------------------------------------------------------------------------------------
+# ---- JSON and captions ---------------------------------------------------------------------------
 
 FIRST = dict.fromkeys(
     ("huge exponent", "many keys", "one key many times", "not numbers", "utf-16", "python"), ("x",)
@@ -335,61 +317,30 @@ def test_annotations_with_many_captions(tmp_path: Path) -> None:
     assert item.captions == tuple(str(n) for n in range(MAX_CAPTIONS))
 
 
-# ---- whatever the bytes are ------------------------------------------------------------------------------------------
-
-KINDS = [*tarfile.SUPPORTED_TYPES, b"~", b"\0"]
-NAMES = st.sampled_from(["a", "b", "c/d", "../e", "/f", "g\n", "__MACOSX/h", ".i", "é", "n" * 120])
-SUFFIXES = st.sampled_from(["", ".jpg", ".PNG", ".txt", ".json", ".cls", ".seg.png"])
+# ---- whatever the bytes are ----------------------------------------------------------------------
 
 
-@st.composite
-def headers(draw: st.DrawFn) -> bytes:
-    """A member of any kind, honest about its size or not."""
-    name = draw(NAMES) + draw(SUFFIXES)
-    data = draw(
-        st.binary(max_size=600)
-        | st.sampled_from([b"", *[text for text in JSON.values() if len(text) < 1000]])
-    )
-    size = draw(st.just(len(data)) | st.sampled_from([0, 1, 511, 512, 513, 1 << 33]))
-    kind = draw(st.just(tarfile.REGTYPE) | st.sampled_from(KINDS))
-    prefix = draw(
-        st.just(b"")
-        | st.just(long_name(name.encode() * 3))
-        | st.just(pax((b"path", name.encode())))
-    )
-    return prefix + header(name[:90], size, kind, "target") + data + bytes(-len(data) % 512)
-
-
-@settings(max_examples=300)
-@given(
-    st.lists(
-        headers() | st.binary(max_size=700) | st.sampled_from(list(SHARDS.values())[:10]),
-        max_size=12,
-    ),
-    st.data(),
-)
+@settings(max_examples=600)
+@given(mangled(any_tar.map(BEFORE.__add__), start=len(BEFORE)), packings)
 def test_any_tar_is_read_to_samples_and_faults(
-    tmp_path_factory: pytest.TempPathFactory, parts: list[bytes], data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, pack: Callable[[bytes], bytes]
 ) -> None:
-    whole = bytearray(BEFORE + b"".join(parts) + END_MARK)
-    flips = data.draw(
-        st.lists(
-            st.tuples(st.integers(len(BEFORE), len(whole) - 1), st.integers(1, 255)), max_size=3
-        )
-    )
-    for position, change in flips:
-        whole[position] ^= change
-    cut = data.draw(st.none() | st.integers(len(BEFORE), len(whole)))
-    pack: Callable[[bytes], bytes] = data.draw(st.sampled_from([bytes, gzip.compress]))
-    found = read_bytes(tmp_path_factory.getbasetemp(), pack(bytes(whole[:cut])))
+    found = read_bytes(tmp_path_factory.getbasetemp(), pack(data))
     assert found[0] == Sample("before", b"picture", ("a caption",))
-    assert all(item.reason in REASONS for item in found if isinstance(item, Fault))
-    kept = [item.key for item in found if isinstance(item, Sample)]
-    assert len(set(kept)) == len(kept)
-    assert len(found) <= len(whole) // 512 + 1
-    assert all(
-        caption.strip() for item in found if isinstance(item, Sample) for caption in item.captions
-    )
+    check_outcomes(found)
+    assert len(found) <= len(data) // 512 + 1
+
+
+@settings(max_examples=200)
+@given(mangled(any_tar), packings)
+def test_any_bytes_are_read_without_an_error(data: bytes, pack: Callable[[bytes], bytes]) -> None:
+    targets.tar(pack(data))
+
+
+@settings(max_examples=150)
+@given(mangled(good_tars().map(gzip.compress)))
+def test_flipped_bytes_of_a_compressed_shard_are_read_without_an_error(data: bytes) -> None:
+    targets.tar(data)
 
 
 @settings(max_examples=100)
@@ -414,24 +365,15 @@ def test_good_samples_before_a_cut_are_all_there(
     ] == whole
 
 
-values = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.integers() | st.text(st.characters(), max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(st.sampled_from(["caption", "captions", "x"]), inner, max_size=3)
-    ),
-    max_leaves=20,
-)
-
-
 @settings(max_examples=300)
-@given(st.dictionaries(st.sampled_from(["caption", "captions", "x"]), values) | values)
+@given(any_json)
 def test_any_json_gives_captions_that_can_be_stored(
     tmp_path_factory: pytest.TempPathFactory, value: object
 ) -> None:
     data = member("a.jpg", b"p") + member("a.json", json.dumps(value).encode()) + END_MARK
     (item,) = read_bytes(tmp_path_factory.getbasetemp(), data)
-    strings = []  # by another reading: every string at `captions`, `caption` or directly in a list there
+    # by another reading: every string at `captions`, `caption` or directly in a list there
+    strings = []
     if isinstance(value, dict):
         for name in ("captions", "caption"):
             inner = value.get(name)

@@ -1,4 +1,4 @@
-"""Tar shards on an S3 server, through a network that fails: the samples are those that tarfile wrote."""
+"""Tar shards on an S3 server, through a network that fails: samples are as tarfile wrote them."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_as_good_as_scikit_learn(data, clusters, slack):
 
 
 def test_a_single_fit_is_as_good_as_scikit_learn_s():
-    """One start each, as by default: means over seeds, on overlapping blobs that a plain start divides badly."""
+    """One start each, as by default, on overlapping blobs that a plain start divides badly."""
     data = blobs(seed=30, count=40, each=50, dim=4)
     ones = np.ones(len(data), np.float32)
     ours = [
@@ -83,7 +83,7 @@ def test_a_single_fit_is_as_good_as_scikit_learn_s():
 def greedy_by_definition(
     vectors: np.ndarray, weights: np.ndarray, clusters: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Each candidate's potential from its definition, with the same draws. All rows are candidates."""
+    """Each candidate's potential from its definition, same draws. All rows are candidates."""
 
     def potential(seeds: list[int]) -> float:
         return objective(vectors, weights, vectors[seeds])
@@ -199,7 +199,7 @@ def test_the_fit_begins_from_the_seeds(monkeypatch):
 
 
 def test_a_fit_ends_at_the_tolerance():
-    """At a half the first change is small enough: two iterations. None at all is too small for 0."""
+    """At a half the first change is small enough: two iterations. None is too small for 0."""
     data = np.random.default_rng(35).standard_normal((3_000, 4)).astype(np.float32)
     ones = np.ones(len(data), np.float32)
 
@@ -233,7 +233,7 @@ def test_the_best_restart_is_kept():
 
 
 def test_weights_count_as_copies():
-    """A weighted fit is judged on the repeated rows beside a fit on them, both by the same outside objective."""
+    """A weighted fit and a fit on repeated rows are judged by the same outside objective."""
     data = np.random.default_rng(5).standard_normal((300, 4)).astype(np.float32)
     weights = np.random.default_rng(6).integers(1, 6, 300)
     repeated = np.repeat(data, weights, axis=0)
@@ -257,7 +257,7 @@ def test_a_heavy_row_draws_the_only_centroid():
 
 
 def test_all_rows_are_used():
-    """FAISS would by itself sample 256 rows a cluster: the mean of the whole shows that none was left out."""
+    """FAISS would sample 256 rows per cluster: the mean of the whole shows that none is missing."""
     data = np.random.default_rng(8).random((3_000, 2)).astype(np.float32)
     data[-1] = 50_000
     fitted = cluster.fit(data, np.ones(len(data), np.float32), 1, 0, ClusterConfig(iterations=3))
@@ -285,7 +285,7 @@ def test_an_empty_cluster_keeps_its_label():
 
 
 def test_duplicate_rows_still_give_k_centroids():
-    """Three different points and four clusters: one must stay empty or double, none may vanish or be NaN."""
+    """Three points and four clusters: one must stay empty or double, none may vanish or be NaN."""
     data = np.repeat(np.array([[0, 0], [9, 0], [0, 9]], np.float32), 4, axis=0)
     fitted = cluster.fit(data, np.ones(12, np.float32), 4, 0, CONFIG)
     assert fitted.centroids.shape == (4, 2)
@@ -389,7 +389,7 @@ def test_what_is_clustered(modality, expected):
 
 
 def test_joined_vectors_weigh_both_sides_alike():
-    """Squared distances of joined vectors are the means of those of the two directions, whatever the lengths."""
+    """Squared distances of joined vectors are means of those of both directions, at any length."""
     rng = np.random.default_rng(14)
     images = rng.standard_normal((30, 5)).astype(np.float32) * 40
     texts = rng.standard_normal((30, 5)).astype(np.float32) * 0.01
@@ -457,7 +457,7 @@ def two_levels(
 
 
 def test_two_levels_are_nearly_as_good_as_one():
-    """40 blobs of unequal weight, 40 clusters: within 1.5 of the flat fit, far from what a tenth of them would give."""
+    """40 unequal blobs, 40 clusters: within 1.5 of the flat fit, far from a tenth of them."""
     data = blobs(seed=20, count=40, each=50, dim=8)
     weights = np.random.default_rng(21).integers(1, 5, len(data)).astype(np.float32)
     centroids, cells, reported = two_levels(data, weights, 40)

@@ -49,7 +49,7 @@ def test_both_solvers_reach_the_best_total(table):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("clusters", [50, 400])
 def test_solvers_agree_on_large_skewed_tables(clusters, seed):
-    """Few heavy cells, many light ones, empty rows and columns: what a contingency table looks like."""
+    """A contingency table: few heavy cells, many light ones, empty rows and columns."""
     rng = np.random.default_rng(seed)
     table = np.zeros((clusters, clusters), np.int64)
     weights = rng.zipf(1.6, 6 * clusters).clip(max=10**5)
@@ -77,7 +77,7 @@ def test_perfectly_paired_clusters_give_the_permutation(solver):
 
 @pytest.mark.parametrize("solver", ["dense", "sparse"])
 def test_empty_rows_and_columns_shift_nothing(solver):
-    """Image clusters 0 and 3 and text clusters 1 and 4 are empty; the others are paired beyond doubt."""
+    """Image clusters 0, 3 and text clusters 1, 4 are empty; the others are paired beyond doubt."""
     planted = {1: 3, 2: 0, 4: 2}
     table = np.zeros((5, 5), np.int64)
     for image, text in planted.items():
@@ -137,7 +137,7 @@ def test_counts_equal_a_dense_table_however_the_shards_are_cut(seed, pairs, clus
 
 @pytest.mark.parametrize("clusters", [3, 40])
 def test_many_tables_are_added_in_their_order(clusters):
-    """Cosines that differ so much in size that another order of adding them would round otherwise."""
+    """Cosines of such different size that adding them in another order would round otherwise."""
     rng = np.random.default_rng(clusters)
     parts, expected = [], {}
     for _ in range(200):
@@ -235,9 +235,9 @@ def test_couples_look_up_the_right_cells(table, seed):
 
 @pytest.mark.parametrize(("clusters", "expected"), [(300, 299), (299, 299), (100, 100)])
 def test_a_forced_pairless_couple(clusters, expected):
-    """Image cluster 0 and text cluster 0 have a row each, but with partners that share four rows among themselves.
+    """Image and text cluster 0 have a row each, but with partners that share four rows.
 
-    From 300 pairs on the couple is left out, below it stays as its two means; never a NaN.
+    From 300 pairs on the match is left out, below it stays as its two means; never a NaN.
     """
     rng = np.random.default_rng(2)
     others = np.repeat(np.arange(1, clusters), 4)

@@ -12,7 +12,7 @@ from pds_ray.store.schemas import MEMBER_SAMPLE
 
 
 def world(seed: int, pairs: int = 200, clusters: int = 6, dim: int = 4):
-    """Random vectors and labels, a fifth pruned, and couples from a random permutation, two of them made pairless."""
+    """Random vectors and labels, a fifth pruned; a random permutation with two empty matches."""
     rng = np.random.default_rng(seed)
     image_vectors, text_vectors = rng.standard_normal((2, pairs, dim)).astype(np.float32)
     if pairs:
@@ -23,13 +23,13 @@ def world(seed: int, pairs: int = 200, clusters: int = 6, dim: int = 4):
     text_of = rng.permutation(clusters).astype(np.int32)
     pairless = np.zeros(clusters, bool)
     pairless[:2] = True
-    for cluster in np.flatnonzero(pairless):  # no pair may be shared by a pairless couple
+    for cluster in np.flatnonzero(pairless):  # no pair may be shared by a pairless match
         clash = (image == cluster) & (text == text_of[cluster])
         text[clash] = text_of[-1]
     pruned = rng.random(pairs) < 0.2
     image[pruned] = text[pruned] = -1
-    couples = core.Matches(np.arange(clusters, dtype=np.int32), text_of, pairless)
-    return image_vectors, text_vectors, image, text, couples
+    matches = core.Matches(np.arange(clusters, dtype=np.int32), text_of, pairless)
+    return image_vectors, text_vectors, image, text, matches
 
 
 def shared_images(of_pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -39,8 +39,8 @@ def shared_images(of_pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sums_of(seed: int, places: tuple[int, ...] = (), **size: int) -> core.Sums:
-    image_vectors, text_vectors, image, text, couples = world(seed, **size)
-    clusters = len(couples.image_cluster)
+    image_vectors, text_vectors, image, text, matches = world(seed, **size)
+    clusters = len(matches.image_cluster)
     total = core.empty_sums(np.arange(clusters), image_vectors.shape[1])
     rows = np.split(np.arange(len(image)), sorted(place % (len(image) + 1) for place in places))
     for number, mine in enumerate(rows):
@@ -52,7 +52,7 @@ def sums_of(seed: int, places: tuple[int, ...] = (), **size: int) -> core.Sums:
             text_vectors[mine],
             image[mine],
             text[mine],
-            couples,
+            matches,
             clusters,
         )
         core.add_sums(total, part)
@@ -60,11 +60,11 @@ def sums_of(seed: int, places: tuple[int, ...] = (), **size: int) -> core.Sums:
 
 
 def brute_force(seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(rows of the image side, rows of the text side) of each couple, by masks."""
-    _, _, image, text, couples = world(seed)
+    """(rows of the image side, rows of the text side) of each match, by masks."""
+    _, _, image, text, matches = world(seed)
     found = []
     for i, j, pairless in zip(
-        couples.image_cluster, couples.text_cluster, couples.whole, strict=True
+        matches.image_cluster, matches.text_cluster, matches.whole, strict=True
     ):
         on_image, on_text = image == i, text == j
         shared = on_image & on_text
@@ -79,42 +79,42 @@ def brute_force(seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
 @settings(max_examples=25)
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 200), max_size=5))
 def test_sums_equal_masks_however_the_shards_are_cut(seed, places):
-    image_vectors, text_vectors, _, _, couples = world(seed)
+    image_vectors, text_vectors, _, _, matches = world(seed)
     total = sums_of(seed, tuple(places))
-    for couple, (on_image, on_text) in enumerate(brute_force(seed)):
-        assert total.image_count[couple] == len(on_image)
-        assert total.text_count[couple] == len(on_text)
+    for match, (on_image, on_text) in enumerate(brute_force(seed)):
+        assert total.image_count[match] == len(on_image)
+        assert total.text_count[match] == len(on_text)
         np.testing.assert_allclose(
-            total.image[couple], image_vectors[on_image].astype(np.float64).sum(0), atol=1e-9
+            total.image[match], image_vectors[on_image].astype(np.float64).sum(0), atol=1e-9
         )
         np.testing.assert_allclose(
-            total.text[couple], text_vectors[on_text].astype(np.float64).sum(0), atol=1e-9
+            total.text[match], text_vectors[on_text].astype(np.float64).sum(0), atol=1e-9
         )
         norms = np.linalg.norm(image_vectors[on_image].astype(np.float64), axis=1)
-        assert total.image_norm[couple] == pytest.approx(norms.sum())
-        if not couples.whole[couple]:
-            assert total.image_count[couple] == total.text_count[couple]
+        assert total.image_norm[match] == pytest.approx(norms.sum())
+        if not matches.whole[match]:
+            assert total.image_count[match] == total.text_count[match]
 
 
 @settings(max_examples=50)
 @given(st.integers(0, 10**6), st.sampled_from([0, 1, 37, 400]))
 def test_rounding_is_that_of_one_addition_after_the_other(seed, pairs):
-    """To the last bit, where sums of parts would differ: many pairs a couple, of very different lengths."""
-    image_vectors, text_vectors, image, text, couples = world(seed, pairs, clusters=3)
+    """To the last bit, where sums of parts would differ: many pairs per match, of all lengths."""
+    image_vectors, text_vectors, image, text, matches = world(seed, pairs, clusters=3)
     lengths = 10.0 ** np.random.default_rng(seed).integers(-30, 30, (pairs, 1))
     image_vectors = (image_vectors * lengths).astype(np.float32)
     part = core.shard_sums(
-        "s", [""] * pairs, *shared_images(image_vectors), text_vectors, image, text, couples, 3
+        "s", [""] * pairs, *shared_images(image_vectors), text_vectors, image, text, matches, 3
     )
     for vectors, found, side in ((image_vectors, part.image, 0), (text_vectors, part.text, 1)):
         expected = np.zeros((3, vectors.shape[1]))
-        for couple in range(3):
+        for match in range(3):
             on_image, on_text = (
-                image == couples.image_cluster[couple],
-                text == couples.text_cluster[couple],
+                image == matches.image_cluster[match],
+                text == matches.text_cluster[match],
             )
-            mine = (on_image, on_text)[side] if couples.whole[couple] else on_image & on_text
-            np.add.at(expected, np.full(mine.sum(), couple), vectors[mine].astype(np.float64))
+            mine = (on_image, on_text)[side] if matches.whole[match] else on_image & on_text
+            np.add.at(expected, np.full(mine.sum(), match), vectors[mine].astype(np.float64))
         assert found.tobytes() == expected[part.match].tobytes()
 
 
@@ -125,8 +125,8 @@ def test_means_are_those_of_the_rows_in_falling_cosine(seed):
     rows = brute_force(seed)
     assert sorted(made.match) == [c for c, (a, b) in enumerate(rows) if len(a) and len(b)]
     assert made.image.dtype == made.text.dtype == np.float32
-    for place, couple in enumerate(made.match):
-        on_image, on_text = rows[couple]
+    for place, match in enumerate(made.match):
+        on_image, on_text = rows[match]
         image = image_vectors[on_image].astype(np.float64).mean(axis=0)
         text = text_vectors[on_text].astype(np.float64).mean(axis=0)
         np.testing.assert_allclose(made.image[place], image, atol=1e-6)
@@ -165,21 +165,21 @@ def test_couples_without_rows_are_left_out():
 @pytest.mark.parametrize("places", [(), (50,), (10, 11, 150)])
 def test_members_are_the_first_pairs_in_shard_order(places):
     seed = 4
-    _, _, _, _, couples = world(seed, clusters=3)
+    _, _, _, _, matches = world(seed, clusters=3)
     total = sums_of(seed, places, clusters=3)
     _, _, image, text, _ = world(seed, clusters=3)
     edges = np.array(sorted(places))
-    for couple in range(3):
-        mine = image == couples.image_cluster[couple]
-        if not couples.whole[couple]:
-            mine &= text == couples.text_cluster[couple]
+    for match in range(3):
+        mine = image == matches.image_cluster[match]
+        if not matches.whole[match]:
+            mine &= text == matches.text_cluster[match]
         first = np.flatnonzero(mine)[:MEMBER_SAMPLE]
         expected = [f"s{np.searchsorted(edges, row, side='right')}/k{row}" for row in first]
-        assert total.members[couple] == expected
+        assert total.members[match] == expected
 
 
 def exact_vectors(seed: int, count: int) -> np.ndarray:
-    """+-1 in 16 dimensions: norms are 4 and all cosines exact in float32, so that ties are true ties."""
+    """+-1 in 16 dimensions: norms are 4, cosines exact in float32, so that ties are true ties."""
     return np.random.default_rng(seed).choice(np.array([-1, 1], np.float32), (count, 16))
 
 
@@ -224,7 +224,7 @@ def test_nearest_of_nothing():
 @pytest.mark.parametrize("edges", [[], [75], [0, 3, 4, 149]])
 @pytest.mark.parametrize("together", [1, 2])
 def test_nearest_over_shards_equals_the_whole(edges, together):
-    """However the rows are cut into shards, and however many shards are merged before the rest is."""
+    """However rows are cut into shards, and however many shards are merged before the rest."""
     queries, rows = exact_vectors(2, 20), exact_vectors(3, 150)
     rows[75:] = rows[:75]
     expected = core.nearest_rows(queries, rows)
@@ -261,7 +261,7 @@ def test_perfectly_paired_clusters_give_the_planted_means():
     noise = np.tile(np.array([1, -1], np.float32), clusters * each // 2)[:, None] * 0.1
     image_vectors = np.eye(clusters, dtype=np.float32)[image] * 3 + noise
     text_vectors = np.eye(clusters, dtype=np.float32)[text_of[image]] * 2 + noise
-    couples = core.Matches(np.arange(clusters, dtype=np.int32), text_of, np.zeros(clusters, bool))
+    matches = core.Matches(np.arange(clusters, dtype=np.int32), text_of, np.zeros(clusters, bool))
     keys = [str(row) for row in range(len(image))]
     made = core.means(
         core.shard_sums(
@@ -271,7 +271,7 @@ def test_perfectly_paired_clusters_give_the_planted_means():
             text_vectors,
             image,
             text_of[image],
-            couples,
+            matches,
             clusters,
         )
     )
@@ -280,8 +280,8 @@ def test_perfectly_paired_clusters_give_the_planted_means():
 
 
 def test_whole_couples_take_their_two_clusters_though_they_share_pairs():
-    image_vectors, text_vectors, image, text, couples = world(7, clusters=4)
-    whole = core.Matches(couples.image_cluster, couples.text_cluster, np.ones(4, bool))
+    image_vectors, text_vectors, image, text, matches = world(7, clusters=4)
+    whole = core.Matches(matches.image_cluster, matches.text_cluster, np.ones(4, bool))
     keys = [f"k{row}" for row in range(len(image))]
     made = core.means(
         core.shard_sums(
@@ -289,9 +289,9 @@ def test_whole_couples_take_their_two_clusters_though_they_share_pairs():
         )
     )
     assert sorted(made.match) == [0, 1, 2, 3]
-    for place, couple in enumerate(made.match):
-        on_image, on_text = image == whole.image_cluster[couple], text == whole.text_cluster[couple]
-        assert (on_image & on_text).any() != couples.whole[couple]
+    for place, match in enumerate(made.match):
+        on_image, on_text = image == whole.image_cluster[match], text == whole.text_cluster[match]
+        assert (on_image & on_text).any() != matches.whole[match]
         np.testing.assert_allclose(
             made.image[place], image_vectors[on_image].mean(axis=0), atol=1e-6
         )

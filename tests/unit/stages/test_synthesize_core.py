@@ -27,7 +27,7 @@ def test_seeds_differ_and_fit():
 
 
 def test_seeds_are_fixed_for_ever():
-    """The first 16 digits of `printf RUN/PAIR | sha256sum`: another rule would change every published set."""
+    """The first 16 digits of `printf RUN/PAIR | sha256sum`: another rule would change every set."""
     assert synthesize.pair_seed(0, 0) == 0x5513E3EABBA6D754 >> 1
     assert synthesize.pair_seed(42, 7) == 0x82259E15FBE09CBA >> 1
 
