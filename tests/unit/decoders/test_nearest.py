@@ -86,7 +86,7 @@ def test_a_picture_that_is_gone_is_an_error(decoder):
 
 
 class Changed(TwoShards):
-    """The source later: cut short, gone, or with a broken image; its disk fails `failures` times."""
+    """The source later: cut short, gone, or with a bad image; its disk fails `failures` times."""
 
     def __init__(self, how: str, failures: int = 0):
         super().__init__()
