@@ -46,7 +46,7 @@ def demo_folder() -> Path:
 def describe(config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:
     """Describe the checkpoint from its configuration files, checked against the encoder.
 
-    Raises ConfigError in one line if it cannot be found, is no unCLIP, or expects another embedding.
+    Raises ConfigError in one line if it cannot be found, is no unCLIP, or takes other embeddings.
     """
     model = _choose(encoder) if config.model == "auto" else config.model
     folder = demo_folder() if model == "demo" else Path(model).expanduser()
