@@ -94,9 +94,9 @@ def long_name(name: bytes) -> bytes:
     return header("././@LongLink", len(name) + 1, tarfile.GNUTYPE_LONGNAME) + block(name + b"\0")
 
 
-def sample(key: str, picture: bytes = b"picture", caption: bytes = b"a caption") -> bytes:
+def sample(key: str, image: bytes = b"image", caption: bytes = b"a caption") -> bytes:
     """The two members of a good sample."""
-    return member(f"{key}.jpg", picture) + member(f"{key}.txt", caption)
+    return member(f"{key}.jpg", image) + member(f"{key}.txt", caption)
 
 
 GOOD = sample("good")
@@ -124,8 +124,8 @@ SHARDS: dict[str, bytes] = {
     "parent within": sample("x/../../../escaped"),
     "absolute": sample("/tmp/escaped"),
     "drive": sample("C:\\..\\escaped"),
-    "pax path": pax((b"path", b"../../escaped.jpg")) + member("bad.jpg", b"picture"),
-    "long name": long_name(b"/etc/cron.d/escaped.jpg") + member("bad.jpg", b"picture"),
+    "pax path": pax((b"path", b"../../escaped.jpg")) + member("bad.jpg", b"image"),
+    "long name": long_name(b"/etc/cron.d/escaped.jpg") + member("bad.jpg", b"image"),
     "symbolic link": header("bad.jpg", kind=tarfile.SYMTYPE, link="/etc/passwd"),
     "link to a folder, then through it": header("bad", kind=tarfile.SYMTYPE, link="/tmp")
     + sample("bad/x"),
@@ -141,20 +141,20 @@ SHARDS: dict[str, bytes] = {
     "negative size": _with_size(b"\xff" * 12),
     "size of 2^88": _with_size(b"\x80\xff" + b"\xff" * 10),
     "size that is no number": _with_size(b"not a number"),
-    "pax size of 10^18": pax((b"size", b"9" * 18)) + member("bad.jpg", b"picture"),
-    "pax negative size": pax((b"size", b"-512")) + member("bad.jpg", b"picture"),
+    "pax size of 10^18": pax((b"size", b"9" * 18)) + member("bad.jpg", b"image"),
+    "pax negative size": pax((b"size", b"-512")) + member("bad.jpg", b"image"),
     "pax of a terabyte": header("pax", 1 << 40, tarfile.XHDTYPE),
     "global pax of a terabyte": header("pax", 1 << 40, tarfile.XGLTYPE),
     "long name of a terabyte": header("name", 1 << 40, tarfile.GNUTYPE_LONGNAME),
     "long link of a terabyte": header("name", 1 << 40, tarfile.GNUTYPE_LONGLINK),
-    "picture of a terabyte": header("bad.jpg", 1 << 40),
+    "image of a terabyte": header("bad.jpg", 1 << 40),
     "other file of a terabyte": header("bad.bin", 1 << 40),
-    "name of 60,000 characters": long_name(b"n" * 60_000 + b".jpg") + member("x", b"picture"),
+    "name of 60,000 characters": long_name(b"n" * 60_000 + b".jpg") + member("x", b"image"),
     "line breaks and escapes": sample("bad\n\r\x1b]0;title\x07\x1b[2J\u202egpj\u2028"),
     "names that are formulas": sample("=cmd|'/c calc'!A0") + sample("@SUM(1)") + sample('",",\n'),
     "markup": sample("<img src=x onerror=alert(1)>", caption=b"<script>alert(1)</script>"),
-    "name with a zero byte": pax((b"path", b"a\0b.jpg")) + member("bad.jpg", b"picture"),
-    "empty name": member("", b"x") + member(".jpg", b"picture"),
+    "name with a zero byte": pax((b"path", b"a\0b.jpg")) + member("bad.jpg", b"image"),
+    "empty name": member("", b"x") + member(".jpg", b"image"),
     "zeros": bytes(1 << 20) + GOOD,
     "gzip in gzip": gzip.compress(gzip.compress(GOOD)),
     "pickle": b"cos\nsystem\n(S'touch escaped'\ntR.",
@@ -260,7 +260,7 @@ def gif(width: int, height: int, before: bytes = b"", frames: int = 1) -> bytes:
 
 
 def webp_canvas(side: int, frames: int) -> bytes:
-    """An animated WebP that declares a canvas; each frame is the same small picture."""
+    """An animated WebP that declares a canvas; each frame is the same small image."""
     small = encoded(Image.new("RGB", (16, 16)), "WEBP", lossless=True)[12:]
     frame = bytes(6) + (15).to_bytes(3, "little") * 2 + bytes(4) + small
     chunks = b"VP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + (side - 1).to_bytes(3, "little") * 2

@@ -23,7 +23,7 @@ def colour(shard: int, number: int) -> tuple[int, int, int]:
 
 
 class TwoShards:
-    """Ten pictures in two shards under the same keys; counts what is read."""
+    """Ten images in two shards under the same keys; counts what is read."""
 
     uri = "two"
 
@@ -60,7 +60,7 @@ def decoder(source, clip_info):
     return catalog.load_decoder(catalog.describe_decoder(config, clip_info), config, source)
 
 
-def test_the_right_pictures_in_the_order_asked(decoder):
+def test_the_right_images_in_the_order_asked(decoder):
     images = decoder.decode(ask(("s1", "k3"), ("s0", "k3"), ("s0", "k0"), ("s1", "k3")))
     assert [image.getpixel((2, 2)) for image in images] == [
         colour(1, 3),
@@ -76,7 +76,7 @@ def test_each_shard_is_read_once_and_no_further_than_needed(decoder, source):
     assert source.seen == 2 + 1
 
 
-def test_a_picture_that_is_gone_is_an_error(decoder):
+def test_an_image_that_is_gone_is_an_error(decoder):
     with pytest.raises(
         SourceError, match=r"^image k9 of shard s0 is not there any more \(no such sample\)"
     ):
@@ -107,7 +107,7 @@ class Changed(TwoShards):
                     yield Fault("", "truncated_shard", "unexpected end of data")
                     return
             overwritten = item.key == "k2" and self.how == "overwritten"
-            yield replace(item, image=b"no picture") if overwritten else item
+            yield replace(item, image=b"no image") if overwritten else item
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,8 @@ def test_a_disk_that_fails_is_read_again(monkeypatch):
     assert [image.getpixel((2, 2)) for image in images] == [colour(0, 1), colour(1, 3)]
 
 
-def test_pictures_are_decoded_one_by_one(monkeypatch, decoder):
-    """Of a batch whose pictures would not fit in memory together, no two need be held."""
+def test_images_are_decoded_one_by_one(monkeypatch, decoder):
+    """Of a batch whose images would not fit in memory together, no two need be held."""
     decoded = []
     monkeypatch.setattr(
         nearest, "decode_image", lambda data, **_: decoded.append(data) or Image.new("RGB", (6, 6))

@@ -159,7 +159,7 @@ def test_weights_that_do_not_load_cost_one_line(copy, clip_info, damage):
     assert "\n" not in str(caught.value)
 
 
-def test_a_picture_depends_on_its_row_alone(decoder):
+def test_an_image_depends_on_its_row_alone(decoder):
     whole = pixels(decoder.decode(batch([0, 1, 2, 3, 4])))
     assert whole.shape == (5, 16, 16, 3)
     assert whole.std() > 10  # there is something to compare
@@ -168,7 +168,7 @@ def test_a_picture_depends_on_its_row_alone(decoder):
     np.testing.assert_allclose(whole[4], whole[0], atol=1)  # the same request twice
 
 
-def test_other_seeds_other_pictures(decoder):
+def test_other_seeds_other_images(decoder):
     one = pixels(decoder.decode(batch([0, 1])))
     other = pixels(decoder.decode(batch([0, 1], seeds=[8, 9])))
     assert (np.abs(one - other).mean(axis=(1, 2, 3)) > 3).all()

@@ -31,7 +31,7 @@ def refusal(name: str) -> str:
     return str(caught.value)
 
 
-def pictures(count: int = 5) -> list[Image.Image]:
+def noise_images(count: int = 5) -> list[Image.Image]:
     rng = np.random.default_rng(0)
     return [
         Image.fromarray(rng.integers(0, 256, (40 + n, 70 - 9 * n, 3), dtype=np.uint8))
@@ -205,11 +205,11 @@ def test_embeddings_are_open_clips_own(clip_folder, clip_info, clip):
     with torch.inference_mode():
         images = (
             model.eval()
-            .encode_image(torch.stack([transform(image) for image in pictures()]))
+            .encode_image(torch.stack([transform(image) for image in noise_images()]))
             .numpy()
         )
         texts = model.encode_text(tokenizer(CAPTIONS)).numpy()
-    found = clip.encode_images(np.stack([clip_info.preprocess(image) for image in pictures()]))
+    found = clip.encode_images(np.stack([clip_info.preprocess(image) for image in noise_images()]))
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, images, atol=1e-5)
     np.testing.assert_allclose(clip.encode_captions(CAPTIONS), texts, atol=1e-5)
@@ -223,7 +223,7 @@ def test_long_captions_are_cut_not_refused(clip):
 
 
 def test_half_precision_is_near(clip_info, clip):
-    pixels = np.stack([clip_info.preprocess(image) for image in pictures()])
+    pixels = np.stack([clip_info.preprocess(image) for image in noise_images()])
     half = encoders.load(clip_info, "bf16").encode_images(pixels)
     assert half.dtype == np.float32
     full = clip.encode_images(pixels)

@@ -27,7 +27,7 @@ SIZES += [(int(w), int(h)) for w, h in np.random.default_rng(0).integers(8, 200,
 
 
 def noise(width: int, height: int) -> Image.Image:
-    """Smooth enough to look like a picture, with an edge in it."""
+    """Smooth enough to look like an image, with an edge in it."""
     rng = np.random.default_rng(width * 1000 + height)
     image = Image.fromarray(
         rng.integers(0, 256, (max(2, height // 4), max(2, width // 4), 3), dtype=np.uint8)

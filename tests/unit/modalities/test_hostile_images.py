@@ -1,4 +1,4 @@
-"""Pictures made to do harm: each is decoded or refused in bounded memory and time."""
+"""Images made to do harm: each is decoded or refused in bounded memory and time."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ print(json.dumps([outcome(path) for path in sys.argv[6:]]))
 """
 
 
-def outcomes(folder: Path, pictures: list[bytes], memory: int) -> list[str]:
+def outcomes(folder: Path, images: list[bytes], memory: int) -> list[str]:
     """Decode in a process that may take `memory` bytes more than it has when it starts."""
     small = Image.new("RGB", (8, 8))
     paths = []
     for number, data in enumerate(
-        [*(encoded(small, fmt) for fmt in ("JPEG", "PNG", "WEBP", "GIF")), *pictures]
+        [*(encoded(small, fmt) for fmt in ("JPEG", "PNG", "WEBP", "GIF")), *images]
     ):
         paths.append(folder / str(number))
         paths[-1].write_bytes(data)
@@ -128,7 +128,7 @@ READ: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
-def test_pictures_that_lie_cost_little_memory(tmp_path: Path) -> None:
+def test_images_that_lie_cost_little_memory(tmp_path: Path) -> None:
     # 96 MB beyond what the interpreter has: the largest of these would take from 256 MB to 16 GB if
     # it were believed.
     attacks = {**REFUSED, **READ}
@@ -138,7 +138,7 @@ def test_pictures_that_lie_cost_little_memory(tmp_path: Path) -> None:
     }
 
 
-def test_the_largest_picture_there_may_be_takes_bounded_memory(tmp_path: Path) -> None:
+def test_the_largest_image_there_may_be_takes_bounded_memory(tmp_path: Path) -> None:
     # 64 million pixels with transparency, at most 20 bytes a pixel; one pixel more is refused in no
     # memory at all
     row = b"\0" + b"\x40" * (4 * 8000)
@@ -178,9 +178,9 @@ def test_a_webp_canvas_is_refused_before_it_is_touched() -> None:
 @pytest.mark.parametrize(
     ("scans", "accepted"), [(MAX_JPEG_SCANS - 6, True), (MAX_JPEG_SCANS - 5, False)]
 )
-def test_scans_are_counted_to_the_end_of_the_picture(scans: int, accepted: bool) -> None:
-    data = jpeg_with_scans(64, scans)  # Pillow writes six for a grey picture
-    data += b"\xff\xda\0\2" * 1000  # what lies behind the picture, such as a film, does not count
+def test_scans_are_counted_to_the_end_of_the_image(scans: int, accepted: bool) -> None:
+    data = jpeg_with_scans(64, scans)  # Pillow writes six for a grey image
+    data += b"\xff\xda\0\2" * 1000  # what lies behind the image, such as a film, does not count
     data = (
         data[:2] + b"\xff\xe5" + (4002).to_bytes(2) + b"\xff\xda\0\2" * 1000 + data[2:]
     )  # nor does metadata
@@ -196,9 +196,9 @@ def test_scans_are_counted_to_the_end_of_the_picture(scans: int, accepted: bool)
 @pytest.mark.parametrize("subsampling", [0, 2])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_real_jpegs_have_few_scans(subsampling: int, progressive: bool) -> None:
-    picture = Image.merge("RGB", [Image.effect_noise((400, 300), sigma) for sigma in (20, 60, 90)])
+    image = Image.merge("RGB", [Image.effect_noise((400, 300), sigma) for sigma in (20, 60, 90)])
     data = encoded(
-        picture,
+        image,
         "JPEG",
         progressive=progressive,
         subsampling=subsampling,

@@ -1,4 +1,4 @@
-"""Decoding of encoded pictures: what comes out, and that nothing but ImageError is ever raised."""
+"""Decoding of encoded images: what comes out, and that nothing but ImageError is ever raised."""
 
 from __future__ import annotations
 

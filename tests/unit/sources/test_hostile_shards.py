@@ -326,7 +326,7 @@ def test_any_tar_is_read_to_samples_and_faults(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, pack: Callable[[bytes], bytes]
 ) -> None:
     found = read_bytes(tmp_path_factory.getbasetemp(), pack(data))
-    assert found[0] == Sample("before", b"picture", ("a caption",))
+    assert found[0] == Sample("before", b"image", ("a caption",))
     check_outcomes(found)
     assert len(found) <= len(data) // 512 + 1
 

@@ -27,7 +27,7 @@ RECORDS: list[dict[str, Any]] = [
 
 
 def coco(root: Path, records: Any, split: str = "train") -> str:
-    """Writes a COCO folder with every picture the records name; its source URI."""
+    """Writes a COCO folder with every image the records name; its source URI."""
     root.mkdir(exist_ok=True)
     (root / f"coco_karpathy_{split}.json").write_text(json.dumps(records))
     for record in records:

@@ -91,7 +91,7 @@ def test_broken_empty_and_not_a_tar(shared_data: Path) -> None:
 
 
 def decoded(item: Sample | Fault) -> tuple[str, str]:
-    """Key and what becomes of the sample in the end: a reason, or its picture's size."""
+    """Key and what becomes of the sample in the end: a reason, or its image's size."""
     if isinstance(item, Fault):
         return item.key, item.reason
     try:
@@ -179,14 +179,14 @@ def test_broken_corrupt_images(shared_data: Path) -> None:
 def test_captions(
     tmp_path: Path, txt: bytes | None, record: Any, captions: tuple[str, ...]
 ) -> None:
-    members = [("a.jpg", b"picture")]
+    members = [("a.jpg", b"image")]
     if txt is not None:
         members.append(("a.txt", txt))
     if record is not None:
         members.append(
             ("a.json", record if isinstance(record, bytes) else json.dumps(record).encode())
         )
-    assert read_bytes(tmp_path, tar_bytes(members)) == [Sample("a", b"picture", captions)]
+    assert read_bytes(tmp_path, tar_bytes(members)) == [Sample("a", b"image", captions)]
 
 
 @pytest.mark.parametrize(
@@ -204,15 +204,15 @@ def test_grouping_rules(tmp_path: Path) -> None:
     members = [
         ("readme", b"no dot, no sample"),
         ("dir.v1/a.JPEG", b"A"),
-        ("dir.v1/a.seg.png", b"another picture of the sample"),
+        ("dir.v1/a.seg.png", b"another image of the sample"),
         ("dir.v1/a.txt", b"a"),
         ("__MACOSX/dir.v1/x.jpg", b"junk"),
         (".hidden/x.jpg", b"junk"),
         ("./b.txt", b"b"),
         ("./._b.jpg", b"junk in the middle of a sample"),
         ("./b.webp", b"B"),
-        ("./b.png", b"the first picture counts"),
-        ("c.tiff", b"not a picture we read"),
+        ("./b.png", b"the first image counts"),
+        ("c.tiff", b"not an image we read"),
         ("c.txt", b"c"),
     ]
     assert read_bytes(tmp_path, tar_bytes(members)) == [
@@ -334,7 +334,7 @@ GOOD = header("a.jpg", 1) + block(b"A") + header("a.txt", 1) + block(b"a")
         (b"", ""),  # no end mark: whatever came behind is lost
         (header("b.jpg", 1)[:100], ""),
         (header("b.jpg", 1), "b"),
-        (header("b.jpg", 1) + block(b"B"), "b"),  # complete picture, no caption
+        (header("b.jpg", 1) + block(b"B"), "b"),  # complete image, no caption
         (header("b.jpg", 600) + bytes(512), "b"),
         (
             header("b.jpg", 1)
@@ -459,7 +459,7 @@ def test_truncated_anywhere(tmp_path: Path, data: bytes, place: float, compress:
         return
     assert isinstance(rest[-1], Fault)
     assert rest[-1].reason == ("not_a_tar" if arrived < 512 else "truncated_shard")
-    # The sample that was cut may come as well, as far as it got, if that is a picture and a
+    # The sample that was cut may come as well, as far as it got, if that is an image and a
     # caption.
     assert [item.key for item in rest[:-1] if isinstance(item, Sample)] in (
         [],
