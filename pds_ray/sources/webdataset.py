@@ -29,7 +29,13 @@ from braceexpand import braceexpand
 from pds_ray.errors import first_line
 from pds_ray.modalities.text import MAX_CAPTIONS
 from pds_ray.sources.base import Fault, MissingShardsError, Sample, Shard, SourceError
-from pds_ray.store.storage import StorageError, is_remote, open_filesystem, open_stream, patiently
+from pds_ray.store.storage import (
+    StorageError,
+    is_remote,
+    open_filesystem,
+    open_stream,
+    with_retries,
+)
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
@@ -540,7 +546,7 @@ class _Store:
         if folder not in self._listings:
             selector = pafs.FileSelector(folder, allow_not_found=True)
             try:
-                infos = patiently(
+                infos = with_retries(
                     lambda: self._filesystem.get_file_info(selector), self.location(folder)
                 )
             except NotADirectoryError:

@@ -15,7 +15,7 @@ from pds_ray.modalities.text import CLEANERS, MAX_CAPTIONS, MAX_CHARACTERS, clea
 from pds_ray.report.page import _data
 from pds_ray.sources import webdataset
 from pds_ray.sources.base import REASONS, Sample
-from pds_ray.stages.materialize import _cell
+from pds_ray.store.card import _cell
 from tests.support.hostile import (
     CAPTIONS,
     GOOD,

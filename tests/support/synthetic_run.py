@@ -14,7 +14,7 @@ from PIL import Image
 
 from pds_ray.config import MatchConfig, RunConfig, to_dict
 from pds_ray.stages import match
-from pds_ray.stages.materialize import write_distilled
+from pds_ray.stages.materialize import PDS_CARD, write_distilled
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import embeddings, prototype_schema, vector_array
@@ -115,7 +115,7 @@ def make_run(
         "picture_origin": "synthetic",
         "counts": {},
     }
-    write_distilled(run, {**about, "method": "pds", "config": {}})
+    write_distilled(run, {**about, "method": "pds", "config": {}}, PDS_CARD)
     shared_pairs = int(columns["shared"].sum())
     counts = {
         "embed": {

@@ -35,7 +35,8 @@ from pds_ray.modalities.text import (
 )
 from pds_ray.report.figures import _hover
 from pds_ray.report.page import _data
-from pds_ray.stages.materialize import card, write_distilled
+from pds_ray.stages.materialize import PDS_CARD, write_distilled
+from pds_ray.store.card import card
 from pds_ray.stages.trial import MEASURES
 from pds_ray.store.distilled_set import DistilledSetError, load_distilled
 from pds_ray.store.run_folder import RunFolder
@@ -230,7 +231,7 @@ def distilled(folder: Path, captions: tuple[str, ...]) -> RunFolder:
     run.save_prototypes(pa.table(plain, schema=schema))
     for pair in range(len(captions)):
         run.images.write_bytes(RunFolder.image_name(pair), encoded(Image.new("RGB", (4, 4)), "PNG"))
-    write_distilled(run, ABOUT)
+    write_distilled(run, ABOUT, PDS_CARD)
     return run
 
 
@@ -256,8 +257,8 @@ def test_a_distilled_set_holds_any_caption_and_nothing_in_it_acts(tmp_path: Path
 
 @given(texts)
 def test_a_caption_in_the_card_is_one_row_of_text(text: str) -> None:
-    plain = card([{"pair": 0, "text": "x", "cosine": 0.5}], ABOUT)
-    whole = card([{"pair": 0, "text": text, "cosine": 0.5}], ABOUT)
+    plain = card([{"pair": 0, "text": "x", "cosine": 0.5}], ABOUT, PDS_CARD)
+    whole = card([{"pair": 0, "text": text, "cosine": 0.5}], ABOUT, PDS_CARD)
     start = plain.index("| x |") + 2
     assert whole.startswith(plain[:start])
     assert whole.endswith(plain[start + 1 :])

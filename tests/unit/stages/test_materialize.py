@@ -20,7 +20,8 @@ from PIL import Image
 
 from pds_ray import load_distilled
 from pds_ray.stages import materialize
-from pds_ray.stages.materialize import card, records, write_distilled
+from pds_ray.stages.materialize import PDS_CARD, SELECTION_CARD, records, write_distilled
+from pds_ray.store.card import card
 from pds_ray.store.distilled_set import DistilledSetError
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import prototype_schema, vector_array
@@ -90,7 +91,7 @@ def make_run(path, captions=CAPTIONS) -> RunFolder:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
-    assert write_distilled(make_run(path), ABOUT)["pairs"] == len(CAPTIONS)
+    assert write_distilled(make_run(path), ABOUT, PDS_CARD)["pairs"] == len(CAPTIONS)
     return path
 
 
@@ -114,14 +115,14 @@ def test_load_distilled(finished):
 
 
 def test_the_card_says_where_the_method_was_left():
-    plain = card(records(prototypes(CAPTIONS)), ABOUT)
+    plain = card(records(prototypes(CAPTIONS)), ABOUT, PDS_CARD)
     changed = {
         **ABOUT,
         "config": {**ABOUT["config"], "match": {"filter": False}, "cluster": {"modality": "joint"}},
     }
     words = ("whole clusters were averaged", "one k-means on both embeddings")
     assert not any(word in plain for word in words)
-    assert all(word in card(records(prototypes(CAPTIONS)), changed) for word in words)
+    assert all(word in card(records(prototypes(CAPTIONS)), changed, PDS_CARD) for word in words)
 
 
 def test_webdataset_reads_it(finished):
@@ -173,10 +174,10 @@ def contents(path) -> dict[str, bytes]:
 
 
 def test_the_same_pairs_are_the_same_bytes(finished, tmp_path):
-    write_distilled(make_run(tmp_path), ABOUT)
+    write_distilled(make_run(tmp_path), ABOUT, PDS_CARD)
     first = contents(tmp_path / "distilled")
     assert first == contents(finished / "distilled")
-    write_distilled(RunFolder(Folder(str(tmp_path))), ABOUT)
+    write_distilled(RunFolder(Folder(str(tmp_path))), ABOUT, PDS_CARD)
     assert contents(tmp_path / "distilled") == first
 
 
@@ -193,10 +194,10 @@ def test_the_manifest_lists_every_other_file_truly(finished):
 
 def test_the_manifest_comes_last(tmp_path, monkeypatch):
     run = make_run(tmp_path)
-    write_distilled(run, ABOUT)
+    write_distilled(run, ABOUT, PDS_CARD)
     monkeypatch.setattr(materialize, "card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        write_distilled(run, ABOUT)
+        write_distilled(run, ABOUT, PDS_CARD)
     with pytest.raises(DistilledSetError, match="is the run finished"):
         load_distilled(str(tmp_path))
 
@@ -209,10 +210,10 @@ def test_pictures_are_not_gathered(tmp_path, monkeypatch):
     picture = np.random.default_rng(0).bytes(256 * 1024)
     for pair in range(160):
         run.images.write_bytes(run.image_name(pair), picture)
-    write_distilled(run, ABOUT)  # what is imported and cached on the way is not counted
+    write_distilled(run, ABOUT, PDS_CARD)  # what is imported and cached on the way is not counted
     tracemalloc.start()
     try:
-        written = write_distilled(run, ABOUT)
+        written = write_distilled(run, ABOUT, PDS_CARD)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -222,7 +223,7 @@ def test_pictures_are_not_gathered(tmp_path, monkeypatch):
 
 def test_large_sets_are_cut_in_tars(tmp_path, monkeypatch):
     monkeypatch.setattr(materialize, "PAIRS_PER_TAR", 3)
-    write_distilled(make_run(tmp_path), ABOUT)
+    write_distilled(make_run(tmp_path), ABOUT, PDS_CARD)
     names = sorted((tmp_path / "distilled" / "webdataset").iterdir())
     assert [path.name for path in names] == ["000000.tar", "000001.tar", "000002.tar"]
     keys = []
@@ -249,7 +250,7 @@ def test_no_caption_breaks_the_card():
         "| a | b |",
         "\x0b\x0c\x1c\x85",
     ]
-    text = card([{"pair": n, "text": c, "cosine": 0.5} for n, c in enumerate(evil)], ABOUT)
+    text = card([{"pair": n, "text": c, "cosine": 0.5} for n, c in enumerate(evil)], ABOUT, PDS_CARD)
     lines = text.split("\n")
     start = lines.index("| pair | caption | cosine of the prototypes |") + 2
     stop = lines.index("## Configuration") - 1
@@ -259,7 +260,7 @@ def test_no_caption_breaks_the_card():
     assert {cells(row) for row in rows} == {3}
     assert not any("`" in row or "<" in row for row in rows)
     for caption in evil:
-        row = card([{"pair": 0, "text": caption, "cosine": 0.5}], ABOUT).split("\n")[start]
+        row = card([{"pair": 0, "text": caption, "cosine": 0.5}], ABOUT, PDS_CARD).split("\n")[start]
         assert cells(row) == 3, caption
 
 
@@ -277,7 +278,7 @@ def test_the_card_has_front_matter_that_parses(finished):
     ("count", "size"), [(7, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (10_000, "10K<n<100K")]
 )
 def test_the_card_gives_the_size(count, size):
-    text = card([{"pair": 0, "text": "", "cosine": 0.0}] * count, ABOUT)
+    text = card([{"pair": 0, "text": "", "cosine": 0.0}] * count, ABOUT, PDS_CARD)
     assert yaml.safe_load(text.split("---\n")[1])["size_categories"] == [size]
 
 
@@ -326,13 +327,13 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_sets_are_refused_in_one_line(tmp_path, damage):
-    write_distilled(make_run(tmp_path), ABOUT)
+    write_distilled(make_run(tmp_path), ABOUT, PDS_CARD)
     DAMAGE[damage](tmp_path / "distilled")
     one_line_refusal(tmp_path / "distilled")
 
 
 def test_an_exchanged_picture_is_refused(tmp_path):
-    write_distilled(make_run(tmp_path), ABOUT)
+    write_distilled(make_run(tmp_path), ABOUT, PDS_CARD)
     folder = tmp_path / "distilled" / "imagefolder"
     (folder / "000003.png").write_bytes((folder / "000002.png").read_bytes())
     pairs = load_distilled(str(tmp_path))
@@ -348,4 +349,4 @@ def test_a_picture_missing_from_the_run_stops_it(tmp_path):
     run = make_run(tmp_path)
     run.images.delete(run.image_name(5))
     with pytest.raises(FileNotFoundError):
-        write_distilled(run, ABOUT)
+        write_distilled(run, ABOUT, PDS_CARD)

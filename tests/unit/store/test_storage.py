@@ -29,7 +29,7 @@ from pds_ray.store.storage import (
     StorageError,
     is_remote,
     open_filesystem,
-    patiently,
+    with_retries,
     side_by_side,
 )
 
@@ -354,7 +354,7 @@ def test_a_store_that_fails_is_asked_again(waits):
     action = Flaky(
         OSError("AWS Error SLOW_DOWN"), FileNotFoundError(2, "not yet"), OSError("HTTP status 503")
     )
-    assert patiently(action, "s3://b/x") == "done"
+    assert with_retries(action, "s3://b/x") == "done"
     assert len(waits) == 3
     assert all(
         mean / 2 <= wait <= mean * 3 / 2 for wait, mean in zip(waits, storage.WAITS_S, strict=True)
@@ -364,7 +364,7 @@ def test_a_store_that_fails_is_asked_again(waits):
 def test_a_store_that_goes_on_failing_is_left(waits):
     action = Flaky(*[OSError("AWS Error SLOW_DOWN\nmore")] * 99)
     with pytest.raises(StorageError) as caught:
-        patiently(action, "s3://KEY:SE/CRET@b/x?region=r&token=TOKEN")
+        with_retries(action, "s3://KEY:SE/CRET@b/x?region=r&token=TOKEN")
     assert action.calls == len(waits) + 1 == len(storage.WAITS_S) + 1
     message = str(caught.value)
     assert message.startswith(
@@ -386,13 +386,13 @@ def test_a_store_that_goes_on_failing_is_left(waits):
 )
 def test_what_another_try_will_not_change(waits, error, raised):
     with pytest.raises(raised):
-        patiently(Flaky(error), "s3://b/x")
+        with_retries(Flaky(error), "s3://b/x")
     assert waits == []
 
 
 def test_a_disk_is_asked_once(waits):
     with pytest.raises(OSError, match="broken"):
-        patiently(Flaky(OSError("broken")), "/x")
+        with_retries(Flaky(OSError("broken")), "/x")
     with pytest.raises(FileNotFoundError):
         Folder("/x").read_bytes("y")
     assert waits == []
