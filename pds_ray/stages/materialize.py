@@ -41,6 +41,7 @@ PAIRS_PER_TAR = 10_000
 # separators, text directions
 _ACTIVE = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
+
 def materialize(run: Run) -> Counts:
     """Write the distilled set of a run whose other stages are done."""
     folder = run.folder

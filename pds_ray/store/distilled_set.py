@@ -22,7 +22,6 @@ from safetensors.numpy import load as load_safetensors
 
 from pds_ray.errors import UserError
 from pds_ray.modalities.image import ImageError, decode_image
-from pds_ray.store.schemas import NO_CLUSTER
 from pds_ray.store.storage import Folder
 
 SET_SCHEMA_VERSION = 1
@@ -52,7 +51,7 @@ class _DamageError(Exception):
 
 
 class Record(TypedDict, total=False):
-    """Metadata of one pair. A field that a set does not have is None or absent."""
+    """Metadata of one pair. Fields that a set does not have are None or absent."""
 
     file_name: str
     pair: int
@@ -70,7 +69,7 @@ class Record(TypedDict, total=False):
     image_cluster: int | None
     text_cluster: int | None
     shared: int | None
-    """Number of pairs in both clusters. None, as the fields below, where no pairs are averaged."""
+    """Number of pairs in both clusters."""
     nearest_shard: str | None
     nearest_key: str | None
     nearest_cosine: float | None
@@ -88,7 +87,7 @@ PROTOTYPE_FIELDS = (
     "nearest_cosine",
     "members",
 )
-"""Fields of a record that a chosen pair does not have: it is no average of a cluster."""
+"""Fields that the pairs of a selection do not have: they are no averages of clusters."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +109,9 @@ class DistilledSet:
         return len(self.captions)
 
     @property
-    def has_clusters(self) -> bool:
-        """True if pairs are made from clusters of the source, False if they are chosen from it."""
-        return any(record.get("image_cluster") is not None for record in self.records)
+    def is_selection(self) -> bool:
+        """True if the pairs are real ones that were chosen, so that nothing was averaged."""
+        return _is_selection(self.manifest)
 
     def image(self, pair: int) -> Image.Image:
         """Return the RGB image of one pair.
@@ -172,7 +171,9 @@ def _read(folder: Folder) -> DistilledSet:
         raise _DamageError("its files disagree on the number of pairs")
     if missing := _missing_images(folder, file_names):
         raise _DamageError(f"{len(missing)} images are gone ({min(missing)})")
-    return DistilledSet(folder, captions, image, text, [*map(_record, rows)], manifest)
+    if _is_selection(manifest):  # its rows hold the chosen pair in place of what it does not have
+        rows = [{**row, **dict.fromkeys(PROTOTYPE_FIELDS)} for row in rows]
+    return DistilledSet(folder, captions, image, text, rows, manifest)
 
 
 def _missing_images(folder: Folder, file_names: set[str]) -> set[str]:
@@ -181,10 +182,5 @@ def _missing_images(folder: Folder, file_names: set[str]) -> set[str]:
     return {name for name in file_names.difference(listed) if not folder.exists(image_path(name))}
 
 
-def _record(row: Record) -> Record:
-    """Blank the fields that a chosen pair does not have.
-
-    The file has the same fields in every set: a selection fills them with the pair itself.
-    """
-    chosen = row.get("image_cluster") == NO_CLUSTER
-    return {**row, **dict.fromkeys(PROTOTYPE_FIELDS)} if chosen else row  # type: ignore[typeddict-item]
+def _is_selection(manifest: dict[str, Any]) -> bool:
+    return "selection" in manifest["about"]

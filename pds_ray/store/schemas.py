@@ -60,9 +60,6 @@ COUPLE_SCHEMA = pa.schema(
 
 MEMBER_SAMPLE = 8
 
-NO_CLUSTER = -1
-"""Cluster of a pair that was pruned away, and of a chosen one in prototypes.parquet."""
-
 
 def embedding_field(dim: int, dtype: str) -> pa.Field:
     """Return the field of an embedding column: d little-endian numbers of `dtype` as bytes.
@@ -110,7 +107,7 @@ def prototype_schema(dim: int) -> pa.Schema:
     """Return the columns of prototypes.parquet, one row per distilled pair.
 
     A selection fills them with the chosen pair itself: its embeddings are the prototypes, it is its
-    own nearest image and only member, and its clusters are NO_CLUSTER.
+    own nearest image and only member, and its clusters are -1.
     """
     vector = pa.list_(pa.float32(), dim)
     return pa.schema(

@@ -13,8 +13,9 @@ import pyarrow as pa
 from PIL import Image
 
 from pds_ray.config import MatchConfig, RunConfig, to_dict
+from pds_ray.methods.pds import PDS_CARD
 from pds_ray.stages import match
-from pds_ray.stages.materialize import PDS_CARD, write_distilled
+from pds_ray.stages.materialize import write_distilled
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import embeddings, prototype_schema, vector_array

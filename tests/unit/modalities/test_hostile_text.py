@@ -26,6 +26,7 @@ from pds_ray.config import ConfigError, EvaluateConfig, RunConfig
 from pds_ray.encoders.open_clip import MAX_WORD_BYTES, MAX_WORDS_KNOWN, bound_words
 from pds_ray.engine.compare import entries
 from pds_ray.errors import UserError, first_line, printable
+from pds_ray.methods.pds import PDS_CARD
 from pds_ray.modalities.text import (
     CLEANERS,
     MAX_CHARACTERS,
@@ -35,9 +36,9 @@ from pds_ray.modalities.text import (
 )
 from pds_ray.report.figures import _hover
 from pds_ray.report.page import _data
-from pds_ray.stages.materialize import PDS_CARD, write_distilled
-from pds_ray.store.card import card
+from pds_ray.stages.materialize import write_distilled
 from pds_ray.stages.trial import MEASURES
+from pds_ray.store.card import card
 from pds_ray.store.distilled_set import DistilledSetError, load_distilled
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import prototype_schema, vector_array

@@ -19,8 +19,9 @@ import yaml
 from PIL import Image
 
 from pds_ray import load_distilled
+from pds_ray.methods.pds import PDS_CARD
 from pds_ray.stages import materialize
-from pds_ray.stages.materialize import PDS_CARD, SELECTION_CARD, records, write_distilled
+from pds_ray.stages.materialize import records, write_distilled
 from pds_ray.store.card import card
 from pds_ray.store.distilled_set import DistilledSetError
 from pds_ray.store.run_folder import RunFolder

@@ -29,8 +29,8 @@ from pds_ray.store.storage import (
     StorageError,
     is_remote,
     open_filesystem,
-    with_retries,
     side_by_side,
+    with_retries,
 )
 
 
