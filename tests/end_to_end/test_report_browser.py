@@ -271,7 +271,7 @@ def test_the_comparison(opened: Any, comparison: Path) -> None:
     with opened(comparison) as page:
         scroll_through(page)
         assert page.locator("#results tbody tr").count() == 3
-        assert page.locator(".strip .picture").count() == 8
+        assert page.locator(".strip .image").count() == 8
         page.select_option("#counts", "9")
         assert page.locator("#results tbody tr").count() == 1
         page.select_option("#counts", str(PAIRS))
