@@ -53,7 +53,7 @@ def materialize(run: Run) -> Counts:
 
 
 def about(run: Run) -> dict[str, Any]:
-    """Return what the distilled set says of its making: the same for two runs of one configuration."""
+    """Return the set's description of its making, equal for all runs of one configuration."""
     config = public(run.config)
     del config["ray"]
     for option in FREE_FIELDS:

@@ -2,7 +2,8 @@
 
 `pds-ray status` reads it. On an object store, which has no locks, it also keeps a second driver out
 of the run folder: a driver that sees the heartbeat of another one that is alive interrupts its own
-main thread (`_thread.interrupt_main`), which raises KeyboardInterrupt there as Ctrl-C does.
+main thread (`_thread.interrupt_main`), which raises KeyboardInterrupt there as Ctrl-C does, once
+the thread runs Python code again.
 """
 
 from __future__ import annotations

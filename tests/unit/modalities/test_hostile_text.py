@@ -300,7 +300,7 @@ def test_a_set_that_points_elsewhere_is_refused(tmp_path: Path, name: str) -> No
     manifest["files"]["imagefolder/metadata.jsonl"]["sha256"] = hashlib.sha256(metadata).hexdigest()
     manifest["files"][f"imagefolder/{name}"] = manifest["files"]["imagefolder/000001.png"]
     run.distilled.write_json("manifest.json", manifest)
-    with pytest.raises(DistilledSetError, match="pictures are gone"):
+    with pytest.raises(DistilledSetError, match="images are gone"):
         load_distilled(str(tmp_path))
 
 

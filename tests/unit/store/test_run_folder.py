@@ -90,6 +90,6 @@ def test_couples_and_prototypes(run):
     assert run.prototypes().equals(prototypes)
 
 
-def test_pictures_sort_by_pair(run):
+def test_images_sort_by_pair(run):
     names = [run.image_name(pair) for pair in (0, 9, 10, 99_999, 100_000)]
     assert names == sorted(names)

@@ -1,4 +1,4 @@
-"""Folders: a file is there whole or not at all."""
+"""Folders, whose writes are atomic."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from pds_ray.store.storage import (
 
 @pytest.fixture(params=["local", "object store"])
 def folder(request, tmp_path, monkeypatch):
-    """A folder on disk, and one that takes the road of the object stores (a sub-tree of the disk stands in)."""
+    """A folder on disk, and one on an object store, for which a sub-tree of the disk stands in."""
     if request.param == "local":
         return Folder(str(tmp_path))
     monkeypatch.setattr(storage, "WAITS_S", (0.01,))
@@ -133,7 +133,7 @@ def test_sweep_spares_a_folder_that_has_a_lock_of_its_own(tmp_path):
 
 
 def test_sweep_and_writers_that_finish_meanwhile(tmp_path):
-    """Orphans of a killed driver rename their parts while they are looked for; none of what they finish is lost."""
+    """Orphans of a killed driver rename their parts meanwhile; no finished file is lost."""
     folder, finished, ended = Folder(str(tmp_path)), set(), threading.Event()
 
     def write():
@@ -184,9 +184,15 @@ def test_a_read_only_disk_is_one_line_whatever_is_done(disk):
             pass
 
     for action in (
-        lambda: folder.write_bytes("x", b"2"), lambda: folder.write_json("new/y", {}), folder.create, folder.sweep,
-        locked, (folder / "sub").delete_all, lambda: (folder / "sub").delete("x"), (folder / "new").create,
-    ):  # fmt: skip
+        lambda: folder.write_bytes("x", b"2"),
+        lambda: folder.write_json("new/y", {}),
+        folder.create,
+        folder.sweep,
+        locked,
+        (folder / "sub").delete_all,
+        lambda: (folder / "sub").delete("x"),
+        (folder / "new").create,
+    ):
         with pytest.raises(
             StorageError, match=f"^cannot .*{path}.*: Read-only file system$"
         ) as caught:
@@ -330,7 +336,7 @@ def test_an_unknown_scheme_is_one_line():
 
 
 class Flaky:
-    """Fails as told, then works."""
+    """Raises the given errors, then works."""
 
     def __init__(self, *errors):
         self.errors, self.calls = list(errors), 0
@@ -407,7 +413,7 @@ def interruptible():
 
 
 class Lossy:
-    """An object store on a folder of the disk that keeps half of the first uploads, or is interrupted in them."""
+    """An object store on disk that keeps half of its first uploads, or is interrupted in them."""
 
     def __init__(self, root, losses=0, interrupts=False):
         self.inner = pafs.SubTreeFileSystem(str(root), pafs.LocalFileSystem())
@@ -469,7 +475,7 @@ def test_an_upload_is_not_cut_by_an_interrupt(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("interruptible")
 def test_an_upload_that_nobody_waits_for_is_whole(tmp_path, monkeypatch):
-    """The interrupt may come while the thread is being started: then it is not known to whoever waits for threads."""
+    """An interrupt during the start of the thread hides it from whoever waits for threads."""
     start = threading.Thread.start
 
     def interrupted(thread):
