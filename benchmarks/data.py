@@ -136,6 +136,7 @@ def write_set(folder: Path, prototypes: Any, pictures: list[Image.Image]) -> Non
     """A distilled set of the built-in world as `evaluate` takes it, from rows of prototypes.parquet and pictures."""
     from pds_ray import catalog
     from pds_ray.config import EmbedConfig
+    from pds_ray.methods.pds import PDS_CARD
     from pds_ray.stages.materialize import write_distilled
     from pds_ray.store.run_folder import RunFolder
     from pds_ray.store.storage import Folder
@@ -154,7 +155,8 @@ def write_set(folder: Path, prototypes: Any, pictures: list[Image.Image]) -> Non
         "space": encoder.space,
         "decoder": "",
     }
-    write_distilled(run, {**about, "picture_origin": "", "counts": {}, "config": {}})
+    unsaid = {"picture_origin": "", "counts": {}, "config": {}}
+    write_distilled(run, {**about, **unsaid}, PDS_CARD)
 
 
 def judge_sets(

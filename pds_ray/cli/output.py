@@ -11,6 +11,7 @@ from pds_ray.config import public
 from pds_ray.engine.upkeep import Problem
 from pds_ray.errors import printable
 from pds_ray.methods.base import Run, Stage
+from pds_ray.store.evaluation_folder import COMPARISON, TABLE
 from pds_ray.store.manifest import rate
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
@@ -195,7 +196,7 @@ def print_comparison(out: str, table: dict[str, Any]) -> None:
     cells.sort(key=lambda cell: cell["pairs"])  # stable: methods stay in their order
     rows = [([str(cell["pairs"]), cell["method"]], cell) for cell in cells]
     _print_recalls(["pairs", "method"], rows, table["seeds"])
-    say("", f"result    {Folder(out).shown}: comparison.json, comparison.csv")
+    say("", f"result    {Folder(out).shown}: {COMPARISON}, {TABLE}")
 
 
 def _print_recalls(

@@ -169,7 +169,7 @@ class EmbedWorker:
             )
         else:
             names = {
-                part_name(shard, part.first, name): table
+                self.store.part_name(shard, part.first, name): table
                 for name, table in core.part_to_tables(part).items()
             }
             list(side_by_side(lambda name: self.store.parts.write_table(name, names[name]), names))
@@ -201,11 +201,6 @@ SUMMARY_SCHEMA = pa.schema(
 )
 
 
-def part_name(shard: str, first: int, table: str) -> str:
-    """File name of one table of one part."""
-    return f"{shard}.{first:09d}.{table}.parquet"
-
-
 def commit_info(counts: dict[str, Any], config: EmbedConfig) -> dict[str, Any]:
     """What a marker says besides hashes."""
     return {**counts, "precision": config.precision}
@@ -215,7 +210,10 @@ def commit_parts(shard: str, firsts: list[int], store: EmbeddingStore, config: E
     """Puts a shard together from its parts and commits it. The parts stay: Ray may run this twice."""
     parts = [
         core.part_from_tables(
-            {table: store.parts.read_table(part_name(shard, first, table)) for table in TABLES}
+            {
+                table: store.parts.read_table(store.part_name(shard, first, table))
+                for table in TABLES
+            }
         )
         for first in firsts
     ]

@@ -39,6 +39,13 @@ from pds_ray.errors import first_line
 from pds_ray.modalities.text import CLEANERS
 from pds_ray.sources.base import SourceError
 from pds_ray.stages import trial as core
+from pds_ray.store.evaluation_folder import (
+    STATE_SUFFIX,
+    STATES,
+    finished_trials,
+    result_name,
+    state_name,
+)
 from pds_ray.store.storage import LOCK, Folder, StorageError, is_remote
 from pds_ray.telemetry.progress import QUIET_S, progress_bar, waiting_for
 from pds_ray.training.train import STATE, Gallery, Progress, TrainingPairs, Workers
@@ -46,7 +53,6 @@ from pds_ray.training.train import STATE, Gallery, Progress, TrainingPairs, Work
 _log = logging.getLogger(__name__)
 
 POLL_S = 1.0
-STATES, STATE_SUFFIX = "state", ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ def run_trials(
         try:
             while pending:
                 ready, _ = ray.wait(list(pending), timeout=POLL_S)
-                finished = missing & {name.removesuffix(".json") for name in results.names(".json")}
+                finished = missing & finished_trials(results)
                 missing -= finished
                 bar.update(len(finished))
                 for reference in ready:
@@ -156,10 +162,8 @@ def _sweep(trials: list[core.Trial], results: Folder) -> None:
     """Removes the states of trials that have ended; those of another evaluation in the folder stay."""
     states = results / STATES
     there = set(states.names(STATE_SUFFIX))
-    done = {trial.key for trial in trials} | {
-        name.removesuffix(".json") for name in results.names(".json")
-    }
-    ended = there & {f"{key}{STATE_SUFFIX}" for key in done}
+    done = {trial.key for trial in trials} | finished_trials(results)
+    ended = there & set(map(state_name, done))
     states.delete_each(ended)
     if there == ended:
         states.delete_all()  # with what killed workers left of a file
@@ -361,12 +365,10 @@ def _run_lane(
     states, deaths = results / STATES, tasks.Deaths()
 
     def left() -> set[str]:
-        return {trial.key for trial in trials} - {
-            name.removesuffix(".json") for name in results.names(".json")
-        }
+        return {trial.key for trial in trials} - finished_trials(results)
 
     def progress() -> tuple[set[str], dict[str, str]]:
-        there = set(states.names(STATE_SUFFIX)) & {_state_name(trial) for trial in trials}
+        there = set(states.names(STATE_SUFFIX)) & {state_name(trial.key) for trial in trials}
         return left(), {name: _hash(states, name) for name in sorted(there)}
 
     before = progress()
@@ -437,13 +439,13 @@ def _train_lane(config: dict[str, Any]) -> None:
             config["groups"].add.remote(_lane_name(config["trials"]), get_current_placement_group())
         )
     done = set(
-        workers.told(results.names(".json"))
+        workers.told(finished_trials(results))
     )  # a store may list late, and all must go on with the same trial
     states = _States(results / STATES, workers, config["save_every_s"])
     features: core.Features = {}
     galleries: Galleries = {}
     for trial in config["trials"]:
-        if f"{trial.key}.json" in done:
+        if trial.key in done:
             continue
         began = time.monotonic()
         val, test = (_gallery(data, name, trial, galleries) for name in ("val", "test"))
@@ -470,7 +472,7 @@ def _train_lane(config: dict[str, Any]) -> None:
             about = {"label": trial.label, "backbone": trial.backbone.name, "seed": trial.seed}
             seconds = round(time.monotonic() - began, 3)
             results.write_json(
-                f"{trial.key}.json", {**about, **found, "splits": splits, "seconds": seconds}
+                result_name(trial.key), {**about, **found, "splits": splits, "seconds": seconds}
             )
             states.forget(trial)
 
@@ -524,7 +526,7 @@ class _States:
 
     def found(self, trial: core.Trial, scratch: Path) -> Path | None:
         """A folder, `scratch`, with the state that a trial was left in; None if there is none to go on from."""
-        name = _state_name(trial)
+        name = state_name(trial.key)
         if name not in self._there:
             return None
         path = scratch / STATE
@@ -552,7 +554,9 @@ class _States:
         try:
             with tempfile.TemporaryDirectory() as scratch:
                 save(Path(scratch))
-                self._folder.write_bytes(_state_name(trial), (Path(scratch) / STATE).read_bytes())
+                self._folder.write_bytes(
+                    state_name(trial.key), (Path(scratch) / STATE).read_bytes()
+                )
         except (
             StorageError,
             OSError,
@@ -566,8 +570,4 @@ class _States:
 
     def forget(self, trial: core.Trial) -> None:
         """Of a trial that has left its result."""
-        self._folder.delete(_state_name(trial))
-
-
-def _state_name(trial: core.Trial) -> str:
-    return f"{trial.key}{STATE_SUFFIX}"
+        self._folder.delete(state_name(trial.key))

@@ -94,7 +94,7 @@ def _decode(run: Run, config: RunConfig) -> Counts:
     folder = run.folder
     pairs = folder.prototypes().num_rows
     folder.images.sweep()
-    there = set(folder.images.names(".png"))
+    there = set(folder.image_names())
     todo = [
         chunk
         for chunk in core.chunks(pairs, config.decode.batch_size)
@@ -148,7 +148,7 @@ def _keep_images_alike(run: Run, precision: str) -> None:
         folder.delete_images(folder.prototypes().num_rows if drawn_for else 0)
         manifest.update(images_fingerprint=wanted, images_made=made)
     begun = manifest.data.get("images_made", made)
-    if begun != made and not folder.images.names(".png"):
+    if begun != made and not folder.image_names():
         manifest.update(images_made=made)
     elif begun != made:  # last bits depend on both: a set must not be made of two kinds of images
         raise ConfigError(

@@ -26,11 +26,17 @@ from pds_ray.engine.run import distill
 from pds_ray.errors import without_secrets
 from pds_ray.methods.base import Run
 from pds_ray.stages.trial import MEASURES, Candidate
+from pds_ray.store.evaluation_folder import (
+    AVERAGE,
+    COMPARISON,
+    EVALUATION,
+    TABLE,
+    set_name,
+    store_name,
+)
 from pds_ray.store.storage import Folder
 
 SCHEMA_VERSION = 1
-COMPARISON, TABLE = "comparison.json", "comparison.csv"
-AVERAGE = "average"
 ABLATIONS = (
     "pds+match.filter=false",
     "pds+cluster.modality=joint",
@@ -106,7 +112,7 @@ def entries(
         kept = [f"{field}={value}" for field, value in fields.items()]
         folder = re.sub(r"[^\w.=+-]", "_", "+".join([name, *kept]))
         for pairs in dict.fromkeys(sizes):
-            place = f"sets/{folder}-{pairs}"
+            place = set_name(folder, pairs)
             run = replace(
                 config, {**fields, "method": name, "pairs": pairs, "out": (root / place).path}
             )
@@ -161,7 +167,7 @@ def compare(
     candidates = [
         Candidate(entry.label, entry.run.out, entry.evaluation.protocol) for entry in rows
     ]
-    results = evaluation.evaluate_all(candidates, judged, root / evaluation.EVALUATION)
+    results = evaluation.evaluate_all(candidates, judged, root / EVALUATION)
     for entry in rows:
         evaluation.save(results[entry.label], Folder(entry.run.out))
     first = results[rows[0].label]
@@ -186,7 +192,7 @@ def _on_shared_store(entry: Entry, plan: Run, root: Folder) -> Entry:
     """The entry with its embeddings in the folder of all that are made the same way."""
     if entry.run.embed.store:
         return entry
-    store = (root / "embeddings" / plan.fingerprints["embed"][:12]).path
+    store = (root / store_name(plan.fingerprints["embed"])).path
     return dataclasses.replace(entry, run=replace(entry.run, {"embed.store": store}))
 
 

@@ -30,12 +30,18 @@ from pds_ray.stages.trial import (
     average,
     summarize,
 )
-from pds_ray.store.distilled_set import PROTOTYPES, DistilledSet, load_distilled
+from pds_ray.store.distilled_set import PROTOTYPES, DistilledSet, image_path, load_distilled
+from pds_ray.store.evaluation_folder import (
+    EVALUATION,
+    TRIALS,
+    evaluation_name,
+    finished_trials,
+    result_name,
+)
 from pds_ray.store.manifest import fingerprint
 from pds_ray.store.storage import Folder
 
 SCHEMA_VERSION = 1
-EVALUATION, TRIALS = "evaluation", "trials"
 CAPTION_PROBE = 1_000  # samples looked at for one with picture and caption
 MIN_PAIRS = 2  # a pair needs another to differ from
 
@@ -66,7 +72,8 @@ def evaluate(path: str, config: EvaluateConfig, out: str | None = None) -> dict[
 
 def save(result: dict[str, Any], run: Folder) -> str:
     """Writes an evaluation into a run folder; returns where."""
-    name = f"{result['protocol']['name'].partition(',')[0]}-{result['fingerprint'][:8]}.json"
+    protocol = result["protocol"]["name"].partition(",")[0]
+    name = evaluation_name(protocol, result["fingerprint"])
     (run / EVALUATION).write_json(name, result)
     return (run / EVALUATION / name).shown
 
@@ -97,8 +104,8 @@ def evaluate_all(
         from pds_ray.distributed import session
         from pds_ray.distributed.evaluate import run_trials
 
-        done = set(results.names(".json"))
-        todo = {trial.key: trial for trial in plan_.trials if f"{trial.key}.json" not in done}
+        done = finished_trials(results)
+        todo = {trial.key: trial for trial in plan_.trials if trial.key not in done}
         if todo:  # sets that do not differ share their trials
             session.start(config.ray)
             run_trials(list(todo.values()), plan_.sets, plan_.splits, results, config)
@@ -269,7 +276,7 @@ def _trials(
 def _content(distilled: DistilledSet) -> list[Any]:
     """What training sees of a set: the same for two that differ only in what is said of them."""
     files = distilled.manifest["files"]
-    trained_on = [*(f"imagefolder/{row['file_name']}" for row in distilled.records), PROTOTYPES]
+    trained_on = [*(image_path(row["file_name"]) for row in distilled.records), PROTOTYPES]
     return [[files[name]["sha256"] for name in trained_on], distilled.captions]
 
 
@@ -277,7 +284,7 @@ def _result(checked: CheckedSet, plan_: Plan, results: Folder) -> dict[str, Any]
     """The finished trials of a set as one JSON value."""
     config, protocol = plan_.config, checked.candidate.protocol
     mine = [trial for trial in plan_.trials if trial.label == checked.candidate.label]
-    found = {trial.key: results.read_json(f"{trial.key}.json") for trial in mine}
+    found = {trial.key: results.read_json(result_name(trial.key)) for trial in mine}
     backbones = {
         name: [
             {field: found[trial.key][field] for field in ("seed", "epoch", "recalls", "seconds")}

@@ -105,7 +105,7 @@ def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
                     for name, sha256 in hashes
                 ]
             continue
-        manifest = f"hashes/{stage}.json"
+        manifest = RunFolder.hashes_name(stage)
         try:
             hashes = run.folder.folder.read_json(manifest).items()
         except FileNotFoundError:

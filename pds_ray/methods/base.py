@@ -14,6 +14,7 @@ from pds_ray.config import RunConfig
 from pds_ray.decoders.base import DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.sources.base import Shard, Source
+from pds_ray.store.card import CardText
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import RunManifest
 from pds_ray.store.run_folder import RunFolder
@@ -58,6 +59,8 @@ class Method:
     """A way to make a distilled set: stages, in order."""
 
     stages: tuple[Stage, ...]
+    card: CardText
+    """Its part of the data-set card."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Options, with dots, that it fixes."""
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pds_ray.methods.base import Method, Run, Stage
+from pds_ray.store.card import CardText
 from pds_ray.store.schemas import STORE_SCHEMA_VERSION
 
 NOT_OF_IMAGES = ("model", "revision", "batch_size")
@@ -118,4 +119,33 @@ MATERIALIZE = Stage(
     plan="pds_ray.planning.phases:MATERIALIZE",
 )
 
-PDS = Method((EMBED, PRUNE, CLUSTER, MATCH, PROTOTYPES, DECODE, CAPTION, MATERIALIZE))
+PDS_CARD = CardText(
+    making="Made with pds_ray by Prototype-guided Data Synthesis (Choi, Mo, Chae, ICLR 2026): "
+    "CLIP embeddings of\nimages and captions are clustered apart, clusters are matched by the "
+    "pairs they share, the shared pairs are averaged to\nprototypes, and each prototype is decoded to a "
+    "picture with the nearest caption as prompt.",
+    verb="distilled",
+    tag="dataset-distillation",
+    cosine_of="the prototypes",
+    limits="A distilled set keeps what is frequent and loses what is rare",
+    deviations={
+        ("cluster", "modality", "joint"): (
+            "one k-means on both embeddings of a pair took the place of two and of the matching"
+        ),
+        ("cluster", "modality", "image"): (
+            "one k-means on the images took the place of two and of the matching"
+        ),
+        ("cluster", "modality", "text"): (
+            "one k-means on the captions took the place of two and of the matching"
+        ),
+        ("match", "filter", False): (
+            "whole clusters were averaged, not only the pairs that matched ones share"
+        ),
+        ("decode", "condition", "caption"): "pictures were decoded from the captions alone",
+        ("caption", "nearest_to", "picture"): (
+            "a caption is the real one nearest to the finished picture"
+        ),
+    },
+)
+
+PDS = Method((EMBED, PRUNE, CLUSTER, MATCH, PROTOTYPES, DECODE, CAPTION, MATERIALIZE), PDS_CARD)

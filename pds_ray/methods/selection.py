@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 
 from pds_ray.methods.base import Method, Stage
 from pds_ray.methods.pds import DECODE, EMBED, MATERIALIZE
+from pds_ray.store.card import CardText
 
 IMAGES_TOGETHER = 256  # chosen images looked up at once: each lookup reads the shards they are in
 
@@ -24,7 +25,18 @@ SELECT = Stage(
     counted="prototypes",
 )
 
+SELECTION_CARD = CardText(
+    making="Made with pds_ray by choosing pairs of the source: pictures and captions are real, and "
+    "belong together; no\npicture is chosen twice. The prototypes are the pairs' own embeddings.",
+    verb="chosen",
+    tag="coreset",
+    cosine_of="picture and caption",
+    limits="A small set leaves out most of its source",
+    models=("encoder",),
+)
+
 SELECTION = Method(
     (EMBED, SELECT, replace(DECODE, options=("decode.image_size",)), MATERIALIZE),
+    SELECTION_CARD,
     settings={"decode.decoder": "nearest", "decode.batch_size": IMAGES_TOGETHER},
 )

@@ -1,1 +1,1 @@
-"""What is made to be looked at."""
+"""The report of a run or of a comparison as one page, and the contact sheet."""

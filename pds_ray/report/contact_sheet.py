@@ -1,4 +1,4 @@
-"""A contact sheet: the pairs of a distilled set as one picture."""
+"""A contact sheet: the pairs of a distilled set as one image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAPER, INK = (250, 250, 248), (40, 40, 44)
 
 
 def contact_sheet(distilled: DistilledSet, limit: int = 100, columns: int = COLUMNS) -> Image.Image:
-    """The first `limit` pairs, `columns` a row, each picture with its caption below -> RGB."""
+    """Return an RGB image of the first `limit` pairs, `columns` per row, captions below."""
     count = min(limit, len(distilled))
     columns = max(1, min(columns, count))
     rows = -(-count // columns)

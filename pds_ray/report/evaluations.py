@@ -1,4 +1,4 @@
-"""What evaluations say: evaluation/*.json of a run, and comparison.json beside a collection of sets."""
+"""Reads evaluations of a run, and the comparison of a collection of sets."""
 
 from __future__ import annotations
 
@@ -8,39 +8,45 @@ import posixpath
 from typing import Any
 
 from pds_ray.errors import UserError
-from pds_ray.report.pictures import data_uri
+from pds_ray.report.images import data_uri
+from pds_ray.report.values import Json
 from pds_ray.store.distilled_set import DistilledSetError, load_distilled
+from pds_ray.store.evaluation_folder import (
+    AVERAGE,
+    COMPARISON,
+    EVALUATION,
+    evaluation_names,
+    result_name,
+)
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder, is_remote
 
-EVALUATION = "evaluation"
-COMPARISON = "comparison.json"
 RECALLS = ("tr@1", "tr@5", "tr@10", "ir@1", "ir@5", "ir@10", "r_mean")
-AVERAGE = "average"
 STRIP = 8
 """Pairs shown of each set on the page of a comparison."""
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError)
+"""Errors that JSON of another form raises while it is read."""
 
 
 class ReportError(UserError, ValueError):
     """There is nothing to report on, or it cannot be read."""
 
 
-def read_evaluations(run: RunFolder) -> tuple[list[dict[str, Any]], list[str]]:
-    """Every evaluation of a run, by name, and a note for each file that is none."""
+def read_evaluations(run: RunFolder) -> tuple[list[Json], list[str]]:
+    """Return every evaluation of a run, by name, and a note for each file that is none."""
     folder = run.folder / EVALUATION
     found, notes = [], []
-    for name in folder.names(".json"):
+    for name in evaluation_names(run.folder):
+        file = result_name(name)
         try:
-            found.append(
-                {"name": name.removesuffix(".json"), **_evaluation(folder.read_json(name))}
-            )
-        except (ValueError, LookupError, TypeError, AttributeError, OSError):
-            notes.append(f"{EVALUATION}/{name} is no evaluation that this version reads.")
+            found.append({"name": name, **_evaluation(folder.read_json(file))})
+        except UNREADABLE:
+            notes.append(f"{EVALUATION}/{file} is no evaluation that this version reads.")
     return found, notes
 
 
-def _evaluation(value: Any) -> dict[str, Any]:
-    """The parts of an evaluation that the page shows; raises what a missing or wrong part raises."""
+def _evaluation(value: Any) -> Json:
+    """Return the parts of an evaluation that the page shows. Raises one of UNREADABLE."""
     backbones = [
         {
             "name": str(backbone["name"]),
@@ -67,45 +73,49 @@ def _recalls(value: Any) -> dict[str, float | None]:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None: JSON of others may hold NaN."""
+    """Return a finite number, or None: JSON of other programs may hold NaN."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
-def read_comparison(folder: Folder) -> dict[str, Any]:
-    """comparison.json of a folder. Raises ReportError in one line if it is none."""
+def read_comparison(folder: Folder) -> Json:
+    """Return the comparison of a folder. Raises ReportError in one line if there is none."""
     try:
         value = folder.read_json(COMPARISON)
-        cells = [
-            {
-                "method": str(cell["method"]),
-                "pairs": int(cell["pairs"]),
-                "backbone": str(cell["backbone"]),
-                "mean": _recalls(cell["mean"]),
-                "std": _recalls(cell.get("std")),
-                "trials": int(cell.get("trials") or 0),
-                "set": str(cell.get("set") or ""),
-            }
-            for cell in value["cells"]
-        ]
         test = value.get("test") or {}
         return {
             "source": str(value.get("source", "")),
             "test": {name: test.get(name) for name in ("source", "images", "captions")},
             "protocol": str((value.get("protocol") or {}).get("name", "")),
             "seeds": value.get("seeds"),
-            "cells": cells,
+            "cells": [_cell(cell) for cell in value["cells"]],
             "notes": [str(note) for note in value.get("notes") or []],
         }
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+    except UNREADABLE as error:
         raise ReportError(
             f"{folder.full(COMPARISON)} cannot be read as a comparison ({error!r})"
         ) from error
 
 
-def comparison_beside(run: RunFolder) -> tuple[dict[str, Any], str] | None:
-    """The comparison that a run may be part of, and its own place in it ("" if it is not): here or up to two above."""
+def _cell(cell: Any) -> Json:
+    return {
+        "method": str(cell["method"]),
+        "pairs": int(cell["pairs"]),
+        "backbone": str(cell["backbone"]),
+        "mean": _recalls(cell["mean"]),
+        "std": _recalls(cell.get("std")),
+        "trials": int(cell.get("trials") or 0),
+        "set": str(cell.get("set") or ""),
+    }
+
+
+def comparison_beside(run: RunFolder) -> tuple[Json, str] | None:
+    """Return the comparison that a run may belong to, and the run's path in it.
+
+    The comparison is looked for in the run folder and up to two levels above; the path is "" if it
+    is in the run folder. None if there is no comparison.
+    """
     if is_remote(run.folder.path):
         return None
     base = run.folder.path
@@ -121,36 +131,60 @@ def comparison_beside(run: RunFolder) -> tuple[dict[str, Any], str] | None:
     return None
 
 
-def set_strips(
-    folder: Folder, comparison: dict[str, Any]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The first pairs of every set of a comparison, and a note on those that are not there."""
-    strips: list[dict[str, Any]] = []
-    missing = 0
-    seen: set[str] = set()
+def set_strips(folder: Folder, comparison: Json) -> tuple[list[Json], list[str]]:
+    """Return the first pairs of every set of a comparison, and a note on missing sets."""
+    cells: dict[str, Json] = {}
     for cell in comparison["cells"]:
-        path = cell["set"]
-        if not path or path in seen:
-            continue
-        seen.add(path)
-        if posixpath.isabs(path) or ".." in path.split("/") or "://" in path:
-            missing += 1  # only what lies below the comparison is its own
-            continue
-        try:
-            distilled = load_distilled((folder / path).path)
-            pairs = [
-                {"image": data_uri(distilled.image(pair)), "caption": distilled.captions[pair]}
-                for pair in range(min(STRIP, len(distilled)))
-            ]
-        except (DistilledSetError, OSError):
-            missing += 1
-            continue
-        strips.append(
-            {"set": path, "method": cell["method"], "pairs": cell["pairs"], "first": pairs}
-        )
-    notes = (
-        [f"The pairs of {missing:,} sets cannot be shown: the sets are not there."]
-        if missing
-        else []
-    )
-    return strips, notes
+        if cell["set"]:
+            cells.setdefault(cell["set"], cell)
+    strips = []
+    for path, cell in cells.items():
+        if (pairs := _first_pairs(folder, path)) is not None:
+            about = {"set": path, "method": cell["method"], "pairs": cell["pairs"]}
+            strips.append({**about, "first": pairs})
+    missing = len(cells) - len(strips)
+    note = f"The pairs of {missing:,} sets cannot be shown: the sets are not there."
+    return strips, [note] if missing else []
+
+
+def _first_pairs(folder: Folder, path: str) -> list[Json] | None:
+    """Return the first pairs of the set at `path`; None if it is not there.
+
+    Only what lies below the comparison is its own: no other path is followed.
+    """
+    if posixpath.isabs(path) or ".." in path.split("/") or "://" in path:
+        return None
+    try:
+        distilled = load_distilled((folder / path).path)
+        return [
+            {"image": data_uri(distilled.image(pair)), "caption": distilled.captions[pair]}
+            for pair in range(min(STRIP, len(distilled)))
+        ]
+    except (DistilledSetError, OSError):
+        return None
+
+
+def baselines(beside: tuple[Json, str] | None, pairs: int, evaluations: list[Json]) -> Json | None:
+    """Return this run among the methods of its comparison, at the same number of pairs.
+
+    `beside` is what `comparison_beside` returned. None if there is nothing to compare with.
+    """
+    if beside is None:
+        return None
+    comparison, own = beside
+    bars = [
+        {
+            "method": cell["method"],
+            "mean": cell["mean"],
+            "std": cell["std"],
+            "own": bool(own) and cell["set"] == own,
+        }
+        for cell in comparison["cells"]
+        if cell["pairs"] == pairs and cell["backbone"] == AVERAGE
+    ]
+    if not bars:
+        return None
+    if not any(bar["own"] for bar in bars) and evaluations:
+        mine = evaluations[0]
+        bars.append({"method": "this run", "mean": mine["mean"], "std": mine["std"], "own": True})
+    return {"bars": bars, "pairs": pairs, "protocol": comparison["protocol"]}

@@ -1,7 +1,7 @@
-"""The charts of a report: plain values -> Plotly figures as JSON.
+"""The charts of a report: plain values to Plotly figures as JSON.
 
-Colours are those of PALETTE and nothing else: the page exchanges them for their partners when the reader's scheme is
-dark. Every series has a marker shape or a hatch of its own beside its colour.
+All colours are in PALETTE: the page exchanges them for their partners in a dark colour scheme.
+Every series has a marker shape or a hatch of its own besides its colour.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ BINS = 40
 
 
 def plain(text: str) -> str:
-    """Text of strangers as Plotly text: it takes part of HTML for markup, so that is escaped."""
+    """Escape untrusted text for Plotly, which takes a part of HTML for markup."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def run_figures(report: Json) -> Json:
-    """Name -> figure of a run; only those that there is data for."""
+    """Return name -> figure of a run, for the figures that there is data for."""
     found: Json = {}
     clusters, plane = report["clusters"], report["space"]
     if clusters:
@@ -93,7 +93,10 @@ def run_figures(report: Json) -> Json:
 
 
 def comparison_figures(comparison: Json) -> Json:
-    """`lines B` for backbone number B, and `bars B P` for it and P pairs, in the order of `comparison_axes`."""
+    """Return the figures of a comparison, in the order of `comparison_axes`.
+
+    They are `lines-B` for backbone number B, and `bars-B-P` for it and P pairs.
+    """
     methods, backbones, pairs = comparison_axes(comparison)
     found: Json = {}
     for number, backbone in enumerate(backbones):
@@ -107,7 +110,7 @@ def comparison_figures(comparison: Json) -> Json:
 
 
 def comparison_axes(comparison: Json) -> tuple[list[str], list[str], list[int]]:
-    """Methods and backbones (the average first) in the order given, and numbers of pairs, ascending."""
+    """Return methods, backbones (the average first) and numbers of pairs (ascending)."""
     cells = comparison["cells"]
     methods = list(dict.fromkeys(cell["method"] for cell in cells))
     backbones = sorted(
@@ -117,7 +120,7 @@ def comparison_axes(comparison: Json) -> tuple[list[str], list[str], list[int]]:
 
 
 def _figure(traces: list[Any], label: str, height: int, **layout: Any) -> Json:
-    """A figure as the page wants it; `label` is what a screen reader says of it."""
+    """Return a figure in the page's style; `label` is its text for screen readers."""
     title = {"standoff": 8, "font": {"size": 13}}
     axis = {
         "title": title,
@@ -150,7 +153,7 @@ def _figure(traces: list[Any], label: str, height: int, **layout: Any) -> Json:
 
 
 def _hatch(number: int) -> Json:
-    """Colour and hatch of the number-th series of bars."""
+    """Return colour and hatch of the number-th series of bars."""
     return {
         "color": SERIES[number % len(SERIES)],
         "pattern": {
@@ -166,7 +169,7 @@ def _hatch(number: int) -> Json:
 
 
 def _histogram(values: np.ndarray, edges: np.ndarray) -> tuple[list[float], list[int], list[str]]:
-    """Centres, counts and names of whole-number bins."""
+    """Return centres, counts and names of whole-number bins."""
     counts, _ = np.histogram(values, edges)
     names = [
         f"{int(low):,}" if high - low == 1 else f"{int(low):,} to {int(high) - 1:,}"
@@ -176,7 +179,7 @@ def _histogram(values: np.ndarray, edges: np.ndarray) -> tuple[list[float], list
 
 
 def _edges(largest: int) -> np.ndarray:
-    """Edges of at most BINS bins of equal whole width from 0 to `largest`."""
+    """Return the edges of at most BINS bins of equal whole width from 0 to `largest`."""
     width = max(1, -(-(largest + 1) // BINS))
     return np.arange(0, largest + width + 1, width)
 
@@ -198,7 +201,8 @@ def _sizes(clusters: Json) -> Json:
             )
         )
     label = "Histogram of cluster sizes in pairs. " + " ".join(
-        f"{modality} clusters: smallest {values.min():,}, median {np.median(values):,.0f}, largest {values.max():,}."
+        f"{modality} clusters: smallest {values.min():,}, median {np.median(values):,.0f}, "
+        f"largest {values.max():,}."
         for modality, values in both.items()
     )
     axes = {
@@ -218,7 +222,10 @@ def _shared(clusters: Json) -> Json:
         customdata=names,
         hovertemplate="%{customdata} shared pairs: %{y:,} couples<extra></extra>",
     )
-    label = f"Histogram of the pairs that couples share: median {np.median(values):,.0f}, largest {values.max():,}."
+    label = (
+        f"Histogram of the pairs that couples share: median {np.median(values):,.0f}, "
+        f"largest {values.max():,}."
+    )
     axes = {
         "xaxis": {"title": {"text": "pairs shared by a couple"}},
         "yaxis": {"title": {"text": "couples"}},
@@ -228,11 +235,7 @@ def _shared(clusters: Json) -> Json:
 
 def _contingency(clusters: Json) -> Json:
     table = np.asarray(clusters["table"])
-    couples = clusters["couples"]
     largest = max(int(table.max()), 1)
-    ticks = [
-        value for power in range(8) for value in (10**power, 3 * 10**power) if value <= largest
-    ]
     filled = table > 0
     z = np.where(filled, np.log10(np.maximum(table, 1)).round(3), np.nan)
     heat = go.Heatmap(
@@ -245,48 +248,51 @@ def _contingency(clusters: Json) -> Json:
         zmin=0,
         zmax=max(float(np.log10(largest)), 0.1),
         hoverongaps=False,
-        hovertemplate="image cluster of couple %{y}<br>text cluster of couple %{x}<br>%{text} pairs<extra></extra>",
-        colorbar={
-            "tickvals": [float(np.log10(value)) for value in ticks],
-            "ticktext": [f"{value:,}" for value in ticks],
-            "tickangle": 0,
-            "thickness": 10,
-            "outlinewidth": 0,
-            "orientation": "h",
-            "len": 1,
-            "x": 0,
-            "xanchor": "left",
-            "y": 1.01,
-            "yanchor": "bottom",
-        },
+        hovertemplate="image cluster of couple %{y}<br>text cluster of couple %{x}<br>"
+        "%{text} pairs<extra></extra>",
+        colorbar=_log_scale(largest),
     )
     inside, total = int(np.trace(table)), int(table.sum())
     label = (
-        f"Heat map of the contingency table of {len(couples)} couples: {inside:,} of the {total:,} pairs in it lie on "
-        "the diagonal, in matched clusters."
+        f"Heat map of the contingency table of {len(table)} couples: {inside:,} of the {total:,} "
+        "pairs in it lie on the diagonal, in matched clusters."
     )
-    return _figure(
-        [heat],
-        label,
-        640,
-        xaxis={
-            "title": {"text": "text clusters, in the order of couples"},
-            "automargin": False,
-            "zeroline": False,
-        },
-        yaxis={
+    axis = {"automargin": False, "zeroline": False}
+    layout = {
+        "xaxis": {"title": {"text": "text clusters, in the order of couples"}, **axis},
+        "yaxis": {
             "title": {"text": "image clusters, in the order of couples"},
             "autorange": "reversed",
-            "automargin": False,
-            "zeroline": False,
+            **axis,
         },
-        margin={"l": 58, "r": 12, "t": 44, "b": 48, "pad": 2},
-        meta={"square": True},
-    )
+        "margin": {"l": 58, "r": 12, "t": 44, "b": 48, "pad": 2},
+        "meta": {"square": True},
+    }
+    return _figure([heat], label, 640, **layout)
+
+
+def _log_scale(largest: int) -> Json:
+    """Return a colour bar above the chart for the decimal logarithms of 1 to `largest`."""
+    ticks = [
+        value for power in range(8) for value in (10**power, 3 * 10**power) if value <= largest
+    ]
+    return {
+        "tickvals": [float(np.log10(value)) for value in ticks],
+        "ticktext": [f"{value:,}" for value in ticks],
+        "tickangle": 0,
+        "thickness": 10,
+        "outlinewidth": 0,
+        "orientation": "h",
+        "len": 1,
+        "x": 0,
+        "xanchor": "left",
+        "y": 1.01,
+        "yanchor": "bottom",
+    }
 
 
 def _hover(number: int, caption: str) -> str:
-    """A caption in a few lines, as text."""
+    """Return a caption in a few lines, escaped."""
     lines, line = [], ""
     for word in caption[: HOVER_WIDTH * HOVER_LINES].split():
         for piece in (word[at : at + HOVER_WIDTH] for at in range(0, len(word), HOVER_WIDTH)):
@@ -300,50 +306,38 @@ def _hover(number: int, caption: str) -> str:
 
 
 def _map(plane: Json, captions: list[str], rows: str, prototypes: str) -> Json:
-    sample, ours = (
-        np.asarray(plane["sample"], np.float32),
-        np.asarray(plane["prototypes"], np.float32),
-    )
+    sample = np.asarray(plane["sample"], np.float32)
+    ours = np.asarray(plane["prototypes"], np.float32)
     first, second = plane["explained"]
+    grey = {"size": 4, "color": FADED, "opacity": 0.45, "symbol": "circle"}
+    marked = {
+        "size": 9 if len(ours) <= 300 else 6,
+        "color": SERIES[1],
+        "symbol": "diamond",
+        "line": {"width": 1, "color": PAPER},
+    }
+    hovers = [_hover(number, caption) for number, caption in enumerate(captions)]
+    named = {"text": hovers, "hovertemplate": "%{text}<extra></extra>"}
     traces = [
-        go.Scatter(
-            x=sample[:, 0],
-            y=sample[:, 1],
-            mode="markers",
-            name=rows,
-            hoverinfo="skip",
-            marker={"size": 4, "color": FADED, "opacity": 0.45, "symbol": "circle"},
-        ),
-        go.Scatter(
-            x=ours[:, 0],
-            y=ours[:, 1],
-            mode="markers",
-            name=prototypes,
-            text=[_hover(number, caption) for number, caption in enumerate(captions)],
-            hovertemplate="%{text}<extra></extra>",
-            marker={
-                "size": 9 if len(ours) <= 300 else 6,
-                "color": SERIES[1],
-                "symbol": "diamond",
-                "line": {"width": 1, "color": PAPER},
-            },
-        ),
+        _points(sample, rows, grey, hoverinfo="skip"),
+        _points(ours, prototypes, marked, **named),
     ]
     label = (
-        f"Scatter plot of {len(sample):,} {rows} and {len(ours):,} {prototypes} in the first two principal components, "
-        f"which explain {first:.1%} and {second:.1%} of the variance."
+        f"Scatter plot of {len(sample):,} {rows} and {len(ours):,} {prototypes} in the first two "
+        f"principal components, which explain {first:.1%} and {second:.1%} of the variance."
     )
-    return _figure(
-        traces,
-        label,
-        440,
-        xaxis={
-            "title": {"text": f"first component, {first:.1%} of the variance"},
-            "zeroline": False,
-        },
-        yaxis={"title": {"text": f"second component, {second:.1%}"}, "zeroline": False},
-        meta={"zoom": True},
-    )
+    across, up = f"first component, {first:.1%} of the variance", f"second component, {second:.1%}"
+    axes = {
+        "xaxis": {"title": {"text": across}, "zeroline": False},
+        "yaxis": {"title": {"text": up}, "zeroline": False},
+    }
+    return _figure(traces, label, 440, meta={"zoom": True}, **axes)
+
+
+def _points(points: np.ndarray, name: str, marker: Json, **hover: Any) -> Any:
+    """Return a trace of points [n, 2]."""
+    x, y = points.T
+    return go.Scatter(x=x, y=y, mode="markers", name=name, marker=marker, **hover)
 
 
 def _seconds(stages: list[Json]) -> Json:
@@ -413,7 +407,10 @@ def _value_bars(
     kinds: list[int],
     label: str,
 ) -> Json:
-    """A bar for each value, of the colour and hatch that `kinds` says: a trace each, as a trace has one hatch."""
+    """Return a chart with a bar per value, whose colour and hatch are number `kinds`.
+
+    Each bar is a trace of its own, as a trace has only one hatch.
+    """
     bars = [
         go.Bar(
             x=[mean],
@@ -485,13 +482,18 @@ def _lines(cells: list[Json], methods: list[str], several: bool) -> Json:
                     "size": 9,
                     "color": color,
                 },
-                hovertemplate="%{x:,} pairs: %{y:.1f} ± %{error_y.array:.1f} %<extra>%{fullData.name}</extra>",
+                hovertemplate="%{x:,} pairs: %{y:.1f} ± %{error_y.array:.1f} %"
+                "<extra>%{fullData.name}</extra>",
             )
         )
     counts = sorted({cell["pairs"] for cell in cells})
+    label = (
+        "Line chart of the mean recall of each method over the number of pairs; "
+        "the figures are in the table."
+    )
     return _figure(
         traces,
-        "Line chart of the mean recall of each method over the number of pairs; the figures are in the table.",
+        label,
         400,
         xaxis={
             "title": {"text": "pairs"},

@@ -1,7 +1,8 @@
-"""One HTML file from what was gathered: it stands alone, asks the network for nothing, and runs only its own scripts.
+"""One HTML file that stands alone: it sends no requests and runs only its own scripts.
 
-Data of strangers (captions, keys, names of sources) reaches the page as JSON in a data block and from there as text
-nodes. The policy in the page's head allows two scripts by their hashes: report.js and Plotly.
+Untrusted data (captions, keys, names of sources) reaches the page as JSON in a data block and from
+there as text nodes. The policy in the page's head allows two scripts by their hashes: report.js and
+Plotly.
 """
 
 from __future__ import annotations
@@ -18,21 +19,22 @@ from plotly.offline import get_plotlyjs
 from pds_ray.report.evaluations import ReportError
 from pds_ray.report.figures import PALETTE, comparison_axes, comparison_figures, run_figures
 from pds_ray.report.gather import gather
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
 from pds_ray.telemetry.progress import progress_bar
 
-NAME = "report.html"
 _ONLY_FOR_FIGURES = ("clusters", "space", "baselines")
 
 
 def write_report(path: str, out: str | None = None, quick: bool = False) -> str:
-    """Writes the report of a run folder or comparison, by default into it; returns where it is.
+    """Write the report of a run folder or comparison, by default into it; return its path.
 
-    `quick` leaves out what takes long on a very large run. Raises ReportError in one line if there is nothing there.
+    `quick` leaves out what takes long on a very large run. Raises ReportError in one line if there
+    is nothing to report on, or if the page cannot be written.
     """
     with progress_bar("report", None, "steps") as bar:
         page = render(gather(path, quick, bar.update))
-    folder, _, name = out.rpartition("/") if out else (path, "", NAME)
+    folder, _, name = out.rpartition("/") if out else (path, "", RunFolder.REPORT)
     target = Folder(folder or ("/" if out and out.startswith("/") else "."))
     try:
         target.write_bytes(name, page.encode())
@@ -44,7 +46,7 @@ def write_report(path: str, out: str | None = None, quick: bool = False) -> str:
 
 
 def render(report: dict[str, Any]) -> str:
-    """The page of what `gather` returned."""
+    """Return the page of what `gather` returned."""
     if report["kind"] == "run":
         figures = run_figures(report)
         shown = {name: value for name, value in report.items() if name not in _ONLY_FOR_FIGURES}
@@ -73,7 +75,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _cluster_figures(clusters: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What the page says of the clusters in words; the arrays are in the charts."""
+    """Return the figures that the page's text gives; the arrays are in the charts."""
     if clusters is None:
         return None
     words = (
@@ -89,13 +91,13 @@ def _cluster_figures(clusters: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _data(value: Any) -> str:
-    """JSON that cannot end the script element it stands in, nor begin another, whatever its strings hold."""
+    """Return JSON that can neither end the script element around it nor begin another one."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _script(text: str) -> str:
-    """A script as it stands in the page, and as its hash is taken: parsers turn every line end into a line feed."""
+    """Return a script as it stands in the page and is hashed: parsers see only line feeds."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if "</script" in text.lower() or "<!--" in text:
         raise ValueError("a script that cannot stand inside a page")

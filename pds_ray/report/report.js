@@ -1,4 +1,4 @@
-// Draws the report from the JSON beside it. Texts of strangers become text nodes, never markup.
+// Draws the report from the JSON beside it. Untrusted text becomes text nodes, never markup.
 "use strict";
 (() => {
   const PAGE = 60; // cards built at a time
@@ -52,10 +52,10 @@
     return Object.entries(value).flatMap(([name, inner]) => flat(inner, prefix ? `${prefix}.${name}` : name));
   }
 
-  function picture(source, alt, size) {
-    if (!source) return el("div", { class: "picture gone" }, "no picture");
+  function imageElement(source, alt, size) {
+    if (!source) return el("div", { class: "image gone" }, "no image");
     const [width, height] = size || [null, null];
-    return el("img", { class: "picture", src: source, alt, loading: "lazy", decoding: "async", width, height });
+    return el("img", { class: "image", src: source, alt, loading: "lazy", decoding: "async", width, height });
   }
 
   // ---------------------------------------------------------------- charts: Plotly starts when the first comes near
@@ -248,7 +248,7 @@
         el(
           "button",
           { class: "card", type: "button", "data-pair": pair.pair, "aria-haspopup": "dialog", "aria-label": `Pair ${pair.pair}: ${pair.caption}`, on: { click: () => open(pair) } },
-          picture(pair.image, "", pair.size),
+          imageElement(pair.image, "", pair.size),
           pair.nearest.length ? el("span", { class: "near", "aria-hidden": "true" }, pair.nearest.map((item) => neighbour(item, false))) : null,
           el("span", { class: "words", dir: "auto" }, marked(pair.caption)),
           el("span", { class: "figures" }, el("span", {}, `№ ${pair.pair}`), known(pair.cosine) ? el("span", {}, `cos ${cosine(pair.cosine)}`) : null, known(pair.shared) ? el("span", {}, `${count(pair.shared)} shared`) : null),
@@ -270,7 +270,7 @@
         el(
           "div",
           { class: "detail" },
-          el("div", {}, picture(pair.image, `picture of pair ${pair.pair}`, pair.size)),
+          el("div", {}, imageElement(pair.image, `image of pair ${pair.pair}`, pair.size)),
           el(
             "div",
             {},
@@ -278,7 +278,7 @@
             values([
               ...(known(pair.cosine) ? [["cosine of prototypes", cosine(pair.cosine)]] : []),
               ...(known(pair.shared) ? [["shared pairs", count(pair.shared)]] : []),
-              ...(pair.size ? [["picture", `${pair.size[0]} × ${pair.size[1]} pixels`]] : []),
+              ...(pair.size ? [["image", `${pair.size[0]} × ${pair.size[1]} pixels`]] : []),
               ...Object.entries(pair.details).filter(([name]) => !(pair.nearest.length && name.startsWith("nearest"))).map(([name, value]) => [name.replaceAll("_", " "), typeof value === "object" ? JSON.stringify(value) : String(value)]),
             ]),
             pair.nearest.length ? el("h3", {}, pair.nearest.length > 1 ? "Nearest real images" : "Nearest real image") : null,
@@ -319,7 +319,7 @@
     section(
       "pairs",
       "The pairs",
-      el("p", { class: "quiet" }, (nearest ? "Under each picture stand the real images nearest to its image prototype, with their cosines." : "A picture and its caption make a pair.") + some),
+      el("p", { class: "quiet" }, (nearest ? "Under each image stand the real images nearest to its image prototype, with their cosines." : "An image and its caption make a pair.") + some),
       el("div", { class: "tools", role: "search" }, el("label", {}, "Search the captions", search), el("label", {}, "Sort by", sort), nearest ? el("label", { class: "check" }, toggle, "nearest images") : null),
       el("div", { class: "status" }, found, pagers[0]),
       cards,
@@ -476,7 +476,7 @@
     if (data.strips.length) {
       section("sets", "First pairs of each set", data.strips.map(({ method, pairs: size, first }) =>
         el("div", { class: "strip" }, el("h3", {}, `${method}, ${plural(size, "pair", "pairs")}`),
-          el("ol", { tabindex: "0", "aria-label": `First pairs of ${method}` }, first.map(({ image, caption }) => el("li", {}, picture(image, ""), el("p", { dir: "auto", title: caption }, caption)))))));
+          el("ol", { tabindex: "0", "aria-label": `First pairs of ${method}` }, first.map(({ image, caption }) => el("li", {}, imageElement(image, ""), el("p", { dir: "auto", title: caption }, caption)))))));
     }
   }
 

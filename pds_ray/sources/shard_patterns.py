@@ -28,7 +28,7 @@ from pds_ray.store.storage import (
     is_remote,
     open_filesystem,
     open_stream,
-    patiently,
+    with_retries,
 )
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -209,7 +209,7 @@ class _Store:
         if folder not in self._listings:
             selector = pafs.FileSelector(folder, allow_not_found=True)
             try:
-                infos = patiently(
+                infos = with_retries(
                     lambda: self._filesystem.get_file_info(selector), self.location(folder)
                 )
             except NotADirectoryError:

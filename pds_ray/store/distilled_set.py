@@ -1,11 +1,11 @@
-"""The distilled set: a folder that other people's tools read without us.
+"""The distilled set: a folder that other tools read without pds_ray.
 
 distilled/
   README.md                    card: source, method, configuration, counts
   manifest.json                SHA-256 and size of every other file; written last
-  imagefolder/metadata.jsonl   file_name, text, and what is known of each pair   (Hugging Face `imagefolder`)
-  imagefolder/000000.png ...
-  webdataset/000000.tar ...    KEY.png, KEY.txt, KEY.json                        (`webdataset`)
+  imagefolder/metadata.jsonl   file_name, text and metadata of each pair, for Hugging Face
+  imagefolder/000000.png ...   `imagefolder`
+  webdataset/000000.tar ...    KEY.png, KEY.txt, KEY.json, for `webdataset`
   prototypes.safetensors       image_prototypes, text_prototypes float32 [B, d]
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -26,100 +26,161 @@ from pds_ray.store.storage import Folder
 
 SET_SCHEMA_VERSION = 1
 
+DISTILLED = "distilled"
+"""Name of the set below its run folder."""
 MANIFEST, CARD, PROTOTYPES = "manifest.json", "README.md", "prototypes.safetensors"
+METADATA = "imagefolder/metadata.jsonl"
 
-METADATA = "metadata.jsonl"
+
+def image_path(file_name: str) -> str:
+    """Return the name of an image below the set, from the file name in its record."""
+    return f"imagefolder/{file_name}"
+
+
+def tar_path(number: int) -> str:
+    """Return the name of the number-th tar below the set."""
+    return f"webdataset/{number:06d}.tar"
 
 
 class DistilledSetError(UserError, ValueError):
-    """A folder that is no distilled set, or a damaged one."""
+    """A folder is no distilled set, or a damaged one."""
+
+
+class _DamageError(Exception):
+    """A distilled set is damaged; the message says how."""
+
+
+class Record(TypedDict, total=False):
+    """Metadata of one pair. Fields that a set does not have are None or absent."""
+
+    file_name: str
+    pair: int
+    text: str
+    prompt: str
+    """The caption that the image was decoded with, where `text` is another one."""
+    cosine: float
+    """Cosine between the two prototypes; of a chosen pair, between its image and caption."""
+    member_norm: float
+    """Mean norm of the averaged image embeddings."""
+    caption_shard: str
+    caption_key: str
+    """Place of `text` in the source; of a chosen pair, its own place."""
+    caption_cosine: float
+    image_cluster: int | None
+    text_cluster: int | None
+    shared: int | None
+    """Number of pairs in both clusters."""
+    nearest_shard: str | None
+    nearest_key: str | None
+    nearest_cosine: float | None
+    """The real image nearest to the image prototype."""
+    members: list[str] | None
+    """Some of the averaged pairs, as shard/key."""
+
+
+PROTOTYPE_FIELDS = (
+    "image_cluster",
+    "text_cluster",
+    "shared",
+    "nearest_shard",
+    "nearest_key",
+    "nearest_cosine",
+    "members",
+)
+"""Fields that the pairs of a selection do not have: they are no averages of clusters."""
 
 
 @dataclass(frozen=True)
 class DistilledSet:
-    """A distilled set in memory but for its pictures, which are read on demand."""
+    """A distilled set in memory, except for its images, which are read on demand."""
 
     folder: Folder
     captions: list[str]
-    """B captions, in order; "" where a set has none."""
+    """B captions, in order; "" for a pair that has none."""
     image_prototypes: np.ndarray
     """float32 [B, d], un-normalised."""
     text_prototypes: np.ndarray
     """float32 [B, d], un-normalised."""
-    records: list[dict[str, Any]]
+    records: list[Record]
     """The metadata of each pair."""
     manifest: dict[str, Any]
 
     def __len__(self) -> int:
         return len(self.captions)
 
+    @property
+    def is_selection(self) -> bool:
+        """True if the pairs are real ones that were chosen, so that nothing was averaged."""
+        return _is_selection(self.manifest)
+
     def image(self, pair: int) -> Image.Image:
-        """RGB picture of one pair. Raises DistilledSetError in one line if it is not the one that was written."""
-        name = "imagefolder/" + self.records[pair]["file_name"]
+        """Return the RGB image of one pair.
+
+        Raises DistilledSetError in one line if it is gone or not the one that was written.
+        """
+        name = image_path(self.records[pair]["file_name"])
+        place = self.folder.full(name)
         try:
             data = self.folder.read_bytes(name)
         except OSError as error:
-            raise DistilledSetError(
-                f"{self.folder.full(name)} cannot be read ({error.strerror})"
-            ) from error
+            raise DistilledSetError(f"{place} cannot be read ({error.strerror})") from error
         if hashlib.sha256(data).hexdigest() != self.manifest["files"][name]["sha256"]:
-            raise DistilledSetError(f"{self.folder.full(name)} is not the picture that was written")
+            raise DistilledSetError(f"{place} is not the image that was written")
         try:
             return decode_image(data, min_side=1)
         except ImageError as error:
-            raise DistilledSetError(
-                f"{self.folder.full(name)} is no usable picture ({error})"
-            ) from error
+            raise DistilledSetError(f"{place} is no usable image ({error})") from error
 
 
 def load_distilled(path: str) -> DistilledSet:
-    """Reads a distilled set, or the one in a run folder. Raises DistilledSetError in one line if there is none."""
+    """Read a distilled set, or the one in a run folder.
+
+    Raises DistilledSetError in one line if there is none, or if it is damaged.
+    """
     folder = Folder(path)
-    if not folder.exists(MANIFEST) and (folder / "distilled").exists(MANIFEST):
-        folder = folder / "distilled"
+    if not folder.exists(MANIFEST) and (folder / DISTILLED).exists(MANIFEST):
+        folder = folder / DISTILLED
     if not folder.exists(MANIFEST):
         raise DistilledSetError(
             f"{path} is no distilled set: it has no {MANIFEST} (is the run finished?)"
         )
     try:
-        manifest = folder.read_json(MANIFEST)
-        metadata, prototypes = (
-            (folder / "imagefolder").read_bytes(METADATA),
-            folder.read_bytes(PROTOTYPES),
-        )
-        files, pairs = manifest["files"], manifest["pairs"]
-        for name, data in ((f"imagefolder/{METADATA}", metadata), (PROTOTYPES, prototypes)):
-            if hashlib.sha256(data).hexdigest() != files[name]["sha256"]:
-                raise DistilledSetError(
-                    f"{path} is a damaged distilled set: {name} is not the file that was written"
-                )
-        rows = [json.loads(line) for line in metadata.decode().split("\n") if line]
-        tensors = load_safetensors(prototypes)
-        image, text = tensors["image_prototypes"], tensors["text_prototypes"]
-        pictures = {row["file_name"] for row in rows}
-        if unlisted := {f"imagefolder/{name}" for name in pictures}.difference(files):
-            raise DistilledSetError(
-                f"{path} is a damaged distilled set: its manifest does not list {min(unlisted)}"
-            )
-        if not isinstance(manifest["about"], dict):
-            raise DistilledSetError(
-                f"{path} is a damaged distilled set: its manifest does not say what it is about"
-            )
-        images = folder / "imagefolder"  # listings of object stores may be behind
-        missing = {
-            name for name in pictures.difference(images.names(".png")) if not images.exists(name)
-        }
-        captions = [row.get("text") or "" for row in rows]
-    except DistilledSetError:
-        raise
+        return _read(folder)
+    except _DamageError as damage:
+        raise DistilledSetError(f"{path} is a damaged distilled set: {damage}") from None
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DistilledSetError(f"{path} is a damaged distilled set ({error!r})") from error
-    if not len(rows) == pairs == len(image) == len(text):
-        raise DistilledSetError(
-            f"{path} is a damaged distilled set: its files disagree on the number of pairs"
-        )
-    if missing:
-        raise DistilledSetError(
-            f"{path} is a damaged distilled set: {len(missing)} pictures are gone ({min(missing)})"
-        )
+
+
+def _read(folder: Folder) -> DistilledSet:
+    manifest = folder.read_json(MANIFEST)
+    metadata, prototypes = folder.read_bytes(METADATA), folder.read_bytes(PROTOTYPES)
+    for name, data in ((METADATA, metadata), (PROTOTYPES, prototypes)):
+        if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
+            raise _DamageError(f"{name} is not the file that was written")
+    rows = [json.loads(line) for line in metadata.decode().split("\n") if line]
+    tensors = load_safetensors(prototypes)
+    image, text = tensors["image_prototypes"], tensors["text_prototypes"]
+    file_names = {row["file_name"] for row in rows}
+    if unlisted := set(map(image_path, file_names)).difference(manifest["files"]):
+        raise _DamageError(f"its manifest does not list {min(unlisted)}")
+    if not isinstance(manifest["about"], dict):
+        raise _DamageError("its manifest does not say what it is about")
+    captions = [row.get("text") or "" for row in rows]
+    if not len(rows) == manifest["pairs"] == len(image) == len(text):
+        raise _DamageError("its files disagree on the number of pairs")
+    if missing := _missing_images(folder, file_names):
+        raise _DamageError(f"{len(missing)} images are gone ({min(missing)})")
+    if _is_selection(manifest):  # its rows hold the chosen pair in place of what it does not have
+        rows = [{**row, **dict.fromkeys(PROTOTYPE_FIELDS)} for row in rows]
     return DistilledSet(folder, captions, image, text, rows, manifest)
+
+
+def _missing_images(folder: Folder, file_names: set[str]) -> set[str]:
+    """Return the file names without an image; a store may list an image late, hence two looks."""
+    listed = (folder / METADATA.rpartition("/")[0]).names()
+    return {name for name in file_names.difference(listed) if not folder.exists(image_path(name))}
+
+
+def _is_selection(manifest: dict[str, Any]) -> bool:
+    return "selection" in manifest["about"]

@@ -1,4 +1,4 @@
-"""The store of embeddings: three tables and a commit marker per shard."""
+"""The embedding store: three tables and a commit marker per shard."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ class EmbeddingStore:
 
     folder: Folder
     fingerprint: str = ""
-    """Of what the embeddings are made from; a marker with another one counts for nothing."""
+    """Hash of what the embeddings are made from; markers with another one are ignored."""
 
-    IMAGES, CAPTIONS, ERRORS, MARKER = (
-        ".images.parquet",
-        ".captions.parquet",
-        ".errors.parquet",
-        ".json",
-    )
+    IMAGES, CAPTIONS, ERRORS = ".images.parquet", ".captions.parquet", ".errors.parquet"
+    MARKER = ".json"
     FAILED = ".failed"
     STORE = "store"
 
     @property
     def parts(self) -> Folder:
-        """Pieces of shards not yet committed."""
+        """The parts of shards that are not committed yet."""
         return self.folder / "parts"
 
-    def committed(self, told: Callable[[], object] = lambda: None) -> dict[str, dict[str, Any]]:
-        """Shard name -> marker (counts, hashes) of the shards that are there.
+    @staticmethod
+    def part_name(shard: str, first: int, table: str) -> str:
+        """Return the name of one table of a part; `first` is the place of its first sample."""
+        return f"{shard}.{first:09d}.{table}.parquet"
 
-        A damaged marker is none, nor is one of files as another version of pds-ray writes them.
+    def committed(self, step: Callable[[], object] = lambda: None) -> dict[str, dict[str, Any]]:
+        """Return shard name -> marker (counts, hashes) of the committed shards.
 
-        `told` is called after each marker.
+        Corrupt markers and markers of another schema version are ignored. `step` is called after
+        each marker.
         """
         found = {}
         for shard, marker in self._each(self.MARKER, self._marker):
             if marker.get("fingerprint") == self.fingerprint:
                 found[shard] = marker
-            told()
+            step()
         return found
 
     def _each(
         self, suffix: str, read: Callable[[str], dict[str, Any]]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Shard name and what `read` makes of its file with that suffix, of all shards that have one."""
+        """Yield shard name and `read(file name)` for every file with that suffix."""
         names = self.folder.names(suffix)
         found = (side_by_side if is_remote(self.folder.path) else map)(read, names)
         return zip((name.removesuffix(suffix) for name in names), found, strict=True)
 
     def _marker(self, name: str) -> dict[str, Any]:
-        """A marker, empty if it is damaged or gone."""
+        """Return a marker; an empty one if it is corrupt or gone."""
         marker, shard = self._read(name), name.removesuffix(self.MARKER)
-        whole = (
+        valid = (
             all(isinstance(marker.get(field), kind) for field, kind in MARKER_FIELDS.items())
             and marker.get("schema") == STORE_SCHEMA_VERSION
             and marker["shard"] == shard
@@ -68,10 +68,10 @@ class EmbeddingStore:
             and marker["sha256"].keys()
             == {shard + table for table in (self.IMAGES, self.CAPTIONS, self.ERRORS)}
         )
-        return marker if whole else {}
+        return marker if valid else {}
 
     def _read(self, name: str) -> dict[str, Any]:
-        """A JSON object, empty if it is damaged, cannot be read or is gone."""
+        """Return a JSON object; an empty one if it is corrupt, unreadable or gone."""
         try:
             found = self.folder.read_json(name)
         except (ValueError, OSError):
@@ -79,12 +79,15 @@ class EmbeddingStore:
         return found if isinstance(found, dict) else {}
 
     def images(self, shard: str, columns: list[str] | None = None) -> pa.Table:
+        """Return the images of a shard, with the columns of `image_schema`."""
         return self.folder.read_table(shard + self.IMAGES, columns)
 
     def captions(self, shard: str, columns: list[str] | None = None) -> pa.Table:
+        """Return the pairs of a shard, with the columns of `caption_schema`."""
         return self.folder.read_table(shard + self.CAPTIONS, columns)
 
     def errors(self, shard: str) -> pa.Table:
+        """Return the bad samples of a shard, with the columns of `ERROR_SCHEMA`."""
         return self.folder.read_table(shard + self.ERRORS)
 
     def commit(
@@ -95,11 +98,10 @@ class EmbeddingStore:
         errors: pa.Table,
         info: dict[str, Any],
     ) -> None:
-        """Writes a shard's three files, then its marker: from then on the shard is there.
+        """Write the three files of a shard, then its marker, which commits it.
 
-        `info`: the counts and the precision, as in MARKER_FIELDS.
-
-        One that was there is not, until it is whole again: no marker ever stands beside files that it does not mean.
+        `info` holds the counts and the precision, as in MARKER_FIELDS. The marker of an earlier
+        commit is deleted first: no marker ever describes other files than those beside it.
         """
         self.folder.delete(shard + self.MARKER)
         hashes = {
@@ -113,17 +115,17 @@ class EmbeddingStore:
         self.folder.delete(shard + self.FAILED)
 
     def fail(self, shard: str, problem: str) -> None:
-        """Notes why a shard could not be read."""
+        """Record why a shard could not be read."""
         self.folder.write_json(shard + self.FAILED, {"shard": shard, "problem": problem})
 
     def failed(self) -> dict[str, str]:
-        """Shard name -> why it could not be read. A damaged note is none."""
+        """Return shard name -> why it could not be read. Corrupt records are ignored."""
         notes = self._each(self.FAILED, self._read)
         return {
             shard: note["problem"] for shard, note in notes if isinstance(note.get("problem"), str)
         }
 
     def forget(self, shard: str) -> None:
-        """Makes a shard look as if it had never been tried."""
+        """Delete a shard's marker and failure record, as if it had never been tried."""
         self.folder.delete(shard + self.MARKER)
         self.folder.delete(shard + self.FAILED)

@@ -1,4 +1,10 @@
-"""A run's sign of life: while the driver lives, it leaves in the run folder how far it is, for `pds-ray status`."""
+"""Heartbeat file of the driver: while it lives, its progress lies in the run folder.
+
+`pds-ray status` reads it. On an object store, which has no locks, it also keeps a second driver out
+of the run folder: a driver that sees the heartbeat of another one that is alive interrupts its own
+main thread (`_thread.interrupt_main`), which raises KeyboardInterrupt there as Ctrl-C does, once
+the thread runs Python code again.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +25,19 @@ from pds_ray.telemetry import log, progress
 
 BEAT_S = 10.0
 SILENT_S = 6 * BEAT_S
-"""After so long without a sign of life a driver counts as gone."""
+"""Age after which a driver without a new heartbeat counts as gone."""
 FORGOTTEN_S = 3_600.0
-"""A sign of life that is older is nobody's: no two clocks differ by so much."""
+"""Age from which a heartbeat is stale whatever the clocks say: no two differ by so much."""
 SETTLE_S = 3.0
-"""In which the signs of two drivers that begin at once are all written."""
+"""Time within which two drivers that start at once have both written their first heartbeat."""
 
 
 @contextmanager
 def beating(run: RunFolder) -> Iterator[None]:
-    """Writes the sign of life every `BEAT_S` seconds; takes it away at the end, however that comes.
+    """Write the heartbeat every `BEAT_S` seconds, and remove it when the block ends in any way.
 
-    An object store has no locks: there the sign of life of another driver keeps this one out of the folder.
+    On an object store the heartbeat of another driver keeps this one out of the folder, at the
+    start by StorageError, and later by `interrupt_main()`: KeyboardInterrupt in the main thread.
 
     Raises StorageError in one line if another driver is at work.
     """
@@ -44,101 +51,113 @@ def beating(run: RunFolder) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        with _told():  # an error that ended the run is not to be hidden by one of the cleaning
-            sign = read(run)
-            if sign is None or _is_mine(sign):
+        with _warned():  # an error of the clean-up must not hide the one that ended the run
+            beat = read(run)
+            if beat is None or _is_mine(beat):
                 run.folder.delete(RunFolder.HEARTBEAT)
 
 
 def _claim(run: RunFolder) -> None:
-    """Leaves a first sign once no other driver gives any; one that was killed is waited for until it counts as gone."""
+    """Write the first heartbeat once no other driver writes any.
+
+    A driver that was killed is waited for until it counts as gone.
+    """
     _wait_for_silence(run)
-    _sign(run)
+    _write(run)
     try:
         time.sleep(SETTLE_S)
-    except BaseException:  # interrupted: who comes next is not to wait for this one
+    except BaseException:  # interrupted: the next driver must not wait for this one
         run.folder.delete(RunFolder.HEARTBEAT)
         raise
-    sign = read(run)
-    if sign is not None and not _is_mine(sign):
-        raise _occupied(run, sign)  # begun at the same instant: one of the two has the last word
+    beat = read(run)
+    if beat is not None and not _is_mine(beat):
+        raise _occupied(run, beat)  # both started at once: one of the two has written last
 
 
 def _wait_for_silence(run: RunFolder) -> None:
+    """Return once no other driver writes heartbeats. Raises StorageError if one does."""
     first = read(run)
     if first is None or _is_mine(first) or abs(time.time() - first["written"]) >= FORGOTTEN_S:
         return
-    text = f"pds-ray: {_who(first)} may be at work in {run.folder.shown}; waiting to see whether it is gone"
+    text = (
+        f"pds-ray: {_who(first)} may be at work in {run.folder.shown}; "
+        "waiting to see whether it is gone"
+    )
     log.event("waiting_for_driver", text, "warning", host=first["host"], pid=first["pid"])
-    until = time.monotonic() + SILENT_S  # not by the two clocks, which may differ
+    until = time.monotonic() + SILENT_S  # by one clock: those of two machines may differ
     while time.monotonic() < until:
         time.sleep(BEAT_S / 2)
-        sign = read(run)
-        if sign is None:
+        beat = read(run)
+        if beat is None:
             return
-        if sign != first:
-            raise _occupied(run, sign)
+        if beat != first:
+            raise _occupied(run, beat)
 
 
-def _occupied(run: RunFolder, sign: dict[str, Any]) -> StorageError:
-    age = time.time() - sign["written"]
+def _occupied(run: RunFolder, beat: dict[str, Any]) -> StorageError:
+    age = time.time() - beat["written"]
     return StorageError(
-        f"{_who(sign)} is at work in {run.folder.shown}, heard of {age:.0f} s ago; wait for it or give another --out"
+        f"{_who(beat)} is at work in {run.folder.shown}, heard of {age:.0f} s ago; "
+        "wait for it or give another --out"
     )
 
 
-def _who(sign: dict[str, Any]) -> str:
-    return f"another driver (process {sign['pid']} on {sign['host']})"
+def _who(beat: dict[str, Any]) -> str:
+    return f"another driver (process {beat['pid']} on {beat['host']})"
 
 
-def _is_mine(sign: dict[str, Any]) -> bool:
-    """Also one of a process before this one that had its number: it is dead."""
-    return (sign["host"], sign["pid"]) == (socket.gethostname(), os.getpid())
+def _is_mine(beat: dict[str, Any]) -> bool:
+    """Return True for a heartbeat of this process, or of a dead one that had the same number."""
+    return (beat["host"], beat["pid"]) == (socket.gethostname(), os.getpid())
 
 
 def read(run: RunFolder) -> dict[str, Any] | None:
-    """The last sign of life (host, pid, time `written`, `progress`), if the driver left one and did not end."""
+    """Return the last heartbeat (host, pid, time `written`, `progress`) of a driver.
+
+    None if there is no driver, or none that came as far as its first heartbeat.
+    """
     if not run.folder.exists(RunFolder.HEARTBEAT):
         return None
     try:
         return run.folder.read_json(RunFolder.HEARTBEAT)
-    except (FileNotFoundError, ValueError):  # the driver has just ended, or died while it wrote
+    except (FileNotFoundError, ValueError):  # the driver has just ended, or died while writing
         return None
 
 
-def _sign(run: RunFolder) -> None:
+def _write(run: RunFolder) -> None:
     state = progress.current()
     who = {"host": socket.gethostname(), "pid": os.getpid()}
-    sign = {**who, "written": time.time(), "progress": state and asdict(state)}
-    run.folder.write_json(RunFolder.HEARTBEAT, sign)
+    beat = {**who, "written": time.time(), "progress": state and asdict(state)}
+    run.folder.write_json(RunFolder.HEARTBEAT, beat)
 
 
 def _beat(run: RunFolder, ended: threading.Event) -> None:
-    foreign: dict[str, Any] | None = None
+    """Write heartbeats until `ended` is set, or until another driver is seen alive.
+
+    Then the main thread is interrupted: of two drivers, the first that sees the other ends.
+    """
+    other: dict[str, Any] | None = None
     while True:
-        with _told():
-            sign = read(run) if is_remote(run.folder.path) else None
-            if sign is not None and not _is_mine(sign):
-                if (
-                    foreign is not None and sign != foreign
-                ):  # it lives: one that is only old stays what it was
-                    log.event(
-                        "another_driver",
-                        f"pds-ray: {_occupied(run, sign)}",
-                        "error",
-                        host=sign["host"],
-                    )
-                    _thread.interrupt_main()  # of the two the first to see it ends, as if by Ctrl-C
+        with _warned():
+            beat = read(run) if is_remote(run.folder.path) else None
+            if beat is not None and not _is_mine(beat):
+                if other is not None and beat != other:  # a stale heartbeat would not change
+                    text = f"pds-ray: {_occupied(run, beat)}"
+                    log.event("another_driver", text, "error", host=beat["host"])
+                    _thread.interrupt_main()
                     return
-                foreign = sign
-            _sign(run)
+                other = beat
+            _write(run)
         if ended.wait(BEAT_S):
             return
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """What keeps a sign from being written or removed is told. The run goes on; what it writes itself fails loudly."""
+def _warned() -> Iterator[None]:
+    """Log storage errors as a warning, and go on.
+
+    The run does not need its heartbeat; its own writes fail loudly.
+    """
     try:
         yield
     except (StorageError, OSError) as error:

@@ -1,7 +1,7 @@
-"""What was asked and what is done: fingerprints, and run.json.
+"""The run manifest, run.json: configuration, versions, and the status of each stage.
 
-A stage's fingerprint covers all that its bytes depend on. A stage is redone exactly when the fingerprint recorded for
-it differs from the one the current configuration and data give.
+A stage's fingerprint covers everything its bytes depend on. A stage is redone exactly if its
+recorded fingerprint differs from that of the current configuration and data.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ PACKAGES = (
 
 
 class ManifestError(UserError, ValueError):
-    """A run folder that belongs to something else, or cannot be read."""
+    """A run folder belongs to another configuration, or cannot be read."""
 
 
 def fingerprint(*parts: Any) -> str:
-    """Hex digest of JSON values; dictionaries compare without regard to order."""
+    """Return a hex digest of JSON values; the order of a dictionary does not count."""
     canonical = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide results; what is not installed is left out."""
+    """Return the versions of Python and of the installed packages that results depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -55,13 +55,19 @@ def versions() -> dict[str, str]:
 
 
 def rate(stage: dict[str, Any], count: str) -> float:
-    """Of a stage's entry in run.json: what it counts under that name, a second of its last sitting; 0 if unknown."""
+    """Return the rate of a stage's last session: its count of that name per second, 0 if unknown.
+
+    `stage` is its entry in run.json.
+    """
     done, seconds = stage.get("counts", {}).get(count), stage.get("sitting_s")
     return done / seconds if done and seconds else 0.0
 
 
 class RunManifest:
-    """run.json in memory; every change is written at once."""
+    """A run.json in memory; every change is written at once.
+
+    Raises ManifestError in one line if the file is damaged or no run manifest.
+    """
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
@@ -73,8 +79,9 @@ class RunManifest:
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 where = self.run.folder.full(RunFolder.MANIFEST)
                 raise ManifestError(
-                    f"{where} is not a run manifest, or a damaged one ({first_line(error)}); give another --out, or "
-                    "delete it: a run goes on without it from the shards that are embedded"
+                    f"{where} is not a run manifest, or a damaged one ({first_line(error)}); "
+                    "give another --out, or delete it: a run goes on without it from the shards "
+                    "that are embedded"
                 ) from error
 
     @property
@@ -82,34 +89,40 @@ class RunManifest:
         return self.data["stages"]
 
     def update(self, **values: Any) -> None:
-        """Sets top-level entries and writes."""
+        """Set top-level entries and write the file."""
         self.data.update(values)
         self.run.folder.write_json(RunFolder.MANIFEST, self.data)
 
-    def is_done(self, stage: str, print_: str) -> bool:
+    def is_done(self, stage: str, fingerprint: str) -> bool:
         entry = self.stages.get(stage, {})
-        return entry.get("fingerprint") == print_ and entry.get("status") == "done"
+        return entry.get("fingerprint") == fingerprint and entry.get("status") == "done"
 
     @classmethod
     def open(cls, path: str) -> RunManifest:
-        """That of a run which exists. Raises ManifestError in one line if `path` is no run folder or a damaged one."""
+        """Open the manifest of an existing run.
+
+        Raises ManifestError in one line if `path` is no run folder or a damaged one.
+        """
         run = RunFolder(Folder(path))
         if not run.folder.exists(RunFolder.MANIFEST):
             raise ManifestError(f"{path} is no run folder: it has no {RunFolder.MANIFEST}")
         return cls(run)
 
     def forget(self, *stages: str) -> None:
-        """Takes stages for never begun."""
+        """Clear the recorded status of stages."""
         if [stage for stage in stages if self.stages.pop(stage, None) is not None]:
             self.update()
 
-    def start(self, stage: str, print_: str) -> None:
-        """Records that a stage is under way; time spent on it by interrupted runs is kept, unless they were killed."""
+    def start(self, stage: str, fingerprint: str) -> None:
+        """Record that a stage is running.
+
+        The time that interrupted sessions spent on it is kept; that of killed ones is not known.
+        """
         entry = self.stages.get(stage, {})
-        spent = entry.get("seconds", 0.0) if entry.get("fingerprint") == print_ else 0.0
+        spent = entry.get("seconds", 0.0) if entry.get("fingerprint") == fingerprint else 0.0
         self.stages[stage] = {
             "status": "running",
-            "fingerprint": print_,
+            "fingerprint": fingerprint,
             "seconds": spent,
             "started": time.time(),
         }
@@ -117,13 +130,12 @@ class RunManifest:
         self.update()
 
     def stop(self, stage: str, status: str, counts: dict[str, Any] | None = None) -> None:
-        """Records how a stage ended: done, interrupted or failed."""
+        """Record the end of a stage: done, interrupted or failed."""
         entry = self.stages[stage]
-        sitting_s = time.monotonic() - self._began
-        entry["sitting_s"] = round(
-            sitting_s, 3
-        )  # for rates: what a killed sitting did is there, its time is not known
-        entry["seconds"] = round(entry["seconds"] + sitting_s, 3)
+        session_s = time.monotonic() - self._began
+        # rates need it: the work of a killed session is counted in the stage, its time is not
+        entry["sitting_s"] = round(session_s, 3)
+        entry["seconds"] = round(entry["seconds"] + session_s, 3)
         del entry["started"]
         entry["status"] = status
         if counts is not None:

@@ -1,31 +1,70 @@
-"""The data contract: every file of a run folder, its name, columns and meaning. No other module names a file.
+"""The data contract: every file of a run folder, its name, columns and meaning.
+
+Every file that a run leaves is named in pds_ray/store; the evaluation's and comparison's are in
+evaluation_folder.py, those of the portable result in distilled_set.py.
 
 N images, M captions (one pair per caption), d embedding width, K clusters, B distilled pairs.
 
-| file | rows | columns (dtype) | meaning |
-| --- | --- | --- | --- |
-| `run.json` | | | configuration, versions, stage status, counts, timings (see manifest.py) |
-| `shards.parquet` | shards | name, location (str), size (int64, null: not known), version (str) | the shards that the run began with, in order |
-| `embeddings/store` | | | JSON: what the embeddings were made from; guards reuse (no shard can take its name) |
-| `embeddings/S.images.parquet` | images of shard S | key (str), index (int32), embedding (bytes of f16/f32 [d], see `embedding_field`), width, height (int32) | raw, un-normalised CLIP image projections; index is the place in the shard |
-| `embeddings/S.captions.parquet` | pairs of shard S | key, image_row (int32), caption_index (int32), caption (str), embedding (as there), similarity (f32) | image_row points into S.images; similarity is the cosine to that image |
-| `embeddings/S.errors.parquet` | bad samples | key, reason, detail (str) | reason is one of sources.base.REASONS |
-| `embeddings/S.json` | | | commit marker, written last: schema, fingerprint, counts, SHA-256 of the three files |
-| `pruning/S.keep.parquet` | pairs of S | kept (bool) | in the row order of S.captions |
-| `clusters/image.safetensors`, `text.safetensors` | | centroids (f32 [K, d]) | k-means centroids in the clustered space; where cluster.modality is image or text, that one alone. Of a two-level fit also coarse (f32 [C, d]) and starts (int64 [C + 1]): cell c holds the centroids starts[c] to starts[c + 1] |
-| `clusters/joint.safetensors` | | centroids (f32 [K, 2d]) | where cluster.modality is joint, instead of the two |
-| `clusters/fits.json` | | | what the folder was made from, and what is to be told of each k-means that is finished |
-| `clusters/S.labels.parquet` | pairs of S | image_cluster, text_cluster (int32) | -1 for pairs pruned away; equal unless cluster.modality is separate |
-| `matching/couples.parquet` | couples | image_cluster, text_cluster (int32), shared (int64), pairless (bool), mean_cosine (f64) | the assignment |
-| `prototypes.parquet` | B | see `prototype_schema` | in the order of the distilled set |
-| `captions.parquet` | B | see `CHOSEN_CAPTION_SCHEMA` | the caption that the distilled set gives each pair |
-| `images/P.png` | | | the decoded picture of pair P |
-| `distilled/` | | | the portable result (stages/materialize.py) |
-| `report.html` | | | all of it as one page (report/page.py) |
+run.json
+    configuration, versions, stage status, counts and times (see manifest.py)
+heartbeat.json
+    progress of the driver while one works (see heartbeat.py)
+shards.parquet, one row per shard:
+name, location (str), size (int64, null if not known), version (str)
+    the shards that the run began with, in order
+hashes/STAGE.json
+    SHA-256 of each file that a finished stage left, by its name below the run folder
 
-Pairs are numbered from 0 in the order of falling prototype cosine; real pairs that a method other than pds chose, in the
-order of the picks, their own embeddings being their prototypes. Everything but run.json, report.html and shards.parquet (which
-tells versions of files) is a function of configuration, data and seed, byte for byte.
+embeddings/store
+    JSON: what the embeddings were made from; guards reuse (no shard can take its name)
+embeddings/S.images.parquet, one row per image of shard S:
+key (str), index (int32), embedding (bytes of f16/f32 [d], see `embedding_field`),
+width, height (int32)
+    raw, un-normalised CLIP image projections; index is the place in the shard
+embeddings/S.captions.parquet, one row per pair of S:
+key (str), image_row (int32), caption_index (int32), caption (str), embedding (as above),
+similarity (f32)
+    image_row points into S.images; similarity is the cosine to that image
+embeddings/S.errors.parquet, one row per bad sample: key, reason, detail (str)
+    reason is one of sources.base.REASONS
+embeddings/S.json
+    commit marker, written last: schema, fingerprint, counts, SHA-256 of the three files
+embeddings/S.failed
+    JSON: why shard S could not be read
+embeddings/parts/
+    the parts of shards that are not committed yet
+
+pruning/S.keep.parquet, one row per pair of S: kept (bool)
+    in the row order of S.captions
+clusters/image.safetensors, text.safetensors: centroids (f32 [K, d])
+    k-means centroids in the clustered space; where cluster.modality is image or text, only that
+    one. A two-level fit has also coarse (f32 [C, d]) and starts (int64 [C + 1]): cell c holds the
+    centroids starts[c] to starts[c + 1]
+clusters/joint.safetensors: centroids (f32 [K, 2d])
+    instead of the two, where cluster.modality is joint
+clusters/fits.json
+    what the folder was made from, and the figures of each finished k-means
+clusters/S.labels.parquet, one row per pair of S: image_cluster, text_cluster (int32)
+    -1 for pairs pruned away; equal unless cluster.modality is separate
+matching/couples.parquet, one row per image cluster and the text cluster matched to it:
+image_cluster, text_cluster (int32), shared (int64), pairless (bool), mean_cosine (f64)
+    the assignment
+
+prototypes.parquet, B rows, see `prototype_schema`
+    in the order of the distilled set
+images/P.png
+    the decoded image of pair P
+captions.parquet, B rows, see `CHOSEN_CAPTION_SCHEMA`
+    the caption that the distilled set gives each pair
+distilled/
+    the portable result (see distilled_set.py)
+report.html
+    all of it as one page (report/page.py)
+
+Pairs are numbered from 0 by falling prototype cosine. Real pairs that a selection chose are
+numbered in the order of the picks, and their own embeddings are their prototypes. Everything but
+run.json, report.html and shards.parquet (which records versions of files) is a function of
+configuration, data and seed, byte for byte.
 """
 
 from __future__ import annotations
@@ -40,6 +79,8 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from pds_ray.errors import first_line
+from pds_ray.store.distilled_set import DISTILLED
+from pds_ray.store.distilled_set import MANIFEST as SET_MANIFEST
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.schemas import KEEP_SCHEMA, LABEL_SCHEMA, SHARD_SCHEMA
 from pds_ray.store.storage import Folder, StorageError, is_remote, side_by_side
@@ -52,19 +93,25 @@ class RunFolder:
     folder: Folder
 
     MANIFEST = "run.json"
-    HEARTBEAT = "heartbeat.json"  # there while a driver works
+    HEARTBEAT = "heartbeat.json"
     SHARDS = "shards.parquet"
+    REPORT = "report.html"
     COUPLES, PROTOTYPES = "matching/couples.parquet", "prototypes.parquet"
-    CAPTIONS, SET_MANIFEST = "captions.parquet", "distilled/manifest.json"
+    CAPTIONS, SET_MANIFEST = "captions.parquet", f"{DISTILLED}/{SET_MANIFEST}"
+    FITS = "fits.json"
+    IMAGE_SUFFIX = ".png"
 
     def save_shards(self, shards: list[dict[str, Any]]) -> str:
-        """The shards that the run begins with, in order. Returns the SHA-256 of the file."""
+        """Write the shards that the run begins with, in order; return the file's SHA-256."""
         return self.folder.write_table(
             self.SHARDS, pa.Table.from_pylist(shards, schema=SHARD_SCHEMA)
         )
 
     def shards(self) -> list[dict[str, Any]]:
-        """Those that the run began with; none if it has not. Raises StorageError in one line if they cannot be read."""
+        """Return the shards that the run began with, an empty list if it has not begun.
+
+        Raises StorageError in one line if the file cannot be read.
+        """
         if not self.folder.exists(self.SHARDS):
             return []
         try:
@@ -82,20 +129,20 @@ class RunFolder:
     def cluster_files(self, spaces: Iterable[str], shards: Iterable[str]) -> list[str]:
         """Return the names below the run folder of what clustering some spaces leaves."""
         centroids, labels = map(self.centroids_name, spaces), map(self.labels_name, shards)
-        return [f"clusters/{name}" for name in ("fits.json", *centroids, *labels)]
+        return [f"clusters/{name}" for name in (self.FITS, *centroids, *labels)]
 
     def image_files(self, pairs: int) -> list[str]:
         """Return the names below the run folder of the images of the first `pairs` pairs."""
         return [f"images/{self.image_name(pair)}" for pair in range(pairs)]
 
     def hash_files(
-        self, names: list[str], told: Callable[[], object] = lambda: None
+        self, names: list[str], step: Callable[[], object] = lambda: None
     ) -> dict[str, str]:
-        """SHA-256 of files by their names below the run folder; parts that killed workers left beside them go.
+        """Return the SHA-256 of files by their names below the run folder.
 
-        `told` is called after each.
-
-        The names are not those that a store lists: it may list one late. Raises StorageError if one is not there.
+        Temporary files that killed workers left beside them are deleted. `step` is called after
+        each file. The names are given, not listed: a store may list a file late. Raises
+        StorageError if one is missing.
         """
         for place in {name.rpartition("/")[0] for name in names} - {""}:
             (self.folder / place).sweep()
@@ -103,27 +150,28 @@ class RunFolder:
             found = {}
             for name, digest in zip(names, side_by_side(self.folder.sha256, names), strict=True):
                 found[name] = digest
-                told()
+                step()
             return found
         except FileNotFoundError as error:
             raise StorageError(
-                f"a file that was written is not there ({first_line(error)}); the same command continues"
+                f"a file that was written is not there ({first_line(error)}); "
+                "the same command continues"
             ) from error
 
     def save_hashes(self, stage: str, hashes: dict[str, str]) -> None:
-        (self.folder / "hashes").write_json(f"{stage}.json", hashes)
+        self.folder.write_json(self.hashes_name(stage), hashes)
 
     def hashes(self, stage: str) -> dict[str, str]:
-        """Those of the stage's files when it ended; none if it never did."""
-        folder = self.folder / "hashes"
-        return folder.read_json(f"{stage}.json") if folder.exists(f"{stage}.json") else {}
+        """Return the hashes of a stage's files from when it ended; empty if it never did."""
+        name = self.hashes_name(stage)
+        return self.folder.read_json(name) if self.folder.exists(name) else {}
 
     @property
     def embeddings(self) -> Folder:
         return self.folder / "embeddings"
 
     def store(self, elsewhere: str | None, fingerprint: str) -> EmbeddingStore:
-        """The embedding store of the run; `elsewhere` if it is one that several runs share."""
+        """Return the embedding store of the run: at `elsewhere` if several runs share one."""
         return EmbeddingStore(Folder(elsewhere) if elsewhere else self.embeddings, fingerprint)
 
     @property
@@ -144,7 +192,7 @@ class RunFolder:
 
     @property
     def distilled(self) -> Folder:
-        return self.folder / "distilled"
+        return self.folder / DISTILLED
 
     def save_keep(self, shard: str, kept: np.ndarray) -> None:
         self.pruning.write_table(
@@ -152,7 +200,7 @@ class RunFolder:
         )
 
     def keep(self, shard: str) -> np.ndarray:
-        """bool [pairs of the shard]."""
+        """Return which pairs of the shard are kept, bool [pairs]."""
         return (
             self.pruning.read_table(self.keep_name(shard))
             .column("kept")
@@ -160,7 +208,7 @@ class RunFolder:
         )
 
     def save_centroids(self, space: str, centroids: np.ndarray, **cells: np.ndarray) -> None:
-        """`cells`: coarse and starts of a two-level fit."""
+        """Write centroids; `cells` are coarse and starts of a two-level fit."""
         self.clusters.write_bytes(
             self.centroids_name(space), save_safetensors({"centroids": centroids, **cells})
         )
@@ -169,35 +217,35 @@ class RunFolder:
         return self.clusters.exists(self.centroids_name(space))
 
     def centroids(self, space: str) -> np.ndarray:
-        """float32 [K, d], of "joint" [K, 2d]."""
+        """Return the centroids, float32 [K, d]; [K, 2d] for "joint"."""
         return load_safetensors(self.clusters.read_bytes(self.centroids_name(space)))["centroids"]
 
     def cells(self, space: str) -> dict[str, np.ndarray]:
-        """coarse and starts of a two-level fit, nothing of a flat one."""
+        """Return coarse and starts of a two-level fit; empty for a flat one."""
         tensors = load_safetensors(self.clusters.read_bytes(self.centroids_name(space)))
         return {name: tensor for name, tensor in tensors.items() if name != "centroids"}
 
     def cell_samples(self, space: str) -> Folder:
-        """While a two-level fit is made: the training vectors of each coarse cell."""
+        """Return the folder that holds each coarse cell's training vectors during a fit."""
         return self.clusters / f"{space}.cells"
 
     def save_cell_sample(
         self, space: str, cell: int, vectors: np.ndarray, weights: np.ndarray
     ) -> None:
         tensors = {"vectors": vectors, "weights": weights}
-        self.cell_samples(space).write_bytes(f"{cell:06d}.safetensors", save_safetensors(tensors))
+        self.cell_samples(space).write_bytes(self.cell_name(cell), save_safetensors(tensors))
 
     def cell_sample(self, space: str, cell: int) -> tuple[np.ndarray, np.ndarray]:
-        """float32 [n, d], float32 [n]."""
-        tensors = load_safetensors(self.cell_samples(space).read_bytes(f"{cell:06d}.safetensors"))
+        """Return the training vectors of a cell and their weights, float32 [n, d] and [n]."""
+        tensors = load_safetensors(self.cell_samples(space).read_bytes(self.cell_name(cell)))
         return tensors["vectors"], tensors["weights"]
 
     def save_fits(self, fits: dict[str, Any]) -> None:
-        self.clusters.write_json("fits.json", fits)
+        self.clusters.write_json(self.FITS, fits)
 
     def fits(self) -> dict[str, Any]:
-        """Empty if nothing was begun."""
-        return self.clusters.read_json("fits.json") if self.clusters.exists("fits.json") else {}
+        """Return what `save_fits` wrote; empty if no fit has begun."""
+        return self.clusters.read_json(self.FITS) if self.clusters.exists(self.FITS) else {}
 
     def save_labels(self, shard: str, image_cluster: np.ndarray, text_cluster: np.ndarray) -> None:
         table = pa.table(
@@ -206,42 +254,50 @@ class RunFolder:
         self.clusters.write_table(self.labels_name(shard), table)
 
     def labelled(self) -> set[str]:
-        """The shards whose labels are there."""
+        """Return the shards that have labels."""
         suffix = self.labels_name("")
         return {name.removesuffix(suffix) for name in self.clusters.names(suffix)}
 
     def delete_labels(self, shards: Iterable[str]) -> None:
-        """Also those that a store does not list yet, and would list later."""
+        """Delete the labels of shards, also those that a store does not list yet."""
         self.clusters.delete_each(map(self.labels_name, shards))
 
     def labels(self, shard: str) -> tuple[np.ndarray, np.ndarray]:
-        """Image and text cluster of each pair of the shard, int32, -1 where pruned."""
+        """Return image and text cluster of each pair of the shard, int32; -1 where pruned."""
         table = self.clusters.read_table(self.labels_name(shard))
         return table.column("image_cluster").to_numpy(), table.column("text_cluster").to_numpy()
 
     def save_couples(self, couples: pa.Table) -> None:
-        self.matching.write_table("couples.parquet", couples)
+        self.folder.write_table(self.COUPLES, couples)
 
     def couples(self) -> pa.Table:
-        return self.matching.read_table("couples.parquet")
+        return self.folder.read_table(self.COUPLES)
 
     def save_prototypes(self, prototypes: pa.Table) -> None:
-        self.folder.write_table("prototypes.parquet", prototypes)
+        self.folder.write_table(self.PROTOTYPES, prototypes)
 
     def prototypes(self) -> pa.Table:
-        return self.folder.read_table("prototypes.parquet")
+        return self.folder.read_table(self.PROTOTYPES)
+
+    def image_names(self) -> list[str]:
+        """Return the names of the images that are decoded, in the order of pairs."""
+        return self.images.names(self.IMAGE_SUFFIX)
 
     def delete_images(self, pairs: int) -> None:
-        """All pictures; also those that a store does not list yet, of as many pairs as there are now."""
+        """Delete all images, also those of `pairs` pairs that a store does not list yet."""
         self.images.delete_all()
         if is_remote(self.images.path):
             self.images.delete_each(map(self.image_name, range(pairs)))
 
     def save_captions(self, captions: pa.Table) -> None:
-        self.folder.write_table("captions.parquet", captions)
+        self.folder.write_table(self.CAPTIONS, captions)
 
     def captions(self) -> pa.Table:
-        return self.folder.read_table("captions.parquet")
+        return self.folder.read_table(self.CAPTIONS)
+
+    @staticmethod
+    def hashes_name(stage: str) -> str:
+        return f"hashes/{stage}.json"
 
     @staticmethod
     def keep_name(shard: str) -> str:
@@ -252,9 +308,13 @@ class RunFolder:
         return f"{space}.safetensors"
 
     @staticmethod
+    def cell_name(cell: int) -> str:
+        return f"{cell:06d}.safetensors"
+
+    @staticmethod
     def labels_name(shard: str) -> str:
         return f"{shard}.labels.parquet"
 
     @staticmethod
     def image_name(pair: int) -> str:
-        return f"{pair:06d}.png"
+        return f"{pair:06d}{RunFolder.IMAGE_SUFFIX}"

@@ -1,22 +1,22 @@
-"""Columns and dtypes of every table, and tables as arrays and back."""
+"""Columns and dtypes of every table, and conversions between tables and arrays."""
 
 from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
 
-STORE_SCHEMA_VERSION = (
-    3  # 2: captions are embedded in contexts of their length; 3: embeddings as bytes
-)
+# 2: captions are embedded in contexts of their length; 3: embeddings as bytes
+STORE_SCHEMA_VERSION = 3
 
 MODALITIES = ("image", "text")
 
-MARKER_FIELDS = {  # what a commit marker says besides its fingerprint and the version of its files
+# fields of a commit marker besides the fingerprint and the schema version
+MARKER_FIELDS = {
     "shard": str,
     "images": int,
     "pairs": int,
     "bad": int,
-    "reasons": dict,  # of the bad samples -> how many
+    "reasons": dict,  # reason -> number of bad samples
     "precision": str,
     "sha256": dict,
 }
@@ -42,10 +42,8 @@ CHOSEN_CAPTION_SCHEMA = pa.schema(
         ("caption", pa.string()),
         ("caption_shard", pa.string()),
         ("caption_key", pa.string()),
-        (
-            "caption_cosine",
-            pa.float32(),
-        ),  # to what it was chosen by: the picture, or the text prototype
+        # to what caption.nearest_to names: the image, or the text prototype
+        ("caption_cosine", pa.float32()),
     ]
 )
 
@@ -60,11 +58,15 @@ COUPLE_SCHEMA = pa.schema(
 )
 
 
-def embedding_field(dim: int, dtype: str) -> pa.Field:
-    """A column of embeddings: the d numbers of each as bytes, little-endian; their dtype is in the field's metadata.
+MEMBER_SAMPLE = 8
 
-    Parquet reads and writes lists number by number, which takes longer than all that is done with the embeddings;
-    prototypes, which are few, stay lists that others can read.
+
+def embedding_field(dim: int, dtype: str) -> pa.Field:
+    """Return the field of an embedding column: d little-endian numbers of `dtype` as bytes.
+
+    The dtype is in the field's metadata. Parquet reads and writes lists number by number, which
+    takes longer than all the work on the embeddings; prototypes, which are few, stay lists that
+    other tools can read.
     """
     return pa.field(
         "embedding",
@@ -75,7 +77,7 @@ def embedding_field(dim: int, dtype: str) -> pa.Field:
 
 
 def image_schema(dim: int, dtype: str) -> pa.Schema:
-    """Columns of S.images.parquet."""
+    """Return the columns of S.images.parquet."""
     return pa.schema(
         [
             ("key", pa.string()),
@@ -88,7 +90,7 @@ def image_schema(dim: int, dtype: str) -> pa.Schema:
 
 
 def caption_schema(dim: int, dtype: str) -> pa.Schema:
-    """Columns of S.captions.parquet."""
+    """Return the columns of S.captions.parquet."""
     return pa.schema(
         [
             ("key", pa.string()),
@@ -102,41 +104,38 @@ def caption_schema(dim: int, dtype: str) -> pa.Schema:
 
 
 def prototype_schema(dim: int) -> pa.Schema:
-    """Columns of prototypes.parquet, one row per distilled pair."""
+    """Return the columns of prototypes.parquet, one row per distilled pair.
+
+    A selection fills them with the chosen pair itself: its embeddings are the prototypes, it is its
+    own nearest image and only member, and its clusters are -1.
+    """
     vector = pa.list_(pa.float32(), dim)
     return pa.schema(
         [
             ("pair", pa.int32()),
             ("image_prototype", vector),
             ("text_prototype", vector),
-            ("cosine", pa.float64()),  # between the two prototypes; the pairs fall in it
+            ("cosine", pa.float64()),  # between the two prototypes; the rows are sorted by it
             ("image_cluster", pa.int32()),
             ("text_cluster", pa.int32()),
-            (
-                "shared",
-                pa.int64(),
-            ),  # pairs in both clusters: those averaged, if there are any and match.filter is on
+            # pairs in both clusters: those averaged, if there are any and match.filter is on
+            ("shared", pa.int64()),
             ("member_norm", pa.float64()),  # mean norm of the averaged image embeddings
-            ("caption", pa.string()),  # retrieved: the caption nearest to the text prototype
+            ("caption", pa.string()),  # the one nearest to the text prototype
             ("caption_shard", pa.string()),
             ("caption_key", pa.string()),
             ("caption_cosine", pa.float32()),
             ("nearest_shard", pa.string()),  # the real image nearest to the image prototype
             ("nearest_key", pa.string()),
             ("nearest_cosine", pa.float32()),
-            (
-                "members",
-                pa.list_(pa.string()),
-            ),  # up to MEMBER_SAMPLE of the averaged pairs, as shard/key
+            # up to MEMBER_SAMPLE of the averaged pairs, as shard/key
+            ("members", pa.list_(pa.string())),
         ]
     )
 
 
-MEMBER_SAMPLE = 8
-
-
 def embeddings(table: pa.Table) -> np.ndarray:
-    """The embeddings of a table with an `embedding_field`, float32 [rows, d]."""
+    """Return the embeddings of a table with an `embedding_field`, float32 [rows, d]."""
     field, column = table.schema.field("embedding"), table.column("embedding")
     dtype = np.dtype(field.metadata[b"dtype"].decode()).newbyteorder("<")
     row_bytes = field.type.byte_width
@@ -152,14 +151,14 @@ def embeddings(table: pa.Table) -> np.ndarray:
 
 
 def embedding_array(values: np.ndarray, dtype: str) -> pa.FixedSizeBinaryArray:
-    """[rows, d] as what an `embedding_field` of that `dtype` holds."""
+    """Return `values` [rows, d] as an array for an `embedding_field` of that `dtype`."""
     data = np.ascontiguousarray(values, dtype=np.dtype(dtype).newbyteorder("<"))
     rows, dim = data.shape
     return pa.Array.from_buffers(pa.binary(dim * data.itemsize), rows, [None, pa.py_buffer(data)])
 
 
 def vectors(table: pa.Table, column: str) -> np.ndarray:
-    """A fixed-size-list column as float32 [rows, d]."""
+    """Return a fixed-size-list column as float32 [rows, d]."""
     array = table.column(column).combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
@@ -168,6 +167,6 @@ def vectors(table: pa.Table, column: str) -> np.ndarray:
 
 
 def vector_array(values: np.ndarray) -> pa.FixedSizeListArray:
-    """[rows, d] as a fixed-size-list array of float32."""
+    """Return `values` [rows, d] as a fixed-size-list array of float32."""
     flat = pa.array(np.ascontiguousarray(values, dtype=np.float32).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])

@@ -1,8 +1,9 @@
-"""Files, local or on an object store: one handle on a folder, writes that are whole or not there.
+"""Files on a local disk or an object store: one handle on a folder, with atomic writes.
 
-On a local disk a file is written aside, flushed and renamed. On an object store an object becomes visible when its
-upload is completed, so a plain write is all-or-nothing; it is looked at afterwards nevertheless. Stores fail, time out
-and show an object late: every call of one is repeated with growing waits (`patiently`).
+On a local disk a file is written under a temporary name, flushed and renamed. On an object store an
+object becomes visible when its upload is complete, so a plain write is atomic; its size is checked
+afterwards nevertheless. Stores fail, time out and show an object late: every call is retried with
+growing waits (`with_retries`).
 """
 
 from __future__ import annotations
@@ -37,20 +38,18 @@ from pds_ray.errors import UserError, first_line, without_secrets
 PART_SUFFIX = ".part"
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 LOCK = ".lock"
-WRITE_TEST = (
-    f".write-test{PART_SUFFIX}"  # of one name, so that the next run removes what a killed one left
-)
+# always the same name, so that the next run removes the file that a killed run left
+WRITE_TEST = f".write-test{PART_SUFFIX}"
 WAITS_S = (1.0, 4.0, 16.0)
-"""Before a call that failed is repeated, on average; a store's client has by then tried for some seconds itself."""
+"""Mean waits before each retry, in seconds; the store's own client has retried before that."""
 STREAM_BUFFER_BYTES = 1024**2
 SPOOL_BYTES = 16 * 1024**2
-"""Of an object to be written that are held in memory; a larger one waits on the local disk."""
-CALLS_AT_ONCE = (
-    32  # one after the other, the round trips to an object store would take half an hour for 40,000
-)
+"""Bytes of an object held in memory before its upload; a larger one waits on the local disk."""
+CALLS_AT_ONCE = 32
+"""Concurrent calls: one by one, 40,000 round trips to an object store take half an hour."""
 
 _FACTS = (PermissionError, IsADirectoryError, NotADirectoryError)
-_REFUSED = re.compile(  # what another try will not change
+_REFUSED = re.compile(  # errors that a retry does not change
     r"AWS Error (ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH)"
     r"|HTTP status (3|4(?!08|29))\d\d|Bucket '.*' not found"
 )
@@ -61,21 +60,25 @@ Result = TypeVar("Result")
 
 
 class StorageError(UserError):
-    """A folder or an object store cannot be used. No OSError: what could be tried again has been."""
+    """A folder or an object store cannot be used.
+
+    It is no OSError, so that nobody retries it: the retries are used up.
+    """
 
 
 def is_remote(path: str) -> bool:
-    """Whether `path` names an object store (s3://, gs://, hdfs://) rather than a local path."""
+    """Return True if `path` names an object store (s3://, gs://, hdfs://), not a local path."""
     return "://" in path and not path.startswith("file://")
 
 
-def patiently(action: Callable[[], Result], where: str) -> Result:
-    """What `action` returns, which does something at `where`. On an object store it is repeated while the store fails.
+def with_retries(action: Callable[[], Result], where: str) -> Result:
+    """Call `action`, which works on `where`; retry errors of an object store with backoff.
 
-    So it is when a file is not found: a listing or a marker promised it, and it may not be visible yet. If it never
-    is, FileNotFoundError is raised as it came.
+    On a local path it is called once. A missing object is retried too: a listing or a marker
+    promised it, and it may not be visible yet.
 
-    Raises StorageError in one line if the store refuses or goes on failing.
+    Raises FileNotFoundError if the object stays missing, and StorageError in one line if the store
+    refuses or keeps failing.
     """
     if not is_remote(where):
         return action()
@@ -89,15 +92,18 @@ def patiently(action: Callable[[], Result], where: str) -> Result:
                 raise
             if wait_s is None or _REFUSED.search(str(error)):
                 raise StorageError(
-                    f"the object store fails at {where} ({first_line(error)}); check its address and state and the "
-                    "credentials; the same command continues"
+                    f"the object store fails at {where} ({first_line(error)}); check its address "
+                    "and state and the credentials; the same command continues"
                 ) from None
-            time.sleep(wait_s * random.uniform(0.5, 1.5))  # many workers must not come back at once
+            time.sleep(wait_s * random.uniform(0.5, 1.5))  # jitter: many workers retry at once
     raise AssertionError("unreachable")
 
 
 def side_by_side(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`function(item)` for each item, in their order, CALLS_AT_ONCE of them in threads; no more results are held."""
+    """Yield `function(item)` for each item, in order.
+
+    CALLS_AT_ONCE calls run at a time, in threads, and no more results than that are held.
+    """
     pending: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(CALLS_AT_ONCE) as threads:
         for item in items:
@@ -108,23 +114,24 @@ def side_by_side(function: Callable[[Item], Result], items: Iterable[Item]) -> I
             yield pending.popleft().result()
 
 
-def _patient(
+def _retried(
     method: Callable[Concatenate[Folder, Arguments], Result],
 ) -> Callable[Concatenate[Folder, Arguments], Result]:
-    """A method of `Folder` that does `patiently` what it does."""
+    """Decorate a method of `Folder` so that it is called `with_retries`."""
 
     @functools.wraps(method)
     def call(folder: Folder, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        return patiently(lambda: method(folder, *args, **kwargs), folder.path)
+        return with_retries(lambda: method(folder, *args, **kwargs), folder.path)
 
     return call
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder by its path or URI. Pickles small: workers open their own connections.
+    """A folder given by its path or URI.
 
-    A local path is made absolute at once: workers have other working directories.
+    It pickles small, as workers open their own connections. A local path is made absolute at once,
+    as workers have other working directories.
     """
 
     path: str
@@ -139,7 +146,7 @@ class Folder:
 
     @property
     def shown(self) -> str:
-        """The path or URI as it may be shown and published."""
+        """The path or URI without secrets, fit to be shown and published."""
         return without_secrets(self.path) if is_remote(self.path) else self.path
 
     @property
@@ -156,48 +163,51 @@ class Folder:
 
     @property
     def place(self) -> str:
-        """The path or URI without the settings of a store: the same for every way of writing it."""
+        """The path or URI without the settings of a store, which do not identify a folder."""
         return self._split()[0]
 
     def full(self, name: str) -> str:
-        """The path or URI of a file in this folder; the settings of a store (`?region=...`) stay at the end."""
+        """Return the path or URI of a file here, with the store's settings (`?region=...`) last."""
         base, settings = self._split()
         return f"{base}/{name}{settings}"
 
     def _split(self) -> tuple[str, str]:
-        """The path proper, and the settings of a store or ""."""
+        """Return the path proper, and the settings of a store or ""."""
         base, mark, settings = (
             self.path.partition("?") if is_remote(self.path) else (self.path, "", "")
         )
         return base.rstrip("/"), mark + settings
 
     def create(self) -> None:
-        """Makes the folder and proves that it can be written. Raises StorageError in one line."""
+        """Make the folder and prove that it is writable. Raises StorageError in one line."""
         try:
             self._make()
-            # one that is swept by another run, which has the folder, shows as well that it can be written
+            # if another run, which holds the folder, sweeps the file, that shows it as well
             with contextlib.suppress(FileNotFoundError):
                 self.write_bytes(WRITE_TEST, b"")
                 self.delete(WRITE_TEST)
         except (OSError, StorageError) as error:
             cause = error.__cause__ if isinstance(error, StorageError) else error
-            if cause is None:  # of an object store, which says where itself
+            if cause is None:  # an error of an object store names its place itself
                 raise
             raise StorageError(f"cannot write to {self.shown}: {_reason(cause)}") from error
 
-    @_patient
+    @_retried
     def _make(self) -> None:
         fs, root = self._fs
         fs.create_dir(root, recursive=True)
 
-    @_patient
+    @_retried
     def exists(self, name: str) -> bool:
         fs, root = self._fs
         return fs.get_file_info(f"{root}/{name}").type == pafs.FileType.File
 
-    @_patient
+    @_retried
     def names(self, suffix: str = "") -> list[str]:
-        """The names of the files directly in this folder that end in `suffix`, sorted; none if there is no folder."""
+        """Return the sorted names of the files directly in this folder that end in `suffix`.
+
+        A folder that does not exist has none.
+        """
         fs, root = self._fs
         infos = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
         return sorted(
@@ -206,30 +216,34 @@ class Folder:
             if i.type == pafs.FileType.File and i.base_name.endswith(suffix)
         )
 
-    @_patient
+    @_retried
     def delete(self, name: str) -> None:
-        """Removes a file; one that is not there is no error. Raises what `writer` does."""
+        """Remove a file; a missing one is no error. Raises what `writer` raises."""
         fs, root = self._fs
         with _in_one_line(f"delete {self.full(name)}"), contextlib.suppress(FileNotFoundError):
             fs.delete_file(f"{root}/{name}")
 
     def delete_each(self, names: Iterable[str]) -> None:
-        """`delete` of each file, side by side."""
+        """Remove several files at a time. Raises what `delete` raises."""
         for _ in side_by_side(self.delete, names):
             pass
 
-    @_patient
+    @_retried
     def delete_all(self) -> None:
-        """Removes the folder and all in it; one that is not there is no error. Raises what `writer` does."""
+        """Remove the folder with all it holds; a missing one is no error.
+
+        Raises what `writer` raises.
+        """
         fs, root = self._fs
         with _in_one_line(f"delete {self.shown}"), contextlib.suppress(FileNotFoundError):
             fs.delete_dir(root)
 
     def sweep(self, spare: str = "") -> None:
-        """Removes what interrupted writers left behind, here and below. Only for the holder of the lock.
+        """Remove the temporary files of interrupted writers, here and below.
 
-        A folder directly in this one that has the name `spare` is left alone. On an object store there is nothing
-        visible; a lifecycle rule of the bucket removes uploads never completed. Raises what `writer` does.
+        Only the holder of the lock may call it. The folder named `spare` directly in this one is
+        left alone. On an object store nothing is visible: a lifecycle rule of the bucket removes
+        incomplete uploads. Raises what `writer` raises.
         """
         if is_remote(self.path):
             return
@@ -240,20 +254,20 @@ class Folder:
                 if name.endswith(PART_SUFFIX):
                     part = Path(place, name)
                     with _in_one_line(f"delete {part}"):
-                        part.unlink(
-                            missing_ok=True
-                        )  # orphans of a killed driver may still finish it
+                        # orphaned workers of a killed driver may still rename it
+                        part.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the folder for this process; it is free again however the process ends.
+        """Hold the folder for this process; the lock is released however the process ends.
 
-        Object stores have no locks; there a run looks for the signs of life of others (`heartbeat.beating`). Should two
-        runs of one configuration be at work in one folder nevertheless, they do the same work twice and may take each
-        other's unfinished pieces away, which ends one of them; but every object is whole, both write the same bytes
-        under the same name, and markers come last, so that what is there can be trusted.
+        Object stores have no locks: there a run looks for the heartbeat of another driver
+        (`heartbeat.beating`). Should two runs of one configuration work in one folder nevertheless,
+        they do the same work twice and may delete each other's unfinished parts, which ends one of
+        them. The result is right all the same: every object is complete, both runs write the same
+        bytes under the same name, and markers come last.
 
-        Raises StorageError in one line if another process holds it, or what `writer` does.
+        Raises StorageError in one line if another process holds the lock, and what `writer` raises.
         """
         if is_remote(self.path):
             yield
@@ -275,42 +289,42 @@ class Folder:
 
     @contextlib.contextmanager
     def writer(self, name: str) -> Iterator[IO[bytes]]:
-        """A binary stream whose content appears as file `name` when the block ends well, and not otherwise.
+        """Open a binary stream for an atomic write.
 
-        Raises StorageError in one line if the disk is full, read-only or broken.
+        File `name` appears, or is replaced, when the block ends without an exception; otherwise
+        nothing changes. Raises StorageError in one line if the disk is full, read-only or broken.
         """
         if is_remote(self.path):
-            # gathered first: an upload closed by an error would publish half an object
-            gathered = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115 - after an interrupt it is still read
+            # spooled first: an upload closed by an error would publish half an object
+            spooled = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115 - closed below
             try:
-                yield gathered
+                yield spooled
             except OSError as error:
                 if error.errno in DISK_FAULTS:
                     raise StorageError(
                         f"cannot write {tempfile.gettempdir()}: {_reason(error)}"
                     ) from error
                 raise
-            self._upload(name, gathered)
-            gathered.close()
+            self._upload(name, spooled)
+            spooled.close()
             return
         final = self.full(name)
-        aside = Path(f"{final}.{uuid.uuid4().hex[:8]}{PART_SUFFIX}")
+        part = Path(f"{final}.{uuid.uuid4().hex[:8]}{PART_SUFFIX}")
         with _in_one_line(f"write {final}"):
             try:
-                aside.parent.mkdir(parents=True, exist_ok=True)
-                with aside.open("wb") as stream:
+                part.parent.mkdir(parents=True, exist_ok=True)
+                with part.open("wb") as stream:
                     yield stream
                     stream.flush()
                     os.fsync(stream.fileno())
-                aside.replace(final)
+                part.replace(final)
             except BaseException:
-                with contextlib.suppress(
-                    OSError
-                ):  # a broken disk may keep it; what broke it first is to be told
-                    aside.unlink(missing_ok=True)
+                # a broken disk may keep the file; the first error is the one to report
+                with contextlib.suppress(OSError):
+                    part.unlink(missing_ok=True)
                 raise
 
-    @_patient
+    @_retried
     def _upload(self, name: str, data: IO[bytes]) -> None:
         fs, root = self._fs
         size = data.seek(0, os.SEEK_END)
@@ -320,9 +334,8 @@ class Folder:
             with fs.open_output_stream(f"{root}/{name}") as stream:
                 shutil.copyfileobj(data, stream, STREAM_BUFFER_BYTES)
 
-        with ThreadPoolExecutor(
-            1
-        ) as thread:  # a signal in the middle, too, would publish half; threads get none
+        # in a thread, as threads get no signals: an interrupt would publish half an object
+        with ThreadPoolExecutor(1) as thread:
             thread.submit(upload).result()
         seen = fs.get_file_info(f"{root}/{name}").size
         if seen != size:
@@ -332,14 +345,14 @@ class Folder:
         with self.writer(name) as stream:
             stream.write(data)
 
-    @_patient
+    @_retried
     def read_bytes(self, name: str) -> bytes:
         fs, root = self._fs
         with fs.open_input_file(f"{root}/{name}") as file:
             return _read_at(file, 0, file.size())
 
     def sha256(self, name: str) -> str:
-        """Hex SHA-256 of a file. Raises what `open_stream` does."""
+        """Return the hex SHA-256 of a file. Raises what `open_stream` raises."""
         fs, root = self._fs
         with open_stream(fs, f"{root}/{name}", self.full(name)) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -351,9 +364,9 @@ class Folder:
         return json.loads(self.read_bytes(name))
 
     def write_table(self, name: str, table: pa.Table) -> str:
-        """Writes Parquet and returns the SHA-256 of its bytes.
+        """Write Parquet and return the hex SHA-256 of its bytes.
 
-        Embeddings do not compress, hence lz4: fast, and good enough for the text beside them.
+        The codec is lz4: embeddings do not compress, and it is fast and good enough for text.
         """
         buffer = io.BytesIO()
         pq.write_table(
@@ -362,7 +375,7 @@ class Folder:
         self.write_bytes(name, buffer.getvalue())
         return hashlib.sha256(buffer.getbuffer()).hexdigest()
 
-    @_patient
+    @_retried
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         fs, root = self._fs
         return pq.read_table(f"{root}/{name}", columns=columns, filesystem=fs, partitioning=None)
@@ -370,7 +383,7 @@ class Folder:
 
 @contextlib.contextmanager
 def _in_one_line(what: str) -> Iterator[None]:
-    """Raises StorageError, saying what cannot be done, if the disk is full, read-only or broken."""
+    """Turn errors of a full, read-only or broken disk into a StorageError that names `what`."""
     try:
         yield
     except OSError as error:
@@ -380,7 +393,10 @@ def _in_one_line(what: str) -> Iterator[None]:
 
 
 class _RemoteFile(io.RawIOBase):
-    """An object read forwards. A transfer that breaks off is taken up where it was, and is never taken for the end."""
+    """A forward reader of an object.
+
+    A transfer that breaks off is resumed where it stopped, and never mistaken for the end.
+    """
 
     def __init__(self, file: pa.NativeFile, where: str) -> None:
         self._file = file
@@ -393,7 +409,7 @@ class _RemoteFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         wanted = min(len(buffer), self._size - self._position)
-        data = patiently(lambda: _read_at(self._file, self._position, wanted), self._where)
+        data = with_retries(lambda: _read_at(self._file, self._position, wanted), self._where)
         buffer[:wanted] = data
         self._position += wanted
         return wanted
@@ -405,7 +421,7 @@ class _RemoteFile(io.RawIOBase):
 
 
 def _read_at(file: pa.NativeFile, position: int, size: int) -> bytes:
-    """Raises OSError if there is less."""
+    """Return exactly `size` bytes from `position`. Raises OSError if there are fewer."""
     data = file.read_at(size, position) if size else b""
     if len(data) < size:
         raise OSError(f"the transfer ended after {len(data)} of {size} bytes")
@@ -413,21 +429,22 @@ def _read_at(file: pa.NativeFile, position: int, size: int) -> bytes:
 
 
 def open_stream(filesystem: pafs.FileSystem, path: str, where: str) -> io.BufferedReader:
-    """A file to read forwards, as it is stored. `where` is its path or URI, for messages.
+    """Open a file for reading forwards, without decompression.
 
-    Raises FileNotFoundError if it is not there, and StorageError if it lies on an object store that goes on failing.
+    `where` is its path or URI, for messages. Raises FileNotFoundError if the file is missing, and
+    StorageError if its object store keeps failing.
     """
     if isinstance(filesystem, pafs.LocalFileSystem):
         return io.BufferedReader(
             filesystem.open_input_stream(path, compression=None), STREAM_BUFFER_BYTES
         )
-    file = patiently(lambda: filesystem.open_input_file(path), where)
+    file = with_retries(lambda: filesystem.open_input_file(path), where)
     return io.BufferedReader(_RemoteFile(file, where), STREAM_BUFFER_BYTES)
 
 
 @functools.lru_cache(maxsize=32)
 def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a path or URI, and the path inside it.
+    """Return the file system of a path or URI, and the path inside it.
 
     Raises StorageError if the scheme is unknown or the store cannot be set up.
     """
@@ -436,16 +453,15 @@ def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
             os.path.expanduser(path.removeprefix("file://"))
         )
     try:
-        return patiently(lambda: pafs.FileSystem.from_uri(path.rstrip("/")), path)
+        return with_retries(lambda: pafs.FileSystem.from_uri(path.rstrip("/")), path)
     except pa.ArrowInvalid as error:
-        raise StorageError(
-            f"cannot open {path}: {_reason(error)}"
-        ) from None  # it shows the URI as it is
+        # from None: the cause shows the URI with its secrets
+        raise StorageError(f"cannot open {path}: {_reason(error)}") from None
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)  # pyarrow's own text names the file once more
+        return os.strerror(error.errno)  # pyarrow's own text repeats the file's name
     return first_line(error)
 
 
@@ -456,7 +472,10 @@ def _sha256(path: str, size: int, mtime_ns: int) -> str:  # noqa: ARG001 - size 
 
 
 def folder_sha256(folder: Path, patterns: tuple[str, ...]) -> str:
-    """Hex SHA-256 over names and contents of the files below a folder that match one of the patterns."""
+    """Return the hex SHA-256 over names and contents of the files below `folder`.
+
+    Only files that match one of the glob `patterns` count.
+    """
     digest = hashlib.sha256()
     for path in sorted(
         {path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()}
@@ -466,6 +485,6 @@ def folder_sha256(folder: Path, patterns: tuple[str, ...]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, computed once while it does not change."""
+    """Return the hex SHA-256 of a file, cached while its size and time stay the same."""
     stat = path.stat()
     return _sha256(str(path), stat.st_size, stat.st_mtime_ns)

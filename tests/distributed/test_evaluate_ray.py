@@ -198,7 +198,7 @@ def test_what_only_workers_find_is_one_line_at_once(
     config, words = replace(CONFIG, backbones=f"resnet10t:{weights}"), "resnet10t.*cannot be built"
     if damaged == "picture":
         Image.new("RGB", (64, 64)).save(path / "imagefolder" / "000002.png")
-        config, words = CONFIG, "000002.png is not the picture that was written"
+        config, words = CONFIG, "000002.png is not the image that was written"
     with pytest.raises(UserError, match=words) as caught:
         evaluation.evaluate(str(path), config)
     assert "\n" not in str(caught.value)

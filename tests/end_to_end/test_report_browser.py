@@ -44,10 +44,10 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def opened(browser: Any) -> Callable[..., Any]:
-    """Opens a file and holds it to silence: no message, no error, no request but for the file itself."""
+    """Opens a file and allows no message, no error, and no request but for the file itself."""
 
     @contextmanager
-    def open_(path: Path, width: int = 1280, scheme: str = "light") -> Iterator[Any]:
+    def open_page(path: Path, width: int = 1280, scheme: str = "light") -> Iterator[Any]:
         context = browser.new_context(
             viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
         )
@@ -72,7 +72,7 @@ def opened(browser: Any) -> Callable[..., Any]:
         assert complaints == []
         context.close()
 
-    return open_
+    return open_page
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ def test_the_comparison(opened: Any, comparison: Path) -> None:
     with opened(comparison) as page:
         scroll_through(page)
         assert page.locator("#results tbody tr").count() == 3
-        assert page.locator(".strip .picture").count() == 8
+        assert page.locator(".strip .image").count() == 8
         page.select_option("#counts", "9")
         assert page.locator("#results tbody tr").count() == 1
         page.select_option("#counts", str(PAIRS))

@@ -17,7 +17,7 @@ from pds_ray.report.page import _data
 from pds_ray.sources.base import REASONS, Fault, Sample
 from pds_ray.sources.tar import TarReader
 from pds_ray.sources.webdataset import WebDatasetSource, read_captions
-from pds_ray.stages.materialize import _cell
+from pds_ray.store.card import _cell
 from tests.support.hostile import (
     CAPTIONS,
     GOOD,

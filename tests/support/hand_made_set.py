@@ -1,4 +1,4 @@
-"""Distilled sets written by hand, as the layout says, without the package's own writer."""
+"""Distilled sets written by hand after the layout, without the package's own writer."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from safetensors.numpy import save
 
 def save_set(
     folder: Path,
-    pictures: list[Image.Image],
+    images: list[Image.Image],
     captions: list[str],
     text: np.ndarray,
     **about: object,
 ) -> Path:
-    """A set of given pictures, captions and text prototypes; `about` says what made it."""
+    """Writes a set of given images, captions and text prototypes; `about` goes to its manifest."""
     png = []
-    for picture in pictures:
+    for image in images:
         stream = io.BytesIO()
-        picture.save(stream, "PNG")
+        image.save(stream, "PNG")
         png.append(stream.getvalue())
     rows = [
         {"file_name": f"{pair:06d}.png", "pair": pair, **({"text": caption} if caption else {})}
@@ -52,7 +52,7 @@ def save_set(
 
 
 def scenes_set(folder: Path, pairs: int = 12, seed: int = 0, captions: bool = True) -> Path:
-    """Pictures of the built-in world, each with its first caption, and random text prototypes of the demo CLIP."""
+    """Writes a set of scenes with their first captions and random prototypes of the demo CLIP."""
     from pds_ray.config import EmbedConfig
     from pds_ray.encoders.open_clip import describe
     from pds_ray.sources.scenes import ScenesSource

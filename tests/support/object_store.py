@@ -1,4 +1,4 @@
-"""An S3 server of one's own: moto's, in a process of its own, and before it a proxy that does what networks do."""
+"""An S3 server (moto in its own process), and a proxy in front of it that fails as networks do."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def client(port: int) -> boto3.client:
 
 
 def objects(port: int, prefix: str) -> dict[str, bytes]:
-    """Every object below a prefix, by its name behind it; the empty ones that stand for folders left out."""
+    """Returns every object below a prefix by its name there, without the markers of folders."""
     s3, found = client(port), {}
     for page in s3.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix + "/"):
         for entry in page.get("Contents", []):
@@ -77,7 +77,7 @@ def uri(port: int, path: str, login: str = "") -> str:
 
 @dataclass
 class Faults:
-    """What the proxy does to the requests of object `only` (a pattern; all if ""): shares of them, from one seed."""
+    """Faults of the proxy: shares of the requests for objects that match the pattern `only`."""
 
     seed: int = 0
     only: str = ""
@@ -90,17 +90,17 @@ class Faults:
     cut_uploads: float = 0.0
     """The connection closes in the middle of the request's body."""
     hidden: int = 0
-    """So many looks at a fresh object (HEAD, GET) find nothing, and so many listings leave it out;"""
+    """Number of looks at a new object (HEAD, GET) and of listings that do not find it,"""
     late: float = 1.0
-    """of a share of the objects."""
+    """for this share of the objects."""
     limit: int | None = None
-    """Errors and cuts come to an end after so many."""
+    """Maximum number of errors and cuts."""
     struck: int = 0
-    """Errors and cuts so far."""
+    """Number of errors and cuts so far."""
     requests: list[tuple[str, str]] = field(default_factory=list)
     """Method and path of every request."""
     busiest: int = 0
-    """Most requests at once."""
+    """Highest number of concurrent requests."""
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
@@ -219,7 +219,7 @@ def proxy(port: int, faults: Faults) -> Iterator[int]:
             self._answer(answer.status, headers, data)
 
         def _chunks(self) -> bytes:
-            """The body of a request in chunks, as it came: taken apart, for it is sent on with a length."""
+            """Returns the body of a chunked request in one piece: it is sent on with a length."""
             if "chunked" not in self.headers.get("Transfer-Encoding", ""):
                 return b""
             del self.headers["Transfer-Encoding"]
@@ -264,7 +264,7 @@ def proxy(port: int, faults: Faults) -> Iterator[int]:
         daemon_threads = True
 
         def handle_error(self, *_: object) -> None:
-            """A client that hung up is no news."""
+            """Ignores clients that hang up."""
 
     server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

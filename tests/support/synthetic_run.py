@@ -1,4 +1,4 @@
-"""A finished run folder made of numbers and small pictures, without models and without Ray; and evaluations of it."""
+"""A finished run folder made of numbers and small images without models or Ray; its evaluations."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import pyarrow as pa
 from PIL import Image
 
 from pds_ray.config import MatchConfig, RunConfig, to_dict
+from pds_ray.methods.pds import PDS_CARD
+from pds_ray.methods.selection import SELECTION_CARD
 from pds_ray.stages import match
 from pds_ray.stages.materialize import write_distilled
 from pds_ray.store.embeddings import EmbeddingStore
@@ -51,7 +53,7 @@ class Made:
     image_keys: list[str]
 
 
-def picture(seed: int, side: int) -> Image.Image:
+def small_image(seed: int, side: int) -> Image.Image:
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8))
     return small.resize((side, side), Image.Resampling.BICUBIC)
@@ -64,7 +66,7 @@ def make_run(
     captions: list[str] | None = None,
     side: int = 24,
 ) -> Made:
-    """A run of `pairs` pairs over a store of `rows` images a shard. The captions given stand first."""
+    """Writes a run of `pairs` pairs over shards of `rows` images. The given captions come first."""
     run = RunFolder(Folder(str(path)))
     store, data = make_store(path / "embeddings", list(rows))
     _with_fingerprint(store, data.shards)
@@ -105,7 +107,7 @@ def make_run(
     run.save_prototypes(_prototypes(prototypes, texts, shared))
     for pair in range(pairs):
         buffer = io.BytesIO()
-        picture(pair, side).save(buffer, "PNG")
+        small_image(pair, side).save(buffer, "PNG")
         run.images.write_bytes(run.image_name(pair), buffer.getvalue())
     uri = str(path.parent / f"{path.name}-source" / "*.tar")
     about = {
@@ -115,7 +117,7 @@ def make_run(
         "picture_origin": "synthetic",
         "counts": {},
     }
-    write_distilled(run, {**about, "method": "pds", "config": {}})
+    write_distilled(run, {**about, "method": "pds", "config": {}}, PDS_CARD)
     shared_pairs = int(columns["shared"].sum())
     counts = {
         "embed": {
@@ -173,6 +175,39 @@ def make_run(
     )
 
 
+def choose_instead(path: Path, method: str) -> None:
+    """Turns a run into one of a selection, whose rows hold the chosen pair itself."""
+    run = RunFolder(Folder(str(path)))
+    table = run.prototypes()
+    count = table.num_rows
+    for name, value in {
+        "image_cluster": -1,
+        "text_cluster": -1,
+        "shared": 1,
+        "members": ["00000/k0"],
+    }.items():
+        field = table.schema.field(name)
+        column = pa.array([value] * count, field.type)
+        table = table.set_column(table.schema.get_field_index(name), field, column)
+    run.save_prototypes(table)
+    manifest = run.folder.read_json(RunFolder.MANIFEST)
+    about = {
+        "source": manifest["config"]["source"],
+        "method": method,
+        "selection": f"{method}: as it does",
+        "encoder": "toy",
+        "decoder": "nearest",
+        "picture_origin": "real pictures of the source",
+        "counts": {},
+        "config": {"pairs": count},
+    }
+    write_distilled(run, about, SELECTION_CARD)
+    stages = manifest["stages"]
+    manifest["stages"] = {name: stages[name] for name in ("embed", "decode", "materialize")}
+    manifest["config"]["method"] = method
+    run.folder.write_json(RunFolder.MANIFEST, manifest)
+
+
 def _with_fingerprint(store: EmbeddingStore, shards: list[str]) -> None:
     for shard in shards:
         name = f"{shard}.json"
@@ -184,7 +219,7 @@ def _tar(path: Path, keys: list[str]) -> None:
     with tarfile.open(path, "w") as tar:
         for number, key in enumerate(keys):
             buffer = io.BytesIO()
-            picture(1_000 + number, 32).save(buffer, "PNG")
+            small_image(1_000 + number, 32).save(buffer, "PNG")
             for suffix, data in (("png", buffer.getvalue()), ("txt", b"a caption")):
                 member = tarfile.TarInfo(f"{key}.{suffix}")
                 member.size = len(data)

@@ -1,4 +1,4 @@
-"""Embedding stores made of numbers alone, and the same numbers gathered, for brute-force oracles."""
+"""Embedding stores made of numbers, and the same numbers in one piece for brute-force oracles."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from pds_ray.config import ConfigError, EvaluateConfig, RunConfig
 from pds_ray.encoders.open_clip import MAX_WORD_BYTES, MAX_WORDS_KNOWN, bound_words
 from pds_ray.engine.compare import entries
 from pds_ray.errors import UserError, first_line, printable
+from pds_ray.methods.pds import PDS_CARD
 from pds_ray.modalities.text import (
     MAX_CHARACTERS,
     PAPER_MAX_WORDS,
@@ -32,8 +33,9 @@ from pds_ray.modalities.text import (
     clean_paper,
 )
 from pds_ray.report.figures import _hover
-from pds_ray.stages.materialize import card, write_distilled
+from pds_ray.stages.materialize import write_distilled
 from pds_ray.stages.trial import MEASURES
+from pds_ray.store.card import card
 from pds_ray.store.distilled_set import DistilledSetError, load_distilled
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import prototype_schema, vector_array
@@ -213,7 +215,7 @@ def distilled(folder: Path, captions: tuple[str, ...]) -> RunFolder:
     run.save_prototypes(pa.table(plain, schema=schema))
     for pair in range(len(captions)):
         run.images.write_bytes(RunFolder.image_name(pair), encoded(Image.new("RGB", (4, 4)), "PNG"))
-    write_distilled(run, ABOUT)
+    write_distilled(run, ABOUT, PDS_CARD)
     return run
 
 
@@ -239,8 +241,8 @@ def test_a_distilled_set_holds_any_caption_and_nothing_in_it_acts(tmp_path: Path
 
 @given(texts)
 def test_a_caption_in_the_card_is_one_row_of_text(text: str) -> None:
-    plain = card([{"pair": 0, "text": "x", "cosine": 0.5}], ABOUT)
-    whole = card([{"pair": 0, "text": text, "cosine": 0.5}], ABOUT)
+    plain = card([{"pair": 0, "text": "x", "cosine": 0.5}], ABOUT, PDS_CARD)
+    whole = card([{"pair": 0, "text": text, "cosine": 0.5}], ABOUT, PDS_CARD)
     start = plain.index("| x |") + 2
     assert whole.startswith(plain[:start])
     assert whole.endswith(plain[start + 1 :])
@@ -278,7 +280,7 @@ def test_a_set_that_points_elsewhere_is_refused(tmp_path: Path, name: str) -> No
     manifest["files"]["imagefolder/metadata.jsonl"]["sha256"] = hashlib.sha256(metadata).hexdigest()
     manifest["files"][f"imagefolder/{name}"] = manifest["files"]["imagefolder/000001.png"]
     run.distilled.write_json("manifest.json", manifest)
-    with pytest.raises(DistilledSetError, match="pictures are gone"):
+    with pytest.raises(DistilledSetError, match="images are gone"):
         load_distilled(str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""What a report says of a run, against brute force."""
+"""Content of a report, against brute force."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from pds_ray.report import clusters, images, run
 from pds_ray.report import gather as module
-from pds_ray.report import pictures
 from pds_ray.report.evaluations import ReportError
 from pds_ray.report.gather import gather
 from pds_ray.store.schemas import ERROR_SCHEMA
-from tests.support.synthetic_run import Made, add_comparison, add_evaluation, make_run
+from tests.support.synthetic_run import (
+    HOSTILE,
+    Made,
+    add_comparison,
+    add_evaluation,
+    choose_instead,
+    make_run,
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +58,7 @@ def test_nearest_images_are_the_nearest(made, report):
         )
 
 
-def test_thumbnails_are_the_pictures_of_the_source(report):
+def test_thumbnails_are_the_images_of_the_source(report):
     entry = report["pairs"]["list"][0]["nearest"][0]
     uri = report["pairs"]["thumbs"][entry["thumb"]]
     image = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
@@ -61,10 +68,10 @@ def test_thumbnails_are_the_pictures_of_the_source(report):
 
 
 def test_sizes_and_contingency_are_counted_right(made, report):
-    clusters = report["clusters"]
+    found = report["clusters"]
     for modality, labels in (("image", made.image_cluster), ("text", made.text_cluster)):
-        assert clusters["sizes"][modality] == np.bincount(labels[made.kept], minlength=6).tolist()
-    couples = clusters["couples"]
+        assert found["sizes"][modality] == np.bincount(labels[made.kept], minlength=6).tolist()
+    couples = found["couples"]
     wanted = [
         [
             int(((made.image_cluster == row) & (made.text_cluster == column)).sum())
@@ -72,19 +79,19 @@ def test_sizes_and_contingency_are_counted_right(made, report):
         ]
         for row, _ in couples
     ]
-    assert clusters["table"] == wanted
+    assert found["table"] == wanted
     diagonal = np.diag(wanted).tolist()
-    assert diagonal == sorted(clusters["shared"], reverse=True)
-    assert sum(diagonal) == clusters["shared_pairs"]
-    assert clusters["kept_pairs"] == made.kept.sum()
+    assert diagonal == sorted(found["shared"], reverse=True)
+    assert sum(diagonal) == found["shared_pairs"]
+    assert found["kept_pairs"] == made.kept.sum()
 
 
 def test_only_the_largest_couples_are_in_the_table(made, monkeypatch):
-    monkeypatch.setattr(module, "COUPLE_LIMIT", 4)
-    clusters = gather(str(made.path))["clusters"]
-    assert len(clusters["table"]) == len(clusters["couples"]) == 4
-    assert np.diag(clusters["table"]).tolist() == sorted(clusters["shared"], reverse=True)[:4]
-    assert clusters["couples_total"] == 6
+    monkeypatch.setattr(clusters, "COUPLE_LIMIT", 4)
+    found = gather(str(made.path))["clusters"]
+    assert len(found["table"]) == len(found["couples"]) == 4
+    assert np.diag(found["table"]).tolist() == sorted(found["shared"], reverse=True)[:4]
+    assert found["couples_total"] == 6
 
 
 def test_the_plane_is_that_of_an_svd(made, report):
@@ -107,19 +114,17 @@ def test_a_report_is_json_and_the_same_again(made, report):
 
 
 def test_hostile_captions_come_through_unchanged(tmp_path):
-    from tests.support.synthetic_run import HOSTILE
-
     made = make_run(tmp_path / "run", pairs=len(HOSTILE), captions=HOSTILE)
     assert [entry["caption"] for entry in gather(str(made.path))["pairs"]["list"]] == HOSTILE
 
 
 def test_more_pairs_than_fit_are_counted(made, monkeypatch):
-    monkeypatch.setattr(module, "PAIR_LIMIT", 4)
+    monkeypatch.setattr(run, "PAIR_LIMIT", 4)
     report = gather(str(made.path))
     assert (len(report["pairs"]["list"]), report["pairs_total"]) == (4, 6)
 
 
-def test_a_source_that_moved_costs_only_its_pictures(copy):
+def test_a_source_that_moved_costs_only_its_images(copy):
     manifest = json.loads((copy / "run.json").read_text())
     manifest["config"]["source"] = str(copy / "nowhere" / "*.tar")
     (copy / "run.json").write_text(json.dumps(manifest))
@@ -135,7 +140,7 @@ def test_a_source_that_moved_costs_only_its_pictures(copy):
 
 
 def test_only_so_many_shards_are_read_again(made, monkeypatch):
-    monkeypatch.setattr(pictures, "SHARD_LIMIT", 1)
+    monkeypatch.setattr(images, "SHARD_LIMIT", 1)
     report = gather(str(made.path))
     (note,) = report["notes"]
     assert "1 of the 3 shards" in note
@@ -176,18 +181,26 @@ def test_a_quick_report_of_a_large_run_does_not_search(made, monkeypatch):
     assert gather(str(made.path))["space"] is not None
 
 
-def test_a_selection_has_no_clusters(copy):
-    manifest = json.loads((copy / "run.json").read_text())
-    manifest["config"]["method"] = "herding"
-    manifest["stages"] = {n: manifest["stages"][n] for n in ("embed", "decode", "materialize")}
-    (copy / "run.json").write_text(json.dumps(manifest))
-    report = gather(str(copy))
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_selection_has_neither_clusters_nor_nearest_images(made, copy, monkeypatch, quick):
+    monkeypatch.setattr(module, "QUICK_IMAGES", 10)
+    choose_instead(copy, "herding")
+    report = gather(str(copy), quick)
     assert report["clusters"] is None
-    assert report["pairs"]["list"][0]["nearest"] == []
     assert report["dropped"] is None
-    assert report["pairs"]["list"][0]["shared"] is None
-    assert "image_cluster" not in report["pairs"]["list"][0]["details"]
-    assert "herding" in report["header"]["reading"]
+    for entry in report["pairs"]["list"]:
+        assert (entry["nearest"], entry["members"], entry["shared"]) == ([], [], None)
+        assert entry["details"].keys() == {
+            "member_norm",
+            "caption_shard",
+            "caption_key",
+            "caption_cosine",
+        }
+    header = report["header"]
+    total = len(made.kept)
+    assert header["reading"] == f"6 real pairs, chosen out of {total} by the method herding."
+    assert "chosen from" in [tile["label"] for tile in header["tiles"]]
+    assert report["space"] is None if quick else report["space"]["made"] is False
 
 
 def test_an_unfinished_run_says_where_it_stands(copy):
@@ -199,6 +212,14 @@ def test_an_unfinished_run_says_where_it_stands(copy):
     assert report["pairs"]["list"] == []
     assert report["notes"] == ["The run is not finished: stage decode is interrupted."]
     assert report["clusters"] is not None
+
+
+def test_an_unfinished_selection_chooses(copy):
+    choose_instead(copy, "random")
+    manifest = json.loads((copy / "run.json").read_text())
+    del manifest["stages"]["materialize"]
+    (copy / "run.json").write_text(json.dumps(manifest))
+    assert "chosen from" in [tile["label"] for tile in gather(str(copy))["header"]["tiles"]]
 
 
 def test_examples_of_bad_samples_show_every_reason(copy):

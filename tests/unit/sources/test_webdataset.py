@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
-from pds_ray.distributed.embed import TABLES, part_name
+from pds_ray.distributed.embed import TABLES
 from pds_ray.modalities.image import ImageError, decode_image
 from pds_ray.sources import shard_patterns
 from pds_ray.sources.base import Fault, Sample, SourceError
@@ -572,7 +572,7 @@ def test_a_long_name_leaves_room_for_what_is_added(tmp_path: Path, length: int) 
     for name in names:
         store.commit(name, table, table, table, {})
         for kind in TABLES:
-            store.parts.write_table(part_name(name, 10**9, kind), table)
+            store.parts.write_table(store.part_name(name, 10**9, kind), table)
     assert len(store.folder.names()) == 8
 
 

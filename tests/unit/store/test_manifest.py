@@ -52,7 +52,10 @@ def test_where_parts_end_counts():
 
 
 def test_a_fingerprint_is_the_same_in_another_process():
-    code = "from pds_ray.store.manifest import fingerprint; print(fingerprint('ü', {'b': [1, 2.5, None], 'a': True}))"
+    code = (
+        "from pds_ray.store.manifest import fingerprint; "
+        "print(fingerprint('ü', {'b': [1, 2.5, None], 'a': True}))"
+    )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == fingerprint("ü", {"a": True, "b": [1, 2.5, None]})
 
@@ -92,19 +95,19 @@ def test_every_change_is_on_disk(run):
     assert "started" not in seen.stages["embed"]
 
 
-def test_time_adds_up_over_interruptions_and_starts_anew_with_a_change(run, monkeypatch):
+def test_time_adds_up_over_interruptions_and_restarts_with_a_change(run, monkeypatch):
     clock = iter([100.0, 107.0, 200.0, 203.5, 300.0, 301.0])
     monkeypatch.setattr("pds_ray.store.manifest.time.monotonic", lambda: next(clock))
     manifest = RunManifest(run)
     spent = []
-    for print_, status in (("f", "interrupted"), ("f", "done"), ("g", "done")):
-        manifest.start("embed", print_)
+    for made_from, status in (("f", "interrupted"), ("f", "done"), ("g", "done")):
+        manifest.start("embed", made_from)
         manifest.stop("embed", status)
         spent.append(manifest.stages["embed"]["seconds"])
     assert spent == [7.0, 10.5, 1.0]
 
 
-def test_a_rate_leaves_out_what_a_killed_sitting_did(run, monkeypatch):
+def test_a_rate_leaves_out_a_killed_session(run, monkeypatch):
     """900 images in 90 s and a kill, then 100 in 10 s: 10 a second, not 100."""
     clock = iter([0.0, 100.0, 110.0])
     monkeypatch.setattr("pds_ray.store.manifest.time.monotonic", lambda: next(clock))

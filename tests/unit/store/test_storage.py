@@ -1,4 +1,4 @@
-"""Folders: a file is there whole or not at all."""
+"""Folders, whose writes are atomic."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from pds_ray.store.storage import (
     StorageError,
     is_remote,
     open_filesystem,
-    patiently,
     side_by_side,
+    with_retries,
 )
 
 
 @pytest.fixture(params=["local", "object store"])
 def folder(request, tmp_path, monkeypatch):
-    """A folder on disk, and one that takes the road of the object stores (a sub-tree of the disk stands in)."""
+    """A folder on disk, and one on an object store, for which a sub-tree of the disk stands in."""
     if request.param == "local":
         return Folder(str(tmp_path))
     monkeypatch.setattr(storage, "WAITS_S", (0.01,))
@@ -133,7 +133,7 @@ def test_sweep_spares_a_folder_that_has_a_lock_of_its_own(tmp_path):
 
 
 def test_sweep_and_writers_that_finish_meanwhile(tmp_path):
-    """Orphans of a killed driver rename their parts while they are looked for; none of what they finish is lost."""
+    """Orphans of a killed driver rename their parts meanwhile; no finished file is lost."""
     folder, finished, ended = Folder(str(tmp_path)), set(), threading.Event()
 
     def write():
@@ -184,9 +184,15 @@ def test_a_read_only_disk_is_one_line_whatever_is_done(disk):
             pass
 
     for action in (
-        lambda: folder.write_bytes("x", b"2"), lambda: folder.write_json("new/y", {}), folder.create, folder.sweep,
-        locked, (folder / "sub").delete_all, lambda: (folder / "sub").delete("x"), (folder / "new").create,
-    ):  # fmt: skip
+        lambda: folder.write_bytes("x", b"2"),
+        lambda: folder.write_json("new/y", {}),
+        folder.create,
+        folder.sweep,
+        locked,
+        (folder / "sub").delete_all,
+        lambda: (folder / "sub").delete("x"),
+        (folder / "new").create,
+    ):
         with pytest.raises(
             StorageError, match=f"^cannot .*{path}.*: Read-only file system$"
         ) as caught:
@@ -330,7 +336,7 @@ def test_an_unknown_scheme_is_one_line():
 
 
 class Flaky:
-    """Fails as told, then works."""
+    """Raises the given errors, then works."""
 
     def __init__(self, *errors):
         self.errors, self.calls = list(errors), 0
@@ -354,7 +360,7 @@ def test_a_store_that_fails_is_asked_again(waits):
     action = Flaky(
         OSError("AWS Error SLOW_DOWN"), FileNotFoundError(2, "not yet"), OSError("HTTP status 503")
     )
-    assert patiently(action, "s3://b/x") == "done"
+    assert with_retries(action, "s3://b/x") == "done"
     assert len(waits) == 3
     assert all(
         mean / 2 <= wait <= mean * 3 / 2 for wait, mean in zip(waits, storage.WAITS_S, strict=True)
@@ -364,7 +370,7 @@ def test_a_store_that_fails_is_asked_again(waits):
 def test_a_store_that_goes_on_failing_is_left(waits):
     action = Flaky(*[OSError("AWS Error SLOW_DOWN\nmore")] * 99)
     with pytest.raises(StorageError) as caught:
-        patiently(action, "s3://KEY:SE/CRET@b/x?region=r&token=TOKEN")
+        with_retries(action, "s3://KEY:SE/CRET@b/x?region=r&token=TOKEN")
     assert action.calls == len(waits) + 1 == len(storage.WAITS_S) + 1
     message = str(caught.value)
     assert message.startswith(
@@ -386,13 +392,13 @@ def test_a_store_that_goes_on_failing_is_left(waits):
 )
 def test_what_another_try_will_not_change(waits, error, raised):
     with pytest.raises(raised):
-        patiently(Flaky(error), "s3://b/x")
+        with_retries(Flaky(error), "s3://b/x")
     assert waits == []
 
 
 def test_a_disk_is_asked_once(waits):
     with pytest.raises(OSError, match="broken"):
-        patiently(Flaky(OSError("broken")), "/x")
+        with_retries(Flaky(OSError("broken")), "/x")
     with pytest.raises(FileNotFoundError):
         Folder("/x").read_bytes("y")
     assert waits == []
@@ -407,7 +413,7 @@ def interruptible():
 
 
 class Lossy:
-    """An object store on a folder of the disk that keeps half of the first uploads, or is interrupted in them."""
+    """An object store on disk that keeps half of its first uploads, or is interrupted in them."""
 
     def __init__(self, root, losses=0, interrupts=False):
         self.inner = pafs.SubTreeFileSystem(str(root), pafs.LocalFileSystem())
@@ -469,7 +475,7 @@ def test_an_upload_is_not_cut_by_an_interrupt(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("interruptible")
 def test_an_upload_that_nobody_waits_for_is_whole(tmp_path, monkeypatch):
-    """The interrupt may come while the thread is being started: then it is not known to whoever waits for threads."""
+    """An interrupt during the start of the thread hides it from whoever waits for threads."""
     start = threading.Thread.start
 
     def interrupted(thread):

@@ -1,0 +1,61 @@
+"""Files of an evaluation and of a comparison, below a run folder, a distilled set or a comparison.
+
+evaluation/NAME.json
+    one evaluation
+evaluation/trials/KEY.json
+    the result of one trained model; a trial whose file exists is never trained again
+evaluation/trials/state/KEY.safetensors
+    the state of a trial that is not finished (see training/train.py)
+comparison.json, comparison.csv
+    the cells of a comparison: mean and deviation per method, size and backbone
+sets/METHOD-PAIRS/
+    one run folder per set of a comparison
+embeddings/FINGERPRINT/
+    one embedding store per way of making embeddings, shared by the sets of a comparison
+"""
+
+from __future__ import annotations
+
+from pds_ray.store.storage import Folder
+
+EVALUATION, TRIALS, STATES = "evaluation", "trials", "state"
+COMPARISON, TABLE = "comparison.json", "comparison.csv"
+AVERAGE = "average"
+"""Name that the cells of a comparison give to the average over backbones."""
+RESULT_SUFFIX, STATE_SUFFIX = ".json", ".safetensors"
+
+
+def evaluation_name(protocol: str, fingerprint: str) -> str:
+    """Return the file name of an evaluation below EVALUATION."""
+    return f"{protocol}-{fingerprint[:8]}{RESULT_SUFFIX}"
+
+
+def evaluation_names(run: Folder) -> list[str]:
+    """Return the names of the evaluations in EVALUATION, without suffix, sorted."""
+    names = (run / EVALUATION).names(RESULT_SUFFIX)
+    return [name.removesuffix(RESULT_SUFFIX) for name in names]
+
+
+def result_name(key: str) -> str:
+    """Return the file name of a trial's result, or of an evaluation without suffix."""
+    return f"{key}{RESULT_SUFFIX}"
+
+
+def finished_trials(trials: Folder) -> set[str]:
+    """Return the keys of the trials that have a result in the folder TRIALS."""
+    return {name.removesuffix(RESULT_SUFFIX) for name in trials.names(RESULT_SUFFIX)}
+
+
+def state_name(key: str) -> str:
+    """Return the file name of a trial's state below STATES."""
+    return f"{key}{STATE_SUFFIX}"
+
+
+def set_name(method: str, pairs: int) -> str:
+    """Return the name of a set's run folder below a comparison."""
+    return f"sets/{method}-{pairs}"
+
+
+def store_name(fingerprint: str) -> str:
+    """Return the name of a shared embedding store below a comparison."""
+    return f"embeddings/{fingerprint[:12]}"
