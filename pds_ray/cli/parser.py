@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from pds_ray import __version__
-from pds_ray.config import METHODS, EvaluateConfig, RunConfig, sections
+from pds_ray.config import METHODS, EvaluateConfig, Option, RunConfig, options, sections
 from pds_ray.errors import without_secrets
+from pds_ray.recipes import PROTOCOLS, RECIPES
 
 EXIT_USER = 2
 Commands = Any  # argparse has no public name for what add_subparsers returns
@@ -27,46 +29,58 @@ class _Parser(argparse.ArgumentParser):
 def _add_config_options(
     parser: argparse.ArgumentParser, only: tuple[str, ...] | None = None, top: type = RunConfig
 ) -> None:
-    """A flag for every field of the configuration `top`: --prune.ratio, and the other names it is known by.
+    """Add a flag per option of the configuration `top`: --prune.ratio, and its other names.
 
-    `only` names the sections and dotted fields that get one; "" are the fields outside of sections.
+    `only` names the sections and dotted options that get one; "" is for those outside of sections.
     """
-    for section, cls in {"": top, **sections(top)}.items():
-        fields = {
-            f"{section}.{f.name}" if section else f.name: f
-            for f in dataclasses.fields(cls)
-            if "doc" in f.metadata
-        }
-        if only is not None and section not in only:
-            fields = {dotted: field for dotted, field in fields.items() if dotted in only}
-        if not fields:
+    for section, group in {"": top, **sections(top)}.items():
+        chosen = [
+            known
+            for known in options(group).values()
+            if only is None or section in only or known.name in only
+        ]
+        if not chosen:
             continue
-        about = (cls.__doc__ or "").splitlines()[0] if section else None
-        group = parser.add_argument_group(
-            section or top.__name__.removesuffix("Config").lower(), about
-        )
-        for dotted, field in fields.items():
-            known_as = (dotted.replace("_", "-"), dotted, *field.metadata["aliases"])
-            default = "" if field.default in (None, "") else f" [{field.default}]"
-            group.add_argument(
-                *dict.fromkeys(f"--{name}" for name in known_as),
-                dest=dotted,
-                metavar=field.name.upper(),
+        title = section or top.__name__.removesuffix("Config").lower()
+        about = (group.__doc__ or "").splitlines()[0] if section else None
+        flags = parser.add_argument_group(title, about)
+        for known in chosen:
+            names = (known.name.replace("_", "-"), known.name, *known.aliases)
+            flags.add_argument(
+                *dict.fromkeys(f"--{name}" for name in names),
+                dest=known.name,
+                metavar=_metavar(known),
                 default=argparse.SUPPRESS,
-                help=(field.metadata["doc"] + default).replace("%", "%%"),
+                help=_help(known).replace("%", "%%"),
             )
 
 
+def _metavar(known: Option) -> str:
+    choices = ("true", "false") if known.kind is bool else known.choices
+    return _braces(choices) if choices else known.name.rpartition(".")[2].upper()
+
+
+def _braces(choices: Iterable[str]) -> str:
+    return "{" + ",".join(choices) + "}"
+
+
+def _help(known: Option) -> str:
+    """Return the help line: what the option is, what is allowed, and the default in brackets."""
+    bounds = "" if known.choices or not known.allowed else f"; {known.allowed}"
+    default = str(known.default).lower() if known.kind is bool else known.default
+    return known.doc + bounds + ("" if default in (None, "") else f" [{default}]")
+
+
 def _add_recipe(parser: argparse.ArgumentParser, preset: str) -> None:
-    """Where the fields of a run come from before flags change them."""
+    """Add the flags from which a run's options come before other flags change them."""
     parser.add_argument(
-        "--preset", default=preset, help="default, demo, paper or web_scale [%(default)s]"
+        "--preset", default=preset, metavar=_braces(RECIPES), help="named options [%(default)s]"
     )
     _add_config_file(parser)
 
 
 def _add_config_file(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE.yaml", help="fields as YAML, sections nested")
+    parser.add_argument("--config", metavar="FILE.yaml", help="options as YAML, sections nested")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,8 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, parser_class=_Parser, metavar="COMMAND"
     )
-    _add_makers(commands)
-    _add_judges(commands)
+    _add_distill_commands(commands)
+    _add_evaluate_commands(commands)
     _add_planning(commands)
     _add_viewers(commands)
     _add_upkeep(commands)
@@ -97,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_makers(commands: Commands) -> None:
+def _add_distill_commands(commands: Commands) -> None:
     distill = commands.add_parser(
         "distill",
         help="distil a data set",
@@ -130,7 +144,7 @@ def _add_makers(commands: Commands) -> None:
     _add_config_options(select, only=("", "read", "embed", "select", "decode.image_size", "ray"))
 
 
-def _add_judges(commands: Commands) -> None:
+def _add_evaluate_commands(commands: Commands) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="train models on a distilled set and measure retrieval",
@@ -189,7 +203,10 @@ def _add_judges(commands: Commands) -> None:
     _add_config_options(compare, only=evaluation_fields, top=EvaluateConfig)
     for command in (evaluate, compare):
         command.add_argument(
-            "--protocol", default="standard", help="standard, or paper (best epoch on test)"
+            "--protocol",
+            default="standard",
+            metavar=_braces(PROTOCOLS),
+            help="named protocol; paper takes the best epoch on test [%(default)s]",
         )
 
 
