@@ -224,7 +224,7 @@ class ClusterConfig(Options, section="cluster"):
     modality: Literal["separate", "joint", "image", "text"] = option(
         "separate",
         "separate clusters each modality by itself and matches them, joint runs one k-means on "
-        "both, image or text clusters that one alone",
+        "both, image or text clusters that one for both",
     )
 
     @property
