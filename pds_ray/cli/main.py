@@ -22,9 +22,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from pds_ray import catalog
 from pds_ray.cli.parser import EXIT_USER, build_parser
 from pds_ray.config import (
-    METHODS,
     ConfigError,
     EvaluateConfig,
     RunConfig,
@@ -101,8 +101,8 @@ def _distill(args: argparse.Namespace) -> None:
     from pds_ray.engine.run import distill
 
     config = resolve(args)
-    if args.command == "select" and config.method not in METHODS[1:]:
-        raise ConfigError(f"which pairs? give --method, one of {', '.join(METHODS[1:])}")
+    if args.command == "select" and config.method not in catalog.SELECTORS:
+        raise ConfigError(f"which pairs? give --method, one of {', '.join(catalog.SELECTORS)}")
     if args.dry_run:
         print_plan(make_run(config))
         return
