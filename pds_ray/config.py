@@ -34,7 +34,7 @@ class Option:
     free: bool = False
     """It may differ when a run is continued."""
     choices: tuple[str, ...] = ()
-    """Those of a `Literal` type need not be repeated."""
+    """The values of text; those of a `Literal` type need not be repeated."""
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
@@ -137,7 +137,7 @@ def options(group: Any) -> dict[str, Option]:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadConfig(Options, section="read"):
-    """How samples are read and cleaned."""
+    """Reading and cleaning of samples."""
 
     captions: str = option(
         "basic",
@@ -316,7 +316,7 @@ class Actors:
 
 @dataclass(frozen=True, kw_only=True)
 class RayConfig(Options, section="ray"):
-    """Where it runs, and what is given up.
+    """Place and size of the work, and its limits.
 
     The result depends on it only by what is refused: images that take more time
     (`sample_timeout_s`) or memory than they may. All of these options are free.
@@ -463,7 +463,7 @@ class RunConfig(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ProtocolConfig(Options, section="protocol"):
-    """How models are trained on a set and evaluated. Named protocols are in recipes.py."""
+    """Training of models on a set and their evaluation. Named protocols are in recipes.py."""
 
     train: Literal["text_head", "heads", "backbone", "all"] = option(
         "all",

@@ -38,7 +38,7 @@ class State:
     done: int
     total: int | None
     per_s: float | None
-    """Of the work done in this session."""
+    """The rate of this session alone."""
     eta_s: float | None
     note: str
 

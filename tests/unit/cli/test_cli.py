@@ -26,7 +26,7 @@ BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHON
 
 
 class ReachedError(Exception):
-    """What a command would have called, with these arguments."""
+    """The call that a command would have made, with its arguments."""
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_a_run_is_watched_to_its_end(
     shown: list[str],
     code: int,
 ) -> None:
-    """What may go on is said once, and watched further."""
+    """A state that may still change is shown once, and watched further."""
     monkeypatch.setattr(cli, "WATCH_S", 0.0)
     found = iter(states)
     monkeypatch.setattr("pds_ray.engine.status.status", lambda _: {"state": next(found)})
@@ -235,7 +235,7 @@ def test_a_run_is_watched_to_its_end(
     ],
 )
 def test_the_outcome_is_the_last_line(tmp_path: Path, end: str, last: str, code: int) -> None:
-    """Where both streams go to one file, as in a job's log, which standard output writes late."""
+    """Also if both streams go to one file, as in a job's log: standard output writes late."""
     script = (
         "from pds_ray.cli import main as cli\nfrom pds_ray.config import ConfigError\n"
         f"def command(args):\n    print('the summary')\n    {end or 'pass'}\n"

@@ -108,7 +108,7 @@ def test_two_runs_of_one_process_do_not_mix(
 
     def run(name: str, as_json: bool) -> None:
         try:
-            asked, told, asks = threading.Event(), threading.Event(), []
+            asked, beaten, asks = threading.Event(), threading.Event(), []
 
             def describe() -> str:
                 asks.append(name)
@@ -120,7 +120,7 @@ def test_two_runs_of_one_process_do_not_mix(
                 asked.wait(60)
                 log.event("beat", f"beat of {name}")
                 seen[name] = progress.current()
-                told.set()
+                beaten.set()
 
             with log.as_json(as_json), log.context(run=name):
                 start_thread(beat)  # before there is a bar, as the heartbeat is
@@ -130,7 +130,7 @@ def test_two_runs_of_one_process_do_not_mix(
                     bar.update(len(name))
                     progress.waiting_for(describe)
                     assert asked.wait(60)
-                    assert told.wait(60)
+                    assert beaten.wait(60)
                     together.wait()
                 assert progress.current() is None
                 log.event("ended", f"end of {name}")
