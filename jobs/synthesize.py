@@ -1,7 +1,8 @@
-"""The pictures alone as a Ray job, from prototypes that are there:
+"""The images alone as a Ray job, from existing prototypes:
 ray job submit --working-dir . -- python jobs/synthesize.py --config run.yaml ...
 
-`jobs/distill.py` with the same options and `--only embed,prune,cluster,match,prototypes` makes the prototypes.
+`jobs/distill.py` with the same options and `--only embed,prune,cluster,match,prototypes` makes the
+prototypes.
 """
 
 import sys

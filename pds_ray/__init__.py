@@ -4,7 +4,8 @@
 
     distill(configure(recipe("demo"), {"out": "runs/demo"}))
     pairs = load_distilled("runs/demo")
-    recalls = evaluate("runs/demo", configure(protocol("standard"), {"test": "scenes:1000:7"}))["mean"]
+    evaluation = configure(protocol("standard"), {"test": "scenes:1000:7"})
+    recalls = evaluate("runs/demo", evaluation)["mean"]
 
 Importing the package loads neither Ray nor torch.
 """
@@ -39,7 +40,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "evaluate":  # these two stand on torch: imported when asked for
+    if name == "evaluate":  # these two need torch: imported on request
         from pds_ray.engine.evaluate import evaluate
 
         return evaluate

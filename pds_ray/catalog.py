@@ -1,7 +1,7 @@
-"""Name -> factory for every plug-in: the one place to add a source, an encoder, a decoder or a selector.
+"""Name -> module of every plug-in and method: the one place to add one.
 
-A plug-in is one file in its folder and one line here. Modules are imported only when used, so that naming one costs
-nothing; an unknown name lists the known ones.
+A plug-in is one file in its folder and one line here. Modules are imported only when used, so that
+naming one costs nothing; an unknown name lists the known ones.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ ENCODERS = {  # prefix of the encoder name -> module with describe(name) and loa
     "": "pds_ray.encoders.open_clip",
 }
 
-TEXT_ENCODERS = {  # prefix of a text encoder's name -> module with describe(name) and load(info, precision)
+TEXT_ENCODERS = {  # prefix of a text encoder's name -> module, as for encoders
     **ENCODERS,
     "bert": "pds_ray.encoders.hf_text",
     "distilbert": "pds_ray.encoders.hf_text",
 }
 
-BACKBONES = {  # backbone name -> module with describe(name) and build(info, image_size); anything else is a timm model
+BACKBONES = {  # name -> module with describe(name) and build(info, image_size); else a timm model
     "small_conv": "pds_ray.backbones.small",
     "small_vit": "pds_ray.backbones.small",
     "small_mixer": "pds_ray.backbones.small",
@@ -79,29 +79,32 @@ def _known(kind: str, table: dict[str, str], name: str) -> str:
 
 
 def make_source(uri: str) -> Source:
-    """The source a URI names. Raises SourceError in one line if it cannot be used."""
+    """Return the source a URI names. Raises SourceError in one line if it cannot be used."""
     scheme = uri.partition(":")[0]
     module, _, cls = SOURCES[scheme if scheme in SOURCES else ""].partition(":")
     return getattr(import_module(module), cls)(uri)
 
 
 def describe_encoder(config: EmbedConfig) -> EncoderInfo:
-    """What the encoder is, without loading its weights. Raises ConfigError in one line if there is no such encoder."""
+    """Describe the encoder without loading its weights.
+
+    Raises ConfigError in one line if there is no such encoder.
+    """
     return _encoder_module(config.encoder).describe(config.encoder)
 
 
 def load_encoder(info: EncoderInfo, precision: str) -> Encoder:
-    """The encoder with its weights, on the GPU if there is one."""
+    """Return the encoder with its weights, on the GPU if there is one."""
     return _encoder_module(info.name).load(info, precision)
 
 
 def describe_text_encoder(name: str) -> EncoderInfo | TextEncoderInfo:
-    """What a text encoder is. Raises ConfigError in one line if there is no such encoder."""
+    """Describe a text encoder. Raises ConfigError in one line if there is no such encoder."""
     return _text_encoder_module(name).describe(name)
 
 
 def load_text_encoder(info: EncoderInfo | TextEncoderInfo, precision: str) -> TextEncoder:
-    """The text encoder with its weights, on the GPU if there is one."""
+    """Return the text encoder with its weights, on the GPU if there is one."""
     return _text_encoder_module(info.name).load(info, precision)
 
 
@@ -112,12 +115,18 @@ def _text_encoder_module(name: str) -> TextEncoderModule:
 
 
 def describe_backbone(name: str) -> BackboneInfo:
-    """What a backbone is, without building it. Raises ConfigError in one line if there is no such backbone."""
+    """Describe a backbone without building it.
+
+    Raises ConfigError in one line if there is no such backbone.
+    """
     return _backbone_module(name).describe(name)
 
 
 def build_backbone(info: BackboneInfo, image_size: int) -> nn.Module:
-    """The backbone with its weights at the start, from torch's global generator where they are random."""
+    """Return the backbone with its initial weights.
+
+    Random weights come from torch's global generator.
+    """
     return _backbone_module(info.name).build(info, image_size)
 
 
@@ -132,12 +141,15 @@ def _encoder_module(name: str) -> EncoderModule:
 
 
 def describe_decoder(config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:
-    """What the decoder is, checked against the encoder's space. Raises ConfigError in one line if they do not fit."""
+    """Describe the decoder, checked against the encoder's space.
+
+    Raises ConfigError in one line if they do not fit.
+    """
     return _decoder_module(config.decoder).describe(config, encoder)
 
 
 def load_decoder(info: DecoderInfo, config: DecodeConfig, source: Source) -> Decoder:
-    """The decoder, ready to decode; `source` is where real images are found by those that need them."""
+    """Return the decoder, ready to decode; some look up real images in `source`."""
     return _decoder_module(config.decoder).load(info, config, source)
 
 
@@ -152,5 +164,5 @@ def method(name: str) -> Method:
 
 
 def selector(method: str) -> Selector:
-    """The selector of a method other than pds."""
+    """Return the selector of a method other than pds."""
     return cast("Selector", import_module(_known("selector", SELECTORS, method)))

@@ -1,7 +1,9 @@
-"""What a run can be told: one small frozen dataclass per stage, composed into `RunConfig`.
+"""Every option of a run and of an evaluation: one small frozen dataclass per stage.
 
-YAML files and the command line are views of these classes: a field added here is reachable from both. Only checks
-that need no data, no network and no model are made here; each names the field, the value given and what is allowed.
+YAML files and the command line are views of these classes: an option added here is reachable from
+both, is checked by its type and bounds wherever it comes from, and explains itself in `--help`.
+Only checks that need no data, no network and no model are made here; each refusal is one line with
+the option, the value given and what is allowed.
 """
 
 from __future__ import annotations
@@ -10,14 +12,88 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from functools import cache
+from types import NoneType
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pds_ray import catalog
-from pds_ray.errors import ConfigError as ConfigError
-from pds_ray.errors import without_secrets
+from pds_ray.errors import ConfigError, without_secrets
 from pds_ray.modalities.text import CLEANERS
 
+METHODS = tuple(catalog.METHODS)
 PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option: its type, its bounds, and the words and flags by which users know it."""
+
+    doc: str
+    aliases: tuple[str, ...] = ()
+    """Other names of its flag."""
+    free: bool = False
+    """It may differ when a run is continued."""
+    choices: tuple[str, ...] = ()
+    """The values of text; those of a `Literal` type need not be repeated."""
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    multiple_of: int | None = None
+    """The value is a positive multiple of it."""
+    because: str = ""
+    """Added to what is allowed, for bounds that do not explain themselves."""
+    name: str = ""
+    """With its section, such as prune.ratio; like the rest, taken from the field by `options`."""
+    kind: type = str
+    """bool, int, float or str."""
+    optional: bool = False
+    """None is allowed."""
+    default: Any = None
+
+    @property
+    def allowed(self) -> str:
+        """The values that are allowed, in words; "" if all of the type are."""
+        return self._range() + (f" ({self.because})" if self.because else "")
+
+    def _range(self) -> str:
+        if self.choices:
+            return f"{', '.join(self.choices[:-1])} or {self.choices[-1]}"
+        if self.multiple_of:
+            return f"a positive multiple of {self.multiple_of}"
+        if self.at_least is not None and self.at_most is not None:
+            return f"from {self.at_least} to {self.at_most}"
+        if (self.at_least, self.below) == (0, None):
+            return "0 or positive"
+        if (self.above, self.below) == (0, None):
+            return "positive"
+        limits = {"at least": self.at_least, "above": self.above, "at most": self.at_most}
+        limits["below"] = self.below
+        return " and ".join(f"{w} {limit}" for w, limit in limits.items() if limit is not None)
+
+    def check(self, value: Any) -> None:
+        """Raise ConfigError if `value`, which has the option's type, is not allowed."""
+        if value is None and self.optional:
+            return
+        if isinstance(value, float) and not math.isfinite(value):
+            allowed = ", ".join(filter(None, ("a finite number", self.allowed)))
+            raise ConfigError(f"{self.name} is {value!r}; it must be {allowed}")
+        _require(self._holds(value), self.name, value, self.allowed)
+
+    def _holds(self, value: Any) -> bool:
+        return (
+            (not self.choices or value in self.choices)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+            and (self.multiple_of is None or (value > 0 and value % self.multiple_of == 0))
+        )
+
+
+def option(default: Any, doc: str, *aliases: str, **about: Any) -> Any:
+    """Make a dataclass field with a help line, flags of other names, and the fields of `Option`."""
+    return field(default=default, metadata={"option": Option(doc=doc, aliases=aliases, **about)})
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -25,109 +101,114 @@ def _require(condition: bool, name: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{name} is {value!r}; it must be {allowed}")
 
 
-def option(default: Any, doc: str, *aliases: str) -> Any:
-    """A dataclass field with its help line and, where users know it by another name, that name's flag."""
-    return field(default=default, metadata={"doc": doc, "aliases": aliases})
+class Options:
+    """A group of options, each checked against its bounds when the group is made."""
 
+    section: ClassVar[str] = ""
 
-@dataclass(frozen=True, kw_only=True)
-class ReadConfig:
-    """How samples are read and cleaned."""
-
-    captions: str = option("basic", "caption cleaning: basic, paper (lower case, 30 words) or none")
-    max_pixels: int = option(64_000_000, "pictures that declare more pixels are refused undecoded")
-    min_side: int = option(2, "pictures with a shorter side are refused, pixels")
+    def __init_subclass__(cls, section: str = "") -> None:
+        cls.section = section
 
     def __post_init__(self) -> None:
-        _require(
-            self.captions in CLEANERS,
-            "read.captions",
-            self.captions,
-            "one of " + ", ".join(CLEANERS),
+        known_here = options(type(self))  # type: ignore[arg-type]  # classes can be hashed
+        for field_name, known in known_here.items():
+            known.check(getattr(self, field_name))
+
+
+@cache
+def options(group: Any) -> dict[str, Option]:
+    """Return the options of one group by field name, without those of its sections."""
+    hints, found = get_type_hints(group), {}
+    for each in dataclasses.fields(group):
+        if "option" not in each.metadata:
+            continue
+        hint, known = hints[each.name], each.metadata["option"]
+        literal = get_origin(hint) is Literal
+        found[each.name] = dataclasses.replace(
+            known,
+            name=f"{group.section}.{each.name}".lstrip("."),
+            kind=str if literal else (get_args(hint) or (hint,))[0],
+            optional=NoneType in get_args(hint),
+            choices=get_args(hint) if literal else known.choices,
+            default=each.default,
         )
-        _require(self.max_pixels > 0, "read.max_pixels", self.max_pixels, "positive")
-        _require(self.min_side > 0, "read.min_side", self.min_side, "positive")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedConfig:
+class ReadConfig(Options, section="read"):
+    """Reading and cleaning of samples."""
+
+    captions: str = option(
+        "basic",
+        "caption cleaning; paper is lower case and at most 30 words",
+        choices=tuple(CLEANERS),
+    )
+    max_pixels: int = option(
+        64_000_000, "images that declare more pixels are refused undecoded", above=0
+    )
+    min_side: int = option(2, "images with a shorter side are refused, pixels", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(Options, section="embed"):
     """CLIP embedding of every image and every caption."""
 
     encoder: str = option(
         "ViT-L-14:openai",
-        "open_clip MODEL:TAG, MODEL:/path/to/checkpoint, local-dir:/path, hf-hub:org/repo, or 'demo'",
+        "open_clip MODEL:TAG, MODEL:/path/to/checkpoint, local-dir:/path, hf-hub:org/repo, "
+        "or 'demo'",
         "encoder",
     )
-    precision: str = option("auto", "fp32, fp16, bf16 or auto (bf16 on a GPU, fp32 on a CPU)")
-    batch_size: int = option(256, "images or captions a forward pass; a multiple of 16")
-    store: str | None = option(
-        None, "embedding store that several runs share; default OUT/embeddings"
+    precision: str = option(
+        "auto", "auto is bf16 on a GPU and fp32 on a CPU", choices=("auto", *PRECISIONS)
     )
-    store_dtype: str = option("float16", "dtype of the embeddings on disk: float16 or float32")
-
-    def __post_init__(self) -> None:
-        _require(
-            self.precision in ("auto", *PRECISIONS),
-            "embed.precision",
-            self.precision,
-            "auto, fp32, fp16 or bf16",
-        )
-        _require(
-            self.batch_size > 0 and self.batch_size % 16 == 0,
-            "embed.batch_size",
-            self.batch_size,
-            "a positive multiple of 16 (so that results do not depend on it)",
-        )
-        _require(
-            self.store_dtype in ("float16", "float32"),
-            "embed.store_dtype",
-            self.store_dtype,
-            "float16 or float32",
-        )
-
-
-METHODS = tuple(catalog.METHODS)
+    batch_size: int = option(
+        256,
+        "images or captions per forward pass",
+        free=True,
+        multiple_of=16,
+        because="so that results do not depend on it",
+    )
+    store: str | None = option(
+        None, "embedding store that several runs share; default OUT/embeddings", free=True
+    )
+    store_dtype: Literal["float16", "float32"] = option(
+        "float16", "dtype of the embeddings on disk"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectConfig:
+class SelectConfig(Options, section="select"):
     """Choice of real pairs, for the methods other than pds."""
 
-    forgotten: str = option(
+    forgotten: Literal["fewest", "most"] = option(
         "fewest", "method forgetting takes the pairs forgotten fewest or most times"
     )
-    epochs: int = option(10, "method forgetting: epochs of training on all pairs")
-
-    def __post_init__(self) -> None:
-        _require(
-            self.forgotten in ("fewest", "most"),
-            "select.forgotten",
-            self.forgotten,
-            "fewest or most",
-        )
-        _require(self.epochs > 1, "select.epochs", self.epochs, "at least 2")
+    epochs: int = option(10, "method forgetting: epochs of training on all pairs", at_least=2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig:
+class PruneConfig(Options, section="prune"):
     """The pairs of lowest image-caption cosine are dropped before clustering."""
 
-    ratio: float = option(0.2, "share of pairs dropped", "rm-ratio", "rm_ratio")
-
-    def __post_init__(self) -> None:
-        _require(0 <= self.ratio < 1, "prune.ratio", self.ratio, "at least 0 and below 1")
+    ratio: float = option(
+        0.2, "share of pairs dropped", "rm-ratio", "rm_ratio", at_least=0, below=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterConfig:
+class ClusterConfig(Options, section="cluster"):
     """FAISS k-means, once per modality, with as many clusters as pairs requested."""
 
-    iterations: int = option(25, "Lloyd iterations at most")
+    iterations: int = option(25, "Lloyd iterations at most", above=0)
     tolerance: float = option(
         1e-4,
         "a fit of equal weights ends when an iteration changes its objective by a smaller share",
+        at_least=0,
+        below=1,
     )
-    restarts: int = option(1, "independent fits of which the best is kept")
+    restarts: int = option(1, "independent fits of which the best is kept", above=0)
     normalize: bool = option(
         False,
         "cluster L2-normalised vectors; centroids are means of raw ones",
@@ -136,27 +217,15 @@ class ClusterConfig:
     )
     memory_gib: float = option(
         8.0,
-        "budget for the training vectors; more rows than fit are sampled, and Ray holds half as much in passing",
+        "budget for the training vectors; more rows than fit are sampled, and Ray's object store "
+        "briefly holds half as much",
+        above=0,
     )
-    modality: str = option(
+    modality: Literal["separate", "joint", "image", "text"] = option(
         "separate",
-        "separate (each by itself, then matched), joint (one k-means on both), image or text (one decides)",
+        "separate clusters each modality by itself and matches them, joint runs one k-means on "
+        "both, image or text clusters that one for both",
     )
-
-    def __post_init__(self) -> None:
-        allowed = ("separate", "joint", "image", "text")
-        _require(
-            self.modality in allowed,
-            "cluster.modality",
-            self.modality,
-            "separate, joint, image or text",
-        )
-        _require(self.iterations > 0, "cluster.iterations", self.iterations, "positive")
-        _require(
-            0 <= self.tolerance < 1, "cluster.tolerance", self.tolerance, "at least 0 and below 1"
-        )
-        _require(self.restarts > 0, "cluster.restarts", self.restarts, "positive")
-        _require(self.memory_gib > 0, "cluster.memory_gib", self.memory_gib, "positive")
 
     @property
     def spaces(self) -> tuple[str, ...]:
@@ -165,35 +234,24 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchConfig:
+class MatchConfig(Options, section="match"):
     """One-to-one assignment of image clusters to text clusters by the pairs they share."""
 
-    solver: str = option("auto", "dense (Hungarian), sparse, or auto (dense up to 5,000 clusters)")
-    pairless: str = option(
-        "auto", "couples that share no pair: keep, drop, or auto (keep below 300 pairs)"
+    solver: Literal["auto", "dense", "sparse"] = option(
+        "auto", "dense is the Hungarian method; auto is dense up to 5,000 clusters"
+    )
+    pairless: Literal["auto", "keep", "drop"] = option(
+        "auto", "empty matches: clusters that share no pair; auto keeps them below 300 pairs"
     )
     filter: bool = option(
-        True, "average the shared pairs of a couple only; false averages its two whole clusters"
+        True,
+        "average only the pairs that matched clusters share; false averages the two whole clusters",
     )
-
-    def __post_init__(self) -> None:
-        _require(
-            self.solver in ("auto", "dense", "sparse"),
-            "match.solver",
-            self.solver,
-            "auto, dense or sparse",
-        )
-        _require(
-            self.pairless in ("auto", "keep", "drop"),
-            "match.pairless",
-            self.pairless,
-            "auto, keep or drop",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeConfig:
-    """From prototypes to pictures."""
+class DecodeConfig(Options, section="decode"):
+    """From prototypes to images."""
 
     decoder: str = option(
         "unclip",
@@ -205,151 +263,130 @@ class DecodeConfig:
         "diffusers unCLIP repository id or folder; auto takes the one that fits the encoder",
         "decoder-model",
     )
-    revision: str | None = option(None, "revision of the repository")
-    condition: str = option(
-        "prototype", "what the decoder sees: prototype (and caption), or caption (text alone)"
+    revision: str | None = option(None, "revision of the repository; default its main branch")
+    condition: Literal["prototype", "caption"] = option(
+        "prototype", "input of the decoder: the prototype (and caption), or the caption alone"
     )
-    steps: int = option(100, "denoising steps", "steps")
+    steps: int = option(100, "denoising steps", "steps", above=0)
     guidance: float = option(
         5.0, "classifier-free guidance scale; 1 or less switches it off", "guidance"
     )
-    noise_level: int = option(10, "noise added to the prototype, 0 to 999", "noise")
-    negative_prompt: str = option("text, watermark", "what the picture should not show")
+    noise_level: int = option(10, "noise added to the prototype", "noise", at_least=0, at_most=999)
+    negative_prompt: str = option("text, watermark", "what the image should not show")
     rescale: bool = option(
         False, "scale prototypes to the mean norm of their members before decoding"
     )
-    precision: str = option("auto", "fp32, fp16, bf16 or auto (fp16 on a GPU, fp32 on a CPU)")
-    batch_size: int = option(16, "prototypes decoded together")
+    precision: str = option(
+        "auto", "auto is fp16 on a GPU and fp32 on a CPU", choices=("auto", *PRECISIONS)
+    )
+    batch_size: int = option(16, "prototypes decoded together", free=True, above=0)
+    """Free unless some images of a model are there already."""
     image_size: int = option(
         224,
-        "side of the saved pictures in pixels; 0 keeps the decoder's",
+        "side of the saved images in pixels; 0 keeps the decoder's",
         "image-size",
         "image_size",
+        at_least=0,
     )
-
-    def __post_init__(self) -> None:
-        _require(
-            self.condition in ("prototype", "caption"),
-            "decode.condition",
-            self.condition,
-            "prototype or caption",
-        )
-        _require(self.steps > 0, "decode.steps", self.steps, "positive")
-        _require(math.isfinite(self.guidance), "decode.guidance", self.guidance, "a finite number")
-        _require(0 <= self.noise_level <= 999, "decode.noise_level", self.noise_level, "0 to 999")
-        _require(self.batch_size > 0, "decode.batch_size", self.batch_size, "positive")
-        _require(self.image_size >= 0, "decode.image_size", self.image_size, "0 or positive")
-        _require(
-            self.precision in ("auto", *PRECISIONS),
-            "decode.precision",
-            self.precision,
-            "auto, fp32, fp16 or bf16",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionConfig:
-    """The caption that goes with each picture."""
+class CaptionConfig(Options, section="caption"):
+    """The caption that goes with each image."""
 
-    nearest_to: str = option(
+    nearest_to: Literal["picture", "prototype"] = option(
         "picture",
-        "a pair's caption is the real one nearest to its picture, or, as published, to its text prototype",
+        "a pair's caption is the real one nearest to its image (picture), or, as published, to its "
+        "text prototype",
     )
-
-    def __post_init__(self) -> None:
-        allowed = ("picture", "prototype")
-        _require(
-            self.nearest_to in allowed,
-            "caption.nearest_to",
-            self.nearest_to,
-            "picture or prototype",
-        )
 
 
 @dataclass(frozen=True)
 class Actors:
-    """What is wished of a pool of actors."""
+    """Size and resources of a pool of actors."""
 
     workers: int
     """At most; 0: as many as the cluster has room for."""
     min_workers: int
     gpus: float | None
-    """Each takes so many; None: what the cluster has decides."""
+    """GPUs per actor; None: decided by the cluster's GPUs."""
     resources: dict[str, float]
-    """Custom resources that each takes."""
+    """Custom resources per actor."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RayConfig:
-    """Where it runs, and what is given up. What comes out depends on it only by what is refused: pictures that take
-    more time (`sample_timeout_s`) or memory than they may."""
+class RayConfig(Options, section="ray"):
+    """Place and size of the work, and its limits.
+
+    The result depends on it only by what is refused: images that take more time
+    (`sample_timeout_s`) or memory than they may. All of these options are free.
+    """
 
     address: str | None = option(
-        None, "address of a running cluster; without it a local Ray is started", "address"
+        None, "address of a running cluster; default a local Ray that is started", "address"
     )
-    num_cpus: int | None = option(None, "CPUs of the local Ray; default all")
+    num_cpus: int | None = option(None, "CPUs of the local Ray; default all", above=0)
     object_store_gib: float | None = option(
-        None, "object store of the local Ray; default a quarter of free memory, at most 8 GiB"
+        None,
+        "object store of the local Ray; default a quarter of free memory, at most 8 GiB",
+        above=0,
     )
     read_resources: str = option(
-        "", "custom resources of each task that reads or decodes pictures, NAME=AMOUNT,..."
+        "",
+        "custom resources of each task that reads or decodes images, NAME=AMOUNT,...; default none",
     )
     embed_workers: int = option(
-        0, "embedding actors at most; 0 is one a GPU, or what the CPUs allow"
+        0, "embedding actors at most; 0 is one per GPU, or what the CPUs allow", at_least=0
     )
-    embed_min_workers: int = option(1, "embedding actors at least, as the cluster shrinks")
+    embed_min_workers: int = option(
+        1, "embedding actors at least, as the cluster shrinks", at_least=1
+    )
     embed_gpus: float | None = option(
         None,
-        "GPUs of each embedding actor, such as 0.5; default 1 where there are any; say it if they are yet to come",
+        "GPUs of each embedding actor, such as 0.5; default 1 where there are any; "
+        "give it if they are yet to come",
+        at_least=0,
+        because="a share of one GPU or a whole number",
     )
-    embed_resources: str = option("", "custom resources of each embedding actor, NAME=AMOUNT,...")
+    embed_resources: str = option(
+        "", "custom resources of each embedding actor, NAME=AMOUNT,...; default none"
+    )
     decode_workers: int = option(
-        0, "decoding actors at most; 0 is one a GPU, or what the CPUs allow"
+        0, "decoding actors at most; 0 is one per GPU, or what the CPUs allow", at_least=0
     )
-    decode_min_workers: int = option(1, "decoding actors at least, as the cluster shrinks")
-    decode_gpus: float | None = option(None, "GPUs of each decoding actor")
-    decode_resources: str = option("", "custom resources of each decoding actor, NAME=AMOUNT,...")
+    decode_min_workers: int = option(
+        1, "decoding actors at least, as the cluster shrinks", at_least=1
+    )
+    decode_gpus: float | None = option(
+        None,
+        "GPUs of each decoding actor; default 1 where there are any",
+        at_least=0,
+        because="a share of one GPU or a whole number",
+    )
+    decode_resources: str = option(
+        "", "custom resources of each decoding actor, NAME=AMOUNT,...; default none"
+    )
     max_bad_share: float = option(
-        0.5, "the run stops when more than this share of the samples is bad"
+        0.5,
+        "the run stops when more than this share of the samples is bad",
+        at_least=0,
+        at_most=1,
     )
     max_failed_share: float = option(
-        0.1, "the run stops when more than this share of the shards cannot be read"
+        0.1,
+        "the run stops when more than this share of the shards cannot be read",
+        at_least=0,
+        at_most=1,
     )
     sample_timeout_s: float = option(
-        60.0, "a picture that takes longer to decode is given up, seconds"
+        60.0, "an image that takes longer to decode is given up, seconds", above=0
     )
 
     def __post_init__(self) -> None:
-        _require(
-            self.num_cpus is None or self.num_cpus > 0, "ray.num_cpus", self.num_cpus, "positive"
-        )
-        store = self.object_store_gib
-        _require(store is None or 0 < store < math.inf, "ray.object_store_gib", store, "positive")
+        super().__post_init__()
         _amounts("ray.read_resources", self.read_resources)
-        for stage, actors in (("embed", self.embed_actors), ("decode", self.decode_actors)):
-            _require(actors.workers >= 0, f"ray.{stage}_workers", actors.workers, "0 or positive")
-            least, most = actors.min_workers, actors.workers or math.inf
-            _require(
-                1 <= least <= most, f"ray.{stage}_min_workers", least, f"from 1 to {stage}_workers"
-            )
-            gpus = actors.gpus
-            _require(
-                gpus is None or 0 <= gpus <= 1 or (1 < gpus < math.inf and gpus == int(gpus)),
-                f"ray.{stage}_gpus",
-                gpus,
-                "a share of one GPU or a whole number",
-            )
-        _require(
-            0 <= self.max_bad_share <= 1, "ray.max_bad_share", self.max_bad_share, "from 0 to 1"
-        )
-        _require(
-            0 <= self.max_failed_share <= 1,
-            "ray.max_failed_share",
-            self.max_failed_share,
-            "from 0 to 1",
-        )
-        timeout = self.sample_timeout_s
-        _require(0 < timeout < math.inf, "ray.sample_timeout_s", timeout, "positive")
+        _check_actors("embed", self.embed_actors)
+        _check_actors("decode", self.decode_actors)
 
     @property
     def embed_actors(self) -> Actors:
@@ -367,8 +404,19 @@ class RayConfig:
         return _amounts("ray.read_resources", self.read_resources)
 
 
+def _check_actors(stage: str, actors: Actors) -> None:
+    """Check what bounds of one option cannot say. Raises ConfigError."""
+    fewest, gpus = actors.min_workers, actors.gpus
+    allowed = f"from 1 to {stage}_workers"
+    _require(
+        not actors.workers or fewest <= actors.workers, f"ray.{stage}_min_workers", fewest, allowed
+    )
+    allowed = "a share of one GPU or a whole number"
+    _require(gpus is None or gpus <= 1 or gpus == int(gpus), f"ray.{stage}_gpus", gpus, allowed)
+
+
 def _amounts(name: str, text: str) -> dict[str, float]:
-    """ "H100=1,nvme=0.1" -> {"H100": 1.0, "nvme": 0.1}. Raises ConfigError."""
+    """Parse "H100=1,nvme=0.1" to {"H100": 1.0, "nvme": 0.1}. Raises ConfigError."""
     amounts: dict[str, float] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         resource, _, amount = part.partition("=")
@@ -387,18 +435,21 @@ def _amounts(name: str, text: str) -> dict[str, float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Options):
     """A whole distillation: source and result, and a section per stage."""
 
     source: str = option(
         "",
-        "tar path, glob or brace range (local, s3://, gs://), flickr30k:ROOT, coco:ROOT, or scenes:N[:SEED[:NOISE]]",
+        "tar path, glob or brace range (local, s3://, gs://), flickr30k:ROOT, coco:ROOT, "
+        "or scenes:N[:SEED[:NOISE]]",
         "source",
     )
-    out: str = option("", "run folder", "out")
-    method: str = option("pds", "pds, or real pairs chosen by " + ", ".join(METHODS[1:]), "method")
-    pairs: int = option(100, "distilled pairs", "pairs", "num-pairs", "num_pairs")
-    seed: int = option(0, "seed of everything drawn at random", "seed")
+    out: str = option("", "run folder", "out", free=True)
+    method: str = option(
+        "pds", "pds distils; the other methods choose real pairs", "method", choices=METHODS
+    )
+    pairs: int = option(100, "distilled pairs", "pairs", "num-pairs", "num_pairs", above=0)
+    seed: int = option(0, "seed of all random draws", "seed", at_least=0, at_most=2**31 - 1)
     read: ReadConfig = field(default_factory=ReadConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
@@ -409,90 +460,65 @@ class RunConfig:
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
-    def __post_init__(self) -> None:
-        _require(self.method in METHODS, "method", self.method, "one of " + ", ".join(METHODS))
-        _require(self.pairs > 0, "pairs", self.pairs, "positive")
-        _require(0 <= self.seed < 2**31, "seed", self.seed, "from 0 to 2147483647")
-
 
 @dataclass(frozen=True, kw_only=True)
-class ProtocolConfig:
-    """How models are trained on a set and judged. Named protocols are in recipes.py."""
+class ProtocolConfig(Options, section="protocol"):
+    """Training of models on a set and their evaluation. Named protocols are in recipes.py."""
 
-    train: str = option(
-        "all", "what is trained: text_head, heads (image and text), backbone (and text head) or all"
+    train: Literal["text_head", "heads", "backbone", "all"] = option(
+        "all",
+        "parts that are trained: the text head, the heads of image and text, the backbone and the "
+        "text head, or all",
     )
-    text: str = option(
-        "captions", "text input: captions (encoded anew), or the text prototypes of the set"
+    text: Literal["captions", "prototypes"] = option(
+        "captions", "text input: captions, encoded again, or the text prototypes of the set"
     )
     text_encoder: str = option(
         "auto", "auto (the CLIP of the set), an open_clip model, bert:MODEL or distilbert:MODEL"
     )
     captions: str = option(
-        "basic", "cleaning of the captions that are encoded: basic, paper or none"
+        "basic", "cleaning of the captions that are encoded", choices=tuple(CLEANERS)
     )
     image_size: int = option(
-        0, "side of the pictures in pixels; 0 is what the backbone was made for"
+        0, "side of the images in pixels; 0 is what the backbone was made for", at_least=0
     )
-    normalization: str = option("backbone", "constants of the pixels: backbone (its own) or clip")
+    normalization: Literal["backbone", "clip"] = option(
+        "backbone", "constants that normalise pixels: the backbone's own, or those of CLIP"
+    )
     augment: bool = option(
         True,
-        "random shifts and scales while the backbone is trained; nothing that belies a caption",
+        "random shifts and scales while the backbone is trained; nothing that contradicts a "
+        "caption",
     )
-    optimizer: str = option("adamw", "adamw or sgd")
-    learning_rate: float = option(1e-3, "learning rate at the start")
-    momentum: float = option(0.9, "momentum of sgd")
-    weight_decay: float = option(0.05, "weight decay")
-    schedule: str = option(
-        "cosine", "cosine (to zero), or step (a tenth from half of the epochs on)"
+    optimizer: Literal["adamw", "sgd"] = option("adamw", "optimizer")
+    learning_rate: float = option(1e-3, "learning rate at the start", above=0)
+    momentum: float = option(0.9, "momentum of sgd", at_least=0)
+    weight_decay: float = option(0.05, "weight decay", at_least=0)
+    schedule: Literal["cosine", "step"] = option(
+        "cosine", "cosine falls to zero, step to a tenth after half of the epochs"
     )
-    epochs: int = option(100, "epochs")
-    batch_size: int = option(128, "pairs a step, over all workers of a trial")
-    sampling: str = option(
-        "epoch", "epoch (every pair once), or independent (a fresh draw for every batch)"
+    epochs: int = option(100, "epochs", above=0)
+    batch_size: int = option(
+        128,
+        "pairs per step, over all workers of a trial",
+        at_least=2,
+        because="a pair needs another to differ from",
     )
-    evaluate_every: int = option(20, "epochs between evaluations")
-    select: str = option(
-        "val", "the epoch reported is the best on val, the best on test, or the last"
+    sampling: Literal["epoch", "independent"] = option(
+        "epoch", "epoch takes every pair once, independent draws every batch afresh"
     )
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("train", ("text_head", "heads", "backbone", "all")),
-            ("text", ("captions", "prototypes")),
-            ("captions", tuple(CLEANERS)),
-            ("normalization", ("backbone", "clip")),
-            ("optimizer", ("adamw", "sgd")),
-            ("schedule", ("cosine", "step")),
-            ("sampling", ("epoch", "independent")),
-            ("select", ("val", "test", "last")),
-        ):
-            _require(
-                getattr(self, name) in allowed,
-                name,
-                getattr(self, name),
-                "one of " + ", ".join(allowed),
-            )
-        for name in ("learning_rate", "epochs", "evaluate_every"):
-            value = getattr(self, name)
-            _require(0 < value < math.inf, name, value, "positive")
-        for name in ("image_size", "momentum", "weight_decay"):
-            value = getattr(self, name)
-            _require(0 <= value < math.inf, name, value, "0 or positive")
-        _require(
-            self.batch_size > 1,
-            "batch_size",
-            self.batch_size,
-            "at least 2 (a pair needs another to differ from)",
-        )
+    evaluate_every: int = option(20, "epochs between evaluations", above=0)
+    select: Literal["val", "test", "last"] = option(
+        "val", "the epoch reported: the best on val, the best on test, or the last"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """An evaluation: which models are trained how often, on what they are tested, and where that runs."""
+class EvaluateConfig(Options):
+    """An evaluation: the models and how often each is trained, the test data, and where it runs."""
 
     test: str = option(
-        "", "source of the held-out pictures and captions, as --source of distill", "test"
+        "", "source of the held-out images and captions, as --source of distill", "test"
     )
     val: str | None = option(
         None, "source that selects the epoch; default the one that belongs to --test", "val"
@@ -500,27 +526,30 @@ class EvaluateConfig:
     backbones: str = option(
         "small_conv,small_vit,small_mixer", "evaluation models, by comma", "backbones"
     )
-    seeds: int = option(5, "models trained a backbone, with seeds 0, 1, ...", "seeds")
-    workers: int = option(1, "workers that share one trial, with gathered negatives", "workers")
-    trials: int = option(0, "trials at once; 0 is what the GPUs, or the CPUs, allow", "trials")
+    seeds: int = option(5, "models trained per backbone, with seeds 0, 1, ...", "seeds", above=0)
+    workers: int = option(
+        1, "workers that share one trial, with gathered negatives", "workers", above=0
+    )
+    trials: int = option(
+        0, "trials at once; 0 is what the GPUs, or the CPUs, allow", "trials", at_least=0
+    )
     max_failures: int = option(
         3,
-        "deaths of workers that each row of trials survives without getting further",
+        "worker failures tolerated per trial queue without progress",
         "max-failures",
+        at_least=0,
     )
     save_every_s: float = option(
-        30.0, "seconds of training that the death of a worker costs at most, or one evaluation"
+        30.0,
+        "seconds of training that a worker failure costs at most, or one evaluation",
+        at_least=0,
     )
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(bool(self.backbone_names), "backbones", self.backbones, "at least one name")
-        _require(self.seeds > 0, "seeds", self.seeds, "positive")
-        _require(self.workers > 0, "workers", self.workers, "positive")
-        _require(self.trials >= 0, "trials", self.trials, "0 or positive")
-        _require(self.max_failures >= 0, "max_failures", self.max_failures, "0 or positive")
-        _require(self.save_every_s >= 0, "save_every_s", self.save_every_s, "0 or positive")
 
     @property
     def backbone_names(self) -> list[str]:
@@ -530,19 +559,30 @@ class EvaluateConfig:
         )
 
 
-FREE_FIELDS = (
-    "out",
-    "embed.batch_size",
-    "embed.store",
-    "decode.batch_size",  # unless some images of a model are there already
-)
-"""Options that may differ when a run is continued; so may all of ray.*."""
-
 Config = TypeVar("Config", RunConfig, EvaluateConfig)
 
 
+def sections(cls: type = RunConfig) -> dict[str, type[Options]]:
+    """Return name -> dataclass of the nested sections, in order."""
+    hints = get_type_hints(cls)
+    return {
+        each.name: hints[each.name]
+        for each in dataclasses.fields(cls)
+        if "option" not in each.metadata
+    }
+
+
+FREE_FIELDS = tuple(
+    known.name
+    for group in (RunConfig, *sections().values())
+    for known in options(group).values()
+    if known.free
+)
+"""Options that may differ when a run is continued; so may all of ray.*."""
+
+
 def to_dict(config: RunConfig | EvaluateConfig) -> dict[str, Any]:
-    """The configuration as plain JSON values, sections nested."""
+    """Return the configuration as plain JSON values, sections nested."""
     return dataclasses.asdict(config)
 
 
@@ -556,20 +596,13 @@ def public(config: RunConfig) -> dict[str, Any]:
     return values
 
 
-def sections(cls: type = RunConfig) -> dict[str, type]:
-    """Name -> dataclass of the nested sections, in order."""
-    hints = get_type_hints(cls)
-    return {
-        f.name: hints[f.name]
-        for f in dataclasses.fields(cls)
-        if dataclasses.is_dataclass(hints[f.name])
-    }
-
-
 def replace(config: Config, changes: Mapping[str, Any]) -> Config:
-    """A copy with dotted fields changed: {"pairs": 200, "prune.ratio": "0.1"}; text is converted to the field's type.
+    """Return a copy with dotted options changed: {"pairs": 200, "prune.ratio": "0.1"}.
 
-    Raises ConfigError for an unknown field (naming the known ones) or a value of the wrong type.
+    Text is converted to the option's type.
+
+    Raises ConfigError for an unknown option, naming the known ones, and for a value of the wrong
+    type or out of bounds.
     """
     top: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
@@ -585,54 +618,52 @@ def replace(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def _replace(config: Any, values: Mapping[str, Any], prefix: str) -> Any:
-    hints = get_type_hints(type(config))
-    unknown = [name for name in values if name not in hints]
-    if unknown:
-        raise ConfigError(
-            f"unknown option {prefix}{unknown[0]}; known: {', '.join(prefix + name for name in hints)}"
-        )
-    return dataclasses.replace(
-        config,
-        **{name: _convert(value, hints[name], prefix + name) for name, value in values.items()},
-    )
+    known, groups = options(config.__class__), sections(config.__class__)
+    converted: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in known:
+            converted[name] = _convert(value, known[name])
+        elif name not in groups:
+            names = ", ".join(prefix + each.name for each in dataclasses.fields(config))
+            raise ConfigError(f"unknown option {prefix}{name}; known: {names}")
+        elif isinstance(value, groups[name]):
+            converted[name] = value
+        else:
+            _require(False, name, value, "a section with fields of its own")
+    return dataclasses.replace(config, **converted)
 
 
-def _convert(value: Any, hint: Any, name: str) -> Any:
-    """`value` as type `hint` (bool, int, float, str, a section, or one of these or None)."""
-    if dataclasses.is_dataclass(hint):
-        if type(value) is hint:
-            return value
-        raise ConfigError(f"{name} is {value!r}; it must be a section with fields of its own")
-    kinds = (
-        [kind for kind in get_args(hint) if kind is not type(None)] if get_origin(hint) else [hint]
-    )
-    optional = get_origin(hint) is not None
-    if value is None or (optional and value in ("", "none", "null")):
-        if optional:
-            return None
+def _convert(value: Any, known: Option) -> Any:
+    """Return `value` as the type of the option. Raises ConfigError."""
+    name, kind = known.name, known.kind
+    if known.optional and value in (None, "", "none", "null"):
+        return None
+    if value is None:
         raise ConfigError(f"{name} has no value")
-    kind = kinds[0]
     if kind is bool:
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() in ("true", "yes", "on", "1"):
-            return True
-        if str(value).lower() in ("false", "no", "off", "0"):
-            return False
-        raise ConfigError(f"{name} is {value!r}; it must be true or false")
+        return _to_bool(value, name)
     if isinstance(value, bool | dict | list):
         raise ConfigError(f"{name} is {value!r}; it must be of type {kind.__name__}")
     try:
-        number = kind(value)
+        converted = kind(value)
     except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{name} is {value!r}; it must be of type {kind.__name__}") from None
-    if kind is int and isinstance(value, float) and value != number:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number")
-    return number
+    whole = kind is not int or not isinstance(value, float) or value == converted
+    _require(whole, name, value, "a whole number")
+    return converted
+
+
+def _to_bool(value: Any, name: str) -> bool:
+    """Return a bool from what people write; a plain bool("False") would be True."""
+    written = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0")}
+    for meaning, texts in written.items():
+        if str(value).lower() in texts:
+            return meaning
+    raise ConfigError(f"{name} is {value!r}; it must be true or false")
 
 
 def flatten(mapping: Mapping[str, Any], cls: type = RunConfig) -> dict[str, Any]:
-    """{"prune": {"ratio": 0.1}, "pairs": 5} -> {"prune.ratio": 0.1, "pairs": 5}: a YAML file's view of the fields."""
+    """Return {"prune": {"ratio": 0.1}, "pairs": 5} as {"prune.ratio": 0.1, "pairs": 5}."""
     flat: dict[str, Any] = {}
     known = sections(cls)
     for key, value in mapping.items():

@@ -1,4 +1,4 @@
-"""What the user can mend, and how it is said: in one line, without secrets, safe on a terminal."""
+"""Errors that the user can fix, and their wording: one line, without secrets, safe to print."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ PLAIN_SETTINGS = ("region", "scheme", "endpoint_override")
 """Settings of an object store that are part of its address; any other may be a secret."""
 
 _REMOTE = re.compile(r"(?<=://)(?:(?!::[\w+.-]+://)\S)*")
-_LOGIN = re.compile(  # secrets hold slashes that people forget to encode: all up to the @, or what a slash left of one
-    r"^(?:[^/@]*(?::[^@]*)?@|[^/@?:]*:(?!\d{1,5}(?:[^\w+%=.~-]|$))[^/@?]*)"
-)
+# secrets hold slashes that people forget to encode: all up to the @, or what a slash left of one
+_LOGIN = re.compile(r"^(?:[^/@]*(?::[^@]*)?@|[^/@?:]*:(?!\d{1,5}(?:[^\w+%=.~-]|$))[^/@?]*)")
 
 
 class UserError(Exception):
-    """Something the user can mend, said in one line: what is wrong, where, what to do. Exit code 2, no stack trace.
+    """An error that the user can fix, in one line: what is wrong, where, what to do.
 
-    URIs in the message are shown without their secrets.
+    The command line prints it without a stack trace and exits with code 2. URIs in the message are
+    shown without their secrets.
     """
 
     def __init__(self, message: str) -> None:
@@ -24,11 +24,11 @@ class UserError(Exception):
 
 
 class ConfigError(UserError, ValueError):
-    """An option, or a combination of options, that cannot be."""
+    """An option, or a combination of options, that is not allowed."""
 
 
 def without_secrets(text: str) -> str:
-    """A URI, or a text with URIs, as it may be shown and published.
+    """Return a URI, or a text with URIs, as it may be shown and published.
 
     Users and passwords are left out, and all settings of a store but those in `PLAIN_SETTINGS`.
     """
@@ -36,7 +36,7 @@ def without_secrets(text: str) -> str:
 
 
 def _without_secrets(rest: str) -> str:
-    """What follows `://` in a URI."""
+    """Return the rest of a URI, after `://`, without its secrets."""
     place, _, settings = _LOGIN.sub("", rest).partition("?")
     plain = [
         setting for setting in settings.split("&") if setting.partition("=")[0] in PLAIN_SETTINGS
@@ -45,12 +45,15 @@ def _without_secrets(rest: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, cut to one line without secrets that is safe to print; its kind if it says nothing."""
+    """Return an error's message, or its kind, as one line without secrets that is safe to print."""
     return printable(without_secrets((str(error).strip() or type(error).__name__).splitlines()[0]))
 
 
 def printable(text: str) -> str:
-    """Text that a terminal only shows: what it would act on (escapes, line breaks, directions) is spelled out."""
+    """Return text that a terminal only shows.
+
+    Characters that it would act on (escapes, line breaks, directions) are spelled out.
+    """
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text

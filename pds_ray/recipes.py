@@ -1,4 +1,7 @@
-"""Named configurations. A recipe is a function of no arguments returning a RunConfig; variants derive from others."""
+"""Named configurations of runs and named protocols of evaluations.
+
+A recipe is a function of no arguments that returns a RunConfig; variants derive from others.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ from pds_ray.config import ConfigError, EvaluateConfig, RunConfig, replace
 
 
 def default() -> RunConfig:
-    """The published procedure with its accidents mended: OpenAI ViT-L-14, SD 2.1 unCLIP small."""
+    """Return the published procedure with its flaws fixed: OpenAI ViT-L-14, SD 2.1 unCLIP small."""
     return RunConfig()
 
 
 def demo() -> RunConfig:
-    """10,000 pictures of the built-in world become 100 pairs, with the models in the package."""
+    """Return a run of 10,000 images of the built-in world to 100 pairs, with built-in models."""
     return replace(
         RunConfig(),
         {
@@ -33,12 +36,13 @@ def demo() -> RunConfig:
 
 
 def paper() -> RunConfig:
-    """The parameters of the authors' code (Choi, Mo, Chae, ICLR 2026).
+    """Return the parameters of the authors' code (Choi, Mo, Chae, ICLR 2026).
 
-    Deliberate differences. K-means: they try 20 initialisations on a sample and fit once with mini-batches, here the
-    best of 3 full Lloyd fits is kept. An image is embedded once and weighs as many captions as it kept. Pairless
-    couples are truly dropped from 300 pairs on. Captions longer than the context are cut. Pictures are turned as their
-    EXIF says and laid on white where transparent. Each picture has a seed of its own.
+    Deliberate differences. K-means: they try 20 initialisations on a sample and fit once with
+    mini-batches, here the best of 3 full Lloyd fits is kept. An image is embedded once and weighs
+    as many captions as it kept. Empty matches are really dropped from 300 pairs on. Captions
+    longer than the context are cut. Images are rotated as their EXIF orientation says and laid on
+    white where transparent. Each image has its own seed.
     """
     return replace(
         RunConfig(),
@@ -66,7 +70,10 @@ def paper() -> RunConfig:
 
 
 def web_scale() -> RunConfig:
-    """Hundreds of millions of pairs: large batches, k-means on a sample, sparse assignment, fewer denoising steps."""
+    """Return a run for hundreds of millions of pairs.
+
+    It has large batches, k-means on a sample, a sparse assignment and fewer denoising steps.
+    """
     return replace(
         RunConfig(),
         {
@@ -90,14 +97,15 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 
 
 def recipe(name: str) -> RunConfig:
-    """The configuration called `name`. Raises ConfigError listing the known names."""
+    """Return the configuration called `name`. Raises ConfigError listing the known names."""
     if name not in RECIPES:
         raise ConfigError(f"unknown preset {name!r}; known: {', '.join(RECIPES)}")
     return RECIPES[name]()
 
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
-    # pictures and captions as they are, the epoch chosen on a validation split, every pair seen once an epoch
+    # images and captions as they are, the epoch chosen on a validation split, every pair seen once
+    # per epoch
     "standard": {},
     # the authors' evaluation (Choi, Mo, Chae, ICLR 2026), best epoch on the test split included
     "paper": {
@@ -122,7 +130,10 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 
 
 def protocol(name: str) -> EvaluateConfig:
-    """The evaluation under the protocol called `name`. Raises ConfigError listing the known names."""
+    """Return the evaluation under the protocol called `name`.
+
+    Raises ConfigError listing the known names.
+    """
     if name not in PROTOCOLS:
         raise ConfigError(f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}")
     return replace(
@@ -131,7 +142,10 @@ def protocol(name: str) -> EvaluateConfig:
 
 
 def protocol_name(config: EvaluateConfig) -> str:
-    """The name of the protocol in use; of one that was changed, the nearest name and what differs from it."""
+    """Return the name of the protocol in use.
+
+    A changed protocol gets the nearest name and the fields that differ from it.
+    """
     chosen = dataclasses.asdict(config.protocol)
     changes = {
         name: {field: value for field, value in chosen.items() if value != default[field]}

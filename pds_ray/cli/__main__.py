@@ -1,4 +1,4 @@
-"""Lets `python -m pds_ray.cli` run the command line."""
+"""Entry of `python -m pds_ray.cli`."""
 
 from pds_ray.cli.main import main
 

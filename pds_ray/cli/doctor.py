@@ -1,4 +1,4 @@
-"""What this machine has and what it lacks for a run."""
+"""Check of this machine: hardware, packages and weights that a run needs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NEEDED = (
 
 
 def examine() -> bool:
-    """Prints what is found, one line each; False if something a run needs is missing."""
+    """Print one line per finding; return False if something that a run needs is missing."""
     complete = True
 
     def say(good: bool, topic: str, text: str) -> None:
@@ -59,13 +59,11 @@ def _accelerators(say: Say) -> None:
     import torch
 
     if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        say(
-            True,
-            "gpu",
-            f"{len(names)}: {', '.join(sorted(set(names)))}; torch built for CUDA {torch.version.cuda}",
-        )
         import faiss
+
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        kinds = f"{len(names)}: {', '.join(sorted(set(names)))}"
+        say(True, "gpu", f"{kinds}; torch built for CUDA {torch.version.cuda}")
 
         gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
         say(

@@ -1,26 +1,30 @@
 """The command line: parse, validate, call the API, print; nothing else.
 
-Exit codes: 0 done, 1 an error of ours, 2 something the user can mend, 130 interrupted.
+Exit codes: 0 done, 1 an internal error, 2 an error that the user can fix, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from pds_ray import catalog
 from pds_ray.cli.parser import EXIT_USER, build_parser
 from pds_ray.config import (
-    METHODS,
     ConfigError,
     EvaluateConfig,
     RunConfig,
@@ -36,11 +40,10 @@ WATCH_S = 5.0
 ENDS = ("finished", "interrupted", "failed")
 """The states of a run in which `status --watch` ends; a silent or idle one may go on."""
 EXIT_OK, EXIT_BUG, EXIT_INTERRUPTED = 0, 1, 130
-OF_EVALUATION = {field.name for field in fields(EvaluateConfig)} - {
-    field.name for field in fields(RunConfig)
-}
-"""Fields and sections of an evaluation that a run has not."""
-QUIET = {  # libraries that print on import or on load
+_RUN_FIELDS = {field.name for field in fields(RunConfig)}
+EVALUATION_FIELDS = {field.name for field in fields(EvaluateConfig)} - _RUN_FIELDS
+"""Fields and sections of an evaluation that a run does not have."""
+QUIET = {  # for libraries that print on import or on load; they stay set when `main` ends
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -53,23 +56,26 @@ QUIET = {  # libraries that print on import or on load
 
 
 def resolve(args: argparse.Namespace) -> RunConfig:
-    """Preset, YAML file and flags -> the configuration. Raises ConfigError in one line."""
+    """Return the configuration of a run: preset, then YAML file, then flags.
+
+    Raises ConfigError in one line.
+    """
     from pds_ray.recipes import recipe
 
     written = _written(args)
     if args.command == "compare":
-        written = {name: value for name, value in written.items() if not _of_evaluation(name)}
+        written = {name: value for name, value in written.items() if not _in_evaluation(name)}
     return replace(recipe(args.preset), {**written, **_changes(args)})
 
 
 def _written(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields in the file of --config, with dots: those of a run, of an evaluation, or of both in a comparison."""
+    """Return the dotted fields in the file of --config: of a run, an evaluation, or both."""
     path = vars(args).get("config")
     return flatten(flatten(_read_yaml(path)), EvaluateConfig) if path else {}
 
 
-def _of_evaluation(name: str) -> bool:
-    return name.partition(".")[0] in OF_EVALUATION
+def _in_evaluation(name: str) -> bool:
+    return name.partition(".")[0] in EVALUATION_FIELDS
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -95,8 +101,8 @@ def _distill(args: argparse.Namespace) -> None:
     from pds_ray.engine.run import distill
 
     config = resolve(args)
-    if args.command == "select" and config.method not in METHODS[1:]:
-        raise ConfigError(f"which pairs? give --method, one of {', '.join(METHODS[1:])}")
+    if args.command == "select" and config.method not in catalog.SELECTORS:
+        raise ConfigError(f"which pairs? give --method, one of {', '.join(catalog.SELECTORS)}")
     if args.dry_run:
         print_plan(make_run(config))
         return
@@ -108,7 +114,7 @@ def _distill(args: argparse.Namespace) -> None:
 
 
 def _report_at_the_end(path: str, verbose: bool) -> None:
-    """The report of what has just been done; that it fails must not make a finished run look failed."""
+    """Write the report; its failure must not make a finished run look failed."""
     try:
         from pds_ray.report.page import write_report
 
@@ -131,12 +137,15 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def resolve_evaluation(args: argparse.Namespace) -> EvaluateConfig:
-    """Protocol, YAML file and flags -> the configuration of an evaluation. Raises ConfigError in one line."""
+    """Return the configuration of an evaluation: protocol, then YAML file, then flags.
+
+    Raises ConfigError in one line.
+    """
     from pds_ray.recipes import protocol
 
     config, written = protocol(args.protocol), _written(args)
     if args.command == "compare":
-        written = {name: value for name, value in written.items() if _of_evaluation(name)}
+        written = {name: value for name, value in written.items() if _in_evaluation(name)}
     known = flatten(to_dict(config), EvaluateConfig)
     return replace(
         config, {**written, **{name: value for name, value in vars(args).items() if name in known}}
@@ -170,9 +179,9 @@ def _compare(args: argparse.Namespace) -> None:
         )
     methods = [method.strip() for method in args.methods.split(",") if method.strip()]
     args.pairs = sizes[0]  # the field of a run; each gets its own
-    config, judged = resolve(args), resolve_evaluation(args)
-    methods += ablations(config, judged) if args.ablations else []
-    table = compare(config, methods, [int(size) for size in sizes], judged, redo=args.redo)
+    config, evaluation = resolve(args), resolve_evaluation(args)
+    methods += ablations(config, evaluation) if args.ablations else []
+    table = compare(config, methods, [int(size) for size in sizes], evaluation, redo=args.redo)
     print_comparison(config.out, table)
     _report_at_the_end(config.out, args.verbose)
 
@@ -247,7 +256,7 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _changes(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a run's configuration that flags were given for."""
+    """Return the fields of a run's configuration for which flags were given."""
     known = flatten(to_dict(RunConfig()))
     return {name: value for name, value in vars(args).items() if name in known}
 
@@ -283,7 +292,7 @@ def _status(args: argparse.Namespace) -> None:
     state = None
     while True:
         found = status(args.run)
-        if found["state"] == "running" or found["state"] != state:  # nothing moves in the others
+        if found["state"] == "running" or found["state"] != state:  # the others do not change
             if args.json:
                 print(json.dumps(found))
             else:
@@ -308,19 +317,19 @@ def _submit(args: argparse.Namespace) -> None:
     command = args.job[1:] if args.job[:1] == ["--"] else args.job
     if not command or command[0] in ("submit", "doctor"):
         raise ConfigError(
-            "which command? pds-ray submit --address http://HEAD:8265 -- distill --source ... --out ..."
+            "which command? "
+            "pds-ray submit --address http://HEAD:8265 -- distill --source ... --out ..."
         )
-    asked = build_parser().parse_args(
-        command
-    )  # what is wrong is refused here rather than on the cluster
-    told = {**_written(asked), **vars(asked)}
+    asked = build_parser().parse_args(command)  # errors are refused here, not on the cluster
+    given = {**_written(asked), **vars(asked)}
     if not args.verbose:
-        logging.disable(logging.INFO)  # Ray tells of its uploads and connections
+        logging.disable(logging.INFO)  # Ray reports its uploads and connections
     from pds_ray.distributed import submit as jobs
 
-    paths = {name: str(told[name]) for name in jobs.PATHS if told.get(name)}
+    paths = {name: str(given[name]) for name in jobs.PATHS if given.get(name)}
+    environment = _environment(args.env)
     job = jobs.Job(
-        command, paths, told.get("config"), _environment(args.env), args.driver_cpus, args.installed
+        command, paths, given.get("config"), environment, args.driver_cpus, args.installed
     )
     submitted = jobs.submit(job, args.address)
     log.event("submitted", f"pds-ray: submitted job {submitted}", job=submitted)
@@ -329,8 +338,8 @@ def _submit(args: argparse.Namespace) -> None:
     try:
         outcome, code = jobs.follow(submitted, args.address)
     except KeyboardInterrupt:
-        ends = jobs.stop_command(submitted, args.address)
-        log.event("left", f"\npds-ray: job {submitted} goes on; `{ends}` ends it", job=submitted)
+        stop = jobs.stop_command(submitted, args.address)
+        log.event("left", f"\npds-ray: job {submitted} goes on; `{stop}` ends it", job=submitted)
         os._exit(EXIT_INTERRUPTED)
     log.event(
         "job_ended", f"pds-ray: job {submitted} {outcome.lower()}", job=submitted, outcome=outcome
@@ -364,7 +373,7 @@ COMMANDS = {
 
 
 def _flush() -> None:
-    """Writes what standard output holds back in files and pipes; nowhere, if whoever reads it had enough."""
+    """Write what standard output holds back in files and pipes; nowhere, if its reader is gone."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -372,36 +381,45 @@ def _flush() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of `pds-ray`."""
+    """Run one command and raise SystemExit with its exit code: the entry point of `pds-ray`.
+
+    It may be called several times in one process: signal handlers, warnings, logging and the form
+    of events are afterwards as they were, and a Ray that the caller started goes on. The
+    environment variables of QUIET stay set, since libraries read them on import. Ctrl-C and SIGTERM
+    end the whole process.
+    """
     args = build_parser().parse_args(argv)
-    if not args.verbose:
-        for name, value in QUIET.items():
-            os.environ.setdefault(name, value)
-        warnings.filterwarnings("ignore")
-    if args.log == "json":
-        log.as_json()
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # a stopped job ends like an interrupted one, in the background too
-        signal.signal(number, signal.default_int_handler)
+    with _quiet(args.verbose), log.as_json(args.log == "json"), _interruptible():
+        code = _run(args)
+        if "ray" in sys.modules:
+            from pds_ray.distributed import session
+
+            if _in_main_thread():
+                _ignore_interrupts()
+            session.stop()
+    raise SystemExit(code)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run the command and report its outcome, in a last line; return the exit code."""
     try:
         COMMANDS[args.command](args)
-        code = EXIT_OK
         _flush()
         # the last line of a log tells the outcome; on a terminal the result does
         if args.command in RUNS:
             quiet = sys.stderr.isatty() or getattr(args, "dry_run", False)
             log.event("done", "" if quiet else f"pds-ray: {args.command} done", exit_code=EXIT_OK)
+        return EXIT_OK
     except KeyboardInterrupt:
         text = "\npds-ray: interrupted; the same command continues"
         _flush()
         log.event("interrupted", text, "error", exit_code=EXIT_INTERRUPTED)
-        # not through Ray's own shutdown: interrupted while it starts, it crashes; its processes die with this one
+        # not through Ray's own shutdown: interrupted while it starts, it crashes; its processes
+        # die with this one
         os._exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:  # whoever read our output had enough
+    except BrokenPipeError:  # the reader of our output is gone
         _flush()
-        code = EXIT_OK
+        return EXIT_OK
     except Exception as error:
         if args.verbose:
             raise
@@ -412,11 +430,48 @@ def main(argv: list[str] | None = None) -> None:
             code, text = EXIT_BUG, f"pds-ray: {type(error).__name__}: {line} (-v shows where)"
         _flush()
         log.event("failed", text, "error", exit_code=code)
-    if "ray" in sys.modules:
-        from pds_ray.distributed import session
+        return code
 
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # all is done: an interrupt now would only spoil the exit code
-        session.stop()
-    raise SystemExit(code)
+
+@contextmanager
+def _quiet(verbose: bool) -> Iterator[None]:
+    """Silence libraries in the block, unless the command is verbose."""
+    disabled = logging.root.manager.disable
+    try:
+        with warnings.catch_warnings():
+            if not verbose:
+                for name, value in QUIET.items():
+                    os.environ.setdefault(name, value)
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM interrupt the block as Ctrl-C does, in the background too.
+
+    A stopped job then ends like an interrupted one.
+    """
+    if not _in_main_thread():  # only that one may set handlers
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        atexit.unregister(_ignore_interrupts)
+        atexit.register(_ignore_interrupts)  # again: the last registered is the first called
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _ignore_interrupts() -> None:
+    """Ignore Ctrl-C: all is done, and an interrupt would only spoil the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

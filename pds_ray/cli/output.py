@@ -1,4 +1,4 @@
-"""What a person reads before and after a run."""
+"""Text for a person, before and after a run: plans, summaries, tables."""
 
 from __future__ import annotations
 
@@ -22,46 +22,61 @@ if TYPE_CHECKING:  # it costs a quarter of a second
 
 
 def say(*lines: str) -> None:
-    """Prints lines in which names and notes of strangers may stand."""
+    """Print lines that may hold names and notes of strangers."""
     for line in lines:
         print(printable(line))
 
 
-def print_plan(plan: Run) -> None:
-    """What would be done, and the resolved configuration as YAML."""
-    config, shown = plan.config, public(plan.config)
-    done = plan.store.committed() if plan.store.folder.exists(plan.store.STORE) else set()
-    embedded = sum(shard.name in done for shard in plan.shards)
-    say(f"source    {shown['source']}: {len(plan.shards):,} shards, {embedded:,} embedded")
+def print_plan(run: Run) -> None:
+    """Print what the run would do, and the resolved configuration as YAML."""
+    config, shown = run.config, public(run.config)
+    done = run.store.committed() if run.store.folder.exists(run.store.STORE) else set()
+    embedded = sum(shard.name in done for shard in run.shards)
+    say(f"source    {shown['source']}: {len(run.shards):,} shards, {embedded:,} embedded")
     say(f"method    {config.method}")
-    say(
-        f"encoder   {plan.encoder.name}: width {plan.encoder.dim}, pictures {plan.encoder.preprocess.size} px"
-    )
-    say(f"decoder   {dict(plan.decoder.load_args).get('model', plan.decoder.name)}")
-    for note in plan.decoder.notes:
+    size = run.encoder.preprocess.size
+    say(f"encoder   {run.encoder.name}: width {run.encoder.dim}, images {size} px")
+    say(f"decoder   {dict(run.decoder.load_args).get('model', run.decoder.name)}")
+    for note in run.decoder.notes:
         say(f"note      {note}")
-    say(f"result    {config.pairs:,} pairs in {plan.folder.distilled.shown}")
-    say(f"stages    {' -> '.join(plan.method.names)}")
+    say(f"result    {config.pairs:,} pairs in {run.folder.distilled.shown}")
+    say(f"stages    {' -> '.join(run.method.names)}")
     say("", "# the resolved configuration, usable with --config")
     print(yaml.safe_dump(shown, sort_keys=False), end="")
 
 
 def print_summary(out: str, manifest: dict[str, Any]) -> None:
-    """What went in, what was dropped and why, what came out, how fast, and where it is."""
+    """Print what went in, what was dropped and why, what came out, how fast, and where it is."""
     method = manifest.get("config", {}).get("method", "pds")
     entries = manifest["stages"]
     counts = {name: entry.get("counts", {}) for name, entry in entries.items()}
+    say("")
+    _print_counts(out, method, counts)
+    for note in manifest.get("notes", []):
+        say(f"note          {note}")
+    say("", f"{'stage':<12} {'status':<12} {'seconds':>8}  rate")
+    for stage in catalog.method(method).stages:
+        entry = entries.get(stage.name)
+        if entry is None:
+            say(f"{stage.name:<12} to do")
+            continue
+        seconds = f"{entry.get('seconds', 0):>8.1f}"
+        say(f"{stage.name:<12} {entry['status']:<12} {seconds}  {_rate(stage, entry)}")
+    finished = entries.get("materialize", {}).get("status") == "done"
+    run = RunFolder(Folder(out))
+    where = f"{'result':<13} {run.distilled.shown}"
+    say("", where if finished else f"{'run folder':<13} {run.folder.shown}")
+
+
+def _print_counts(out: str, method: str, counts: dict[str, dict[str, Any]]) -> None:
     embed, prune, match = counts.get("embed", {}), counts.get("prune", {}), counts.get("match", {})
     prototypes = counts.get("prototypes") or counts.get("select", {})
-    say("")
     if embed:
-        say(
-            f"in            {embed['pairs']:,} pairs of {embed['images']:,} images, {embed['shards']:,} shards"
-        )
+        images = f"{embed['images']:,} images, {embed['shards']:,} shards"
+        say(f"in            {embed['pairs']:,} pairs of {images}")
         if embed.get("failed_shards"):
-            say(
-                f"failed        {embed['failed_shards']:,} shards; pds-ray retry-failed {out} tries them again"
-            )
+            advice = f"pds-ray retry-failed {out} tries them again"
+            say(f"failed        {embed['failed_shards']:,} shards; {advice}")
         say(f"bad samples   {embed['bad']:,}")
         for reason, count in embed["reasons"].items():
             say(f"  {reason:<20} {count:,}")
@@ -69,34 +84,13 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
         say(f"pruned        {prune['dropped']:,} pairs of lowest image-caption cosine")
     if match:
         say(f"not shared    {match['pairs_not_shared']:,} pairs outside matched clusters")
-        say(
-            f"pairless      {match['pairless']:,} of {match['clusters']:,} couples, {match['pairless_policy']}"
-        )
+        empty = f"{match['pairless']:,} of {match['clusters']:,} matches"
+        say(f"pairless      {empty}, {match['pairless_policy']}")
     if prototypes:
         duplicates = {**prototypes, **counts.get("caption", {})}["duplicate_captions"]
+        made = f"{prototypes['prototypes']:,} pairs"
         say(f"method        {method}")
-        say(
-            f"out           {prototypes['prototypes']:,} pairs, {duplicates:,} with a caption of another"
-        )
-    for note in manifest.get("notes", []):
-        say(f"note          {note}")
-    say("", f"{'stage':<12} {'status':<12} {'seconds':>8}  rate")
-    for stage in catalog.method(method).stages:
-        name, entry = stage.name, entries.get(stage.name)
-        if entry is None:
-            say(f"{name:<12} to do")
-            continue
-        say(
-            f"{name:<12} {entry['status']:<12} {entry.get('seconds', 0):>8.1f}  {_rate(stage, entry)}"
-        )
-    finished = entries.get("materialize", {}).get("status") == "done"
-    run = RunFolder(Folder(out))
-    say(
-        "",
-        f"{'result':<13} {run.distilled.shown}"
-        if finished
-        else f"{'run folder':<13} {run.folder.shown}",
-    )
+        say(f"out           {made}, {duplicates:,} with a caption of another")
 
 
 def _rate(stage: Stage, entry: dict[str, Any]) -> str:
@@ -107,7 +101,7 @@ def _rate(stage: Stage, entry: dict[str, Any]) -> str:
 
 
 def _idle(counts: dict[str, Any]) -> str:
-    """The share of their time that the actors of a stage, and their GPUs, waited."""
+    """Return the share of their time that a stage's actors, and their GPUs, waited."""
     for actor in ("encoder", "decoder"):
         busy, idle = counts.get(f"{actor}_busy_s", 0), counts.get(f"{actor}_idle_s", 0)
         if busy:
@@ -116,7 +110,7 @@ def _idle(counts: dict[str, Any]) -> str:
 
 
 def print_status(found: dict[str, Any]) -> None:
-    """Where a run stands, on a few lines."""
+    """Print the state and the progress of a run, on a few lines."""
     done = [stage for stage, state in found["stages"].items() if state == "done"]
     say(f"{'run':<10} {found['run']}")
     say(f"{'state':<10} {found['state']}, {len(done)} of {len(found['stages'])} stages done")
@@ -139,7 +133,7 @@ def print_status(found: dict[str, Any]) -> None:
 
 
 def print_problems(files: int, problems: list[Problem]) -> None:
-    """What `verify` found."""
+    """Print what `verify` found."""
     for problem in problems:
         say(f"{problem.stage:<12} {problem.name}: {problem.what}")
     say(
@@ -159,7 +153,7 @@ MEASURE_TITLES = {
 
 
 def print_evaluation(result: dict[str, Any]) -> None:
-    """An evaluation as a table: mean and deviation over the seeds, in percent."""
+    """Print an evaluation as a table: mean and deviation over the seeds, in percent."""
     about, test = result["set"], result["test"]
     say("", f"set       {about['path']}: {about['pairs']:,} pairs, method {about['method']}")
     say(f"test      {test['source']}: {test['images']:,} images, {test['captions']:,} captions")
@@ -182,14 +176,13 @@ def print_evaluation(result: dict[str, Any]) -> None:
 
 
 def print_comparison(out: str, table: dict[str, Any]) -> None:
-    """A comparison as a table: methods by size, on the average of the backbones."""
+    """Print a comparison as a table: methods by size, on the average of the backbones."""
     test = table["test"]
     say("", f"source    {table['source']}")
     say(f"test      {test['source']}: {test['images']:,} images, {test['captions']:,} captions")
     names = sorted({cell["backbone"] for cell in table["cells"]} - {"average"})
-    say(
-        f"protocol  {table['protocol']['name']}; average of {', '.join(names)}; seeds: {table['seeds']}"
-    )
+    protocol, average = table["protocol"]["name"], ", ".join(names)
+    say(f"protocol  {protocol}; average of {average}; seeds: {table['seeds']}")
     for note in table["notes"]:
         say(f"note      {note}")
     cells = [cell for cell in table["cells"] if cell["backbone"] == "average"]
@@ -202,7 +195,7 @@ def print_comparison(out: str, table: dict[str, Any]) -> None:
 def _print_recalls(
     titles: list[str], rows: list[tuple[list[str], dict[str, Any]]], seeds: int
 ) -> None:
-    """A deviation is shown where there are several seeds for it."""
+    """Print rows of recalls, with their deviations if there are several seeds."""
     widths = [
         max(len(title), *(len(cells[i]) for cells, _ in rows)) for i, title in enumerate(titles)
     ]
@@ -225,17 +218,14 @@ def _print_recalls(
 
 
 def print_rates(path: str, rates: dict[str, Any]) -> None:
-    """What was measured, with its range."""
+    """Print the rates that were measured, with their ranges."""
     machine = rates["machine"]
     gpus = ", ".join(machine["gpus"]) or "no GPU"
-    say(
-        "",
-        f"machine   {machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_bytes'] / 2**30:.0f} GiB; {gpus}",
-    )
-    if machine["load"][0] > machine["cpus"] / 4:
-        say(
-            f"note      the machine was busy (load {machine['load'][0]:.1f}): starts are too long, rates hold roughly"
-        )
+    memory, load = f"{machine['memory_bytes'] / 2**30:.0f} GiB", machine["load"][0]
+    say("", f"machine   {machine['cpu']}, {machine['cpus']} CPUs, {memory}; {gpus}")
+    if load > machine["cpus"] / 4:
+        busy = f"the machine was busy (load {load:.1f})"
+        say(f"note      {busy}: starts are too long, rates hold roughly")
     say(f"encoder   {rates['encoder']['name']}")
     say(f"decoder   {rates['decoder']['name']}, {rates['decoder']['steps']} steps", "")
     figures = {
@@ -247,9 +237,8 @@ def print_rates(path: str, rates: dict[str, Any]) -> None:
         spread = (
             f"{_number(entry['worst'])} to {_number(entry['best'])}" if entry["repeats"] > 1 else ""
         )
-        say(
-            f"{name:<30} {_number(entry['value']):>9} {_unit(entry['unit'], entry['per']):<22} {spread}"
-        )
+        unit = _unit(entry["unit"], entry["per"])
+        say(f"{name:<30} {_number(entry['value']):>9} {unit:<22} {spread}")
     say("", f"result    {path}")
 
 
@@ -264,70 +253,54 @@ def _number(value: float) -> str:
 
 
 def print_forecast(plan: Forecast, measured: Measured | None) -> None:
-    """What a run would take, by stage, and how that comes about."""
+    """Print the estimate of a run by stage, and how each figure comes about."""
     work, cluster = plan.workload, plan.cluster
+    size = f"{_bytes(work.bytes)}, {work.shards:,} shards"
+    say(f"source    {work.pairs:,} pairs of {work.images:,} images, {size}")
     gpus = f"{cluster.gpus} x {cluster.gpu}" if cluster.gpus else "no GPU"
-    say(
-        f"source    {work.pairs:,} pairs of {work.images:,} images, {_bytes(work.bytes)}, {work.shards:,} shards"
-    )
     say(f"machines  {gpus}, {cluster.cpus:,} CPU cores")
     if measured is None:
         say("rates     assumed, every one: pds-ray bench measures them")
     else:
-        say(
-            f"rates     measured on {', '.join(measured.gpus) or measured.cpu}, {measured.date}, or as said below"
-        )
+        machine = ", ".join(measured.gpus) or measured.cpu
+        say(f"rates     measured on {machine}, {measured.date}, or as said below")
     say(f"prices    {plan.prices}")
-    titles = ("GPU-h", "core-h", "disk", "network", "obj. store", "USD")
-    say(
-        "",
-        f"{'stage':<12} {'time':>8}" + "".join(f"{title:>11}" for title in titles) + "  waits for",
-    )
-    say(f"{'start':<12} {_time(plan.start.value):>8}")
-    for stage in plan.stages:
-        columns = (
-            *(f"{hours:,.2f}" if hours else "" for hours in (stage.gpu_hours, stage.core_hours)),
-            *(_bytes(size) for size in (stage.disk_bytes, stage.traffic_bytes, stage.store_bytes)),
-            _usd(stage.usd),
-        )
-        say(
-            f"{stage.name:<12} {_time(stage.seconds):>8}"
-            + "".join(f"{column:>11}" for column in columns)
-            + f"  {stage.bottleneck}"
-        )
-    totals = (
-        sum(stage.gpu_hours for stage in plan.stages),
-        sum(stage.core_hours for stage in plan.stages),
-        sum(stage.disk_bytes for stage in plan.stages),
-        sum(stage.traffic_bytes for stage in plan.stages),
-    )
-    columns = (
-        *(f"{hours:,.2f}" for hours in totals[:2]),
-        *(_bytes(size) for size in totals[2:]),
-        "",
-        _usd(plan.usd),
-    )
-    say(f"{'total':<12} {_time(plan.seconds):>8}" + "".join(f"{column:>11}" for column in columns))
-    say(
-        "",
-        f"range     {_time(plan.seconds_best)} to {_time(plan.seconds_worst)}, all rates at their best or worst",
-    )
+    _print_stages(plan)
+    best, worst = _time(plan.seconds_best), _time(plan.seconds_worst)
+    say("", f"range     {best} to {worst}, all rates at their best or worst")
     say(f"also      {_usd(plan.storage_usd_month)} USD a month to keep what is written")
     if work.remote:
         say(f"also      {_usd(plan.egress_usd)} USD if the source is read from another region")
     if cluster.gpus and _fit_on_cpu(plan):
-        say(
-            "note      k-means is planned on CPUs, as with faiss-cpu; pds-ray bench measures a FAISS that uses GPUs"
-        )
-    say(
-        "",
-        "how each time comes about (GPU-h are of GPUs at work; USD are of all machines, waiting ones too)",
-    )
+        advice = "pds-ray bench measures a FAISS that uses GPUs"
+        say(f"note      k-means is planned on CPUs, as with faiss-cpu; {advice}")
+    hours = "GPU-h are of GPUs at work; USD are of all machines, waiting ones too"
+    say("", f"how each time comes about ({hours})")
     for stage in plan.stages:
         say("", f"{stage.name}: start {_time(stage.start.value)} [{stage.start.origin}]")
         for phase in stage.phases:
             for number, demand in enumerate(phase):
                 say(("  + " if number else "  ") + _formula(demand))
+
+
+def _print_stages(plan: Forecast) -> None:
+    def row(name: str, time: str, *columns: str) -> str:
+        return f"{name:<12} {time:>8}" + "".join(f"{column:>11}" for column in columns)
+
+    titles = ("GPU-h", "core-h", "disk", "network", "obj. store", "USD")
+    say("", row("stage", "time", *titles) + "  waits for")
+    say(row("start", _time(plan.start.value)))
+    for stage in plan.stages:
+        hours = [f"{part:,.2f}" if part else "" for part in (stage.gpu_hours, stage.core_hours)]
+        sizes = map(_bytes, (stage.disk_bytes, stage.traffic_bytes, stage.store_bytes))
+        columns = (*hours, *sizes, _usd(stage.usd))
+        say(row(stage.name, _time(stage.seconds), *columns) + f"  {stage.bottleneck}")
+    gpu_hours, core_hours, disk, traffic = (
+        sum(getattr(stage, name) for stage in plan.stages)
+        for name in ("gpu_hours", "core_hours", "disk_bytes", "traffic_bytes")
+    )
+    columns = (f"{gpu_hours:,.2f}", f"{core_hours:,.2f}", _bytes(disk), _bytes(traffic), "")
+    say(row("total", _time(plan.seconds), *columns, _usd(plan.usd)))
 
 
 def _fit_on_cpu(plan: Forecast) -> bool:
@@ -342,10 +315,9 @@ def _fit_on_cpu(plan: Forecast) -> bool:
 def _formula(demand: Demand) -> str:
     rate, unit = demand.rate, demand.rate.per
     limit = f", at most {demand.at_most:,.0f} at once" if demand.at_most else ""
-    return (
-        f"{demand.what}: {_number(demand.work)} {rate.unit} / {_number(rate.value)} {_unit(rate.unit, unit)} "
-        f"= {_spent(demand.unit_seconds, unit)}{limit} [{rate.origin}]"
-    )
+    quotient = f"{_number(demand.work)} {rate.unit} / {_number(rate.value)}"
+    spent = _spent(demand.unit_seconds, unit)
+    return f"{demand.what}: {quotient} {_unit(rate.unit, unit)} = {spent}{limit} [{rate.origin}]"
 
 
 def _spent(seconds: float, unit: str) -> str:

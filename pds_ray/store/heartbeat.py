@@ -22,6 +22,7 @@ from pds_ray.errors import first_line
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import StorageError, is_remote
 from pds_ray.telemetry import log, progress
+from pds_ray.telemetry.state import start_thread
 
 BEAT_S = 10.0
 SILENT_S = 6 * BEAT_S
@@ -44,8 +45,7 @@ def beating(run: RunFolder) -> Iterator[None]:
     if is_remote(run.folder.path):
         _claim(run)
     ended = threading.Event()
-    thread = threading.Thread(target=_beat, args=(run, ended), daemon=True)
-    thread.start()
+    thread = start_thread(_beat, run, ended)
     try:
         yield
     finally:

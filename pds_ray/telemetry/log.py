@@ -1,7 +1,7 @@
-"""What a run says while it works: lines for a person, or one JSON object a line for what collects logs.
+"""Events of a run: lines for a person, or one JSON object per line for what collects logs.
 
-Each object has `time` (UTC), `level`, `event` and, where known, `run`, `stage` and `shard`; the rest depends on the
-event.
+Each object has `time` (UTC), `level`, `event` and, where known, `run`, `stage` and `shard`; the
+rest depends on the event.
 """
 
 from __future__ import annotations
@@ -15,39 +15,44 @@ from typing import Any
 
 from tqdm import tqdm
 
-_json = False
-_context: dict[str, str] = {}
+from pds_ray.telemetry.state import run_state
 
 
-def as_json() -> None:
-    """From now on everything is said as JSON."""
-    global _json  # noqa: PLW0603 - a process has one standard error
-    _json = True
+@contextmanager
+def as_json(wanted: bool = True) -> Iterator[None]:
+    """Write the events of the block as JSON, or as text."""
+    state = run_state()
+    before, state.json = state.json, wanted
+    try:
+        yield
+    finally:
+        state.json = before
 
 
 def is_json() -> bool:
-    return _json
+    """Return whether events are written as JSON."""
+    return run_state().json
 
 
 @contextmanager
 def context(**fields: str) -> Iterator[None]:
-    """Fields of all events in the block, such as the run and its stage."""
-    global _context  # noqa: PLW0603
-    before, _context = _context, {**_context, **fields}
+    """Add fields to all events of the block, such as the run and its stage."""
+    state = run_state()
+    before, state.fields = state.fields, {**state.fields, **fields}
     try:
         yield
     finally:
-        _context = before
+        state.fields = before
 
 
 def event(event: str, text: str = "", level: str = "info", **fields: Any) -> None:
-    """Says something on standard error: the text to a person (nothing if it is empty), the fields to a machine."""
-    if _json:
+    """Write an event to standard error: `text` for a person (nothing if empty), or the fields."""
+    state = run_state()
+    if state.json:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        said = {"message": text} if text else {}
-        line = json.dumps(
-            {"time": now, "level": level, "event": event, **_context, **fields, **said}
-        )
+        message = {"message": text} if text else {}
+        about = {"time": now, "level": level, "event": event}
+        line = json.dumps({**about, **state.fields, **fields, **message})
     else:
         line = text
     if line:

@@ -1,6 +1,7 @@
-"""Progress as a person wants it: a bar with rate and ETA on a terminal, a line now and then in a log file.
+"""Progress bars: with rate and ETA on a terminal, a line now and then in a log file.
 
-Each bar has a watchdog: where nothing gets finished for a while, it says so, and what is being waited for.
+Each bar has a watchdog: when nothing gets finished for a while, it reports that and what the run
+is waiting for.
 """
 
 from __future__ import annotations
@@ -12,40 +13,39 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from tqdm import tqdm
 
 from pds_ray.telemetry import log
+from pds_ray.telemetry.state import run_state, sharing, start_thread
 
 LOG_INTERVAL_S = 10.0
 LINE = "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 LINE_WITHOUT_TOTAL = "{desc}: {n_fmt} [{elapsed}, {rate_fmt}{postfix}]"
 QUIET_S = 10.0
-"""As `delay_s`: what is no stage is worth a bar only when it takes long."""
+"""Delay before a bar is shown for work outside a stage."""
 STALL_S = 120.0
-"""Without progress for so long, the watchdog speaks; then after twice as long, and so on."""
-
-_bar: tqdm | None = None  # the one that is open: there is one at a time
-_waiting_for: Callable[[], str] | None = None  # what its watchdog asks
+"""Time without progress after which the watchdog reports; then after twice as long, and so on."""
 
 
 @dataclass(frozen=True)
 class State:
-    """How far what is under way has come."""
+    """The progress of the work that has the open bar."""
 
     label: str
     unit: str
     done: int
     total: int | None
     per_s: float | None
-    """Of what was done in this sitting."""
+    """The rate of this session alone."""
     eta_s: float | None
     note: str
 
 
 def current() -> State | None:
-    """The state of the bar that is open."""
-    bar = _bar  # once: another thread may close it
+    """Return the state of the run's open bar, if one is open."""
+    bar = run_state().bar  # read once: another thread may close it
     return None if bar is None else _state(bar)
 
 
@@ -65,15 +65,20 @@ def _state(bar: tqdm) -> State:
 
 
 class _JsonBar(tqdm):
-    """A bar that is an event now and then."""
+    """A bar that is written as an event now and then."""
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:  # noqa: ARG002 - tqdm's signature
+    def __init__(self, **settings: Any) -> None:
+        self._run = run_state()  # a thread of tqdm's own displays bars that are seldom updated
+        super().__init__(**settings)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:  # noqa: ARG002
         if msg is None:
-            log.event("progress", **asdict(_state(self)))
+            with sharing(self._run):
+                log.event("progress", **asdict(_state(self)))
 
 
 class _Lines(io.TextIOBase):
-    """Turns a bar redrawn in place into lines, for logs."""
+    """A stream that turns a bar redrawn in place into lines, for logs."""
 
     def write(self, text: str) -> int:
         if line := text.strip():
@@ -85,12 +90,11 @@ class _Lines(io.TextIOBase):
 def progress_bar(
     label: str, total: int | None, unit: str, done: int = 0, delay_s: float = 0.0
 ) -> Iterator[tqdm]:
-    """A bar named `label` counting `unit`s up to `total`, of which `done` were finished earlier.
+    """Open a bar named `label` that counts `unit`s up to `total`, with `done` finished earlier.
 
-    With a `delay_s` nothing is shown of what takes no longer.
-
-    On a terminal it is redrawn in place; elsewhere it prints a line every LOG_INTERVAL_S seconds and one at the end.
-    Call `.update(n)` for work done and `.set_postfix_str(text, refresh=False)` for what else is worth seeing.
+    Work that takes no longer than `delay_s` shows nothing. On a terminal the bar is redrawn in
+    place; elsewhere it prints a line every LOG_INTERVAL_S seconds and one at the end. Call
+    `.update(n)` for work done and `.set_postfix_str(text, refresh=False)` for a note.
     """
     interactive = sys.stderr.isatty() and not log.is_json()
     with (
@@ -106,6 +110,7 @@ def progress_bar(
             leave=interactive,
             smoothing=0.1 if interactive else 0,  # a log tells the mean rate
             dynamic_ncols=interactive,
+            position=None if interactive else 0,  # lines of two runs do not move each other
             ascii=None if interactive else True,
             bar_format=None if interactive else LINE if total is not None else LINE_WITHOUT_TOTAL,
         ) as bar,
@@ -113,32 +118,31 @@ def progress_bar(
         _current(bar),
     ):
         yield bar
-        told = bar.last_print_n == bar.n > bar.initial
-        if not interactive and not told and bar.format_dict["elapsed"] >= delay_s:
+        shown = bar.last_print_n == bar.n > bar.initial
+        if not interactive and not shown and bar.format_dict["elapsed"] >= delay_s:
             bar.refresh()  # the last line, with the mean rate
 
 
 @contextmanager
 def _current(bar: tqdm) -> Iterator[None]:
-    global _bar  # noqa: PLW0603 - a process does one thing at a time
-    _bar = bar
+    state = run_state()
+    state.bar = bar
     try:
         yield
     finally:
-        _bar = None
+        state.bar = None
 
 
 def waiting_for(describe: Callable[[], str] | None) -> None:
-    """What the open bar's watchdog asks, in a thread of its own, when nothing gets finished."""
-    global _waiting_for  # noqa: PLW0603 - who waits is deep below who opened the bar
-    _waiting_for = describe
+    """Set the callback that describes what the run is waiting for, called in another thread."""
+    run_state().waiting_for = describe
 
 
 @contextmanager
 def _watchdog(label: str, bar: tqdm) -> Iterator[None]:
     ended = threading.Event()
     waiting_for(None)
-    threading.Thread(target=_watch, args=(label, bar, ended), daemon=True).start()
+    start_thread(_watch, label, bar, ended)
     try:
         yield
     finally:
@@ -154,7 +158,7 @@ def _watch(label: str, bar: tqdm, ended: threading.Event) -> None:
             count, since, patience = bar.n, time.monotonic(), STALL_S
         elif waited >= patience:
             patience *= 2
-            describe = _waiting_for  # once: another thread may take it back
+            describe = run_state().waiting_for  # read once: another thread may take it back
             what = (describe() if describe else bar.postfix) or "its first result"
             text = f"{label}: nothing finished for {waited:.0f} s; waiting for {what}"
             log.event("stalled", text, "warning", seconds=round(waited), waiting_for=what)

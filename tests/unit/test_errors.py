@@ -1,4 +1,4 @@
-"""What is said to users holds no secrets."""
+"""Messages to users hold no secrets."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from pds_ray.store.storage import StorageError
         ("s3://KEY:SECRET@bucket/x", "s3://bucket/x"),
         ("s3://KEY:SEC/RET+1@bucket/x", "s3://bucket/x"),  # not encoded, as the user pasted it
         ("s3://KEY@bucket/x", "s3://bucket/x"),
-        ("cannot open s3://KEY:SEC?region=eu", "cannot open s3://?region=eu"),  # what is left of it, split at the slash
+        # the rest of a secret that was split at its slash
+        ("cannot open s3://KEY:SEC?region=eu", "cannot open s3://?region=eu"),
         ("no 'hdfs://host:8020'", "no 'hdfs://host:8020'"),
-        ("s3://bucket/x?region=eu&scheme=http&endpoint_override=h:9", "s3://bucket/x?region=eu&scheme=http&endpoint_override=h:9"),
+        ("s3://b/x?region=eu&scheme=http&endpoint_override=h:9", "s3://b/x?region=eu&scheme=http&endpoint_override=h:9"),
         ("s3://bucket/x?secret_key=S&region=eu&token=T", "s3://bucket/x?region=eu"),
         ("gs://bucket/x?token=T", "gs://bucket/x"),
         ("hdfs://host:8020/x", "hdfs://host:8020/x"),
         ("s3://K:S@a/x.tar?token=T::s3://K:S@b/y.tar", "s3://a/x.tar::s3://b/y.tar"),
-        ("cannot read s3://K:S@a/x: gone; is it there?", "cannot read s3://a/x: gone; is it there?"),
+        ("no s3://K:S@a/x: gone; is it there?", "no s3://a/x: gone; is it there?"),
     ],
 )  # fmt: skip
 def test_uris_are_shown_without_secrets(text: str, shown: str) -> None:

@@ -1,4 +1,4 @@
-"""The scripts of jobs/ hand on to commands that there are; what their first lines say can be typed."""
+"""The scripts of jobs/ pass on to existing commands; the usage in their docstrings can be typed."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ SCRIPTS = sorted((ROOT / "jobs").glob("*.py"))
 def test_the_command_of_a_script_can_be_typed(
     script: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray's parser takes it, the script that it names hands on the rest, and the command takes that with a file."""
+    """Ray's parser takes it, the script passes the rest on, and the command takes that."""
     about = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
     typed = about.partition("ray job submit ")[2].partition(" ...")[0]
     entrypoint = submit.make_context("submit", shlex.split(typed)).params["entrypoint"]
     assert entrypoint[:2] == ("python", f"jobs/{script.name}")
-    handed: list[str] = []
-    monkeypatch.setattr(cli, "main", handed.extend)
+    passed: list[str] = []
+    monkeypatch.setattr(cli, "main", passed.extend)
     monkeypatch.setattr(sys, "argv", list(entrypoint[1:]))
     runpy.run_path(str(script), run_name="__main__")
-    args = cli.build_parser().parse_args(handed)
+    args = cli.build_parser().parse_args(passed)
     assert args.config == entrypoint[entrypoint.index("--config") + 1]
 
 

@@ -1,11 +1,16 @@
-"""The command line without what it calls: files of --config, what it watches, what it says last."""
+"""The command line up to its work: help, files of --config, watching, the last line."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import logging
 import os
+import re
+import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,7 @@ import pytest
 import yaml
 
 from pds_ray.cli import main as cli
-from pds_ray.config import ConfigError, EvaluateConfig, RunConfig
+from pds_ray.config import ConfigError, EvaluateConfig, RunConfig, options, sections
 from pds_ray.recipes import protocol, recipe
 from pds_ray.telemetry import log
 
@@ -21,7 +26,7 @@ BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHON
 
 
 class ReachedError(Exception):
-    """What a command would have called, with these arguments."""
+    """The call that a command would have made, with its arguments."""
 
 
 @pytest.fixture
@@ -205,7 +210,7 @@ def test_a_run_is_watched_to_its_end(
     shown: list[str],
     code: int,
 ) -> None:
-    """What may go on is said once, and watched further."""
+    """A state that may still change is shown once, and watched further."""
     monkeypatch.setattr(cli, "WATCH_S", 0.0)
     found = iter(states)
     monkeypatch.setattr("pds_ray.engine.status.status", lambda _: {"state": next(found)})
@@ -230,7 +235,7 @@ def test_a_run_is_watched_to_its_end(
     ],
 )
 def test_the_outcome_is_the_last_line(tmp_path: Path, end: str, last: str, code: int) -> None:
-    """Where both streams go to one file, as in a job's log, which standard output writes late."""
+    """Also if both streams go to one file, as in a job's log: standard output writes late."""
     script = (
         "from pds_ray.cli import main as cli\nfrom pds_ray.config import ConfigError\n"
         f"def command(args):\n    print('the summary')\n    {end or 'pass'}\n"
@@ -262,10 +267,71 @@ def test_nobody_has_to_read_to_the_end(length: int, last: list[str]) -> None:
 
 
 def test_a_report_that_fails_is_an_event(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(log, "_json", True)
-    cli._report_at_the_end(str(tmp_path), verbose=False)  # a folder without a run
+    with log.as_json():
+        cli._report_at_the_end(str(tmp_path), verbose=False)  # a folder without a run
     said = json.loads(capsys.readouterr().err)
     assert (said["event"], said["level"]) == ("no_report", "warning")
     assert said["why"] in said["message"]
+
+
+def test_a_command_leaves_the_process_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several run in one process: handlers of signals, warnings, logging and the form of events."""
+
+    def state() -> list[Any]:
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        return [handlers, list(warnings.filters), logging.root.manager.disable, log.is_json()]
+
+    def command(args: argparse.Namespace) -> None:
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+        logging.disable(logging.INFO)
+        log.event("working", "at work")
+        warnings.warn("of a library", stacklevel=1)
+        if args.only:
+            raise ConfigError("no such thing")
+
+    monkeypatch.setitem(cli.COMMANDS, "distill", command)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    for name in cli.QUIET:
+        monkeypatch.setenv(name, "")
+    before = state()
+    for flags, code, lines in (
+        (["--log", "json"], 0, ["working", "done"]),
+        (["--only", "x"], 2, ["at work", "pds-ray: no such thing"]),
+        (["--log", "json", "--only", "x"], 2, ["working", "failed"]),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["distill", *flags])
+        said = capsys.readouterr().err.splitlines()
+        shown = [json.loads(line)["event"] for line in said] if "json" in flags else said
+        assert (ended.value.code, shown, state()) == (code, lines, before)
+    with pytest.warns(UserWarning, match="of a library"), pytest.raises(ConfigError):
+        cli.main(["distill", "-v", "--only", "x"])
+    assert state() == before
+
+
+@pytest.mark.parametrize(("command", "top"), [("distill", RunConfig), ("evaluate", EvaluateConfig)])
+def test_help_shows_what_is_allowed_and_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    top: type,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "9999")  # nothing is wrapped
+    with pytest.raises(SystemExit):
+        cli.build_parser().parse_args([command, "--help"])
+    shown = capsys.readouterr().out
+    for group in (top, *sections(top).values()):
+        for option in options(group).values():
+            flag = re.escape(option.name.replace("_", "-"))
+            (about,) = re.findall(rf"^  --{flag} .*(?:\n {{20,}}.*)?", shown, flags=re.MULTILINE)
+            choices = ("true", "false") if option.kind is bool else option.choices
+            assert ("{" + ",".join(choices) + "}" if choices else option.allowed) in about
+            assert option.doc in about
+            if option.default in (None, ""):
+                assert "default" in option.doc or option.name in ("source", "out", "test")
+            else:
+                assert about.lower().endswith(f" [{option.default}]".lower())

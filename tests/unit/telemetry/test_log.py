@@ -1,18 +1,21 @@
-"""What a run says: a person's lines, or objects that a machine can read."""
+"""Events of a run: lines for a person, or objects that a machine can read."""
 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 
 import pytest
 
 from pds_ray.telemetry import log, progress
+from pds_ray.telemetry.state import start_thread
 
 
 @pytest.fixture
-def as_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log, "_json", True)
+def as_json() -> Iterator[None]:
+    with log.as_json():
+        yield
 
 
 @pytest.fixture
@@ -42,9 +45,14 @@ def test_a_machine_reads_objects_with_their_context(capsys: pytest.CaptureFixtur
     log.event("after")
     first, second, third = events(capsys.readouterr().err)
     assert {**first, "time": ""} == {
-        "time": "", "level": "warning", "event": "shard_failed", "run": "runs/x", "stage": "embed", "shard": "00001",
+        "time": "",
+        "level": "warning",
+        "event": "shard_failed",
+        "run": "runs/x",
+        "stage": "embed",
+        "shard": "00001",
         "reason": "line\nbreak",
-    }  # fmt: skip
+    }
     assert (second["run"], second.get("stage"), second["message"]) == ("runs/x", None, "said\tso")
     assert third.keys() == {"time", "level", "event"}
     assert first["time"].endswith("+00:00")
@@ -78,17 +86,88 @@ def test_bars_become_events(capsys: pytest.CaptureFixture[str]) -> None:
     assert said[-1]["per_s"] > 0
 
 
-def test_the_rate_is_of_this_sitting_and_the_rest_takes_its_time() -> None:
-    import time
-
-    with progress.progress_bar("embed", 1000, "images", done=900) as bar:
+def test_the_rate_is_of_this_session_and_gives_the_time_to_go() -> None:
+    with progress.progress_bar("embed", 1_000_000, "images", done=900_000) as bar:
         before = progress.current()
-        began = time.monotonic()
-        time.sleep(0.2)
-        bar.update(20)
-        state, elapsed = progress.current(), time.monotonic() - began
+        bar.start_t -= 1000  # as if it had been open for so long
+        bar.update(20_000)
+        state = progress.current()
     assert before is not None
     assert state is not None
     assert (before.per_s, before.eta_s) == (None, None)
-    assert state.per_s == pytest.approx(20 / elapsed, rel=0.2)
-    assert state.eta_s == pytest.approx(80 / state.per_s, rel=0.1, abs=0.1)
+    assert state.per_s == pytest.approx(20, rel=0.1)
+    assert state.eta_s == pytest.approx(80_000 / state.per_s, abs=0.1)
+
+
+def test_two_runs_of_one_process_do_not_mix(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in a thread: its own fields, form, bar and watchdog; its own threads share them."""
+    monkeypatch.setattr(progress, "STALL_S", 0.01)
+    together, seen, errors = threading.Barrier(2, timeout=60), {}, []
+
+    def run(name: str, as_json: bool) -> None:
+        try:
+            asked, beaten, asks = threading.Event(), threading.Event(), []
+
+            def describe() -> str:
+                asks.append(name)
+                if len(asks) == 2:  # so the line with the first answer is written
+                    asked.set()
+                return f"shard of {name}"
+
+            def beat() -> None:
+                asked.wait(60)
+                log.event("beat", f"beat of {name}")
+                seen[name] = progress.current()
+                beaten.set()
+
+            with log.as_json(as_json), log.context(run=name):
+                start_thread(beat)  # before there is a bar, as the heartbeat is
+                together.wait()
+                with progress.progress_bar(name, 10, "images") as bar:
+                    together.wait()
+                    bar.update(len(name))
+                    progress.waiting_for(describe)
+                    assert asked.wait(60)
+                    assert beaten.wait(60)
+                    together.wait()
+                assert progress.current() is None
+                log.event("ended", f"end of {name}")
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    runs = [threading.Thread(target=run, args=args) for args in (("one", True), ("other", False))]
+    for thread in runs:
+        thread.start()
+    for thread in runs:
+        thread.join()
+    assert errors == []
+    assert {name: (state.label, state.done) for name, state in seen.items()} == {
+        "one": ("one", 3),
+        "other": ("other", 5),
+    }
+    lines = capsys.readouterr().err.splitlines()
+    objects = [json.loads(line) for line in lines if line.startswith("{")]
+    texts = [line for line in lines if not line.startswith("{")]
+    assert {each["run"] for each in objects} == {"one"}
+    assert {"beat", "ended", "progress", "stalled"} == {each["event"] for each in objects}
+    stalled = {each["waiting_for"] for each in objects if each["event"] == "stalled"}
+    assert stalled <= {"shard of one", "its first result"}
+    assert any(line.endswith("; waiting for shard of other") for line in texts)
+    assert not any("one" in line for line in texts)
+    assert {"beat of other", "end of other"} <= set(texts)
+
+
+@pytest.mark.usefixtures("as_json")
+def test_a_bar_that_another_thread_displays_is_an_event(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As tqdm's own thread displays bars that are seldom updated."""
+    with log.context(run="runs/x"), progress.progress_bar("embed", 3, "images") as bar:
+        other = threading.Thread(target=bar.refresh)
+        other.start()
+        other.join()
+        (event,) = events(capsys.readouterr().err)
+    assert (event["event"], event["run"], event["label"]) == ("progress", "runs/x", "embed")

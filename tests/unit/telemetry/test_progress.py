@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -32,17 +33,19 @@ def test_an_error_passes_through() -> None:
 def test_the_watchdog_speaks_until_something_is_finished(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "STALL_S", 0.4)
+    monkeypatch.setattr(progress, "STALL_S", 0.2)
+    asked = [threading.Event(), threading.Event()]
     with progress_bar("embed", 3, "shards") as bar:
-        progress.waiting_for(lambda: "00042 (for 7 s, on node ab)")
-        time.sleep(1.0)
-        said = capsys.readouterr().err
+        for number, event in enumerate(asked):  # the second answer follows the first line
+            progress.waiting_for(lambda: event.set() or f"0004{number}, on node ab")  # noqa: B023
+            assert event.wait(60)
+        lines = capsys.readouterr().err.splitlines()
         bar.update()
-    assert said.startswith("embed: nothing finished for ")
-    assert said.endswith("; waiting for 00042 (for 7 s, on node ab)\n")
+    assert lines[0].startswith("embed: nothing finished for ")
+    assert lines[0].endswith(" s; waiting for 00040, on node ab")
 
 
-def test_what_is_quick_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quick_work_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     for delay_s, lines in ((60.0, 0), (0.01, 1)):
         with progress_bar("check", 2, "images", delay_s=delay_s) as bar:
             time.sleep(0.02)
