@@ -9,13 +9,13 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from pds_ray.distributed import tasks
+from pds_ray.distributed.sizes import QUERIES_PER_SHARD
 from pds_ray.stages import prototypes as core
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.schemas import embeddings
 
 Side = Literal["images", "captions"]
 NAMES = {"images": ["key"], "captions": ["key", "caption"]}  # what is told of a winner
-QUERIES_PER_SHARD = 10_000  # a task's answer is 12 bytes a query: the more queries, the more shards share one answer
 
 
 def _read(side: Side, shard: str, store: EmbeddingStore, columns: list[str]) -> pa.Table:
