@@ -138,7 +138,8 @@ def _check_gpus(config: RunConfig, cluster: Cluster) -> None:
     for stage, gpus in asked.items():
         if gpus == 0 and cluster.gpus:
             raise ConfigError(
-                f"ray.{stage}_gpus is 0: a stage on CPUs beside GPUs cannot be planned; leave it out"
+                f"ray.{stage}_gpus is 0: a stage on CPUs beside GPUs cannot be planned; "
+                "leave it out"
             )
         if gpus is not None and gpus > cluster.gpus:
             raise ConfigError(
