@@ -22,9 +22,10 @@ def _read(side: Side, shard: str, store: EmbeddingStore, columns: list[str]) -> 
     return store.images(shard, columns) if side == "images" else store.captions(shard, columns)
 
 
-def _search(
+def search_shards(
     group: list[tuple[int, str]], side: Side, store: EmbeddingStore, queries: np.ndarray
 ) -> core.Nearest:
+    """Find the nearest row of some shards, with their numbers, to each query."""
     best = core.no_nearest(len(queries))
     for number, shard in group:
         rows = embeddings(_read(side, shard, store, ["embedding"]))
@@ -51,7 +52,7 @@ def nearest(
     size = 1 + len(queries) // QUERIES_PER_SHARD
     groups = [numbered[start : start + size] for start in range(0, len(shards), size)]
     for group, part in zip(
-        groups, tasks.map_in_order(_search, groups, side, store, queries), strict=True
+        groups, tasks.map_in_order(search_shards, groups, side, store, queries), strict=True
     ):
         core.merge_nearest(best, part)
         bar.update(len(group))

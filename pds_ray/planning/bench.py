@@ -440,10 +440,10 @@ def _stage_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Ent
     plain = replace(config, {"cluster.normalize": False})
 
     def four_passes() -> None:
-        prune._histogram(shard, store, None)
-        prune._histogram(shard, store, 1 << 15)
-        prune._count_ties(shard, store, threshold)
-        prune._write_mask((shard, 0), store, run, Threshold(0, 0))  # all are kept
+        prune.histogram(shard, store, None)
+        prune.histogram(shard, store, 1 << 15)
+        prune.count_ties(shard, store, threshold)
+        prune.write_mask((shard, 0), store, run, Threshold(0, 0))  # all are kept
 
     def fit() -> None:
         cluster.lloyd(rows, np.ones(len(rows), np.float32), CLUSTERS, centroids, 0, lloyd)
@@ -461,9 +461,9 @@ def _stage_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Ent
         "fit": _rate(fit, (ITERATIONS + 1) * flop, "FLOP", "GPU" if _faiss_has_gpus() else "core"),
         "label": _rate(lambda: cluster.assign(rows, centroids), flop, "FLOP"),
         "label_rows": _rate(
-            lambda: clustering._label((shard, False), store, run, few, False), SHARD_PAIRS, "pairs"
+            lambda: clustering.label_shard((shard, False), store, run, few, False), SHARD_PAIRS, "pairs"
         ),
-        "match": _rate(lambda: matching._count(shard, store, run, FEW), SHARD_PAIRS, "pairs"),
+        "match": _rate(lambda: matching.count_pairs(shard, store, run, FEW), SHARD_PAIRS, "pairs"),
         "solve_dense": _rate(
             lambda: match.assign_clusters(*dense, DENSE, "dense"), DENSE**3, "clusters^3", "driver"
         ),
@@ -474,11 +474,11 @@ def _stage_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Ent
             "driver",
         ),
         "sums": _rate(
-            lambda: averaging._sums(shard, store, run, couples, FEW), SHARD_PAIRS, "pairs"
+            lambda: averaging.sum_shard(shard, store, run, couples, FEW), SHARD_PAIRS, "pairs"
         ),
         "search": _rate(lambda: prototypes.nearest_rows(centroids, rows), flop, "FLOP"),
         "search_rows": _rate(
-            lambda: nearest._search([(0, shard)], "captions", store, centroids[:1]),
+            lambda: nearest.search_shards([(0, shard)], "captions", store, centroids[:1]),
             SHARD_PAIRS,
             "rows",
         ),
