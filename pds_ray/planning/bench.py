@@ -41,8 +41,10 @@ from pds_ray.planning.phases import distance_flop
 from pds_ray.planning.plan import make_plan
 from pds_ray.planning.workload import make_cluster, survey
 from pds_ray.sources.base import Shard, Source, SourceError
-from pds_ray.stages import cluster, match, prototypes
+from pds_ray.stages import cluster as clustering
 from pds_ray.stages import embed as embedding
+from pds_ray.stages import match as matching
+from pds_ray.stages import prototypes
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import versions
 from pds_ray.store.run_folder import RunFolder
@@ -94,7 +96,7 @@ def bench(config: RunConfig) -> dict[str, Any]:
         with _environment({} if _gpus() else keeping_memory()):  # as the engine's workers have it
             figures = _in_a_process(_model_figures, info, decoder, jpegs, config)
         bar.update()
-        figures |= _stage_figures(Folder(folder), info.dim, config)
+        figures |= _pass_figures(Folder(folder), info.dim, config) | _arithmetic_figures(info.dim)
         figures["commit"] = _one_after_the_other(
             figures.pop("around_encoder"), figures.pop("store")
         )
@@ -417,11 +419,9 @@ def _write_store(
     return store, shard, commit, size
 
 
-def _stage_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Entry]:
-    """Measure each pass over a shard, distances, assignments and the bytes that are stored."""
-    from pds_ray.distributed import cluster as clustering
-    from pds_ray.distributed import match as matching
-    from pds_ray.distributed import nearest, prune
+def _pass_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Entry]:
+    """Measure each pass over a shard but for its distances, and the bytes that are stored."""
+    from pds_ray.distributed import cluster, match, nearest, prune
     from pds_ray.distributed import prototypes as averaging
     from pds_ray.stages.prune import Threshold
 
@@ -429,62 +429,65 @@ def _stage_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Ent
     store, shard, commit, stored = _write_store(folder / "store", dim, dtype)
     run = RunFolder(folder / "stages")
     run.folder.create()
-    rng = np.random.default_rng(1)
-    rows = rng.standard_normal((SHARD_PAIRS, dim), np.float32)
-    centroids = rows[:CLUSTERS] + np.float32(0.1)
-    few: dict[str, clustering.Level] = dict.fromkeys(MODALITIES, (centroids[:FEW], None))
+    few = np.random.default_rng(1).standard_normal((FEW, dim), np.float32)
+    levels: dict[str, cluster.Level] = dict.fromkeys(MODALITIES, (few, None))
     each = np.arange(FEW, dtype=np.int32)
     couples = prototypes.Couples(each, each, np.zeros(FEW, bool))
-    threshold = Threshold(1 << 31, 0)
-    lloyd = ClusterConfig(iterations=ITERATIONS, tolerance=0)  # all of them: the rate is theirs
     plain = replace(config, {"cluster.normalize": False})
 
     def four_passes() -> None:
         prune.histogram(shard, store, None)
         prune.histogram(shard, store, 1 << 15)
-        prune.count_ties(shard, store, threshold)
+        prune.count_ties(shard, store, Threshold(1 << 31, 0))
         prune.write_mask((shard, 0), store, run, Threshold(0, 0))  # all are kept
 
-    def fit() -> None:
-        cluster.lloyd(rows, np.ones(len(rows), np.float32), CLUSTERS, centroids, 0, lloyd)
-
-    dense, sparse = _table(DENSE), _table(SPARSE)
-    flop = distance_flop(SHARD_PAIRS, CLUSTERS, dim)
-    return {
-        "store": _rate(commit, SHARD_PAIRS, "pairs"),
-        "prune": _rate(four_passes, SHARD_PAIRS, "pairs"),
-        "sample": _rate(
-            lambda: clustering.sampled([shard], "text", store, run, 0.5, plain),
-            SHARD_PAIRS,
-            "vectors",
+    passes: dict[str, tuple[str, Callable[[], object]]] = {  # each reads the files of those before
+        "store": ("pairs", commit),
+        "prune": ("pairs", four_passes),
+        "sample": ("vectors", lambda: cluster.sampled([shard], "text", store, run, 0.5, plain)),
+        "label_rows": (
+            "pairs",
+            lambda: cluster.label_shard((shard, False), store, run, levels, False),
         ),
-        "fit": _rate(fit, (ITERATIONS + 1) * flop, "FLOP", "GPU" if _faiss_has_gpus() else "core"),
-        "label": _rate(lambda: cluster.assign(rows, centroids), flop, "FLOP"),
-        "label_rows": _rate(
-            lambda: clustering.label_shard((shard, False), store, run, few, False), SHARD_PAIRS, "pairs"
-        ),
-        "match": _rate(lambda: matching.count_pairs(shard, store, run, FEW), SHARD_PAIRS, "pairs"),
-        "solve_dense": _rate(
-            lambda: match.assign_clusters(*dense, DENSE, "dense"), DENSE**3, "clusters^3", "driver"
-        ),
-        "solve_sparse": _rate(
-            lambda: match.assign_clusters(*sparse, SPARSE, "sparse"),
-            SPARSE**2,
-            "clusters^2",
-            "driver",
-        ),
-        "sums": _rate(
-            lambda: averaging.sum_shard(shard, store, run, couples, FEW), SHARD_PAIRS, "pairs"
-        ),
-        "search": _rate(lambda: prototypes.nearest_rows(centroids, rows), flop, "FLOP"),
-        "search_rows": _rate(
-            lambda: nearest.search_shards([(0, shard)], "captions", store, centroids[:1]),
-            SHARD_PAIRS,
+        "match": ("pairs", lambda: match.count_pairs(shard, store, run, FEW)),
+        "sums": ("pairs", lambda: averaging.sum_shard(shard, store, run, couples, FEW)),
+        "search_rows": (
             "rows",
+            lambda: nearest.search_shards([(0, shard)], "captions", store, few[:1]),
         ),
-        "text": _entry(
-            [stored / SHARD_PAIRS - 2 * dim * np.dtype(dtype).itemsize], "bytes", "pair"
-        ),
+    }
+    text = stored / SHARD_PAIRS - 2 * dim * np.dtype(dtype).itemsize
+    return {
+        **{name: _rate(action, SHARD_PAIRS, unit) for name, (unit, action) in passes.items()},
+        "text": _entry([text], "bytes", "pair"),
+    }
+
+
+def _arithmetic_figures(dim: int) -> dict[str, Entry]:
+    """Measure distances and assignments, on arrays in memory."""
+    rows = np.random.default_rng(1).standard_normal((SHARD_PAIRS, dim), np.float32)
+    centroids = rows[:CLUSTERS] + np.float32(0.1)
+    config = ClusterConfig(iterations=ITERATIONS, tolerance=0)  # all of them: the rate is theirs
+    weights, flop = np.ones(len(rows), np.float32), distance_flop(SHARD_PAIRS, CLUSTERS, dim)
+
+    def fit() -> None:
+        clustering.lloyd(rows, weights, CLUSTERS, centroids, 0, config)
+
+    def solve(clusters: int, solver: str, power: int) -> Entry:
+        table = _table(clusters)
+        return _rate(
+            lambda: matching.assign_clusters(*table, clusters, solver),
+            clusters**power,
+            f"clusters^{power}",
+            "driver",
+        )
+
+    return {
+        "fit": _rate(fit, (ITERATIONS + 1) * flop, "FLOP", "GPU" if _faiss_has_gpus() else "core"),
+        "label": _rate(lambda: clustering.assign(rows, centroids), flop, "FLOP"),
+        "solve_dense": solve(DENSE, "dense", 3),
+        "solve_sparse": solve(SPARSE, "sparse", 2),
+        "search": _rate(lambda: prototypes.nearest_rows(centroids, rows), flop, "FLOP"),
     }
 
 

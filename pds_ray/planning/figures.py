@@ -41,8 +41,8 @@ class Estimate:
     best: float
     unit: str
     per: str
-    """Of a rate: core, GPU, node, driver (there is one) or connection (to an object store; each
-    demand gives their number). Of a duration or a size: the thing that it belongs to."""
+    """For a rate: core, GPU, node, driver (there is one) or connection (to an object store; each
+    demand gives their number). For a duration or a size: the thing that it belongs to."""
     origin: str
     """Measured, published or assumed, with details."""
 
