@@ -1,5 +1,6 @@
-"""Measurements side by side with what a user would pick instead: `python -m benchmarks --help`, or `make bench`.
+"""Measurements beside a user's alternatives: `python -m benchmarks --help` or `make bench`.
 
-A row of the table is a module of `rows`: what is compared, on what data, and what is to be reached. `baselines` holds
-what others do, written for this purpose from the published procedure. Nothing here is part of the package.
+A row of the table is a module of `rows`: two sides, their data and the target. `baselines` holds
+the alternatives, written for this purpose from the published procedure. Nothing here is part of
+the package.
 """

@@ -1,11 +1,11 @@
-"""Runs rows of the table.
+"""Run rows of the table.
 
     python -m benchmarks 1 --repeats 3 --json runs/kmeans.json
     python -m benchmarks all --write
 
-Data and what the sides leave go to a folder that is removed at the end, but for a row that fails (--keep keeps it, with
-what was prepared, for the next call). `--write` puts the figures into benchmarks/results.json and the marked section of
-benchmarks/RESULTS.md.
+Data and the files of both sides go to a folder that is removed at the end, unless a row fails
+(--keep keeps it, with the prepared data, for the next call). `--write` puts the figures into
+benchmarks/results.json and the marked section of benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ WORK = ROOT / "runs" / "benchmarks"
 
 
 def run_row(row: Row, repeats: int, quick: bool, work: Path) -> results.Result:
-    """Prepares, runs the sides in turn, looks at what they left, and judges."""
-    at = results.commit()  # before: it may go on meanwhile
+    """Prepare, run the sides in turn, inspect the files that they left, and judge."""
+    at = results.commit()  # before: it may change meanwhile
     command = f"python -m benchmarks {row.number} --repeats {repeats}" + " --quick" * quick
     if lacking := row.lacking():
         return results.result(
@@ -45,19 +45,17 @@ def run_row(row: Row, repeats: int, quick: bool, work: Path) -> results.Result:
             out = work / f"{name}-{repeat}"
             shutil.rmtree(out, ignore_errors=True)
             found.append(run_part(row.number, name, Task(data, out, quick)))
-            print(
-                f"row {row.number}, {name}, {repeat + 1} of {repeats}: {found[-1]['seconds']:.3f} s",
-                file=sys.stderr,
-            )
-    (work / "runs.json").write_text(json.dumps(runs))  # what took long stays if what follows fails
+            done = f"row {row.number}, {name}, {repeat + 1} of {repeats}"
+            print(f"{done}: {found[-1]['seconds']:.3f} s", file=sys.stderr)
+    (work / "runs.json").write_text(json.dumps(runs))  # hours of work, kept if the rest fails
     afterwards = run_part(row.number, AFTER, Task(data, work, quick)) if row.after else {}
     return results.result(row, runs, afterwards, row.checks(runs, afterwards), command, quick, at)
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Measures side by side."
+        prog="python -m benchmarks", description="Measure side by side."
     )
     parser.add_argument(
         "rows",
@@ -68,7 +66,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="tiny sizes: shows that it works, its figures say nothing",
+        help="tiny sizes: a test that it works, its figures say nothing",
     )
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument(
@@ -88,7 +86,7 @@ def main() -> None:
     else:
         parser.error(f"rows are all, or of {', '.join(map(str, ROWS))}")
     if args.write and args.quick:
-        parser.error("--quick figures say nothing: --write them not")
+        parser.error("--quick figures say nothing: drop --write")
     done: list[results.Result] = []
     failed = False
     for number in numbers:
@@ -97,7 +95,7 @@ def main() -> None:
             shutil.rmtree(work, ignore_errors=True)
         try:
             done.append(run_row(load_row(number), args.repeats, args.quick, work))
-        except Exception:  # of a part or of the checks: the other rows stand by themselves
+        except Exception:  # in a part or a check: the other rows do not depend on it
             traceback.print_exc()
             print(f"benchmarks: row {number} failed", file=sys.stderr)
             failed = True
@@ -107,7 +105,7 @@ def main() -> None:
             raise
         if not args.keep:
             shutil.rmtree(work, ignore_errors=True)
-        if args.json:  # after each row: a later one may fail
+        if args.json:  # after each row, as a later one may fail
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(done, indent=1) + "\n")
         if args.write:
@@ -117,7 +115,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # so that the part that runs ends, too
+    # the part that runs shall end, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     main()

@@ -1,8 +1,8 @@
-"""Where the time of runs goes, from their run.json: a column a run, as for before and after a change.
+"""Break the time of runs down, from their run.json: a column per run, as before and after a change.
 
     python -m benchmarks.breakdown before=runs/before after=runs/demo
 
-Seconds of actors are summed over them, and part of their stage's.
+Seconds of actors are summed over them and are part of their stage's.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 from pds_ray.store.manifest import RunManifest
 
-AROUND = "start of Ray and what is between stages"
+AROUND = "start of Ray and the time between stages"
 
 
 def shares(manifest: dict[str, Any]) -> dict[str, float]:
-    """Seconds of each stage, of its actors' work and waiting where they tell, and of what is around the stages.
+    """Return seconds per stage, of its actors' work and waiting if counted, and outside all stages.
 
-    Raises ValueError if the run was not made at one sitting: what is around cannot be told then.
+    Raises ValueError if the run took several sessions: the time outside is then unknown.
     """
     parts: dict[str, float] = {}
     for stage, entry in manifest["stages"].items():
@@ -32,19 +32,21 @@ def shares(manifest: dict[str, Any]) -> dict[str, float]:
         entry["seconds"] for entry in manifest["stages"].values()
     )
     if parts[AROUND] < 0:
-        raise ValueError("the run was made at several sittings, of which run.json times the last")
+        raise ValueError("the run took several sessions, of which run.json times the last")
     return parts
 
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
-    """Seconds and shares as Markdown. Those of actors, summed over them, are part of their stage's."""
+    """Return seconds and shares as Markdown.
+
+    Those of actors, summed over them, are part of their stage's.
+    """
     found = {
         name: {**shares(manifest), "all": manifest["last_run_seconds"]}
         for name, manifest in runs.items()
     }
-    parts = sorted(
-        dict.fromkeys(part for mine in found.values() for part in mine), key="all".__eq__
-    )  # which comes last
+    every_part = dict.fromkeys(part for mine in found.values() for part in mine)
+    parts = sorted(every_part, key="all".__eq__)  # "all" comes last
     lines = [
         ["part", *(title for name in runs for title in (f"{name}, s", "share"))],
         ["---"] * (1 + 2 * len(runs)),
@@ -61,7 +63,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Prints the table of `[NAME=]RUN` folders."""
+    """Print the table of `[NAME=]RUN` folders."""
     if not arguments:
         raise SystemExit("python -m benchmarks.breakdown [NAME=]RUN ...")
     runs = {}

@@ -1,4 +1,4 @@
-"""Data that rows stand on: embeddings in clusters, pictures as Flickr30K has them, models with random weights."""
+"""Data of the rows: embeddings in clusters, images like Flickr30K's, models with random weights."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from benchmarks.measure import SHARED_DATA
 
 CONCEPTS, SPREAD = 2_000, 0.7
 ROWS_AT_ONCE = 50_000
-TEST = "scenes:1000:7"  # what sets of the built-in world are judged by
+TEST = "scenes:1000:7"  # the test split for sets of the built-in world
 
 
 class Concepts:
-    """Concepts of skewed popularity; vectors lie around their concept's centre, at about unit length."""
+    """Concepts of skewed popularity, with vectors of about unit length around their centres."""
 
     def __init__(self, dim: int, seed: int) -> None:
         self.dim = dim
@@ -32,11 +32,11 @@ class Concepts:
         self.centres = self._noise(CONCEPTS)
 
     def draw(self, rows: int) -> np.ndarray:
-        """The concepts of some vectors, int64 [rows]."""
+        """Draw the concepts of some vectors, int64 [rows]."""
         return self.rng.choice(CONCEPTS, rows, p=self.popularity)
 
     def vectors(self, concepts: np.ndarray) -> np.ndarray:
-        """One vector each, float32 [rows, dim]."""
+        """Return one vector per concept given, float32 [rows, dim]."""
         out = np.empty((len(concepts), self.dim), np.float32)
         for start in range(0, len(out), ROWS_AT_ONCE):
             some = concepts[start : start + ROWS_AT_ONCE]
@@ -52,7 +52,10 @@ class Concepts:
 
 
 def real_samples(split: str = "train") -> Iterator[dict[str, bytes]]:
-    """The samples of the real shards as {"jpg", "txt", "json"}, in order. Raises SystemExit if they are not there."""
+    """Yield the samples of the real shards as {"jpg", "txt", "json"}, in order.
+
+    Raises SystemExit if there are none.
+    """
     shards = sorted((SHARED_DATA / "clipart").glob(f"{split}-*.tar"))
     if not shards:
         raise SystemExit(f"benchmarks: no real shards in {SHARED_DATA / 'clipart'}")
@@ -69,7 +72,7 @@ def real_samples(split: str = "train") -> Iterator[dict[str, bytes]]:
 
 
 def write_shards(samples: Iterable[Mapping[str, bytes]], folder: Path, per_shard: int) -> list[str]:
-    """Samples as WebDataset tars; returns their paths."""
+    """Write samples as WebDataset tars; return their paths."""
     folder.mkdir(parents=True)
     coming, paths = iter(samples), list[str]()
     while some := list(islice(coming, per_shard)):
@@ -85,37 +88,38 @@ def write_shards(samples: Iterable[Mapping[str, bytes]], folder: Path, per_shard
 
 
 def write_flickr(samples: Iterable[tuple[bytes, Iterable[str]]], root: Path) -> int:
-    """Encoded pictures and their captions in the layout of Flickr30K's train split; returns how many pictures.
+    """Write encoded images and captions in the layout of Flickr30K's train split.
 
-    One record a caption, as the published annotation files have it.
+    There is one record per caption, as in the published annotation files. Returns the number of
+    images.
     """
     (root / "flickr30k-images").mkdir(parents=True)
     records = []
     number = -1
-    for number, (picture, captions) in enumerate(samples):
+    for number, (image, captions) in enumerate(samples):
         name = f"flickr30k-images/{number:07d}.jpg"
-        (root / name).write_bytes(picture)
+        (root / name).write_bytes(image)
         records += [{"image": name, "caption": caption, "image_id": name} for caption in captions]
     (root / "flickr30k_train.json").write_text(json.dumps(records))
     return number + 1
 
 
 def flickr_shaped(images: int) -> Iterator[tuple[bytes, list[str]]]:
-    """Real pictures at the size of Flickr30K's, 500 x 375, each with five real captions of Flickr30K's test split.
+    """Yield real images at Flickr30K's size, 500 x 375, each with five captions of its test split.
 
-    Pictures and captions do not belong together; nothing but their cost matters.
+    Images and captions do not belong together; nothing but their cost matters.
     """
     with gzip.open(SHARED_DATA / "annotations" / "flickr30k_test.json.gz") as file:
         captions = [record["caption"] for record in json.load(file)]
     for sample, five in islice(zip(real_samples(), captions, strict=False), images):
         encoded = io.BytesIO()
-        picture = Image.open(io.BytesIO(sample["jpg"])).convert("RGB")
-        picture.resize((500, 375), Image.Resampling.BICUBIC).save(encoded, "JPEG", quality=90)
+        image = Image.open(io.BytesIO(sample["jpg"])).convert("RGB")
+        image.resize((500, 375), Image.Resampling.BICUBIC).save(encoded, "JPEG", quality=90)
         yield encoded.getvalue(), five
 
 
 def save_random_clip(model: str, folder: Path, seed: int = 0) -> str:
-    """An open_clip architecture with random weights as a folder; returns the encoder's name."""
+    """Save an open_clip architecture with random weights; return the encoder's name."""
     import open_clip
     import torch
     from safetensors.torch import save_file
@@ -132,8 +136,8 @@ def save_random_clip(model: str, folder: Path, seed: int = 0) -> str:
     return f"local-dir:{folder}"
 
 
-def write_set(folder: Path, prototypes: Any, pictures: list[Image.Image]) -> None:
-    """A distilled set of the built-in world as `evaluate` takes it, from rows of prototypes.parquet and pictures."""
+def write_set(folder: Path, prototypes: Any, images: list[Image.Image]) -> None:
+    """Write a distilled set of the built-in world from rows of prototypes.parquet and images."""
     from pds_ray import catalog
     from pds_ray.config import EmbedConfig
     from pds_ray.methods.pds import PDS_CARD
@@ -143,9 +147,9 @@ def write_set(folder: Path, prototypes: Any, pictures: list[Image.Image]) -> Non
 
     run = RunFolder(Folder(str(folder)))
     run.save_prototypes(prototypes)
-    for pair, picture in enumerate(pictures):
+    for pair, image in enumerate(images):
         encoded = io.BytesIO()
-        picture.save(encoded, "PNG")
+        image.save(encoded, "PNG")
         run.images.write_bytes(run.image_name(pair), encoded.getvalue())
     encoder = catalog.describe_encoder(EmbedConfig(encoder="demo"))
     about = {
@@ -162,7 +166,7 @@ def write_set(folder: Path, prototypes: Any, pictures: list[Image.Image]) -> Non
 def judge_sets(
     sets: Mapping[str, Path], folder: Path, quick: bool, backbones: str
 ) -> dict[str, dict[str, float]]:
-    """r_mean of several sets under the protocol `standard`, mean and deviation over five seeds."""
+    """Evaluate sets by the protocol `standard`; return mean and deviation of r_mean over seeds."""
     from pds_ray.config import replace
     from pds_ray.engine.evaluate import evaluate_all
     from pds_ray.recipes import protocol

@@ -1,10 +1,10 @@
-"""How far a plan was off: a finished run beside what `pds-ray plan` foretells of it, stage by stage.
+"""Compare a finished run with its plan: `pds-ray plan` beside the real seconds, stage by stage.
 
     pds-ray bench
     pds-ray distill --preset demo --source scenes:20000 --out runs/forecast
     python benchmarks/forecast.py runs/forecast
 
-The run must have been made in one go, on the machine that was measured.
+The run must be one session on the machine that was measured.
 """
 
 from __future__ import annotations
@@ -14,47 +14,33 @@ import json
 from pathlib import Path
 
 from pds_ray.config import RunConfig, flatten, replace
-from pds_ray.planning.bench import survey
-from pds_ray.planning.planning import (
-    default_rates,
-    make_cluster,
-    make_plan,
-    read_prices,
-    read_rates,
-)
+from pds_ray.planning.figures import default_rates, read_prices, read_rates
+from pds_ray.planning.plan import make_plan
+from pds_ray.planning.workload import make_cluster, survey
 
 
 def table(run: Path, rates: Path) -> str:
-    """Both as Markdown: a row a stage."""
+    """Return estimated and real seconds as Markdown, with one line per stage."""
     manifest, measured = json.loads((run / "run.json").read_text()), read_rates(rates)
     config = replace(RunConfig(), flatten(manifest["config"]))
-    plan = make_plan(
-        config,
-        survey(config.source),
-        make_cluster(None, None, measured),
-        measured,
-        read_prices(None),
-    )
-    foretold = {stage.name: stage.seconds for stage in plan.stages}
+    cluster = make_cluster(None, None, measured)
+    plan = make_plan(config, survey(config.source), cluster, measured, read_prices(None))
+    estimated = {stage.name: stage.seconds for stage in plan.stages}
     real = {name: entry["seconds"] for name, entry in manifest["stages"].items()}
-    rows = {name: (foretold[name], real[name]) for name in foretold}
-    rows["all stages"] = (sum(foretold.values()), sum(real.values()))
+    rows = {name: (estimated[name], real[name]) for name in estimated}
+    rows["all stages"] = (sum(estimated.values()), sum(real.values()))
     rows["with the start of Ray"] = (plan.seconds, manifest["last_run_seconds"])
-    lines = ["| stage | foretold, s | real, s | foretold / real |", "| --- | --- | --- | --- |"]
-    lines += [
-        f"| {name} | {plan_:.1f} | {run_:.1f} | {plan_ / run_:.2f} |"
-        for name, (plan_, run_) in rows.items()
-    ]
+    lines = ["| stage | estimated, s | real, s | estimated / real |", "| --- | --- | --- | --- |"]
+    for name, (plan_s, run_s) in rows.items():
+        lines.append(f"| {name} | {plan_s:.1f} | {run_s:.1f} | {plan_s / run_s:.2f} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="A finished run beside its plan.")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Compare a finished run with its plan.")
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument(
-        "--rates", type=Path, default=default_rates(), help="what pds-ray bench measured"
-    )
+    parser.add_argument("--rates", type=Path, default=default_rates(), help="file of pds-ray bench")
     args = parser.parse_args()
     print(table(args.run, args.rates))
 

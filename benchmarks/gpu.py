@@ -1,16 +1,16 @@
-"""What a GPU gives: `python -m benchmarks.gpu [--json FILE] [--only PART,...] [--quick]`, on a machine that has one.
+"""Measure on a GPU: `python -m benchmarks.gpu [--json FILE] [--only PART,...] [--quick]`.
 
-| part | what | to reach |
+| part | measured | target |
 | --- | --- | --- |
 | ceiling | bf16 matrix products, the best of some sizes | |
-| encoder | ViT-L-14 on pixels in memory, the engine's and the bare model | 0.6 of the ceiling at the best batch |
-| engine | the engine's embedding stage with JPEG decode in front | GPU idle under 10 % with 16 cores |
+| encoder | ViT-L-14 on pixels in memory, engine and bare model | 0.6 of the ceiling at best |
+| engine | the embedding stage with JPEG decode in front | GPU idle under 10 % with 16 cores |
 | kmeans | FAISS on the GPU against FAISS on the CPUs | |
-| unclip | SD 2.1 unCLIP's size, random weights: batched bf16 against one by one fp16 | 3x at equal steps |
+| unclip | size of SD 2.1 unCLIP: batched bf16 against one by one fp16 | 3x at equal steps |
 | evaluation | one trial of a timm model trained on 100 pairs | |
 
-Weights are random, no network is needed: what is computed costs the same. FLOPs are counted by torch, 2 for a
-multiplication with addition. Rates are medians of --repeats.
+Weights are random, so no network is needed: the computation costs the same. FLOPs are counted by
+torch, 2 per multiplication with addition. Rates are medians of --repeats.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ JPEG_SIDES = (500, 375)
 
 
 def seconds_of(work: Callable[[], object], repeats: int) -> float:
-    """Median seconds of `work` on the GPU, after one that does not count."""
+    """Return the median seconds of `work` on the GPU, after a first call that does not count."""
     import torch
 
     found = []
@@ -57,7 +57,7 @@ def seconds_of(work: Callable[[], object], repeats: int) -> float:
 
 
 def ceiling(repeats: int, quick: bool) -> Found:
-    """TFLOP/s of bf16 products of square matrices."""
+    """Measure TFLOP/s of bf16 products of square matrices."""
     import torch
 
     rates = {}
@@ -73,7 +73,7 @@ def ceiling(repeats: int, quick: bool) -> Found:
 
 
 def _flops(work: Callable[[], object]) -> int:
-    """Counted with gradients on: without them attention takes a fused path that is not counted."""
+    """Count FLOPs with gradients on: without them attention takes a fused path without counts."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -82,11 +82,12 @@ def _flops(work: Callable[[], object]) -> int:
 
 
 def encoder(repeats: int, quick: bool) -> Found:
-    """Pictures and captions per second, and the share of the ceiling.
+    """Measure images and captions per second, and their share of the ceiling.
 
-    `engine`: what an embedding worker calls, uint8 pictures from host memory to float32 embeddings back there. `plain`,
-    `channels_last`, `compiled`: the image tower alone in bf16 on pixels that are on the GPU. `overlapped`: the compiled
-    one fed from pinned memory while the batch before is computed.
+    `engine`: the call of an embedding worker, from uint8 images in host memory to float32
+    embeddings there. `plain`, `channels_last`, `compiled`: the image tower alone in bf16 on pixels
+    on the GPU. `overlapped`: the compiled one, fed from pinned memory while the batch before is
+    computed.
     """
     import torch
 
@@ -154,7 +155,7 @@ def _bf16(form: Callable[[Any], Any], pixels: Any) -> Any:
 def _overlapped(
     form: Callable[[Any], Any], host: np.ndarray, repeats: int, rounds: int = 8
 ) -> float:
-    """Pictures per second with copies from pinned memory on a stream of their own."""
+    """Measure images per second with copies from pinned memory on a stream of their own."""
     import torch
 
     pinned = torch.from_numpy(host).pin_memory()
@@ -177,12 +178,12 @@ def _overlapped(
 
 
 def _hours(seconds_each: float, things: float) -> float:
-    """GPU-hours of so many things: seconds_each * things / 3600."""
+    """Return the GPU-hours of many things: seconds_each * things / 3600."""
     return seconds_each * things / 3600
 
 
 def engine(repeats: int, quick: bool) -> Found:
-    """The embedding stage with a local Ray: pictures per second, and the share of the time that the GPU waits."""
+    """Measure the embedding stage on a local Ray: images per second, and the GPU's idle share."""
     from PIL import Image
 
     from benchmarks.rows.embedding import embed_with_engine
@@ -190,7 +191,7 @@ def engine(repeats: int, quick: bool) -> Found:
     rng = np.random.default_rng(0)
 
     def jpegs() -> list[bytes]:
-        """Distinct pictures of 500 x 375, as hard to decode as photographs."""
+        """Make distinct images of 500 x 375, as hard to decode as photographs."""
         made = []
         for _ in range(16 if quick else 256):
             coarse = rng.integers(0, 256, (48, 64, 3), np.uint8)
@@ -228,7 +229,7 @@ def engine(repeats: int, quick: bool) -> Found:
 
 
 def kmeans(repeats: int, quick: bool) -> Found:
-    """The engine's k-means on the GPU, if FAISS was built for one, and on all CPUs."""
+    """Measure the engine's k-means on the GPU, if FAISS was built for one, and on all CPUs."""
     import faiss
 
     from pds_ray.config import ClusterConfig
@@ -249,9 +250,8 @@ def kmeans(repeats: int, quick: bool) -> Found:
         found[name] = {"seconds": statistics.median(seconds), "objective": objectives[0]}
 
     if gpus:
-        fit(
-            vectors[: 50 * clusters], weights[: 50 * clusters], clusters, 0, ClusterConfig()
-        )  # CUDA starts
+        few = slice(50 * clusters)
+        fit(vectors[few], weights[few], clusters, 0, ClusterConfig())  # CUDA starts
         measure("gpu")
         asked, faiss.get_num_gpus = faiss.get_num_gpus, lambda: 0
         measure("cpu")
@@ -263,7 +263,7 @@ def kmeans(repeats: int, quick: bool) -> Found:
 
 
 def _sd21_unclip(quick: bool) -> Any:
-    """The pipeline of stable-diffusion-2-1-unclip-small with random weights; a tokenizer that knows letters alone."""
+    """Build stable-diffusion-2-1-unclip-small with random weights and a tokenizer of letters."""
     import diffusers
     import transformers
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
@@ -340,9 +340,10 @@ def _sd21_unclip(quick: bool) -> Any:
 
 
 def unclip(repeats: int, quick: bool) -> Found:
-    """Pictures per second at 768 pixels, guidance 5: one by one in fp16, as the authors do, and batched in bf16.
+    """Measure images per second at 768 pixels, guidance 5.
 
-    Latents become pixels one picture at a time in both: batches of them outgrow 32-bit indices.
+    The authors' way, one by one in fp16, is compared with batches in bf16. Latents become pixels
+    one image at a time in both: batches of them outgrow 32-bit indices.
     """
     import torch
 
@@ -381,7 +382,7 @@ def unclip(repeats: int, quick: bool) -> Found:
 
 
 def evaluation(repeats: int, quick: bool) -> Found:
-    """Seconds of a trial: 100 random pairs at 224 pixels, everything trained, judged on 1,000 pictures."""
+    """Measure a trial: 100 random pairs at 224 pixels, everything trained, 1,000 test images."""
     import torch
 
     from pds_ray import catalog
@@ -393,12 +394,12 @@ def evaluation(repeats: int, quick: bool) -> Found:
     images = 20 if quick else 1_000
     draw = torch.Generator().manual_seed(0)
 
-    def pictures(count: int) -> torch.Tensor:
+    def random_images(count: int) -> torch.Tensor:
         return torch.randint(0, 256, (count, 3, PIXELS, PIXELS), dtype=torch.uint8, generator=draw)
 
-    pairs = TrainingPairs(pictures(100), torch.randn(100, 768, generator=draw))
+    pairs = TrainingPairs(random_images(100), torch.randn(100, 768, generator=draw))
     owner = torch.arange(images).repeat_interleave(5)
-    test = Gallery(pictures(images), torch.randn(len(owner), 768, generator=draw), owner)
+    test = Gallery(random_images(images), torch.randn(len(owner), 768, generator=draw), owner)
     epochs = 2 if quick else 100
     settings = replace(
         protocol("standard"), {"protocol.epochs": epochs, "protocol.select": "last"}
@@ -423,9 +424,9 @@ PARTS: dict[str, Callable[[int, bool], Found]] = {
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description="Measures on a GPU."
+        prog="python -m benchmarks.gpu", description="Measure on a GPU."
     )
     parser.add_argument(
         "--only", default=",".join(PARTS), help=f"parts by comma, of {', '.join(PARTS)}"
@@ -434,7 +435,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="tiny sizes: shows that it works, its figures say nothing",
+        help="tiny sizes: a test that it works, its figures say nothing",
     )
     parser.add_argument(
         "--json", type=Path, default=Path("runs/gpu.json"), help="file for the figures"
@@ -457,9 +458,8 @@ def main() -> None:
     for name in chosen:
         torch.cuda.reset_peak_memory_stats()
         found[name] = {**PARTS[name](args.repeats, args.quick), "driver_peak_gib": peak_rss() / GIB}
-        args.json.write_text(
-            json.dumps(found, indent=1) + "\n"
-        )  # after each part: a later one may fail
+        # after each part, as a later one may fail
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
         print(name, json.dumps(found[name]), flush=True)
         torch.cuda.empty_cache()
 

@@ -1,4 +1,4 @@
-"""A part of a row in a process of its own: its seconds, the peak memory of it and its children, and what it found."""
+"""Run a part of a row in its own process: measure its seconds and the peak memory of its tree."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED_DATA = ROOT.parent / "shared" / "data"  # real pictures and captions beside the checkout
+SHARED_DATA = ROOT.parent / "shared" / "data"  # real images and captions beside the checkout
 GIB = 2**30
 SAMPLE_EVERY_S = 1.0
-SHARED_EVERY = 10  # samples: to find out what processes share stops each of them for a moment
-LIMIT_S = 7200.0  # of a part: twice what the longest should take, and more
+SHARED_EVERY = 10  # samples: finding the memory that processes share halts each for a moment
+LIMIT_S = 7200.0  # per part: more than twice what the longest should take
 ANSWER = "answer.json"
 PREPARE, AFTER = "prepare", "after"
 BASELINE, OURS = "baseline", "ours"
@@ -32,14 +32,14 @@ QUIET = {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG
 
 @dataclass(frozen=True)
 class Task:
-    """What a part of a row is told."""
+    """Input of a part of a row."""
 
     data: Path
-    """What was prepared: the same for all sides."""
+    """Folder of the prepared data: the same for all sides."""
     out: Path
-    """A folder of its own; for what comes after, the folder of those of all sides, SIDE-REPEAT."""
+    """Folder of its own; for `after`, the folder that holds those of all sides, SIDE-REPEAT."""
     quick: bool
-    """A size that shows that it works, and nothing else."""
+    """True for sizes that only show that it works."""
 
 
 Found = dict[str, Any]
@@ -49,36 +49,37 @@ Runs = Mapping[str, list[Found]]
 
 @dataclass(frozen=True)
 class Check:
-    """Something to be reached."""
+    """A target and the figure that was measured."""
 
     wanted: str
     found: str
     reached: bool | None
-    """None where nothing was asked."""
+    """None where there is no target."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table. All parts run in processes of their own, the sides in turn, as often as asked."""
+    """A row of the table. Each part runs in its own process, the sides in turn for every repeat."""
 
     number: int
     what: str
     against: str
     sides: Mapping[str, Part]
-    """What each finds; without "seconds" of its own, those of the whole process count."""
+    """Name -> part; if it returns no "seconds", those of the whole process count."""
     checks: Callable[[Runs, Found], list[Check]]
-    """Given what the sides found, and what was found afterwards."""
+    """Called with the findings of the sides and those of `after`."""
     prepare: Part
     after: Part | None = None
-    """Looks once, untimed, at what the sides of the first repeat left."""
+    """Inspects once, untimed, the files that the sides of the first repeat left."""
     notes: str = ""
-    """What the seconds hold and what they leave out."""
+    """States what the seconds include and exclude."""
     lacking: Callable[[], str] = str
-    """What is not here that the row needs, "" if nothing: then nothing runs, and this is what it tells."""
+    """Returns what this machine lacks for the row, "" if nothing; a row that lacks anything is not
+    run."""
 
 
 class PartError(RuntimeError):
-    """A part of a row failed, and said itself why, or took too long."""
+    """A part of a row failed, with its own message, or took too long."""
 
 
 def median(found: list[Found], name: str = "seconds") -> float:
@@ -86,24 +87,27 @@ def median(found: list[Found], name: str = "seconds") -> float:
 
 
 def median_and_range(found: list[Found], name: str, digits: int) -> str:
-    """MEDIAN (MIN to MAX)."""
+    """Return "MEDIAN (MIN to MAX)"."""
     values = [one[name] for one in found]
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    middle, low, high = (
+        f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values))
+    )
+    return f"{middle} ({low} to {high})"
 
 
 def factor(runs: Runs, slow: str = BASELINE, fast: str = OURS, name: str = "seconds") -> float:
-    """How many times less the one takes than the other, of medians."""
+    """Return the ratio of the medians of two sides."""
     return median(runs[slow], name) / median(runs[fast], name)
 
 
 def at_least(runs: Runs, wanted: float, unit: str = "faster", name: str = "seconds") -> Check:
-    """That ours takes `wanted` times less than the baseline."""
+    """Check that ours takes `wanted` times less than the baseline."""
     found = factor(runs, name=name)
     return Check(f"{wanted:g}x {unit}", f"{found:.2f}x", found >= wanted)
 
 
 def peak_rss(pid: int | str = "self") -> int:
-    """The peak resident memory of a process in bytes. Not ru_maxrss: that begins with the parent's."""
+    """Return the peak resident memory of a process in bytes. ru_maxrss begins with the parent's."""
     line = next(
         line
         for line in Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -113,20 +117,20 @@ def peak_rss(pid: int | str = "self") -> int:
 
 
 def tree_memory(pid: int, shared: dict[int, int]) -> tuple[int, int]:
-    """Memory of a process and all below it, and of the largest Ray worker among them, in bytes.
+    """Return the memory of a process tree, and of its largest Ray worker, in bytes.
 
-    `shared`: pid -> what it shares with others, as far as that is known; what is not is found out and added.
+    `shared`: pid -> bytes that it shares with others, as far as known; missing ones are added.
 
-    Each counts with its own peak so far, however short, less what it shares now, which is counted in equal parts: the
-    sum is no less than what all of them ever had at one time, and more where their peaks fell at different times.
+    Each process counts with its own peak so far, however short, less the memory that it shares now,
+    which counts in equal parts. The sum is an upper bound of the tree's memory at any one time; it
+    exceeds that where peaks fall at different times.
     """
     total = worker = 0
     with suppress(psutil.Error):
         top = psutil.Process(pid)
         for process in (top, *top.children(recursive=True)):
-            with suppress(
-                psutil.Error, OSError, StopIteration
-            ):  # a process that ends has no peak any more
+            # a process that has ended has no peak any more
+            with suppress(psutil.Error, OSError, StopIteration):
                 if process.pid not in shared:
                     now = process.memory_full_info()
                     shared[process.pid] = now.rss - now.pss
@@ -138,12 +142,14 @@ def tree_memory(pid: int, shared: dict[int, int]) -> tuple[int, int]:
 
 
 def run_part(row: int, part: str, task: Task, limit_s: float = LIMIT_S) -> Found:
-    """Runs a part; adds its memory, and the seconds of its whole process, to what it found.
+    """Run a part; return its findings with its memory and the seconds of its whole process.
 
-    `peak_gib` is the largest `tree_memory`, asked for every second: an upper bound for several processes, but for those
-    that lived less than a second. Of one process, as of most baselines, it is the exact peak, `driver_peak_gib`.
+    `peak_gib` is the largest `tree_memory`, sampled every second: an upper bound for several
+    processes, except for those that lived less than a second. For one process, as for most
+    baselines, it is the exact peak, `driver_peak_gib`.
 
-    Raises PartError if it fails, or ends after `limit_s`: then all of its process group is killed.
+    Raises PartError if the part fails or takes longer than `limit_s`: then all of its process group
+    is killed.
     """
     task.out.mkdir(parents=True, exist_ok=True)
     command = [
@@ -174,13 +180,13 @@ def run_part(row: int, part: str, task: Task, limit_s: float = LIMIT_S) -> Found
             with suppress(subprocess.TimeoutExpired):
                 process.wait(SAMPLE_EVERY_S)
             now, worker_now = tree_memory(process.pid, shared)
-            if now > peak or worker_now > worker:  # with what is shared by now
+            if now > peak or worker_now > worker:  # again, with the memory shared by now
                 shared.clear()
                 now, worker_now = tree_memory(process.pid, shared)
             peak, worker = max(peak, now), max(worker, worker_now)
     finally:
         if process.returncode is None:  # too late, or interrupted
-            os.killpg(process.pid, signal.SIGKILL)  # what Ray started dies with its driver
+            os.killpg(process.pid, signal.SIGKILL)  # Ray's processes die with their driver
             process.wait()
     wall = time.perf_counter() - began
     if process.returncode:

@@ -1,6 +1,6 @@
-"""An encoder that notes when it is loaded, and is another one for the rest: a clock can begin there.
+"""An encoder that wraps another one and notes when it is loaded: there a clock can start.
 
-Workers get to know it by unpickling its description, which imports this module.
+Workers register it by unpickling its description, which imports this module.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ catalog.ENCODERS[NAME] = __name__
 
 @dataclass(frozen=True)
 class NotingInfo(EncoderInfo):
-    """What the other is, and the file that is made when the first of a pool has loaded it."""
+    """The wrapped encoder, and the file that the first actor creates when it has loaded it."""
 
     other: EncoderInfo
     note: Path

@@ -1,6 +1,6 @@
-"""An encoder that does nothing: what is left of embedding is reading, decoding, moving and writing.
+"""An encoder that does nothing: embedding is then reading, decoding, moving and writing.
 
-Workers get to know it by unpickling its description, which imports this module.
+Workers register it by unpickling its description, which imports this module.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ catalog.ENCODERS[NAME] = __name__
 
 @dataclass(frozen=True)
 class NullInfo(EncoderInfo):
-    """Like any other; its class lies here."""
+    """An encoder's description; unpickling it imports this module."""
 
 
 def describe(name: str = NAME) -> NullInfo:
@@ -31,14 +31,14 @@ def load(_info: EncoderInfo, _precision: str) -> NullEncoder:
 
 
 class NullEncoder:
-    """Ones for everything."""
+    """Encode everything as ones."""
 
     dim = DIM
 
     def encode_images(self, pixels: np.ndarray) -> np.ndarray:
-        """[B, S, S, 3] -> float32 [B, d]."""
+        """Encode uint8 [B, S, S, 3] to float32 [B, d]."""
         return np.ones((len(pixels), DIM), np.float32)
 
     def encode_captions(self, captions: list[str]) -> np.ndarray:
-        """B captions -> float32 [B, d]."""
+        """Encode B captions to float32 [B, d]."""
         return np.ones((len(captions), DIM), np.float32)

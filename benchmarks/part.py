@@ -1,4 +1,4 @@
-"""Where a part of a row begins in its own process; `measure.run_part` starts it."""
+"""Entry point of the process of a part, which `measure.run_part` starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.rows import load_row
 
 
 def main() -> None:
-    """Runs the part and leaves what it found as JSON."""
+    """Run the part and write its findings as JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("row", type=int)
     parser.add_argument("part")

@@ -1,4 +1,4 @@
-"""What rows gave, as JSON and as the tables of RESULTS.md: of its text only the marked section is written."""
+"""Write results of rows as JSON and as the tables in the marked section of RESULTS.md."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Result = dict[str, Any]
 
 
 def machine() -> dict[str, Any]:
-    """What it was measured on."""
+    """Describe this machine."""
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -35,7 +35,7 @@ def machine() -> dict[str, Any]:
 
 
 def gpu() -> str | None:
-    """The name of the first GPU, without loading torch; None if there is none."""
+    """Return the name of the first GPU, without loading torch; None if there is none."""
     try:
         asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         names = subprocess.run(
@@ -47,10 +47,10 @@ def gpu() -> str | None:
 
 
 def commit() -> str | None:
-    """That of the checkout, short, with `+` if the code is another; None without git."""
+    """Return the short commit of the checkout, with `+` if the code differs; None without git."""
     changed = ["status", "--porcelain", "-uno", "--", "../pds_ray", "*.py"]
     try:
-        told, others = (
+        head, differences = (
             subprocess.run(
                 ["git", *asked], capture_output=True, text=True, check=True, cwd=FOLDER
             ).stdout.strip()
@@ -58,11 +58,11 @@ def commit() -> str | None:
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return told + "+" * bool(others)
+    return head + "+" * bool(differences)
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    """Median, smallest, largest, and all in the order they came."""
+    """Return median, smallest, largest and all values in their order."""
     return {
         "median": statistics.median(values),
         "min": min(values),
@@ -80,7 +80,7 @@ def result(
     quick: bool,
     at: str | None = None,
 ) -> Result:
-    """A row as JSON; `at` is the commit that was measured."""
+    """Return a row as JSON; `at` is the commit that was measured."""
     sides = {
         name: {
             **{measure: spread([one[measure] for one in found]) for measure in MEASURES},
@@ -107,7 +107,7 @@ def result(
 
 
 def tables(results: list[Result]) -> str:
-    """Two tables as Markdown: what was to be reached, and the figures of every side."""
+    """Return two tables as Markdown: the targets, and the figures of every side."""
     lines = [
         "| # | what | against | to reach | found | reached |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -126,11 +126,10 @@ def tables(results: list[Result]) -> str:
     for one in results:
         for name, side in one["sides"].items():
             seconds = side["seconds"]
-            times = f"{_short(seconds['median'])} ({_short(seconds['min'])} to {_short(seconds['max'])})"
+            middle, low, high = (_short(seconds[name]) for name in ("median", "min", "max"))
             memory = (side[f"{part}peak_gib"]["median"] for part in ("", "driver_", "worker_"))
-            lines.append(
-                f"| {one['row']} | {name} | {times} | {' | '.join(f'{gib:.2f}' for gib in memory)} |"
-            )
+            peaks = " | ".join(f"{gib:.2f}" for gib in memory)
+            lines.append(f"| {one['row']} | {name} | {middle} ({low} to {high}) | {peaks} |")
     lines += [
         "",
         *(f"{one['row']}. {one['notes']} `{one['command']}`{_at(one)}" for one in results),
@@ -151,7 +150,7 @@ def _short(seconds: float) -> str:
 
 
 def section(results: list[Result]) -> str:
-    """The marked section: on what machines, with what, and the tables."""
+    """Return the marked section: machines, versions and the tables."""
     settings: list[tuple[Any, Any]] = []
     rows: list[list[str]] = []
     for one in results:
@@ -162,17 +161,18 @@ def section(results: list[Result]) -> str:
         rows[settings.index(setting)].append(str(one["row"]))
     lines = []
     for (about, packages), numbers in zip(settings, rows, strict=True):
+        named = ", ".join(f"{name} {version}" for name, version in packages.items())
         lines.append(
-            f"Rows {', '.join(numbers)}: {about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB, "
-            f"{about['gpu'] or 'no GPU'}; {', '.join(f'{name} {version}' for name, version in packages.items())}.\n"
+            f"Rows {', '.join(numbers)}: {about['cpu']}, {about['cores']} cores, "
+            f"{about['memory_gib']} GiB, {about['gpu'] or 'no GPU'}; {named}.\n"
         )
     return "\n".join([BEGIN, "", *lines, tables(results), "", END])
 
 
 def write(fresh: list[Result], results: Path = RESULTS, markdown: Path = MARKDOWN) -> None:
-    """Puts rows in the place of what is known of them, in the JSON and in the marked section of the text.
+    """Replace the results of rows in the JSON and in the marked section of the text.
 
-    One that was not measured takes no place. Raises ValueError if the text has no such section.
+    A row that was not measured replaces none. Raises ValueError if the text has no such section.
     """
     known = {
         one["row"]: one for one in (json.loads(results.read_text()) if results.exists() else [])

@@ -1,9 +1,9 @@
-"""How many decoded pictures of a run find their own prototype?
+"""Count the decoded images of a run that find their own prototype.
 
     python benchmarks/round_trip.py runs/demo
 
-Embeds each picture of a distilled set with the run's encoder and counts those whose embedding has its own image
-prototype as the nearest of all, by cosine.
+Each image of a distilled set is embedded with the run's encoder. It counts if its own image
+prototype is the nearest of all, by cosine.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pds_ray.stages.vectors import normalized
 
 
 def main(run: str) -> None:
-    """Prints the count for the distilled set in `run`."""
+    """Print the count for the distilled set in `run`."""
     pairs = load_distilled(run)
     info = catalog.describe_encoder(EmbedConfig(encoder=pairs.manifest["about"]["encoder"]))
     encoder = catalog.load_encoder(info, "fp32")
-    pictures = encoder.encode_images(
+    images = encoder.encode_images(
         np.stack([info.preprocess(pairs.image(pair)) for pair in range(len(pairs))])
     )
-    similarity = normalized(pictures) @ normalized(pairs.image_prototypes).T
+    similarity = normalized(images) @ normalized(pairs.image_prototypes).T
     found = int((similarity.argmax(axis=1) == np.arange(len(pairs))).sum())
-    print(f"round trip: {found} of {len(pairs)} pictures find their own prototype")
+    print(f"round trip: {found} of {len(pairs)} images find their own prototype")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""How the stages from pruning to prototypes scale: driver and worker memory and time, from millions of pairs on.
+"""Measure how the stages from pruning to prototypes scale: memory and time for millions of pairs.
 
-    python -m benchmarks.scale run --pairs 10000000 --clusters 1000 --folder runs/scale --keep --json runs/10m-1k.json
+    python -m benchmarks.scale run --pairs 10000000 --clusters 1000 --folder runs/scale --keep \\
+        --json runs/10m-1k.json
     python -m benchmarks.scale assign --json runs/assign.json
     python -m benchmarks.scale table runs/*.json
 
-`run` writes a store of that many embeddings to the folder, unless one was kept there, and runs prune, cluster, match
-and prototypes on it with a local Ray; each call is a process of its own, so that its peaks are its own. `assign`
-matches 100,000 clusters. Both write their figures as JSON and print them as a Markdown table; `table` prints those of
-several calls.
+`run` writes a store of that many embeddings to the folder, unless one was kept there, and runs
+prune, cluster, match and prototypes on it with a local Ray; each call is a process of its own, so
+that its peaks are its own. `assign` matches 100,000 clusters. Both write their figures as JSON and
+print them as a Markdown table; `table` prints those of several calls.
 
-The data: concepts of skewed popularity, each with a centre for its images and another for its captions. A pair is an
-image and one caption of the same concept or, for the share STRAYS, of another one: strays fill the contingency table
-away from the matched cells, as they do in real data.
+The data: concepts of skewed popularity, each with one centre for its images and one for its
+captions. A pair is an image and a caption of the same concept or, for the share STRAYS, of another
+one: strays fill the contingency table away from the matched cells, as they do in real data.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ RATIO = 0.2  # pruned
 
 
 def shard_sizes(pairs: int) -> dict[str, int]:
-    """Shard name -> pairs; all but the last are full."""
+    """Return shard name -> pairs; all shards but the last are full."""
     shards = -(-pairs // SHARD_PAIRS)
     return {
         f"{number:05d}": min(SHARD_PAIRS, pairs - number * SHARD_PAIRS) for number in range(shards)
@@ -57,14 +58,15 @@ def shard_sizes(pairs: int) -> dict[str, int]:
 
 @functools.cache
 def concepts(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Popularity of each concept, and its image and caption centres: float64 [CONCEPTS], float32 [2, CONCEPTS, DIM]."""
+    """Return popularity, float64 [CONCEPTS], and centres of images and captions, float32
+    [2, CONCEPTS, DIM]."""
     popularity = 1 / (np.arange(CONCEPTS) + 100)
     centres = np.random.default_rng(seed).standard_normal((2, CONCEPTS, DIM), np.float32)
     return popularity / popularity.sum(), centres
 
 
 def shard_tables(number: int, rows: int, seed: int) -> tuple[pa.Table, pa.Table]:
-    """Images and captions of a shard, from (seed, number) alone."""
+    """Return images and captions of a shard, which depend on (seed, number) alone."""
     popularity, centres = concepts(seed)
     rng = np.random.default_rng([seed, number])
     seen, told = rng.choice(CONCEPTS, (2, rows), p=popularity)
@@ -95,7 +97,7 @@ def shard_tables(number: int, rows: int, seed: int) -> tuple[pa.Table, pa.Table]
 
 
 def write_shard(store: EmbeddingStore, shard: str, rows: int, seed: int) -> None:
-    """Commits one shard of the store."""
+    """Commit one shard of the store."""
     images, captions = shard_tables(int(shard), rows, seed)
     counts = {"images": rows, "pairs": rows, "bad": 0, "reasons": {}}
     store.commit(
@@ -104,7 +106,7 @@ def write_shard(store: EmbeddingStore, shard: str, rows: int, seed: int) -> None
 
 
 def make_store(folder: Folder, pairs: int, seed: int, processes: int) -> EmbeddingStore:
-    """The store of these pairs and this seed; shards that are there are not written again."""
+    """Return the store of these pairs and this seed; write the shards that it lacks."""
     store = EmbeddingStore(folder, f"scale-{pairs}-{seed}")
     folder.create()
     have = store.committed()
@@ -121,9 +123,9 @@ def make_store(folder: Folder, pairs: int, seed: int, processes: int) -> Embeddi
 
 
 class Watch:
-    """Seconds and peak memory of what runs under `stage`: of this process, and of the largest of its children.
+    """Measures seconds and peak memory of blocks: of this process, and of its largest child.
 
-    On a busy machine the seconds of CPU, of this process and all its children, say more than those of the clock.
+    On a busy machine CPU seconds, of this process and all its children, say more than the clock.
     """
 
     INTERVAL_S = 0.2
@@ -143,7 +145,7 @@ class Watch:
             time.sleep(self.INTERVAL_S)
 
     def now(self) -> np.ndarray:
-        """Seconds of the clock and of CPU so far."""
+        """Return the seconds of the clock and of CPU so far."""
         cpu = 0.0
         for process in (self._me, *self._me.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -153,8 +155,8 @@ class Watch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measures the block."""
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel's own peak begins anew
+        """Measure the block."""
+        Path("/proc/self/clear_refs").write_text("5")  # reset the kernel's own peak
         self._worker = 0
         began = self.now()
         yield
@@ -172,7 +174,7 @@ def _load(name: str) -> None:
 
 
 def run_stages(args: argparse.Namespace) -> dict[str, Any]:
-    """Writes the store and measures the stages on it."""
+    """Write the store and measure the stages on it."""
     folder = Folder(args.folder)
     store = make_store(folder / f"store-{args.pairs}-{args.seed}", args.pairs, args.seed, args.cpus)
 
@@ -205,7 +207,8 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
         fit[:] += watch.now() - began
         return found
 
-    tasks.run_kmeans = timed  # type: ignore[assignment]  # the fit is told apart: its sample is bounded
+    # the fit is timed by itself: its sample is bounded
+    tasks.run_kmeans = timed  # type: ignore[assignment]
     with watch.stage("cluster"):
         counts |= do(run, "cluster")
     watch.stages["cluster"] |= {"fit_seconds": fit[0], "fit_cpu_seconds": fit[1]}
@@ -221,7 +224,10 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def random_table(clusters: int, each: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A contingency table with at most `each` cells a row: skewed counts, some text clusters far more popular."""
+    """Return a contingency table with at most `each` cells per row and skewed counts.
+
+    Some text clusters are far more popular than others.
+    """
     rng = np.random.default_rng(seed)
     popularity = 1 / (np.arange(clusters) + clusters / 100)
     columns = rng.choice(clusters, clusters * each, p=popularity / popularity.sum())
@@ -232,7 +238,7 @@ def random_table(clusters: int, each: int, seed: int) -> tuple[np.ndarray, np.nd
 
 
 def run_assignment(args: argparse.Namespace) -> dict[str, Any]:
-    """Measures the matching of a random table on one core."""
+    """Measure the matching of a random table on one core."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     from pds_ray.stages.match import assign_clusters
 
@@ -252,7 +258,7 @@ def run_assignment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The figures as Markdown: a row a stage."""
+    """Return the figures as Markdown, with one line per stage."""
     lines = [
         "| pairs | clusters | stage | seconds | of CPU | driver peak GiB | largest worker GiB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -281,8 +287,8 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="How the stages from pruning to prototypes scale.")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Measure the stages from pruning to prototypes.")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="prune to prototypes on a synthetic store")
     run.add_argument("--pairs", type=int, required=True)
@@ -296,7 +302,7 @@ def main() -> None:
     run.set_defaults(measure=run_stages)
     assign = commands.add_parser("assign", help="the assignment alone, on one core")
     assign.add_argument("--clusters", type=int, default=100_000)
-    assign.add_argument("--each", type=int, default=30, help="cells a row")
+    assign.add_argument("--each", type=int, default=30, help="cells per row")
     assign.set_defaults(measure=run_assignment)
     for command in (run, assign):
         command.add_argument("--seed", type=int, default=0)

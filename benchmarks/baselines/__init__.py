@@ -1,1 +1,1 @@
-"""What others do, as published, with its accidents mended where they would only make it fail."""
+"""Published alternatives, with fixes only where they would fail."""

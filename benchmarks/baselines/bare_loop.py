@@ -1,4 +1,4 @@
-"""Embedding as one writes it by hand: webdataset, a DataLoader and open_clip in a loop, results kept in memory."""
+"""Embedding by hand: webdataset, a DataLoader and open_clip in a loop, results kept in memory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 from benchmarks.baselines.pds import encode_text
 from pds_ray.encoders.open_clip import SHORT_CONTEXTS
 
-TEXT_BATCH = 256  # captions, as the package has them
+TEXT_BATCH = 256  # captions, as in the package
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What one turns to make the loop fast."""
+    """Settings that decide the loop's speed."""
 
     batch: int
     threads: int
@@ -26,7 +26,7 @@ class Tuning:
 
 
 def encode_cut(model: Any, tokens: Any) -> Any:
-    """Captions in the contexts of the package, each in the shortest that holds it: what is behind its end is padding.
+    """Encode each caption in the package's shortest context that holds it; the rest is padding.
 
     Tokens [B, context] -> float32 [B, d].
     """
@@ -50,10 +50,10 @@ def embed(
     encode_captions: Callable[[Any, Any], Any],
     out: Path,
 ) -> dict[str, Any]:
-    """Embeds every picture and every caption of its .json; writes OUT.npz. Returns seconds and counts.
+    """Embed every image and every caption of its .json; write OUT.npz. Return seconds and counts.
 
-    `encode_captions` takes the model and the tokens of a batch's captions. The seconds begin when the model is loaded;
-    the workers that read, decode and tokenise have begun before.
+    `encode_captions` takes the model and the tokens of a batch's captions. The seconds begin when
+    the model is loaded; the workers that read, decode and tokenise have begun before.
     """
     import open_clip
     import torch

@@ -1,7 +1,7 @@
-"""The published evaluation (VL-Distill, LoRS, PDS): frozen pictures encoded whenever they are needed, ranks by sorting.
+"""The published evaluation (VL-Distill, LoRS, PDS): images encoded on demand, ranks sorted.
 
-Heads, loss, optimiser and draws are those of the package, so that the recalls are the same numbers: only the procedure
-differs.
+Heads, loss, optimiser and draws are those of the package, so that the recalls are the same numbers:
+only the procedure differs.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ def recalls(
     owner: np.ndarray,
     kind: Literal["quicksort", "stable"] = "quicksort",
 ) -> dict[str, float]:
-    """Recalls from the whole matrix: the 128 best of each query keep their scores, then every query is sorted.
+    """Compute recalls from the whole matrix.
 
-    image float32 [n, d], text float32 [m, d], both of unit length, owner int64 [m]. Mended: galleries below 128. The
-    sort is numpy's default, as there, which is the faster; with `kind` stable, of equal scores the earlier item comes
-    first, as in the package: that is for galleries with captions that are the same.
+    The 128 best of each query keep their scores, then every query is sorted. image float32 [n, d],
+    text float32 [m, d], both of unit length, owner int64 [m]. Fixed: galleries below 128. The sort
+    is numpy's default, as published, which is faster; with `kind` stable the earlier of equal
+    scores comes first, as in the package: use it for galleries that repeat captions.
     """
     scores = image @ text.T
     to_text, to_image = _top(scores), _top(scores.T)
@@ -50,7 +51,7 @@ def recalls(
 
 
 def _top(scores: torch.Tensor) -> np.ndarray:
-    """The scores of each row but its 128 best set to -100, row by row."""
+    """Return the scores with all but the 128 best of each row set to -100, row by row."""
     kept = torch.full(scores.shape, LOW)
     for row, score in enumerate(scores):
         best, place = score.topk(min(TOP, len(score)))
@@ -67,9 +68,11 @@ def train_on_frozen(
     protocol: ProtocolConfig,
     seed: int,
 ) -> dict[str, float]:
-    """One network of the published evaluation: only the text head learns, yet every batch and every test picture goes
-    through the frozen backbone again. Returns the recalls of the best epoch on the test split, as published. Captions
-    of the split may repeat: sorting is stable.
+    """Train and test one network of the published evaluation.
+
+    Only the text head learns, yet every batch and every test image goes through the frozen backbone
+    again. Returns the recalls of the best epoch on the test split, as published. Captions of the
+    split may repeat: sorting is stable.
     """
     torch.manual_seed(seed + (1 << 32))
     backbone.eval().requires_grad_(False)

@@ -1,4 +1,7 @@
-"""The rows of the table by number. Heavy packages are imported by the parts that use them: a process holds one part."""
+"""The rows of the table by number.
+
+Parts import heavy packages themselves, as each runs in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -22,5 +25,5 @@ ROWS = {
 
 
 def load_row(number: int) -> Row:
-    """The row of that number."""
+    """Return the row of that number."""
     return import_module(f"benchmarks.rows.{ROWS[number]}").ROW

@@ -1,4 +1,4 @@
-"""Row 5: five captions an image, as Flickr30K has them."""
+"""Row 5: five captions per image, as in Flickr30K."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from benchmarks.data import flickr_shaped, save_random_clip, write_flickr
 from benchmarks.measure import BASELINE, OURS, Check, Found, Row, Runs, Task, at_least
 from benchmarks.rows.embedding import apart, embed_with_engine, stored
 
-PICTURES = 32
+IMAGES = 32
 TOLERANCE = 2e-3  # of the norm of an embedding stored in float16
 
 
 def prepare(task: Task) -> Found:
-    write_flickr(flickr_shaped(8 if task.quick else PICTURES), task.data / "flickr")
+    write_flickr(flickr_shaped(8 if task.quick else IMAGES), task.data / "flickr")
     model = save_random_clip("ViT-B-32" if task.quick else "ViT-L-14", task.data / "clip")
     (task.data / "model.json").write_text(json.dumps(model))
     return {}
@@ -36,11 +36,11 @@ def theirs(task: Task) -> Found:
     paths, captions = pds.expand_pairs(task.data / "flickr")
     began = time.perf_counter()
     text = pds.embed_captions([clean_paper(caption) for caption in captions], model, tokenizer)
-    of_captions = time.perf_counter() - began
+    captions_seconds = time.perf_counter() - began
     image = pds.embed_images(paths, model, preprocess, workers=os.cpu_count() or 1)
     seconds = time.perf_counter() - began
     np.savez(task.out / "embeddings.npz", image=image, text=text)
-    return {"seconds": seconds, "captions_seconds": of_captions}
+    return {"seconds": seconds, "captions_seconds": captions_seconds}
 
 
 def ours(task: Task) -> Found:
@@ -68,11 +68,12 @@ def checks(runs: Runs, afterwards: Found) -> list[Check]:
 
 ROW = Row(
     5,
-    f"embedding {PICTURES} pictures of 500 x 375 with five captions each, ViT-L-14 at 224 px",
-    "authors' procedure: a picture is embedded once a caption",
+    f"embedding {IMAGES} images of 500 x 375 with five captions each, ViT-L-14 at 224 px",
+    "authors' procedure: an image is embedded once per caption",
     {BASELINE: theirs, OURS: ours},
     checks,
     prepare,
     after,
-    "From when the model is loaded: theirs to when all is embedded, ours to the end of the stage, with all committed.",
+    "From when the model is loaded: theirs to when all is embedded, ours to the end of the stage, "
+    "with all committed.",
 )

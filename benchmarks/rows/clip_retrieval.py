@@ -1,11 +1,11 @@
-"""Row 4: embedding as clip-retrieval does it, in an environment of its own.
+"""Row 4: embedding with clip-retrieval, in an environment of its own.
 
     python -m venv runs/clip-retrieval
-    runs/clip-retrieval/bin/pip install clip-retrieval && runs/clip-retrieval/bin/pip install 'setuptools<70'
+    runs/clip-retrieval/bin/pip install clip-retrieval
+    runs/clip-retrieval/bin/pip install 'setuptools<70'
 
-The second, against what torch asks for, because the `clip` that it brings imports a part of older ones.
-
-Another place of its Python can be named in CLIP_RETRIEVAL_PYTHON.
+The last command, against torch's requirements, because its `clip` imports a part of older
+setuptools. CLIP_RETRIEVAL_PYTHON may name another path of its Python.
 """
 
 from __future__ import annotations
@@ -46,34 +46,35 @@ def lacking() -> str:
 
 
 def _environment() -> dict[str, str]:
-    """This one without our packages."""
+    """Return this environment without our packages."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def _versions() -> dict[str, str]:
-    """Of its environment."""
+    """Return the versions of packages in its environment."""
     packages = ("clip-retrieval", "torch", "open-clip-torch", "webdataset")
-    ask = f"import importlib.metadata as m, json; print(json.dumps({{name: m.version(name) for name in {packages}}}))"
-    command = [str(PYTHON), "-c", ask]
-    told = subprocess.run(
+    found = f"{{name: m.version(name) for name in {packages}}}"
+    code = f"import importlib.metadata as m, json; print(json.dumps({found}))"
+    command = [str(PYTHON), "-c", code]
+    versions = subprocess.run(
         command, check=True, capture_output=True, text=True, env=_environment()
     ).stdout
-    return dict(json.loads(told))
+    return dict(json.loads(versions))
 
 
 def prepare(task: Task) -> Found:
-    """Real pictures with one caption each: of several, clip-retrieval takes none."""
+    """Write real images with one caption each: clip-retrieval skips images with several."""
     one_caption = ({name: sample[name] for name in ("jpg", "txt")} for sample in real_samples())
     images = 48 if task.quick else 512
     write_shards(islice(one_caption, images), task.data / "shards", images // SHARDS)
-    told = {"model": save_random_clip(MODEL, task.data / "clip"), "images": images}
-    (task.data / "told.json").write_text(json.dumps(told))
+    setup = {"model": save_random_clip(MODEL, task.data / "clip"), "images": images}
+    (task.data / "setup.json").write_text(json.dumps(setup))
     return {}
 
 
 def theirs(task: Task) -> Found:
-    """The seconds are those of its own statistics: reading, inference and gathering of all batches."""
-    told = json.loads((task.data / "told.json").read_text())
+    """Time by its own statistics: reading, inference and gathering of all batches."""
+    setup = json.loads((task.data / "setup.json").read_text())
     out = task.out / "embeddings"
     options = {
         "input_dataset": f"{task.data}/shards/{{00000..{SHARDS - 1:05d}}}.tar",
@@ -91,18 +92,21 @@ def theirs(task: Task) -> Found:
         stdout=subprocess.DEVNULL,
     )
     stats = json.loads((out / "stats" / "0.json").read_text())
-    if stats["sample_count"] != told["images"]:
-        raise RuntimeError(f"it embedded {stats['sample_count']} of {told['images']} pictures")
+    if stats["sample_count"] != setup["images"]:
+        raise RuntimeError(f"it embedded {stats['sample_count']} of {setup['images']} images")
     return {"seconds": stats["total_duration"], "stats": stats, "versions": _versions()}
 
 
 def ours(task: Task) -> Found:
-    model = json.loads((task.data / "told.json").read_text())["model"]
+    model = json.loads((task.data / "setup.json").read_text())["model"]
     return embed_with_engine(f"{task.data}/shards/*.tar", model, task.out / "store")
 
 
 def after(task: Task) -> Found:
-    """How far the unit embeddings of a sample lie apart at most. Theirs come in another order, and say which."""
+    """Measure the largest distance of the two unit embeddings of a sample.
+
+    Theirs come in another order, with their keys.
+    """
     import numpy as np
     import pyarrow.parquet as pq
 
@@ -148,14 +152,14 @@ def checks(runs: Runs, afterwards: Found) -> list[Check]:
 
 ROW = Row(
     4,
-    "embedding 512 real pictures with a caption each, ViT-B-32 at 224 px",
+    "embedding 512 real images with a caption each, ViT-B-32 at 224 px",
     "clip-retrieval's inference, in an environment of its own",
     {BASELINE: theirs, OURS: ours},
     checks,
     prepare,
     after,
-    "Theirs by its own statistics, with its own batch size, captions not cut: from when the model is loaded to when "
-    "all is embedded, the last files not yet written. Ours from when the model is loaded to the end of the stage; it "
-    "has read by then.",
+    "Theirs by its own statistics, with its own batch size, captions not cut: from when the model "
+    "is loaded to when all is embedded, the last files not yet written. Ours from when the model "
+    "is loaded to the end of the stage; it has read by then.",
     lacking,
 )

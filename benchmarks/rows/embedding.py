@@ -21,7 +21,7 @@ def _images(task: Task) -> int:
 
 
 def prepare(task: Task) -> Found:
-    """Real samples in small shards, random weights, and the fastest setting of the bare loop on half of them."""
+    """Write real samples in small shards and random weights; tune the bare loop on half of them."""
     import os
 
     from benchmarks.baselines.bare_loop import Tuning, embed, encode_cut
@@ -43,7 +43,7 @@ def prepare(task: Task) -> Found:
 
     seconds(grid[0])  # the first pays for imports and cold files
     best = min(grid, key=seconds)
-    (task.data / "told.json").write_text(
+    (task.data / "setup.json").write_text(
         json.dumps({"shards": shards, "model": model, "tuning": vars(best)})
     )
     return {}
@@ -52,21 +52,21 @@ def prepare(task: Task) -> Found:
 def theirs(task: Task) -> Found:
     from benchmarks.baselines.bare_loop import Tuning, embed, encode_cut
 
-    told = json.loads((task.data / "told.json").read_text())
-    tuning = Tuning(**told["tuning"])
-    return embed(told["shards"], told["model"], tuning, encode_cut, task.out / "embeddings.npz")
+    setup = json.loads((task.data / "setup.json").read_text())
+    tuning = Tuning(**setup["tuning"])
+    return embed(setup["shards"], setup["model"], tuning, encode_cut, task.out / "embeddings.npz")
 
 
 def ours(task: Task) -> Found:
-    model = json.loads((task.data / "told.json").read_text())["model"]
+    model = json.loads((task.data / "setup.json").read_text())["model"]
     return embed_with_engine(f"{task.data}/shards/*.tar", model, task.out / "store")
 
 
 def embed_with_engine(source_uri: str, model: str, folder: Path, captions: str = "basic") -> Found:
-    """The engine's embedding stage with a local Ray of all cores.
+    """Run the engine's embedding stage on a local Ray with all cores.
 
-    The seconds are from when the model is loaded to when the stage ends, with all shards committed; `idle` is the share
-    of the encoders' time in which they waited.
+    The seconds are from when the model is loaded to when the stage ends, with all shards committed;
+    `idle` is the share of the encoders' time in which they waited.
     """
     import time
 
@@ -103,18 +103,18 @@ def embed_with_engine(source_uri: str, model: str, folder: Path, captions: str =
     ended = time.time()
     session.stop()
     busy, idle = counts["encoder_busy_s"], counts["encoder_idle_s"]
-    told = {name: counts[name] for name in ("images", "pairs", "bad")}
+    counted = {name: counts[name] for name in ("images", "pairs", "bad")}
     seconds = ended - loaded.stat().st_mtime
     return {
         "seconds": seconds,
         "stage_seconds": ended - began,
         "idle": idle / (busy + idle),
-        **told,
+        **counted,
     }
 
 
 def stored(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The embeddings of a store in its order: images [I, d], captions [N, d], float32."""
+    """Return the embeddings of a store in its order: images [I, d], captions [N, d], float32."""
     from pds_ray.store.embeddings import EmbeddingStore
     from pds_ray.store.schemas import embeddings
     from pds_ray.store.storage import Folder
@@ -128,14 +128,14 @@ def stored(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def apart(found: np.ndarray, other: np.ndarray) -> float:
-    """The largest distance of two rows that should be one, as a share of its norm."""
+    """Return the largest distance of two rows that should be equal, as a share of the norm."""
     return float((np.linalg.norm(found - other, axis=1) / np.linalg.norm(other, axis=1)).max())
 
 
 def after(task: Task) -> Found:
     images, captions = stored(task.out / f"{OURS}-0" / "store")
     with np.load(task.out / f"{BASELINE}-0" / "embeddings.npz") as other:
-        # shards, and rows within them, come in order from one worker, and shard by shard from several
+        # one worker gives shards, and rows within them, in order; several give them shard by shard
         order = np.argsort(other["keys"], kind="stable")
         starts = np.cumsum(other["captions"]) - other["captions"]
         rows = np.concatenate(
@@ -147,7 +147,7 @@ def after(task: Task) -> Found:
 
 
 def reading_seconds(task: Task) -> float:
-    """Of reading and decoding all pictures in this process."""
+    """Return the seconds of reading and decoding all images in this process."""
     import time
 
     from pds_ray import catalog
@@ -155,7 +155,7 @@ def reading_seconds(task: Task) -> float:
     from pds_ray.stages.embed import decode_block, read_blocks
 
     config = replace(
-        RunConfig(), {"embed.encoder": json.loads((task.data / "told.json").read_text())["model"]}
+        RunConfig(), {"embed.encoder": json.loads((task.data / "setup.json").read_text())["model"]}
     )
     preprocess = catalog.describe_encoder(config.embed).preprocess
     source = catalog.make_source(f"{task.data}/shards/*.tar")
@@ -167,7 +167,10 @@ def reading_seconds(task: Task) -> float:
 
 
 def factor_with_reading(runs: Runs, reading_s: float) -> float:
-    """How many times less ours takes, with `reading_s` added: it may have read all before its seconds begin."""
+    """Return the factor with `reading_s` added to ours.
+
+    Ours may have read everything before its seconds begin.
+    """
     return median(runs[BASELINE]) / (median(runs[OURS]) + reading_s)
 
 
@@ -197,12 +200,14 @@ def checks(runs: Runs, afterwards: Found) -> list[Check]:
 
 ROW = Row(
     3,
-    "embedding 512 real pictures and all their captions, ViT-B-32 at 224 px",
-    "a bare loop: webdataset, DataLoader, open_clip; batch size and readers chosen by trial, captions cut as ours are",
+    "embedding 512 real images and all their captions, ViT-B-32 at 224 px",
+    "a bare loop: webdataset, DataLoader, open_clip; batch size and readers chosen by trial, "
+    "captions cut as ours are",
     {BASELINE: theirs, OURS: ours},
     checks,
     prepare,
     after,
-    "From when the model is loaded to when all is written, ours to the end of the stage. Readers have begun before: "
-    "ours may have read all by then, the loop's as far ahead as its DataLoader goes.",
+    "From when the model is loaded to when all is written, ours to the end of the stage. Readers "
+    "have begun before: ours may have read all by then, the loop's as far ahead as its DataLoader "
+    "goes.",
 )

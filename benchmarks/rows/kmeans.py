@@ -14,7 +14,7 @@ SLACK = 1e-3  # of the objective
 
 
 def _size(task: Task) -> tuple[int, int]:
-    """Vectors and clusters."""
+    """Return the numbers of vectors and clusters."""
     return (1_000, 10) if task.quick else (145_000, 500)
 
 
@@ -48,7 +48,7 @@ def ours(task: Task) -> Found:
 
 
 def after(task: Task) -> Found:
-    """The mean squared distance of all vectors to the nearest centroid, for both."""
+    """Return the mean squared distance of all vectors to their nearest centroid, for both sides."""
     from pds_ray.stages.cluster import assign
 
     vectors = np.load(task.data / "vectors.npy")

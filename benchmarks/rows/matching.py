@@ -13,24 +13,24 @@ from benchmarks.measure import BASELINE, OURS, Check, Found, Row, Runs, Task, at
 DIM, IMAGES, PAIRS = 768, 113_287, 566_747
 CLUSTERS = 500
 SHARD_IMAGES = 1_000
-STRAYS = 0.2  # captions of another concept than their picture
+STRAYS = 0.2  # captions of another concept than their image
 TOLERANCE = 1e-3  # of the norm of a prototype: a pair at the very threshold may fall to either side
 DRIVER_CPUS = 2
 
 
 def _size(task: Task) -> tuple[int, int, int]:
-    """Images, pairs, clusters."""
+    """Return the numbers of images, pairs and clusters."""
     return (600, 3_007, 8) if task.quick else (IMAGES, PAIRS, CLUSTERS)
 
 
 def _owner(task: Task) -> np.ndarray:
-    """The image of each pair: five each, and one more for the first ones. int64 [N]."""
+    """Return the image of each pair, int64 [N]: five pairs each, six for the first images."""
     images, pairs, _ = _size(task)
     return np.repeat(np.arange(images), 5 + (np.arange(images) < pairs - 5 * images))
 
 
 def prepare(task: Task) -> Found:
-    """The same vectors, rounded to float16, as a store of shards and as the arrays of all pairs; clusters for both."""
+    """Write the same float16 vectors as a store and as arrays of all pairs; give both clusters."""
     import pyarrow as pa
 
     from pds_ray.stages.embed import cosine
@@ -40,14 +40,13 @@ def prepare(task: Task) -> Found:
 
     images, _, clusters = _size(task)
     owner = _owner(task)
-    seen, told = Concepts(DIM, seed=0), Concepts(DIM, seed=1)
-    of_image = seen.draw(images)
-    strays = seen.rng.random(len(owner)) < STRAYS
-    of_text = np.where(strays, seen.draw(len(owner)), of_image[owner])
-    image, text = (
-        side.vectors(of).astype(np.float16) for side, of in ((seen, of_image), (told, of_text))
-    )
-    # concepts to clusters: another way for each modality, so that the assignment has something to find
+    image_concepts, text_concepts = Concepts(DIM, seed=0), Concepts(DIM, seed=1)
+    of_image = image_concepts.draw(images)
+    strays = image_concepts.rng.random(len(owner)) < STRAYS
+    of_text = np.where(strays, image_concepts.draw(len(owner)), of_image[owner])
+    image = image_concepts.vectors(of_image).astype(np.float16)
+    text = text_concepts.vectors(of_text).astype(np.float16)
+    # concepts map to clusters differently per modality, so that the assignment has work to do
     image_cluster = (np.arange(CONCEPTS) % clusters)[of_image[owner]].astype(np.int32)
     text_cluster = np.random.default_rng(2).permutation(clusters)[np.arange(CONCEPTS) % clusters][
         of_text
@@ -64,14 +63,14 @@ def prepare(task: Task) -> Found:
         rows, side = owner[first:last] - start, np.full(stop - start, 224, np.int32)
         mine = image[start:stop], text[first:last]
         keys = [f"{row:07d}" for row in range(start, stop)]
-        pictures = {
+        image_columns = {
             "key": keys,
             "index": np.arange(stop - start, dtype=np.int32),
             "embedding": embedding_array(mine[0], "float16"),
             "width": side,
             "height": side,
         }
-        captions = {
+        caption_columns = {
             "key": [keys[row] for row in rows],
             "image_row": rows.astype(np.int32),
             "caption_index": np.zeros(len(rows), np.int32),
@@ -81,8 +80,8 @@ def prepare(task: Task) -> Found:
         }
         store.commit(
             f"{number:05d}",
-            pa.table(pictures, schema=image_schema(DIM, "float16")),
-            pa.table(captions, schema=caption_schema(DIM, "float16")),
+            pa.table(image_columns, schema=image_schema(DIM, "float16")),
+            pa.table(caption_columns, schema=caption_schema(DIM, "float16")),
             ERROR_SCHEMA.empty_table(),
             {"images": len(keys), "pairs": len(rows), "bad": 0, "reasons": {}, "precision": "fp16"},
         )
@@ -104,14 +103,14 @@ def theirs(task: Task) -> Found:
     kept_image, kept_text = image[kept], text[kept]
     image_labels, text_labels = image_labels[kept], text_labels[kept]
     clock.lap("prune")
-    couples = pds.match(pds.contingency(image_labels, text_labels, _size(task)[2]))
+    matched = pds.match(pds.contingency(image_labels, text_labels, _size(task)[2]))
     clock.lap("match")
-    found = pds.prototypes(kept_image, kept_text, image_labels, text_labels, couples)
+    found = pds.prototypes(kept_image, kept_text, image_labels, text_labels, matched)
     clock.lap("prototypes")
     captions = pds.nearest_captions(found.text, text)
     clock.lap("captions")
-    del seconds["similarity"]  # in ours it is part of embedding
-    _leave(task, found.image, found.text, found.couples, [f"caption {pair}" for pair in captions])
+    del seconds["similarity"]  # in ours it belongs to embedding
+    _leave(task, found.image, found.text, found.matched, [f"caption {pair}" for pair in captions])
     return {"seconds": sum(seconds.values()), "steps": seconds, "kept": len(kept)}
 
 
@@ -127,7 +126,7 @@ def ours(task: Task) -> Found:
     from pds_ray.store.storage import Folder
     from tests.support.stage_run import do, stage_run
 
-    images, pairs, clusters = _size(task)
+    images, _, clusters = _size(task)
     with np.load(task.data / "labels.npz") as labels:
         image_labels, text_labels = labels["image"], labels["text"]
     store = EmbeddingStore(Folder(str(task.data / "store")))
@@ -155,27 +154,27 @@ def ours(task: Task) -> Found:
     table = folder.prototypes()
     began = time.perf_counter()
     nearest("images", shards, store, vectors(table, "image_prototype"), tqdm(disable=True))
-    pictures = time.perf_counter() - began
+    nearest_images_s = time.perf_counter() - began
     session.stop()
-    del seconds["labels"]  # the clustering is another row's
-    couples = [table.column(name).to_pylist() for name in ("image_cluster", "text_cluster")]
+    del seconds["labels"]  # clustering belongs to another row
+    clusters_of = [table.column(name).to_pylist() for name in ("image_cluster", "text_cluster")]
     _leave(
         task,
         vectors(table, "image_prototype"),
         vectors(table, "text_prototype"),
-        list(zip(*couples, strict=True)),
+        list(zip(*clusters_of, strict=True)),
         table.column("caption").to_pylist(),
     )
     return {
         "seconds": sum(seconds.values()),
         "steps": seconds,
-        "pictures_s": pictures,
+        "images_s": nearest_images_s,
         "kept": counts["kept"],
     }
 
 
 class _Clock:
-    """Books the time since the last lap."""
+    """Records the time since the last lap."""
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self._seconds = seconds
@@ -196,51 +195,54 @@ def _leave(
     task: Task,
     image: np.ndarray,
     text: np.ndarray,
-    couples: list[tuple[int, int]],
+    matched: list[tuple[int, int]],
     captions: list[str],
 ) -> None:
-    np.savez(task.out / "prototypes.npz", image=image, text=text, couples=couples)
+    np.savez(task.out / "prototypes.npz", image=image, text=text, matched=matched)
     (task.out / "captions.json").write_text(json.dumps(captions))
 
 
 def after(task: Task) -> Found:
-    """How far the prototypes of the two lie apart, couple by couple, and whether couples and captions are the same."""
+    """Compare matched clusters, their prototypes and captions of the two sides."""
     sides = []
     for side in (BASELINE, OURS):
         folder = task.out / f"{side}-0"
         with np.load(folder / "prototypes.npz") as found:
-            couples = [tuple(couple) for couple in found["couples"].tolist()]
+            matched = [tuple(pair) for pair in found["matched"].tolist()]
             rows = zip(
                 found["image"],
                 found["text"],
                 json.loads((folder / "captions.json").read_text()),
                 strict=True,
             )
-            sides.append(dict(zip(couples, rows, strict=True)))
+            sides.append(dict(zip(matched, rows, strict=True)))
     baseline, mine = sides
     both = baseline.keys() & mine.keys()
     apart = max(
         float(
-            np.linalg.norm(mine[couple][part] - baseline[couple][part])
-            / np.linalg.norm(baseline[couple][part])
+            np.linalg.norm(mine[pair][part] - baseline[pair][part])
+            / np.linalg.norm(baseline[pair][part])
         )
-        for couple in both
+        for pair in both
         for part in (0, 1)
     )
-    captions = sum(mine[couple][2] == baseline[couple][2] for couple in both)
-    return {"couples": [len(baseline), len(mine), len(both)], "apart": apart, "captions": captions}
+    captions = sum(mine[pair][2] == baseline[pair][2] for pair in both)
+    return {"matched": [len(baseline), len(mine), len(both)], "apart": apart, "captions": captions}
 
 
 def checks(runs: Runs, afterwards: Found) -> list[Check]:
-    first, second, both = afterwards["couples"]
+    first, second, both = afterwards["matched"]
     same = (
         runs[BASELINE][0]["kept"] == runs[OURS][0]["kept"]
         and first == second == both == afterwards["captions"]
         and afterwards["apart"] < TOLERANCE
     )
-    told = f"{both} couples of {first} and {second}, {afterwards['captions']} captions, {afterwards['apart']:.0e} apart"
-    seconds, pictures = median(runs[OURS]), median(runs[OURS], "pictures_s")
-    without = median(runs[BASELINE]) / (seconds - pictures)
+    found = (
+        f"{both} matched clusters of {first} and {second}, {afterwards['captions']} captions, "
+        f"{afterwards['apart']:.0e} apart"
+    )
+    seconds, images = median(runs[OURS]), median(runs[OURS], "images_s")
+    without = median(runs[BASELINE]) / (seconds - images)
     processes = " and ".join(
         f"{median(runs[side], 'process_seconds'):.1f}" for side in (BASELINE, OURS)
     )
@@ -248,25 +250,26 @@ def checks(runs: Runs, afterwards: Found) -> list[Check]:
         at_least(runs, 10),
         Check(
             "",
-            f"{without:.2f}x but for the nearest pictures ({pictures:.1f} of {seconds:.1f} s)",
+            f"{without:.2f}x but for the nearest images ({images:.1f} of {seconds:.1f} s)",
             None,
         ),
         Check("", f"whole processes: {processes} s", None),
         at_least(runs, 3, "less peak memory", "peak_gib"),
-        Check("the same result", told, same),
+        Check("the same result", found, same),
     ]
 
 
 ROW = Row(
     2,
     "prune, contingency, assignment, prototypes, captions: 566,747 pairs, width 768, K = 500",
-    "authors' procedure: group-by, a mask a couple, the whole similarity matrix",
+    "authors' procedure: group-by, a mask per match, the whole similarity matrix",
     {BASELINE: theirs, OURS: ours},
     checks,
     prepare,
     after,
-    "Embeddings read from disk, cosines and clusters given; ours on a local Ray whose workers are up. Both look for "
-    f"the captions nearest to {CLUSTERS} prototypes among all, {2e-9 * CLUSTERS * PAIRS * DIM:.0f} GFLOP. Ours "
-    "does more: it finds the nearest pictures, too (timed by itself, once more), and some members of each couple. "
-    "Memory is that of all processes, Ray's own included.",
+    "Embeddings read from disk, cosines and clusters given; ours on a local Ray whose workers are "
+    f"up. Both look for the captions nearest to {CLUSTERS} prototypes among all, "
+    f"{2e-9 * CLUSTERS * PAIRS * DIM:.0f} GFLOP. Ours does more: it finds the nearest images, too "
+    "(timed by itself, once more), and some members of each match. Memory is that of all "
+    "processes, Ray's own included.",
 )

@@ -22,13 +22,13 @@ from benchmarks.measure import (
 )
 
 DIM = 1_000  # the logits that the published evaluation compares
-NOISE = 10.0  # with which a caption lies around its picture
-TELLING = (10.0, 90.0)  # of IR@1: where all or nothing is found, wrong ranks would not show
-BOUND_GIB = 1.0  # of memory above the embeddings
+NOISE = 10.0  # spread of captions around their image
+TELLING = (10.0, 90.0)  # IR@1: where all or nothing is found, wrong ranks would not show
+BOUND_GIB = 1.0  # memory above the embeddings
 
 
 def prepare(task: Task) -> Found:
-    """Captions of each image as COCO's test split has them."""
+    """Make as many captions per image as in COCO's test split."""
     rng = np.random.default_rng(0)
     if task.quick:
         owner = np.repeat(np.arange(40), 3)

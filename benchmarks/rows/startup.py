@@ -1,4 +1,4 @@
-"""Row 11: how long until something happens."""
+"""Row 11: time until the first output and the first image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCENES, PAIRS = 64, 16
 
 
 def prepare(task: Task) -> Found:
-    """A run to be shown."""
+    """Make the run for `show`."""
     _run(*_distill(task.data / "run"))
     return {}
 
@@ -60,7 +60,7 @@ def show_run(task: Task) -> Found:
 
 
 def first_image(task: Task) -> Found:
-    """Until the only shard, of 64 pictures, is embedded and committed."""
+    """Time until the only shard, of 64 images, is embedded and committed."""
     run = task.out / "run"
     began = time.perf_counter()
     with subprocess.Popen(
@@ -75,7 +75,7 @@ def first_image(task: Task) -> Found:
 
 
 def _cpu_seconds(pid: int) -> Found:
-    """Of a process and all that it started, as far as they live."""
+    """Return the CPU seconds of a process and its living descendants."""
     root = psutil.Process(pid)
     spent = []
     for process in (root, *root.children(recursive=True)):
@@ -111,6 +111,7 @@ ROW = Row(
     {"help": show_help, "show": show_run, "first image": first_image},
     checks,
     prepare,
-    notes=f"Whole commands; the first image is that of a shard of {SCENES} scenes, whose embedding is included. "
-    "The memory of help and show is that of the process that measures: they end before it is looked at.",
+    notes=f"Whole commands; the first image is that of a shard of {SCENES} scenes, whose embedding "
+    "is included. The memory of help and show is that of the process that measures: they end "
+    "before it is looked at.",
 )

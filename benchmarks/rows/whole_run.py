@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.data import judge_sets, write_flickr, write_set
 from benchmarks.measure import BASELINE, OURS, Check, Found, Row, Runs, Task, at_least
 
-# what a run is judged by is its set; to which cluster a pair belonged plays no part there
+# the set alone is judged, so the clusters of a pair do not matter
 UNKNOWN: dict[str, Any] = {
     "image_cluster": -1,
     "text_cluster": -1,
@@ -29,14 +29,13 @@ UNKNOWN: dict[str, Any] = {
 
 
 def _config(task: Task) -> Any:
-    """That of the demo, on files."""
+    """Return the configuration of the demo, on files."""
     from pds_ray.config import replace
     from pds_ray.recipes import recipe
 
-    told = {"source": f"flickr30k:{task.data / 'scenes'}", "out": str(task.out / "run")}
-    return replace(
-        recipe("demo"), {**told, **({"pairs": 8, "decode.steps": 2} if task.quick else {})}
-    )
+    files = {"source": f"flickr30k:{task.data / 'scenes'}", "out": str(task.out / "run")}
+    small = {"pairs": 8, "decode.steps": 2} if task.quick else {}
+    return replace(recipe("demo"), {**files, **small})
 
 
 def prepare(task: Task) -> Found:
@@ -50,7 +49,7 @@ def prepare(task: Task) -> Found:
 
 
 def theirs(task: Task) -> Found:
-    """Steps 1 to 14; the caption of a pair is the retrieved one, with which its picture is decoded."""
+    """Run steps 1 to 14; a pair has the caption that was retrieved to decode its image."""
     import open_clip
     import pyarrow as pa
 
@@ -71,8 +70,8 @@ def theirs(task: Task) -> Found:
     (_, image_labels), (_, text_labels) = (
         pds.cluster(side[kept], config.pairs) for side in (image, text)
     )
-    couples = pds.match(pds.contingency(image_labels, text_labels, config.pairs))
-    found = pds.prototypes(image[kept], text[kept], image_labels, text_labels, couples)
+    matched = pds.match(pds.contingency(image_labels, text_labels, config.pairs))
+    found = pds.prototypes(image[kept], text[kept], image_labels, text_labels, matched)
     nearest = [captions[row] for row in pds.nearest_captions(found.text, text)]
     decoder: Any = catalog.load_decoder(
         catalog.describe_decoder(config.decode, catalog.describe_encoder(config.embed)),
@@ -80,7 +79,7 @@ def theirs(task: Task) -> Found:
         catalog.make_source(config.source),
     )
     decode = config.decode
-    pictures = pds.decode(
+    images = pds.decode(
         decoder.pipeline,
         found.image,
         nearest,
@@ -102,7 +101,7 @@ def theirs(task: Task) -> Found:
     write_set(
         task.out / "run",
         pa.table({name: columns[name] for name in schema.names}, schema=schema),
-        pictures,
+        images,
     )
     return {"pairs": count}
 
@@ -124,13 +123,13 @@ def after(task: Task) -> Found:
 
 def checks(runs: Runs, afterwards: Found) -> list[Check]:
     theirs_, mine = (afterwards[side] for side in (BASELINE, OURS))
-    told = " and ".join(f"{one['r_mean']:.1f} ± {one['std']:.1f}" for one in (theirs_, mine))
+    both = " and ".join(f"{one['r_mean']:.1f} ± {one['std']:.1f}" for one in (theirs_, mine))
     no_worse = mine["r_mean"] >= theirs_["r_mean"] - theirs_["std"]
     return [
         at_least(runs, 5),
         Check(
             "r_mean no worse, within a deviation of theirs over the seeds",
-            f"theirs and ours {told}",
+            f"theirs and ours {both}",
             no_worse,
         ),
         Check("", f"stages of ours: {json.dumps(runs[OURS][-1]['stages'])}", None),
@@ -145,6 +144,6 @@ ROW = Row(
     checks,
     prepare,
     after,
-    "Whole processes, with the start of Python and of Ray. r_mean: protocol standard, three backbones, five seeds; "
-    "captions those each procedure retrieves.",
+    "Whole processes, with the start of Python and of Ray. r_mean: protocol standard, three "
+    "backbones, five seeds; captions those each procedure retrieves.",
 )

@@ -1,4 +1,4 @@
-"""Row 10: what a second worker brings, and what a shard and an image cost beside their encoding."""
+"""Row 10: efficiency of a second worker, and the cost per shard and image without encoding."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from benchmarks.data import write_shards
 from benchmarks.measure import Check, Found, Row, Runs, Task, median, median_and_range
 
 ONE, TWO, OVERHEAD = "1 core, no Ray", "2 workers, 2 cores", "null encoder"
-SCENES = (
-    4_000,
-    12_000,
-)  # the difference counts: starting is no part of it; 1,000 are a shard, which one task reads
+SCENES = (4_000, 12_000)  # the difference counts, without the start; one task reads 1,000
 GRID = ((4, 8), (204, 8), (4, 5_008))  # shards, images in each
 
 
@@ -26,7 +23,7 @@ def _grid(task: Task) -> tuple[tuple[int, int], ...]:
 
 
 def prepare(task: Task) -> Found:
-    """Shards of tiny pictures."""
+    """Write shards of tiny images."""
     from PIL import Image
 
     from benchmarks.null_encoder import SIDE
@@ -64,7 +61,7 @@ def _embed_seconds(source_uri: str, info: Any, config: Any, folder: Path) -> flo
 
 
 def two_workers(task: Task) -> Found:
-    """On two cores, whatever else there is."""
+    """Embed on two cores, however many there are."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         raise SystemExit("benchmarks: two workers need as many cores")
@@ -78,9 +75,7 @@ def two_workers(task: Task) -> Found:
     info = catalog.describe_encoder(config.embed)
     session.start(config.ray)
     sizes = (20, 60) if task.quick else SCENES
-    _embed_seconds(
-        "scenes:16", info, config, task.out / "first"
-    )  # files are read for the first time, caches filled
+    _embed_seconds("scenes:16", info, config, task.out / "first")  # fills caches of files
     small, large = (
         _embed_seconds(f"scenes:{size}", info, config, task.out / str(size)) for size in sizes
     )
@@ -89,7 +84,7 @@ def two_workers(task: Task) -> Found:
 
 
 def one_core(task: Task) -> Found:
-    """As many scenes as count of the others, one shard after the other with one thread."""
+    """Embed as many scenes as count for the others, shard after shard with one thread."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     import torch
 
@@ -108,7 +103,7 @@ def one_core(task: Task) -> Found:
 
 
 def overhead(task: Task) -> Found:
-    """Start, shards and images each have their price: three sizes give the three."""
+    """Solve for the costs of start, shard and image from the seconds of three sizes."""
     from benchmarks.null_encoder import describe
     from pds_ray.config import RunConfig, replace
     from pds_ray.distributed import session
@@ -143,7 +138,7 @@ def overhead(task: Task) -> Found:
 
 
 def _seconds_without_ray(source_uri: str, info: Any, config: Any, folder: Path) -> float:
-    """Shards read, decoded, embedded and committed one after the other in this process."""
+    """Read, decode, embed and commit shard after shard in this process; return the seconds."""
     from pds_ray import catalog
     from pds_ray.stages.embed import embed_shard, shard_counts
     from pds_ray.store.embeddings import EmbeddingStore
@@ -169,12 +164,12 @@ def checks(runs: Runs, _: Found) -> list[Check]:
     return [
         Check("efficiency 0.85 of 2 workers", f"{efficiency:.2f}", efficiency >= 0.85),
         Check(
-            "under 30 ms a shard",
+            "under 30 ms per shard",
             f"{median_and_range(runs[OVERHEAD], 'shard_ms', 1)} ms",
             shard < 30,
         ),
         Check(
-            "under 0.3 ms an image",
+            "under 0.3 ms per image",
             f"{median_and_range(runs[OVERHEAD], 'image_ms', 2)} ms",
             image < 0.3,
         ),
@@ -184,11 +179,11 @@ def checks(runs: Runs, _: Found) -> list[Check]:
 
 ROW = Row(
     10,
-    "embedding 8,000 scenes with 2 workers; the cost of a shard and of an image with a null encoder",
+    "embedding 8,000 scenes with 2 workers; cost per shard and per image with a null encoder",
     "ideal: twice one core with one thread and no Ray",
     {ONE: one_core, TWO: two_workers, OVERHEAD: overhead},
     checks,
     prepare,
-    notes="Two workers: the difference of 12,000 and 4,000 scenes, so that starting is no part of it. The costs are "
-    "by the clock, with all cores at work on 16-pixel JPEGs.",
+    notes="Two workers: the difference of 12,000 and 4,000 scenes, so that starting is no part of "
+    "it. The costs are by the clock, with all cores at work on 16-pixel JPEGs.",
 )

@@ -189,7 +189,7 @@ def _compare(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     from pds_ray.cli.output import print_rates
     from pds_ray.planning.bench import bench
-    from pds_ray.planning.planning import default_rates
+    from pds_ray.planning.figures import default_rates
     from pds_ray.store.storage import Folder
 
     path = os.path.abspath(args.rates or default_rates())
@@ -202,34 +202,32 @@ def _bench(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace) -> None:
     from pds_ray.cli.output import print_forecast
-    from pds_ray.planning import planning
+    from pds_ray.planning.figures import default_rates, read_prices, read_rates
+    from pds_ray.planning.plan import make_plan, to_json
+    from pds_ray.planning.workload import make_cluster, parse_count, survey, web_workload
 
-    count = planning.parse_count
     config = resolve(args)
     if args.pairs_in is not None:
         if "source" in args:
             raise ConfigError("--pairs-in and --source are given; give one of them")
         config = replace(config, {"source": ""})
-        work = planning.web_workload(
-            count(args.pairs_in, "--pairs-in"),
-            count(args.captions_per_image, "--captions-per-image"),
-            count(args.bytes_per_pair, "--bytes-per-pair"),
+        work = web_workload(
+            parse_count(args.pairs_in, "--pairs-in"),
+            parse_count(args.captions_per_image, "--captions-per-image"),
+            parse_count(args.bytes_per_pair, "--bytes-per-pair"),
         )
     elif not config.source:
         raise ConfigError("plan what? give --pairs-in, such as 400M, or --source")
-    path = Path(args.rates) if args.rates else planning.default_rates()
-    measured = planning.read_rates(path) if args.rates or path.is_file() else None
-    cluster = planning.make_cluster(
-        args.gpus, count(args.cpus, "--cpus") if args.cpus else None, measured
-    )
-    prices = planning.read_prices(args.prices)
+    path = Path(args.rates) if args.rates else default_rates()
+    measured = read_rates(path) if args.rates or path.is_file() else None
+    cpus = parse_count(args.cpus, "--cpus") if args.cpus else None
+    cluster = make_cluster(args.gpus, cpus, measured)
+    prices = read_prices(args.prices)
     if args.pairs_in is None:
-        from pds_ray.planning.bench import survey
-
         work = survey(config.source)
-    forecast = planning.make_plan(config, work, cluster, measured, prices)
+    forecast = make_plan(config, work, cluster, measured, prices)
     if args.json:
-        print(json.dumps(planning.to_json(forecast), indent=2))
+        print(json.dumps(to_json(forecast), indent=2))
     else:
         print_forecast(forecast, measured)
 

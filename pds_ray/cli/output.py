@@ -17,8 +17,9 @@ from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
 
 if TYPE_CHECKING:  # it costs a quarter of a second
-    from pds_ray.planning.planning import Demand, Measured
-    from pds_ray.planning.planning import Plan as Forecast
+    from pds_ray.planning.figures import Measured
+    from pds_ray.planning.phases import Demand
+    from pds_ray.planning.plan import Plan as Forecast
 
 
 def say(*lines: str) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from pds_ray.distributed.sizes import BLOCK_BYTES
+
 TASK_RETRIES = (
     3  # of work whose process or machine died; Ray would try a sample that kills its actor for ever
 )
 MACHINES_LOST = (
     10  # that one piece of work survives besides: spot machines are taken away whatever they do
 )
-BLOCK_BYTES = 64 << 20
 GLIBC = (2, 36)  # the first whose malloc was seen to take what `keeping_memory` sets
 
 DRIVER: dict[str, tuple[str, str]] = {

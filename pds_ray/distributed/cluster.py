@@ -149,7 +149,7 @@ def _fit_in_cells(
 Level = tuple[np.ndarray, core.Cells | None]
 
 
-def _label(
+def label_shard(
     item: tuple[str, bool],
     store: EmbeddingStore,
     folder: RunFolder,
@@ -241,7 +241,7 @@ def cluster(run: Run) -> Counts:
     items = [(shard, shard in done) for shard in shards]
     with progress_bar("cluster", len(shards), "shards") as bar:
         for labelled in tasks.map_in_order(
-            _label, items, store, folder, levels, config.cluster.normalize
+            label_shard, items, store, folder, levels, config.cluster.normalize
         ):
             for size, (labels, found) in zip(sizes, labelled, strict=True):
                 size[labels] += found

@@ -15,7 +15,8 @@ from pds_ray.store.schemas import COUPLE_SCHEMA
 from pds_ray.telemetry.progress import progress_bar
 
 
-def _count(shard: str, store: EmbeddingStore, folder: RunFolder, clusters: int) -> core.Counts:
+def count_pairs(shard: str, store: EmbeddingStore, folder: RunFolder, clusters: int) -> core.Counts:
+    """Count the pairs of a shard in each cell of the contingency table."""
     similarity = store.captions(shard, ["similarity"]).column("similarity").to_numpy()
     return core.count_pairs(*folder.labels(shard), similarity, clusters)
 
@@ -26,7 +27,9 @@ def match(run: Run) -> Counts:
     with progress_bar("match", len(shards) + 1, "shards") as bar:
 
         def parts() -> Iterator[core.Counts]:
-            for part in tasks.map_in_order(_count, shards, run.store, run.folder, config.pairs):
+            for part in tasks.map_in_order(
+                count_pairs, shards, run.store, run.folder, config.pairs
+            ):
                 bar.update()
                 yield part
 

@@ -9,22 +9,23 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from pds_ray.distributed import tasks
+from pds_ray.distributed.sizes import QUERIES_PER_SHARD
 from pds_ray.stages import prototypes as core
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.schemas import embeddings
 
 Side = Literal["images", "captions"]
 NAMES = {"images": ["key"], "captions": ["key", "caption"]}  # what is told of a winner
-QUERIES_PER_SHARD = 10_000  # a task's answer is 12 bytes a query: the more queries, the more shards share one answer
 
 
 def _read(side: Side, shard: str, store: EmbeddingStore, columns: list[str]) -> pa.Table:
     return store.images(shard, columns) if side == "images" else store.captions(shard, columns)
 
 
-def _search(
+def search_shards(
     group: list[tuple[int, str]], side: Side, store: EmbeddingStore, queries: np.ndarray
 ) -> core.Nearest:
+    """Find the nearest row of some shards, with their numbers, to each query."""
     best = core.no_nearest(len(queries))
     for number, shard in group:
         rows = embeddings(_read(side, shard, store, ["embedding"]))
@@ -51,7 +52,7 @@ def nearest(
     size = 1 + len(queries) // QUERIES_PER_SHARD
     groups = [numbered[start : start + size] for start in range(0, len(shards), size)]
     for group, part in zip(
-        groups, tasks.map_in_order(_search, groups, side, store, queries), strict=True
+        groups, tasks.map_in_order(search_shards, groups, side, store, queries), strict=True
     ):
         core.merge_nearest(best, part)
         bar.update(len(group))

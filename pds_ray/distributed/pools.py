@@ -19,10 +19,9 @@ from pds_ray.distributed import (
     TASK_RETRIES,
     keeping_memory,
 )
+from pds_ray.distributed.sizes import pool_size
 
 READ_CPUS, DECODE_CPUS, SMALL_TASK_CPUS = 0.5, 0.25, 1.0
-
-CPUS_A_WORKER = 8  # of a cluster without GPUs, or a node's if those have fewer, for each actor and what feeds it
 
 SETTLE_S, POLL_S = 2.0, 0.05  # what tasks that have ended gave back is told a little later
 
@@ -59,18 +58,11 @@ def pool(wish: Actors, on_gpu: bool = True) -> Pool:
     false for work that has no use for a GPU.
     """
     resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)) if on_gpu else 0, max(1, int(resources.get("CPU", 1)))
+    gpus, cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
     largest = max(
         [1.0, *(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])]
     )
-    by_cpus = max(1, int(cpus // min(CPUS_A_WORKER, largest)))
-    each = wish.gpus if on_gpu else 0.0
-    if each is None:
-        count = wish.workers or gpus or by_cpus
-        each = 1 / math.ceil(count / gpus) if gpus else 0.0
-    else:  # GPUs that an autoscaler brings when they are asked for are not there yet
-        count = wish.workers or (max(1, int(gpus / each)) if each else by_cpus)
-    count = max(count, wish.min_workers)
+    count, each = pool_size(wish, gpus, cpus, largest, on_gpu)
     share = min(cpus / count, largest) / 2  # the other half reads and decodes
     num_cpus = min(1.0, share) if each or share < 1 else float(math.floor(share))
     # Ray Data starts no actor that there is no GPU for, so that the number of GPUs is limit enough

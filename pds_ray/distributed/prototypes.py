@@ -15,9 +15,10 @@ from pds_ray.store.schemas import embeddings, prototype_schema, vector_array
 from pds_ray.telemetry.progress import progress_bar
 
 
-def _sums(
+def sum_shard(
     shard: str, store: EmbeddingStore, folder: RunFolder, couples: core.Matches, clusters: int
 ) -> core.Sums:
+    """Sum the vectors of a shard per matched clusters."""
     captions = store.captions(shard, ["key", "image_row", "embedding"])
     return core.shard_sums(
         shard,
@@ -44,7 +45,7 @@ def make_prototypes(run: Run) -> Counts:
     )
     with progress_bar("prototypes", 3 * len(shards), "shards") as bar:
         sums = core.empty_sums(np.arange(len(couples.whole)), dim)
-        for part in tasks.map_in_order(_sums, shards, store, run.folder, couples, config.pairs):
+        for part in tasks.map_in_order(sum_shard, shards, store, run.folder, couples, config.pairs):
             core.add_sums(sums, part)
             bar.update()
         prototypes = core.means(sums)

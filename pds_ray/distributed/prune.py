@@ -16,17 +16,20 @@ def _similarity(shard: str, store: EmbeddingStore) -> np.ndarray:
     return store.captions(shard, ["similarity"]).column("similarity").to_numpy()
 
 
-def _histogram(shard: str, store: EmbeddingStore, high: int | None) -> np.ndarray:
+def histogram(shard: str, store: EmbeddingStore, high: int | None) -> np.ndarray:
+    """Count the cosines of a shard by their upper or, below `high`, their lower bits."""
     return core.histogram(_similarity(shard, store), high)
 
 
-def _count_ties(shard: str, store: EmbeddingStore, threshold: core.Threshold) -> int:
+def count_ties(shard: str, store: EmbeddingStore, threshold: core.Threshold) -> int:
+    """Count the cosines of a shard that equal the threshold."""
     return core.count_ties(_similarity(shard, store), threshold)
 
 
-def _write_mask(
+def write_mask(
     item: tuple[str, int], store: EmbeddingStore, folder: RunFolder, threshold: core.Threshold
 ) -> tuple[int, int]:
+    """Save the keep mask of a shard; return how many pairs and images it keeps."""
     shard, ties_before = item
     captions = store.captions(shard, ["image_row", "similarity"])
     kept = core.keep_mask(captions.column("similarity").to_numpy(), threshold, ties_before)
@@ -45,23 +48,23 @@ def prune(run: Run) -> Counts:
             bar.update(3 * len(shards))
         else:
             upper = np.zeros(core.BUCKETS, np.int64)
-            for counts in tasks.map_in_order(_histogram, shards, store, None):
+            for counts in tasks.map_in_order(histogram, shards, store, None):
                 upper += counts
                 bar.update()
             high, before = core.find_bucket(upper, drop - 1)
             lower = np.zeros(core.BUCKETS, np.int64)
-            for counts in tasks.map_in_order(_histogram, shards, store, high):
+            for counts in tasks.map_in_order(histogram, shards, store, high):
                 lower += counts
                 bar.update()
             low, before_low = core.find_bucket(lower, drop - 1 - before)
             threshold = core.Threshold((high << 16) | low, drop - before - before_low)
-            ties = list(tasks.map_in_order(_count_ties, shards, store, threshold))
+            ties = list(tasks.map_in_order(count_ties, shards, store, threshold))
             bar.update(len(shards))
         starts = [int(start) for start in np.cumsum([0, *ties[:-1]])]
         kept = images = 0
         items = zip(shards, starts, strict=True)
         for kept_here, images_here in tasks.map_in_order(
-            _write_mask, items, store, folder, threshold
+            write_mask, items, store, folder, threshold
         ):
             kept += kept_here
             images += images_here

@@ -1,7 +1,7 @@
-"""What a plan goes by, measured on the machine at hand with the engine's own code, and the size of a source.
+"""Measure the figures of the cost model on this machine, with the engine's own code.
 
-Work of the CPU is measured in seconds of CPU time, all threads together, work of a GPU and starts in seconds of the
-clock: so rates a core hold on a busy machine, too, and starts do not.
+CPU work is timed in CPU seconds of all threads, GPU work and starts by the clock: so rates per core
+hold on a busy machine, too, and starts do not.
 """
 
 from __future__ import annotations
@@ -34,22 +34,17 @@ from pds_ray.decoders.base import DecodeBatch, DecoderInfo
 from pds_ray.distributed import keeping_memory
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.engine.run import distill
-from pds_ray.errors import first_line, without_secrets
-from pds_ray.planning.planning import (
-    JPEG,
-    SCHEMA_VERSION,
-    Workload,
-    decoder_name,
-    distance_flop,
-    make_cluster,
-    make_plan,
-    parse_rates,
-    passes,
-    read_prices,
-)
-from pds_ray.sources.base import Sample, Shard, Source, SourceError
-from pds_ray.stages import cluster, match, prototypes
+from pds_ray.errors import without_secrets
+from pds_ray.planning.choose import decoder_name, unet_passes
+from pds_ray.planning.figures import JPEG, SCHEMA_VERSION, parse_rates, read_prices
+from pds_ray.planning.phases import distance_flop
+from pds_ray.planning.plan import make_plan
+from pds_ray.planning.workload import make_cluster, survey
+from pds_ray.sources.base import Shard, Source, SourceError
+from pds_ray.stages import cluster as clustering
 from pds_ray.stages import embed as embedding
+from pds_ray.stages import match as matching
+from pds_ray.stages import prototypes
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import versions
 from pds_ray.store.run_folder import RunFolder
@@ -60,62 +55,32 @@ from pds_ray.store.schemas import (
     embedding_array,
     image_schema,
 )
-from pds_ray.store.storage import Folder, is_remote
+from pds_ray.store.storage import Folder
 from pds_ray.telemetry.progress import progress_bar
 
 REPEATS, BUDGET_S = 3, 6.0
-RUNS, RUN_IMAGES, RUN_PAIRS = (
-    2,
-    16,
-    2,
-)  # whole runs, as small as a forward pass: what they take is their start
+RUNS, RUN_IMAGES, RUN_PAIRS = 2, 16, 2  # whole runs, so small that their start is nearly all
 BATCHES = (16, 64, 256)
 SHARD_PAIRS, CLUSTERS, ITERATIONS = 10_000, 1_000, 3
-FEW = 16  # clusters where distances are not what is measured
-DENSE, SPARSE, CELLS = 1_000, 5_000, 30  # clusters of assignments, and cells a row
-TASKS, BLOCKS, TASKS_A_BLOCK = 500, 60, 3
+FEW = 16  # clusters where distances shall cost next to nothing
+DENSE, SPARSE, CELLS = 1_000, 5_000, 30  # clusters of assignments, and cells per row
+TASKS, BLOCKS, TASKS_PER_BLOCK = 500, 60, 3
 
 Entry = dict[str, Any]
 Result = TypeVar("Result")
 
 
-def survey(uri: str) -> Workload:
-    """What a source holds, from the list of its shards and the first of them, whose like the others are taken to be.
-
-    Raises SourceError in one line if that cannot be read or holds nothing.
-    """
-    source = catalog.make_source(uri)
-    shards = source.shards()
-    images = pairs = size = 0
-    try:
-        for item in source.read(shards[0]):
-            if isinstance(item, Sample):
-                images += 1
-                pairs += len(item.captions)
-                size += len(item.image) + sum(map(len, item.captions))
-    except OSError as error:
-        raise SourceError(
-            f"shard {shards[0].name} of {uri} cannot be read: {first_line(error)}"
-        ) from error
-    if not images:
-        raise SourceError(f"the first shard of {uri} ({shards[0].name}) holds no captioned image")
-    scale = sum(shard.size for shard in shards) / shards[0].size if shards[0].size else len(shards)
-    return Workload(
-        round(images * scale), round(pairs * scale), size * scale, len(shards), is_remote(uri)
-    )
-
-
 def bench(config: RunConfig) -> dict[str, Any]:
-    """Measures what `planning.Measured` reads: with the encoder, decoder, steps and source of `config`.
+    """Measure with the encoder, decoder, steps and source of `config`.
 
-    Raises ConfigError or SourceError in one line if a model or the source cannot be used.
+    Returns the content of a file of rates. Raises ConfigError or SourceError in one line if a model
+    or the source cannot be used.
     """
     info = catalog.describe_encoder(config.embed)
     decoder = catalog.describe_decoder(config.decode, info)
     uris = [config.source] if config.source else []
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # as for the engine's workers: waiting costs no CPU time
+    # as for the engine's workers: waiting costs no CPU time
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     load = os.getloadavg()
     with (
         tempfile.TemporaryDirectory(prefix="pds-ray-bench-") as folder,
@@ -131,7 +96,7 @@ def bench(config: RunConfig) -> dict[str, Any]:
         with _environment({} if _gpus() else keeping_memory()):  # as the engine's workers have it
             figures = _in_a_process(_model_figures, info, decoder, jpegs, config)
         bar.update()
-        figures |= _stage_figures(Folder(folder), info.dim, config)
+        figures |= _pass_figures(Folder(folder), info.dim, config) | _arithmetic_figures(info.dim)
         figures["commit"] = _one_after_the_other(
             figures.pop("around_encoder"), figures.pop("store")
         )
@@ -147,7 +112,7 @@ def bench(config: RunConfig) -> dict[str, Any]:
             "decoder": {
                 "name": decoder_name(config),
                 "steps": config.decode.steps,
-                "passes": passes(config),
+                "passes": unet_passes(config),
             },
             "sources": sources,
             "figures": figures,
@@ -156,11 +121,14 @@ def bench(config: RunConfig) -> dict[str, Any]:
     return data
 
 
-# ---- timing ----------------------------------------------------------------------------------------------------------
+# ---- timing ------------------------------------------------------------------------------------
 
 
 def _seconds(action: Callable[[], object], clock: Callable[[], float]) -> list[float]:
-    """Of REPEATS calls after a first one that warms up; where that alone takes half of BUDGET_S, of that one."""
+    """Return the seconds of REPEATS calls after one that warms up.
+
+    Where the first alone takes half of BUDGET_S, it is the only one.
+    """
     found: list[float] = []
     for _ in range(1 + REPEATS):
         began = clock()
@@ -172,7 +140,7 @@ def _seconds(action: Callable[[], object], clock: Callable[[], float]) -> list[f
 
 
 def _entry(values: Sequence[float], unit: str, per: str) -> Entry:
-    """Median and range; the worst is the longest time or the lowest rate."""
+    """Return median and range; the worst is the longest time or the lowest rate."""
     low, high = min(values), max(values)
     worst, best = (high, low) if unit in ("s", "bytes") else (low, high)
     median = statistics.median(values)
@@ -192,7 +160,7 @@ def _rate(action: Callable[[], object], work: float, unit: str, per: str = "core
 
 
 def _one_after_the_other(first: Entry, second: Entry) -> Entry:
-    """The rate of doing both."""
+    """Return the rate of doing both."""
     return {
         **first,
         **{case: 1 / (1 / first[case] + 1 / second[case]) for case in ("value", "worst", "best")},
@@ -200,14 +168,14 @@ def _one_after_the_other(first: Entry, second: Entry) -> Entry:
 
 
 def _in_a_process(function: Callable[..., Result], *args: Any) -> Result:
-    """Called where nothing was imported or started before, and of which nothing stays on a GPU."""
+    """Call `function` in a fresh process, so that nothing of it stays on a GPU."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *args).result()
 
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """What processes that are started in here begin with."""
+    """Set environment variables for the processes that are started inside the block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -230,7 +198,7 @@ def _machine(config: RunConfig) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """Of this machine, as its kernel calls it; its architecture where that is not told."""
+    """Return the CPU's name by the kernel; its architecture if there is none."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next(
@@ -245,32 +213,31 @@ def _gpus() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
-# ---- pictures and models ---------------------------------------------------------------------------------------------
+# ---- images and models -------------------------------------------------------------------------
 
 
 def _write_jpegs(path: Path) -> str:
-    """A shard of JPEGs of 341 x 256 pixels and about 24 kB, like those of web data; its path."""
+    """Write JPEGs of 341 x 256 pixels and about 24 kB, like web data; return the shard's path."""
     rng = np.random.default_rng(0)
     with tarfile.open(path, "w") as tar:
         for number in range(embedding.BLOCK_SAMPLES):
             coarse = Image.fromarray(rng.integers(0, 256, (8, 11, 3), np.uint8)).resize((341, 256))
-            noisy = np.clip(np.asarray(coarse) + rng.normal(0, 12, (256, 341, 1)), 0, 255).astype(
-                np.uint8
-            )
+            noisy = np.asarray(coarse) + rng.normal(0, 12, (256, 341, 1))
             file = io.BytesIO()
-            Image.fromarray(noisy).save(file, "JPEG", quality=80)
-            caption = (
-                f"a photograph of {number} things that stand beside one another on a table".encode()
-            )
-            for suffix, data in (("jpg", file.getvalue()), ("txt", caption)):
+            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=80)
+            for suffix, data in (("jpg", file.getvalue()), ("txt", _caption(number).encode())):
                 member = tarfile.TarInfo(f"{number:06d}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     return str(path)
 
 
+def _caption(number: int) -> str:
+    return f"a photograph of {number} things that stand beside one another on a table"
+
+
 def _first_block(source: Source) -> tuple[Shard, pa.Table]:
-    """The first shard, and the first rows of it."""
+    """Return the first shard and its first block."""
     shard = source.shards()[0]
     block = next(embedding.read_blocks(source, shard))
     if not block.column("captions").drop_null().length():
@@ -282,15 +249,14 @@ def _first_block(source: Source) -> tuple[Shard, pa.Table]:
 
 def _source_figures(source: Source, info: EncoderInfo, config: RunConfig) -> dict[str, Entry]:
     shard, block = _first_block(source)
-    pictures = block.column("image").drop_null()
-    images = len(pictures)
-    size = sum(len(picture.as_py()) for picture in pictures)
+    images = block.column("image").drop_null()
+    count, size = len(images), sum(len(image.as_py()) for image in images)
     return {
-        "read": _rate(lambda: next(embedding.read_blocks(source, shard)), images, "images"),
+        "read": _rate(lambda: next(embedding.read_blocks(source, shard)), count, "images"),
         "preprocess": _rate(
-            lambda: embedding.decode_block(block, info.preprocess, config.read), images, "images"
+            lambda: embedding.decode_block(block, info.preprocess, config.read), count, "images"
         ),
-        "image_bytes": _entry([size / images], "bytes", "image"),
+        "image_bytes": _entry([size / count], "bytes", "image"),
     }
 
 
@@ -301,7 +267,7 @@ def _model_figures(
 
 
 class _NoEncoder:
-    """Gives vectors at no cost: what is left is the work around the encoder."""
+    """An encoder at no cost, so that only the work around it is measured."""
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
@@ -314,7 +280,7 @@ class _NoEncoder:
 
 
 def _encoder_figures(info: EncoderInfo, source: Source, config: RunConfig) -> dict[str, Entry]:
-    """Encoding at the best of a few batch sizes, and the work around it, without the commit."""
+    """Measure encoding at a few batch sizes, and the work around it, without the commit."""
     import torch
 
     from pds_ray.distributed.process import load_model
@@ -364,9 +330,12 @@ def _by_batch(
     unit: str,
     per: str,
 ) -> dict[str, Entry]:
-    """The rate at a few batch sizes, as NAME@SIZE, and the best of them as NAME. `encode` takes indices of items."""
+    """Return the rate at a few batch sizes, as NAME@SIZE, and the best of them as NAME.
+
+    `encode` takes indices of items.
+    """
     found: dict[str, Entry] = {}
-    slowest = 0.0  # seconds an item
+    slowest = 0.0  # seconds per item
     for size in sorted({*BATCHES, configured}):
         if found and size * slowest > BUDGET_S / 2:
             break
@@ -378,7 +347,10 @@ def _by_batch(
 
 
 def _decoder_figures(info: DecoderInfo, source: Source, config: RunConfig) -> dict[str, Entry]:
-    """Drawing at the configured steps, without and with the loading of the model; nothing of `nearest`."""
+    """Measure drawing at the configured steps, without and with the loading of the model.
+
+    The decoder `nearest` has no model, hence no figures.
+    """
     if info.dim is None:
         return {}
     import torch
@@ -391,7 +363,7 @@ def _decoder_figures(info: DecoderInfo, source: Source, config: RunConfig) -> di
     loaded = time.perf_counter() - began
     count = config.decode.batch_size if per == "GPU" else min(config.decode.batch_size, FEW)
     vectors = np.random.default_rng(0).standard_normal((count, info.dim), np.float32)
-    batch = DecodeBatch(vectors, ["a picture"] * count, list(range(count)), [("", "")] * count)
+    batch = DecodeBatch(vectors, ["an image"] * count, list(range(count)), [("", "")] * count)
     decoder.decode(batch)
     first = time.perf_counter() - began
     return {
@@ -401,19 +373,20 @@ def _decoder_figures(info: DecoderInfo, source: Source, config: RunConfig) -> di
     }
 
 
-# ---- the stages between ----------------------------------------------------------------------------------------------
+# ---- the stages between ------------------------------------------------------------------------
 
 
 def _write_store(
     folder: Folder, dim: int, dtype: str
 ) -> tuple[EmbeddingStore, str, Callable[[], object], int]:
-    """A store of one shard of random vectors, the shard's name, the committing again, and the bytes of its files."""
+    """Write a store of one shard of random vectors.
+
+    Returns the store, the shard's name, a function that commits it again and its bytes on the disk.
+    """
     rng, shard = np.random.default_rng(0), "00000"
     vectors = rng.standard_normal((2, SHARD_PAIRS, dim), np.float32)
-    keys, rows = (
-        [f"{row:09d}" for row in range(SHARD_PAIRS)],
-        np.arange(SHARD_PAIRS, dtype=np.int32),
-    )
+    rows = np.arange(SHARD_PAIRS, dtype=np.int32)
+    keys = [f"{row:09d}" for row in rows]
     images = pa.table(
         {
             "key": keys,
@@ -429,10 +402,7 @@ def _write_store(
             "key": keys,
             "image_row": rows,
             "caption_index": np.zeros_like(rows),
-            "caption": [
-                f"a photograph of {row} things that stand beside one another on a table"
-                for row in rows
-            ],
+            "caption": [_caption(int(row)) for row in rows],
             "embedding": embedding_array(vectors[1], dtype),
             "similarity": embedding.cosine(*vectors),
         },
@@ -449,11 +419,9 @@ def _write_store(
     return store, shard, commit, size
 
 
-def _stage_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Entry]:
-    """What each pass over a shard takes, and distances, assignments and what is stored."""
-    from pds_ray.distributed import cluster as clustering
-    from pds_ray.distributed import match as matching
-    from pds_ray.distributed import nearest, prune
+def _pass_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Entry]:
+    """Measure each pass over a shard but for its distances, and the bytes that are stored."""
+    from pds_ray.distributed import cluster, match, nearest, prune
     from pds_ray.distributed import prototypes as averaging
     from pds_ray.stages.prune import Threshold
 
@@ -461,69 +429,70 @@ def _stage_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Ent
     store, shard, commit, stored = _write_store(folder / "store", dim, dtype)
     run = RunFolder(folder / "stages")
     run.folder.create()
-    rng = np.random.default_rng(1)
-    rows = rng.standard_normal((SHARD_PAIRS, dim), np.float32)
-    centroids = rows[:CLUSTERS] + np.float32(0.1)
-    few: dict[str, clustering.Level] = dict.fromkeys(MODALITIES, (centroids[:FEW], None))
+    few = np.random.default_rng(1).standard_normal((FEW, dim), np.float32)
+    levels: dict[str, cluster.Level] = dict.fromkeys(MODALITIES, (few, None))
     each = np.arange(FEW, dtype=np.int32)
     couples = prototypes.Matches(each, each, np.zeros(FEW, bool))
-    threshold = Threshold(1 << 31, 0)
-    lloyd = ClusterConfig(
-        iterations=ITERATIONS, tolerance=0
-    )  # as many as can be: they are what the rate is of
     plain = replace(config, {"cluster.normalize": False})
 
     def four_passes() -> None:
-        prune._histogram(shard, store, None)
-        prune._histogram(shard, store, 1 << 15)
-        prune._count_ties(shard, store, threshold)
-        prune._write_mask((shard, 0), store, run, Threshold(0, 0))  # all are kept
+        prune.histogram(shard, store, None)
+        prune.histogram(shard, store, 1 << 15)
+        prune.count_ties(shard, store, Threshold(1 << 31, 0))
+        prune.write_mask((shard, 0), store, run, Threshold(0, 0))  # all are kept
+
+    passes: dict[str, tuple[str, Callable[[], object]]] = {  # each reads the files of those before
+        "store": ("pairs", commit),
+        "prune": ("pairs", four_passes),
+        "sample": ("vectors", lambda: cluster.sampled([shard], "text", store, run, 0.5, plain)),
+        "label_rows": (
+            "pairs",
+            lambda: cluster.label_shard((shard, False), store, run, levels, False),
+        ),
+        "match": ("pairs", lambda: match.count_pairs(shard, store, run, FEW)),
+        "sums": ("pairs", lambda: averaging.sum_shard(shard, store, run, couples, FEW)),
+        "search_rows": (
+            "rows",
+            lambda: nearest.search_shards([(0, shard)], "captions", store, few[:1]),
+        ),
+    }
+    text = stored / SHARD_PAIRS - 2 * dim * np.dtype(dtype).itemsize
+    return {
+        **{name: _rate(action, SHARD_PAIRS, unit) for name, (unit, action) in passes.items()},
+        "text": _entry([text], "bytes", "pair"),
+    }
+
+
+def _arithmetic_figures(dim: int) -> dict[str, Entry]:
+    """Measure distances and assignments, on arrays in memory."""
+    rows = np.random.default_rng(1).standard_normal((SHARD_PAIRS, dim), np.float32)
+    centroids = rows[:CLUSTERS] + np.float32(0.1)
+    config = ClusterConfig(iterations=ITERATIONS, tolerance=0)  # all of them: the rate is theirs
+    weights, flop = np.ones(len(rows), np.float32), distance_flop(SHARD_PAIRS, CLUSTERS, dim)
 
     def fit() -> None:
-        cluster.lloyd(rows, np.ones(len(rows), np.float32), CLUSTERS, centroids, 0, lloyd)
+        clustering.lloyd(rows, weights, CLUSTERS, centroids, 0, config)
 
-    dense, sparse = _table(DENSE), _table(SPARSE)
-    flop = distance_flop(SHARD_PAIRS, CLUSTERS, dim)
-    return {
-        "store": _rate(commit, SHARD_PAIRS, "pairs"),
-        "prune": _rate(four_passes, SHARD_PAIRS, "pairs"),
-        "sample": _rate(
-            lambda: clustering.sampled([shard], "text", store, run, 0.5, plain),
-            SHARD_PAIRS,
-            "vectors",
-        ),
-        "fit": _rate(fit, (ITERATIONS + 1) * flop, "FLOP", "GPU" if _faiss_has_gpus() else "core"),
-        "label": _rate(lambda: cluster.assign(rows, centroids), flop, "FLOP"),
-        "label_rows": _rate(
-            lambda: clustering._label((shard, False), store, run, few, False), SHARD_PAIRS, "pairs"
-        ),
-        "match": _rate(lambda: matching._count(shard, store, run, FEW), SHARD_PAIRS, "pairs"),
-        "solve_dense": _rate(
-            lambda: match.assign_clusters(*dense, DENSE, "dense"), DENSE**3, "clusters^3", "driver"
-        ),
-        "solve_sparse": _rate(
-            lambda: match.assign_clusters(*sparse, SPARSE, "sparse"),
-            SPARSE**2,
-            "clusters^2",
+    def solve(clusters: int, solver: str, power: int) -> Entry:
+        table = _table(clusters)
+        return _rate(
+            lambda: matching.assign_clusters(*table, clusters, solver),
+            clusters**power,
+            f"clusters^{power}",
             "driver",
-        ),
-        "sums": _rate(
-            lambda: averaging._sums(shard, store, run, couples, FEW), SHARD_PAIRS, "pairs"
-        ),
+        )
+
+    return {
+        "fit": _rate(fit, (ITERATIONS + 1) * flop, "FLOP", "GPU" if _faiss_has_gpus() else "core"),
+        "label": _rate(lambda: clustering.assign(rows, centroids), flop, "FLOP"),
+        "solve_dense": solve(DENSE, "dense", 3),
+        "solve_sparse": solve(SPARSE, "sparse", 2),
         "search": _rate(lambda: prototypes.nearest_rows(centroids, rows), flop, "FLOP"),
-        "search_rows": _rate(
-            lambda: nearest._search([(0, shard)], "captions", store, centroids[:1]),
-            SHARD_PAIRS,
-            "rows",
-        ),
-        "text": _entry(
-            [stored / SHARD_PAIRS - 2 * dim * np.dtype(dtype).itemsize], "bytes", "pair"
-        ),
     }
 
 
 def _table(clusters: int) -> tuple[np.ndarray, np.ndarray]:
-    """A contingency table of CELLS cells a row with skewed counts: int64, int64."""
+    """Return a contingency table of CELLS cells per row with skewed counts: int64, int64."""
     rng = np.random.default_rng(clusters)
     cells = np.unique(rng.integers(0, clusters**2, clusters * CELLS))
     return cells, rng.zipf(1.6, len(cells)).clip(max=100_000)
@@ -535,11 +504,11 @@ def _faiss_has_gpus() -> bool:
     return hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() > 0
 
 
-# ---- Ray and whole runs ----------------------------------------------------------------------------------------------
+# ---- Ray and whole runs ------------------------------------------------------------------------
 
 
 def _ray_figures(config: RayConfig) -> dict[str, Entry]:
-    """What Ray asks of the driver. Starts a local Ray."""
+    """Measure Ray's own work in the driver, on a local Ray."""
     from pds_ray.distributed import session
     from pds_ray.distributed.bench import block_seconds, task_seconds
 
@@ -547,14 +516,14 @@ def _ray_figures(config: RayConfig) -> dict[str, Entry]:
     try:
         task_seconds(FEW)  # workers start
         tasks = [TASKS / task_seconds(TASKS) for _ in range(REPEATS)]
-        blocks = [TASKS_A_BLOCK * BLOCKS / block_seconds(BLOCKS) for _ in range(REPEATS)]
+        blocks = [TASKS_PER_BLOCK * BLOCKS / block_seconds(BLOCKS) for _ in range(REPEATS)]
     finally:
         session.stop()
     return {"tasks": _entry(tasks, "tasks", "driver"), "blocks": _entry(blocks, "tasks", "driver")}
 
 
 def _whole_run(config: RunConfig) -> dict[str, float]:
-    """Seconds of each stage of a run, and of all that is in no stage."""
+    """Run the stages; return the seconds of each, and under "" those outside of all stages."""
     from pds_ray.distributed import session
 
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
@@ -567,7 +536,7 @@ def _whole_run(config: RunConfig) -> dict[str, float]:
 def _start_figures(
     folder: Folder, config: RunConfig, data: dict[str, Any], bar: tqdm
 ) -> dict[str, Entry]:
-    """What each stage takes however little it has to do: the seconds of small runs less those of their work."""
+    """Measure the start of each stage: the seconds of small runs less those of their work."""
     small = replace(
         config,
         {

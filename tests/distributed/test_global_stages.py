@@ -180,7 +180,7 @@ def test_shards_searched_together_find_the_same(
         "prototypes.parquet"
     )
     together = 1 + run.prototypes().num_rows // queries_per_shard
-    assert answers.count(nearest._search) == 2 * -(-4 // together)  # captions, then images
+    assert answers.count(nearest.search_shards) == 2 * -(-4 // together)  # captions, then images
 
 
 def clustered_rows(modality: str, data: Gathered) -> np.ndarray:

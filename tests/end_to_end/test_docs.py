@@ -12,7 +12,7 @@ import pytest
 
 from pds_ray.cli.main import resolve, resolve_evaluation
 from pds_ray.cli.parser import build_parser
-from pds_ray.planning.planning import read_prices
+from pds_ray.planning.figures import read_prices
 from tests.support.docs_pages import PAGES, ROOT, Block, blocks, commands
 
 CONFIGURED = {"distill": resolve, "select": resolve, "evaluate": resolve_evaluation}

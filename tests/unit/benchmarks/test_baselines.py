@@ -1,4 +1,4 @@
-"""The baselines do what they are measured as: the same results as brute force and as the package, on small data."""
+"""The baselines give the same results as brute force and as the package, on small data."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ from pds_ray.store.schemas import embeddings
 from pds_ray.training import recall as retrieval
 from pds_ray.training.train import Gallery, Pixels, TrainingPairs
 
+pytestmark = pytest.mark.long
 CLUSTERS, DIM, ROWS = 6, 8, 240
 
 
 @pytest.fixture
 def pairs() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Vectors of both sides and their clusters. Cluster 5 is empty on the one side, 2 on the other."""
+    """Return vectors and clusters of both sides. Cluster 5 is empty on one side, 2 on the other."""
     rng = np.random.default_rng(0)
     image_labels = rng.choice([0, 1, 2, 3, 4], ROWS).astype(np.int32)
     text_labels = np.where(rng.random(ROWS) < 0.7, image_labels, rng.choice([0, 1, 3, 4, 5], ROWS))
@@ -81,8 +82,7 @@ def test_the_table_counts_and_keeps_empty_clusters(pairs):
 def test_no_assignment_shares_more(pairs):
     _, _, image_labels, text_labels = pairs
     table = pds.contingency(image_labels, text_labels, CLUSTERS)
-    couples = pds.match(table)
-    total = sum(table[couple] for couple in couples)
+    total = sum(table[clusters] for clusters in pds.match(table))
     assert total == max(
         sum(table[range(CLUSTERS), columns]) for columns in permutations(range(CLUSTERS))
     )
@@ -118,7 +118,7 @@ def test_prototypes_are_those_of_the_package(pairs):
     theirs = pds.prototypes(
         image, text, image_labels, text_labels, list(enumerate(text_of.tolist()))
     )
-    assert theirs.couples == [
+    assert theirs.matched == [
         (couples.image_cluster[couple], couples.text_cluster[couple])
         for couple in ours.match.tolist()
     ]
@@ -126,10 +126,10 @@ def test_prototypes_are_those_of_the_package(pairs):
     np.testing.assert_allclose(theirs.text, ours.text, rtol=1e-4, atol=1e-5)
 
 
-def test_prototypes_average_what_a_couple_shares(pairs):
+def test_prototypes_average_the_shared_pairs(pairs):
     image, text, image_labels, text_labels = pairs
     found = pds.prototypes(image, text, image_labels, text_labels, [(0, 0), (1, 1), (3, 4)])
-    for prototype, words, (i, j) in zip(found.image, found.text, found.couples, strict=True):
+    for prototype, words, (i, j) in zip(found.image, found.text, found.matched, strict=True):
         rows = [row for row in range(ROWS) if image_labels[row] == i and text_labels[row] == j]
         np.testing.assert_allclose(
             prototype, sum(image[row] for row in rows) / len(rows), rtol=1e-4, atol=1e-5
@@ -141,15 +141,14 @@ def test_prototypes_average_what_a_couple_shares(pairs):
     assert (np.diff(cosines) <= 1e-6).all()
 
 
-def test_a_pairless_couple_is_two_centres_in_small_sets_and_nothing_in_large_ones():
+def test_an_empty_match_is_two_centres_in_small_sets_and_nothing_in_large_ones():
     image = np.array([[1.0, 0], [0, 1]], np.float32)
     labels = np.array([0, 1])
-    couples = [(0, 1), (1, 0)]
-    found = pds.prototypes(image, image, labels, labels, couples)
+    found = pds.prototypes(image, image, labels, labels, [(0, 1), (1, 0)])
     assert sorted(found.image.tolist()) == [[0, 1], [1, 0]]
     assert np.array_equal(found.text, 1 - found.image)
     many = [(0, 0), *((number, number + 1) for number in range(1, 301))]
-    assert len(pds.prototypes(image, image, labels, labels, many).couples) == 1
+    assert len(pds.prototypes(image, image, labels, labels, many).matched) == 1
 
 
 def test_the_nearest_caption_is_that_of_the_package(pairs):
@@ -169,7 +168,7 @@ def test_mini_batch_kmeans_gives_labels_of_its_centroids(pairs):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_recalls_are_counted_ranks_and_those_of_the_package(seed):
-    """Of small whole numbers, whose products are exact in any order; of equal scores the earlier item comes first."""
+    """Products of small integers are exact in any order; the earlier of equal scores is first."""
     rng = np.random.default_rng(seed)
     owner = np.repeat(np.arange(150), rng.integers(1, 7, 150))
     image = rng.integers(-9, 10, (150, 6))
@@ -214,12 +213,12 @@ def test_an_epoch_with_features_recomputed_gives_the_recalls_of_features_kept():
     info = small.describe("small_mixer")
     draw = torch.Generator().manual_seed(0)
 
-    def pictures(count: int) -> torch.Tensor:
+    def images(count: int) -> torch.Tensor:
         return torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=draw)
 
-    pairs = TrainingPairs(pictures(10), torch.randn(10, 12, generator=draw))
+    pairs = TrainingPairs(images(10), torch.randn(10, 12, generator=draw))
     owner = torch.arange(12).repeat_interleave(2)
-    test = Gallery(pictures(12), torch.randn(24, 12, generator=draw), owner)
+    test = Gallery(images(12), torch.randn(24, 12, generator=draw), owner)
     protocol = ProtocolConfig(
         train="text_head",
         augment=False,
@@ -239,7 +238,7 @@ def test_an_epoch_with_features_recomputed_gives_the_recalls_of_features_kept():
     assert theirs == pytest.approx(ours["recalls"])
 
 
-def _pictures(count: int) -> list[bytes]:
+def _jpegs(count: int) -> list[bytes]:
     rng = np.random.default_rng(0)
     encoded = []
     for number in range(count):
@@ -256,7 +255,7 @@ def flickr(tmp_path: Path) -> Path:
         ["b", "a long caption of many words about nothing at all", "c"],
         ["d"],
     ]
-    assert write_flickr(zip(_pictures(3), captions, strict=True), tmp_path) == 3
+    assert write_flickr(zip(_jpegs(3), captions, strict=True), tmp_path) == 3
     return tmp_path
 
 
@@ -292,9 +291,9 @@ def test_the_bare_loop_gives_the_embeddings_of_the_package(
     tmp_path, clip: OpenClipEncoder, clip_folder, clip_info, encode_captions
 ):
     captions = [["a red dog", "a dog"], ["b " * 30], ["c " * 200, "d " * 14, "e " * 15]]
-    told = [json.dumps({"captions": some}).encode() for some in captions]
+    metadata = [json.dumps({"captions": some}).encode() for some in captions]
     samples = [
-        {"jpg": picture, "json": words} for picture, words in zip(_pictures(3), told, strict=True)
+        {"jpg": image, "json": words} for image, words in zip(_jpegs(3), metadata, strict=True)
     ]
     shards = write_shards(samples, tmp_path / "shards", per_shard=2)
     out = tmp_path / "found.npz"

@@ -1,4 +1,4 @@
-"""What rows measure by themselves, against what is known otherwise."""
+"""Measurements and verdicts of rows, against independent values."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pds_ray.config import RunConfig
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.storage import Folder
 
+pytestmark = pytest.mark.long
 BURNS = "import time\nwhile time.process_time() < 0.5: pass\nprint(1, flush=True)\ntime.sleep(60)"
 
 
@@ -100,7 +101,7 @@ def test_reading_counts_against_us(reading_s: float, apart: float, reached: list
 def test_an_evaluation_is_judged(
     seconds: float, r_mean: float, gap: float, reached: list[bool | None]
 ):
-    """Of 1,000 pictures chance finds (0.1 + 0.5 + 1) / 3 percent."""
+    """Chance finds (0.1 + 0.5 + 1) / 3 percent of 1,000 images."""
     ours = {"seconds": seconds, "recalls": [{"r_mean": r_mean}], "images": 1000, "trials_s": 5.0}
     runs = {BASELINE: [{"seconds": 100.0, "recalls": [{"r_mean": r_mean + gap}]}], OURS: [ours]}
     assert [check.reached for check in evaluation.checks(runs, {})] == reached

@@ -1,0 +1,388 @@
+"""Cost model of each stage: its phases, the bytes it writes and those it holds in the object store.
+
+A stage starts, then goes through phases. The demands of a phase overlap; each asks one resource for
+work. The constants at the end, one per stage, are named by the stages of a method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pds_ray.config import Actors, RunConfig
+from pds_ray.distributed.process import MODEL_THREADS
+from pds_ray.distributed.sizes import BLOCK_BYTES, QUERIES_PER_SHARD, pool_size
+from pds_ray.planning.figures import Estimate, Figures
+from pds_ray.planning.workload import Cluster, Workload
+from pds_ray.stages.cluster import FLAT_LIMIT, sample_share
+from pds_ray.stages.match import DENSE_LIMIT
+from pds_ray.store.storage import CALLS_AT_ONCE, is_remote
+
+QUEUED_BLOCKS = 4  # per actor: waiting for it, or in its hands
+# requests to an object store: is a file there, read it, write it
+LOOK_TRIPS, READ_TRIPS, WRITE_TRIPS = 2, 2, 4
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Work for one resource."""
+
+    what: str
+    work: float
+    """In the unit of the rate."""
+    rate: Estimate
+    at_most: float | None = None
+    """Cores, GPUs or connections that can share it; None if all can."""
+
+    @property
+    def unit_seconds(self) -> float:
+        """Seconds of one core, GPU, ..."""
+        return self.work / self.rate.value
+
+
+Phase = tuple[Demand, ...]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that the model of a stage depends on."""
+
+    config: RunConfig
+    work: Workload
+    cluster: Cluster
+    figures: Figures
+    dim: int
+    """Width of an embedding."""
+    size: int
+    """Side of an image that the encoder takes, in pixels."""
+
+    @property
+    def clusters(self) -> int:
+        """Clusters of a k-means: one per pair of the distilled set."""
+        return self.config.pairs
+
+    @property
+    def kept_pairs(self) -> int:
+        """Pairs that pruning keeps."""
+        return self.work.pairs - int(self.config.prune.ratio * self.work.pairs)
+
+    @property
+    def kept_images(self) -> float:
+        """Images that keep a caption, if captions are dropped independently of each other."""
+        dropped = self.config.prune.ratio ** (self.work.pairs / self.work.images)
+        return self.work.images * (1 - dropped)
+
+    @property
+    def vector_bytes(self) -> float:
+        """Bytes of all embeddings, as stored."""
+        width = 2 if self.config.embed.store_dtype == "float16" else 4
+        return float(self.work.images + self.work.pairs) * self.dim * width
+
+    @property
+    def pixel_bytes(self) -> float:
+        """Bytes of all images as the encoder takes them."""
+        return float(self.work.images) * 3 * self.size**2
+
+    @property
+    def prototype_bytes(self) -> float:
+        """Bytes of one float32 vector per cluster."""
+        return self.clusters * self.dim * 4.0
+
+    def actors(self, wish: Actors, on_gpu: bool = True) -> int:
+        """Return the number of actors of a pool that find room."""
+        cluster = self.cluster
+        workers, _ = pool_size(wish, cluster.gpus, cluster.cpus, cluster.node_cpus, on_gpu)
+        return min(workers, int(cluster.gpus / wish.gpus)) if on_gpu and wish.gpus else workers
+
+    def shared_by(self, wish: Actors) -> float:
+        """Return the GPUs, or cores, that a pool of models can use.
+
+        A model uses one GPU, however many its actor has.
+        """
+        actors = self.actors(wish)
+        if self.cluster.gpus:
+            return min(self.cluster.gpus, actors * min(1.0, wish.gpus or 1.0))
+        return MODEL_THREADS * actors
+
+    def demand(self, what: str, work: float, figure: str, at_most: float | None = None) -> Demand:
+        """Return a demand at the rate of a named figure."""
+        return Demand(what, work, self.figures[figure], at_most)
+
+    def over_network(self, what: str, bytes_: float) -> Phase:
+        """Return the demand for traffic; none if all is on a disk."""
+        return (self.demand(what, bytes_, "network"),) if self.work.remote else ()
+
+    def round_trips(self, what: str, trips: float, at_once: int) -> Phase:
+        """Return the demand for requests to the store of the run folder; none of a disk.
+
+        Without a run folder the store is that of the source.
+        """
+        remote = is_remote(self.config.out) if self.config.out else self.work.remote
+        return (self.demand(what, trips, "round_trips", at_once),) if remote else ()
+
+    def hashes(self, files: int) -> Phase:
+        """Return the demand for reading the files of a stage once more, to hash them."""
+        return self.round_trips("hash the files", READ_TRIPS * files, CALLS_AT_ONCE)
+
+
+@dataclass(frozen=True)
+class StageModel:
+    """Cost model of one stage."""
+
+    phases: Callable[[Inputs], list[Phase]]
+    disk_bytes: Callable[[Inputs], float]
+    """Bytes written, to stay."""
+    store_bytes: Callable[[Inputs], float] = lambda _: 0.0
+    """Bytes in Ray's object store, in the whole cluster: blocks and results under way, and what is
+    sent to each machine."""
+
+
+def _encoded_blocks(work: Workload) -> float:
+    return max(work.shards, work.bytes / BLOCK_BYTES)
+
+
+def decoded_blocks(work: Workload, pixel_bytes: float) -> float:
+    """Return the number of blocks for the encoders; each leaves its tables in the store."""
+    return max(_encoded_blocks(work), pixel_bytes / BLOCK_BYTES)
+
+
+def embed_tasks(work: Workload, pixel_bytes: float) -> float:
+    """Return the number of Ray Data's tasks.
+
+    One read per shard, one decode per block of encoded images, one encode per decoded block.
+    """
+    return work.shards + _encoded_blocks(work) + decoded_blocks(work, pixel_bytes)
+
+
+def _embed(inputs: Inputs) -> list[Phase]:
+    work, wish = inputs.work, inputs.config.ray.embed_actors
+    together = inputs.shared_by(wish)
+    # an actor writes its tables side by side, and encodes meanwhile
+    written = WRITE_TRIPS * decoded_blocks(work, inputs.pixel_bytes)
+    phase = (
+        inputs.demand("read", work.images, "read"),
+        inputs.demand("decode and resize", work.images, "preprocess"),
+        inputs.demand("encode images", work.images, "encode_images", together),
+        inputs.demand("encode captions", work.pairs, "encode_captions", together),
+        inputs.demand("commit", work.pairs, "commit"),
+        *inputs.round_trips("write tables", written, inputs.actors(wish)),
+        inputs.demand("schedule blocks", embed_tasks(work, inputs.pixel_bytes), "blocks"),
+        *inputs.over_network("read and write", work.bytes + inputs.vector_bytes),
+    )
+    return [phase]
+
+
+def _embed_disk_bytes(inputs: Inputs) -> float:
+    return inputs.vector_bytes + inputs.work.pairs * inputs.figures["text"].value
+
+
+def _embed_store_bytes(inputs: Inputs) -> float:
+    actors = inputs.actors(inputs.config.ray.embed_actors)
+    blocks = inputs.cluster.cpus + QUEUED_BLOCKS * actors
+    return min(blocks * BLOCK_BYTES, inputs.pixel_bytes + inputs.work.bytes)
+
+
+def _prune(inputs: Inputs) -> list[Phase]:
+    passes = (
+        inputs.demand("four passes over the cosines", inputs.work.pairs, "prune"),
+        inputs.demand("schedule", 4.0 * inputs.work.shards, "tasks"),
+    )
+    return [passes, inputs.hashes(inputs.work.shards)]
+
+
+def _prune_disk_bytes(inputs: Inputs) -> float:
+    return inputs.work.pairs / 8  # a bit per pair
+
+
+def compared_centroids(clusters: int) -> int:
+    """Return the centroids that a vector is compared with: all, or those of two levels."""
+    return clusters if clusters <= FLAT_LIMIT else 2 * round(math.sqrt(clusters))
+
+
+def distance_flop(rows: float, clusters: float, dim: int) -> float:
+    """Return the FLOP of the distances (or cosines) of all rows to all centroids."""
+    return 2.0 * rows * clusters * dim
+
+
+def _stored_rows(inputs: Inputs, space: str) -> int:
+    return inputs.work.images if space == "image" else inputs.work.pairs
+
+
+def _width(inputs: Inputs, space: str) -> int:
+    return 2 * inputs.dim if space == "joint" else inputs.dim
+
+
+def _sample_rows(inputs: Inputs, space: str) -> float:
+    """Return the number of training vectors of a k-means."""
+    rows = inputs.kept_images if space == "image" else inputs.kept_pairs
+    width, config = _width(inputs, space), inputs.config.cluster
+    return rows * sample_share(round(rows), width, config, inputs.clusters)
+
+
+def _fit(inputs: Inputs, space: str) -> list[Phase]:
+    """Return the phases of one k-means: its sample, then its iterations in one task."""
+    config, rows = inputs.config.cluster, _sample_rows(inputs, space)
+    distances = distance_flop(rows, compared_centroids(inputs.clusters), _width(inputs, space))
+    flop = distances * (config.iterations + 1) * config.restarts
+    processors = 1 if inputs.figures["fit"].per == "GPU" else inputs.cluster.node_cpus
+    sample = f"sample {space} vectors"
+    return [
+        (
+            inputs.demand(sample, _stored_rows(inputs, space), "sample"),
+            *inputs.over_network(sample, inputs.vector_bytes / 2),
+        ),
+        (inputs.demand(f"fit {space} k-means", flop, "fit", processors),),
+    ]
+
+
+def _cluster(inputs: Inputs) -> list[Phase]:
+    spaces = inputs.config.cluster.spaces
+    compared = compared_centroids(inputs.clusters)
+    flop = sum(
+        distance_flop(_stored_rows(inputs, space), compared, _width(inputs, space))
+        for space in spaces
+    )
+    labels = (
+        inputs.demand("distances of labels", flop, "label"),
+        inputs.demand("read vectors, write labels", inputs.work.pairs, "label_rows"),
+        inputs.demand("schedule", inputs.work.shards, "tasks"),
+        *inputs.over_network("read vectors", inputs.vector_bytes),
+    )
+    fits = [phase for space in spaces for phase in _fit(inputs, space)]
+    return [*fits, labels, inputs.hashes(inputs.work.shards)]
+
+
+def _cluster_disk_bytes(inputs: Inputs) -> float:
+    return 8.0 * inputs.work.pairs + 2 * inputs.prototype_bytes  # two int32 labels per pair
+
+
+def _cluster_store_bytes(inputs: Inputs) -> float:
+    """Return the bytes of the largest sample, or of the centroids on every node if more."""
+    samples = (
+        4.0 * math.prod((_sample_rows(inputs, space), _width(inputs, space)))
+        for space in inputs.config.cluster.spaces
+    )
+    return max(inputs.cluster.units("node") * 2 * inputs.prototype_bytes, *samples)
+
+
+def _match(inputs: Inputs) -> list[Phase]:
+    solver = inputs.config.match.solver
+    dense = solver == "dense" or (solver == "auto" and inputs.clusters <= DENSE_LIMIT)
+    count = (
+        inputs.demand("count", inputs.work.pairs, "match"),
+        inputs.demand("schedule", inputs.work.shards, "tasks"),
+    )
+    work = float(inputs.clusters) ** (3 if dense else 2)
+    return [count, (inputs.demand("solve", work, "solve_dense" if dense else "solve_sparse"),)]
+
+
+def _match_disk_bytes(inputs: Inputs) -> float:
+    return 25.0 * inputs.clusters  # a row: two int32, an int64, a bool and a float64
+
+
+def _search(inputs: Inputs, side: str, rows: int) -> Phase:
+    """Return the phase that finds the nearest of all rows for every query."""
+    groups = math.ceil(inputs.work.shards / (1 + inputs.clusters // QUERIES_PER_SHARD))
+    look_ups = min(inputs.clusters, inputs.work.shards)
+    share = rows / (inputs.work.images + inputs.work.pairs)
+    flop = distance_flop(rows, inputs.clusters, inputs.dim)
+    return (
+        inputs.demand(f"nearest {side}", flop, "search"),
+        inputs.demand(f"read {side}", rows, "search_rows"),
+        inputs.demand("schedule", groups + look_ups, "tasks"),
+        *inputs.over_network(f"read {side}", inputs.vector_bytes * share),
+    )
+
+
+def _search_store_bytes(inputs: Inputs) -> float:
+    """Return the bytes of the queries on every node and of the answers under way.
+
+    An answer holds cosine, shard and row of every query: 12 bytes.
+    """
+    answers = 2 * inputs.cluster.cpus
+    queries = inputs.cluster.units("node") * inputs.prototype_bytes
+    return queries + answers * 12.0 * inputs.clusters
+
+
+def _prototypes(inputs: Inputs) -> list[Phase]:
+    work = inputs.work
+    sums = (
+        inputs.demand("sum vectors", work.pairs, "sums"),
+        inputs.demand("schedule", work.shards, "tasks"),
+        *inputs.over_network("read vectors", inputs.vector_bytes),
+    )
+    return [
+        sums,
+        _search(inputs, "captions", work.pairs),
+        _search(inputs, "images", work.images),
+    ]
+
+
+def _prototypes_disk_bytes(inputs: Inputs) -> float:
+    text = inputs.figures["text"].value
+    return 2 * inputs.prototype_bytes + 3 * inputs.clusters * text
+
+
+def images_looked_through(pairs: int, batch: int, work: Workload) -> float:
+    """Return the images that are read to find those nearest to the prototypes.
+
+    Each batch reads each shard that it needs up to the last image wanted.
+    """
+    batch = min(batch, pairs)
+    hit = work.shards * (1 - (1 - 1 / work.shards) ** batch)
+    wanted = batch / hit
+    return pairs / batch * hit * work.images / work.shards * wanted / (wanted + 1)
+
+
+def _decode(inputs: Inputs) -> list[Phase]:
+    config = inputs.config
+    wish, drawn = config.ray.decode_actors, config.decode.decoder == "unclip"
+    actors = inputs.actors(wish, on_gpu=drawn)
+    if drawn:
+        work = inputs.demand("draw", inputs.clusters, "draw", inputs.shared_by(wish))
+    else:
+        images = images_looked_through(inputs.clusters, config.decode.batch_size, inputs.work)
+        work = inputs.demand("look images up", images, "read", actors)
+    # each image by the actor that made it, one after the other
+    trips = (LOOK_TRIPS + WRITE_TRIPS) * inputs.clusters
+    written = inputs.round_trips("write images", trips, actors)
+    return [(work,), written, inputs.hashes(inputs.clusters)]
+
+
+def _decode_disk_bytes(inputs: Inputs) -> float:
+    return inputs.clusters * inputs.figures["image_file"].value
+
+
+def _caption(inputs: Inputs) -> list[Phase]:
+    if inputs.config.caption.nearest_to == "prototype":
+        return []
+    processors = 1 if inputs.figures["encode_images"].per == "GPU" else MODEL_THREADS
+    read = inputs.round_trips("read images", READ_TRIPS * inputs.clusters, CALLS_AT_ONCE)
+    encode = inputs.demand("encode images", inputs.clusters, "encode_images", processors)
+    return [read, (encode,), _search(inputs, "captions", inputs.work.pairs)]
+
+
+def _caption_disk_bytes(inputs: Inputs) -> float:
+    return inputs.clusters * inputs.figures["text"].value
+
+
+def _materialize(inputs: Inputs) -> list[Phase]:
+    trips = (READ_TRIPS + WRITE_TRIPS) * inputs.clusters
+    copy = inputs.round_trips("read and write images", trips, CALLS_AT_ONCE)
+    return [(inputs.demand("write the set", inputs.clusters, "materialize"), *copy)]
+
+
+def _materialize_disk_bytes(inputs: Inputs) -> float:
+    images = inputs.clusters * inputs.figures["image_file"].value
+    return 2 * images + 2 * inputs.prototype_bytes
+
+
+EMBED = StageModel(_embed, _embed_disk_bytes, _embed_store_bytes)
+PRUNE = StageModel(_prune, _prune_disk_bytes)
+CLUSTER = StageModel(_cluster, _cluster_disk_bytes, _cluster_store_bytes)
+MATCH = StageModel(_match, _match_disk_bytes)
+PROTOTYPES = StageModel(_prototypes, _prototypes_disk_bytes, _search_store_bytes)
+DECODE = StageModel(_decode, _decode_disk_bytes)
+CAPTION = StageModel(_caption, _caption_disk_bytes, _search_store_bytes)
+MATERIALIZE = StageModel(_materialize, _materialize_disk_bytes)
