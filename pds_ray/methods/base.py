@@ -25,7 +25,7 @@ Counts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a method: all that is to be known of it, in one row."""
+    """One step of a method: all that is to be known about it, in one row."""
 
     name: str
     run: str
@@ -49,7 +49,7 @@ class Stage:
     """Its row of the cost model, as "module:attribute"; "" where it cannot be planned."""
 
     def function(self) -> Callable[[Run], Counts]:
-        """Import the function that does it; Ray is imported with it, hence not before it is needed."""
+        """Import the function that does it, and Ray with it: not before the stage runs."""
         module, _, name = self.run.partition(":")
         return getattr(import_module(module), name)
 

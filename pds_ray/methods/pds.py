@@ -1,4 +1,7 @@
-"""Prototype-guided Data Synthesis (Choi, Mo, Chae, ICLR 2026) as a list of stages; docs/methods.md has the formulas."""
+"""Prototype-guided Data Synthesis (Choi, Mo, Chae, ICLR 2026) as a list of stages.
+
+The formulas are in docs/methods.md.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pds_ray.store.card import CardText
 from pds_ray.store.schemas import STORE_SCHEMA_VERSION
 
 NOT_OF_IMAGES = ("model", "revision", "batch_size")
-"""Options of decoding that leave the images as they are: the decoder's identity tells its weights."""
+"""Options of decoding that no image depends on: the decoder's identity covers its weights."""
 
 
 def _embeddings(run: Run) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Methods that choose real pairs: each of `catalog.SELECTORS` is the same list of stages with another selector."""
+"""Methods that choose real pairs: one list of stages for every selector of `catalog.SELECTORS`."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ KEYS = Stage(
     counted="keys",
     card=(("keys in all", "keys"),),
 )
-WITH_KEYS = Method((EMBED, KEYS, PRUNE))
+WITH_KEYS = Method((EMBED, KEYS, PRUNE), PDS.card)
 
 
 @pytest.fixture
