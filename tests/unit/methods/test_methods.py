@@ -17,7 +17,7 @@ from pds_ray.engine.run import distill
 from pds_ray.engine.status import status
 from pds_ray.engine.upkeep import verify
 from pds_ray.methods.base import Counts, Method, Run, Stage
-from pds_ray.methods.pds import EMBED, MATCH, PDS, PRUNE
+from pds_ray.methods.pds import EMBED, MATCH, PDS, PDS_CARD, PRUNE
 from pds_ray.recipes import recipe
 from pds_ray.stages.materialize import about
 
@@ -77,7 +77,7 @@ KEYS = Stage(
     counted="keys",
     card=(("keys in all", "keys"),),
 )
-WITH_KEYS = Method((EMBED, KEYS, PRUNE))
+WITH_KEYS = Method((EMBED, KEYS, PRUNE), PDS_CARD)
 
 
 @pytest.fixture
