@@ -125,8 +125,8 @@ MATERIALIZE = Stage(
 PDS_CARD = CardText(
     making="Made with pds_ray by Prototype-guided Data Synthesis (Choi, Mo, Chae, ICLR 2026): "
     "CLIP embeddings of\nimages and captions are clustered apart, clusters are matched by the "
-    "pairs they share, the shared pairs are averaged to\nprototypes, and each prototype is decoded to a "
-    "picture with the nearest caption as prompt.",
+    "pairs they share, the shared pairs are averaged to\nprototypes, and each prototype is decoded "
+    "to a picture with the nearest caption as prompt.",
     verb="distilled",
     tag="dataset-distillation",
     cosine_of="the prototypes",
