@@ -176,8 +176,8 @@ def embed_block(block: pa.Table, encoder: Encoder, size: int, config: EmbedConfi
     with np.errstate(over="ignore"):  # beyond float16 is infinity, an error row like any other
         images = _encode_images(pixel_view(block, size), encoder, config.batch_size).astype(dtype)
         texts = _encode_captions(captions, encoder, config.batch_size).astype(dtype)
-    finite = np.isfinite(images).all(axis=1)
-    np.logical_and.at(finite, owner, np.isfinite(texts).all(axis=1))
+    finite: np.ndarray = np.all(np.isfinite(images), axis=1)
+    np.logical_and.at(finite, owner, np.all(np.isfinite(texts), axis=1))
 
     reasons, ordinals = (block.column(name).to_pylist() for name in ("reason", "ordinal"))
     ended = END in reasons
