@@ -441,7 +441,7 @@ class RunConfig(Options):
     source: str = option(
         "",
         "tar path, glob or brace range (local, s3://, gs://), flickr30k:ROOT, coco:ROOT, "
-        "or scenes:N[:SEED[:NOISE]]",
+        "or scenes:N[:SEED[:NOISE[:SHARD]]]",
         "source",
     )
     out: str = option("", "run folder", "out", free=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def _seconds_without_ray(source_uri: str, info: Any, config: Any, folder: Path) 
     began = time.perf_counter()
     for shard in source.shards():
         tables = embed_shard(source, shard, encoder, info.preprocess, config.read, config.embed)
-        store.commit(shard.name, *tables, {**shard_counts(*tables), "precision": "fp32"})
+        store.commit(shard.name, *tables, {**asdict(shard_counts(*tables)), "precision": "fp32"})
     return time.perf_counter() - began
 
 

@@ -382,14 +382,16 @@ def main(argv: list[str] | None = None) -> None:
     """Run one command and raise SystemExit with its exit code: the entry point of `pds-ray`.
 
     It may be called several times in one process: signal handlers, warnings, logging and the form
-    of events are afterwards as they were, and a Ray that the caller started goes on. The
-    environment variables of QUIET stay set, since libraries read them on import. Ctrl-C and SIGTERM
-    end the whole process.
+    of events are afterwards as they were, and a Ray that runs already goes on. The environment
+    variables of QUIET stay set, since libraries read them on import. Ctrl-C and SIGTERM end the
+    whole process.
     """
+    ray = sys.modules.get("ray")  # not imported for commands that do without
+    ray_ran = ray is not None and ray.is_initialized()
     args = build_parser().parse_args(argv)
     with _quiet(args.verbose), log.as_json(args.log == "json"), _interruptible():
         code = _run(args)
-        if "ray" in sys.modules:
+        if "ray" in sys.modules and not ray_ran:
             from pds_ray.distributed import session
 
             if _in_main_thread():

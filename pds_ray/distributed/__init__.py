@@ -1,8 +1,10 @@
-"""Where things run; and here Ray's limits, all in one place: what is set on purpose, and why.
+"""Where things run; and Ray's limits, all in one place: each setting with the reason for it.
 
-run.json tells what is in force in a run (TRAIN is for evaluations). Ray reads DRIVER, NODES and TRAIN from the
-environment, as RAY_NAME, hence what is set here when the package is imported; a user may have set other values there.
-Those of NODES are read by the processes of each node: a cluster has them from whoever started it.
+`session.start` puts DRIVER, NODES and TRAIN into the environment as RAY_NAME, where Ray reads them,
+unless a variable is set already, and `session.stop` takes them out again; importing the package
+sets nothing. Those of NODES are read by the processes of each node: on a cluster they are in force
+if whoever started it set them. run.json records what is in force in a run (TRAIN is for
+evaluations).
 """
 
 from __future__ import annotations
@@ -12,51 +14,53 @@ from typing import Any
 
 from pds_ray.distributed.sizes import BLOCK_BYTES
 
-TASK_RETRIES = (
-    3  # of work whose process or machine died; Ray would try a sample that kills its actor for ever
-)
-MACHINES_LOST = (
-    10  # that one piece of work survives besides: spot machines are taken away whatever they do
-)
-GLIBC = (2, 36)  # the first whose malloc was seen to take what `keeping_memory` sets
+# Of work whose process or machine died; Ray would try a sample that kills its actor for ever.
+TASK_RETRIES = 3
+# Losses of machines that one piece of work survives besides: spot machines go whatever they do.
+MACHINES_LOST = 10
+GLIBC = (2, 36)  # the first whose malloc was seen to take what `malloc_env` sets
 
-DRIVER: dict[str, tuple[str, str]] = {
+Limits = dict[str, tuple[str, str]]
+"""Name without RAY_ -> value and reason."""
+
+DRIVER: Limits = {
     "task_oom_retries": (
         "3",
         "a task that eats its machine's memory is killed and tried again, by default for ever",
     ),
 }
-NODES: dict[str, tuple[str, str]] = {
+NODES: Limits = {
     "memory_usage_threshold": (
         "0.95",
         "beyond this share Ray ends the newest task, before the kernel ends anything",
     ),
     "memory_monitor_refresh_ms": (
         "250",
-        "a picture that unpacks to gigabytes does so within a second",
+        "an image that unpacks to gigabytes does so within a second",
     ),
     "idle_worker_killing_time_threshold_ms": (
         "60000",
-        "after 1 s, the default, the next stage may import anew",
+        "after 1 s, the default, the next stage may have to import everything again",
     ),
     "health_check_period_ms": (
         "3000",
-        "a machine that dies is noticed soon, and its shards read elsewhere",
+        "a machine that dies is noticed soon, and its shards are read elsewhere",
     ),
-    "health_check_timeout_ms": ("10000", "one that is only busy answers within this"),
+    "health_check_timeout_ms": ("10000", "a node that is only busy answers within this time"),
     "health_check_failure_threshold": (
         "5",
-        "or at one of so many times: a node taken for dead loses all it holds",
+        "or at one of so many checks: a node taken for dead loses all it holds",
     ),
 }
-TRAIN: dict[str, tuple[str, str]] = {
+TRAIN: Limits = {
     "TRAIN_HEALTH_CHECK_INTERVAL_S": (
         "0.2",
-        "the end of a row of trials is noticed at the next look; by default of 2 s",
+        "the end of a trial queue is noticed at the next look; by default they are 2 s apart",
     ),
     "TRAIN_ENABLE_PREEMPTION_WATCHER": (
         "0",
-        "a process more a row of trials, whose states are saved by the clock, not at a notice",
+        "one extra process per queue; checkpoints are periodic, so pre-emption notices are not "
+        "needed",
     ),
     "TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": (
         "600",
@@ -64,17 +68,17 @@ TRAIN: dict[str, tuple[str, str]] = {
     ),
     "TRAIN_WORKER_GROUP_START_TIMEOUT_S": (
         "60",
-        "without room for its workers in this time a row of trials asks anew",
+        "a trial queue that finds no room for its workers in this time asks again",
     ),
 }
 DATA: dict[str, tuple[Any, str]] = {
     "target_max_block_size": (
         BLOCK_BYTES,
-        "pictures of one block are decoded and encoded together",
+        "images of one block are decoded and encoded together",
     ),
     "execution_no_progress_timeout_s": (
         6 * 3600,
-        "waiting hours for spot GPUs is no failure; by default 30 minutes",
+        "waiting hours for spot GPUs is no failure; by default 30 minutes are",
     ),
     "max_consecutive_actor_init_deaths": (
         5,
@@ -82,20 +86,24 @@ DATA: dict[str, tuple[Any, str]] = {
     ),
     "max_errored_blocks": (
         0,
-        "faults of data are rows; an exception is a fault of ours. Embedding sets it to -1",
+        "bad samples are rows; an exception is a bug. Embedding sets it to -1",
     ),
 }
 """Attributes of Ray Data's context."""
 
-for _name, (_value, _) in {**DRIVER, **NODES, **TRAIN}.items():
-    os.environ.setdefault(f"RAY_{_name}", _value)
+
+def environment(*tables: Limits) -> dict[str, str]:
+    """Return limits as environment variables."""
+    return {f"RAY_{name}": value for table in tables for name, (value, _) in table.items()}
 
 
-def keeping_memory() -> dict[str, str]:
-    """The environment in which a model on CPUs keeps what it gives back for its next batch, which is as large.
+def malloc_env() -> dict[str, str]:
+    """Return the environment in which a process keeps freed memory for the next batch.
 
-    Else the kernel takes the pages and clears them anew each time: a quarter of the time of a ViT-B-32. Empty but with
-    a C library that is known to take such values: a former glibc refuses one of them and is slower than with none.
+    It is for models on CPUs. Otherwise the kernel takes the pages and clears them for each batch,
+    which is as large as the one before: a quarter of the time of a ViT-B-32. Empty unless the C
+    library is known to take such values: an older glibc refuses one of them and is slower than with
+    none.
     """
     try:
         library, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")

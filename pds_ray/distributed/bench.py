@@ -1,4 +1,4 @@
-"""What Ray itself asks of the driver: a resource of which there is one, however large the cluster."""
+"""CPU time that Ray takes in the driver, of which there is one, however large the cluster."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Same:
 
 
 def task_seconds(count: int) -> float:
-    """Seconds of the driver's CPU that so many tasks of `map_in_order` take."""
+    """Return the seconds of the driver's CPU that `count` tasks of `map_in_order` take."""
     began = time.process_time()
     for _ in tasks.map_in_order(_same, range(count)):
         pass
@@ -32,7 +32,10 @@ def task_seconds(count: int) -> float:
 
 
 def block_seconds(blocks: int) -> float:
-    """Seconds of the driver's CPU that so many blocks take on a way like that of embedding: three tasks each."""
+    """Return the seconds of the driver's CPU that blocks take on a path like that of embedding.
+
+    Each block is three tasks.
+    """
     read = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
         _same, batch_size=None, batch_format="pyarrow", num_cpus=pools.DECODE_CPUS
     )

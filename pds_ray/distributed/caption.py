@@ -1,4 +1,4 @@
-"""Captions of the pictures: one task embeds them, then each takes the nearest caption of the source."""
+"""Captions of the images: one task embeds them; each takes the nearest caption of the source."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pds_ray.distributed import pools, process
 from pds_ray.distributed.nearest import nearest
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.methods.base import Counts, Run
-from pds_ray.stages.embed import embed_pictures
+from pds_ray.stages.embed import embed_images
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import CHOSEN_CAPTION_SCHEMA
 from pds_ray.store.storage import side_by_side
@@ -25,12 +25,12 @@ from pds_ray.telemetry.progress import progress_bar
 def _embed(pairs: int, info: EncoderInfo, config: EmbedConfig, folder: RunFolder) -> np.ndarray:
     encoder = process.load_model(catalog.load_encoder, info, config.precision)
     files = side_by_side(folder.images.read_bytes, map(folder.image_name, range(pairs)))
-    pictures = (Image.open(io.BytesIO(file)) for file in files)
-    return embed_pictures(pictures, encoder, info.preprocess, config.batch_size)
+    images = (Image.open(io.BytesIO(file)) for file in files)
+    return embed_images(images, encoder, info.preprocess, config.batch_size)
 
 
 def caption(run: Run) -> Counts:
-    """Write captions.parquet: the caption of each pair. Return how many differ from the retrieved one."""
+    """Write captions.parquet, the caption of each pair; return how many were not retrieved."""
     config, folder, shards = run.config, run.folder, run.shard_names
     prototypes = folder.prototypes()
     pairs = prototypes.num_rows
@@ -43,9 +43,9 @@ def caption(run: Run) -> Counts:
         # the images are compared with what is in the store, hence embedded in its precision
         precision = next(iter(run.embedded.values()))["precision"]
         settings = EmbedConfig(precision=precision)
-        pictures = ray.get(pools.start_model(actors, _embed, pairs, run.encoder, settings, folder))
+        images = ray.get(pools.start_model(actors, _embed, pairs, run.encoder, settings, folder))
         bar.update()
-        found = nearest("captions", shards, run.store, pictures, bar)
+        found = nearest("captions", shards, run.store, images, bar)
     chosen = found["caption"]
     folder.save_captions(
         pa.table(

@@ -1,7 +1,7 @@
-"""Clustering: the shards are sampled, the sample is fitted in one heavy task a k-means, then every shard is labelled.
+"""Clustering: shards are sampled, one heavy task per k-means fits the sample, shards are labelled.
 
-A two-level k-means has its cells fitted by as many tasks. What is there is kept: a k-means that is finished and the
-labels of a shard, as long as they belong to the same configuration and the same pairs.
+A two-level k-means has its cells fitted by as many tasks. A finished k-means and the labels of a
+shard are kept as long as they belong to the same configuration and the same pairs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import embeddings
 from pds_ray.telemetry.progress import progress_bar
 
-SAMPLE_TASKS = 1_000  # at most: Ray keeps results below 100 KB in the driver
-Parts = tuple[ray.ObjectRef, ray.ObjectRef]  # training vectors and weights of some shards
+SAMPLE_TASKS = 1_000  # at most, as Ray keeps results below 100 KB in the driver
+Parts = tuple[ray.ObjectRef, ray.ObjectRef]
+"""Training vectors and weights of some shards."""
 
 
 def sampled(
@@ -35,9 +36,10 @@ def sampled(
     share: float,
     config: RunConfig,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The training vectors of one space that some shards give, in shard order, and their weights.
+    """Return the training vectors of some shards in one space, in shard order, and their weights.
 
-    float32 [n, width], float32 [n]. A row is an image in "image", a pair in "text" and "joint".
+    They are float32 [n, width] and [n]. A row is an image in the space "image", a pair in "text"
+    and "joint".
     """
     found, weights = [], []
     for shard in shards:
@@ -59,7 +61,7 @@ def _sample(
     share: float,
     config: RunConfig,
 ) -> list[Parts]:
-    """Samples all shards, side by side over the cluster, whose object stores hold what is found."""
+    """Sample all shards over the cluster, whose object stores hold the samples."""
     parts_count = min(len(shards), SAMPLE_TASKS)
     bounds = np.linspace(0, len(shards), parts_count + 1).astype(int)
     groups = [shards[start:end] for start, end in pairwise(bounds)]
@@ -75,7 +77,7 @@ def _sample(
 
 
 def _gathered(parts: list[Parts]) -> tuple[np.ndarray, np.ndarray]:
-    """A sample as one array; besides it no more than one part is held. float32 [n, width], float32 [n]."""
+    """Return a sample as float32 [n, width] and weights [n]; holds one part at a time besides."""
     weights = [tasks.fetch(reference) for _, reference in parts]
     ends = np.cumsum([len(weight) for weight in weights])
     sample = np.empty((ends[-1], tasks.fetch(parts[0][0]).shape[1]), np.float32)
@@ -85,7 +87,7 @@ def _gathered(parts: list[Parts]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _owner(shard: str, store: EmbeddingStore) -> np.ndarray:
-    """The image row of each pair."""
+    """Return the image row of each pair, int32 [pairs]."""
     return store.captions(shard, ["image_row"]).column("image_row").to_numpy()
 
 
@@ -96,7 +98,7 @@ def _vectors(
     normalize: bool,
     rows: np.ndarray | slice = slice(None),
 ) -> np.ndarray:
-    """Some rows of a shard as they are clustered: float32 [rows, d], [rows, 2d] if joint."""
+    """Return rows of a shard as they are clustered, float32 [rows, d], or [rows, 2d] if joint."""
     side = (
         store.images(shard, ["embedding"])
         if space == "image"
@@ -116,7 +118,7 @@ def _fit(parts: list[Parts], space: str, folder: RunFolder, config: RunConfig) -
 
 
 def _fit_coarse(parts: list[Parts], space: str, folder: RunFolder, config: RunConfig) -> core.Cells:
-    """The coarse level of a two-level fit; leaves the sample of each cell as a file."""
+    """Fit the coarse level of a two-level k-means; write the sample of each cell to a file."""
     sample, weights = _gathered(parts)
     cells, cell_of = core.fit_cells(sample, weights, config.pairs, config.seed, config.cluster)
     for cell in range(len(cells.coarse)):
@@ -134,7 +136,7 @@ def _fit_cell(item: tuple[int, int], space: str, folder: RunFolder, config: RunC
 def _fit_in_cells(
     cells: core.Cells, space: str, folder: RunFolder, config: RunConfig
 ) -> dict[str, Any]:
-    """The fine level of a two-level fit."""
+    """Fit the fine level of a two-level k-means; return rows and objective."""
     items = [(cell, int(clusters)) for cell, clusters in enumerate(np.diff(cells.starts))]
     fits = list(tasks.map_in_order(_fit_cell, items, space, folder, config))
     centroids = np.concatenate([fitted.centroids for fitted in fits])
@@ -156,9 +158,9 @@ def label_shard(
     levels: dict[str, Level],
     normalize: bool,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Saves the labels of a shard's pairs, unless they are there.
+    """Save the labels of a shard's pairs, unless they exist.
 
-    Returns for each space which clusters the pairs fall in and how many in each.
+    Returns for each space the clusters that have pairs and how many each has.
     """
     shard, done = item
     if not done:
@@ -201,57 +203,77 @@ def cluster(run: Run) -> Counts:
 
     Raises ConfigError if pruning leaves fewer pairs or images than clusters.
     """
-    shards, store, folder, config = run.shard_names, run.store, run.folder, run.config
-    counts, dim, spaces = run.counts("prune"), run.encoder.dim, config.cluster.spaces
+    shards, config, counts = run.shard_names, run.config, run.counts("prune")
     if min(counts["images_kept"], counts["kept"]) < config.pairs:
         raise ConfigError(
             f"{config.pairs:,} clusters asked for, but pruning leaves {counts['kept']:,} pairs of "
             f"{counts['images_kept']:,} images; lower --pairs or --prune.ratio"
         )
-    begun = _begin(run, shards)
+    begun, spaces = _begin(run, shards), config.cluster.spaces
     for number, space in enumerate(spaces):
-        if space in begun["fits"] and folder.has_centroids(space):
-            continue
-        if (
-            space in begun["fits"]
-        ):  # centroids made anew may differ from those that are gone in their last bits
-            folder.delete_labels(shards)
-        rows = counts["images_kept"] if space == "image" else counts["kept"]
-        share = core.sample_share(
-            rows, 2 * dim if space == "joint" else dim, config.cluster, config.pairs
-        )
-        parts = _sample(space, shards, store, folder, share, config)
+        if space in begun["fits"]:
+            if run.folder.has_centroids(space):
+                continue
+            # new centroids may differ from those that are gone in their last bits
+            run.folder.delete_labels(shards)
+        parts = _sample(space, shards, run.store, run.folder, _sample_share(run, space), config)
         with progress_bar("cluster", len(spaces), "k-means", done=number) as bar:
             bar.set_postfix_str(f"{space}, K = {config.pairs:,}", refresh=False)
-            if config.pairs <= core.FLAT_LIMIT:
-                begun["fits"][space] = tasks.run_kmeans(_fit, parts, space, folder, config)
-                parts.clear()  # the object stores hold no sample longer than it is needed
-            else:
-                cells = tasks.run_kmeans(_fit_coarse, parts, space, folder, config)
-                parts.clear()
-                begun["fits"][space] = _fit_in_cells(cells, space, folder, config)
-            folder.save_fits(begun)
+            begun["fits"][space] = _fit_space(parts, space, run.folder, config)
+            run.folder.save_fits(begun)
             bar.update()
+    sizes = _label_shards(run, shards)
+    return {
+        space: {**begun["fits"][space], **_spread(size)}
+        for space, size in zip(spaces, sizes, strict=True)
+    }
+
+
+def _sample_share(run: Run, space: str) -> float:
+    """Return the share of the rows of `space` that its k-means is fitted on."""
+    counts, config = run.counts("prune"), run.config
+    rows = counts["images_kept"] if space == "image" else counts["kept"]
+    width = 2 * run.encoder.dim if space == "joint" else run.encoder.dim
+    return core.sample_share(rows, width, config.cluster, config.pairs)
+
+
+def _fit_space(
+    parts: list[Parts], space: str, folder: RunFolder, config: RunConfig
+) -> dict[str, Any]:
+    """Fit a k-means on a sample, which is dropped: object stores hold none longer than needed."""
+    if config.pairs <= core.FLAT_LIMIT:
+        fitted = tasks.run_kmeans(_fit, parts, space, folder, config)
+        parts.clear()
+        return fitted
+    cells = tasks.run_kmeans(_fit_coarse, parts, space, folder, config)
+    parts.clear()
+    return _fit_in_cells(cells, space, folder, config)
+
+
+def _label_shards(run: Run, shards: list[str]) -> np.ndarray:
+    """Label all pairs; return how many each cluster has, int64 [spaces, K]."""
+    folder, config = run.folder, run.config
     levels: dict[str, Level] = {}
-    for space in spaces:
-        cells_of = folder.cells(space)
-        levels[space] = folder.centroids(space), core.Cells(**cells_of) if cells_of else None
-    sizes = np.zeros((len(spaces), config.pairs), np.int64)
+    for space in config.cluster.spaces:
+        cells = folder.cells(space)
+        levels[space] = folder.centroids(space), core.Cells(**cells) if cells else None
+    sizes = np.zeros((len(levels), config.pairs), np.int64)
     done = folder.labelled()
     items = [(shard, shard in done) for shard in shards]
+    shared = (run.store, folder, levels, config.cluster.normalize)
     with progress_bar("cluster", len(shards), "shards") as bar:
-        for labelled in tasks.map_in_order(
-            label_shard, items, store, folder, levels, config.cluster.normalize
-        ):
+        for labelled in tasks.map_in_order(label_shard, items, *shared):
             for size, (labels, found) in zip(sizes, labelled, strict=True):
                 size[labels] += found
             bar.update()
-    result = {space: dict(begun["fits"][space]) for space in spaces}
-    for space, size in zip(spaces, sizes, strict=True):
-        result[space] |= {
-            "empty": int((size == 0).sum()),
-            "smallest": int(size.min()),
-            "median": float(np.median(size)),
-            "largest": int(size.max()),
-        }
-    return result
+    return sizes
+
+
+def _spread(size: np.ndarray) -> dict[str, Any]:
+    """Return how unlike the sizes of clusters are."""
+    return {
+        "empty": int((size == 0).sum()),
+        "smallest": int(size.min()),
+        "median": float(np.median(size)),
+        "largest": int(size.max()),
+    }

@@ -33,7 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pds_ray import catalog
 from pds_ray.backbones.base import BackboneInfo
 from pds_ray.config import ConfigError, EvaluateConfig
-from pds_ray.distributed import TASK_RETRIES, pools, process, session, tasks
+from pds_ray.distributed import TASK_RETRIES, TRAIN, environment, pools, process, session, tasks
 from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
 from pds_ray.errors import first_line
 from pds_ray.modalities.text import CLEANERS
@@ -119,7 +119,7 @@ def run_trials(
     def begin(lane: list[core.Trial]) -> ray.ObjectRef:
         return task.remote(lane, [shared], results, groups, config, on_gpu)
 
-    pending = {begin(lane): (lane, tasks.Deaths()) for lane in lanes}
+    pending = {begin(lane): (lane, tasks.RetryBudget()) for lane in lanes}
     missing = {trial.key for trial in trials}
 
     def under_way() -> str:
@@ -136,21 +136,21 @@ def run_trials(
                 missing -= finished
                 bar.update(len(finished))
                 for reference in ready:
-                    lane, deaths = pending.pop(reference)
+                    lane, budget = pending.pop(reference)
                     try:
                         with session.unwrapped_errors():
                             ray.get(reference)
                     except (
                         tasks.LOST
-                    ) as error:  # of the lane itself; deaths of its workers are Ray Train's
+                    ) as error:  # of the lane itself; losses of its workers are Ray Train's
                         left = [trial for trial in lane if trial.key in missing]
                         if len(left) < len(lane):
-                            deaths = tasks.Deaths()
-                        if not deaths.survived(error):
+                            budget = tasks.RetryBudget()
+                        if not budget.spend(error):
                             raise
                         _release(groups, lane)
                         if left:
-                            pending[begin(left)] = left, deaths
+                            pending[begin(left)] = left, budget
         finally:
             for running, (lane, _) in pending.items():
                 ray.cancel(running, force=True)
@@ -362,7 +362,7 @@ def _run_lane(
 
     Gives up when workers have died `max_failures` times and more, and neither a trial was finished nor a state left.
     """
-    states, deaths = results / STATES, tasks.Deaths()
+    states, budget = results / STATES, tasks.RetryBudget()
 
     def left() -> set[str]:
         return {trial.key for trial in trials} - finished_trials(results)
@@ -396,13 +396,14 @@ def _run_lane(
                 ),
             )
             try:
-                trainer.fit()
+                with process.default_environment(environment(TRAIN)):
+                    trainer.fit()
                 return
             except ray.exceptions.RayActorError as error:  # Ray Train's own process
                 now = progress()
-                deaths = tasks.Deaths() if now != before else deaths
+                budget = tasks.RetryBudget() if now != before else budget
                 before = now
-                if not deaths.survived(error):
+                if not budget.spend(error):
                     raise
                 _release(groups, trials)
             except ray.train.TrainingFailedError:

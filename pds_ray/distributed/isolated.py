@@ -1,8 +1,9 @@
 """Embedding a shard in a child process that may die: the sample that kills it becomes an error row.
 
-The second try of shards whose workers died. The child says which sample it is about to touch; when it is gone, too slow
-or too big, that sample is refused and a new child goes on behind it. The rows of all other samples are those of
-`stages.embed.embed_shard`; on a CPU to the byte.
+This is the second try of shards whose workers died. The child reports which sample it is about to
+touch; when it is gone, too slow or too big, that sample is refused and a new child goes on behind
+it. The rows of all other samples are those of `stages.embed.embed_shard`; on a CPU to the byte. No
+Ray here.
 """
 
 from __future__ import annotations
@@ -33,32 +34,31 @@ POLL_S = 0.1
 PR_SET_PDEATHSIG = 1  # of prctl
 MAX_REFUSED = 100  # samples of one shard that may kill their process, before the shard is given up
 LOAD, READ, DECODE, ENCODE = "loading the encoder", "reading", "decoding", "encoding"
-OTHER_STEPS_S = 3600.0  # longer than any of them takes: only so that a child that hangs ends at all
-DEATHS = 2  # of processes on one sample, before it is refused: one may be another's fault
+OTHER_STEPS_S = 3600.0  # longer than any of them takes, so that a child that hangs ends at all
+DEATHS = 2  # of processes on one sample before it is refused: one may have another cause
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one sample may cost."""
+    """Time and memory that decoding one sample may take."""
 
     seconds: float
-    """To decode it."""
     memory_bytes: int
-    """By which its process may grow meanwhile."""
+    """Growth of its process meanwhile."""
 
 
 @dataclass
 class _Known:
-    """What is known of a shard from the children that died on it."""
+    """Results and findings of the children that worked on a shard so far."""
 
     blocks: dict[int, list[core.Part]] = field(default_factory=dict)
     """Embedded blocks, by the ordinal of their first row."""
     refused: dict[int, tuple[str, str]] = field(default_factory=dict)
-    """Ordinal of a sample that kills -> reason and detail."""
+    """Ordinal of a sample that kills its process -> reason and detail."""
     one_by_one: set[int] = field(default_factory=set)
-    """Blocks (first ordinal) that killed while they were encoded: next time row by row."""
+    """First ordinals of blocks that killed their process while encoding: next time row by row."""
     deaths: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """At what, and at which ordinal."""
+    """(step, ordinal) -> number of processes that died there."""
 
 
 def embed_isolated(
@@ -70,22 +70,24 @@ def embed_isolated(
     config: EmbedConfig,
     limits: Limits,
 ) -> tuple[pa.Table, pa.Table, pa.Table]:
-    """Image, caption and error tables of a shard. `load`, called in the child, must pickle.
+    """Return the image, caption and error tables of a shard.
 
-    Raises SourceError if the shard cannot be read or more than MAX_REFUSED of its samples kill, RuntimeError if the
-    encoder cannot be loaded alive; what else the child raises is raised here.
+    `load` is called in the child and must pickle. Raises SourceError if the shard cannot be read or
+    more than MAX_REFUSED of its samples kill their process, RuntimeError if loading the encoder
+    kills it; other errors of the child are raised here.
     """
     known = _Known()
     while not _attempt(known, limits, source, shard, info, load, read, config):
         if len(known.refused) > MAX_REFUSED:
             raise SourceError(
-                f"more than {MAX_REFUSED} samples of {shard.name} kill the process that decodes them"
+                f"more than {MAX_REFUSED} samples of {shard.name} kill the process that decodes "
+                "them"
             )
     return core.merge_parts(part for parts in known.blocks.values() for part in parts)
 
 
 def _attempt(known: _Known, limits: Limits, source: Source, shard: Shard, *work: Any) -> bool:
-    """One child's life; whether it got through the shard. What it learnt is in `known`."""
+    """Run one child, which adds to `known`; return whether it got through the shard."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     arguments = (theirs, set(known.blocks), known.refused, known.one_by_one, source, shard, *work)
@@ -102,11 +104,11 @@ def _attempt(known: _Known, limits: Limits, source: Source, shard: Shard, *work:
 
 @dataclass
 class _Step:
-    """What a child last said it is about to do."""
+    """The step that a child last reported it is about to take."""
 
     doing: str
     at: int = 0
-    """Ordinal of the first of the rows it does it to; while it reads, of the block it read before."""
+    """Ordinal of the first of its rows; while the child reads, of the block that it read before."""
     rows: int = 0
     memory: int = 0
     since: float = field(default_factory=time.monotonic)
@@ -144,7 +146,7 @@ def _listen(
 
 
 def _over_limit(child: SpawnProcess, step: _Step, limits: Limits) -> tuple[str, str] | None:
-    """Reason and detail if the one sample that is being decoded takes too much."""
+    """Return reason and detail if the step takes too long, or decoding too much memory."""
     seconds = limits.seconds if step.doing == DECODE else OTHER_STEPS_S
     if time.monotonic() - step.since > seconds:
         return "timed_out", f"{step.doing} it took more than {seconds:g} s"
@@ -178,7 +180,7 @@ def _learn(known: _Known, step: _Step, fault: tuple[str, str], shard: Shard) -> 
 
 
 def _memory(child: SpawnProcess) -> int:
-    """Resident bytes of a child."""
+    """Return the resident bytes of a child."""
     return psutil.Process(child.pid).memory_info().rss
 
 
@@ -220,20 +222,20 @@ def _child(
         pipe.send(("end",))
     except UserError as error:
         pipe.send(("error", error))
-    except Exception as error:  # which need not pickle
+    except Exception as error:  # as text: it need not pickle
         pipe.send(
             ("error", RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
         )
 
 
 def _die_with_parent() -> None:
-    """Where Linux offers it: a child that hangs must not outlive whoever would end it."""
+    """End this process with its parent, where Linux offers it: a child may hang."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _refuse(block: pa.Table, refused: dict[int, tuple[str, str]]) -> pa.Table:
-    """The block with the refused samples as faults."""
+    """Return the block with the refused samples as faults."""
     rows = block.to_pylist()
     for row in rows:
         if row["ordinal"] in refused and row["reason"] is None:

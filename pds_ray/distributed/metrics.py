@@ -1,15 +1,15 @@
-"""What Prometheus sees of a run, through Ray's metrics: counters, each named `ray_` and then as here.
+"""Counters of a run for Prometheus, through Ray's metrics; each is named `ray_` and then as here.
 
-The driver counts what it books; rates (pairs/s, images/s, the idle share of GPUs) are Prometheus' to form. All carry
-the tag `run`, the run folder.
+The driver counts what it records; rates (pairs/s, images/s, the idle share of GPUs) are Prometheus'
+to form. All carry the tag `run`, the run folder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from ray.util.metrics import Counter
 
@@ -20,7 +20,7 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "pds_ray_bad_samples_total": ("Samples refused, by reason.", ("reason",)),
     "pds_ray_shards_committed_total": ("Shards whose embeddings are committed.", ()),
     "pds_ray_shards_failed_total": ("Shards that could not be read.", ()),
-    "pds_ray_pictures_decoded_total": ("Pictures decoded from prototypes.", ()),
+    "pds_ray_pictures_decoded_total": ("Images decoded from prototypes.", ()),
     "pds_ray_actor_busy_seconds_total": (
         "Seconds that actors worked, by stage, summed over actors.",
         ("stage",),
@@ -30,38 +30,31 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("stage",),
     ),
 }
-_run = {"run": ""}
+# Each thread has a value of its own, so that two runs of one process are counted apart.
+_run: ContextVar[str] = ContextVar("run", default="")
 
 
-def of_run(name: str) -> None:
-    """Names the run that is counted from now on."""
-    _run["run"] = name
+def count_for(run: str) -> None:
+    """Name the run that this thread counts for from now on."""
+    _run.set(run)
 
 
 def count(name: str, amount: float, **tags: str) -> None:
-    """Adds to a counter of `COUNTERS`."""
+    """Add to a counter of `COUNTERS`."""
     if amount > 0:  # Ray refuses zero
-        _counter(name).inc(amount, {**_run, **tags})
-
-
-def count_embedded(counts: Mapping[str, Any]) -> None:
-    """Adds what was embedded: images, pairs, bad samples by reason."""
-    count("pds_ray_images_embedded_total", counts["images"])
-    count("pds_ray_pairs_embedded_total", counts["pairs"])
-    for reason, bad in counts["reasons"].items():
-        count("pds_ray_bad_samples_total", bad, reason=reason)
+        _counter(name).inc(amount, {"run": _run.get(), **tags})
 
 
 @dataclass
 class ActorTime:
-    """How the time of a stage's actors went, summed over them, in seconds."""
+    """Seconds that a stage's actors worked and waited, summed over them."""
 
     stage: str
     busy_s: float = 0.0
     idle_s: float = 0.0
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """What an actor said: `busy_s` and `idle_s`, null in rows that tell no time."""
+    def add(self, row: Mapping[str, float | None]) -> None:
+        """Add what an actor reported: `busy_s` and `idle_s`, null in rows without times."""
         busy_s, idle_s = row["busy_s"] or 0.0, row["idle_s"] or 0.0
         self.busy_s += busy_s
         self.idle_s += idle_s
@@ -69,7 +62,7 @@ class ActorTime:
         count("pds_ray_actor_idle_seconds_total", idle_s, stage=self.stage)
 
     def counts(self, actor: str) -> dict[str, float]:
-        """For run.json."""
+        """Return the times as run.json records them."""
         return {f"{actor}_busy_s": round(self.busy_s, 3), f"{actor}_idle_s": round(self.idle_s, 3)}
 
 

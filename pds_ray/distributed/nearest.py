@@ -1,4 +1,4 @@
-"""The nearest row of a store for each query: shards are searched in groups, and only the winners are looked up."""
+"""The nearest row of a store to each query, found shard by shard; only winners are looked up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.schemas import embeddings
 
 Side = Literal["images", "captions"]
-NAMES = {"images": ["key"], "captions": ["key", "caption"]}  # what is told of a winner
+NAMES = {"images": ["key"], "captions": ["key", "caption"]}  # columns looked up for the winners
 
 
 def _read(side: Side, shard: str, store: EmbeddingStore, columns: list[str]) -> pa.Table:
@@ -43,9 +43,12 @@ def _look_up(item: tuple[str, np.ndarray], side: Side, store: EmbeddingStore) ->
 def nearest(
     side: Side, shards: list[str], store: EmbeddingStore, queries: np.ndarray, bar: tqdm
 ) -> dict[str, np.ndarray | list[str]]:
-    """Of each query, float32 [B, d], the image or caption of highest cosine; the earliest of equals.
+    """Return the image or caption of highest cosine to each query; the earliest of equals.
 
-    Returns columns of B rows: cosine (float32), shard, key and, of captions, caption. Moves `bar` on by the shards.
+    `queries` is float32 [B, d].
+
+    The result is columns of B rows: cosine (float32), shard, key and, for captions, caption. `bar`
+    counts shards.
     """
     best = core.no_nearest(len(queries))
     numbered = list(enumerate(shards))

@@ -1,7 +1,8 @@
 """Pools of actors: how many, and what each takes.
 
-Resources on purpose: readers, decoders and encoders ask for different amounts of CPU, so that Ray Data never fuses
-them into one operator; on a machine without a GPU the encoder takes half of the CPUs and the rest feeds it.
+Readers, decoders and encoders ask for different amounts of CPU on purpose, so that Ray Data never
+fuses them into one operator; on a machine without a GPU the encoder takes half of the CPUs and the
+rest feeds it.
 """
 
 from __future__ import annotations
@@ -15,15 +16,12 @@ from typing import Any
 import ray
 
 from pds_ray.config import Actors
-from pds_ray.distributed import (
-    TASK_RETRIES,
-    keeping_memory,
-)
+from pds_ray.distributed import TASK_RETRIES, malloc_env, ray_private
 from pds_ray.distributed.sizes import pool_size
 
 READ_CPUS, DECODE_CPUS, SMALL_TASK_CPUS = 0.5, 0.25, 1.0
 
-SETTLE_S, POLL_S = 2.0, 0.05  # what tasks that have ended gave back is told a little later
+SETTLE_S, POLL_S = 2.0, 0.05  # Ray reports the CPUs of tasks that have ended as free a little later
 
 
 @dataclass(frozen=True)
@@ -31,9 +29,9 @@ class Pool:
     """Actors of one kind: how many, and what each takes."""
 
     min_workers: int
-    """Without so many the work does not begin."""
+    """The work does not begin with fewer."""
     workers: int
-    """That the cluster has room for now, or that are wished for."""
+    """As many as the options ask for, or else as the cluster has room for now."""
     max_workers: int | None
     """None: as many as there are GPUs for, whenever they come."""
     num_cpus: float
@@ -41,21 +39,21 @@ class Pool:
     resources: dict[str, float]
 
     def options(self) -> dict[str, Any]:
-        """What an actor takes, as arguments of Ray."""
-        kept = {} if self.num_gpus else keeping_memory()
+        """Return what an actor takes as arguments of Ray."""
+        memory = {} if self.num_gpus else malloc_env()
         return {
             "num_cpus": self.num_cpus,
             **({"num_gpus": self.num_gpus} if self.num_gpus else {}),
-            **({"runtime_env": {"env_vars": kept}} if kept else {}),
+            **({"runtime_env": {"env_vars": memory}} if memory else {}),
             **({"resources": self.resources} if self.resources else {}),
         }
 
 
 def pool(wish: Actors, on_gpu: bool = True) -> Pool:
-    """Actors for a model: one a GPU if the cluster has any, else as many as half of its CPUs feed well.
+    """Return the actors for a model: one per GPU, or as many as half of the CPUs feed well.
 
-    None takes more than half of the largest node's CPUs: more would fit on no node that reads as well. `on_gpu` is
-    false for work that has no use for a GPU.
+    Each actor gets at most half of a node's CPUs; the rest is for readers. `on_gpu` is false for
+    work that has no use for a GPU.
     """
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
@@ -71,14 +69,17 @@ def pool(wish: Actors, on_gpu: bool = True) -> Pool:
 
 
 def precision(wish: str, actors: Pool, on_gpu: str) -> str:
-    """The precision that `auto` stands for: `on_gpu` where the actors have GPUs, else fp32."""
+    """Return the precision that `auto` stands for: `on_gpu` if actors have GPUs, else fp32."""
     if wish != "auto":
         return wish
     return on_gpu if actors.num_gpus else "fp32"
 
 
 def actor_options(actors: Pool, threads: int = 1) -> dict[str, Any]:
-    """The pool as arguments of `Dataset.map_batches`; that many `threads` of each actor call it at once."""
+    """Return the pool as arguments of `Dataset.map_batches`.
+
+    `threads` threads of each actor call the worker at once.
+    """
     return {
         "compute": ray.data.ActorPoolStrategy(
             min_size=actors.min_workers,
@@ -99,30 +100,25 @@ def map_blocks(
     actors: Pool,
     threads: int = 1,
 ) -> ray.data.Dataset:
-    """`dataset` with each block, whole, given to one of the actors `worker(*arguments)`, as an Arrow table."""
-    # map_batches itself, which calls this, refuses whole blocks where actors have GPUs
-    return dataset.map_batches_internal(
-        worker,
-        fn_constructor_args=arguments,
-        batch_size=None,
-        batch_format="pyarrow",
-        **actor_options(actors, threads),
-    )
+    """Return `dataset` mapped block by block, as Arrow tables, by actors `worker(*arguments)`."""
+    options = actor_options(actors, threads)
+    return ray_private.map_whole_blocks(dataset, worker, arguments, **options)
 
 
 def start_model(actors: Pool, function: Callable[..., Any], *args: Any) -> ray.ObjectRef:
-    """Starts `function`, which loads a model, where one of the actors would run."""
+    """Start `function`, which loads a model, where one of the actors would run."""
     return ray.remote(**{**actors.options(), "num_cpus": SMALL_TASK_CPUS})(function).remote(*args)
 
 
 def most_cpus() -> int:
-    """The CPUs that the node with most of them has free: on a shared cluster those of others may stay taken.
+    """Return the largest number of CPUs that is free on one node.
 
-    Waits up to SETTLE_S for one as large as any to be free as a whole.
+    On a shared cluster some may stay taken by others. Waits up to SETTLE_S for a node as large as
+    any to be free as a whole.
     """
     deadline = time.monotonic() + SETTLE_S
     while True:
-        free = ray._private.state.available_resources_per_node()  # no public call tells it
+        free = ray_private.free_resources()
         alive = {
             node["NodeID"]: node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]
         }
@@ -133,7 +129,7 @@ def most_cpus() -> int:
 
 
 def most_memory() -> float:
-    """Bytes that Ray gives to tasks on the node that has most."""
+    """Return the bytes that Ray gives to tasks on the node that has most."""
     return max(
         (node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0
     )

@@ -1,11 +1,11 @@
-"""Settings of one process: threads of models, garbage collection, a time limit. No Ray here."""
+"""Settings of one process: environment, threads, garbage collection, a time limit. No Ray here."""
 
 from __future__ import annotations
 
 import faulthandler
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -13,12 +13,28 @@ Result = TypeVar("Result")
 
 Model = TypeVar("Model")
 
-MODEL_THREADS = 4  # of each model, however many CPUs there are beyond: results round by how the work is shared out
+# Of each model, however many CPUs there are beyond: results round by how the work is shared out.
+MODEL_THREADS = 4
+
+
+@contextmanager
+def default_environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set those environment variables that are not set; unset them afterwards."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[Callable[[], None]]:
-    """Ends the process, even one stuck in C code, when the block takes longer; what is given starts the clock anew."""
+    """End the process, even one stuck in C code, if the block takes longer.
+
+    Calling what it gives restarts the clock.
+    """
 
     def begin() -> None:
         faulthandler.dump_traceback_later(seconds, exit=True)
@@ -31,9 +47,11 @@ def time_limit(seconds: float) -> Iterator[Callable[[], None]]:
 
 
 def load_model(load: Callable[..., Model], *args: Any) -> Model:
-    """Gives torch MODEL_THREADS threads from here on, fewer if this process may use fewer cores; then `load(*args)`.
+    """Give torch its threads and return `load(*args)`.
 
-    With more than that, kernels wait for threads that have no core to run on: a ViT-B-32 takes tens of times as long.
+    They are MODEL_THREADS, or fewer if this process may use fewer cores. With more threads than
+    cores, kernels wait for threads that have no core to run on: a ViT-B-32 takes tens of times as
+    long.
     """
     with without_collections():
         import torch
@@ -49,7 +67,7 @@ def load_model(load: Callable[..., Model], *args: Any) -> Model:
 
 @contextmanager
 def without_collections() -> Iterator[None]:
-    """For large imports: what they make lives on, and looking through it for garbage again and again takes time."""
+    """Switch garbage collection off for large imports, as all that they make lives on."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -60,7 +78,10 @@ def without_collections() -> Iterator[None]:
 
 
 def with_faiss_threads(threads: int, function: Callable[..., Result], *args: Any) -> Result:
-    """A reused worker keeps the thread count it began with: it is set anew."""
+    """Return `function(*args)`, run with `threads` threads for FAISS.
+
+    They are set each time, because a reused worker keeps the count of its last task.
+    """
     import faiss
 
     faiss.omp_set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Prototypes over shards: sums of pairs, then the nearest caption and the nearest image of each prototype."""
+"""Prototypes over shards: sums of pairs, then the caption and the image nearest to each."""
 
 from __future__ import annotations
 

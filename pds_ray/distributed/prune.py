@@ -1,4 +1,4 @@
-"""Pruning over shards: passes over the similarity column find the threshold, a last one writes the masks."""
+"""Pruning over shards: three passes over the similarities find the threshold, a last one writes."""
 
 from __future__ import annotations
 

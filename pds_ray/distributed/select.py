@@ -1,4 +1,4 @@
-"""Selection: all embeddings are gathered in one heavy task that picks; the picks are looked up where they lie."""
+"""Selection: one task gathers all embeddings and picks; the picks are looked up in their shards."""
 
 from __future__ import annotations
 
@@ -34,14 +34,13 @@ def select(run: Run) -> Counts:
     """
     shards, store, config = run.shard_names, run.store, run.config
     counts, dim = run.counts("embed"), run.encoder.dim
-    needed, there = (
-        core.candidate_bytes(counts["images"], counts["pairs"], dim),
-        pools.most_memory(),
-    )
+    needed = core.candidate_bytes(counts["images"], counts["pairs"], dim)
+    there = pools.most_memory()
     if needed > there:
         raise ConfigError(
-            f"method {config.method} holds all embeddings at once, {needed / 2**30:,.1f} GiB of {counts['pairs']:,} "
-            f"pairs; the largest node has {there / 2**30:,.1f} GiB for it; take larger nodes, fewer data, or method pds"
+            f"method {config.method} holds all embeddings at once, {needed / 2**30:,.1f} GiB of "
+            f"{counts['pairs']:,} pairs; the largest node has {there / 2**30:,.1f} GiB for it; "
+            "take larger nodes, fewer data, or method pds"
         )
     picks = []
     with progress_bar("select", config.pairs, "pairs") as bar:

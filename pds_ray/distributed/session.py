@@ -1,4 +1,4 @@
-"""Connecting to a Ray cluster or starting a local one, the options set there, and errors of workers as errors of the driver."""
+"""The connection to Ray: starting or joining it, its options, and workers' errors in the driver."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import psutil
@@ -24,49 +24,83 @@ from pds_ray.distributed import (
     MACHINES_LOST,
     NODES,
     TASK_RETRIES,
+    TRAIN,
+    environment,
     metrics,
+    ray_private,
 )
-from pds_ray.distributed.process import without_collections
+from pds_ray.distributed.process import default_environment, without_collections
 from pds_ray.distributed.tasks import LOST
 from pds_ray.distributed.watch import no_space
 from pds_ray.errors import UserError, first_line
 
 CONNECT_TIMEOUT_S = 10
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+ENVIRONMENT = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    # threads of a model that wait for each other must not spin while readers and decoders want the
+    # same cores
+    "OMP_WAIT_POLICY": "PASSIVE",
+    **environment(DRIVER, NODES, TRAIN),
+}
+"""Environment variables of this process during a session, unless they are set already."""
+
+# A process has one Ray, and so one session: what `start` did to the process, for `stop` to undo,
+# and the limits that Ray read from the environment because `start` began it.
+_undo = ExitStack()
+_limits_read: dict[str, str] = {}
 
 
 def start(config: RayConfig, run: str = "") -> dict[str, Any]:
-    """Connects to a cluster, or starts a local Ray sized to the machine; returns the settings in force, for run.json.
+    """Connect to a cluster, or start a local Ray sized to the machine, and set all options.
 
-    `run` is what metrics are tagged with.
+    A Ray that is initialised already is used as it is. Returns the settings in force, for run.json;
+    `run` is the tag of this thread's metrics.
 
     Raises ConfigError in one line if a given address does not answer.
     """
     address = config.address or os.environ.get("RAY_ADDRESS")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    # threads of a model that wait for each other must not spin while readers and decoders want the same cores
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with without_collections():
+    with without_collections(), ExitStack() as undo:
+        undo.enter_context(default_environment(ENVIRONMENT))
         if not ray.is_initialized():
-            with _muffled(), _own_signals():
-                _connect(address) if address else _start_local(config)
-        metrics.of_run(run)
-        _set_data_options()
+            undo.callback(_limits_read.clear)
+            undo.enter_context(_ray(address, config))
+            _limits_read.update(_limits_of_environment(local=address is None))
+        undo.enter_context(_data_options())
+        metrics.count_for(run)
+        _undo.callback(undo.pop_all().close)
     resources = ray.cluster_resources()
     return {
         "address": address or "local",
         "cpus": resources.get("CPU", 0),
         "gpus": resources.get("GPU", 0),
         "object_store_bytes": int(resources.get("object_store_memory", 0)),
-        **_limits_in_force(local=address is None),
+        **_limits_in_force(),
     }
 
 
-QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+def stop() -> None:
+    """Undo what `start` did: restore environment and options, leave the cluster, end a local Ray.
+
+    A Ray that was initialised before `start` stays.
+    """
+    _undo.close()
+
+
+@contextmanager
+def _ray(address: str | None, config: RayConfig) -> Iterator[None]:
+    """Be connected to a cluster, or to a local Ray that ends with the block."""
+    with _muffled(), _own_signals():
+        _connect(address) if address else _start_local(config)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _connect(address: str) -> None:
-    """Joins a running cluster. Raises ConfigError in one line if none answers."""
+    """Join a running cluster. Raises ConfigError in one line if none answers."""
     advice = "start one or drop --address"
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():  # asked first: Ray itself would try for minutes
@@ -103,7 +137,7 @@ def _start_local(config: RayConfig) -> None:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Sets the handlers of signals again that Ray replaces while it starts: its own abort on SIGTERM with a dump."""
+    """Restore the signal handlers that Ray replaces: its own aborts on SIGTERM with a dump."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -118,10 +152,9 @@ def _own_signals() -> Iterator[None]:
 
 @contextmanager
 def _muffled() -> Iterator[None]:
-    """Keeps what Ray's C++ side prints while it starts off the terminal; what goes wrong is raised anyway."""
-    if (
-        os.environ.get("RAY_BACKEND_LOG_LEVEL") != "fatal"
-    ):  # set by the command line unless it is verbose
+    """Keep the prints of Ray's C++ side off the terminal; errors are raised anyway."""
+    # the command line sets this unless it is verbose
+    if os.environ.get("RAY_BACKEND_LOG_LEVEL") != "fatal":
         yield
         return
     sys.stderr.flush()
@@ -137,39 +170,51 @@ def _muffled() -> Iterator[None]:
 
 @contextmanager
 def unwrapped_errors() -> Iterator[None]:
-    """Raises a UserError of a worker (weights that cannot be loaded) as one of the driver, without Ray's wrapping."""
+    """Raise a UserError of a worker, such as missing weights, without Ray's wrapping."""
     try:
         yield
     except (ray.exceptions.RayError, UserError) as error:
-        cause = getattr(error, "cause", None)
-        if no_space(error):
-            raise UserError(no_space(error)) from error
-        if isinstance(cause, OSError) and not isinstance(
-            cause, (UserError, *LOST)
-        ):  # a disk that is full, or gone
-            raise UserError(first_line(cause)) from error
-        kinds = r"^pds_ray\.[\w.]*\.(?:Config|Source|Storage|DistilledSet)Error: (.+)$"
-        found = re.findall(kinds, str(error), flags=re.MULTILINE)
-        if found:
-            raise UserError(found[-1]) from error
-        raise
+        found = _user_error(error)
+        if found is None:
+            raise
+        raise found from error
 
 
-def stop() -> None:
-    """Leaves the cluster; ends a local Ray."""
-    ray.shutdown()
+def _user_error(error: BaseException) -> UserError | None:
+    """Return what the user can mend among the causes of `error`, if there is anything."""
+    if no_space(error):
+        return UserError(no_space(error))
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, UserError):
+        return cause
+    if isinstance(cause, OSError) and not isinstance(cause, LOST):  # a disk that is full, or gone
+        return UserError(first_line(cause))
+    # Ray Data and Ray Train wrap the error in one of their own, and its text alone reaches the
+    # driver
+    names = "|".join(re.escape(f"{kind.__module__}.{kind.__name__}") for kind in _kinds(UserError))
+    found = re.findall(rf"^(?:{names}): (.+)$", str(error), flags=re.MULTILINE)
+    return UserError(found[-1]) if found else None
 
 
-def _limits_in_force(local: bool) -> dict[str, Any]:
-    """The limits of the package as they are; those of the nodes of a cluster that others started are not known."""
+def _kinds(kind: type[UserError]) -> Iterator[type[UserError]]:
+    """Yield the class and all its subclasses that are imported."""
+    yield kind
+    for subclass in kind.__subclasses__():
+        yield from _kinds(subclass)
+
+
+def _limits_of_environment(local: bool) -> dict[str, str]:
+    """Return the limits that a Ray begun now reads; nodes that others started are unknown."""
+    names = {**DRIVER, **(NODES if local else {})}
+    return {name: os.environ[f"RAY_{name}"] for name in names}
+
+
+def _limits_in_force() -> dict[str, Any]:
+    """Return the package's limits as they are, as far as they are known."""
     context = ray.data.DataContext.get_current()
-    environment = {**DRIVER, **(NODES if local else {})}
-    found: dict[str, Any] = {name: os.environ[f"RAY_{name}"] for name in environment}
-    if local:
-        node: Any = ray._private.worker._global_node
-        found["object_spilling_directory"] = (
-            node.get_session_dir_path()
-        )  # unless it was said otherwise, as it is not
+    found: dict[str, Any] = dict(_limits_read)
+    if NODES.keys() <= found.keys():  # a local Ray
+        found["object_spilling_directory"] = ray_private.session_folder()
     found |= {name: getattr(context, name) for name in DATA}
     return {
         **found,
@@ -179,18 +224,37 @@ def _limits_in_force(local: bool) -> dict[str, Any]:
     }
 
 
-def _set_data_options() -> None:
-    """Ray Data's options, set before any data set is made (each freezes them)."""
+@contextmanager
+def _data_options() -> Iterator[None]:
+    """Set Ray Data's options and quieten its logs; restore both afterwards.
+
+    A data set keeps the options that it was made with.
+    """
     # the number of retries has no other name in the release that is pinned
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.enable_operator_progress_bars = False
-    context.print_on_execution_start = False
-    for name, (value, _) in DATA.items():
+    options: dict[str, Any] = {
+        "enable_progress_bars": False,
+        "enable_operator_progress_bars": False,
+        "print_on_execution_start": False,
+        **{name: value for name, (value, _) in DATA.items()},
+    }
+    # of Ray Data's own log, lost blocks are read by `watch.LostBlocks`; the rest is raised
+    levels = {"ray": logging.ERROR, "ray.data": logging.CRITICAL}
+    before = {name: getattr(context, name) for name in options}
+    levels_before = {name: logging.getLogger(name).level for name in levels}
+    detectors = context.issue_detectors_config.detectors
+    context.issue_detectors_config.detectors = []  # their advice is for authors of pipelines
+    _set(context, options, levels)
+    try:
+        yield
+    finally:
+        context.issue_detectors_config.detectors = detectors
+        _set(context, before, levels_before)
+
+
+def _set(context: Any, options: dict[str, Any], levels: dict[str, int]) -> None:
+    for name, value in options.items():
         setattr(context, name, value)
-    context.issue_detectors_config.detectors = []  # its advice is for pipeline authors, not for users
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.data").setLevel(
-        logging.CRITICAL
-    )  # blocks that are lost are looked for; the rest is raised
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)

@@ -1,4 +1,4 @@
-"""Commands as jobs of a Ray cluster, by its Jobs API."""
+"""Commands as jobs of a Ray cluster, through its Jobs API."""
 
 from __future__ import annotations
 
@@ -22,18 +22,23 @@ from pds_ray.catalog import SOURCES
 from pds_ray.config import ConfigError
 from pds_ray.errors import first_line, without_secrets
 from pds_ray.store.storage import Folder, is_remote
+from pds_ray.telemetry import log
 
 FOLLOW_AGAIN_S = 2.0
 PATIENCE_S = 300.0
-"""So long a cluster may give no answer before its job is followed no more."""
-AGENT_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+"""A cluster that gives no answer for so long is not followed any more."""
+AGENT_WAIT_S, AGENT_POLL_S = 600.0, 2.0
+"""How long a new cluster may take until a node can start jobs; the wait between two attempts."""
 PACKAGE = Path(__file__).parents[1]
 ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": "30"}
-"""What a job gets unless told otherwise. After Ray's own 3 s a stopped driver is killed, which on an object store may
-not be enough to say in the run folder that it was interrupted."""
+"""Environment of a job unless --env sets it.
+
+After Ray's own 3 s a stopped driver is killed, which
+on an object store may be too early for it to record in the run folder that it was interrupted.
+"""
 CONFIG = "run.yaml"  # the configuration's name in the job's working directory
 PATHS = ("out", "set", "run", "source", "embed.store", "test", "val")
-"""What names places, in a command or its configuration; the first that is there is what the command works on."""
+"""Options that name places; a command works on the first that it or its file gives."""
 
 
 @dataclass(frozen=True)
@@ -53,105 +58,129 @@ class Job:
 
     @property
     def target(self) -> str:
-        """What the command works on, however it is written: one job at a time is let at it."""
+        """The place that the command works on, in one spelling; one job at a time may."""
         path = next((self.paths[name] for name in PATHS if name in self.paths), None)
         if path is None:
             return shlex.join(self.command)
         return path if _scheme(path) else Folder(path).place
 
     def check(self) -> None:
-        """Raises ConfigError for paths that mean nothing on a cluster, and for credentials, which it would show."""
+        """Raise ConfigError for paths unknown to a cluster, and for credentials, which it shows."""
         if any(without_secrets(text) != text for text in (*self.command, *self.paths.values())):
             raise ConfigError(
-                "the command holds credentials, and a cluster shows commands; put them in its environment"
+                "the command holds credentials, and a cluster shows commands; put them in its "
+                "environment"
             )
         for name, path in self.paths.items():
             scheme = _scheme(path)
             place = path.removeprefix(scheme).removeprefix("file://")
             if not (is_remote(path) or scheme == "scenes:" or place.startswith("/")):
                 raise ConfigError(
-                    f"{name} is {path!r}; a job needs a path that all nodes have, from the root, or a URI"
+                    f"{name} is {path!r}; a job needs a path that all nodes have, from the root, "
+                    "or a URI"
                 )
 
 
 def _scheme(path: str) -> str:
-    """What a source that is no plain path or URI begins with, as `coco:` in coco:ROOT:SPLIT, or ""."""
+    """Return the prefix of a source that is no path or URI, as `coco:` in coco:ROOT:SPLIT."""
     scheme, mark, _ = path.partition(":")
     return scheme + mark if mark and scheme in SOURCES else ""
 
 
 def stop_command(name: str, address: str | None) -> str:
-    """What ends a job, for people to type."""
+    """Return the command that ends a job, for people to type."""
     return f"ray job stop {name}" + (f" --address {address}" if address else "")
 
 
 def submit(job: Job, address: str | None) -> str:
-    """Submits a job and returns its id.
+    """Submit a job and return its id.
 
-    Raises ConfigError in one line if the job cannot be, if no cluster can be reached there, or if it refuses or already
-    works on the same target.
+    Raises ConfigError in one line if the job is refused here, if no cluster can be reached there,
+    or if the cluster refuses it, already works on the same target or can start no job for
+    AGENT_WAIT_S seconds.
     """
     job.check()
     client = _client(address)
-    prefix = f"pds-ray-{hashlib.sha256(job.target.encode()).hexdigest()[:10]}-"
     try:
-        before = [
-            other for other in client.list_jobs() if (other.submission_id or "").startswith(prefix)
-        ]
-        for other in before:
-            if not other.status.is_terminal():
-                name = str(other.submission_id)
-                raise ConfigError(
-                    f"job {name} already works on {job.target}; wait for it, or `{stop_command(name, address)}`"
-                )
-        # two who submit at once get the same id, and Ray refuses one of them
-        numbers = [
-            int(other.submission_id.removeprefix(prefix)) for other in before if other.submission_id
-        ]
-        command, runtime_env = (
-            list(job.command),
-            dict[str, Any](env_vars={**ENVIRONMENT, **job.env}),
-        )
+        name = _new_id(client, job, address)
         with tempfile.TemporaryDirectory() as folder:
-            if job.config is not None:
-                (Path(folder) / CONFIG).write_bytes(Path(job.config).read_bytes())
-                names = {job.config: CONFIG, f"--config={job.config}": f"--config={CONFIG}"}
-                command = [names.get(part, part) for part in command]
-            runtime_env["working_dir"] = folder
-            if not job.installed:
-                runtime_env["py_modules"] = [str(PACKAGE)]
-                runtime_env["excludes"] = ["__pycache__"]
-            return _submit(
-                client,
-                entrypoint=shlex.join(["python", "-m", "pds_ray.cli", *command]),
-                submission_id=f"{prefix}{max(numbers, default=0) + 1}",
-                runtime_env=runtime_env,
-                entrypoint_num_cpus=job.driver_cpus or None,
-            )
+            return _submit(client, submission_id=name, **_request(job, Path(folder)))
     except RuntimeError as error:
         raise ConfigError(f"the cluster refuses the job: {first_line(error)}") from error
     except requests.RequestException as error:
         raise ConfigError(
-            f"no answer from the cluster ({_reason(error)}); submit again: a job that it took is named then"
+            f"no answer from the cluster ({_reason(error)}); submit again: a job that it took is "
+            "named then"
         ) from error
 
 
-def _submit(client: JobSubmissionClient, **job: Any) -> str:
-    """A head that has just started answers before it takes jobs."""
-    for wait_s in AGENT_WAITS_S:
+def _new_id(client: JobSubmissionClient, job: Job, address: str | None) -> str:
+    """Return an id for the job. Raises ConfigError if another job works on its target.
+
+    Two who submit at once get the same id, and Ray refuses one of them.
+    """
+    prefix = f"pds-ray-{hashlib.sha256(job.target.encode()).hexdigest()[:10]}-"
+    numbers = [0]
+    for other in client.list_jobs():
+        name = other.submission_id or ""
+        if not name.startswith(prefix):
+            continue
+        if not other.status.is_terminal():
+            raise ConfigError(
+                f"job {name} already works on {job.target}; wait for it, or "
+                f"`{stop_command(name, address)}`"
+            )
+        numbers.append(int(name.removeprefix(prefix)))
+    return f"{prefix}{max(numbers) + 1}"
+
+
+def _request(job: Job, folder: Path) -> dict[str, Any]:
+    """Return the job as arguments of `submit_job`; its working directory is `folder`."""
+    command = list(job.command)
+    if job.config is not None:
+        (folder / CONFIG).write_bytes(Path(job.config).read_bytes())
+        names = {job.config: CONFIG, f"--config={job.config}": f"--config={CONFIG}"}
+        command = [names.get(part, part) for part in command]
+    package = {} if job.installed else {"py_modules": [str(PACKAGE)], "excludes": ["__pycache__"]}
+    return {
+        "entrypoint": shlex.join(["python", "-m", "pds_ray.cli", *command]),
+        "entrypoint_num_cpus": job.driver_cpus or None,
+        "runtime_env": {
+            "env_vars": {**ENVIRONMENT, **job.env},
+            "working_dir": str(folder),
+            **package,
+        },
+    }
+
+
+def _submit(client: JobSubmissionClient, **request: Any) -> str:
+    """Submit a job, and again while the cluster is new: its head answers before nodes take jobs."""
+    deadline = time.monotonic() + AGENT_WAIT_S
+    waiting = False
+    while True:
         try:
-            return client.submit_job(**job)
+            return client.submit_job(**request)
         except RuntimeError as error:
-            if "try again later" not in str(error):
+            if "No available agent" not in str(error):
                 raise
-            time.sleep(wait_s)
-    return client.submit_job(**job)
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"the cluster answers, but for {AGENT_WAIT_S / 60:.0f} minutes none of its "
+                    "nodes could start a job (no job agent); see `ray status` and "
+                    "dashboard_agent.log on its head, and submit again"
+                ) from error
+        if not waiting:
+            text = "pds-ray: the cluster cannot start jobs yet; waiting for one of its nodes"
+            log.event("waiting_for_cluster", text)
+            waiting = True
+        time.sleep(AGENT_POLL_S)
 
 
 def follow(job: str, address: str | None) -> tuple[str, int]:
-    """Prints what the job prints until it ends. Returns how it ended (SUCCEEDED, FAILED, STOPPED) and its exit code.
+    """Print what the job prints until it ends; return its final status and its exit code.
 
-    Raises ConfigError in one line if the cluster gives no answer for `PATIENCE_S` seconds.
+    The status is SUCCEEDED, FAILED or STOPPED. Raises ConfigError in one line if the cluster gives
+    no answer for `PATIENCE_S` seconds.
     """
     info = asyncio.run(_follow(_client(address), job))
     if info.status == JobStatus.SUCCEEDED:
@@ -160,12 +189,11 @@ def follow(job: str, address: str | None) -> tuple[str, int]:
 
 
 async def _follow(client: JobSubmissionClient, job: str) -> JobDetails:
-    shown = 0  # characters; whoever follows anew is told everything again
+    shown = 0  # characters; each connection tells the log from its beginning
     while True:
         position = 0
-        with suppress(
-            RuntimeError, aiohttp.ClientError
-        ):  # the connection broke; the job does not depend on it
+        # a connection that breaks: the job does not depend on it
+        with suppress(RuntimeError, aiohttp.ClientError):
             async for text in client.tail_job_logs(job):
                 sys.stdout.write(text[max(0, shown - position) :])
                 sys.stdout.flush()
@@ -178,7 +206,10 @@ async def _follow(client: JobSubmissionClient, job: str) -> JobDetails:
 
 
 async def _info(client: JobSubmissionClient, job: str) -> JobDetails:
-    """What the cluster knows of a job. A forwarded port that breaks may come back: it is asked again for a while."""
+    """Return what the cluster knows of a job.
+
+    It is asked again for PATIENCE_S seconds, as a forwarded port may come back.
+    """
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
@@ -186,8 +217,9 @@ async def _info(client: JobSubmissionClient, job: str) -> JobDetails:
         except (requests.RequestException, RuntimeError, AuthenticationError) as error:
             if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"no word of job {job} for {PATIENCE_S / 60:.0f} minutes ({_reason(error)}); unless its cluster is "
-                    f"gone it goes on: `ray job logs -f --address {client.get_address()} {job}` follows it"
+                    f"no word of job {job} for {PATIENCE_S / 60:.0f} minutes ({_reason(error)}); "
+                    "unless its cluster is gone it goes on: "
+                    f"`ray job logs -f --address {client.get_address()} {job}` follows it"
                 ) from error
         await asyncio.sleep(FOLLOW_AGAIN_S)
 
@@ -203,8 +235,9 @@ def _client(address: str | None) -> JobSubmissionClient:
         AuthenticationError,
     ) as error:
         raise ConfigError(
-            f"no Ray cluster takes jobs at {address or 'the default address'} ({_reason(error)}); give --address "
-            "http://HEAD:8265, and where it wants a token, RAY_AUTH_MODE=token and the token in RAY_AUTH_TOKEN"
+            f"no Ray cluster takes jobs at {address or 'the default address'} ({_reason(error)}); "
+            "give --address http://HEAD:8265, and where it wants a token, RAY_AUTH_MODE=token and "
+            "the token in RAY_AUTH_TOKEN"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Synthesis on Ray Data: chunks of prototypes go through a pool of decoders; each writes its pictures itself."""
+"""Synthesis on Ray Data: chunks of prototypes go to a pool of decoders, which write the images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pds_ray.telemetry.progress import progress_bar, waiting_for
 
 
 class SynthesizeWorker:
-    """Loads the decoder once; decodes chunks and writes the pictures that are not there yet."""
+    """Actor that loads the decoder once, decodes chunks and writes the images that are missing."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class SynthesizeWorker:
         config: RunConfig,
         source: Source,
         folder: RunFolder,
-        under_way: watch.UnderWay,
+        in_flight: watch.InFlight,
     ) -> None:
         is_model = info.dim is not None  # it takes embeddings
         load = (
@@ -40,7 +40,7 @@ class SynthesizeWorker:
         self.decoder = load(info, config.decode, source)
         self.config = config
         self.folder = folder
-        self.under_way = under_way
+        self.in_flight = in_flight
         self.prototypes = folder.prototypes()
         self.free_since = time.monotonic()
 
@@ -50,7 +50,7 @@ class SynthesizeWorker:
             batch.column("start").to_pylist(), batch.column("stop").to_pylist(), strict=True
         ):
             pairs = range(start, stop)
-            self.under_way.begin(_named(start))
+            self.in_flight.begin(_named(start))
             request = core.make_batch(self.prototypes, pairs, self.config.seed, self.config.decode)
             images = core.synthesize_chunk(self.decoder, request, self.config.decode)
             fresh, began = 0, time.monotonic()
@@ -77,8 +77,8 @@ class SynthesizeWorker:
 
 
 def _named(start: int) -> str:
-    """A chunk, as the watchdog tells of it."""
-    return f"the pictures from {RunFolder.image_name(start)} on"
+    """Return a chunk's name for the stall watchdog."""
+    return f"the images from {RunFolder.image_name(start)} on"
 
 
 def synthesize(run: Run) -> Counts:
@@ -105,16 +105,16 @@ def _decode(run: Run, config: RunConfig) -> Counts:
     if todo:
         ended = set[str]()
         with (
-            watch.UnderWay() as under_way,
+            watch.InFlight() as in_flight,
             progress_bar("decode", pairs, "images", found) as bar,
         ):
-            waiting_for(lambda: under_way.describe(ended))
+            waiting_for(lambda: in_flight.describe(ended))
             dataset = ray.data.from_items(
                 [{"start": chunk.start, "stop": chunk.stop} for chunk in todo],
                 override_num_blocks=len(todo),
             ).map_batches(
                 SynthesizeWorker,
-                fn_constructor_args=(run.decoder, config, run.source, folder, under_way),
+                fn_constructor_args=(run.decoder, config, run.source, folder, in_flight),
                 batch_size=1,
                 batch_format="pyarrow",
                 **pools.actor_options(_pool(run)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pds_ray import catalog
@@ -147,7 +147,8 @@ def _set_files(run: _Run) -> list[tuple[str, str]]:
 
 def _miscounted(store: EmbeddingStore, shard: str, marker: dict[str, Any]) -> Problem | None:
     """Return a problem if a marker disagrees with the shard's files, whose hashes are good."""
-    counts = shard_counts(store.images(shard, []), store.captions(shard, []), store.errors(shard))
+    tables = store.images(shard, []), store.captions(shard, []), store.errors(shard)
+    counts = asdict(shard_counts(*tables))
     told = {name: marker[name] for name in counts}
     if told == counts:
         return None
@@ -162,7 +163,7 @@ def _disagreements(run: _Run, markers: dict[str, dict[str, Any]]) -> Iterator[Pr
         shard = name.removesuffix(store.IMAGES)
         if shard not in markers and shard not in failed:
             yield Problem("embed", shard + store.MARKER, "missing or corrupt", shard)
-    found = {"shards": len(markers) + len(failed), **sum_counts(markers.values())}
+    found = {"shards": len(markers) + len(failed), **asdict(sum_counts(markers.values()))}
     for what in ("shards", "images", "pairs", "bad"):
         if found[what] != counts[what]:
             yield Problem(

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from pds_ray import catalog
 from pds_ray.config import ClusterConfig, RayConfig, RunConfig, replace
 from pds_ray.decoders.base import DecodeBatch, DecoderInfo
-from pds_ray.distributed import keeping_memory
+from pds_ray.distributed import malloc_env
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.engine.run import distill
 from pds_ray.errors import without_secrets
@@ -93,7 +93,7 @@ def bench(config: RunConfig) -> dict[str, Any]:
             for uri in uris
         }
         bar.update()
-        with _environment({} if _gpus() else keeping_memory()):  # as the engine's workers have it
+        with _environment({} if _gpus() else malloc_env()):  # as the engine's workers have it
             figures = _in_a_process(_model_figures, info, decoder, jpegs, config)
         bar.update()
         figures |= _pass_figures(Folder(folder), info.dim, config) | _arithmetic_figures(info.dim)

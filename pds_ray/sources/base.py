@@ -8,7 +8,7 @@ sample.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
@@ -26,9 +26,9 @@ class SourceError(UserError, ValueError):
 class MissingShardsError(SourceError):
     """Some shards that the source names are not there."""
 
-    def __init__(self, message: str, found: list[Shard]) -> None:
+    def __init__(self, message: str, found: Iterable[Shard] = ()) -> None:
         super().__init__(message)
-        self.found = found
+        self.found = list(found)
         """The shards that are there."""
 
 

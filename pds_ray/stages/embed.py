@@ -1,16 +1,17 @@
 """Embedding: samples of a shard -> un-normalised CLIP vectors of its images and captions.
 
-A shard flows through as Arrow tables ("blocks"): `read_blocks` -> `decode_block` -> `embed_block` -> `merge_parts`.
-Each image is embedded once, each caption once (methods.md A.5). What is bad becomes an error row. Rows carry their
-ordinal in the shard, so that blocks may arrive in any order and any size.
+A shard flows through as Arrow tables ("blocks"): `read_blocks` -> `decode_block` -> `embed_block`
+-> `merge_parts`. Each image is embedded once, each caption once (docs/methods.md). Bad samples
+become error rows. Rows carry their ordinal in the shard, so that blocks may arrive in any order and
+any size.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -27,19 +28,19 @@ from pds_ray.sources.base import Fault, Shard, Source, read_shard
 from pds_ray.store.schemas import ERROR_SCHEMA, caption_schema, embedding_array, image_schema
 
 END = "end"  # reason of the row that closes a shard; its ordinal is the number of rows before it
+DETAIL_CHARACTERS = 500
 BLOCK_SAMPLES = 256
 BLOCK_BYTES = 32 << 20
-BLOCK_CAPTIONS = 8192  # and one sample's more: their embeddings are held at once
+# And those of one sample more: the embeddings of a block are held at once.
+BLOCK_CAPTIONS = 8192
 
 RAW_SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
         ("ordinal", pa.int32()),
         ("key", pa.string()),
-        (
-            "image",
-            pa.large_binary(),
-        ),  # encoded picture; after decode_block raw RGB pixels; null for a fault
+        # encoded image; after decode_block raw RGB pixels; null for a bad sample
+        ("image", pa.large_binary()),
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("captions", pa.list_(pa.string())),
@@ -49,9 +50,47 @@ RAW_SCHEMA = pa.schema(
 )
 
 
+@dataclass(frozen=True)
+class ShardCounts:
+    """Numbers of a shard, or of several added up; its fields are those of a commit marker."""
+
+    images: int = 0
+    pairs: int = 0
+    bad: int = 0
+    """Samples."""
+    reasons: dict[str, int] = field(default_factory=dict)
+    """Reason -> bad samples, in the order of the reasons."""
+
+    def __add__(self, other: ShardCounts) -> ShardCounts:
+        return ShardCounts(
+            self.images + other.images,
+            self.pairs + other.pairs,
+            self.bad + other.bad,
+            dict(sorted((Counter(self.reasons) + Counter(other.reasons)).items())),
+        )
+
+
+def shard_counts(images: pa.Table, captions: pa.Table, errors: pa.Table) -> ShardCounts:
+    """Return the counts of a shard's tables."""
+    reasons = Counter(errors.column("reason").to_pylist())
+    return ShardCounts(
+        images.num_rows, captions.num_rows, errors.num_rows, dict(sorted(reasons.items()))
+    )
+
+
+def marker_counts(marker: Mapping[str, Any]) -> ShardCounts:
+    """Return the counts that a commit marker holds among others."""
+    return ShardCounts(marker["images"], marker["pairs"], marker["bad"], marker["reasons"])
+
+
+def sum_counts(markers: Iterable[Mapping[str, Any]]) -> ShardCounts:
+    """Return the sum of the counts of several commit markers."""
+    return sum(map(marker_counts, markers), ShardCounts())
+
+
 @dataclass
 class Part:
-    """A run of rows of one shard, embedded."""
+    """Consecutive rows of one shard, embedded."""
 
     first: int
     """Ordinal of its first row."""
@@ -64,7 +103,7 @@ class Part:
 
 
 def read_blocks(source: Source, shard: Shard) -> Iterator[pa.Table]:
-    """The rows of a shard in tables of bounded size; the last row says END.
+    """Yield the rows of a shard in tables of bounded size; the last row says END.
 
     Raises SourceError if the shard cannot be read.
     """
@@ -73,7 +112,7 @@ def read_blocks(source: Source, shard: Shard) -> Iterator[pa.Table]:
     for item in read_shard(source, shard):
         row: dict[str, Any] = {"shard": shard.name, "ordinal": ordinal, "key": item.key}
         if isinstance(item, Fault):
-            row |= {"reason": item.reason, "detail": item.detail[:500]}
+            row |= _refused(item.reason, item.detail)
         else:
             row |= {"image": item.image, "captions": list(item.captions)}
             size += len(item.image) + sum(map(len, item.captions))
@@ -93,150 +132,194 @@ def decode_block(
     config: ReadConfig,
     before: Callable[[int], None] = lambda _: None,
 ) -> pa.Table:
-    """Pictures decoded and resized to the encoder's size, captions cleaned; what fails gets a reason.
+    """Decode and resize images to the encoder's size, clean captions; bad samples get a reason.
 
-    `before` is called with the ordinal of each picture before it is decoded.
+    `before` is called with the ordinal of each image before it is decoded.
     """
-    clean = CLEANERS[config.captions]
-    rows = []
-    for row in block.to_pylist():
+    rows = block.to_pylist()
+    for row in rows:
         if row["reason"] is None:
             before(row["ordinal"])
-            try:
-                image = decode_image(
-                    row["image"], max_pixels=config.max_pixels, min_side=config.min_side
-                )
-            except ImageError as error:
-                row |= {"image": None, "reason": error.reason, "detail": error.detail[:500]}
-            else:
-                row |= {
-                    "image": preprocess(image).tobytes(),
-                    "width": image.width,
-                    "height": image.height,
-                }
-                row["captions"] = list(filter(None, map(clean, row["captions"])))
-                if not row["captions"]:
-                    row |= {
-                        "image": None,
-                        "reason": "missing_caption",
-                        "detail": "empty after cleaning",
-                    }
-        rows.append(row)
+            row.update(_decode(row["image"], row["captions"], preprocess, config))
     return pa.Table.from_pylist(rows, schema=RAW_SCHEMA)
 
 
-def embed_block(block: pa.Table, encoder: Encoder, size: int, config: EmbedConfig) -> Part:
-    """Pixels [size, size, 3] and captions of a decoded block -> one Part; non-finite embeddings become errors."""
-    reasons = block.column("reason").to_pylist()
-    keys = block.column("key").to_pylist()
-    ordinals = block.column("ordinal").to_pylist()
-    good = [i for i, reason in enumerate(reasons) if reason is None]
-    pixels = block.column("image").to_pylist()
-    captions = block.column("captions").to_pylist()
-    flat = [caption for i in good for caption in captions[i]]
-    owner = np.array([n for n, i in enumerate(good) for _ in captions[i]], dtype=np.int32)
-    place = [m for i in good for m in range(len(captions[i]))]
+def _decode(
+    data: bytes, captions: list[str], preprocess: Preprocess, config: ReadConfig
+) -> dict[str, Any]:
+    """Return the columns of a sample that decoding changes."""
+    try:
+        image = decode_image(data, max_pixels=config.max_pixels, min_side=config.min_side)
+    except ImageError as error:
+        return _refused(error.reason, error.detail)
+    pixels = preprocess(image).tobytes()
+    cleaned = list(filter(None, map(CLEANERS[config.captions], captions)))
+    if not cleaned:
+        return _refused("missing_caption", "empty after cleaning")
+    return {"image": pixels, "width": image.width, "height": image.height, "captions": cleaned}
 
-    image_embeddings = _batched(
-        [pixels[i] for i in good],
-        lambda chunk: encoder.encode_images(
-            np.frombuffer(b"".join(chunk), np.uint8).reshape(-1, size, size, 3).copy()
-        ),
-        bytes(size * size * 3),
-        encoder.dim,
-        config.batch_size,
-    )
-    caption_embeddings = _batched(flat, encoder.encode_captions, "", encoder.dim, config.batch_size)
+
+def _refused(reason: str, detail: str) -> dict[str, Any]:
+    """Return the columns of a bad sample."""
+    return {"image": None, "reason": reason, "detail": detail[:DETAIL_CHARACTERS]}
+
+
+def embed_block(block: pa.Table, encoder: Encoder, size: int, config: EmbedConfig) -> Part:
+    """Embed the pixels [size, size, 3] and captions of a decoded block.
+
+    Samples with an embedding that is not finite in the store's dtype become errors.
+    """
+    good = np.flatnonzero(pc.is_null(block.column("reason")))
+    samples = block.drop_columns("image").take(good)
+    owner, captions = _flattened(samples.column("captions").to_pylist())
     dtype = np.dtype(config.store_dtype)
     with np.errstate(over="ignore"):  # beyond float16 is infinity, an error row like any other
-        stored_images, stored_captions = (
-            image_embeddings.astype(dtype),
-            caption_embeddings.astype(dtype),
-        )
+        images = _encode_images(pixel_view(block, size), encoder, config.batch_size).astype(dtype)
+        texts = _encode_captions(captions, encoder, config.batch_size).astype(dtype)
+    finite: np.ndarray = np.all(np.isfinite(images), axis=1)
+    np.logical_and.at(finite, owner, np.all(np.isfinite(texts), axis=1))
 
-    finite = np.isfinite(stored_images).all(axis=1)
-    np.logical_and.at(finite, owner, np.isfinite(stored_captions).all(axis=1))
-    details = block.column("detail").to_pylist()
-    bad = {
-        i: (reason, details[i] or "")
-        for i, reason in enumerate(reasons)
-        if reason not in (None, END)
-    }
-    bad |= {good[n]: ("nonfinite_embedding", "") for n in np.flatnonzero(~finite)}
-    errors = [{"key": keys[i], "reason": bad[i][0], "detail": bad[i][1]} for i in sorted(bad)]
-
-    kept = np.flatnonzero(finite)
-    new_row = np.cumsum(finite, dtype=np.int32) - 1
-    pair_kept = np.flatnonzero(finite[owner]) if len(owner) else np.zeros(0, dtype=np.int64)
-    images = pa.table(
-        {
-            "key": [keys[good[n]] for n in kept],
-            "index": pa.array([ordinals[good[n]] for n in kept], pa.int32()),
-            "embedding": embedding_array(stored_images[kept], config.store_dtype),
-            "width": pa.array([block.column("width")[good[n]].as_py() for n in kept], pa.int32()),
-            "height": pa.array([block.column("height")[good[n]].as_py() for n in kept], pa.int32()),
-        },
-        schema=image_schema(encoder.dim, config.store_dtype),
-    )
-    # the cosine of what is stored, so that it can be recomputed from the files
-    similarity = cosine(stored_images[owner[pair_kept]], stored_captions[pair_kept])
-    caption_table = pa.table(
-        {
-            "key": [keys[good[owner[m]]] for m in pair_kept],
-            "image_row": new_row[owner[pair_kept]].astype(np.int32),
-            "caption_index": pa.array([place[m] for m in pair_kept], pa.int32()),
-            "caption": [flat[m] for m in pair_kept],
-            "embedding": embedding_array(stored_captions[pair_kept], config.store_dtype),
-            "similarity": similarity,
-        },
-        schema=caption_schema(encoder.dim, config.store_dtype),
-    )
+    reasons, ordinals = (block.column(name).to_pylist() for name in ("reason", "ordinal"))
     ended = END in reasons
     return Part(
         first=min(ordinals),
         rows=len(reasons) - ended,
-        images=images,
-        captions=caption_table,
-        errors=pa.Table.from_pylist(errors, schema=ERROR_SCHEMA),
+        images=_image_table(samples, images, finite),
+        captions=_caption_table(samples, captions, owner, images, texts, finite),
+        errors=_error_table(block, good[~finite]),
         total=ordinals[reasons.index(END)] if ended else None,
     )
 
 
-def _batched(
-    items: list[Any],
-    encode: Callable[[list[Any]], np.ndarray],
-    filler: Any,
-    dim: int,
-    batch_size: int,
-) -> np.ndarray:
-    """Encodes in chunks of `batch_size`, the last filled up to a multiple of ROW_MULTIPLE -> float32 [items, dim]."""
-    out = np.empty((len(items), dim), np.float32)
-    for start in range(0, len(items), batch_size):
-        chunk = items[start : start + batch_size]
-        padding = -len(chunk) % ROW_MULTIPLE
-        out[start : start + len(chunk)] = encode(chunk + [filler] * padding)[: len(chunk)]
-    return out
+def pixel_view(block: pa.Table, size: int) -> np.ndarray:
+    """Return the pixels of a decoded block without a copy, read-only, uint8 [good, size, size, 3].
+
+    They lie one after the other in the column's buffer, where bad samples take no bytes. A column
+    of several chunks is copied.
+    """
+    views = [np.zeros((0, size, size, 3), np.uint8)]
+    for chunk in block.column("image").chunks:
+        _, offsets, values = chunk.buffers()
+        ends = np.frombuffer(offsets, np.int64, len(chunk) + 1, chunk.offset * 8)
+        if ends[-1] > ends[0]:
+            data = np.frombuffer(values, np.uint8, ends[-1] - ends[0], ends[0])
+            views.append(data.reshape(len(chunk) - chunk.null_count, size, size, 3))
+    return views[-1] if len(views) <= 2 else np.concatenate(views)
 
 
-def embed_pictures(
-    pictures: Iterable[Image.Image], encoder: Encoder, preprocess: Preprocess, batch_size: int
+def _flattened(captions: list[list[str]]) -> tuple[np.ndarray, list[str]]:
+    """Return the captions of all samples and the sample that each belongs to, int32 [captions]."""
+    owner = np.repeat(np.arange(len(captions), dtype=np.int32), [len(own) for own in captions])
+    return owner, [caption for own in captions for caption in own]
+
+
+def _encode_images(pixels: np.ndarray, encoder: Encoder, batch_size: int) -> np.ndarray:
+    """Return the embeddings of pixels, uint8 [n, S, S, 3] -> float32 [n, d]."""
+
+    def encode(start: int, rows: int, padded: int) -> np.ndarray:
+        batch = np.zeros((padded, *pixels.shape[1:]), np.uint8)
+        batch[:rows] = pixels[start : start + rows]
+        return encoder.encode_images(batch)
+
+    return _in_batches(encode, len(pixels), encoder.dim, batch_size)
+
+
+def _encode_captions(captions: list[str], encoder: Encoder, batch_size: int) -> np.ndarray:
+    """Return the captions' embeddings, float32 [n, d]."""
+
+    def encode(start: int, rows: int, padded: int) -> np.ndarray:
+        batch = captions[start : start + rows]
+        return encoder.encode_captions(batch + [""] * (padded - rows))
+
+    return _in_batches(encode, len(captions), encoder.dim, batch_size)
+
+
+def _in_batches(
+    encode: Callable[[int, int, int], np.ndarray], count: int, dim: int, batch_size: int
 ) -> np.ndarray:
-    """Un-normalised image embeddings, float32 [n, d]."""
-    blank = np.zeros((preprocess.size, preprocess.size, 3), np.uint8)
+    """Encode `count` rows in batches -> float32 [count, dim].
+
+    `encode(start, rows, padded)` returns the embeddings of `rows` rows from `start` on, filled up
+    to `padded` rows, a multiple of ROW_MULTIPLE.
+    """
+    found = np.empty((count, dim), np.float32)
+    for start in range(0, count, batch_size):
+        rows = min(batch_size, count - start)
+        padded = rows + -rows % ROW_MULTIPLE
+        found[start : start + rows] = encode(start, rows, padded)[:rows]
+    return found
+
+
+def _image_table(samples: pa.Table, images: np.ndarray, finite: np.ndarray) -> pa.Table:
+    kept = np.flatnonzero(finite)
+    dtype = images.dtype.name
+    rows = samples.take(kept)
+    return pa.table(
+        {
+            "key": rows.column("key"),
+            "index": rows.column("ordinal"),
+            "embedding": embedding_array(images[kept], dtype),
+            "width": rows.column("width"),
+            "height": rows.column("height"),
+        },
+        schema=image_schema(images.shape[1], dtype),
+    )
+
+
+def _caption_table(
+    samples: pa.Table,
+    captions: list[str],
+    owner: np.ndarray,
+    images: np.ndarray,
+    texts: np.ndarray,
+    finite: np.ndarray,
+) -> pa.Table:
+    """Return the table of the captions of those images that are `finite`."""
+    kept = np.flatnonzero(finite[owner])
+    mine = owner[kept]
+    new_row = np.cumsum(finite, dtype=np.int32) - 1
+    first = np.searchsorted(owner, owner)  # of each caption's sample
+    place = np.arange(len(owner)) - first
+    dtype = texts.dtype.name
+    return pa.table(
+        {
+            "key": samples.column("key").take(mine),
+            "image_row": new_row[mine].astype(np.int32),
+            "caption_index": place[kept].astype(np.int32),
+            "caption": [captions[caption] for caption in kept],
+            "embedding": embedding_array(texts[kept], dtype),
+            # the cosine of what is stored, so that it can be recomputed from the files
+            "similarity": cosine(images[mine], texts[kept]),
+        },
+        schema=caption_schema(texts.shape[1], dtype),
+    )
+
+
+def _error_table(block: pa.Table, nonfinite: np.ndarray) -> pa.Table:
+    """Return the errors of a block in its order; `nonfinite` are rows whose embeddings are not."""
+    rows = block.select(["key", "reason", "detail"]).to_pylist()
+    for row in nonfinite:
+        rows[row].update(reason="nonfinite_embedding", detail="")
+    bad = [
+        {**row, "detail": row["detail"] or ""} for row in rows if row["reason"] not in (None, END)
+    ]
+    return pa.Table.from_pylist(bad, schema=ERROR_SCHEMA)
+
+
+def embed_images(
+    images: Iterable[Image.Image], encoder: Encoder, preprocess: Preprocess, batch_size: int
+) -> np.ndarray:
+    """Return un-normalised image embeddings, float32 [n, d]."""
     parts = [np.zeros((0, encoder.dim), np.float32)]
-
-    def encode(chunk: list[np.ndarray]) -> np.ndarray:
-        return encoder.encode_images(np.stack(chunk))
-
-    coming = iter(pictures)
+    coming = iter(images)
     while batch := list(islice(coming, batch_size)):
-        pixels = [preprocess(picture.convert("RGB")) for picture in batch]
-        parts.append(_batched(pixels, encode, blank, encoder.dim, batch_size))
+        pixels = np.stack([preprocess(image.convert("RGB")) for image in batch])
+        parts.append(_encode_images(pixels, encoder, batch_size))
     return np.concatenate(parts)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Row-wise cosine of [n, d] and [n, d] -> float32 [n]; 0 where a row is all zero."""
+    """Return the row-wise cosine of [n, d] and [n, d], float32 [n]; 0 where a row is all zero."""
     a64, b64 = a.astype(np.float64), b.astype(np.float64)
     norms = np.linalg.norm(a64, axis=1) * np.linalg.norm(b64, axis=1)
     dots = np.einsum("nd,nd->n", a64, b64)
@@ -244,7 +327,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def merge_parts(parts: Iterable[Part]) -> tuple[pa.Table, pa.Table, pa.Table]:
-    """Parts of a shard in any order -> its image, caption and error tables, in the order of the shard."""
+    """Return the image, caption and error tables of a shard from its parts, given in any order."""
     ordered = sorted(parts, key=lambda part: part.first)
     offset, captions = 0, []
     for part in ordered:
@@ -259,40 +342,8 @@ def merge_parts(parts: Iterable[Part]) -> tuple[pa.Table, pa.Table, pa.Table]:
     )
 
 
-def shard_counts(images: pa.Table, captions: pa.Table, errors: pa.Table) -> dict[str, Any]:
-    """What a commit marker says of a shard."""
-    return {
-        "images": images.num_rows,
-        "pairs": captions.num_rows,
-        "bad": errors.num_rows,
-        "reasons": dict(sorted(Counter(errors.column("reason").to_pylist()).items())),
-    }
-
-
-def no_counts() -> dict[str, Any]:
-    """The counts of nothing."""
-    return {"images": 0, "pairs": 0, "bad": 0, "reasons": {}}
-
-
-def add_counts(totals: dict[str, Any], counts: dict[str, Any]) -> None:
-    """Adds a shard's counts to running totals."""
-    for name in ("images", "pairs", "bad"):
-        totals[name] += counts[name]
-    totals["reasons"] = dict(
-        sorted((Counter(totals["reasons"]) + Counter(counts["reasons"])).items())
-    )
-
-
-def sum_counts(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The sum of the counts of several shards."""
-    totals = no_counts()
-    for counts in parts:
-        add_counts(totals, counts)
-    return totals
-
-
 def part_to_tables(part: Part) -> dict[str, pa.Table]:
-    """A part as Parquet-ready tables, its numbers in the metadata."""
+    """Return a part as tables for Parquet, its numbers in the metadata."""
     info = {
         b"part": json.dumps({"first": part.first, "rows": part.rows, "total": part.total}).encode()
     }
@@ -304,7 +355,7 @@ def part_to_tables(part: Part) -> dict[str, pa.Table]:
 
 
 def part_from_tables(tables: dict[str, pa.Table]) -> Part:
-    """The inverse of `part_to_tables`."""
+    """Return the part that `part_to_tables` turned into tables."""
     info = json.loads(tables["images"].schema.metadata[b"part"])
     return Part(
         info["first"],
@@ -324,6 +375,6 @@ def embed_shard(
     read: ReadConfig,
     config: EmbedConfig,
 ) -> tuple[pa.Table, pa.Table, pa.Table]:
-    """The whole stage for one shard in one process: the oracle of the distributed one."""
+    """Run the whole stage for one shard in one process: the oracle of the distributed one."""
     blocks = (decode_block(block, preprocess, read) for block in read_blocks(source, shard))
     return merge_parts(embed_block(block, encoder, preprocess.size, config) for block in blocks)

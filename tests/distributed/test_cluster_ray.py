@@ -1,4 +1,4 @@
-"""Clustering on Ray: what an interruption leaves is kept, two levels, and vectors clustered at unit length."""
+"""Clustering on Ray: resuming, two levels, and vectors clustered at unit length."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pruned]:
 def new_run(
     pruned: tuple[Path, Pruned], folder: Path
 ) -> tuple[RunFolder, Callable[..., dict[str, Any]]]:
-    """A run of its own on what is pruned, and a call that clusters it."""
-    made, (store, data, counts) = pruned
+    """Return a run of its own on the pruned store, and a call that clusters it."""
+    made, (store, _data, counts) = pruned
     folder.mkdir(exist_ok=True)
     (folder / "pruning").symlink_to(made / "run" / "pruning")
     run = RunFolder(Folder(str(folder)))
@@ -90,7 +90,7 @@ def test_labels_that_are_there_are_kept(
 
 
 def test_a_fit_that_is_finished_is_kept(pruned: tuple[Path, Pruned], tmp_path: Path) -> None:
-    """Stopped in the second k-means: only that one and the labels are left to do."""
+    """Stopped in the second k-means, a run has only that one and the labels left to do."""
     run, call = new_run(pruned, tmp_path)
     undisturbed = call()
     before, written = contents(run), times(run)
@@ -106,7 +106,7 @@ def test_a_fit_that_is_finished_is_kept(pruned: tuple[Path, Pruned], tmp_path: P
 
 
 @pytest.mark.parametrize("change", ["fingerprint", "pairs"])
-def test_what_is_of_something_else_is_done_anew(
+def test_cluster_refits_when_its_input_changes(
     pruned: tuple[Path, Pruned], tmp_path: Path, change: str
 ) -> None:
     run, call = new_run(pruned, tmp_path)
@@ -132,7 +132,7 @@ def test_shards_may_be_sampled_together(
 
 
 def in_reverse(function: Callable[..., Any], items: Iterable[Any], *shared: Any) -> Iterator[Any]:
-    """`map_in_order` whose tasks run last first."""
+    """Do as `map_in_order`, but run the last task first."""
     return reversed([function(item, *shared) for item in reversed(list(items))])
 
 

@@ -17,19 +17,14 @@ import ray
 from pds_ray import catalog
 from pds_ray.config import ConfigError, EmbedConfig, RayConfig, RunConfig
 from pds_ray.distributed import embed as embed_module
-from pds_ray.distributed.embed import (
-    EmbedWorker,
-    ShardDatasource,
-    check_bad_share,
-    check_failed_share,
-    fill_store,
-)
+from pds_ray.distributed.embed import check_bad_share, check_failed_share, fill_store
+from pds_ray.distributed.embed_workers import EmbedWorker, ShardDatasource
 from pds_ray.distributed.session import unwrapped_errors
 from pds_ray.errors import UserError
 from pds_ray.sources.scenes import ScenesSource
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.stages import embed as core
-from pds_ray.stages.embed import embed_shard
+from pds_ray.stages.embed import ShardCounts, embed_shard
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
@@ -68,15 +63,15 @@ def test_equals_one_process_and_is_not_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
     monkeypatch.setattr(embed_module, "SHARDS_TOGETHER", together)
-    source = ScenesSource("scenes:1100")
+    source = ScenesSource("scenes:50:0:0:30")
     shards = source.shards()
     store = open_store(tmp_path)
     counts = embed(source, shards, catalog.describe_encoder(CONFIG.embed), CONFIG, store)
-    assert (counts["images"], counts["pairs"], counts["bad"]) == (1100, 5500, 0)
+    assert (counts["images"], counts["pairs"], counts["bad"]) == (50, 250, 0)
     same_as_one_process(source, shards, store)
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     again = embed(source, shards, catalog.describe_encoder(CONFIG.embed), CONFIG, store)
-    assert again["images_reused"] == 1100
+    assert again["images_reused"] == 50
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
@@ -85,9 +80,8 @@ def test_shards_larger_than_a_block_are_put_together(
 ) -> None:
     context = ray.data.DataContext.get_current()
     block_size = context.target_max_block_size
-    context.target_max_block_size = (
-        1 << 20
-    )  # the pixels of 1,000 scenes take 12 MB: many blocks a shard
+    # the pixels of 100 scenes take 1.2 MB: many blocks per shard
+    context.target_max_block_size = 1 << 18
     put_together, log = embed_module.commit_parts, tmp_path / "log"
     log.mkdir()
 
@@ -97,7 +91,7 @@ def test_shards_larger_than_a_block_are_put_together(
 
     monkeypatch.setattr(embed_module, "commit_parts", logged)
     try:
-        source = ScenesSource("scenes:2000:3")
+        source = ScenesSource("scenes:200:3:0:100")
         store = open_store(tmp_path / "store")
         embed(source, source.shards(), catalog.describe_encoder(CONFIG.embed), CONFIG, store)
     finally:
@@ -110,10 +104,13 @@ def test_shards_larger_than_a_block_are_put_together(
 
 
 def test_a_store_begun_in_another_precision_is_not_continued(tmp_path: Path) -> None:
-    source = ScenesSource("scenes:1010")
+    source = ScenesSource("scenes:40:0:0:20")
     info = catalog.describe_encoder(CONFIG.embed)
     store = open_store(tmp_path)
-    embed(source, source.shards()[:1], info, CONFIG, store)
+    shard, encoder = source.shards()[0], catalog.load_encoder(info, "fp32")
+    tables = embed_shard(source, shard, encoder, info.preprocess, CONFIG.read, CONFIG.embed)
+    marker = {**dataclasses.asdict(core.shard_counts(*tables)), "precision": "fp32"}
+    store.commit(shard.name, *tables, marker)
     other = dataclasses.replace(CONFIG, embed=dataclasses.replace(CONFIG.embed, precision="bf16"))
     with pytest.raises(ConfigError, match="begun in fp32, here they would go on in bf16"):
         embed(source, source.shards(), info, other, store)
@@ -148,17 +145,17 @@ def test_a_shard_that_loses_every_process_is_set_aside(
     def alone(shard, *_):
         if shard.name.endswith("1"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return {"images": 7}
+        return ShardCounts(images=7)
 
-    monkeypatch.setattr(embed_module, "_embed_alone", alone)
+    monkeypatch.setattr(embed_module, "_embed_in_subprocess", alone)
     monkeypatch.setattr(embed_module.tasks, "TASK_RETRIES", 1)
     source = ScenesSource("scenes:2000")
     info = catalog.describe_encoder(CONFIG.embed)
     work = embed_module._Work(
         source, info, CONFIG.read, CONFIG.embed, CONFIG.ray, open_store(tmp_path)
     )
-    outcomes = dict(embed_module._again(source.shards(), work, None))
-    assert outcomes["scenes-00000"] == {"images": 7}
+    outcomes = dict(embed_module.retry_lost_shards(source.shards(), work, None))
+    assert outcomes["scenes-00000"] == ShardCounts(images=7)
     assert outcomes["scenes-00001"].startswith("whatever embeds it is lost (processes lost: 2,")
 
 
@@ -186,27 +183,27 @@ def test_broken_shards_lose_only_what_is_broken(tmp_path: Path, shared_data: Pat
     assert counts["bad"] == len(bad) == sum(counts["reasons"].values())
 
 
-def test_one_read_task_a_shard() -> None:
+def test_one_read_task_per_shard() -> None:
     source = ScenesSource("scenes:5000")
     assert len(ShardDatasource(source, source.shards(), None).get_read_tasks(1)) == 5
 
 
 def test_too_much_bad_data_stops_the_run() -> None:
-    counts = {"images": 90, "bad": 60, "reasons": {"undecodable_image": 50, "missing_caption": 10}}
+    counts = ShardCounts(90, 450, 60, {"undecodable_image": 50, "missing_caption": 10})
     with pytest.raises(
         ConfigError, match=r"60 of 150 samples are bad \(mostly undecodable_image: 50\)"
     ):
         check_bad_share(counts, 0.3, final=False)
     check_bad_share(counts, 0.5, final=True)
-    few = {"images": 1, "bad": 9, "reasons": {"not_a_tar": 9}}
+    few = ShardCounts(1, 1, 9, {"not_a_tar": 9})
     check_bad_share(few, 0.5, final=False)  # too few to judge, until the end
     with pytest.raises(ConfigError):
         check_bad_share(few, 0.5, final=True)
 
 
 def test_too_many_unreadable_shards_stop_the_run() -> None:
-    """Those that fail to be read, and those that are read and are no tars."""
-    totals = {"images": 900, "bad": 2, "reasons": {"not_a_tar": 2}}
+    """Shards that fail to be read count, and shards that are read and are no tars."""
+    totals = ShardCounts(900, 900, 2, {"not_a_tar": 2})
     check_failed_share({"a": "it is gone"}, totals, 30, 0.1)
     with pytest.raises(ConfigError, match=r"4 of 30 shards cannot be read \(a: it is gone\)"):
         check_failed_share({"a": "it is gone", "b": "it is gone"}, totals, 30, 0.1)
@@ -224,7 +221,9 @@ def test_error_pages_in_place_of_shards_stop_the_run(tmp_path: Path) -> None:
         embed(source, source.shards(), info, CONFIG, open_store(tmp_path / "store"))
 
 
-def test_weights_that_cannot_be_loaded_are_one_clear_line(tmp_path: Path) -> None:
+def test_weights_that_cannot_be_loaded_are_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import shutil
 
     from pds_ray.encoders.open_clip import demo_folder
@@ -235,12 +234,14 @@ def test_weights_that_cannot_be_loaded_are_one_clear_line(tmp_path: Path) -> Non
     config = dataclasses.replace(CONFIG, embed=EmbedConfig(encoder=f"local-dir:{folder}"))
     source = ScenesSource("scenes:10")
     info = catalog.describe_encoder(config.embed)
+    # each further try loads torch in an actor of its own
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "max_consecutive_actor_init_deaths", 1)
     with pytest.raises(UserError, match="cannot load the weights"), unwrapped_errors():
         embed(source, source.shards(), info, config, open_store(tmp_path / "store"))
 
 
 def test_an_actor_encodes_while_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of two threads stays in its write until the other is there: both have encoded, and never at once."""
+    """Each thread stays in its write until the other is there: both encoded, never at once."""
     source = ScenesSource("scenes:8")
     (raw,) = core.read_blocks(source, source.shards()[0])
     info = catalog.describe_encoder(CONFIG.embed)

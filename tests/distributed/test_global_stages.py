@@ -30,7 +30,7 @@ CONFIG = RunConfig(
 
 
 def pair_labels(run: RunFolder, data: Gathered) -> tuple[np.ndarray, np.ndarray]:
-    """Image and text cluster of all pairs."""
+    """Return the image and the text cluster of all pairs."""
     labels = [run.labels(shard) for shard in data.shards]
     return np.concatenate([pair[0] for pair in labels]), np.concatenate(
         [pair[1] for pair in labels]
@@ -170,7 +170,7 @@ def test_shards_searched_together_find_the_same(
             yield answer
 
     monkeypatch.setattr(nearest.tasks, "map_in_order", counted)
-    run, data, _ = finished
+    run, _data, _ = finished
     other = RunFolder(Folder(str(tmp_path)))
     for folder in ("clusters", "matching"):
         (tmp_path / folder).symlink_to(Path(run.folder.path) / folder)
@@ -184,7 +184,7 @@ def test_shards_searched_together_find_the_same(
 
 
 def clustered_rows(modality: str, data: Gathered) -> np.ndarray:
-    """What one k-means alone is fitted on, a row a pair."""
+    """Return what a single k-means is fitted on, one row per pair."""
     if modality == "joint":
         sides = [
             rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (data.image, data.text)
@@ -234,7 +234,7 @@ def test_one_kmeans_alone_labels_both_sides(tmp_path: Path, modality: str) -> No
 
 
 def test_joint_rows_are_drawn_by_their_double_width(tmp_path: Path) -> None:
-    """A budget for 400 vectors of width 2d; that of one shard does not depend on the others."""
+    """The budget is 400 vectors of width 2d; a shard's rows do not depend on other shards."""
     store, data = make_store(tmp_path / "store", [300, 300])
     run = RunFolder(Folder(str(tmp_path / "run")))
     counts = do(stage_run(store, run, CONFIG), "prune")["prune"]

@@ -38,7 +38,7 @@ def gathered_candidates(data: Gathered) -> Candidates:
 def test_embeddings_that_no_node_can_hold_are_refused(
     made: tuple[EmbeddingStore, Gathered], run_folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ):
-    """Before the task begins; what it would hold is what the arrays take."""
+    """They are refused before the task begins; the arrays' bytes are what it would hold."""
     store, data = made
     all_ = load_candidates(data.shards, store, 8)
     needed = sum(array.nbytes for array in (all_.image, all_.text, all_.owner, all_.similarity))
@@ -74,7 +74,7 @@ def test_the_same_pairs_as_without_ray(
 def test_the_table_is_the_same_bytes_twice(made: tuple[EmbeddingStore, Gathered], tmp_path: Path):
     from pds_ray.store.storage import Folder
 
-    store, data = made
+    store, _data = made
     config = RunConfig(method="herding", pairs=PAIRS)
     written = []
     for name in ("one", "two"):

@@ -10,7 +10,7 @@ TIMEOUT_S = 500
 
 
 def output_of(script: str) -> list[str]:
-    """The lines that a script prints; it must end well."""
+    """Return the lines that a script prints; it must exit with 0."""
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=dict(os.environ), capture_output=True, text=True, timeout=TIMEOUT_S, check=False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +70,7 @@ def make_store(
             ),
             ERROR_SCHEMA.empty_table(),
         )
-        store.commit(name, *tables, {**shard_counts(*tables), "precision": "fp32"})
+        store.commit(name, *tables, {**asdict(shard_counts(*tables)), "precision": "fp32"})
         names.append(name)
         start += rows
     captions = [f"caption {pair}" for pair in range(len(owner))]

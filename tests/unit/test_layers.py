@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -156,6 +157,17 @@ def test_only_the_ray_layer_imports_ray():
     } == set()
 
 
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_one_module_has_all_private_hooks_of_ray(name):
+    """A new release of Ray is checked in one place."""
+    private = r"ray\._private|ray\.experimental|_internal\b"
+    found = re.findall(private, MODULES[name].read_text())
+    if name == "pds_ray.distributed.ray_private":
+        assert len(set(found)) == 3, "the search finds nothing"
+    else:
+        assert found == []
+
+
 @pytest.mark.parametrize(
     "statement",
     ["import pds_ray", "import pds_ray.cli.main", "from pds_ray import recipe, configure"],
@@ -168,7 +180,8 @@ def test_importing_the_package_is_cheap(statement):
 
 def test_stages_work_where_ray_is_not_installed():
     stages = [name for name in MODULES if name.startswith("pds_ray.stages.")]
-    code = f"import sys; sys.modules['ray'] = None; import {', '.join(stages)}"
+    alone = [f"pds_ray.distributed.{name}" for name in ("isolated", "process", "sizes")]
+    code = f"import sys; sys.modules['ray'] = None; import {', '.join(stages + alone)}"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -1,4 +1,4 @@
-"""Isolated embedding: what kills the process costs itself, and nothing else changes."""
+"""Isolated embedding: a sample that kills the process costs itself, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def run(folder: Path, info: EncoderInfo, load=Sums, limits: Limits = PATIENT):
 
 
 def good_ones(folder: Path, info: EncoderInfo, without: set[int]):
-    """The tables that one healthy process gives for the same shard, less some samples."""
+    """Return the rows that one healthy process gives for the same shard, less some samples."""
     write_shard(folder / "twin" / "shard.tar", {}, SAMPLES)
     source = WebDatasetSource(str(folder / "twin" / "*.tar"))
     (shard,) = source.shards()

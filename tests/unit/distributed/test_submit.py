@@ -1,4 +1,4 @@
-"""What may be a job, what two jobs may not share, and following one over a connection that breaks."""
+"""Jobs: paths that they may name, targets that they may not share, connections that break."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pds_ray.distributed import submit as jobs
 from pds_ray.distributed.submit import Job
 
 ROUNDS = [["one\ntwo\n", "thr"], ["one\ntwo\nthree\n", "four\n"]]
-"""What two connections tell: Ray tells everything from the start to whoever comes again."""
+"""Texts of two connections: Ray sends each the log from its beginning."""
 
 
 def job(**paths: str) -> Job:
@@ -36,7 +36,7 @@ def job(**paths: str) -> Job:
         "s3://bucket/{0..9}.tar?region=r",
     ],
 )
-def test_what_all_nodes_can_find_may_be_a_job(source: str) -> None:
+def test_places_that_all_nodes_know_may_be_in_a_job(source: str) -> None:
     job(out="/runs/x", source=source, test=source).check()
 
 
@@ -51,7 +51,7 @@ def test_what_all_nodes_can_find_may_be_a_job(source: str) -> None:
         "coco",
     ],
 )
-def test_what_only_this_folder_knows_is_refused(source: str) -> None:
+def test_relative_paths_are_refused(source: str) -> None:
     with pytest.raises(ConfigError, match="a path that all nodes have"):
         job(out="/runs/x", test=source).check()
 
@@ -74,7 +74,7 @@ def test_a_place_is_one_target_however_it_is_written(ways: list[str]) -> None:
     assert {job(out=path).target for path in ways} == {ways[0]}
 
 
-def test_the_target_is_what_is_written_first() -> None:
+def test_the_target_is_the_first_place_of_the_command() -> None:
     assert job(source="scenes:9", out="/runs/x").target == "/runs/x"
     assert job(set="/runs/x", test="scenes:9").target == "/runs/x"
     assert job().target == "distill"
@@ -90,6 +90,8 @@ class Head:
         self.comes_back = True
         self.state = "RUNNING"
         self.submitted: dict = {}
+        self.without_agent = 0
+        """Attempts to submit that fail because no node can start jobs yet."""
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
@@ -135,14 +137,23 @@ class Head:
         return web.json_response([])
 
     async def _submit(self, request: web.Request) -> web.Response:
+        if self.without_agent:
+            self.without_agent -= 1
+            text = "No available agent to submit job, please try again later."
+            return web.Response(status=500, text=text)
         self.submitted = await request.json()
         name = self.submitted["submission_id"]
         return web.json_response({"job_id": name, "submission_id": name})
 
     async def _info(self, request: web.Request) -> web.Response:
-        return web.json_response({
-            "type": "SUBMISSION", "submission_id": request.match_info["job"], "status": self.state, "entrypoint": "",
-        })  # fmt: skip
+        return web.json_response(
+            {
+                "type": "SUBMISSION",
+                "submission_id": request.match_info["job"],
+                "status": self.state,
+                "entrypoint": "",
+            }
+        )
 
     async def _tail(self, request: web.Request) -> web.StreamResponse:
         connection = web.WebSocketResponse()
@@ -178,9 +189,7 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
     running.close()
 
 
-def test_a_broken_connection_is_taken_up_again(
-    head: Head, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_connection_is_resumed(head: Head, capsys: pytest.CaptureFixture[str]) -> None:
     """The log comes whole and once, though nothing listens for a while."""
     assert jobs.follow("job-1", head.address) == ("SUCCEEDED", 0)
     assert capsys.readouterr().out == "one\ntwo\nthree\nfour\n"
@@ -214,3 +223,36 @@ def test_a_connection_that_breaks_before_the_job_is_there_is_one_line(
 def test_a_stopped_driver_gets_time(head: Head, given: dict[str, str], wait: str) -> None:
     jobs.submit(Job(["distill"], {"out": "/runs/x"}, None, given, 0, installed=True), head.address)
     assert head.submitted["runtime_env"]["env_vars"] == {**given, "RAY_JOB_STOP_WAIT_TIME_S": wait}
+
+
+def test_a_cluster_that_cannot_start_jobs_yet_is_waited_for(
+    head: Head, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once it can, the job is submitted; until then one line says what is waited for."""
+    monkeypatch.setattr(jobs, "AGENT_POLL_S", 0.01)
+    head.without_agent = 3
+    submitted = jobs.submit(job(out="/runs/x"), head.address)
+    assert head.submitted["submission_id"] == submitted
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pds-ray:")]
+    assert said == ["pds-ray: the cluster cannot start jobs yet; waiting for one of its nodes"]
+
+
+def test_a_cluster_that_never_starts_jobs_is_one_line(
+    head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "AGENT_POLL_S", 0.01)
+    monkeypatch.setattr(jobs, "AGENT_WAIT_S", 0.0)
+    head.without_agent = 10**9
+    with pytest.raises(ConfigError) as refused:
+        jobs.submit(job(out="/runs/x"), head.address)
+    assert "none of its nodes could start a job (no job agent)" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_other_refusals_of_a_cluster_are_not_waited_out(head: Head, monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("Request failed with status code 500: no such environment")
+
+    monkeypatch.setattr(jobs.JobSubmissionClient, "submit_job", refuse)
+    with pytest.raises(ConfigError, match=r"refuses the job: .*no such environment"):
+        jobs.submit(job(out="/runs/x"), head.address)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ def commit_shards(config: RunConfig, made_in: Path, numbers: Iterable[int]) -> E
     for number in numbers:
         name = f"{number:05d}"
         tables = made.images(name), made.captions(name), made.errors(name)
-        store.commit(f"scenes-{name}", *tables, {**shard_counts(*tables), "precision": "fp32"})
+        store.commit(
+            f"scenes-{name}", *tables, {**asdict(shard_counts(*tables)), "precision": "fp32"}
+        )
     return store
 
 

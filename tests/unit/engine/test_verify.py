@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EmbeddingStore
     manifest = RunManifest(RunFolder(Folder(str(path))))
     manifest.update(config=to_dict(RunConfig(source="x", pairs=2)))
     manifest.start("embed", "")
-    manifest.stop("embed", "done", {**sum_counts(store.committed().values()), "shards": 3})
+    manifest.stop("embed", "done", {**asdict(sum_counts(store.committed().values())), "shards": 3})
     return path, store
 
 

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
-from pds_ray.distributed.embed import TABLES
+from pds_ray.distributed.embed_workers import TABLES
 from pds_ray.modalities.image import ImageError, decode_image
 from pds_ray.sources import shard_patterns
 from pds_ray.sources.base import Fault, Sample, SourceError

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import random
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +31,7 @@ ALPHABET = [chr(code) for code in range(32, 127)]
 
 
 class Toy:
-    """Fixed random projections of the pixels and of the character counts. Remembers all it was asked."""
+    """Fixed random projections of pixels and of character counts. Records its calls."""
 
     dim = DIM
 
@@ -47,7 +49,7 @@ class Toy:
         self.batches.append(len(pixels))
         self.images += [picture.tobytes() for picture in pixels]
         found = (pixels.reshape(len(pixels), -1) @ self.pixels).astype(np.float32)
-        found[pixels[:, 0, 0, 0] == 255] = np.nan  # a picture that upsets the model
+        found[pixels[:, 0, 0, 0] == 255] = np.nan  # an image that upsets the model
         return found
 
     def encode_captions(self, captions):
@@ -76,7 +78,7 @@ class ListSource:
 
 
 def picture(number: int, upset: bool = False) -> tuple[np.ndarray, bytes]:
-    """A picture at model size, so that no resizing stands between it and the oracle."""
+    """Return an image at model size: no resizing stands between it and the oracle."""
     pixels = np.random.default_rng(number).integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)
     if upset:
         pixels[0, 0, 0] = 255
@@ -86,7 +88,7 @@ def picture(number: int, upset: bool = False) -> tuple[np.ndarray, bytes]:
 
 
 def items() -> list[Sample | Fault]:
-    """Forty rows with every kind of trouble, the pictures all different."""
+    """Return forty rows with every kind of trouble, the images all different."""
     found: list[Sample | Fault] = []
     for number in range(40):
         key = f"k{number:02d}"
@@ -113,6 +115,7 @@ def items() -> list[Sample | Fault]:
 
 ITEMS = items()
 GOOD = [n for n in range(40) if n % 11 != 3 and n not in (5, 7, 9, 17, 21)]
+DECODED = sorted([*GOOD, 7, 17, 21])  # their embeddings, not their pixels, may be bad
 ERRORS = [
     *((f"k{n:02d}", "missing_image") for n in (3, 14, 25, 36)),
     ("k05", "undecodable_image"),
@@ -124,7 +127,7 @@ ERRORS = [
 
 
 def expected_captions(number: int) -> list[str]:
-    """Cleaned, all of them: captions that become the same by cleaning stay pairs of their own, as in the paper."""
+    """Return all captions, cleaned: equal ones stay pairs of their own, as in the paper."""
     return [*["twice the same"] * 3, "once"] if number == 12 else list(ITEMS[number].captions)
 
 
@@ -191,15 +194,49 @@ def test_faults_become_rows_with_reasons():
 def test_counts_add_up():
     images, captions, errors = run()
     counts = embed.shard_counts(images, captions, errors)
-    assert (counts["images"], counts["bad"]) == (len(GOOD), len(ERRORS))
-    assert counts["images"] + counts["bad"] == len(ITEMS)
-    assert counts["pairs"] == sum(len(expected_captions(n)) for n in GOOD)
-    assert counts["reasons"]["nonfinite_embedding"] == 3
-    totals = embed.no_counts()
-    embed.add_counts(totals, counts)
-    embed.add_counts(totals, {"images": 1, "pairs": 2, "bad": 1, "reasons": {"not_a_tar": 1}})
-    assert totals["images"] == counts["images"] + 1
-    assert totals["reasons"] == {**counts["reasons"], "not_a_tar": 1}
+    assert (counts.images, counts.bad) == (len(GOOD), len(ERRORS))
+    assert counts.images + counts.bad == len(ITEMS)
+    assert counts.pairs == sum(len(expected_captions(n)) for n in GOOD)
+    assert counts.reasons["nonfinite_embedding"] == 3
+    other = embed.ShardCounts(1, 2, 2, {"not_a_tar": 1, "missing_image": 1})
+    totals = counts + other
+    assert (totals.images, totals.pairs, totals.bad) == (
+        counts.images + 1,
+        counts.pairs + 2,
+        counts.bad + 2,
+    )
+    assert totals.reasons == {**counts.reasons, "not_a_tar": 1, "missing_image": 5}
+    assert list(totals.reasons) == sorted(totals.reasons)
+    assert counts + embed.ShardCounts() == counts
+    markers = [{**asdict(part), "shard": "s", "precision": "fp32"} for part in (counts, other)]
+    assert embed.sum_counts(markers) == totals
+    assert embed.sum_counts([]) == embed.ShardCounts()
+
+
+def test_a_marker_holds_counts_as_ever():
+    counts = embed.ShardCounts(3, 9, 2, {"a": 1, "b": 1})
+    expected = '{"images": 3, "pairs": 9, "bad": 2, "reasons": {"a": 1, "b": 1}}'
+    assert json.dumps(asdict(counts)) == expected
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_pixels_are_seen_where_they_lie(pieces):
+    """A block in one piece is not copied; bad samples in between take no place."""
+    (raw,) = embed.read_blocks(ListSource(ITEMS), SHARD)
+    block = embed.decode_block(raw, PREPROCESS, READ)
+    expected = np.stack([picture(n, n in (7, 21))[0] for n in DECODED])
+    size = block.num_rows // pieces + 1
+    cut = pa.concat_tables([block.slice(start, size) for start in range(0, block.num_rows, size)])
+    view = embed.pixel_view(cut, SIZE)
+    np.testing.assert_array_equal(view, expected)
+    buffer = block.column("image").chunks[0].buffers()[2]
+    lies_in = buffer.address <= view.ctypes.data < buffer.address + buffer.size
+    assert lies_in == (pieces == 1)
+    part = embed.pixel_view(block.slice(10, 8), SIZE)
+    inside = [number for number, n in enumerate(DECODED) if 10 <= n < 18]
+    np.testing.assert_array_equal(part, expected[inside])
+    assert embed.pixel_view(block.slice(40), SIZE).shape == (0, SIZE, SIZE, 3)
+    assert embed.pixel_view(block.slice(0, 0), SIZE).shape == (0, SIZE, SIZE, 3)
 
 
 @pytest.mark.parametrize("batch_size", [16, 48])
@@ -312,7 +349,7 @@ def test_limits_of_the_configuration_are_kept():
 
 
 def test_the_batch_size_changes_no_byte(clip, clip_info):
-    """With a real model, whose sums could come out differently in batches of another shape."""
+    """A real model's sums could come out differently in batches of another shape."""
     rng = random.Random(0)
     sample = []
     for number in range(70):

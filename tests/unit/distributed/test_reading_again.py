@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pytest
 
-from pds_ray.distributed import embed
+from pds_ray.distributed import embed_workers
 from pds_ray.sources import base
 from pds_ray.sources.base import READ_RETRY_WAITS_S, Fault, Sample, Shard
 from pds_ray.sources.webdataset import WebDatasetSource
@@ -21,7 +21,7 @@ from tests.support.object_store import BUCKET, Faults, client, proxy, uri
 
 
 class FailingSource:
-    """Ten samples; the reads fail after as many samples as told, those after them do not."""
+    """Ten samples; the first reads fail, each after the given number of samples."""
 
     uri, validation = "failing", None
 
@@ -36,11 +36,11 @@ class FailingSource:
         for number in range(10):
             if number == fails_after:
                 raise OSError(errno.EIO, "Input/output error")
-            yield Sample(f"{shard.name}{number}", b"picture", (f"caption {number}",))
+            yield Sample(f"{shard.name}{number}", b"image", (f"caption {number}",))
 
 
 class Nobody:
-    """Takes no notice of who begins what."""
+    """An `InFlight` that ignores reports."""
 
     def begin(self, name: str) -> None:
         pass
@@ -48,7 +48,7 @@ class Nobody:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Blocks of three samples; the waits between reads, which take no time here."""
+    """Make blocks of three samples; return the waits between reads, which take no time here."""
     found: list[float] = []
     monkeypatch.setattr(core, "BLOCK_SAMPLES", 3)
     monkeypatch.setattr(base.time, "sleep", found.append)
@@ -56,7 +56,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_a_shard_is_read_again_and_no_sample_comes_twice(waits: list[float]) -> None:
-    reader = embed._Reader(FailingSource(4, 0, 8), Shard("s", "s"), Nobody())
+    reader = embed_workers.ShardReader(FailingSource(4, 0, 8), Shard("s", "s"), Nobody())
     table = pa.concat_tables(list(reader()))
     assert table.column("key").to_pylist() == [*(f"s{number}" for number in range(10)), ""]
     assert table.column("ordinal").to_pylist() == list(range(11))
@@ -64,16 +64,18 @@ def test_a_shard_is_read_again_and_no_sample_comes_twice(waits: list[float]) -> 
 
 
 def test_a_disk_that_goes_on_failing_ends_the_shard(waits: list[float]) -> None:
-    reader = embed._Reader(FailingSource(*[5] * 99), Shard("s", "/data/s.tar"), Nobody())
+    reader = embed_workers.ShardReader(
+        FailingSource(*[5] * 99), Shard("s", "/data/s.tar"), Nobody()
+    )
     rows = pa.concat_tables(list(reader())).to_pylist()
     assert [row["key"] for row in rows[:-1]] == ["s0", "s1", "s2"]
-    assert (rows[-1]["shard"], rows[-1]["reason"]) == ("s", embed.UNREADABLE)
+    assert (rows[-1]["shard"], rows[-1]["reason"]) == ("s", embed_workers.UNREADABLE)
     assert "Input/output error" in rows[-1]["detail"]
     assert len(waits) == len(READ_RETRY_WAITS_S)
 
 
 class BrokenSource(FailingSource):
-    """One that has a fault of its own."""
+    """A source with a bug."""
 
     def read(self, shard: Shard) -> Iterator[Sample | Fault]:
         raise ZeroDivisionError(f"{shard.name} by nothing")
@@ -81,17 +83,17 @@ class BrokenSource(FailingSource):
 
 def test_what_is_no_fault_of_the_shard_ends_the_run() -> None:
     (row,) = pa.concat_tables(
-        list(embed._Reader(BrokenSource(), Shard("s", "s"), Nobody())())
+        list(embed_workers.ShardReader(BrokenSource(), Shard("s", "s"), Nobody())())
     ).to_pylist()
     assert (row["shard"], row["reason"], row["detail"]) == (
         "",
-        embed.FATAL,
+        embed_workers.FATAL,
         "ZeroDivisionError: s by nothing",
     )
 
 
 class RefusedSource(FailingSource):
-    """One whose store refuses an object for good."""
+    """A source whose store refuses an object for good."""
 
     def read(self, shard: Shard) -> Iterator[Sample | Fault]:
         raise StorageError(f"the object store fails at {shard.location} (HTTP status 403)")
@@ -99,9 +101,9 @@ class RefusedSource(FailingSource):
 
 def test_an_object_that_is_refused_for_good_costs_its_shard(waits: list[float]) -> None:
     (row,) = pa.concat_tables(
-        list(embed._Reader(RefusedSource(), Shard("s", "s3://b/s.tar"), Nobody())())
+        list(embed_workers.ShardReader(RefusedSource(), Shard("s", "s3://b/s.tar"), Nobody())())
     ).to_pylist()
-    assert (row["shard"], row["reason"]) == ("s", embed.UNREADABLE)
+    assert (row["shard"], row["reason"]) == ("s", embed_workers.UNREADABLE)
     assert "403" in row["detail"]
     assert waits == [], "the store was asked again where it is read"
 
@@ -122,11 +124,15 @@ def test_one_bad_object_of_a_store_costs_its_shard(
     with proxy(s3_port, Faults(errors=1.0, only=r"bad\.tar")) as port:
         source = WebDatasetSource(uri(port, "again/*.tar"))
         read = {
-            shard.name: pa.concat_tables(list(embed._Reader(source, shard, Nobody())())).to_pylist()
+            shard.name: pa.concat_tables(
+                list(embed_workers.ShardReader(source, shard, Nobody())())
+            ).to_pylist()
             for shard in source.shards()
         }
     assert [(row["key"], row["image"], row["reason"]) for row in read["good"]] == [
         ("k", b"data", None),
         ("", None, core.END),
     ]
-    assert [(row["shard"], row["reason"]) for row in read["bad"]] == [("bad", embed.UNREADABLE)]
+    assert [(row["shard"], row["reason"]) for row in read["bad"]] == [
+        ("bad", embed_workers.UNREADABLE)
+    ]

@@ -1,0 +1,209 @@
+"""The work of embedding on the nodes: read a shard, decode its blocks, embed and commit them.
+
+Bad samples become error rows; they never raise. Neither do other errors: each travels as a row that
+names whose fault it is, for the driver to raise.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from pds_ray import catalog
+from pds_ray.config import EmbedConfig, ReadConfig
+from pds_ray.distributed import process, watch
+from pds_ray.encoders.base import EncoderInfo
+from pds_ray.errors import UserError, first_line
+from pds_ray.sources.base import Shard, Source, SourceError
+from pds_ray.stages import embed as core
+from pds_ray.stages.embed import ShardCounts
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.storage import side_by_side
+
+TABLES = ("images", "captions", "errors")
+UNREADABLE = "unreadable"  # reason of the row that ends a shard of which no more can be read
+# Reasons of rows that end the run: a bug, or a disk or a store that fails.
+FATAL, STORE = "fatal", "store"
+
+
+class ShardDatasource(Datasource):
+    """One read task per shard: a fault can cost one shard's remainder, never its neighbours."""
+
+    def __init__(self, source: Source, shards: list[Shard], in_flight: watch.InFlight) -> None:
+        super().__init__()
+        self._source = source
+        self._shards = shards
+        self._in_flight = in_flight
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
+        """Return one task per shard, whatever parallelism Ray asks for."""
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [
+            ReadTask(ShardReader(self._source, shard, self._in_flight), unknown)
+            for shard in self._shards
+        ]
+
+
+@dataclass
+class ShardReader:
+    """A read task: all blocks of one shard."""
+
+    source: Source
+    shard: Shard
+    in_flight: watch.InFlight
+
+    def __call__(self) -> Iterable[pa.Table]:
+        """Yield the shard's blocks; an error is the last.
+
+        A shard that cannot be read costs itself; a disk or a store that is down would cost more
+        shards than may be lost, and ends the run.
+        """
+        self.in_flight.begin(self.shard.name)
+        try:
+            yield from core.read_blocks(self.source, self.shard)
+        except SourceError as error:
+            yield _problem(UNREADABLE, error, self.shard.name)
+        except Exception as error:
+            yield _problem(_classify(error), error)
+
+
+def _problem(reason: str, error: Exception, shard: str = "") -> pa.Table:
+    """Return a block that says why there is no other."""
+    row = {"shard": shard, "ordinal": -1, "key": "", "reason": reason, "detail": _message(error)}
+    return pa.Table.from_pylist([row], schema=core.RAW_SCHEMA)
+
+
+def _classify(error: Exception) -> str:
+    """Classify an exception that bad data cannot cause: storage failure or internal bug."""
+    return STORE if isinstance(error, UserError | OSError) else FATAL
+
+
+def _message(error: Exception) -> str:
+    line = first_line(error)
+    return line if _classify(error) == STORE else f"{type(error).__name__}: {line}"
+
+
+def decode(block: pa.Table, info: EncoderInfo, read: ReadConfig, seconds: float) -> pa.Table:
+    """Return `core.decode_block`; an image that takes more than `seconds` ends the process."""
+    try:
+        with process.time_limit(seconds) as begin:
+            return core.decode_block(block, info.preprocess, read, lambda _: begin())
+    except Exception as error:
+        return _problem(_classify(error), error)
+
+
+class EmbedWorker:
+    """Actor that loads the encoder once, embeds blocks and writes the results.
+
+    It is called by several threads: while one encodes, another writes.
+    """
+
+    THREADS = 2
+
+    def __init__(self, info: EncoderInfo, config: EmbedConfig, store: EmbeddingStore) -> None:
+        self.size = info.preprocess.size
+        self.encoder = process.load_model(catalog.load_encoder, info, config.precision)
+        self.config = config
+        self.store = store
+        self.encoding = threading.Lock()
+        self.free_since = time.monotonic()
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Embed a decoded block; return one summary row per shard in it.
+
+        Errors travel as rows, too: Ray Data, which may go on without lost blocks, would go on
+        without those that raise.
+        """
+        shards = list(dict.fromkeys(block.column("shard").to_pylist()))
+        try:
+            rows = [self._embed(shard, _rows_of(shard, shards, block)) for shard in shards]
+        except Exception as error:
+            rows = [{"shard": "", "fault": _classify(error), "problem": _message(error)}]
+        return pa.Table.from_pylist(rows, schema=SUMMARY_SCHEMA)
+
+    def _embed(self, shard: str, rows: pa.Table) -> dict[str, Any]:
+        fault = rows.column("reason")[-1].as_py()
+        if fault in (UNREADABLE, FATAL, STORE):
+            return {"shard": shard, "fault": fault, "problem": rows.column("detail")[-1].as_py()}
+        with self.encoding:
+            began = time.monotonic()
+            part = core.embed_block(rows, self.encoder, self.size, self.config)
+            ended = time.monotonic()
+            idle_s, self.free_since = began - self.free_since, ended
+        counts = core.shard_counts(part.images, part.captions, part.errors)
+        whole = part.first == 0 and part.total == part.rows
+        if whole:
+            tables = (part.images, part.captions, part.errors)
+            self.store.commit(shard, *tables, commit_info(counts, self.config))
+        else:
+            self._write_part(shard, part)
+        return {
+            "shard": shard,
+            "first": part.first,
+            "rows": part.rows,
+            "total": part.total,
+            "committed": whole,
+            "counts": json.dumps(asdict(counts)),
+            "busy_s": ended - began,
+            "idle_s": idle_s,
+        }
+
+    def _write_part(self, shard: str, part: core.Part) -> None:
+        files = {
+            self.store.part_name(shard, part.first, name): table
+            for name, table in core.part_to_tables(part).items()
+        }
+        list(side_by_side(lambda name: self.store.parts.write_table(name, files[name]), files))
+
+
+def _rows_of(shard: str, shards: list[str], block: pa.Table) -> pa.Table:
+    """Return the rows of one of the `shards` in a block, without a copy if it is the only one."""
+    return block if len(shards) == 1 else block.filter(pc.equal(block.column("shard"), shard))
+
+
+SUMMARY_SCHEMA = pa.schema(
+    [
+        ("shard", pa.string()),  # "" if the problem is not the data's
+        ("first", pa.int64()),
+        ("rows", pa.int64()),
+        ("total", pa.int64()),  # rows of the whole shard; null before its end
+        ("committed", pa.bool_()),
+        ("counts", pa.string()),  # ShardCounts as JSON
+        ("fault", pa.string()),  # UNREADABLE, FATAL or STORE; null if the rows are embedded
+        ("problem", pa.string()),  # why they are not
+        ("busy_s", pa.float64()),  # the encoder worked on it
+        ("idle_s", pa.float64()),  # and waited before: for input, or for its threads, which write
+    ]
+)
+
+
+def commit_info(counts: ShardCounts, config: EmbedConfig) -> dict[str, Any]:
+    """Return what a marker says besides hashes."""
+    return {**asdict(counts), "precision": config.precision}
+
+
+def commit_parts(shard: str, firsts: list[int], store: EmbeddingStore, config: EmbedConfig) -> None:
+    """Put a shard together from its parts and commit it. The parts stay: Ray may run this twice."""
+    parts = [
+        core.part_from_tables(
+            {
+                table: store.parts.read_table(store.part_name(shard, first, table))
+                for table in TABLES
+            }
+        )
+        for first in firsts
+    ]
+    tables = core.merge_parts(parts)
+    store.commit(shard, *tables, commit_info(core.shard_counts(*tables), config))

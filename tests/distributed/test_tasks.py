@@ -1,0 +1,138 @@
+"""Work on the cluster: shared out, lost and tried again, in order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from pds_ray import distributed
+from pds_ray.config import Actors
+from pds_ray.distributed import pools, tasks
+from pds_ray.telemetry import progress
+
+pytestmark = pytest.mark.ray
+
+
+def test_kmeans_takes_the_cpus_that_are_free() -> None:
+    """Others of the node may stay taken by another job: waiting for all might not end."""
+
+    @ray.remote(num_cpus=1)
+    class Other:
+        def here(self) -> None:
+            pass
+
+    other = Other.remote()
+    ray.get(other.here.remote())
+    assert (
+        tasks.run_kmeans(lambda _: ray.get_runtime_context().get_assigned_resources()["CPU"], [])
+        == 1
+    )
+    ray.kill(other)
+
+
+def test_kmeans_takes_all_cpus_right_after_other_tasks() -> None:
+    """Ray tells late that CPUs are free; a k-means must not have one CPU for its whole length."""
+
+    def cpus(_: object = None) -> float:
+        return ray.get_runtime_context().get_assigned_resources()["CPU"]
+
+    given = []
+    for _ in range(4):
+        list(tasks.map_in_order(cpus, range(20)))
+        given += [tasks.run_kmeans(cpus, []), tasks.run_kmeans(cpus, [])]
+        list(tasks.map_in_order(cpus, range(20)))
+        given += tasks.stream(lambda: iter([cpus()]))
+    assert given == [2] * 12
+
+
+def test_kmeans_takes_what_is_left_when_its_node_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two CPUs of the first try may be gone with the node: the next asks for what is left."""
+    tries, most = tmp_path / "tries", iter([2, 1])
+
+    def die_once(_: object) -> float:
+        with tries.open("a") as file:
+            file.write("x")
+        if tries.read_text() == "x":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ray.get_runtime_context().get_assigned_resources()["CPU"]
+
+    monkeypatch.setattr(tasks, "most_cpus", lambda: next(most))
+    assert tasks.run_kmeans(die_once, []) == 1
+    assert tries.read_text() == "xx"
+
+
+def test_work_that_always_kills_its_process_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = tmp_path / "tries"
+
+    def die(_: object) -> None:
+        with tries.open("a") as file:
+            file.write("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(tasks, "TASK_RETRIES", 1)
+    with pytest.raises(tasks.LOST):
+        tasks.run_kmeans(die, [])
+    assert tries.read_text() == "xx"
+
+
+def test_a_stream_that_breaks_off_is_continued(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+
+    def count() -> Iterator[int]:
+        for number in range(5):
+            if number == 3 and not broken.exists():
+                broken.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield number
+
+    assert list(tasks.stream(count)) == [0, 1, 2, 3, 4]
+    assert broken.exists()
+
+
+def test_the_stall_watchdog_names_the_awaited_item(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """It names the item while its result is awaited, and no longer once all results are there."""
+    monkeypatch.setattr(progress, "STALL_S", 0.4)
+
+    def slow(item: str) -> str:
+        time.sleep(2 if item == "00007" else 0)
+        return item
+
+    with progress.progress_bar("prune", 2, "shards") as bar:
+        for _ in tasks.map_in_order(slow, ["00006", "00007"]):
+            bar.update()
+        awaited = capsys.readouterr().err
+        bar.set_postfix_str("the assignment", refresh=False)
+        time.sleep(1.5)
+    solved = capsys.readouterr().err
+    assert "prune: nothing finished for" in awaited
+    assert "waiting for 00007" in awaited
+    assert "waiting for the assignment" in solved
+    assert "00007" not in solved
+
+
+def test_results_come_in_the_order_of_the_items() -> None:
+    def slow_square(item: int, shared: np.ndarray) -> int:
+        time.sleep(0.02 * (item % 3))  # later items may end first
+        return item * item + int(shared.sum())
+
+    found = list(tasks.map_in_order(slow_square, range(20), np.arange(4)))
+    assert found == [item * item + 6 for item in range(20)]
+
+
+def test_a_model_on_cpus_keeps_freed_memory():
+    actors = pools.pool(Actors(1, 1, None, {}), on_gpu=False)
+    found = ray.get(pools.start_model(actors, lambda: dict(os.environ)))
+    kept = distributed.malloc_env()
+    assert kept.items() <= found.items()
+    assert not kept.keys() & os.environ.keys()

@@ -1,0 +1,120 @@
+"""Sizes of pools; Ray's answers about hardware that is not here are stood in for."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import ray
+
+from pds_ray import distributed
+from pds_ray.config import Actors
+from pds_ray.distributed import pools
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, *nodes: dict[str, float]) -> dict[str, float]:
+    """A cluster of such nodes, and one that is gone; returns its resources."""
+    alive = [{"Alive": True, "Resources": node} for node in nodes]
+    monkeypatch.setattr(
+        ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 999.0}}]
+    )
+    total = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
+    monkeypatch.setattr(
+        ray, "cluster_resources", lambda: {name: value for name, value in total.items() if value}
+    )
+    return total
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wish", "workers", "gpus_each"),
+    [
+        ([{"CPU": 2}], 0, 1, 0),
+        ([{"CPU": 1}], 0, 1, 0),
+        ([{"CPU": 64}], 0, 8, 0),
+        ([{"CPU": 4}], 3, 3, 0),
+        ([{"CPU": 32, "GPU": 4}], 0, 4, 1),
+        ([{"CPU": 32, "GPU": 4}], 2, 2, 1),
+        ([{"CPU": 32, "GPU": 2}], 4, 4, 0.5),
+        ([{"CPU": 32, "GPU": 2}], 3, 3, 0.5),
+        ([{"CPU": 1, "GPU": 1}], 0, 1, 1),
+        ([{"CPU": 8, "GPU": 8}], 0, 8, 1),
+        ([{"CPU": 1}], 20, 20, 0),
+        ([{"CPU": 2}] * 10, 0, 10, 0),
+        ([{"CPU": 4}] * 3, 0, 3, 0),
+        ([{"CPU": 2}] * 3, 0, 3, 0),
+        ([{"CPU": 5}] * 3, 0, 3, 0),
+        ([{"CPU": 2}] * 10, 2, 2, 0),
+        ([{"CPU": 5}] * 3, 1, 1, 0),
+        ([{"CPU": 1}] * 7, 0, 7, 0),
+        ([{"CPU": 16}, {"CPU": 2}, {"CPU": 2}], 0, 2, 0),
+        ([{"CPU": 0}, {"CPU": 16, "GPU": 2}, {"CPU": 16, "GPU": 2}], 0, 4, 1),
+    ],
+)
+def test_pools_fit_the_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+    nodes: list[dict[str, float]],
+    wish: int,
+    workers: int,
+    gpus_each: float,
+) -> None:
+    """Each actor is put on the first node that has room for it, as a scheduler would at worst."""
+    total = stand_in(monkeypatch, *nodes)
+    pool = pools.pool(Actors(wish, 1, None, {}))
+    assert (pool.workers, pool.num_gpus) == (workers, gpus_each)
+    assert pool.workers * pool.num_gpus <= total["GPU"]
+    free = [dict(node) for node in nodes]
+    for _ in range(pool.workers):
+        room = [
+            n
+            for n in free
+            if n["CPU"] + 1e-9 >= pool.num_cpus and n.get("GPU", 0) + 1e-9 >= pool.num_gpus
+        ]
+        assert room, "an actor fits on no node"
+        room[0]["CPU"] -= pool.num_cpus
+        room[0]["GPU"] = room[0].get("GPU", 0) - pool.num_gpus
+    needed = min(pools.READ_CPUS, pools.DECODE_CPUS)
+    assert max(node["CPU"] for node in free) >= needed, "nothing left to read and decode with"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "wish", "workers", "gpus_each", "at_most"),
+    [
+        ({"CPU": 2}, Actors(16, 2, 1.0, {}), 16, 1, 16),  # GPUs that are yet to come
+        ({"CPU": 2}, Actors(0, 4, 1.0, {}), 4, 1, None),
+        ({"CPU": 32, "GPU": 4}, Actors(0, 1, 0.25, {}), 16, 0.25, None),
+        ({"CPU": 32, "GPU": 4}, Actors(0, 1, 2.0, {}), 2, 2, None),
+        ({"CPU": 32, "GPU": 4}, Actors(0, 1, 0.0, {}), 4, 0, 4),  # the CPUs alone
+        ({"CPU": 32, "GPU": 4}, Actors(0, 6, None, {}), 6, 1, None),  # two of them must wait
+        ({"CPU": 32, "GPU": 4}, Actors(2, 1, None, {}), 2, 1, 2),
+        ({"CPU": 32}, Actors(0, 1, None, {}), 4, 0, 4),
+    ],
+)
+def test_options_go_before_what_the_cluster_has(
+    monkeypatch: pytest.MonkeyPatch,
+    cluster: dict[str, float],
+    wish: Actors,
+    workers: int,
+    gpus_each: float,
+    at_most: int | None,
+) -> None:
+    stand_in(monkeypatch, cluster)
+    pool = pools.pool(wish)
+    assert (pool.min_workers, pool.workers, pool.num_gpus) == (wish.min_workers, workers, gpus_each)
+    assert pool.max_workers == at_most, (
+        "more GPUs that come are used, unless the number of actors was given"
+    )
+    assert 0 < pool.num_cpus <= cluster["CPU"]
+    assert pools.precision("auto", pool, "bf16") == ("bf16" if gpus_each else "fp32")
+    assert pools.pool(wish, on_gpu=False).num_gpus == 0
+
+
+@pytest.mark.parametrize(
+    ("library", "kept"),
+    [("glibc 2.36", True), ("glibc 2.35", False), ("glibc 3.0", True), (None, False)],
+)
+def test_freed_memory_is_kept_where_the_library_can(monkeypatch, library, kept):
+    stand_in(monkeypatch, {"CPU": 2})
+    monkeypatch.setattr(os, "confstr", lambda _: library)
+    assert bool(distributed.malloc_env()) == kept
+    actors = pools.pool(Actors(1, 1, None, {}), on_gpu=False)
+    assert ("runtime_env" in actors.options()) == kept
