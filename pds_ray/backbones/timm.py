@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 
 SCRATCH = "scratch"
 LOGITS = ("nf_resnet50", "nf_regnet_b1", "vit_tiny_patch16_224")
-"""Published evaluations take the 1,000 ImageNet logits of these pretrained models as their embedding."""
+"""Published evaluations take the 1,000 ImageNet logits of these pretrained models as embedding."""
 HALF = (0.5, 0.5, 0.5)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def describe(name: str) -> BackboneInfo:
-    """What `name` is, from timm's tables. Raises ConfigError in one line if there is no such model or weights."""
+    """Describe a model by timm's tables.
+
+    Raises ConfigError in one line if there is no such model, or no such weights.
+    """
     import timm
 
     model, _, weights = name.partition(":")

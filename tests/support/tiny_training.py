@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pds_ray.training.train import Gallery, Pixels, TrainingPairs, TwoTowers
+from pds_ray.training.data import Gallery, Pixels, TrainingPairs
+from pds_ray.training.two_towers import TwoTowers
 
 PIXELS = Pixels((0.5, 0.4, 0.3), (0.5, 0.6, 0.7))
 SIDE, TEXT_WIDTH, FEATURES = 16, 6, 12
@@ -43,3 +44,10 @@ def make_model(part: str = "all", seed: int = 0) -> TwoTowers:
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Return whether two models' weights are the same to the bit."""
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[name]) for name, value in one.items()
+    )
