@@ -96,7 +96,7 @@ def run_queue(queue: Queue) -> None:
     """
     before, deaths = _progress(queue), tasks.Deaths()
     while unfinished(queue.trials, queue.results):
-        tasks.await_all(ray.get(queue.inputs).references())
+        _await_inputs(queue)
         try:
             _fit(queue)
             return
@@ -112,6 +112,11 @@ def run_queue(queue: Queue) -> None:
             if now == before:
                 raise
             before = now
+
+
+def _await_inputs(queue: Queue) -> None:
+    """Wait for inputs that were lost with a node, whose tasks need the CPUs that workers take."""
+    tasks.await_all(ray.get(queue.inputs).references())
 
 
 def _fit(queue: Queue) -> None:

@@ -51,6 +51,8 @@ ABLATIONS = (
 """The variations of the paper, one at a time; another encoder is `pds+embed.encoder=NAME`."""
 FIXED = ("source", "out", "method", "pairs", "embed.store")
 """Options that all rows of a comparison share."""
+UNSAFE = re.compile(r"[^\w.=+-]")
+"""Characters that stay out of folder names."""
 
 
 def ablations(config: RunConfig, judged: EvaluateConfig) -> list[str]:
@@ -85,49 +87,54 @@ class Entry:
 def entries(
     config: RunConfig, methods: list[str], sizes: list[int], judged: EvaluateConfig
 ) -> list[Entry]:
-    """Every method at every size. Raises ConfigError in one line for a method or a change that there is not."""
-    root = Folder(config.out)
-    found = []
-    for written in dict.fromkeys(methods):
-        name, *changes = written.split("+")
-        if name not in METHODS:
-            raise ConfigError(
-                f"unknown method {name!r}; known: {', '.join(METHODS)}, each with +FIELD=VALUE behind it"
-            )
-        fields = {}
-        for change in changes:
-            flag, mark, value = change.partition("=")
-            field = flag.replace("-", "_")  # as on the command line
-            if not mark:
-                raise ConfigError(f"method {written!r}: {change!r} is no change; write FIELD=VALUE")
-            if field in FIXED:
-                raise ConfigError(
-                    f"method {written!r}: {field} is the same for all of a comparison"
-                )
-            fields[field] = value
-        of_protocol = {
-            field: fields.pop(field) for field in list(fields) if field.startswith("protocol.")
-        }
-        kept = [f"{field}={value}" for field, value in fields.items()]
-        folder = re.sub(r"[^\w.=+-]", "_", "+".join([name, *kept]))
-        for pairs in dict.fromkeys(sizes):
-            place = set_name(folder, pairs)
-            run = replace(
-                config, {**fields, "method": name, "pairs": pairs, "out": (root / place).path}
-            )
-            plain = replace(config, {"method": name, "pairs": pairs, "out": run.out})
-            changed = replace(judged, of_protocol)
-            method = catalog.method(name)
-            for given, same in (
-                (fields, relevant(run, method) == relevant(plain, method)),
-                (of_protocol, changed == judged),
-            ):
-                if given and same:
-                    raise ConfigError(
-                        f"method {written!r}: {' and '.join(given)} changes nothing here"
-                    )
-            found.append(Entry(written, pairs, place, run, changed))
-    return found
+    """Return every method at every size.
+
+    Raises ConfigError in one line for an unknown method, or a change that changes nothing.
+    """
+    return [
+        _entry(written, pairs, config, judged)
+        for written in dict.fromkeys(methods)
+        for pairs in dict.fromkeys(sizes)
+    ]
+
+
+def _entry(written: str, pairs: int, config: RunConfig, judged: EvaluateConfig) -> Entry:
+    name, fields = _parse(written)
+    of_protocol = {key: value for key, value in fields.items() if key.startswith("protocol.")}
+    of_run = {key: value for key, value in fields.items() if key not in of_protocol}
+    kept = [f"{key}={value}" for key, value in of_run.items()]
+    place = set_name(UNSAFE.sub("_", "+".join([name, *kept])), pairs)
+    fixed = {"method": name, "pairs": pairs, "out": (Folder(config.out) / place).path}
+    run, plain = replace(config, {**of_run, **fixed}), replace(config, fixed)
+    changed = replace(judged, of_protocol)
+    method = catalog.method(name)
+    for given, same in (
+        (of_run, relevant(run, method) == relevant(plain, method)),
+        (of_protocol, changed == judged),
+    ):
+        if given and same:
+            raise ConfigError(f"method {written!r}: {' and '.join(given)} changes nothing here")
+    return Entry(written, pairs, place, run, changed)
+
+
+def _parse(written: str) -> tuple[str, dict[str, str]]:
+    """Return the method's name and its changes, field -> value."""
+    name, *changes = written.split("+")
+    if name not in METHODS:
+        raise ConfigError(
+            f"unknown method {name!r}; known: {', '.join(METHODS)}, "
+            "each with +FIELD=VALUE behind it"
+        )
+    fields = {}
+    for change in changes:
+        flag, mark, value = change.partition("=")
+        field = flag.replace("-", "_")  # as on the command line
+        if not mark:
+            raise ConfigError(f"method {written!r}: {change!r} is no change; write FIELD=VALUE")
+        if field in FIXED:
+            raise ConfigError(f"method {written!r}: {field} is the same for all of a comparison")
+        fields[field] = value
+    return name, fields
 
 
 def compare(
@@ -169,11 +176,19 @@ def compare(
     results = evaluation.evaluate_all(candidates, judged, root / EVALUATION)
     for entry in rows:
         evaluation.save(results[entry.label], Folder(entry.run.out))
-    first = results[rows[0].label]
-    table = {
+    table = _table(rows, results, config, judged)
+    root.write_json(COMPARISON, table)
+    root.write_bytes(TABLE, as_csv(table["cells"]).encode())
+    return table
+
+
+def _table(
+    rows: list[Entry], results: dict[str, Any], config: RunConfig, judged: EvaluateConfig
+) -> dict[str, Any]:
+    return {
         "schema": SCHEMA_VERSION,
         "source": without_secrets(config.source),
-        "test": first["test"],
+        "test": results[rows[0].label]["test"],
         "protocol": {
             "name": evaluation.protocol_name(judged),
             **dataclasses.asdict(judged.protocol),
@@ -182,9 +197,6 @@ def compare(
         "cells": [cell for entry in rows for cell in _cells(entry, results[entry.label])],
         "notes": _notes(rows, results),
     }
-    root.write_json(COMPARISON, table)
-    root.write_bytes(TABLE, as_csv(table["cells"]).encode())
-    return table
 
 
 def _on_shared_store(entry: Entry, plan: Run, root: Folder) -> Entry:

@@ -117,7 +117,8 @@ def evaluate_all(
 def plan(candidates: Iterable[Candidate], config: EvaluateConfig) -> Plan:
     """Check sets, sources, backbones and text encoders, and list the trials.
 
-    Raises ConfigError, SourceError or DistilledSetError in one line; nothing long has started by then.
+    Raises ConfigError, SourceError or DistilledSetError in one line; nothing long has started by
+    then.
     """
     candidates = list(candidates)
     splits = _splits(config, [candidate.protocol for candidate in candidates])
@@ -342,6 +343,7 @@ def _notes(checked: CheckedSet, planned: Plan) -> list[str]:
     pairs = len(checked.distilled)
     if pairs < protocol.batch_size:
         notes.append(
-            f"{pairs:,} pairs are fewer than a batch of {protocol.batch_size}: every step sees them all"
+            f"{pairs:,} pairs are fewer than a batch of {protocol.batch_size}: "
+            "every step sees them all"
         )
     return notes

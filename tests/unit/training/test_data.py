@@ -15,11 +15,11 @@ from tests.support.tiny_training import PIXELS
 
 
 def test_pixels_are_normalised_channel_by_channel():
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5), dtype=np.uint8)
-    found = PIXELS(torch.from_numpy(pictures)).numpy()
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5), dtype=np.uint8)
+    found = PIXELS(torch.from_numpy(images)).numpy()
     for channel, (mean, std) in enumerate(zip(PIXELS.mean, PIXELS.std, strict=True)):
         np.testing.assert_allclose(
-            found[:, channel], (pictures[:, channel] / 255 - mean) / std, atol=1e-6
+            found[:, channel], (images[:, channel] / 255 - mean) / std, atol=1e-6
         )
     features = torch.randn(4, 7)
     assert PIXELS(features) is features
@@ -72,34 +72,32 @@ def test_batches_differ_between_epochs_and_seeds_and_in_an_epoch(sampling):
 
 
 def test_the_middle_draw_changes_nothing():
-    pictures = torch.rand(3, 3, 32, 32)
-    torch.testing.assert_close(
-        augment(pictures, torch.full((3, 3), 0.5)), pictures, atol=1e-5, rtol=0
-    )
+    images = torch.rand(3, 3, 32, 32)
+    torch.testing.assert_close(augment(images, torch.full((3, 3), 0.5)), images, atol=1e-5, rtol=0)
 
 
 def test_augmentation_moves_but_never_mirrors_turns_or_recolours():
     """Dark left, light right, a gradient down, a constant channel: each stays so under any draw."""
     across = torch.where(torch.arange(64) < 32, 0.0, 1.0).expand(64, 64)
     down = torch.linspace(0, 1, 64)[:, None].expand(64, 64)
-    picture = torch.stack([across, down, torch.full((64, 64), 0.3)]).expand(200, 3, 64, 64)
-    moved = augment(picture, torch.rand(200, 3, generator=torch.Generator().manual_seed(0)))
+    image = torch.stack([across, down, torch.full((64, 64), 0.3)]).expand(200, 3, 64, 64)
+    moved = augment(image, torch.rand(200, 3, generator=torch.Generator().manual_seed(0)))
     assert (moved[:, 0, :, :16] < 0.01).all()
     assert (moved[:, 0, :, -16:] > 0.99).all()
     assert (moved[:, 1].diff(dim=1) >= -1e-5).all()
     assert (moved[:, 1, :, 0] - moved[:, 1, :, -1]).abs().max() < 1e-5
-    torch.testing.assert_close(moved[:, 2], picture[:, 2])
-    changed = (moved[:, 0] - picture[:, 0]).abs().amax((1, 2))
-    assert (changed > 0.05).float().mean() > 0.9, "pictures are moved"
+    torch.testing.assert_close(moved[:, 2], image[:, 2])
+    changed = (moved[:, 0] - image[:, 0]).abs().amax((1, 2))
+    assert (changed > 0.05).float().mean() > 0.9, "images are moved"
 
 
 @pytest.mark.parametrize(
     ("draws", "left", "right"), [([1.0, 0.5, 0.5], 16, 48), ([0.0, 0.5, 0.5], 16, 48)]
 )
-def test_a_picture_moves_by_at_most_a_twelfth(draws, left, right):
-    """An edge in the middle of a picture of 64 moves by 0.08 of it, 5.12 pixels."""
-    picture = torch.where(torch.arange(64) < 32, 0.0, 1.0).expand(1, 3, 64, 64)
-    moved = augment(picture, torch.tensor([draws]))[0, 0, 32]
+def test_an_image_moves_by_at_most_a_twelfth(draws, left, right):
+    """An edge in the middle of an image of 64 moves by 0.08 of it, 5.12 pixels."""
+    image = torch.where(torch.arange(64) < 32, 0.0, 1.0).expand(1, 3, 64, 64)
+    moved = augment(image, torch.tensor([draws]))[0, 0, 32]
     assert (moved[:left] == 0).all()
     assert (moved[right:] == 1).all()
     shift = 32 - (64 - moved.sum().item())
