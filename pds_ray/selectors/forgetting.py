@@ -4,7 +4,7 @@ again.
 The model is a linear map of each modality's embeddings, begun at the identity and trained with the
 symmetric contrastive loss. A pair is right in an epoch if each of its two sides ranks the other
 first in their batch; it is forgotten where it is right in one epoch and wrong in the next
-(docs/methods.md, selectors).
+(docs/methods.md, Selectors).
 """
 
 from __future__ import annotations

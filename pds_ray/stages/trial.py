@@ -3,7 +3,7 @@ are then averaged.
 
 The six recalls and r_mean are means over seeds with population standard deviations, as the
 published tables give them; over backbones, the means of the seeds are averaged first, and the
-deviation is that of these averages over the seeds (docs/methods.md, evaluation).
+deviation is that of these averages over the seeds (docs/methods.md, Evaluation).
 """
 
 from __future__ import annotations
@@ -228,9 +228,7 @@ class Progress:
 
 
 Report = Callable[[Progress, Callable[[], bytes]], None]
-"""Called on every worker after each evaluation; the second argument returns the state to go on
-from.
-"""
+"""Called on every worker after each evaluation; the second argument returns the state then."""
 Build = Callable[[BackboneInfo, int], torch.nn.Module]
 Features = dict[tuple[str, ...], torch.Tensor]
 

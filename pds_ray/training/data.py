@@ -60,8 +60,8 @@ def batches(pairs: int, size: int, sampling: str, seed: int, epoch: int) -> list
     """Return the rows of the pairs in each step of an epoch, int64 [b] each.
 
     `epoch`: a permutation in ceil(pairs / size) even parts. `independent`: as many fresh
-    permutations, each cut to `size`, as the published code draws them (docs/methods.md,
-    evaluation): some pairs repeat, some are missed.
+    permutations, each cut to `size`, as the published code draws them (docs/methods.md, Protocols):
+    some pairs repeat, some are missed.
     """
     count = math.ceil(pairs / size)
     draw = generator(seed, "batches", epoch)

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
 SCALE = 1 / 0.07
-"""The inverse temperature of the published evaluations (docs/methods.md, evaluation)."""
+"""The inverse temperature of the published evaluations (docs/methods.md, Model and loss)."""
 
 
 def contrastive(logits: torch.Tensor) -> torch.Tensor:

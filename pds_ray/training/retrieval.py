@@ -1,5 +1,5 @@
 """Train two towers on image-text pairs by a protocol, and measure retrieval with them
-(docs/methods.md, evaluation).
+(docs/methods.md, Evaluation).
 
 Batches, augmentation and dropout are functions of (seed, epoch, step, pair), never of the worker:
 several workers take slices of the same batches. A backbone that draws by itself (stochastic depth)
