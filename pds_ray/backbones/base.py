@@ -11,12 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """The description of a backbone, known without building it.
-
-    A backbone module offers `describe(name)` and `build(info, size)`. `build` returns a torch
-    module that maps float32 [B, 3, size, size] to float32 [B, d]; what it draws at random comes
-    from torch's global generator.
-    """
+    """The description of a backbone, known without building it."""
 
     name: str
     """The name as the user gave it."""

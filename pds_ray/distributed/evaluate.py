@@ -15,6 +15,7 @@ from pds_ray.distributed import session, tasks, trials
 from pds_ray.distributed.trial_inputs import prepare
 from pds_ray.distributed.trials import Queue
 from pds_ray.stages import trial as core
+from pds_ray.store.evaluation_folder import finished_trials
 from pds_ray.store.storage import Folder
 from pds_ray.telemetry.progress import progress_bar, waiting_for
 
@@ -84,7 +85,7 @@ def _run_queues(queues: list[Queue], results: Folder, bar: tqdm) -> None:
     try:
         while pending:
             ready, _ = ray.wait(list(pending), timeout=POLL_S)
-            finished = missing & trials.finished_keys(results)
+            finished = missing & finished_trials(results)
             missing -= finished
             bar.update(len(finished))
             for reference in ready:

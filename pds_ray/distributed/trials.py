@@ -30,12 +30,17 @@ from pds_ray.distributed import tasks
 from pds_ray.distributed.trial_inputs import Loader, TrialInputs, build_backbone
 from pds_ray.errors import first_line
 from pds_ray.stages import trial as core
+from pds_ray.store.evaluation_folder import (
+    STATE_SUFFIX,
+    STATES,
+    finished_trials,
+    result_name,
+    state_name,
+)
 from pds_ray.store.storage import LOCK, Folder, StorageError, is_remote
 from pds_ray.training.workers import Workers
 
 _log = logging.getLogger(__name__)
-
-STATES, STATE_SUFFIX = "state", ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,8 @@ class Queue:
 
 def unfinished(trials: list[core.Trial], results: Folder) -> list[core.Trial]:
     """Return the trials without a result."""
-    finished = finished_keys(results)
+    finished = finished_trials(results)
     return [trial for trial in trials if trial.key not in finished]
-
-
-def finished_keys(results: Folder) -> set[str]:
-    return {name.removesuffix(".json") for name in results.names(".json")}
 
 
 class PlacementGroups:
@@ -141,7 +142,7 @@ def _fit(queue: Queue) -> None:
 def _progress(queue: Queue) -> tuple[set[str], dict[str, str]]:
     """Return the unfinished trials and the hashes of the states; they differ after any progress."""
     states = queue.results / STATES
-    there = set(states.names(STATE_SUFFIX)) & {state_name(trial) for trial in queue.trials}
+    there = set(states.names(STATE_SUFFIX)) & {state_name(trial.key) for trial in queue.trials}
     left = {trial.key for trial in unfinished(queue.trials, queue.results)}
     return left, {name: _hash(states, name) for name in sorted(there)}
 
@@ -162,7 +163,7 @@ def _train_queue(config: dict[str, Any]) -> None:
         require_shared(queue.results)
         ray.get(queue.groups.add.remote(queue.name, get_current_placement_group()))
     # one worker's listing: a store may list late, and all must go on with the same trial
-    finished = set(workers.broadcast(sorted(finished_keys(queue.results))))
+    finished = workers.broadcast(finished_trials(queue.results))
     states = States(queue.results / STATES, workers, queue.config.save_every_s)
     loader, features = Loader(inputs), core.Features()
     for trial in queue.trials:
@@ -183,7 +184,7 @@ def _train_queue(config: dict[str, Any]) -> None:
             about = {"label": trial.label, "backbone": trial.backbone.name, "seed": trial.seed}
             seconds = round(time.monotonic() - began, 3)
             result = {**about, **found, "splits": splits, "seconds": seconds}
-            queue.results.write_json(f"{trial.key}.json", result)
+            queue.results.write_json(result_name(trial.key), result)
             states.delete(trial)
 
 
@@ -218,14 +219,14 @@ class States:
 
     def read(self, trial: core.Trial) -> bytes:
         """Return the state that a trial was left in; empty if there is none."""
-        if state_name(trial) not in self._there:
+        if state_name(trial.key) not in self._there:
             return b""
         # the first worker's, lest a store show an older one to another
         return self._workers.broadcast(self._read(trial) if self._workers.rank == 0 else b"")
 
     def _read(self, trial: core.Trial) -> bytes:
         try:
-            return self._folder.read_bytes(state_name(trial))
+            return self._folder.read_bytes(state_name(trial.key))
         except FileNotFoundError:
             return b""
 
@@ -237,7 +238,7 @@ class States:
         if self._workers.rank or ended or time.monotonic() - self._last < self._every_s:
             return
         try:
-            self._folder.write_bytes(state_name(trial), state())
+            self._folder.write_bytes(state_name(trial.key), state())
         except (StorageError, OSError, RuntimeError, safetensors.SafetensorError) as error:
             # the trial can do without; the line is in Ray's logs
             _log.warning("the state of %s cannot be saved: %s", trial, first_line(error))
@@ -245,19 +246,15 @@ class States:
 
     def delete(self, trial: core.Trial) -> None:
         """Delete the state of a trial that has its result."""
-        self._folder.delete(state_name(trial))
-
-
-def state_name(trial: core.Trial) -> str:
-    return f"{trial.key}{STATE_SUFFIX}"
+        self._folder.delete(state_name(trial.key))
 
 
 def delete_states(trials: list[core.Trial], results: Folder) -> None:
     """Delete the states of trials that have ended; those of another evaluation there stay."""
     states = results / STATES
     there = set(states.names(STATE_SUFFIX))
-    done = {trial.key for trial in trials} | finished_keys(results)
-    ended = there & {f"{key}{STATE_SUFFIX}" for key in done}
+    done = {trial.key for trial in trials} | finished_trials(results)
+    ended = there & set(map(state_name, done))
     states.delete_each(ended)
     if there == ended:
         states.delete_all()  # with what killed workers left of a file
