@@ -388,8 +388,9 @@ def evaluation(repeats: int, quick: bool) -> Found:
     from pds_ray import catalog
     from pds_ray.config import replace
     from pds_ray.recipes import protocol
-    from pds_ray.stages.trial import TextInput, Trial, run_trial
-    from pds_ray.training.train import Gallery, TrainingPairs
+    from pds_ray.stages.trial import TextInput, Trial, TrialData, run_trial
+    from pds_ray.training.data import Gallery, TrainingPairs
+    from pds_ray.training.workers import Workers
 
     images = 20 if quick else 1_000
     draw = torch.Generator().manual_seed(0)
@@ -408,7 +409,8 @@ def evaluation(repeats: int, quick: bool) -> Found:
     trial = Trial("", "", backbone, PIXELS, 0, settings, TextInput("prototypes", "", "basic"), 100)
 
     def work() -> None:
-        run_trial(trial, catalog.build_backbone, pairs, None, test, torch.device("cuda"))
+        workers = Workers(device=torch.device("cuda"))
+        run_trial(trial, TrialData(pairs, None, test), catalog.build_backbone, workers)
 
     return {"seconds": seconds_of(work, repeats), "backbone": backbone.name, "epochs": epochs}
 

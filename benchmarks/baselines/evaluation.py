@@ -13,7 +13,11 @@ import torch
 from torch import nn
 
 from pds_ray.config import ProtocolConfig
-from pds_ray.training import train as core
+from pds_ray.training.data import Gallery, Pixels, TrainingPairs, batches
+from pds_ray.training.loop import generator
+from pds_ray.training.losses import info_nce
+from pds_ray.training.retrieval import make_optimizer, schedule
+from pds_ray.training.two_towers import TwoTowers, dropout_masks
 
 TOP = 128  # candidates of a query that keep their score
 LOW = -100.0
@@ -62,9 +66,9 @@ def _top(scores: torch.Tensor) -> np.ndarray:
 def train_on_frozen(
     backbone: nn.Module,
     width: int,
-    pairs: core.TrainingPairs,
-    test: core.Gallery,
-    pixels: core.Pixels,
+    pairs: TrainingPairs,
+    test: Gallery,
+    pixels: Pixels,
     protocol: ProtocolConfig,
     seed: int,
 ) -> dict[str, float]:
@@ -76,20 +80,18 @@ def train_on_frozen(
     """
     torch.manual_seed(seed + (1 << 32))
     backbone.eval().requires_grad_(False)
-    head = core.TwoTowers(None, width, pairs.text.shape[1], image_head=False)
-    optimizer = core.make_optimizer(head, protocol)
+    head = TwoTowers(None, width, pairs.text.shape[1], image_head=False)
+    optimizer, factor = make_optimizer(head.parameters(), protocol), schedule(protocol)
     best: dict[str, float] = {}
     for epoch in range(protocol.epochs):
-        steps = core.batches(len(pairs.text), protocol.batch_size, protocol.sampling, seed, epoch)
+        steps = batches(len(pairs.text), protocol.batch_size, protocol.sampling, seed, epoch)
         for step, batch in enumerate(steps):
             for group in optimizer.param_groups:
-                group["lr"] = core.rate(protocol, epoch, step / len(steps))
-            masks = core.dropout_masks(
-                len(batch), width, core.generator(seed, "dropout", epoch, step)
-            )
+                group["lr"] = protocol.learning_rate * factor(epoch + step / len(steps))
+            masks = dropout_masks(len(batch), width, generator(seed, "dropout", epoch, step))
             with torch.no_grad():
                 features = backbone(pixels(pairs.images[batch]))
-            loss = core.info_nce(*head(features, pairs.text[batch], masks))
+            loss = info_nce(*head(features, pairs.text[batch], masks))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -101,9 +103,7 @@ def train_on_frozen(
 
 
 @torch.no_grad()
-def _test(
-    head: core.TwoTowers, backbone: nn.Module, test: core.Gallery, pixels: core.Pixels
-) -> dict[str, float]:
-    batches = test.images.split(TOP)
-    image = torch.cat([head.embed_images(backbone(pixels(batch))) for batch in batches])
+def _test(head: TwoTowers, backbone: nn.Module, test: Gallery, pixels: Pixels) -> dict[str, float]:
+    parts = test.images.split(TOP)
+    image = torch.cat([head.embed_images(backbone(pixels(part))) for part in parts])
     return recalls(image, head.embed_text(test.text), test.owner.numpy(), kind="stable")

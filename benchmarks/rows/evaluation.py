@@ -59,13 +59,13 @@ def theirs(task: Task) -> Found:
     from pds_ray import catalog, load_distilled
     from pds_ray.config import EmbedConfig
     from pds_ray.stages import trial as core
-    from pds_ray.training.train import Gallery, Pixels, TrainingPairs
+    from pds_ray.training.data import Gallery, Pixels, TrainingPairs
 
     config = _config(task)
     distilled = load_distilled(str(task.data / "run"))
     info = catalog.describe_backbone(config.backbones)
     pairs = TrainingPairs(
-        torch.from_numpy(core.set_pictures(distilled, SIDE)),
+        torch.from_numpy(core.set_images(distilled, SIDE)),
         torch.from_numpy(distilled.text_prototypes),
     )
     source = catalog.make_source(config.test)

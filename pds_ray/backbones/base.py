@@ -1,4 +1,4 @@
-"""What a backbone offers: pictures as feature vectors, to be trained in evaluation."""
+"""The interface of a backbone: images to feature vectors, trained in evaluation."""
 
 from __future__ import annotations
 
@@ -11,20 +11,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """What a backbone is, known without building it. A backbone module offers `describe(name)` and `build(info, size)`.
-
-    `build` gives a torch module that takes float32 [B, 3, size, size] and gives float32 [B, d]; what it draws at random
-    comes from torch's global generator.
-    """
+    """The description of a backbone, known without building it."""
 
     name: str
-    """As the user gave it."""
+    """The name as the user gave it."""
     identity: str
-    """What the weights at the start depend on besides the seed: architecture, and the file or tag of the weights."""
+    """All that the initial weights depend on besides the seed: architecture, file or tag."""
     image_size: int
-    """Side of the pictures it was made for."""
+    """The side of the images it was made for, in pixels."""
     mean: tuple[float, float, float]
-    """Constants that its pixels, in 0 to 1, are normalised with."""
+    """Per channel, of pixels in 0 to 1: they are normalised with mean and std."""
     std: tuple[float, float, float]
     pretrained: bool
     load_args: tuple[tuple[str, Any], ...] = ()

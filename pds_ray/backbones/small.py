@@ -1,7 +1,8 @@
-"""Three small networks of different families for the built-in world: convolutions, attention, mixed tokens.
+"""Three small networks of different families for the built-in world: convolutions, attention, mixed
+tokens.
 
-They start from random weights, take 64-pixel pictures and train in seconds on one CPU core. None has batch statistics,
-so that a picture's features never depend on the other pictures.
+They start from random weights, take images of 64 pixels and train in seconds on one CPU core. None
+has batch statistics, so that an image's features never depend on the other images.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ HALF = (0.5, 0.5, 0.5)
 
 
 def describe(name: str) -> BackboneInfo:
-    """One of small_conv, small_vit, small_mixer."""
+    """Describe one of small_conv, small_vit, small_mixer."""
     return BackboneInfo(name, f"{name} 1", IMAGE_SIZE, HALF, HALF, pretrained=False)
 
 
 def build(info: BackboneInfo, image_size: int) -> nn.Module:
-    """The network with fresh weights; 128 features for small_conv, 64 for the others."""
+    """Return the network with fresh weights: 128 features for small_conv, 64 for the others."""
     return {"small_conv": _conv, "small_vit": _vit, "small_mixer": _mixer}[info.name](image_size)
 
 
-def _conv(image_size: int) -> nn.Module:  # noqa: ARG001 - takes any
+def _conv(image_size: int) -> nn.Module:  # noqa: ARG001 - takes any size
     from torch import nn
 
     layers: list[nn.Module] = []

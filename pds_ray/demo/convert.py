@@ -24,9 +24,10 @@ LAYER_PARTS = {
 def convert_text_tower(
     model: open_clip.CLIP, config: dict, tokenizer: CLIPTokenizer
 ) -> CLIPTextModel:
-    """The text tower without its projection. `config` is open_clip's `model_cfg`.
+    """Return the text tower without its projection. `config` is open_clip's `model_cfg`.
 
-    `last_hidden_state` [B, context length, width] equals open_clip's states after its final LayerNorm.
+    `last_hidden_state` [B, context length, width] equals open_clip's states after its final
+    LayerNorm.
     """
     text = config["text_cfg"]
     target = CLIPTextModel(
@@ -57,7 +58,10 @@ def convert_text_tower(
 
 
 def convert_image_tower(model: open_clip.CLIP, config: dict) -> CLIPVisionModelWithProjection:
-    """The image tower with its projection. `image_embeds` [B, d] equals open_clip's un-normalised `encode_image`."""
+    """Return the image tower with its projection.
+
+    `image_embeds` [B, d] equals open_clip's `encode_image`, not normalised.
+    """
     vision = config["vision_cfg"]
     target = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
@@ -106,7 +110,7 @@ def _layers(source: dict[str, torch.Tensor], prefix: str, count: int) -> dict[st
 
 
 def _prefix(target: torch.nn.Module, name: str) -> str:
-    """What transformers puts before a weight's name: it differs between its releases."""
+    """Return the prefix of transformers' names of weights, which differs between its releases."""
     return next(key for key in target.state_dict() if key.endswith(name)).removesuffix(name)
 
 

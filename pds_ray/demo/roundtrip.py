@@ -1,4 +1,7 @@
-"""Does a decoded picture find its way back? Decode prototypes, embed the pictures, look for the nearest prototype."""
+"""Measure whether a decoded image finds its way back.
+
+Prototypes are decoded, the images are embedded, and for each the nearest prototype is looked up.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,13 @@ import torch.nn.functional as F  # noqa: N812 - PyTorch's own habit
 from diffusers.pipelines.stable_diffusion.pipeline_stable_unclip_img2img import (
     StableUnCLIPImg2ImgPipeline,
 )
-from PIL import Image, ImageDraw
+from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import CLIPTokenizer
 
 from pds_ray.demo.data import CaptionedImages
 from pds_ray.demo.train_clip import CaptionTokens, embed_captions, embed_images
+from pds_ray.stages.prototypes import nearest_rows
 
 BATCH_SIZE = 50
 KMEANS_ITERATIONS = 25
@@ -24,7 +28,7 @@ KMEANS_ITERATIONS = 25
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the pipeline is asked to decode."""
+    """Options of the pipeline."""
 
     steps: int = 20
     guidance: float = 3.0
@@ -36,34 +40,47 @@ class Decoding:
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """K decoded prototypes."""
+    """K decoded prototypes, as `report.contact_sheet` takes them."""
 
     images: list[Image.Image]
     prompts: list[str]
     hits: list[bool]
-    """Whether the picture's embedding has its own prototype as the nearest of all K, by cosine."""
+    """Whether the image's embedding has its own prototype as the nearest of all K, by cosine."""
 
     @property
     def found(self) -> int:
         return sum(self.hits)
 
+    @property
+    def captions(self) -> list[str]:
+        return [
+            f"{'found' if hit else 'not found'}: {prompt}"
+            for prompt, hit in zip(self.prompts, self.hits, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, pair: int) -> Image.Image:
+        return self.images[pair]
+
 
 @dataclass(frozen=True)
 class Prototypes:
-    """Means of the cells of a k-means on raw image embeddings."""
+    """Means of the clusters of a k-means on raw image embeddings."""
 
     means: torch.Tensor
     """float32 [K, d]."""
     member_norms: torch.Tensor
-    """float32 [K]: mean norm of the embeddings in each cell."""
+    """float32 [K]: mean norm of the embeddings in each cluster."""
     prompts: list[str]
-    """K captions: of all, the one nearest by cosine to the mean caption embedding of the cell."""
+    """K captions: of all, the one nearest by cosine to the cluster's mean caption embedding."""
 
 
 def find_prototypes(
     clip: open_clip.CLIP, tokenizer: CLIPTokenizer, data: CaptionedImages, count: int, seed: int = 0
 ) -> Prototypes:
-    """Cluster a data set into `count` cells and describe each."""
+    """Cluster a data set into `count` clusters and describe each."""
     images = embed_images(clip, data.pixels)
     kmeans = faiss.Kmeans(
         images.shape[1],
@@ -73,29 +90,32 @@ def find_prototypes(
         max_points_per_centroid=len(images),
     )
     kmeans.train(images.numpy())
-    cell = torch.from_numpy(kmeans.index.search(images.numpy(), 1)[1][:, 0])
+    cluster = torch.from_numpy(kmeans.index.search(images.numpy(), 1)[1][:, 0])
     tokens = CaptionTokens(tokenizer, data)
     captions = [caption for group in data.captions for caption in group]
     texts = embed_captions(clip, tokens.ids)
-    text_means = _means(texts, torch.repeat_interleave(cell, tokens.counts), count)
-    nearest = (F.normalize(text_means, dim=1) @ F.normalize(texts, dim=1).T).argmax(1)
+    text_means = _means(texts, torch.repeat_interleave(cluster, tokens.counts), count)
+    _, nearest = nearest_rows(text_means.numpy(), texts.numpy())
     return Prototypes(
-        _means(images, cell, count),
-        _means(images.norm(dim=1, keepdim=True), cell, count)[:, 0],
-        [captions[i] for i in nearest.tolist()],
+        _means(images, cluster, count),
+        _means(images.norm(dim=1, keepdim=True), cluster, count)[:, 0],
+        [captions[row] for row in nearest.tolist()],
     )
 
 
-def _means(rows: torch.Tensor, cell: torch.Tensor, count: int) -> torch.Tensor:
-    """Mean of the rows [N, d] of each of `count` cells; cell int64 [N]. An empty cell has mean 0."""
-    sums = torch.zeros(count, rows.shape[1]).index_add_(0, cell, rows)
-    return sums / torch.bincount(cell, minlength=count).clamp(min=1)[:, None]
+def _means(rows: torch.Tensor, cluster: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the mean of the rows [N, d] of each of `count` clusters; an empty one has mean 0.
+
+    cluster int64 [N].
+    """
+    sums = torch.zeros(count, rows.shape[1]).index_add_(0, cluster, rows)
+    return sums / torch.bincount(cluster, minlength=count).clamp(min=1)[:, None]
 
 
 def decode(
     pipeline: StableUnCLIPImg2ImgPipeline, prototypes: Prototypes, decoding: Decoding
 ) -> list[Image.Image]:
-    """One picture for each prototype, by the call that real unCLIP checkpoints take too."""
+    """Decode each prototype to an image, by the call that real unCLIP checkpoints take too."""
     embeds = prototypes.means
     if decoding.rescale:
         embeds = F.normalize(embeds, dim=1) * prototypes.member_norms[:, None]
@@ -125,29 +145,15 @@ def measure_round_trip(
     count: int,
     decoding: Decoding,
 ) -> RoundTrip:
-    """Distil `data` into `count` prototypes, decode them, and count the pictures that are nearest to their own."""
+    """Distil `data` into `count` prototypes, decode them, and count those that find their own."""
     prototypes = find_prototypes(clip, tokenizer, data, count)
     images = decode(pipeline, prototypes, decoding)
-    return judge(clip, prototypes, images)
+    return look_up(clip, prototypes, images)
 
 
-def judge(clip: open_clip.CLIP, prototypes: Prototypes, images: list[Image.Image]) -> RoundTrip:
-    """Embed the K pictures and look up the prototype nearest to each."""
+def look_up(clip: open_clip.CLIP, prototypes: Prototypes, images: list[Image.Image]) -> RoundTrip:
+    """Embed the K images and look up the prototype nearest to each."""
     embeddings = embed_images(clip, torch.stack([pil_to_tensor(image) for image in images]))
-    similarity = F.normalize(embeddings, dim=1) @ F.normalize(prototypes.means, dim=1).T
-    hits = similarity.argmax(1) == torch.arange(len(images))
-    return RoundTrip(images, prototypes.prompts, hits.tolist())
-
-
-def contact_sheet(result: RoundTrip, columns: int = 10, side: int = 128) -> Image.Image:
-    """All pictures in rows, enlarged without smoothing, each framed green if it found its prototype, else red."""
-    rows = -(-len(result.images) // columns)
-    sheet = Image.new("RGB", (columns * side, rows * side))
-    brush = ImageDraw.Draw(sheet)
-    for i, (image, hit) in enumerate(zip(result.images, result.hits, strict=True)):
-        x, y = i % columns * side, i // columns * side
-        sheet.paste(image.resize((side - 6, side - 6), Image.Resampling.NEAREST), (x + 3, y + 3))
-        brush.rectangle(
-            (x, y, x + side - 1, y + side - 1), outline="lime" if hit else "red", width=3
-        )
-    return sheet
+    _, nearest = nearest_rows(embeddings.numpy(), prototypes.means.numpy())
+    hits = [row == own for own, row in enumerate(nearest.tolist())]
+    return RoundTrip(images, prototypes.prompts, hits)

@@ -1,4 +1,6 @@
-"""A CLIP tokenizer (byte-level BPE, lower case) with a small vocabulary of the captions' own words."""
+"""A CLIP tokenizer (byte-level BPE, lower case) with a small vocabulary of the captions' own
+words.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ WORD_END = "</w>"
 def train_tokenizer(captions: Iterable[str], vocab_size: int, context_length: int) -> CLIPTokenizer:
     """Learn the merges from captions.
 
-    Ids are laid out as in the original CLIP: bytes, bytes at the end of a word, merges, start, end. Any text can be
-    written with them, and the end token has the highest id, by which CLIP finds where to read off the text embedding.
+    Ids are laid out as in the original CLIP: bytes, bytes at the end of a word, merges, start, end.
+    Any text can be written with them, and the end token has the highest id, by which CLIP finds
+    where to read off the text embedding.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = [*alphabet, *(byte + WORD_END for byte in alphabet)]

@@ -1,9 +1,9 @@
 """Train a small CLIP on any source and write it as an open_clip folder.
 
-    python -m pds_ray.demo.train_clip --source scenes:50000:1 --holdout scenes:1000:2 --out runs/clip
+python -m pds_ray.demo.train_clip --source scenes:50000:1 --holdout scenes:1000:2 --out runs/clip
 
-The folder loads with `open_clip.create_model_from_pretrained("local-dir:runs/clip")`. Run the same command again to go
-on after an interruption.
+The folder loads with `open_clip.create_model_from_pretrained("local-dir:runs/clip")`. Run the same
+command again to go on after an interruption.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from pds_ray.demo.data import CaptionedImages, load_captioned_images, to_signed
 from pds_ray.demo.tokenizer import train_tokenizer
 from pds_ray.demo.training import Schedule, train
 from pds_ray.errors import UserError
+from pds_ray.training.losses import info_nce
+from pds_ray.training.recall import recalls
 
 HEAD_WIDTH = 64
 MAX_LOGIT_SCALE = float(np.log(100))
@@ -36,11 +38,14 @@ PREPROCESS = {
     "interpolation": "bicubic",
     "resize_mode": "shortest",
 }
-"""Brings pixels to -1..1, which is what `to_signed` does in training."""
+"""Pixels come to -1..1, as `to_signed` brings them there in training."""
 
 
 def model_config(args: argparse.Namespace, vocab_size: int) -> dict:
-    """open_clip's `model_cfg` of a plain ViT with a plain causal text tower, both convertible to transformers."""
+    """Return open_clip's `model_cfg` of a plain ViT and a plain causal text tower.
+
+    Both can be converted to transformers.
+    """
     return {
         "embed_dim": args.embed_dim,
         "vision_cfg": {
@@ -56,13 +61,13 @@ def model_config(args: argparse.Namespace, vocab_size: int) -> dict:
             "width": args.width,
             "heads": args.width // HEAD_WIDTH,
             "layers": args.text_layers,
-            "hf_tokenizer_name": "local",  # any name: open_clip then reads the tokenizer of the folder itself
+            "hf_tokenizer_name": "local",  # with any name open_clip reads the folder's tokenizer
         },
     }
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """Token ids, int64 [B, context length], truncated and padded as open_clip's and diffusers' calls do."""
+    """Return token ids, int64 [B, context length], cut and padded as open_clip and diffusers do."""
     ids = tokenizer(
         captions,
         padding="max_length",
@@ -74,7 +79,10 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 
 
 def swapped(caption: str, pairs: Sequence[tuple[str, str]], number: int) -> str:
-    """The caption with the words of a pair exchanged, the `number`th in a circle of those that it has; "" if none."""
+    """Return the caption with the two words of a pair exchanged, or "" if it has no such word.
+
+    Of the pairs it has words of, the `number`th is taken, counted in a circle.
+    """
     words = set(re.findall(r"\w+", caption))
     present = [pair for pair in pairs if words & set(pair)]
     if not present:
@@ -88,7 +96,9 @@ def swapped(caption: str, pairs: Sequence[tuple[str, str]], number: int) -> str:
 
 
 class CaptionTokens:
-    """Every caption of a data set as ids, so that a step only has to look them up, and its negative, `swapped`."""
+    """Every caption of a data set, and its negative (see `swapped`), as ids that a step looks
+    up.
+    """
 
     def __init__(
         self, tokenizer: CLIPTokenizer, data: CaptionedImages, swaps: Sequence[tuple[str, str]] = ()
@@ -109,9 +119,9 @@ class CaptionTokens:
         self.negatives = tokenize(tokenizer, negatives).to(torch.int32) if negatives else self.ids
 
     def draw(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """One random caption for each of the pictures `rows` [B], then the negatives of those that have one.
+        """Draw a caption for each of the images `rows` [B]; the negatives of those follow.
 
-        Ids, int64 [B + negatives, context length].
+        Returns ids, int64 [B + negatives, context length].
         """
         choice = (
             self.starts[rows]
@@ -129,16 +139,17 @@ def train_model(
     args: argparse.Namespace,
     settings: dict,
 ) -> None:
-    """Symmetric InfoNCE over batches of distinct pictures, one random caption each; negatives are further captions.
+    """Train by symmetric InfoNCE over batches of distinct images with one random caption each.
 
-    Captions with words exchanged teach what contrast alone is slow to: where things are (NegCLIP, Yuksekgonul et al.,
-    ICLR 2023).
+    The negatives are further captions. Words that are exchanged teach what contrast alone teaches
+    slowly: where things are (NegCLIP, Yuksekgonul et al., ICLR 2023).
     """
     device = torch.device(args.device)
-    # On CPUs the backward pass of the fused attention is several times slower than that of the plain one.
+    # On CPUs the backward pass of the fused attention is several times slower than that of the
+    # plain one.
     attention = [SDPBackend.MATH] if device.type == "cpu" else list(SDPBackend.__members__.values())
 
-    def loss_of(generator: torch.Generator) -> torch.Tensor:
+    def loss(generator: torch.Generator) -> torch.Tensor:
         rows = torch.randperm(len(data), generator=generator)[: args.batch_size]
         pixels = to_signed(data.pixels[rows]).to(device)
         ids = tokens.draw(rows, generator).to(device)
@@ -148,23 +159,19 @@ def train_model(
         with autocast, sdpa_kernel(attention):
             image = model.encode_image(pixels, normalize=True)
             text = model.encode_text(ids, normalize=True)
-        logits = model.logit_scale.exp() * image.float() @ text.float().T
-        target = torch.arange(len(rows), device=device)
-        return (
-            F.cross_entropy(logits, target) + F.cross_entropy(logits.T[: len(rows)], target)
-        ) / 2
+        return info_nce(image.float(), text.float(), model.logit_scale.exp())
 
     schedule = Schedule(
         args.steps, args.learning_rate, 0.1, checkpoint_every=args.checkpoint_every, seed=args.seed
     )
-    train("train CLIP", model, loss_of, schedule, args.out / "checkpoint", settings)
+    train("train CLIP", model, loss, schedule, args.out / "checkpoint", settings)
 
 
 @torch.inference_mode()
 def embed_images(
     model: open_clip.CLIP, pixels: torch.Tensor, batch_size: int = 500
 ) -> torch.Tensor:
-    """uint8 [N, 3, S, S] -> un-normalised projections float32 [N, d] on the CPU."""
+    """uint8 [N, 3, S, S] -> projections, not normalised, float32 [N, d] on the CPU."""
     device = model.logit_scale.device
     return torch.cat(
         [model.encode_image(to_signed(part).to(device)).cpu() for part in pixels.split(batch_size)]
@@ -175,7 +182,7 @@ def embed_images(
 def embed_captions(
     model: open_clip.CLIP, ids: torch.Tensor, batch_size: int = 2000
 ) -> torch.Tensor:
-    """Ids [N, context length] -> un-normalised projections float32 [N, d] on the CPU."""
+    """Ids [N, context length] -> projections, not normalised, float32 [N, d] on the CPU."""
     device = model.logit_scale.device
     return torch.cat(
         [model.encode_text(part.long().to(device)).cpu() for part in ids.split(batch_size)]
@@ -185,23 +192,19 @@ def embed_captions(
 def measure_recall(
     model: open_clip.CLIP, data: CaptionedImages, tokenizer: CLIPTokenizer
 ) -> dict[str, float]:
-    """Recall at 1 in percent. TR: any of a picture's captions ranks first. IR: a caption ranks its picture first."""
+    """Return recall at 1 in both directions, in percent (see `training.recall`)."""
     tokens = CaptionTokens(tokenizer, data)
     owner = torch.repeat_interleave(torch.arange(len(data)), tokens.counts)
     image = F.normalize(embed_images(model, data.pixels), dim=-1)
     text = F.normalize(embed_captions(model, tokens.ids), dim=-1)
-    similarity = image @ text.T
-    return {
-        "TR@1": 100
-        * (owner[similarity.argmax(1)] == torch.arange(len(data))).float().mean().item(),
-        "IR@1": 100 * (similarity.argmax(0) == owner).float().mean().item(),
-    }
+    found = recalls(image, text, owner)
+    return {"TR@1": found["tr@1"], "IR@1": found["ir@1"]}
 
 
 def save_open_clip(
     folder: Path, model: open_clip.CLIP, config: dict, tokenizer: CLIPTokenizer
 ) -> None:
-    """Write what open_clip's `local-dir:` loads: weights, configuration, tokenizer."""
+    """Write a folder that open_clip's `local-dir:` loads: weights, configuration, tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     weights = {
@@ -213,7 +216,7 @@ def save_open_clip(
 
 
 def word_pairs(text: str) -> list[tuple[str, str]]:
-    """`a/b,c/d` -> [(a, b), (c, d)]. Raises ValueError for anything else."""
+    """Return `a/b,c/d` as [(a, b), (c, d)]. Raises ValueError for anything else."""
     pairs = [tuple(pair.split("/")) for pair in text.split(",")]
     if any(len(pair) != 2 or not all(pair) for pair in pairs):
         raise ValueError(text)
@@ -238,9 +241,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=1000)
     add("--batch-size", type=int, default=256)
     add("--learning-rate", type=float, default=1.5e-3)
-    add(
-        "--image-size", type=int, default=64, help="pixels; pictures are resized and centre-cropped"
-    )
+    add("--image-size", type=int, default=64, help="pixels; images are resized and centre-cropped")
     add("--patch-size", type=int, default=8, help="pixels")
     add("--width", type=int, default=128, help="of both towers, a multiple of 64")
     add("--layers", type=int, default=3, help="of the image tower")

@@ -1,9 +1,10 @@
 """Train a small unCLIP for a CLIP and write it as a diffusers `StableUnCLIPImg2ImgPipeline` folder.
 
-    python -m pds_ray.demo.train_unclip --clip runs/clip --source scenes:50000:1 --out runs/unclip --evaluate
+python -m pds_ray.demo.train_unclip --clip runs/clip --source scenes:50000:1 --out runs/unclip
+--evaluate
 
-First the VAE, then, on its latents, the UNet. Run the same command again to go on after an interruption; more
-`--unet-steps` than before train further.
+First the VAE, then, on its latents, the UNet. Run the same command again to go on after an
+interruption; more `--unet-steps` than before train further.
 """
 
 from __future__ import annotations
@@ -36,17 +37,18 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
 from pds_ray.demo.convert import convert_image_tower, convert_text_tower
 from pds_ray.demo.data import CaptionedImages, load_captioned_images, to_signed
-from pds_ray.demo.roundtrip import Decoding, contact_sheet, measure_round_trip
+from pds_ray.demo.roundtrip import Decoding, measure_round_trip
 from pds_ray.demo.train_clip import CaptionTokens, embed_images, tokenize
 from pds_ray.demo.training import Schedule, TrainingError, train
 from pds_ray.errors import UserError
+from pds_ray.report.contact_sheet import contact_sheet
 from pds_ray.telemetry.progress import progress_bar
 
 KL_WEIGHT = 1e-4
 SQUARE_WEIGHT = 2.0
 EDGE_WEIGHT = 1.0
 LATENT_NOISE = 0.05
-"""Of latents with variance 1, when the decoder is trained alone."""
+"""The noise, on latents with variance 1, on which the decoder is trained alone."""
 SNR_CAP = 5.0
 """Min-SNR weighting: nearly noise-free steps count no more than this signal-to-noise ratio."""
 DROP_ALL = 0.1
@@ -56,7 +58,9 @@ DROP_PROMPT = 0.2
 CELL_MEMBERS = (400, 100, 25)
 """Mean sizes of the k-means cells over whose means the UNet also learns to decode."""
 CELL_SHARE = 0.5
-"""Share of samples whose condition is the mean of a cell they belong to instead of their own embedding."""
+"""Share of samples whose condition is the mean of a cell they belong to instead of their own
+embedding.
+"""
 NORM_GROUPS = 8
 NOISE_LEVELS = 1000
 
@@ -80,7 +84,7 @@ class Clip:
 
 
 def load_clip(folder: Path, device: str) -> Clip:
-    """Load an open_clip folder. Raises TrainingError if it is none."""
+    """Load an open_clip folder. Raises TrainingError if it is not one."""
     weights = folder / "open_clip_model.safetensors"
     if not weights.is_file():
         raise TrainingError(
@@ -109,7 +113,9 @@ def make_vae(image_size: int, channels: Sequence[int], latent_channels: int) -> 
 
 
 def painting_loss(painted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L1 and L2 on pixels [B, 3, S, S], and L1 on their differences to right and lower neighbours (edges)."""
+    """L1 and L2 on pixels [B, 3, S, S], and L1 on their differences to right and lower neighbours
+    (edges).
+    """
     error = painted.float() - target
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + SQUARE_WEIGHT * error.square().mean() + EDGE_WEIGHT * edges
@@ -118,11 +124,11 @@ def painting_loss(painted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def train_vae(
     vae: AutoencoderKL, pixels: torch.Tensor, args: argparse.Namespace, settings: dict
 ) -> None:
-    """Encoder and decoder together, with a slight pull of the latents to N(0, 1)."""
+    """Train encoder and decoder together, with a slight pull of the latents to N(0, 1)."""
     device = torch.device(args.device)
     vae.train()
 
-    def loss_of(generator: torch.Generator) -> torch.Tensor:
+    def loss(generator: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(pixels), (args.vae_batch_size,), generator=generator)
         target = to_signed(pixels[rows]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -138,7 +144,7 @@ def train_vae(
         checkpoint_every=args.checkpoint_every,
         seed=args.seed,
     )
-    train("train VAE", vae, loss_of, schedule, args.out / "checkpoint" / "vae", settings)
+    train("train VAE", vae, loss, schedule, args.out / "checkpoint" / "vae", settings)
 
 
 def train_decoder(
@@ -148,10 +154,13 @@ def train_decoder(
     args: argparse.Namespace,
     settings: dict,
 ) -> None:
-    """The decoder alone, on slightly noisy latents such as the UNet makes. The latents, hence the UNet, stay valid."""
+    """Train the decoder alone, on slightly noisy latents such as the UNet makes.
+
+    The latents, hence the UNet, stay valid.
+    """
     device = torch.device(args.device)
 
-    def loss_of(generator: torch.Generator) -> torch.Tensor:
+    def loss(generator: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(pixels), (args.vae_batch_size,), generator=generator)
         noise = torch.randn(latents[rows].shape, generator=generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -167,7 +176,7 @@ def train_decoder(
     train(
         "train decoder",
         vae.decoder,
-        loss_of,
+        loss,
         schedule,
         args.out / "checkpoint" / "decoder",
         settings,
@@ -176,9 +185,9 @@ def train_decoder(
 
 @torch.inference_mode()
 def encode_latents(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int = 250) -> torch.Tensor:
-    """uint8 [N, 3, S, S] -> the means of the latents, float32 [N, C, S/f, S/f] on the CPU."""
+    """uint8 [N, 3, S, S] -> means of the latents, float32 [N, C, S/f, S/f] on the CPU."""
     parts = []
-    with progress_bar("encode", len(pixels), "pictures") as bar:
+    with progress_bar("encode", len(pixels), "images") as bar:
         for part in pixels.split(batch_size):
             with torch.autocast(vae.device.type, torch.bfloat16):
                 parts.append(
@@ -190,7 +199,7 @@ def encode_latents(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int = 2
 
 @torch.no_grad()
 def standardise_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Give every latent channel mean 0 and variance 1 by folding that into the VAE's 1x1 convolutions.
+    """Give every latent channel mean 0 and variance 1 by a change of the VAE's 1x1 convolutions.
 
     Takes and returns latents [N, C, h, w]: those of the VAE before and after.
     """
@@ -210,7 +219,10 @@ def standardise_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tens
 def make_unet(
     clip: Clip, latent_shape: torch.Size, channels: Sequence[int]
 ) -> UNet2DConditionModel:
-    """A UNet like Stable Diffusion unCLIP's, for latents [C, h, h]: caption by attention, embedding as class label."""
+    """Return a UNet like that of Stable Diffusion unCLIP, for latents [C, h, h].
+
+    Captions enter by attention, the embedding as a class label.
+    """
     return UNet2DConditionModel(
         sample_size=latent_shape[-1],
         in_channels=latent_shape[0],
@@ -220,9 +232,8 @@ def make_unet(
         up_block_types=(*("CrossAttnUpBlock2D",) * (len(channels) - 1), "UpBlock2D"),
         block_out_channels=tuple(channels),
         layers_per_block=1,
-        attention_head_dim=[
-            width // 64 for width in channels
-        ],  # diffusers takes this as the number of heads
+        # diffusers takes this as the number of heads
+        attention_head_dim=[width // 64 for width in channels],
         cross_attention_dim=clip.config["text_cfg"]["width"],
         class_embed_type="projection",
         projection_class_embeddings_input_dim=2 * clip.dim,
@@ -232,7 +243,10 @@ def make_unet(
 
 
 def make_schedulers() -> tuple[Any, Any]:  # diffusers' annotations contradict each other here
-    """DDIM for the pictures' diffusion and DDPM for the embeddings' noise, both cosine, so ending in pure noise."""
+    """Return DDIM for the diffusion of images and DDPM for the noise of embeddings.
+
+    Both are cosine schedules, which end in pure noise.
+    """
     shape: Any = {
         "num_train_timesteps": NOISE_LEVELS,
         "beta_schedule": "squaredcos_cap_v2",
@@ -245,7 +259,7 @@ def make_schedulers() -> tuple[Any, Any]:  # diffusers' annotations contradict e
 
 
 def make_normalizer(embeddings: torch.Tensor) -> StableUnCLIPImageNormalizer:
-    """The statistics by which the pipeline standardises embeddings [N, d] before it adds noise."""
+    """Return the statistics by which the pipeline standardises embeddings [N, d] before noise."""
     normalizer = StableUnCLIPImageNormalizer(embeddings.shape[1])
     normalizer.mean.data = embeddings.mean(0, keepdim=True)
     normalizer.std.data = embeddings.std(0, keepdim=True)
@@ -253,10 +267,10 @@ def make_normalizer(embeddings: torch.Tensor) -> StableUnCLIPImageNormalizer:
 
 
 def cell_means(embeddings: torch.Tensor, members: Sequence[int], seed: int) -> torch.Tensor:
-    """Cluster embeddings [N, d] by k-means, coarsely to finely, `members` to a cell on average.
+    """Cluster embeddings [N, d] by k-means, coarsely to finely, `members` per cell on average.
 
-    Returns [len(members), N, d]: for each clustering and row the mean of the cell that the row is in. The decoder is
-    asked for pictures of such means, so it learns on them.
+    Returns [len(members), N, d]: for each clustering and row the mean of the cell that the row is
+    in. The decoder will be asked for images of such means, so it learns on them.
     """
     means = []
     rows = embeddings.numpy()
@@ -277,7 +291,10 @@ def add_embedding_noise(
     normalizer: StableUnCLIPImageNormalizer,
     scheduler: Any,
 ) -> torch.Tensor:
-    """The pipeline's `noise_image_embeddings` with a level for each row: [B, d], levels int64 [B] -> [B, 2 d]."""
+    """Add noise as the pipeline's `noise_image_embeddings` does, with a level for each row.
+
+    [B, d], levels int64 [B] -> [B, 2 d].
+    """
     noisy = normalizer.unscale(scheduler.add_noise(normalizer.scale(embeddings), noise, levels))
     return torch.cat([noisy, get_timestep_embedding(levels, embeddings.shape[1], True, 0)], dim=1)
 
@@ -292,7 +309,10 @@ def train_unet(
     args: argparse.Namespace,
     settings: dict,
 ) -> None:
-    """v-prediction on latents [N, C, h, h] given a caption and the embedding [N, d] of the picture or of its cell."""
+    """Train v-prediction on latents [N, C, h, h].
+
+    The conditions are a caption and the embedding [N, d] of the image, or of its cell.
+    """
     device = torch.device(args.device)
     scheduler, noising = make_schedulers()
     signal = scheduler.alphas_cumprod
@@ -303,7 +323,7 @@ def train_unet(
     empty = tokenize(clip.tokenizer, [""])
     unet.train()
 
-    def loss_of(generator: torch.Generator) -> torch.Tensor:
+    def loss(generator: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(latents), (args.batch_size,), generator=generator)
         times, levels, use_cell, which, dropped = torch.rand(
             5, args.batch_size, generator=generator
@@ -334,13 +354,13 @@ def train_unet(
         checkpoint_every=args.checkpoint_every,
         seed=args.seed,
     )
-    train("train UNet", unet, loss_of, schedule, args.out / "checkpoint" / "unet", settings)
+    train("train UNet", unet, loss, schedule, args.out / "checkpoint" / "unet", settings)
 
 
 def make_pipeline(
     clip: Clip, vae: AutoencoderKL, unet: UNet2DConditionModel, embeddings: torch.Tensor
 ) -> StableUnCLIPImg2ImgPipeline:
-    """Put the parts together; `embeddings` [N, d] give the normaliser's statistics."""
+    """Put the parts together; `embeddings` [N, d] give the statistics of the normaliser."""
     scheduler, noising = make_schedulers()
     size = clip.image_size
     return StableUnCLIPImg2ImgPipeline(
@@ -362,7 +382,10 @@ def make_pipeline(
 
 
 def save_pipeline(folder: Path, pipeline: StableUnCLIPImg2ImgPipeline, clip: Clip) -> None:
-    """Write the folder, with whose embeddings the decoder takes. UNet and VAE are left in half precision, as stored."""
+    """Write the folder, and the CLIP whose embeddings the decoder takes.
+
+    UNet and VAE are left in half precision, as they are stored.
+    """
     for part in (pipeline.unet, pipeline.vae):
         for parameter in part.parameters():
             parameter.data = parameter.data.half()
@@ -493,7 +516,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if "found" in metrics:
         print(
-            f"round trip: {metrics['found']} of {metrics['prototypes']} pictures find their own prototype"
+            f"round trip: {metrics['found']} of {metrics['prototypes']} images "
+            "find their own prototype"
         )
     return 0
 

@@ -1,12 +1,12 @@
 """The table of the literature in one call: methods x sizes x backbones, on one embedding store.
 
 A method is written `pds`, `random`, ..., or with changes of the configuration behind it, as in
-`pds+match.filter=false+protocol.text=captions`: that is what ablations are. Layout of the folder:
+`pds+match.filter=false+protocol.text=captions`: such a row is an ablation. Layout of the folder:
 
 comparison.json, comparison.csv    the cells: mean and deviation per method, size and backbone
-sets/METHOD-PAIRS/                 one run folder a set
-embeddings/                        the embeddings that they share, one store for each way of making them
-evaluation/trials/                 one file a trained model
+sets/METHOD-PAIRS/                 one run folder per set
+embeddings/                        the embeddings they share, one store per way of making them
+evaluation/trials/                 one file per trained model
 """
 
 from __future__ import annotations
@@ -48,11 +48,15 @@ ABLATIONS = (
     "pds+caption.nearest_to=prototype",
     "pds+protocol.text=prototypes",
 )
-"""What the paper varies, one thing at a time; another encoder is `pds+embed.encoder=NAME`."""
+"""The variations of the paper, one at a time; another encoder is `pds+embed.encoder=NAME`."""
+FIXED = ("source", "out", "method", "pairs", "embed.store")
+"""Options that all rows of a comparison share."""
+UNSAFE = re.compile(r"[^\w.=+-]")
+"""Characters that stay out of folder names."""
 
 
 def ablations(config: RunConfig, judged: EvaluateConfig) -> list[str]:
-    """Those of ABLATIONS that change something in these configurations."""
+    """Return those of ABLATIONS that change something in these configurations."""
 
     def changes(written: str) -> bool:
         field, _, value = written.partition("+")[2].partition("=")
@@ -63,18 +67,15 @@ def ablations(config: RunConfig, judged: EvaluateConfig) -> list[str]:
     return [written for written in ABLATIONS if changes(written)]
 
 
-FIXED = ("source", "out", "method", "pairs", "embed.store")
-
-
 @dataclass(frozen=True)
 class Entry:
     """A row of the table: a method with its changes, at one size."""
 
     method: str
-    """As the user wrote it."""
+    """The method as the user wrote it."""
     pairs: int
     folder: str
-    """Where its set is, below the comparison."""
+    """The folder of its set, below that of the comparison."""
     run: RunConfig
     evaluation: EvaluateConfig
 
@@ -86,49 +87,54 @@ class Entry:
 def entries(
     config: RunConfig, methods: list[str], sizes: list[int], judged: EvaluateConfig
 ) -> list[Entry]:
-    """Every method at every size. Raises ConfigError in one line for a method or a change that there is not."""
-    root = Folder(config.out)
-    found = []
-    for written in dict.fromkeys(methods):
-        name, *changes = written.split("+")
-        if name not in METHODS:
-            raise ConfigError(
-                f"unknown method {name!r}; known: {', '.join(METHODS)}, each with +FIELD=VALUE behind it"
-            )
-        fields = {}
-        for change in changes:
-            flag, mark, value = change.partition("=")
-            field = flag.replace("-", "_")  # as on the command line
-            if not mark:
-                raise ConfigError(f"method {written!r}: {change!r} is no change; write FIELD=VALUE")
-            if field in FIXED:
-                raise ConfigError(
-                    f"method {written!r}: {field} is the same for all of a comparison"
-                )
-            fields[field] = value
-        of_protocol = {
-            field: fields.pop(field) for field in list(fields) if field.startswith("protocol.")
-        }
-        kept = [f"{field}={value}" for field, value in fields.items()]
-        folder = re.sub(r"[^\w.=+-]", "_", "+".join([name, *kept]))
-        for pairs in dict.fromkeys(sizes):
-            place = set_name(folder, pairs)
-            run = replace(
-                config, {**fields, "method": name, "pairs": pairs, "out": (root / place).path}
-            )
-            plain = replace(config, {"method": name, "pairs": pairs, "out": run.out})
-            changed = replace(judged, of_protocol)
-            method = catalog.method(name)
-            for given, same in (
-                (fields, relevant(run, method) == relevant(plain, method)),
-                (of_protocol, changed == judged),
-            ):
-                if given and same:
-                    raise ConfigError(
-                        f"method {written!r}: {' and '.join(given)} changes nothing here"
-                    )
-            found.append(Entry(written, pairs, place, run, changed))
-    return found
+    """Return every method at every size.
+
+    Raises ConfigError in one line for an unknown method, or a change that changes nothing.
+    """
+    return [
+        _entry(written, pairs, config, judged)
+        for written in dict.fromkeys(methods)
+        for pairs in dict.fromkeys(sizes)
+    ]
+
+
+def _entry(written: str, pairs: int, config: RunConfig, judged: EvaluateConfig) -> Entry:
+    name, fields = _parse(written)
+    of_protocol = {key: value for key, value in fields.items() if key.startswith("protocol.")}
+    of_run = {key: value for key, value in fields.items() if key not in of_protocol}
+    kept = [f"{key}={value}" for key, value in of_run.items()]
+    place = set_name(UNSAFE.sub("_", "+".join([name, *kept])), pairs)
+    fixed = {"method": name, "pairs": pairs, "out": (Folder(config.out) / place).path}
+    run, plain = replace(config, {**of_run, **fixed}), replace(config, fixed)
+    changed = replace(judged, of_protocol)
+    method = catalog.method(name)
+    for given, same in (
+        (of_run, relevant(run, method) == relevant(plain, method)),
+        (of_protocol, changed == judged),
+    ):
+        if given and same:
+            raise ConfigError(f"method {written!r}: {' and '.join(given)} changes nothing here")
+    return Entry(written, pairs, place, run, changed)
+
+
+def _parse(written: str) -> tuple[str, dict[str, str]]:
+    """Return the method's name and its changes, field -> value."""
+    name, *changes = written.split("+")
+    if name not in METHODS:
+        raise ConfigError(
+            f"unknown method {name!r}; known: {', '.join(METHODS)}, "
+            "each with +FIELD=VALUE behind it"
+        )
+    fields = {}
+    for change in changes:
+        flag, mark, value = change.partition("=")
+        field = flag.replace("-", "_")  # as on the command line
+        if not mark:
+            raise ConfigError(f"method {written!r}: {change!r} is no change; write FIELD=VALUE")
+        if field in FIXED:
+            raise ConfigError(f"method {written!r}: {field} is the same for all of a comparison")
+        fields[field] = value
+    return name, fields
 
 
 def compare(
@@ -138,10 +144,10 @@ def compare(
     judged: EvaluateConfig,
     redo: bool = False,
 ) -> dict[str, Any]:
-    """Makes every set that is not there, runs every trial that was not run, writes the table and returns it.
+    """Make the missing sets, run the missing trials, write the table and return it.
 
-    Interrupted and called again, it goes on. Raises UserError in one line for what the user can mend, as far as
-    possible before anything long starts.
+    Interrupted and called again, it goes on. Raises UserError in one line for what the user can
+    mend, as far as possible before anything long starts.
     """
     if not config.out:
         raise ConfigError("no folder for the comparison: give --out FOLDER")
@@ -170,11 +176,19 @@ def compare(
     results = evaluation.evaluate_all(candidates, judged, root / EVALUATION)
     for entry in rows:
         evaluation.save(results[entry.label], Folder(entry.run.out))
-    first = results[rows[0].label]
-    table = {
+    table = _table(rows, results, config, judged)
+    root.write_json(COMPARISON, table)
+    root.write_bytes(TABLE, as_csv(table["cells"]).encode())
+    return table
+
+
+def _table(
+    rows: list[Entry], results: dict[str, Any], config: RunConfig, judged: EvaluateConfig
+) -> dict[str, Any]:
+    return {
         "schema": SCHEMA_VERSION,
         "source": without_secrets(config.source),
-        "test": first["test"],
+        "test": results[rows[0].label]["test"],
         "protocol": {
             "name": evaluation.protocol_name(judged),
             **dataclasses.asdict(judged.protocol),
@@ -183,13 +197,10 @@ def compare(
         "cells": [cell for entry in rows for cell in _cells(entry, results[entry.label])],
         "notes": _notes(rows, results),
     }
-    root.write_json(COMPARISON, table)
-    root.write_bytes(TABLE, as_csv(table["cells"]).encode())
-    return table
 
 
 def _on_shared_store(entry: Entry, plan: Run, root: Folder) -> Entry:
-    """The entry with its embeddings in the folder of all that are made the same way."""
+    """Return the entry with its embeddings in the store of all that are made the same way."""
     if entry.run.embed.store:
         return entry
     store = (root / store_name(plan.fingerprints["embed"])).path
@@ -197,19 +208,19 @@ def _on_shared_store(entry: Entry, plan: Run, root: Folder) -> Entry:
 
 
 def _notes(rows: list[Entry], results: dict[str, dict[str, Any]]) -> list[str]:
-    """What a reader should know: of the whole table once, of some rows with their names."""
-    of: dict[str, list[str]] = {}
+    """Return each note once: notes on the whole table plainly, others with the names of rows."""
+    rows_of: dict[str, list[str]] = {}
     for entry in rows:
         for note in results[entry.label]["notes"]:
-            of.setdefault(note, []).append(entry.label)
+            rows_of.setdefault(note, []).append(entry.label)
     return [
         note if len(labels) == len(rows) else f"{', '.join(labels)}: {note}"
-        for note, labels in of.items()
+        for note, labels in rows_of.items()
     ]
 
 
 def _cells(entry: Entry, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The cells of a row: one a backbone, then their average."""
+    """Return the cells of a row: one per backbone, then their average."""
     about = {"method": entry.method, "pairs": entry.pairs}
     parts = [
         (backbone["name"], backbone, len(backbone["trials"])) for backbone in result["backbones"]
@@ -229,7 +240,7 @@ def _cells(entry: Entry, result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def as_csv(cells: list[dict[str, Any]]) -> str:
-    """One line a cell: mean and deviation of every measure, in percent."""
+    """Return one line per cell: mean and deviation of every measure, in percent."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     measures = [f"{name} {kind}" for name in MEASURES for kind in ("mean", "std")]

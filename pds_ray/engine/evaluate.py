@@ -1,8 +1,8 @@
-"""Evaluation as a user asks for it: the checks before it, the trials, the results as tables and JSON.
+"""Evaluation of distilled sets: checks before it starts, the trials, the results as JSON.
 
-evaluation/NAME.json of a run folder, or of a distilled set by itself, holds one evaluation; evaluation/trials/KEY.json
-one trained model each. A trial whose file is there is never trained again; one that is under way has its state in
-evaluation/trials/state/KEY.safetensors.
+evaluation/NAME.json of a run folder, or of a distilled set by itself, holds one evaluation, and
+each evaluation/trials/KEY.json one trained model. A trial whose file exists is never trained again;
+one under way has its state in evaluation/trials/state/KEY.safetensors.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from pds_ray.store.manifest import fingerprint
 from pds_ray.store.storage import Folder
 
 SCHEMA_VERSION = 1
-CAPTION_PROBE = 1_000  # samples looked at for one with picture and caption
+CAPTION_PROBE = 1_000  # samples searched for one with image and caption
 MIN_PAIRS = 2  # a pair needs another to differ from
 
 
@@ -57,21 +57,20 @@ class Plan:
 
 
 def evaluate(path: str, config: EvaluateConfig, out: str | None = None) -> dict[str, Any]:
-    """Trains models on the distilled set at `path` and measures retrieval on `config.test`; returns the results.
+    """Train models on the distilled set at `path` and measure retrieval on `config.test`.
 
-    They are also written to OUT/evaluation/ (default: the run folder or set itself). Interrupted and called again, it
-    goes on with the trials that are missing. Raises UserError in one line for what the user can mend.
+    Returns the results, and writes them to OUT/evaluation/ (default: the run folder or set itself).
+    Interrupted and called again, it goes on with the missing trials. Raises UserError in one line
+    for what the user can mend.
     """
-    label = Folder(path).name
-    target = Folder(out or path)
-    result = evaluate_all([Candidate(label, path, config.protocol)], config, target / EVALUATION)[
-        label
-    ]
+    label, target = Folder(path).name, Folder(out or path)
+    candidate = Candidate(label, path, config.protocol)
+    result = evaluate_all([candidate], config, target / EVALUATION)[label]
     return {**result, "file": save(result, target)}
 
 
 def save(result: dict[str, Any], run: Folder) -> str:
-    """Writes an evaluation into a run folder; returns where."""
+    """Write an evaluation into a run folder; return the file's path."""
     protocol = result["protocol"]["name"].partition(",")[0]
     name = evaluation_name(protocol, result["fingerprint"])
     (run / EVALUATION).write_json(name, result)
@@ -79,14 +78,14 @@ def save(result: dict[str, Any], run: Folder) -> str:
 
 
 def check(config: EvaluateConfig, protocols: list[ProtocolConfig], trained_on: list[Shard]) -> None:
-    """What can be said against an evaluation before there are sets: its splits and backbones.
+    """Validate splits and backbones before any set is made.
 
     `trained_on` are the shards of the source. Raises ConfigError or SourceError in one line.
     """
     for name, split in _splits(config, protocols).items():
         if overlap(split.shards, trained_on):
             raise ConfigError(
-                f"--{name} {split.uri} holds pictures of the source; give one that was held out"
+                f"--{name} {split.uri} holds images of the source; give one that was held out"
             )
     for name in config.backbone_names:
         catalog.describe_backbone(name)
@@ -95,8 +94,11 @@ def check(config: EvaluateConfig, protocols: list[ProtocolConfig], trained_on: l
 def evaluate_all(
     candidates: Iterable[Candidate], config: EvaluateConfig, folder: Folder
 ) -> dict[str, dict[str, Any]]:
-    """Evaluates several sets side by side; returns the results by label. Trials are kept in FOLDER/trials/."""
-    plan_ = plan(candidates, config)
+    """Evaluate several sets side by side; return the results by label.
+
+    Trials are kept in FOLDER/trials/.
+    """
+    planned = plan(candidates, config)
     results = folder / TRIALS
     results.create()
     with results.lock():
@@ -105,17 +107,18 @@ def evaluate_all(
         from pds_ray.distributed.evaluate import run_trials
 
         done = finished_trials(results)
-        todo = {trial.key: trial for trial in plan_.trials if trial.key not in done}
+        todo = {trial.key: trial for trial in planned.trials if trial.key not in done}
         if todo:  # sets that do not differ share their trials
             session.start(config.ray)
-            run_trials(list(todo.values()), plan_.sets, plan_.splits, results, config)
-    return {checked.candidate.label: _result(checked, plan_, results) for checked in plan_.sets}
+            run_trials(list(todo.values()), planned.sets, planned.splits, results, config)
+    return {checked.candidate.label: _result(checked, planned, results) for checked in planned.sets}
 
 
 def plan(candidates: Iterable[Candidate], config: EvaluateConfig) -> Plan:
-    """Checks sets, sources, backbones and text encoders, and lists the trials.
+    """Check sets, sources, backbones and text encoders, and list the trials.
 
-    Raises ConfigError, SourceError or DistilledSetError in one line; nothing long has started by then.
+    Raises ConfigError, SourceError or DistilledSetError in one line; nothing long has started by
+    then.
     """
     candidates = list(candidates)
     splits = _splits(config, [candidate.protocol for candidate in candidates])
@@ -140,8 +143,8 @@ def _splits(config: EvaluateConfig, protocols: list[ProtocolConfig]) -> dict[str
             splits["val"] = _split(uri, catalog.make_source(uri))
             if overlap(splits["test"].shards, splits["val"].shards):
                 raise ConfigError(
-                    f"--val {uri} holds pictures of --test {config.test}: the epoch would be chosen on the test split; "
-                    "give another, or --protocol.select test"
+                    f"--val {uri} holds images of --test {config.test}: the epoch would be "
+                    "chosen on the test split; give another, or --protocol.select test"
                 )
         else:
             splits["val"] = dataclasses.replace(splits["test"], part="val")
@@ -150,7 +153,7 @@ def _splits(config: EvaluateConfig, protocols: list[ProtocolConfig]) -> dict[str
 
 
 def _require_held_out(sets: list[CheckedSet], splits: dict[str, Split]) -> None:
-    """Raises ConfigError if a set is known to come from pictures it would be judged by."""
+    """Raise ConfigError if a set is known to come from images it would be measured on."""
     for uri in {str(checked.distilled.manifest["about"].get("source", "")) for checked in sets}:
         for name, split in splits.items():
             if uri.partition(":")[0] != split.uri.partition(":")[0]:
@@ -161,19 +164,19 @@ def _require_held_out(sets: list[CheckedSet], splits: dict[str, Split]) -> None:
                 continue  # a source that is no longer there tells nothing
             if overlap(split.shards, source):
                 raise ConfigError(
-                    f"--{name} {split.uri} holds pictures of {uri}, which the set was made from"
+                    f"--{name} {split.uri} holds images of {uri}, which the set was made from"
                 )
 
 
 def overlap(some: list[Shard], others: list[Shard]) -> bool:
-    """Whether two sources have a shard in common."""
+    """Return whether two sources have a shard in common."""
     return not {(s.name, s.version or s.size) for s in some}.isdisjoint(
         (s.name, s.version or s.size) for s in others
     )
 
 
 def _split(uri: str, source: Source) -> Split:
-    """A source as a split. Raises ConfigError if the first samples have no caption."""
+    """Return a source as a split. Raises ConfigError if the first samples have no caption."""
     shards = source.shards()
     _require_captions(uri, source, shards)
     return Split(uri, source, shards)
@@ -188,15 +191,18 @@ def _require_captions(uri: str, source: Source, shards: list[Shard]) -> None:
             seen += 1
             if seen == CAPTION_PROBE:
                 raise ConfigError(
-                    f"none of the first {seen:,} samples of {uri} has a picture and a caption"
+                    f"none of the first {seen:,} samples of {uri} has an image and a caption"
                 )
     raise ConfigError(
-        f"none of the {seen:,} samples of {uri} has a picture and a caption; retrieval needs both"
+        f"none of the {seen:,} samples of {uri} has an image and a caption; retrieval needs both"
     )
 
 
 def _check(candidate: Candidate) -> CheckedSet:
-    """Loads a set and settles what `auto` stands for. Raises ConfigError or DistilledSetError in one line."""
+    """Load a set and settle what `auto` stands for.
+
+    Raises ConfigError or DistilledSetError in one line.
+    """
     distilled, protocol = load_distilled(candidate.path), candidate.protocol
     about = distilled.manifest["about"]
     if len(distilled) < MIN_PAIRS:
@@ -210,19 +216,20 @@ def _check(candidate: Candidate) -> CheckedSet:
     blank = sum(not clean(caption) for caption in distilled.captions)
     if protocol.text == "captions" and blank:
         raise ConfigError(
-            f"{blank:,} of {len(distilled):,} pairs of {candidate.path} have no caption, and {name} needs them"
+            f"{blank:,} of {len(distilled):,} pairs of {candidate.path} have no caption, "
+            f"and {name} needs them"
         )
-    return CheckedSet(
-        candidate, distilled, encoder, TextInput(protocol.text, encoder.identity, protocol.captions)
-    )
+    text = TextInput(protocol.text, encoder.identity, protocol.captions)
+    return CheckedSet(candidate, distilled, encoder, text)
 
 
 def text_encoder(
     protocol: ProtocolConfig, path: str, own: str | None, space: str | None, dim: int
 ) -> EncoderInfo | TextEncoderInfo:
-    """The text encoder that a protocol wants for the set at `path`, made by the CLIP `own`.
+    """Return the text encoder that a protocol wants for the set at `path`, made by the CLIP `own`.
 
-    Raises ConfigError in one line if there is none, or if the set's text prototypes are wanted and do not fit it.
+    Raises ConfigError in one line if there is none, or if the set's text prototypes are wanted and
+    do not fit it.
     """
     name = own if protocol.text_encoder == "auto" else protocol.text_encoder
     if not name:
@@ -248,18 +255,13 @@ def _trials(
         for name, split in splits.items()
         if name == "test" or protocol.select == "val"
     }
-    # what the name of the encoder says is in its identity
+    # the encoder by its identity, which holds all that its name says
     about_protocol = {**dataclasses.asdict(protocol), "text_encoder": checked.encoder.identity}
+    content = _content(checked.distilled)
+    depends_on = (SCHEMA_VERSION, content, about_protocol, held_out)
     return [
         Trial(
-            key=fingerprint(
-                SCHEMA_VERSION,
-                _content(checked.distilled),
-                about_protocol,
-                held_out,
-                backbone.identity,
-                seed,
-            ),
+            key=fingerprint(*depends_on, backbone.identity, seed),
             label=candidate.label,
             backbone=backbone,
             image_size=protocol.image_size or backbone.image_size,
@@ -274,16 +276,16 @@ def _trials(
 
 
 def _content(distilled: DistilledSet) -> list[Any]:
-    """What training sees of a set: the same for two that differ only in what is said of them."""
+    """Return what training sees of a set: equal for two that differ in their cards alone."""
     files = distilled.manifest["files"]
     trained_on = [*(image_path(row["file_name"]) for row in distilled.records), PROTOTYPES]
     return [[files[name]["sha256"] for name in trained_on], distilled.captions]
 
 
-def _result(checked: CheckedSet, plan_: Plan, results: Folder) -> dict[str, Any]:
-    """The finished trials of a set as one JSON value."""
-    config, protocol = plan_.config, checked.candidate.protocol
-    mine = [trial for trial in plan_.trials if trial.label == checked.candidate.label]
+def _result(checked: CheckedSet, planned: Plan, results: Folder) -> dict[str, Any]:
+    """Return the finished trials of a set as one JSON value."""
+    config, protocol = planned.config, checked.candidate.protocol
+    mine = [trial for trial in planned.trials if trial.label == checked.candidate.label]
     found = {trial.key: results.read_json(result_name(trial.key)) for trial in mine}
     backbones = {
         name: [
@@ -297,7 +299,7 @@ def _result(checked: CheckedSet, plan_: Plan, results: Folder) -> dict[str, Any]
     counts = found[mine[0].key]["splits"]
     splits = {
         name: {"source": without_secrets(split.uri), **counts[name]}
-        for name, split in plan_.splits.items()
+        for name, split in planned.splits.items()
         if name == "test" or protocol.select == "val"
     }
     return {
@@ -320,25 +322,28 @@ def _result(checked: CheckedSet, plan_: Plan, results: Folder) -> dict[str, Any]
             for name, trials in backbones.items()
         ],
         **average(list(backbones.values())),
-        "notes": _notes(checked, plan_),
+        "notes": _notes(checked, planned),
     }
 
 
-def _notes(checked: CheckedSet, plan_: Plan) -> list[str]:
-    """What a reader of the figures should know."""
+def _notes(checked: CheckedSet, planned: Plan) -> list[str]:
+    """Return notes for a reader of the figures."""
     protocol, notes = checked.candidate.protocol, []
     if protocol.select == "test":
         notes.append(
-            "the epoch was chosen on the test split, as in the published evaluation: figures are optimistic"
+            "the epoch was chosen on the test split, as in the published evaluation: "
+            "figures are optimistic"
         )
-    if plan_.splits["test"].part:
+    if planned.splits["test"].part:
+        test = without_secrets(planned.config.test)
         notes.append(
-            f"no validation split is known for {without_secrets(plan_.config.test)}: every {VALIDATION_EVERY}th image "
+            f"no validation split is known for {test}: every {VALIDATION_EVERY}th image "
             "of it chose the epoch, the others were the test; --val SOURCE gives one"
         )
     pairs = len(checked.distilled)
     if pairs < protocol.batch_size:
         notes.append(
-            f"{pairs:,} pairs are fewer than a batch of {protocol.batch_size}: every step sees them all"
+            f"{pairs:,} pairs are fewer than a batch of {protocol.batch_size}: "
+            "every step sees them all"
         )
     return notes

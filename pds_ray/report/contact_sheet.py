@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import textwrap
+from typing import Protocol
 
 from PIL import Image, ImageDraw, ImageFont
-
-from pds_ray.store.distilled_set import DistilledSet
 
 TILE, TEXT_HEIGHT, GAP, COLUMNS = 144, 54, 8, 10
 FONT_SIZE, TEXT_COLUMNS, TEXT_LINES = 11, 25, 4
 PAPER, INK = (250, 250, 248), (40, 40, 44)
 
 
-def contact_sheet(distilled: DistilledSet, limit: int = 100, columns: int = COLUMNS) -> Image.Image:
+class Pairs(Protocol):
+    """Images with captions: a distilled set is such."""
+
+    @property
+    def captions(self) -> list[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def image(self, pair: int) -> Image.Image: ...
+
+
+def contact_sheet(distilled: Pairs, limit: int = 100, columns: int = COLUMNS) -> Image.Image:
     """Return an RGB image of the first `limit` pairs, `columns` per row, captions below."""
     count = min(limit, len(distilled))
     columns = max(1, min(columns, count))

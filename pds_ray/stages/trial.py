@@ -1,53 +1,64 @@
-"""Evaluation: a trial trains one model on one set and measures retrieval on the test split; trials are then averaged.
+"""Evaluation: a trial trains one model on one set and measures retrieval on the test split; trials
+are then averaged.
 
-The six recalls and r_mean are means over seeds with population standard deviations, as the published tables give them;
-over backbones, the means of the seeds are averaged first, and the deviation is that of these averages over the seeds.
+The six recalls and r_mean are means over seeds with population standard deviations, as the
+published tables give them; over backbones, the means of the seeds are averaged first, and the
+deviation is that of these averages over the seeds (docs/methods.md, Evaluation).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from pds_ray.backbones.base import BackboneInfo
 from pds_ray.config import ConfigError, ProtocolConfig
 from pds_ray.encoders.base import EncoderInfo, TextEncoder, TextEncoderInfo
 from pds_ray.modalities.image import ImageError, Preprocess, decode_image
 from pds_ray.modalities.text import CLEANERS
-from pds_ray.sources.base import SHARD_ENDS, Fault, Shard, Source, SourceError, read_shard
-from pds_ray.store.distilled_set import DistilledSet
-from pds_ray.training.recall import RECALLS
-from pds_ray.training.train import (
-    Gallery,
-    Pixels,
-    Progress,
-    TrainingPairs,
-    TwoTowers,
-    Workers,
-    embed_images,
-    train,
+from pds_ray.sources.base import (
+    SHARD_ENDS,
+    Fault,
+    Sample,
+    Shard,
+    Source,
+    SourceError,
+    read_shard,
 )
+from pds_ray.store.distilled_set import DistilledSet
+from pds_ray.training import loop
+from pds_ray.training.data import Gallery, Pixels, TrainingPairs
+from pds_ray.training.recall import RECALLS
+from pds_ray.training.retrieval import (
+    RetrievalTraining,
+    embed_images,
+    evaluate,
+    make_optimizer,
+    train_two_towers,
+)
+from pds_ray.training.two_towers import TwoTowers
+from pds_ray.training.workers import Workers
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 ENCODE_CAPTIONS = 256
-VALIDATION_EVERY = (
-    5  # without a split of its own every fifth image of the test split chooses the epoch
-)
+VALIDATION_EVERY = 5
+"""Without a validation split, every fifth image of the test split chooses the epoch."""
 BATCH_NORMS = torch.nn.modules.batchnorm._BatchNorm
 MEASURES = (*RECALLS, "r_mean")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A set to be evaluated, and how."""
+    """A set to be evaluated, and the protocol."""
 
     label: str
     path: str
@@ -56,13 +67,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class TextInput:
-    """Which vectors stand for captions."""
+    """The vectors that stand for captions."""
 
     of_set: str
     """prototypes, or captions."""
     encoder: str
-    """Identity of the text encoder."""
+    """The identity of the text encoder."""
     cleaning: str
+    """The rule of cleaning of the captions."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ class Split:
     """"test" or "val" where one source serves as both."""
 
     def chosen(self, images: int) -> np.ndarray:
-        """Which of its images belong to it. bool [images]."""
+        """Return a mask of the source's images that belong to the split, bool [images]."""
         for_val = np.arange(images) % VALIDATION_EVERY == 0
         return {"": np.ones(images, bool), "val": for_val, "test": ~for_val}[self.part]
 
@@ -96,9 +108,9 @@ class Trial:
     """One model to be trained and measured."""
 
     key: str
-    """Fingerprint of all that the result depends on; names its file."""
+    """The fingerprint of all that the result depends on; it names the trial's file."""
     label: str
-    """Which set."""
+    """The set."""
     backbone: BackboneInfo
     image_size: int
     seed: int
@@ -117,46 +129,53 @@ def read_split(
     captions: str,
     limit: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[dict[int, np.ndarray], list[list[str]], dict[str, int]]:
-    """The pictures of a shard at each of the sizes, their cleaned captions, and how many samples were bad and why.
+    """Return a shard's images at each size, their cleaned captions, and bad samples by reason.
 
-    Pictures are resized to squares, their aspect not kept (B.4 of the published evaluation): uint8 [n, 3, S, S].
-    `limit` is entered for each. Raises SourceError if the shard cannot be read to its end: recalls are of all images.
+    Images are resized to squares, their aspect not kept (PDS, B.4): uint8 [n, 3, S, S]. `captions`
+    names the rule of cleaning; `limit` is entered for each image that is decoded. Raises
+    SourceError if the shard cannot be read to its end, because recalls are over all images.
     """
     clean = CLEANERS[captions]
     squares = {size: Preprocess(size, resize_mode="squash") for size in sizes}
-    pictures: dict[int, list[np.ndarray]] = {size: [] for size in sizes}
+    images: dict[int, list[np.ndarray]] = {size: [] for size in sizes}
     texts: list[list[str]] = []
     bad: dict[str, int] = {}
     for item in read_shard(source, shard):
-        reason = item.reason if isinstance(item, Fault) else None
-        if isinstance(item, Fault) and reason in SHARD_ENDS:
+        if isinstance(item, Fault) and item.reason in SHARD_ENDS:
             raise SourceError(
-                f"shard {shard.name} ends early ({reason}: {item.detail}); recalls would miss images"
+                f"shard {shard.name} ends early ({item.reason}: {item.detail}); "
+                "recalls would miss images"
             )
-        if not isinstance(item, Fault):
-            try:
-                with limit():
-                    image = decode_image(item.image)
-            except ImageError as error:
-                reason = error.reason
-            kept = [cleaned for caption in item.captions if (cleaned := clean(caption))]
-            if reason is None and not kept:
-                reason = "missing_caption"
-        if reason is not None:
-            bad[reason] = bad.get(reason, 0) + 1
+        found = item.reason if isinstance(item, Fault) else _usable(item, clean, limit)
+        if isinstance(found, str):
+            bad[found] = bad.get(found, 0) + 1
             continue
         for size, square in squares.items():
-            pictures[size].append(square(image).transpose(2, 0, 1))
-        texts.append(kept)
-    return {size: _stacked(rows, size) for size, rows in pictures.items()}, texts, bad
+            images[size].append(square(found[0]).transpose(2, 0, 1))
+        texts.append(found[1])
+    return {size: _stacked(rows, size) for size, rows in images.items()}, texts, bad
 
 
-def set_pictures(distilled: DistilledSet, size: int) -> np.ndarray:
-    """The pictures of a set as squares, uint8 [B, 3, size, size]."""
+def _usable(
+    sample: Sample,
+    clean: Callable[[str], str],
+    limit: Callable[[], AbstractContextManager[Any]],
+) -> tuple[Image.Image, list[str]] | str:
+    """Return a sample's image and cleaned captions, or the reason why it cannot be used."""
+    try:
+        with limit():
+            image = decode_image(sample.image)
+    except ImageError as error:
+        return error.reason
+    captions = [cleaned for caption in sample.captions if (cleaned := clean(caption))]
+    return (image, captions) if captions else "missing_caption"
+
+
+def set_images(distilled: DistilledSet, size: int) -> np.ndarray:
+    """Return the images of a set as squares, uint8 [B, 3, size, size]."""
     square = Preprocess(size, resize_mode="squash")
-    return _stacked(
-        [square(distilled.image(pair)).transpose(2, 0, 1) for pair in range(len(distilled))], size
-    )
+    rows = [square(distilled.image(pair)).transpose(2, 0, 1) for pair in range(len(distilled))]
+    return _stacked(rows, size)
 
 
 def _stacked(rows: list[np.ndarray], size: int) -> np.ndarray:
@@ -164,100 +183,199 @@ def _stacked(rows: list[np.ndarray], size: int) -> np.ndarray:
 
 
 def encode(encoder: TextEncoder, captions: list[str]) -> np.ndarray:
-    """Caption vectors, un-normalised. float32 [m, d]."""
-    parts = [
-        captions[start : start + ENCODE_CAPTIONS]
-        for start in range(0, len(captions), ENCODE_CAPTIONS)
-    ]
+    """Return the vectors of m captions, not normalised, float32 [m, d]."""
+    starts = range(0, len(captions), ENCODE_CAPTIONS)
+    parts = [captions[start : start + ENCODE_CAPTIONS] for start in starts]
     return np.concatenate([encoder.encode_captions(part) for part in parts])
 
 
 def pixels_of(trial: Trial) -> Pixels:
-    """The normalisation that the trial's protocol asks for."""
+    """Return the normalisation that the trial's protocol asks for."""
     if trial.protocol.normalization == "clip":
         return Pixels(CLIP_MEAN, CLIP_STD)
     return Pixels(trial.backbone.mean, trial.backbone.std)
 
 
 def check_shared(trial: Trial, backbone: torch.nn.Module, workers: int) -> None:
-    """Raises ConfigError in one line if several workers would train a backbone otherwise than one."""
-    trained = trial.protocol.train in ("backbone", "all")
-    if (
-        workers > 1
-        and trained
-        and any(isinstance(part, BATCH_NORMS) for part in backbone.modules())
-    ):
+    """Raise ConfigError if several workers would train a backbone differently from one."""
+    if workers == 1 or trial.protocol.train not in ("backbone", "all"):
+        return
+    if any(isinstance(part, BATCH_NORMS) for part in backbone.modules()):
         raise ConfigError(
-            f"backbone {trial.backbone.name} normalises over the batch, and {workers} workers would each do so over "
-            "their own share; give --workers 1, or train the heads alone"
+            f"backbone {trial.backbone.name} normalises over the batch, and {workers} workers "
+            "would each do so over their own share; give --workers 1, or train the heads alone"
         )
 
 
+@dataclass(frozen=True)
+class TrialData:
+    """The inputs of a trial."""
+
+    pairs: TrainingPairs
+    """The distilled set."""
+    val: Gallery | None
+    """The split that chooses the epoch, if one does."""
+    test: Gallery
+
+
+@dataclass
+class Progress:
+    """How far a trial is, and its best epoch so far by the protocol's rule."""
+
+    epochs_done: int = 0
+    best: dict[str, Any] | None = None
+    """epoch, score (the r_mean that selects), recalls (on test)."""
+
+
+Report = Callable[[Progress, Callable[[], bytes]], None]
+"""Called on every worker after each evaluation; the second argument returns the state then."""
+Build = Callable[[BackboneInfo, int], torch.nn.Module]
 Features = dict[tuple[str, ...], torch.Tensor]
 
 
 def run_trial(
     trial: Trial,
-    build: Callable[[BackboneInfo, int], torch.nn.Module],
-    pairs: TrainingPairs,
-    val: Gallery | None,
-    test: Gallery,
-    device: torch.device,
+    data: TrialData,
+    build: Build,
     workers: Workers | None = None,
     features: Features | None = None,
-    resume: Path | None = None,
-    report: Callable[[Progress, Callable[[Path], None]], None] = lambda _progress, _save: None,
+    state: bytes = b"",
+    report: Report = lambda _progress, _state: None,
 ) -> dict[str, Any]:
-    """Trains and measures; returns {"epoch", "score", "recalls"}. `build` makes the backbone.
+    """Train and measure; return {"epoch", "score", "recalls"}. `build` makes the backbone.
 
-    A frozen backbone sees each picture once; `features` keeps what a pretrained one gave, for later trials, which do
-    without it.
+    A frozen backbone sees each image once; `features` keeps what a pretrained one gave for later
+    trials, which do without it. A trial goes on from `state`, and starts anew if that is of another
+    model or version of the package.
     """
-    team = workers or Workers()
-    pixels = pixels_of(trial)
-    part = trial.protocol.train
-    kept: torch.nn.Module | None = None
+    workers = workers or Workers()
 
     @cache
     def backbone() -> torch.nn.Module:
         torch.manual_seed(trial.seed)
         built = build(trial.backbone, trial.image_size)
-        check_shared(trial, built, team.count)
+        check_shared(trial, built, workers.count)
         return built
 
-    if part in ("text_head", "heads"):
-        known = features if features is not None and trial.backbone.pretrained else {}
-
-        def frozen(images: torch.Tensor, *name: str) -> torch.Tensor:
-            key = (
-                trial.backbone.identity,
-                str(trial.image_size),
-                trial.protocol.normalization,
-                *name,
-            )
-            if key not in known:
-                known[key] = embed_images(
-                    backbone().eval().to(device), images, pixels, device, team
-                ).cpu()
-            return known[key]
-
-        pairs = TrainingPairs(frozen(pairs.images, "set", trial.label), pairs.text)
-        rule = trial.text.cleaning  # it decides which pictures have a caption
-        val = val and Gallery(frozen(val.images, "val", rule), val.text, val.owner)
-        test = Gallery(frozen(test.images, "test", rule), test.text, test.owner)
-        width = pairs.images.shape[1]
+    if trial.protocol.train in ("text_head", "heads"):
+        shared = features if features is not None and trial.backbone.pretrained else {}
+        data = _with_features(trial, data, backbone, workers, shared)
+        trained, width = None, data.pairs.images.shape[1]
     else:
-        kept, width = backbone(), feature_width(backbone(), trial.image_size)
+        trained = backbone()
+        width = feature_width(trained, trial.image_size)
     torch.manual_seed(trial.seed + (1 << 32))  # the heads start alike whatever the backbone drew
-    model = TwoTowers(kept, width, pairs.text.shape[1], image_head=part in ("heads", "all"))
-    return train(
-        model, pairs, val, test, pixels, trial.protocol, trial.seed, device, team, resume, report
+    image_head = trial.protocol.train in ("heads", "all")
+    model = TwoTowers(trained, width, data.pairs.text.shape[1], image_head).to(workers.device)
+    return train_model(trial, model, data, workers, state, report)
+
+
+def _with_features(
+    trial: Trial,
+    data: TrialData,
+    backbone: Callable[[], torch.nn.Module],
+    workers: Workers,
+    known: Features,
+) -> TrialData:
+    """Return the data with features of the frozen backbone for images; `known` keeps them."""
+    pixels = pixels_of(trial)
+    of_backbone = (
+        trial.backbone.identity,
+        str(trial.image_size),
+        trial.protocol.normalization,
     )
+
+    def features(images: torch.Tensor, *name: str) -> torch.Tensor:
+        key = (*of_backbone, *name)
+        if key not in known:
+            frozen = backbone().eval().to(workers.device)
+            known[key] = embed_images(frozen, images, pixels, workers).cpu()
+        return known[key]
+
+    def gallery(split: Gallery, name: str) -> Gallery:
+        # the rule of cleaning decides which images have a caption
+        images = features(split.images, name, trial.text.cleaning)
+        return dataclasses.replace(split, images=images)
+
+    pairs = dataclasses.replace(data.pairs, images=features(data.pairs.images, "set", trial.label))
+    val = data.val and gallery(data.val, "val")
+    return TrialData(pairs, val, gallery(data.test, "test"))
+
+
+def train_model(
+    trial: Trial,
+    model: TwoTowers,
+    data: TrialData,
+    workers: Workers,
+    state: bytes = b"",
+    report: Report = lambda _progress, _state: None,
+) -> dict[str, Any]:
+    """Train a trial's model and return its chosen epoch, as `run_trial` does."""
+    protocol, pixels = trial.protocol, pixels_of(trial)
+    optimizer = make_optimizer(model.parameters(), protocol)
+    progress = _restore(state, model, optimizer)
+
+    def measure(gallery: Gallery) -> dict[str, float]:
+        return evaluate(model, gallery, pixels, workers)
+
+    def save() -> bytes:
+        return loop.save_state(model, optimizer, dataclasses.asdict(progress))
+
+    def after_epoch(epoch: int, _loss: torch.Tensor) -> None:
+        progress.epochs_done = epoch + 1
+        if is_evaluated(epoch, protocol):
+            update_best(progress, epoch, protocol.select, data, measure)
+            report(progress, save)
+
+    training = RetrievalTraining(data.pairs, pixels, protocol, trial.seed, workers)
+    epochs = range(progress.epochs_done, protocol.epochs)
+    train_two_towers(model, optimizer, training, epochs, after_epoch)
+    assert progress.best is not None
+    return progress.best
+
+
+def _restore(state: bytes, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Bring model and optimizer to a state and return its progress.
+
+    A state of another model or version, or a damaged one, counts for nothing.
+    """
+    found = loop.read_progress(state) or {}
+    if found.keys() != {field.name for field in dataclasses.fields(Progress)}:
+        return Progress()
+    return Progress(**found) if loop.load_state(state, model, optimizer) else Progress()
+
+
+def is_evaluated(epoch: int, protocol: ProtocolConfig) -> bool:
+    """Return whether the model is measured after an epoch; after the last one it always is."""
+    regular = protocol.select != "last" and epoch % protocol.evaluate_every == 0
+    return regular or epoch == protocol.epochs - 1
+
+
+def update_best(
+    progress: Progress,
+    epoch: int,
+    select: str,
+    data: TrialData,
+    measure: Callable[[Gallery], dict[str, float]],
+) -> None:
+    """Keep this epoch as the best only if it scores strictly higher on the split that selects.
+
+    The test split is measured only if it selects, or once an epoch is the best so far.
+    """
+    found = None
+    if select == "val":
+        assert data.val is not None
+        score = measure(data.val)["r_mean"]
+    else:
+        found = measure(data.test)
+        score = found["r_mean"]
+    if progress.best is None or score > progress.best["score"]:
+        progress.best = {"epoch": epoch, "score": score, "recalls": found or measure(data.test)}
 
 
 @torch.no_grad()
 def feature_width(backbone: torch.nn.Module, image_size: int) -> int:
-    """Width of what a backbone gives."""
+    """Return the width of a backbone's features."""
     training = backbone.training
     found = backbone.eval()(torch.zeros(1, 3, image_size, image_size)).shape[1]
     backbone.train(training)
@@ -265,7 +383,7 @@ def feature_width(backbone: torch.nn.Module, image_size: int) -> int:
 
 
 def summarize(trials: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Trials of one set and backbone -> their mean and population standard deviation, measure by measure."""
+    """Return mean and population standard deviation of each measure over trials."""
     values = {name: np.array([trial["recalls"][name] for trial in trials]) for name in MEASURES}
     return {
         "mean": {name: float(value.mean()) for name, value in values.items()},
@@ -274,14 +392,15 @@ def summarize(trials: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def average(backbones: list[list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Trials of several backbones, the same seeds in the same order -> the average backbone's mean and deviation."""
-    mixed = [
-        {
-            "recalls": {
-                name: float(np.mean([trial["recalls"][name] for trial in same_seed]))
-                for name in MEASURES
-            }
+    """Return mean and deviation of the average backbone.
+
+    `backbones` are the trials of each, with the same seeds in the same order.
+    """
+
+    def mean(same_seed: tuple[dict[str, Any], ...]) -> dict[str, float]:
+        return {
+            name: float(np.mean([trial["recalls"][name] for trial in same_seed]))
+            for name in MEASURES
         }
-        for same_seed in zip(*backbones, strict=True)
-    ]
-    return summarize(mixed)
+
+    return summarize([{"recalls": mean(trials)} for trials in zip(*backbones, strict=True)])

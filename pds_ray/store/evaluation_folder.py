@@ -5,7 +5,7 @@ evaluation/NAME.json
 evaluation/trials/KEY.json
     the result of one trained model; a trial whose file exists is never trained again
 evaluation/trials/state/KEY.safetensors
-    the state of a trial that is not finished (see training/train.py)
+    the state of a trial that is not finished (see training/loop.py)
 comparison.json, comparison.csv
     the cells of a comparison: mean and deviation per method, size and backbone
 sets/METHOD-PAIRS/

@@ -1,0 +1,3 @@
+"""Training with torch: one deterministic loop, and the retrieval model that evaluation trains on
+it.
+"""

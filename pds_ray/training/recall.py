@@ -1,9 +1,10 @@
-"""Image-text retrieval: recall at 1, 5 and 10 in both directions (methods of Karpathy and Fei-Fei, 2015).
+"""Image-text retrieval: recall at 1, 5 and 10 in both directions (Karpathy and Fei-Fei, 2015).
 
-TR@k: the share of images of which any caption is among the k captions nearest to the image. IR@k: the share of captions
-whose image is among the k images nearest to the caption. In percent; r_mean is the mean of the six.
-Ties: of equal scores the earlier item of the gallery ranks first, as a stable sort would have it. A score that is no
-number (a model that diverged) ranks last. Scores are float32 products, which may tell equal rows apart in the last bit.
+TR@k: the share of images of which any caption is among the k captions nearest to the image. IR@k:
+the share of captions whose image is among the k images nearest to the caption. Both are in percent;
+r_mean is the mean of the six. Of equal scores the earlier item of the gallery ranks first, as in a
+stable sort. A score that is not a number (of a model that diverged) ranks last. Scores are float32
+products, which may tell equal rows apart in the last bit.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ BLOCK_ELEMENTS = 1 << 23  # scores of a block: 32 MiB, and a few times that whil
 
 
 def recalls(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor) -> dict[str, float]:
-    """Recalls of unit embeddings. image float32 [n, d], text float32 [m, d], owner int64 [m] (which image).
+    """Return the six recalls and r_mean of unit embeddings, in percent.
 
-    Exact for any number of captions an image, in blocks of bounded memory. Raises ValueError if an image has none.
+    image float32 [n, d], text float32 [m, d], owner int64 [m] (the row of each caption's image).
+    Exact for any number of captions per image, in blocks of bounded memory. Raises ValueError if
+    an image has none.
     """
     if len(torch.unique(owner)) != len(image):
         raise ValueError("every image of a gallery needs a caption")
@@ -42,26 +45,22 @@ def recalls(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor) -> dic
 
 
 def _image_ranks(blocks: Iterable[torch.Tensor], owner: torch.Tensor) -> torch.Tensor:
-    """Rank of the best caption of each image among all captions, from 0. int64 [n].
+    """Return the rank of each image's best caption among all captions, from 0, int64 [n].
 
-    `blocks`: the scores of the images in order, float32 [b, m] each; `owner` names every image.
+    `blocks` are the scores of the images in order, float32 [b, m] each.
     """
     ranks: list[torch.Tensor] = []
-    by_image = owner.argsort(
-        stable=True
-    )  # captions of image 0, of image 1, ..., each in their order
+    by_image = owner.argsort(stable=True)  # the captions of image 0, of image 1, ..., in order
     counts = owner.bincount()
     starts = counts.cumsum(0) - counts
     done = 0
     for scores in blocks:
-        begin, last = (
-            starts[done : done + len(scores), None],
-            counts[done : done + len(scores), None] - 1,
-        )
-        # as wide as the most captions of an image here, so never wider than the scores; fewer: the last one repeated
-        captions = by_image[
-            begin + torch.arange(int(last.max()) + 1, device=owner.device).minimum(last)
-        ]
+        block = slice(done, done + len(scores))
+        begin, last = starts[block, None], counts[block, None] - 1
+        # As wide as the most captions of an image here, so never wider than the scores; an image
+        # with fewer repeats its last one.
+        places = torch.arange(int(last.max()) + 1, device=owner.device).minimum(last)
+        captions = by_image[begin + places]
         own = scores.gather(1, captions)
         best = own.max(dim=1, keepdim=True).values
         first = captions.masked_fill(own < best, len(owner)).min(dim=1, keepdim=True).values
@@ -71,9 +70,9 @@ def _image_ranks(blocks: Iterable[torch.Tensor], owner: torch.Tensor) -> torch.T
 
 
 def _caption_ranks(blocks: Iterable[torch.Tensor], owner: torch.Tensor) -> torch.Tensor:
-    """Rank of each caption's image among all images, from 0. int64 [m].
+    """Return the rank of each caption's image among all images, from 0, int64 [m].
 
-    `blocks`: the scores of the captions in order, float32 [b, n] each; `owner` names every image.
+    `blocks` are the scores of the captions in order, float32 [b, n] each.
     """
     ranks: list[torch.Tensor] = []
     done = 0
@@ -85,17 +84,14 @@ def _caption_ranks(blocks: Iterable[torch.Tensor], owner: torch.Tensor) -> torch
 
 
 def _ranks(scores: torch.Tensor, best: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """How many items of the gallery rank before the one at `place`, whose score is `best`.
+    """Count the items of the gallery that rank before the one at `place`, whose score is `best`.
 
     float32 [q, g], float32 [q, 1], int64 [q, 1] -> int64 [q].
     """
-    count = partial(
-        torch.sum, dim=1, dtype=torch.int32
-    )  # on a CPU several times as fast as with int64
+    count = partial(torch.sum, dim=1, dtype=torch.int32)  # several times as fast as with int64
     ranks = count(scores > best)
-    tied = (
-        (count(scores >= best) > ranks + 1).nonzero().squeeze(1)
-    )  # by others too: few rows, but for a poor model
+    # rows where others have the best score too: few, unless the model is poor
+    tied = (count(scores >= best) > ranks + 1).nonzero().squeeze(1)
     earlier = torch.arange(scores.shape[1], device=scores.device) < place[tied]
     ranks[tied] += count((scores[tied] == best[tied]) & earlier)
     return ranks.long()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pds_ray.training.train import Gallery, Pixels, TrainingPairs, TwoTowers
+from pds_ray.training.data import Gallery, Pixels, TrainingPairs
+from pds_ray.training.two_towers import TwoTowers
 
 PIXELS = Pixels((0.5, 0.4, 0.3), (0.5, 0.6, 0.7))
 SIDE, TEXT_WIDTH, FEATURES = 16, 6, 12
 
 
 class TinyBackbone(nn.Module):
-    """Convolution and pooling; counts the pictures it sees."""
+    """Convolution and pooling; counts the images it sees."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,15 +26,19 @@ class TinyBackbone(nn.Module):
 
 
 def make_data(seed: int = 0, pairs: int = 20, images: int = 15) -> tuple[TrainingPairs, Gallery]:
-    """A training set and a gallery of two captions an image."""
+    """A training set and a gallery of two captions per image."""
     draw = torch.Generator().manual_seed(seed)
 
-    def pictures(count: int) -> torch.Tensor:
+    def random_images(count: int) -> torch.Tensor:
         return torch.randint(0, 256, (count, 3, SIDE, SIDE), generator=draw, dtype=torch.uint8)
 
     owner = torch.arange(images).repeat_interleave(2)
-    held_out = Gallery(pictures(images), torch.randn(2 * images, TEXT_WIDTH, generator=draw), owner)
-    return TrainingPairs(pictures(pairs), torch.randn(pairs, TEXT_WIDTH, generator=draw)), held_out
+    held_out = Gallery(
+        random_images(images), torch.randn(2 * images, TEXT_WIDTH, generator=draw), owner
+    )
+    return TrainingPairs(
+        random_images(pairs), torch.randn(pairs, TEXT_WIDTH, generator=draw)
+    ), held_out
 
 
 def make_model(part: str = "all", seed: int = 0) -> TwoTowers:
@@ -43,3 +48,10 @@ def make_model(part: str = "all", seed: int = 0) -> TwoTowers:
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Return whether two models' weights are the same to the bit."""
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[name]) for name, value in one.items()
+    )

@@ -1,4 +1,4 @@
-"""The small backbones: widths, determinism, and that pictures do not see each other."""
+"""The small backbones: widths, determinism, and that images do not see each other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def built(name: str, size: int = 64, seed: int = 0) -> torch.nn.Module:
     return catalog.build_backbone(catalog.describe_backbone(name), size)
 
 
-def pictures(count: int, size: int = 64) -> torch.Tensor:
+def images(count: int, size: int = 64) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(5))
 
 
@@ -24,14 +24,14 @@ def pictures(count: int, size: int = 64) -> torch.Tensor:
 def test_features_have_the_promised_width(name, size):
     info = catalog.describe_backbone(name)
     assert (info.name, info.image_size, info.pretrained) == (name, 64, False)
-    assert built(name, size)(pictures(2, size)).shape == (2, WIDTHS[name])
+    assert built(name, size)(images(2, size)).shape == (2, WIDTHS[name])
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", WIDTHS)
-def test_a_picture_does_not_see_its_neighbours(name, training):
+def test_an_image_does_not_see_its_neighbours(name, training):
     model = built(name).train(training)
-    together = pictures(6)
+    together = images(6)
     with torch.no_grad():
         among_others = model(together)[2]
         others = together.flip(0).mul(3)

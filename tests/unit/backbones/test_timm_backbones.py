@@ -63,7 +63,7 @@ def test_from_scratch():
 
 @pytest.mark.parametrize("name", PUBLISHED_WIDTHS)
 def test_published_backbones_with_weights_of_a_file(name: str, tmp_path: Path):
-    """Exactly those weights; logits where the published evaluation takes them, else pooled features."""
+    """Exactly those weights; logits where published evaluations take them, else features."""
     path, reference = save_model(tmp_path, name)
     info = catalog.describe_backbone(f"{name}:{path}")
     assert info.pretrained

@@ -24,10 +24,10 @@ from pds_ray.sources.karpathy import KarpathySource
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.stages import cluster, match, prototypes, prune
 from pds_ray.stages.embed import cosine, embed_shard
-from pds_ray.stages.trial import TextInput, Trial, run_trial
+from pds_ray.stages.trial import TextInput, Trial, TrialData, run_trial
 from pds_ray.store.schemas import embeddings
 from pds_ray.training import recall as retrieval
-from pds_ray.training.train import Gallery, Pixels, TrainingPairs
+from pds_ray.training.data import Gallery, Pixels, TrainingPairs
 
 pytestmark = pytest.mark.long
 CLUSTERS, DIM, ROWS = 6, 8, 240
@@ -229,7 +229,7 @@ def test_an_epoch_with_features_recomputed_gives_the_recalls_of_features_kept():
         sampling="independent",
     )
     trial = Trial("", "", info, 16, 3, protocol, TextInput("captions", "", "basic"), 10)
-    ours = run_trial(trial, small.build, pairs, None, test, torch.device("cpu"))
+    ours = run_trial(trial, TrialData(pairs, None, test), small.build)
     torch.manual_seed(3)
     backbone = small.build(info, 16)
     theirs = evaluation.train_on_frozen(

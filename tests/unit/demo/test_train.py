@@ -1,4 +1,4 @@
-"""Tiny trainings: the results load with open_clip and diffusers, and a resumed run equals a straight one."""
+"""Tiny trainings: results load with open_clip and diffusers; a resumed one changes nothing."""
 
 import json
 from pathlib import Path
@@ -15,10 +15,12 @@ from pds_ray.demo.data import load_captioned_images, to_signed
 from pds_ray.demo.tokenizer import train_tokenizer
 from pds_ray.demo.training import Schedule, TrainingError, train
 
-CLIP_ARGS = "--source scenes:60:1 --holdout scenes:20:2 --steps 6 --batch-size 16 --width 64 --layers 1 --text-layers 1"
+CLIP_ARGS = "--source scenes:60:1 --holdout scenes:20:2 --steps 6 --batch-size 16"
+CLIP_ARGS += " --width 64 --layers 1 --text-layers 1"
 CLIP_ARGS += " --embed-dim 32 --vocab-size 600 --checkpoint-every 3 --swap left/right --device cpu"
-UNCLIP_ARGS = "--source scenes:60:1 --vae-channels 8 16 16 16 --vae-steps 2 --vae-batch-size 4 --unet-channels 64 64"
-UNCLIP_ARGS += " --decoder-steps 2 --unet-steps 4 --batch-size 8 --checkpoint-every 2 --device cpu"
+UNCLIP_ARGS = "--source scenes:60:1 --vae-channels 8 16 16 16 --vae-steps 2 --vae-batch-size 4"
+UNCLIP_ARGS += " --unet-channels 64 64 --decoder-steps 2 --unet-steps 4"
+UNCLIP_ARGS += " --batch-size 8 --checkpoint-every 2 --device cpu"
 
 
 def run_clip(out: Path, extra: str = "") -> Path:
@@ -39,6 +41,7 @@ def unclip_folder(tmp_path_factory, clip_folder):
     return out
 
 
+@pytest.mark.long
 def test_open_clip_loads_the_folder(clip_folder):
     model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{clip_folder}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{clip_folder}")
@@ -57,6 +60,7 @@ def test_open_clip_loads_the_folder(clip_folder):
     assert metrics["holdout_pictures"] == 20
 
 
+@pytest.mark.long
 def test_towers_converted_to_transformers_agree_with_open_clip(clip_folder):
     clip = train_unclip.load_clip(clip_folder, "cpu")
     pixels = to_signed(load_captioned_images("scenes:8:9", 64).pixels)
@@ -93,12 +97,14 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path, clip_folder, monk
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
+@pytest.mark.long
 def test_checkpoint_of_another_model_is_refused(clip_folder, capsys):
     args = [*CLIP_ARGS.split(), "--embed-dim", "16", "--out", str(clip_folder)]
     assert train_clip.main(args) == 2
     assert "other settings" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_diffusers_loads_the_folder_and_decodes_a_batch(unclip_folder, clip_folder):
     pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(unclip_folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -116,12 +122,13 @@ def test_diffusers_loads_the_folder_and_decodes_a_batch(unclip_folder, clip_fold
 
     images = paint(3)
     assert images.shape == (3, 64, 64, 3)
-    assert abs(images[:2] - paint(2)).max() < 1e-3  # a picture does not depend on its batch
+    assert abs(images[:2] - paint(2)).max() < 1e-3  # an image does not depend on its batch
     space = json.loads((unclip_folder / "pds_ray.json").read_text())
     assert space == {"space": train_unclip.load_clip(clip_folder, "cpu").sha256, "dim": 32}
     assert 0 <= json.loads((unclip_folder / "metrics.json").read_text())["found"] <= 4
 
 
+@pytest.mark.long
 def test_embedding_noise_is_the_pipelines_own(unclip_folder):
     pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(unclip_folder, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -137,7 +144,8 @@ def test_embedding_noise_is_the_pipelines_own(unclip_folder):
         torch.testing.assert_close(ours, pipeline.noise_image_embeddings(embeddings, 50, noise))
 
 
-def test_standardised_latents_decode_to_the_same_picture():
+@pytest.mark.long
+def test_standardised_latents_decode_to_the_same_image():
     torch.manual_seed(0)
     vae = train_unclip.make_vae(64, [8, 16], 4).eval()
     pixels = load_captioned_images("scenes:12", 64).pixels
@@ -161,22 +169,24 @@ def test_more_steps_go_on_from_the_checkpoint(tmp_path):
         calls = 0
         model = torch.nn.Linear(2, 1)
 
-        def loss_of(generator):
+        def loss(generator):
             nonlocal calls
             calls += 1
             return model(torch.randn(4, 2, generator=generator)).square().mean()
 
-        train("test", model, loss_of, Schedule(steps, 1e-3), tmp_path, {})
+        train("test", model, loss, Schedule(steps, 1e-3), tmp_path, {})
         return calls
 
     assert [fit(4), fit(6), fit(6)] == [4, 2, 0]
 
 
+@pytest.mark.long
 def test_vocabulary_too_small_for_bytes_is_refused():
     with pytest.raises(TrainingError, match="at least 514"):
         train_tokenizer(["a star"], 100, 16)
 
 
+@pytest.mark.long
 def test_missing_clip_is_one_clear_line(tmp_path, capsys):
     assert (
         train_unclip.main(
@@ -187,12 +197,13 @@ def test_missing_clip_is_one_clear_line(tmp_path, capsys):
     assert "train_clip writes such a folder" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("caption", "number", "expected"),
     [
-        ("a star at the top left, a ring at the bottom right", 0, "a star at the bottom left, a ring at the top right"),
-        ("a star at the top left, a ring at the bottom right", 1, "a star at the top right, a ring at the bottom left"),
-        ("a star at the top left, a ring at the bottom right", 2, "a star at the bottom left, a ring at the top right"),
+        ("star at top left, ring at bottom right", 0, "star at bottom left, ring at top right"),
+        ("star at top left, ring at bottom right", 1, "star at top right, ring at bottom left"),
+        ("star at top left, ring at bottom right", 2, "star at bottom left, ring at top right"),
         ("an overleft star", 0, ""),
         ("left", 5, "right"),
     ],
@@ -201,6 +212,7 @@ def test_words_exchanged(caption, number, expected):
     assert train_clip.swapped(caption, [("top", "bottom"), ("left", "right")], number) == expected
 
 
+@pytest.mark.long
 def test_negatives_follow_the_captions_they_belong_to():
     data = load_captioned_images("scenes:30:4", 64)
     captions = [caption for captions in data.captions for caption in captions]

@@ -1,4 +1,4 @@
-"""What is said against an evaluation before anything starts."""
+"""Checks of an evaluation before anything starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from pds_ray import catalog
 from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig
 from pds_ray.engine import evaluate as evaluation
-from pds_ray.stages.trial import Candidate, TextInput, Trial, check_shared
+from pds_ray.stages.trial import MEASURES, Candidate, TextInput, Trial, check_shared
+from pds_ray.store.storage import Folder
 from tests.support.hand_made_set import scenes_set
 
 CONFIG = EvaluateConfig(test="scenes:60:7", backbones="small_conv", seeds=1)
@@ -29,18 +30,18 @@ def test_val_is_never_test(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["test", "val"])
-def test_pictures_of_the_source_judge_nothing(tmp_path: Path, split: str) -> None:
+def test_images_of_the_source_are_no_test(tmp_path: Path, split: str) -> None:
     made = plan(scenes_set(tmp_path / "a"), CONFIG).sets[0].distilled.manifest["about"]["source"]
     count = made.split(":")[1]
-    with pytest.raises(ConfigError, match=f"--{split} .* holds pictures of {made}"):
+    with pytest.raises(ConfigError, match=f"--{split} .* holds images of {made}"):
         plan(scenes_set(tmp_path / "b"), replace(CONFIG, **{split: f"scenes:{count}"}))
     shards = catalog.make_source("scenes:10000").shards()
-    with pytest.raises(ConfigError, match=f"--{split} .* holds pictures of the source"):
+    with pytest.raises(ConfigError, match=f"--{split} .* holds images of the source"):
         evaluation.check(replace(CONFIG, **{split: "scenes:60"}), [CONFIG.protocol], shards)
 
 
 def test_a_key_is_of_what_training_sees(tmp_path: Path) -> None:
-    """Not of what the card or the place says; but of pictures, captions, seed, protocol, backbone and test."""
+    """Images, captions, seed, protocol, backbone and test; not the card, nor the folder."""
     key = plan(scenes_set(tmp_path / "a"), CONFIG).trials[0].key
     assert plan(scenes_set(tmp_path / "elsewhere"), CONFIG).trials[0].key == key
     others = [
@@ -68,3 +69,52 @@ def test_workers_do_not_share_batch_statistics(train: str, workers: int, refused
             check_shared(trial, backbone, workers)
     else:
         check_shared(trial, backbone, workers)
+
+
+def test_only_missing_trials_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A further seed runs its trial alone; what is finished is never run again."""
+    ran: list[list[int]] = []
+
+    def run(trials: list, _sets: object, splits: dict, results: Folder, _config: object) -> None:
+        ran.append([trial.seed for trial in trials])
+        assert set(splits) == {"test", "val"}
+        counts = {"images": 1, "captions": 1, "bad": {}}
+        for trial in trials:
+            recalls = dict.fromkeys(MEASURES, float(trial.seed))
+            found = {"seed": trial.seed, "epoch": 0, "recalls": recalls, "seconds": 1.0}
+            splits = {"test": counts, "val": counts}
+            results.write_json(f"{trial.key}.json", {**found, "splits": splits})
+
+    monkeypatch.setattr("pds_ray.distributed.evaluate.run_trials", run)
+    monkeypatch.setattr("pds_ray.distributed.session.start", lambda *_: None)
+    path = str(scenes_set(tmp_path / "set"))
+    two = evaluation.evaluate(path, replace(CONFIG, seeds=2))
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.glob("set/evaluation/trials/*")}
+    assert two == evaluation.evaluate(path, replace(CONFIG, seeds=2))
+    three = evaluation.evaluate(path, replace(CONFIG, seeds=3))
+    one = evaluation.evaluate(path, replace(CONFIG, seeds=1))
+    assert ran == [[0, 1], [2]]
+    trials = three["backbones"][0]["trials"]
+    assert [trial["seed"] for trial in trials] == [0, 1, 2]
+    assert trials[:2] == two["backbones"][0]["trials"]
+    assert trials[:1] == one["backbones"][0]["trials"]
+    assert len({one["file"], two["file"], three["file"]}) == 3
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+
+
+def test_sets_that_do_not_differ_share_their_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class EnoughError(Exception):
+        pass
+
+    def run(trials: list, *_: object) -> None:
+        assert [trial.seed for trial in trials] == [0]
+        raise EnoughError
+
+    monkeypatch.setattr("pds_ray.distributed.evaluate.run_trials", run)
+    monkeypatch.setattr("pds_ray.distributed.session.start", lambda *_: None)
+    path = str(scenes_set(tmp_path / "set"))
+    twice = [Candidate(label, path, CONFIG.protocol) for label in "ab"]
+    with pytest.raises(EnoughError):
+        evaluation.evaluate_all(twice, CONFIG, Folder(str(tmp_path / "out")))

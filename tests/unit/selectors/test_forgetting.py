@@ -1,4 +1,4 @@
-"""Forgetting: events counted in a history made by hand; mismatched pairs are what is never learned."""
+"""Forgetting: events of a history made by hand; mismatched pairs are never learned."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def test_equally_forgotten_pairs_come_in_the_order_of_a_draw(
 
 
 def test_right_is_who_ranks_first_both_ways():
-    """The first epoch's first (and here only) batch is judged by the untrained heads: by the cosines themselves."""
+    """The first epoch's first (and here only) batch is judged by the untrained heads: by the
+    cosines themselves.
+    """
     candidates = make_candidates(60, 4, noise=0.6)
     history = forgetting.learning_history(candidates, 1, np.random.default_rng(0))
     cosines = candidates.image[candidates.owner].astype(np.float64) @ candidates.text.T.astype(

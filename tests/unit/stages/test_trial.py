@@ -1,4 +1,4 @@
-"""Splits, pictures and averages of an evaluation, against Pillow, numpy and counting."""
+"""Splits, images and averages of an evaluation, against Pillow, numpy and counting."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def png(width: int, height: int, seed: int) -> tuple[Image.Image, bytes]:
 def test_a_split_of_scenes():
     source = ScenesSource("scenes:9:3")
     (shard,) = source.shards()
-    pictures, captions, bad = read_split(source, shard, [32, 64], "none")
+    images, captions, bad = read_split(source, shard, [32, 64], "none")
     samples = list(source.read(shard))
     assert captions == [list(sample.captions) for sample in samples]
     assert bad == {}
-    assert {size: rows.shape for size, rows in pictures.items()} == {
+    assert {size: rows.shape for size, rows in images.items()} == {
         32: (9, 3, 32, 32),
         64: (9, 3, 64, 64),
     }
@@ -62,7 +62,7 @@ def test_a_split_of_scenes():
             expected = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)).transpose(
                 2, 0, 1
             )
-            assert np.array_equal(pictures[size][row], expected)
+            assert np.array_equal(images[size][row], expected)
 
 
 def test_bad_samples_are_counted_and_left_out(tmp_path: Path):
@@ -71,9 +71,9 @@ def test_bad_samples_are_counted_and_left_out(tmp_path: Path):
     _, thin_bytes = png(40, 1, 3)
     members = [
         ("a.png", wide_bytes), ("a.txt", b"A wide one!"),
-        ("b.png", b"no picture"), ("b.txt", b"broken"),
+        ("b.png", b"no image"), ("b.txt", b"broken"),
         ("c.png", wide_bytes),  # no caption
-        ("d.txt", b"no picture"),
+        ("d.txt", b"no image"),
         ("e.png", thin_bytes), ("e.txt", b"too thin"),
         ("f.png", wide_bytes), ("f.txt", b" !!! "),  # blank once cleaned by the paper's rule
         ("g.png", tall_bytes), ("g.json", json.dumps({"captions": ["one.", "  ", "TWO"]}).encode()),
@@ -84,7 +84,7 @@ def test_bad_samples_are_counted_and_left_out(tmp_path: Path):
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     source = catalog.make_source(str(tmp_path / "0.tar"))
-    pictures, captions, bad = read_split(source, source.shards()[0], [48], "paper")
+    images, captions, bad = read_split(source, source.shards()[0], [48], "paper")
     assert captions == [["a wide one"], ["one", "two"]]
     assert bad == {
         "undecodable_image": 1,
@@ -94,9 +94,9 @@ def test_bad_samples_are_counted_and_left_out(tmp_path: Path):
     }
     for row, image in enumerate((wide, tall)):
         expected = np.asarray(image.resize((48, 48), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-        assert np.array_equal(pictures[48][row], expected), "squashed, not cropped"
-    pictures, captions, bad = read_split(source, source.shards()[0], [48], "none")
-    assert len(captions) == len(pictures[48]) == 3
+        assert np.array_equal(images[48][row], expected), "squashed, not cropped"
+    images, captions, bad = read_split(source, source.shards()[0], [48], "none")
+    assert len(captions) == len(images[48]) == 3
 
 
 @pytest.mark.parametrize(("keep", "said"), [(0.6, "truncated_shard"), (None, "cannot be opened")])
@@ -121,7 +121,7 @@ def test_a_shard_that_is_not_whole_ends_the_evaluation(
         read_split(source, shard, [8], "none")
 
 
-def test_each_picture_has_a_limit_of_its_own():
+def test_each_image_has_a_limit_of_its_own():
     entered = []
 
     @contextmanager
@@ -135,10 +135,10 @@ def test_each_picture_has_a_limit_of_its_own():
     assert entered == ["begun", "ended"] * 3
 
 
-def test_pictures_of_a_set_are_squashed_the_same_way(tmp_path: Path):
+def test_images_of_a_set_are_squashed_the_same_way(tmp_path: Path):
     images = [png(50, 20, seed)[0] for seed in range(3)]
     distilled = load_distilled(str(save_set(tmp_path, images, ["a", "b", "c"], np.eye(3))))
-    found = core.set_pictures(distilled, 40)
+    found = core.set_images(distilled, 40)
     expected = [
         np.asarray(image.resize((40, 40), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         for image in images
@@ -209,7 +209,7 @@ def test_backbones_of_different_seeds_cannot_be_averaged():
         average([random_trials(rng, 3), random_trials(rng, 2)])
 
 
-# --- plans: what a trial's name depends on
+# --- keys of trials
 
 
 CONFIG = EvaluateConfig(test="scenes:20:7", backbones="small_vit,small_mixer", seeds=2)
@@ -226,7 +226,7 @@ def keys(plan: evaluation.Plan) -> list[str]:
     return [trial.key for trial in plan.trials]
 
 
-def test_a_trial_a_backbone_and_seed(tmp_path: Path):
+def test_one_trial_per_backbone_and_seed(tmp_path: Path):
     plan = planned(scenes_set(tmp_path))
     described = [(trial.backbone.name, trial.seed, trial.image_size) for trial in plan.trials]
     assert described == [
@@ -258,8 +258,9 @@ def test_what_a_trial_depends_on_is_in_its_key(tmp_path: Path):
         *[
             planned(first, **change)
             for change in (
-                {"epochs": 3}, {"train": "heads"}, {"captions": "paper"}, {"image_size": 32}, {"learning_rate": 1e-4},
-                {"select": "test"}, {"text": "prototypes"}, {"augment": False}, {"batch_size": 4},
+                {"epochs": 3}, {"train": "heads"}, {"captions": "paper"}, {"image_size": 32},
+                {"learning_rate": 1e-4}, {"select": "test"}, {"text": "prototypes"},
+                {"augment": False}, {"batch_size": 4},
             )
         ],
     ]  # fmt: skip
@@ -296,7 +297,7 @@ def test_a_source_without_validation_is_divided(tmp_path: Path):
 
 
 def test_each_set_may_choose_its_epoch_its_own_way(tmp_path: Path):
-    """One of them by val is enough for a val split, and leaves the trials of the others what they were."""
+    """One of them by val is enough for a val split; the trials of the others stay as they are."""
     folder = str(scenes_set(tmp_path))
     on_test = EvaluateConfig(test="scenes:20:7", seeds=1, protocol=ProtocolConfig(select="test"))
     by_val = replace(on_test.protocol, select="val")

@@ -16,7 +16,9 @@ from pds_ray.training.recall import RECALLS, recalls
 
 
 def by_sorting(image: np.ndarray, text: np.ndarray, owner: np.ndarray) -> dict[str, float]:
-    """The definition, query by query: stable sort by falling score, then the place of what is searched."""
+    """The definition, query by query: stable sort by falling score, then the place of what is
+    searched.
+    """
     scores = image @ text.T
     scores = np.where(np.isnan(scores), -np.inf, scores)
     of_images = [
@@ -41,7 +43,8 @@ def measured(image: np.ndarray, text: np.ndarray, owner: np.ndarray) -> dict[str
 
 @st.composite
 def galleries(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Vectors of few small integers (exact products, many ties), some that are no numbers; captions in any order.
+    """Vectors of few small integers (exact products, many ties), some that are no numbers; captions
+    in any order.
 
     Images have one to four of them, one image may have many more.
     """
@@ -120,7 +123,9 @@ def test_an_image_without_caption_is_refused(owner):
 
 
 def test_the_gallery_of_coco_fits():
-    """5,000 images with 25,010 captions: 500 MB of scores, 1 GB of their places, of which a block is held at once."""
+    """5,000 images with 25,010 captions: 500 MB of scores, 1 GB of their places, of which a block
+    is held at once.
+    """
     rng = np.random.default_rng(2)
     owner = np.concatenate([np.repeat(np.arange(5000), 5), np.arange(10)])
     image = torch.from_numpy(rng.normal(size=(5000, 64)).astype(np.float32))
@@ -148,7 +153,9 @@ def test_a_gallery_of_one_block_takes_one_product():
 
 
 def test_an_image_of_very_many_captions_widens_no_block_beyond_its_scores():
-    """2,000 images of one caption and one of 2,000: padded alike they would take 2,001 places each, all at once."""
+    """2,000 images of one caption and one of 2,000: padded alike they would take 2,001 places each,
+    all at once.
+    """
     rng = np.random.default_rng(3)
     owner = rng.permutation(np.concatenate([np.arange(2001), np.full(2000, 77)]))
     image = rng.normal(size=(2001, 8)).astype(np.float32)

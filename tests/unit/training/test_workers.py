@@ -1,4 +1,6 @@
-"""Several processes that share a trial train as one does: same gradient, same weights, same recalls."""
+"""Several processes that share a trial train as one does: same gradient, same weights, same
+recalls.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,12 @@ import torch.multiprocessing
 
 from pds_ray.backbones.base import BackboneInfo
 from pds_ray.config import ProtocolConfig
-from pds_ray.stages.trial import TextInput, Trial, run_trial
-from pds_ray.training import train as core
-from pds_ray.training.train import Workers
+from pds_ray.stages.trial import TextInput, Trial, TrialData, run_trial, train_model
+from pds_ray.training.workers import Workers
 from tests.support.tiny_training import PIXELS, SIDE, TinyBackbone, make_data, make_model, weights
 
-CPU = torch.device("cpu")
+INFO = BackboneInfo("tiny", "tiny 1", SIDE, PIXELS.mean, PIXELS.std, pretrained=True)
+TEXT = TextInput("prototypes", "x", "basic")
 ONE_STEP = ProtocolConfig(
     train="all", optimizer="sgd", learning_rate=1.0, momentum=0, weight_decay=0, schedule="step",
     epochs=1, batch_size=128, select="last",
@@ -36,22 +38,21 @@ CASES = {  # 20 pairs: batches of 20, of 7, 7, 6 and of 9 are even for neither 2
 
 
 def run_cases(workers: Workers) -> dict[str, object]:
-    """Every case: weights at the end and what was measured; then one trial with a frozen backbone."""
+    """Return weights and recalls of every case, and of a trial with a frozen backbone."""
     torch.set_num_threads(1)
     found: dict[str, object] = {}
     pairs, test = make_data()
+    data = TrialData(pairs, None, test)
     for name, config in CASES.items():
         model = make_model()
-        best = core.train(model, pairs, None, test, PIXELS, config, 3, CPU, workers)
+        trial = Trial("key", "set", INFO, SIDE, 3, config, TEXT, 20)
+        best = train_model(trial, model, data, workers)
         found[name] = weights(model), best
-    found["told"] = workers.told(workers.rank == 0), workers.told(workers.rank > 0)
-    info = BackboneInfo("tiny", "tiny 1", SIDE, (0.5, 0.4, 0.3), (0.5, 0.6, 0.7), pretrained=True)
+    broadcast = workers.broadcast
+    found["broadcast"] = broadcast(workers.rank == 0), broadcast(workers.rank > 0)
     config = replace(CASES["epoch"], train="heads")
-    frozen = Trial("key", "set", info, SIDE, 0, config, TextInput("prototypes", "x", "basic"), 20)
-    found["frozen"] = (
-        {},
-        run_trial(frozen, lambda *_: TinyBackbone(), pairs, None, test, CPU, workers),
-    )
+    frozen = Trial("key", "set", INFO, SIDE, 0, config, TEXT, 20)
+    found["frozen"] = {}, run_trial(frozen, data, lambda *_: TinyBackbone(), workers)
     return found
 
 
@@ -59,7 +60,7 @@ COUNTS = (3, 2)
 
 
 def run_worker(rank: int, folder: str) -> None:
-    """One of three processes; two of them go on together, because starting costs more than training."""
+    """Run in one of three processes; two go on together: starting costs more than training."""
     for count in COUNTS:
         if rank < count:
             meeting = f"file://{folder}/meeting-{count}"
@@ -81,7 +82,7 @@ def every_count() -> dict[int, list[dict]]:
 
 @pytest.fixture(params=COUNTS)
 def shared(request: pytest.FixtureRequest, every_count: dict[int, list[dict]]) -> list[dict]:
-    """What each of the workers found."""
+    """The results of each of the workers."""
     return every_count[request.param]
 
 
@@ -113,9 +114,9 @@ def test_recalls_are_those_of_one_process(shared: list[dict], alone: dict, case:
         assert found[case][1]["recalls"] == pytest.approx(expected["recalls"])
 
 
-def test_all_are_told_what_the_first_one_says(shared: list[dict], alone: dict):
-    assert alone["told"] == (True, False)
-    assert [found["told"] for found in shared] == [(True, False)] * len(shared)
+def test_all_have_the_value_of_the_first_one(shared: list[dict], alone: dict):
+    assert alone["broadcast"] == (True, False)
+    assert [found["broadcast"] for found in shared] == [(True, False)] * len(shared)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

@@ -1,0 +1,87 @@
+"""Training pairs and held-out galleries as tensors; sampling, normalisation and augmentation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F  # noqa: N812 - the name everybody knows
+
+from pds_ray.training.loop import generator
+
+SHIFT, ZOOM = 0.08, 0.1
+"""Augmentation: images move by up to this share of their side and are scaled by up to this share,
+edges repeated. Nothing is mirrored, turned or recoloured: captions speak of sides and colours.
+"""
+
+
+@dataclass(frozen=True)
+class TrainingPairs:
+    """B images, or their features where the backbone is frozen, and their text vectors."""
+
+    images: torch.Tensor
+    """uint8 [B, 3, S, S], or float32 [B, f]."""
+    text: torch.Tensor
+    """float32 [B, t]."""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """A held-out split of n images with m captions."""
+
+    images: torch.Tensor
+    """As in TrainingPairs."""
+    text: torch.Tensor
+    """float32 [m, t]."""
+    owner: torch.Tensor
+    """int64 [m]: the row of each caption's image."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The normalisation from stored images to the input of a backbone."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [b, 3, S, S] -> float32, normalised per channel. Features pass unchanged."""
+        if images.dtype != torch.uint8:
+            return images
+        shape = (1, 3, 1, 1)
+        mean = torch.tensor(self.mean, device=images.device).view(shape)
+        std = torch.tensor(self.std, device=images.device).view(shape)
+        return (images.float() / 255 - mean) / std
+
+
+def batches(pairs: int, size: int, sampling: str, seed: int, epoch: int) -> list[torch.Tensor]:
+    """Return the rows of the pairs in each step of an epoch, int64 [b] each.
+
+    `epoch`: a permutation in ceil(pairs / size) even parts. `independent`: as many fresh
+    permutations, each cut to `size`, as the published code draws them (docs/methods.md, Protocols):
+    some pairs repeat, some are missed.
+    """
+    count = math.ceil(pairs / size)
+    draw = generator(seed, "batches", epoch)
+    if sampling == "independent":
+        return [torch.randperm(pairs, generator=draw)[:size] for _ in range(count)]
+    order = torch.randperm(pairs, generator=draw)
+    return [torch.from_numpy(part) for part in np.array_split(order.numpy(), count)]
+
+
+def augment(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Move and scale images, float32 [b, 3, S, S].
+
+    `draws`, float32 [b, 3], are in 0 to 1: across, down, zoom.
+    """
+    across, down, zoom = (2 * draws - 1).to(images.device).unbind(1)
+    scale = 1 + ZOOM * zoom
+    zero = torch.zeros_like(scale)
+    rows = [
+        torch.stack([scale, zero, 2 * SHIFT * across], 1),
+        torch.stack([zero, scale, 2 * SHIFT * down], 1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
