@@ -1,8 +1,9 @@
-"""The built-in world: captioned pictures of coloured shapes, drawn by this file, any number of them.
+"""The built-in world: any number of captioned images of coloured shapes, drawn by this file.
 
-`scenes:N[:SEED[:NOISE]]` is a source of N pictures. Sample i depends on (SEED, NOISE, i) alone, so any shard can be
-drawn anywhere, again and again, with the same bytes. NOISE percent of the captions speak of some other picture, as
-captions from the web do; the pictures and the other captions are those without it.
+`scenes:N[:SEED[:NOISE[:SHARD]]]` is a source of N images in shards of SHARD images. Sample i
+depends on (SEED, NOISE, i) alone, so any shard can be drawn anywhere, again and again, with the
+same bytes. NOISE percent of the captions describe some other image, as captions from the web do;
+the images and the other captions are the same with and without noise.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from pds_ray.sources.base import Fault, Sample, Shard, SourceError
 
 IMAGE_SIZE = 64
 SHARD_SIZE = 1000
-VALIDATION_SEED = (
-    1_000_000_000  # added to a seed: pictures that nobody would train or test on by chance
-)
+"""Images per shard where the source does not say."""
+FORM = "scenes:N[:SEED[:NOISE[:SHARD]]]"
+# added to a seed: images that nobody would train or test on by chance
+VALIDATION_SEED = 1_000_000_000
 CAPTIONS_PER_IMAGE = 5
 SUPERSAMPLING = 4
-"""Shapes are drawn this many times larger and averaged down, which is what makes their edges smooth."""
+"""Shapes are drawn this many times larger and averaged down, which makes their edges smooth."""
 
 RGB = tuple[int, int, int]
 
@@ -59,12 +61,12 @@ PLACES: dict[str, tuple[int, int]] = {
 """Place name to the (x, y) of a shape's centre, give or take JITTER pixels."""
 JITTER = 1.5
 SHAPE_COUNT_WEIGHTS = (45, 45, 10)
-"""How often a scene has one, two or three shapes, in percent. Only a lone shape may stand in the center."""
+"""Percentages of scenes with one, two and three shapes. Only a lone shape may be in the center."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One thing in a scene. `x`, `y` in pixels from the top left corner."""
+    """A shape of a scene, centred `x`, `y` pixels from the top left corner."""
 
     kind: str
     color: str
@@ -76,7 +78,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. Shapes never overlap."""
+    """The content of an image. Shapes never overlap."""
 
     ground: str
     shapes: tuple[Shape, ...]
@@ -95,7 +97,7 @@ def make_scene(rng: random.Random) -> Scene:
 
 
 def draw_scene(scene: Scene) -> Image.Image:
-    """Paint a scene. Returns an RGB image of IMAGE_SIZE x IMAGE_SIZE pixels."""
+    """Return a scene as an RGB image of IMAGE_SIZE x IMAGE_SIZE pixels."""
     side = IMAGE_SIZE * SUPERSAMPLING
     canvas = Image.new("RGB", (side, side), GROUNDS[scene.ground])
     brush = ImageDraw.Draw(canvas)
@@ -112,7 +114,7 @@ def _draw_shape(brush: ImageDraw.ImageDraw, shape: Shape, ground: RGB) -> None:
         return (x - radius, y - radius, x + radius, y + radius)
 
     def polygon(corners: list[tuple[float, float]]) -> None:
-        """Fill the polygon whose corners are given as (angle clockwise from the top in turns, radius)."""
+        """Fill a polygon; a corner is (angle clockwise from the top in turns, radius)."""
         brush.polygon(
             [
                 (x + radius * math.sin(math.tau * turn), y - radius * math.cos(math.tau * turn))
@@ -139,7 +141,10 @@ def _draw_shape(brush: ImageDraw.ImageDraw, shape: Shape, ground: RGB) -> None:
 
 
 def write_captions(scene: Scene, rng: random.Random) -> tuple[str, ...]:
-    """Describe a scene in CAPTIONS_PER_IMAGE different ways. Every statement is true; some leave a detail out."""
+    """Describe a scene in CAPTIONS_PER_IMAGE different ways.
+
+    Every statement is true; some leave a detail out.
+    """
     shapes = rng.sample(scene.shapes, len(scene.shapes))
     ground = scene.ground
     full = [_noun(shape, rng, sized=True) for shape in shapes]
@@ -193,7 +198,7 @@ def _where(shape: Shape, rng: random.Random) -> str:
 
 
 def _relation(first: Shape, second: Shape) -> str:
-    """Where the first shape stands as seen from the second."""
+    """Return the position of the first shape relative to the second."""
     vertical, horizontal = first.place.split()
     other_vertical, other_horizontal = second.place.split()
     if vertical == other_vertical:
@@ -203,41 +208,48 @@ def _relation(first: Shape, second: Shape) -> str:
 
 
 class ScenesSource:
-    """`scenes:N[:SEED[:NOISE]]`: N pictures with five captions each, in shards of SHARD_SIZE."""
+    """`scenes:N[:SEED[:NOISE[:SHARD]]]`: N images with five captions each, SHARD images per shard.
+
+    The defaults are seed 0, no noise and shards of SHARD_SIZE. Raises SourceError in one line for
+    any other text, for no images, for more than 100 percent of noise and for empty shards.
+    """
 
     def __init__(self, uri: str) -> None:
         scheme, *numbers = uri.split(":")
-        if (
-            scheme != "scenes"
-            or not 1 <= len(numbers) <= 3
-            or not all(n.isascii() and n.isdecimal() for n in numbers)
-        ):
-            raise SourceError(
-                f"not a scenes source: {uri!r}; write scenes:N, scenes:N:SEED or scenes:N:SEED:NOISE, such as "
-                "scenes:10000:1"
-            )
+        given = [int(number) for number in numbers if number.isascii() and number.isdecimal()]
+        if scheme != "scenes" or not 1 <= len(numbers) <= 4 or len(given) < len(numbers):
+            raise SourceError(f"not a scenes source: {uri!r}; write {FORM}, such as scenes:10000:1")
         self.uri = uri
-        self.count, self.seed, self.noise = (int(number) for number in (*numbers, "0", "0")[:3])
+        self.count, self.seed, self.noise, self.shard_size = (
+            *given,
+            *(0, 0, SHARD_SIZE)[len(given) - 1 :],
+        )
+        if self.count == 0:
+            raise SourceError(f"{uri!r} has no images; ask for at least one, such as scenes:1000")
         if self.noise > 100:
             raise SourceError(
                 f"{uri!r}: the noise is a percentage of the captions, such as scenes:1000:1:20"
             )
+        if self.shard_size == 0:
+            raise SourceError(
+                f"{uri!r}: a shard has at least one image, such as scenes:1000:1:0:50"
+            )
         self.validation = f"scenes:{self.count}:{VALIDATION_SEED + self.seed}"
-        if self.count == 0:
-            raise SourceError(f"{uri!r} has no pictures; ask for at least one, such as scenes:1000")
 
     def shards(self) -> list[Shard]:
-        """Row ranges [start, stop) of SHARD_SIZE samples, the last one perhaps shorter."""
-        starts = range(0, self.count, SHARD_SIZE)
-        stops = [min(start + SHARD_SIZE, self.count) for start in starts]
+        """Return row ranges [start, stop) of `shard_size` samples, the last one perhaps shorter."""
+        starts = range(0, self.count, self.shard_size)
+        stops = [min(start + self.shard_size, self.count) for start in starts]
         version = f"seed {self.seed}" + (f", noise {self.noise}" if self.noise else "")
+        if self.shard_size != SHARD_SIZE:  # shards of one name and size may hold other images
+            version += f", shards of {self.shard_size}"
         return [
             Shard(f"scenes-{number:05d}", f"{start}:{stop}", stop - start, version)
             for number, (start, stop) in enumerate(zip(starts, stops, strict=True))
         ]
 
     def read(self, shard: Shard) -> Iterator[Sample | Fault]:
-        """Draw the samples of a shard; there are never faults."""
+        """Draw the samples of a shard. There are never faults."""
         start, stop = map(int, shard.location.split(":"))
         for index in range(start, stop):
             yield self.sample(index)
@@ -254,7 +266,7 @@ class ScenesSource:
         return Sample(f"{index:09d}", file.getvalue(), captions)
 
     def _disturb(self, captions: tuple[str, ...], rng: random.Random) -> tuple[str, ...]:
-        """Each caption, or with the probability of the noise one of a picture that is not there."""
+        """Replace each caption, with the probability of the noise, by one of an absent image."""
         foreign = [write_captions(make_scene(rng), rng)[0] for _ in captions]
         wrong = [100 * rng.random() < self.noise for _ in captions]
         return tuple(

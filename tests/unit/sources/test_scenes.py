@@ -1,4 +1,4 @@
-"""The built-in world: any number of pictures, the same every time, and captions that a look at the pixels confirms."""
+"""The built-in world: the same images every time, with captions that their pixels confirm."""
 
 import io
 import re
@@ -20,7 +20,8 @@ from pds_ray.sources.scenes import (
 WORD_OF_SHAPE = "|".join(SHAPES)
 WORD_OF_COLOR = "|".join(COLORS)
 PLACED = re.compile(
-    rf"({WORD_OF_COLOR}) ({WORD_OF_SHAPE}) (?:in|at) the (top left|top right|bottom left|bottom right|center|middle)"
+    rf"({WORD_OF_COLOR}) ({WORD_OF_SHAPE}) (?:in|at) the "
+    "(top left|top right|bottom left|bottom right|center|middle)"
 )
 
 
@@ -36,12 +37,12 @@ def pixels_of(sample: Sample) -> np.ndarray:
 
 
 def near(pixels: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
-    """Which pixels [H, W, 3] have a colour, up to rounding."""
+    """Return a mask [H, W] of the pixels [H, W, 3] that have a colour, up to rounding."""
     return (np.abs(pixels.astype(int) - color) <= 2).all(-1)
 
 
 def quarter(pixels: np.ndarray, place: str) -> np.ndarray:
-    """The part of the picture [64, 64, 3] that a place name means."""
+    """Return the part of the image [64, 64, 3] that a place name means."""
     if place in ("center", "middle"):
         return pixels[16:48, 16:48]
     vertical, horizontal = place.split()
@@ -57,6 +58,30 @@ def test_shards_cover_every_sample_once():
     assert [shard.size for shard in shards] == [1000, 1000, 300]
     last = list(source.read(shards[-1]))
     assert [sample.key for sample in last] == [f"{i:09d}" for i in range(2000, 2300)]
+
+
+def test_shard_size_changes_the_shards_alone():
+    """Images and captions keep their bytes; the former sources keep names, sizes and versions."""
+    default, small = ScenesSource("scenes:70:7:20"), ScenesSource("scenes:70:7:20:30")
+    shards = small.shards()
+    assert [(shard.name, shard.location, shard.size) for shard in shards] == [
+        ("scenes-00000", "0:30", 30),
+        ("scenes-00001", "30:60", 30),
+        ("scenes-00002", "60:70", 10),
+    ]
+    assert read_all("scenes:70:7:20:30") == read_all("scenes:70:7:20")
+    assert small.validation == default.validation
+    assert ScenesSource("scenes:70:7:20:1000").shards() == default.shards()
+    (whole,) = default.shards()
+    assert whole.version == "seed 7, noise 20"
+    assert ScenesSource("scenes:70").shards()[0].version == "seed 0"
+
+
+def test_shards_of_the_same_name_and_size_with_other_images_differ_in_version():
+    other = ScenesSource("scenes:60:0:0:20").shards()[1]
+    one = ScenesSource("scenes:50:0:0:30").shards()[1]
+    assert (one.name, one.size) == (other.name, other.size)
+    assert one.version != other.version
 
 
 def test_noise_swaps_its_share_of_captions_and_nothing_else():
@@ -90,7 +115,7 @@ def test_a_sample_depends_on_seed_and_index_alone():
     assert read_all("scenes:5:3") != read_all("scenes:5:4")
 
 
-def test_pictures_and_captions_vary():
+def test_images_and_captions_vary():
     samples = read_all("scenes:400")
     assert len({sample.image for sample in samples}) == 400
     for sample in samples:
@@ -110,7 +135,7 @@ def test_pictures_and_captions_vary():
         assert word in text
 
 
-def test_ground_named_by_every_caption_fills_the_edge_of_the_picture():
+def test_ground_named_by_every_caption_fills_the_edge_of_the_image():
     for sample in read_all("scenes:300:1"):
         pixels = pixels_of(sample)
         edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
@@ -132,7 +157,8 @@ def test_shape_colours_are_where_captions_say():
 
 def test_relations_are_true():
     relation = re.compile(
-        rf"({WORD_OF_COLOR}) (?:{WORD_OF_SHAPE}) (above|below|to the left of|to the right of) an? .*?({WORD_OF_COLOR})"
+        rf"({WORD_OF_COLOR}) (?:{WORD_OF_SHAPE}) "
+        rf"(above|below|to the left of|to the right of) an? .*?({WORD_OF_COLOR})"
     )
     checked = 0
     for sample in read_all("scenes:400:5"):
@@ -183,7 +209,11 @@ def test_sizes_are_true():
         "scenes:",
         "scenes:ten",
         "scenes:-1",
-        "scenes:1:2:3:4",
+        "scenes:1:2:3:0",
+        "scenes:1:2:3:ten",
+        "scenes:1:2:3:-4",
+        "scenes:1:2:3:",
+        "scenes:1:2:3:4:5",
         "scenes:1:2:101",
         "scenes:0",
         "scenes:1:x",
