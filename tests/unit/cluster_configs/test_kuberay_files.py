@@ -1,4 +1,7 @@
-"""The files for KubeRay against its fields and its rules; their pods are checked by `make lint-configs`."""
+"""The files for KubeRay against its fields and its rules.
+
+`make lint-configs` checks their pods.
+"""
 
 from __future__ import annotations
 
