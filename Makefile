@@ -1,9 +1,12 @@
-# make demo       distil the built-in world (one to two minutes after installation, two cores, no network but for packages)
-# make test       lint, types and the tests of every commit: at most eight minutes on two cores after installation
-# make test-all   those and all others: jobs on nodes, faults, docs/ word by word, the browser, the benchmark (about an hour)
-# make test-long  only the tests that make test leaves out
+# make demo       distil the built-in world: one to two minutes after installation on two cores,
+#                 no network but for packages
+# make test       lint, types and the tests of every commit: at most eight minutes on two cores
+#                 after installation
+# make test-all   those and the long ones: jobs on nodes, faults, docs/ word by word, the browser,
+#                 the benchmark (about an hour)
+# make test-long  the long ones alone
 # make bench      every row of benchmarks/RESULTS.md beside its baseline (hours, on an idle machine)
-# make fuzz       coverage-guided fuzzing of the parsers of untrusted bytes, FUZZ_SECONDS for each of four targets
+# make fuzz       coverage-guided fuzzing of the parsers of untrusted bytes, FUZZ_SECONDS per target
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +19,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 # small tensors lose by a second thread, above all beside another process of tests
 UNIT_TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(UNIT)
 
-.PHONY: install develop demo test test-all test-long test-faults lint lint-configs types bench fuzz clean
+.PHONY: install develop demo lint types lint-configs test test-all test-long test-faults bench fuzz \
+	clean
 
 # Two steps, each with a stamp that is written when it is complete: one stopped half-way runs again.
 install: $(VENV)/.installed
@@ -25,13 +29,13 @@ develop: $(VENV)/.developed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	rm -f $(VENV)/.installed $(VENV)/.developed
 	$(PYTHON) -m venv $(VENV)
-	@echo "Installing what a run needs: about 7 GB, most of it PyTorch with CUDA."
+	@echo "Installing what a run needs: about 6.5 GB, most of it PyTorch with CUDA."
 	$(PIP) -e .
 	touch $@
 
 $(VENV)/.developed: $(VENV)/.installed
 	rm -f $@
-	@echo "Installing the tools of the tests: about 0.5 GB."
+	@echo "Installing the tools of the tests: about 0.6 GB."
 	$(PIP) -e '.[dev]'
 	touch $@
 
@@ -67,17 +71,20 @@ test-long: develop
 test-faults: develop
 	$(BIN)/pytest -m '' tests/faults
 
-# each side in a process of its own; writes benchmarks/results.json and the marked section of benchmarks/RESULTS.md
+# each side in a process of its own; writes benchmarks/results.json and the marked section of
+# benchmarks/RESULTS.md
 bench: develop
 	$(BIN)/python -m benchmarks all --write
 
-# inputs that reach new code are kept in runs/fuzz; one that fails goes to tests/fuzz/found, which `make test` replays
+# inputs that reach new code are kept in runs/fuzz; one that fails goes to tests/fuzz/found, which
+# `make test` replays
 fuzz: develop
 	$(PIP) -e '.[fuzz]'
 	for target in tar record caption image; do \
 		mkdir -p runs/fuzz/$$target tests/fuzz/found/$$target && \
-		$(BIN)/python tests/fuzz/fuzz.py $$target runs/fuzz/$$target -max_total_time=$(FUZZ_SECONDS) -timeout=20 \
-			-rss_limit_mb=3000 -max_len=16384 -artifact_prefix=tests/fuzz/found/$$target/ || exit 1; \
+		$(BIN)/python tests/fuzz/fuzz.py $$target runs/fuzz/$$target \
+			-max_total_time=$(FUZZ_SECONDS) -timeout=20 -rss_limit_mb=3000 -max_len=16384 \
+			-artifact_prefix=tests/fuzz/found/$$target/ || exit 1; \
 	done
 
 clean:

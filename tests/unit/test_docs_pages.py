@@ -1,4 +1,4 @@
-"""What the pages of docs/ say of the code, against the code."""
+"""The statements of docs/ about the code, against the code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.docs_pages import DOCS, PAGES, ROOT, Block, blocks, commands
 
 
 def rows(page: str, first: str) -> list[list[str]]:
-    """The cells of the table of a page whose first column is headed `first`."""
+    """Return the cells of the table of a page whose first column is headed `first`."""
     text = (DOCS / page).read_text(encoding="utf-8")
     _, _, rest = text.partition(f"\n| {first} |")
     assert rest
@@ -65,7 +65,7 @@ def test_the_metrics_are_those_that_are_counted() -> None:
 
 
 def calls_of_event() -> list[tuple[str, str, set[str]]]:
-    """Every call of log.event: pattern of the event's name, level, fields ("*" for those of a mapping)."""
+    """Return every call of log.event: pattern of the name, level, fields ("*": of a mapping)."""
     found = []
     for path in (ROOT / "pds_ray").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -85,7 +85,7 @@ def calls_of_event() -> list[tuple[str, str, set[str]]]:
 
 
 def test_the_events_are_those_that_are_told() -> None:
-    """Names, levels and fields, both ways; what stands in a mapping is known from where that comes from."""
+    """Names, levels and fields agree both ways; those of a mapping are read where it is made."""
     told = {}
     for cells in rows("watching.md", "event"):
         told |= {name: (cells[1], names(cells[2])) for name in names(cells[0])}
@@ -151,6 +151,9 @@ def test_a_folder_laid_out_as_shown_can_be_read(
 
 
 def test_calls_are_found_in_a_shell_block() -> None:
-    text = "for n in 1 2; do\n  x --a 'b c' \\\n    --d=$n  # x not this\ndone\ny | x 1 && (x '2;3' > f) || true; x\n"
+    text = (
+        "for n in 1 2; do\n  x --a 'b c' \\\n    --d=$n  # x not this\n"
+        "done\ny | x 1 && (x '2;3' > f) || true; x\n"
+    )
     found = commands(Block("sh", text, None), "x")
     assert [*found] == [["--a", "b c", "--d=$n"], ["1"], ["2;3"], []]
