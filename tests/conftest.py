@@ -10,6 +10,7 @@ os.environ.update(
     HF_DATASETS_OFFLINE="1",
     TRANSFORMERS_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
+    RAY_raylet_start_wait_time_s="300",  # by default a node that starts slowly is given up
 )
 
 from collections.abc import Iterator

@@ -57,11 +57,13 @@ def test_links_lead_somewhere(path: Path) -> None:
             }, target
 
 
-def test_the_metrics_are_those_that_are_counted() -> None:
-    told = {next(iter(names(cells[0]))): names(cells[2]) for cells in rows("watching.md", "metric")}
-    assert told.keys() == {f"ray_{name}" for name in COUNTERS}
+def test_the_metrics_are_the_documented_ones() -> None:
+    documented = {
+        next(iter(names(cells[0]))): names(cells[2]) for cells in rows("watching.md", "metric")
+    }
+    assert documented.keys() == {f"ray_{name}" for name in COUNTERS}
     for name, (_, tags) in COUNTERS.items():
-        assert set(tags) <= told[f"ray_{name}"]
+        assert set(tags) <= documented[f"ray_{name}"]
 
 
 def calls_of_event() -> list[tuple[str, str, set[str]]]:
@@ -86,25 +88,25 @@ def calls_of_event() -> list[tuple[str, str, set[str]]]:
 
 def test_the_events_are_those_that_are_told() -> None:
     """Names, levels and fields agree both ways; those of a mapping are read where it is made."""
-    told = {}
+    documented = {}
     for cells in rows("watching.md", "event"):
-        told |= {name: (cells[1], names(cells[2])) for name in names(cells[0])}
+        documented |= {name: (cells[1], names(cells[2])) for name in names(cells[0])}
     unfolded = {
         "progress": {f.name for f in dataclasses.fields(progress.State)},
         "shard_committed": {*no_counts()},
     }
-    said = {}
+    logged = {}
     for pattern, level, fields in calls_of_event():
-        matching = fnmatch.filter(told, pattern)
-        assert matching, f"{pattern} is not told"
+        matching = fnmatch.filter(documented, pattern)
+        assert matching, f"{pattern} is not documented"
         for name in matching:
-            if "*" in pattern and name in said:
+            if "*" in pattern and name in logged:
                 continue
-            said[name] = (level, (fields - {"*"}) | (unfolded[name] if "*" in fields else set()))
-    assert said == told
+            logged[name] = (level, (fields - {"*"}) | (unfolded[name] if "*" in fields else set()))
+    assert logged == documented
 
 
-def test_the_sign_of_life_looks_as_shown() -> None:
+def test_the_heartbeat_looks_as_shown() -> None:
     (shown,) = (
         json.loads(block.text) for block in blocks(DOCS / "watching.md") if block.language == "json"
     )
@@ -114,8 +116,8 @@ def test_the_sign_of_life_looks_as_shown() -> None:
 
 
 def test_the_states_are_those_that_are_told() -> None:
-    told = set().union(*(names(cells[0]) for cells in rows("watching.md", "state")))
-    assert told == set(
+    documented = set().union(*(names(cells[0]) for cells in rows("watching.md", "state")))
+    assert documented == set(
         re.findall(
             r"finished|running|silent|interrupted|failed|idle", inspect.getdoc(status.status)
         )
