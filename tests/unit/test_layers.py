@@ -1,4 +1,4 @@
-"""Imports go one way, by the source; importing the package is cheap."""
+"""Who may import whom, read off the source; and what naming the package costs."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_every_module_has_a_layer():
 
 @pytest.mark.parametrize("name", [name for name in sorted(MODULES) if layer(name) is not None])
 def test_imports_go_one_way(name):
-    """Every module but the training scripts, which may import anything."""
+    """Of every module but the training scripts, which may import anything."""
     mine = layer(name)
     for other in sorted(imports(name)):
         if other.partition(".")[0] not in ("pds_ray", "jobs"):
@@ -114,7 +114,7 @@ def test_imports_go_one_way(name):
 
 
 def parent(name: str) -> str:
-    """Return the folder of a module or package; top-level modules count as one folder."""
+    """The folder of a module, of a package itself; top-level modules of one layer count as one folder."""
     in_folder = name.count(".") >= 2 or MODULES[name].stem == "__init__"
     return ".".join(name.split(".")[:2]) if in_folder else "pds_ray"
 
@@ -196,7 +196,7 @@ def test_every_selector_is_there(entry):
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_nothing_is_unpickled(name):
-    """Untrusted files are read in formats that cannot run code."""
+    """Files of others are read by formats that cannot run code."""
     forbidden = {"pickle", "cloudpickle", "joblib", "dill", "shelve", "marshal"}
     assert {other.split(".")[0] for other in imports(name)} & forbidden == set()
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
