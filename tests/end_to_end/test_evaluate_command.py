@@ -21,7 +21,7 @@ from tests.support.hand_made_set import save_set, scenes_set
 RECALLS = ("tr@1", "tr@5", "tr@10", "ir@1", "ir@5", "ir@10", "r_mean")
 CAPTIONS_ALONE = "pds+match.filter=false+protocol.text=prototypes"
 JUDGED = ["--test", "scenes:60:7", "--backbones", "small_mixer", "--seeds", "1",
-          "--protocol.epochs", "3", "--protocol.evaluate-every", "1"]  # fmt: skip
+          "--protocol.epochs", "3", "--protocol.evaluate-every", "1", "--trials", "1"]  # fmt: skip
 COMPARE = ["compare", "--preset", "demo", "--source", SOURCE, "--decode.decoder", "nearest",
            "--pairs", "12", "--methods", f"random,pds,{CAPTIONS_ALONE}", *JUDGED]  # fmt: skip
 SMALL = ["compare", "--preset", "demo", "--source", "scenes:50", "--pairs", "5"]
@@ -135,9 +135,7 @@ def test_a_set_of_a_comparison_is_evaluated_to_the_same_figures(compared, pds_ra
 @pytest.mark.ray
 def test_a_set_alone(tmp_path: Path, pds_ray: Run):
     folder = scenes_set(tmp_path / "set")
-    done = pds_ray(
-        "evaluate", str(folder), *JUDGED, "--seeds", "2", "--protocol", "paper", "--trials", "1"
-    )
+    done = pds_ray("evaluate", str(folder), *JUDGED, "--seeds", "2", "--protocol", "paper")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     (result,) = (folder / "evaluation").glob("*.json")
