@@ -49,6 +49,8 @@ class Cluster:
     metrics: str
     env: dict[str, str]
     folder: Path
+    agents: list[int] = field(default_factory=list)
+    """The port of each node's agent; the head's takes jobs."""
     _nodes: list[subprocess.Popen] = field(default_factory=list)
 
     def call(self, *args: str) -> subprocess.CompletedProcess:
@@ -88,13 +90,16 @@ class Cluster:
     def start(self, *args: str) -> None:
         """Start a node and wait until it is listed.
 
-        Each has a folder of its own, as on machines of their own: a node that sets up a job's
-        files removes those it finds, be they in use by another node's processes.
+        Each has a folder and ports of its own, as on machines of their own: a node that sets up a
+        job's files removes those it finds, be they in use by another node's processes; and an agent
+        whose port is taken, by any Ray on this machine, takes no jobs and says so in a log only.
         """
         own = self.folder / str(len(self._nodes))
         own.mkdir()
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--temp-dir", own]
-        whole = [*ray, "--object-store-memory", "120000000", *args]
+        self.agents.append(free_port())
+        ports = ["--dashboard-agent-listen-port", str(self.agents[-1])]
+        whole = [*ray, *ports, "--object-store-memory", "120000000", *args]
         with (own / "node.log").open("w+") as log:
             self._nodes.append(
                 subprocess.Popen(
@@ -110,6 +115,11 @@ class Cluster:
         """Start a node of two CPUs that offers a resource."""
         offered = json.dumps({resource: 10})
         self.start("--address", self.gcs, "--num-cpus", "2", "--resources", offered)
+
+    def takes_jobs(self) -> bool:
+        (head,) = [each for each in self.listed("nodes") if each["is_head_node"]] or [None]
+        with socket.socket() as probe:
+            return head is not None and not probe.connect_ex((head["node_ip"], self.agents[0]))
 
     def kill(self) -> None:
         for node in self._nodes:
@@ -230,6 +240,7 @@ def test_stages_as_jobs_of_their_own(cluster: Cluster, tmp_path: Path) -> None:
             "--runtime-env-json", json.dumps(ignored), "--", "python", script, *args,
         )  # fmt: skip
 
+    wait_until(cluster.takes_jobs)  # `ray job submit` does not wait, other than ours
     early = job("jobs/synthesize.py", *small)
     assert early.returncode == 1
     assert "stage decode comes after embed, which is not done" in early.stdout
