@@ -1,4 +1,4 @@
-"""A tar of small good images, some of them marked as poison for poison/sitecustomize.py."""
+"""A tar of small good pictures, some of them marked as poison for tests/poison/sitecustomize.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HOOK = Path(__file__).with_name("poison")
 
 
 def write_shard(path: Path, poison: dict[int, str], samples: int = 40, seed: int = 0) -> None:
-    """Write `samples` images with a caption each; `poison`: sample -> crash, hang or eat."""
+    """`samples` pictures with a caption each; `poison`: sample -> crash, hang or eat."""
     random = np.random.default_rng(seed)
     with tarfile.open(path, "w") as tar:
         for sample in range(samples):
