@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
-import signal
 import subprocess
 import sys
 import traceback
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -32,17 +29,17 @@ def command(*args: str) -> list[str]:
 
 
 def process(*args: str, timeout: float = 800, **environment: str) -> subprocess.CompletedProcess:
-    """Run `pds-ray ARGS` to its end in a process of its own, without a network."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    """Run `pds-ray ARGS` to its end in a process of its own."""
+    env = {**os.environ, **environment}
     return subprocess.run(
         command(*args), capture_output=True, text=True, timeout=timeout, env=env, check=False
     )
 
 
 def in_process(*args: str) -> subprocess.CompletedProcess[str]:
-    """Run `pds-ray ARGS` in this process, on the Ray that runs here, and restore what it sets.
+    """Run `pds-ray ARGS` in this process, on the Ray that runs here.
 
-    What it raises (with -v) is a traceback and exit code 1, as of a process.
+    An exception (with -v) becomes a traceback and exit code 1, as of a process.
     """
     from pds_ray.cli.main import main
 
@@ -50,9 +47,7 @@ def in_process(*args: str) -> subprocess.CompletedProcess[str]:
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
-        mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}),
-        warnings.catch_warnings(),
-        _own_signals_and_logging(),
+        mock.patch.dict(os.environ),
     ):
         try:
             with pytest.raises(SystemExit) as ended:
@@ -62,18 +57,6 @@ def in_process(*args: str) -> subprocess.CompletedProcess[str]:
             traceback.print_exc()
             code = EXIT_BUG
     return subprocess.CompletedProcess(list(args), int(code or 0), out.getvalue(), err.getvalue())
-
-
-@contextlib.contextmanager
-def _own_signals_and_logging() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    disabled = logging.root.manager.disable
-    try:
-        yield
-    finally:
-        logging.disable(disabled)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def content(run: Path) -> dict[str, bytes]:
