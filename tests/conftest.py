@@ -1,6 +1,17 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests. No test but those of the network itself may depend on a network."""
 
 from __future__ import annotations
+
+import os
+
+# read by the hub's clients when they are imported, hence set before any test module is
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    RAY_raylet_start_wait_time_s="300",  # by default a node that starts slowly is given up
+)
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +24,21 @@ settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray of two CPUs for all tests of the session."""
+    import ray
+
+    from pds_ray.config import RayConfig
+    from pds_ray.distributed import session
+
+    session.start(RayConfig(num_cpus=2, object_store_gib=0.5))
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real pictures and captions that lie beside the checkout and are not part of the project."""
+    """Return the folder of real images and captions beside the checkout, if there is one."""
     path = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not path.is_dir():
         pytest.skip(f"no test data in {path}")
@@ -23,7 +47,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def s3_port() -> Iterator[int]:
-    """The port of an S3 server with an empty bucket."""
+    """Yield the port of an S3 server with an empty bucket."""
     from tests.support.object_store import running_server
 
     with running_server() as port:
@@ -32,7 +56,7 @@ def s3_port() -> Iterator[int]:
 
 @pytest.fixture
 def s3_login(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Credentials of the server in the environment."""
+    """Put the credentials of the server into the environment."""
     from tests.support.object_store import KEY, SECRET
 
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)

@@ -1,40 +1,41 @@
-"""The command line as a user meets it: in a process of its own."""
+"""The command line, in this process and on the Ray of the session: a start of both takes 10 s.
+
+Few tests use a process of its own (`tests.support.command_line.process`): those of processes.
+"""
 
 from __future__ import annotations
 
-import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.command_line import DEMO, Run, command
+from pds_ray.distributed import session
+from tests.support.command_line import DEMO, Run, in_process
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ray_goes_on() -> Iterator[None]:
+    """Keep the command line from ending the Ray of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "stop", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")
-def pds_ray() -> Run:
-    """Runs `pds-ray ARGS` to its end, without a network."""
+def pds_ray(request: pytest.FixtureRequest) -> Run:
+    """Run `pds-ray ARGS` to its end in this process."""
+    request.getfixturevalue("local_ray")
 
-    def run(*args: str, **options) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        return subprocess.run(
-            command(*args),
-            capture_output=True,
-            text=True,
-            timeout=400,
-            env=environment,
-            check=False,
-            **options,
-        )
-
-    return run
+    return in_process
 
 
 @pytest.fixture(scope="session")
 def finished(
     tmp_path_factory: pytest.TempPathFactory, pds_ray: Run
 ) -> tuple[Path, subprocess.CompletedProcess]:
-    """A finished run of the built-in world, never interrupted: the reference of the others."""
+    """Make a run of the built-in world, never interrupted: the reference of the others."""
     out = tmp_path_factory.mktemp("finished") / "run"
     done = pds_ray("distill", *DEMO, "--out", str(out))
     assert done.returncode == 0, done.stderr

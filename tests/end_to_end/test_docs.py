@@ -1,4 +1,4 @@
-"""The pages of docs/, word by word: each block is run in the order of its page, or marked with what it needs."""
+"""The pages of docs/: each block is run in the order of its page, or marked with its needs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MARKED = [
 
 
 def write(block: Block, folder: Path) -> None:
-    """Writes the file that a block is, or makes the changes that it shows to one that is there."""
+    """Write the file that a block is, or apply the changes that it shows."""
     assert block.file is not None
     path = folder / block.file
     if block.language != "diff":
@@ -64,7 +64,7 @@ def run(script: str, folder: Path, python_path: Path) -> None:
 
 
 def follow(page: Path, folder: Path, python_path: Path) -> None:
-    """Does what a page says, as far as that can be done here."""
+    """Do what a page says, as far as that is possible here."""
     for block in blocks(page):
         if block.language == "sh" and not block.needs:
             run(block.text, folder, python_path)
@@ -72,15 +72,10 @@ def follow(page: Path, folder: Path, python_path: Path) -> None:
             write(block, folder)
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("laptop.md", marks=pytest.mark.long),
-        "flickr30k-coco.md",
-        "laion-on-a-cluster.md",
-        "watching.md",
-    ],
+    "name", ["laptop.md", "flickr30k-coco.md", "laion-on-a-cluster.md", "watching.md"]
 )
 def test_a_page_word_by_word(name: str, tmp_path: Path) -> None:
     follow(ROOT / "docs" / name, tmp_path, ROOT)
@@ -104,10 +99,10 @@ def test_every_page_is_followed() -> None:
 
 
 @pytest.mark.parametrize(("page", "block"), MARKED)
-def test_what_cannot_be_run_here_can_be_asked_for(
+def test_commands_that_cannot_run_here_are_valid(
     page: Path, block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its commands parse, those that they hand on too, with configurations that are valid."""
+    """They parse, as do commands that they hand on, and their configurations are valid."""
     monkeypatch.chdir(tmp_path)
     for shown in blocks(page):
         if shown.language == "yaml" and shown.file:

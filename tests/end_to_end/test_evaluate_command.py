@@ -15,27 +15,19 @@ from PIL import Image
 
 from pds_ray import load_distilled
 from tests.end_to_end.test_user_errors import fails
-from tests.support.command_line import Run
+from tests.support.command_line import SOURCE, Run, times
 from tests.support.hand_made_set import save_set, scenes_set
 
 RECALLS = ("tr@1", "tr@5", "tr@10", "ir@1", "ir@5", "ir@10", "r_mean")
-OF_CAPTIONS = "pds+match.filter=false+protocol.text=prototypes"
-JUDGED = ["--test", "scenes:60:7", "--backbones", "small_mixer", "--seeds", "1", "--protocol.epochs", "3",
-          "--protocol.evaluate-every", "1", "--ray.num_cpus", "2", "--ray.object_store_gib", "0.3"]  # fmt: skip
-COMPARE = ["compare", "--preset", "demo", "--source", "scenes:300", "--decode.decoder", "nearest", "--pairs", "12",
-           "--methods", f"random,pds,{OF_CAPTIONS}", *JUDGED]  # fmt: skip
+CAPTIONS_ALONE = "pds+match.filter=false+protocol.text=prototypes"
+JUDGED = ["--test", "scenes:60:7", "--backbones", "small_mixer", "--seeds", "1",
+          "--protocol.epochs", "3", "--protocol.evaluate-every", "1", "--trials", "1"]  # fmt: skip
+COMPARE = ["compare", "--preset", "demo", "--source", SOURCE, "--decode.decoder", "nearest",
+           "--pairs", "12", "--methods", f"random,pds,{CAPTIONS_ALONE}", *JUDGED]  # fmt: skip
+SMALL = ["compare", "--preset", "demo", "--source", "scenes:50", "--pairs", "5"]
 
 
-def files(folder: Path, *but: str) -> dict[Path, int]:
-    """Files of a folder and when they were written."""
-    return {
-        path: path.stat().st_mtime_ns
-        for path in folder.rglob("*")
-        if path.is_file() and path.name not in but
-    }
-
-
-# --- what works
+# --- results
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +44,11 @@ def compared(
 def test_a_comparison_is_a_table(compared):
     out, done = compared
     table = json.loads((out / "comparison.json").read_text())
-    methods = ["random", "pds", OF_CAPTIONS]
+    methods = ["random", "pds", CAPTIONS_ALONE]
     assert [(cell["method"], cell["pairs"], cell["backbone"]) for cell in table["cells"]] == [
         (method, 12, backbone) for method in methods for backbone in ("small_mixer", "average")
     ]
-    assert (table["source"], table["seeds"], table["test"]["images"]) == ("scenes:300", 1, 60)
+    assert (table["source"], table["seeds"], table["test"]["images"]) == (SOURCE, 1, 60)
     assert table["test"]["captions"] == 300
     assert table["protocol"]["name"].startswith("standard, ")
     assert "epochs=3" in table["protocol"]["name"]
@@ -94,7 +86,7 @@ def test_the_csv_says_what_the_json_says(compared):
 
 @pytest.mark.ray
 def test_methods_share_the_embeddings(compared):
-    """pds and its ablation read one store; every set lies in a run folder of its own, `protocol.` making no new one."""
+    """Each set has a run folder of its own; a change of the protocol needs no new set."""
     out, _ = compared
     assert {path.name for path in (out / "sets").iterdir()} == {
         "random-12",
@@ -111,26 +103,28 @@ def test_methods_share_the_embeddings(compared):
 def test_a_repeated_comparison_does_nothing(compared, pds_ray: Run):
     out, done = compared
     diary = ("run.json", "report.html", "comparison.json", "comparison.csv")
-    before, table = files(out, *diary), (out / "comparison.json").read_bytes()
+    before, table = times(out, *diary), (out / "comparison.json").read_bytes()
     again = pds_ray(*COMPARE, "--out", str(out))
     assert again.returncode == 0, again.stderr
-    after = files(out, *diary)
-    assert {path: when for path, when in after.items() if "evaluation" not in path.parts[-2:]} == {
-        path: when for path, when in before.items() if "evaluation" not in path.parts[-2:]
-    }
+    after = times(out, *diary)
+
+    def made(found: dict[Path, int]) -> dict[Path, int]:
+        return {path: when for path, when in found.items() if "evaluation" not in path.parts[-2:]}
+
+    assert made(after) == made(before)
     assert (out / "comparison.json").read_bytes() == table
     assert done.stdout.splitlines()[-5:] == again.stdout.splitlines()[-5:]
 
 
 @pytest.mark.ray
 def test_a_set_of_a_comparison_is_evaluated_to_the_same_figures(compared, pds_ray: Run):
-    """In the folder of the comparison: its trials are found there, and none is run."""
+    """The trials are found in the folder of the comparison, and none is run."""
     out, _ = compared
-    trials = files(out / "evaluation" / "trials")
+    trials = times(out / "evaluation" / "trials")
     done = pds_ray("evaluate", str(out / "sets" / "pds-12"), "--out", str(out), "--json", *JUDGED)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert files(out / "evaluation" / "trials") == trials
+    assert times(out / "evaluation" / "trials") == trials
     cells = json.loads((out / "comparison.json").read_text())["cells"]
     expected = next(
         cell for cell in cells if cell["method"] == "pds" and cell["backbone"] == "small_mixer"
@@ -141,9 +135,7 @@ def test_a_set_of_a_comparison_is_evaluated_to_the_same_figures(compared, pds_ra
 @pytest.mark.ray
 def test_a_set_alone(tmp_path: Path, pds_ray: Run):
     folder = scenes_set(tmp_path / "set")
-    done = pds_ray(
-        "evaluate", str(folder), *JUDGED, "--seeds", "2", "--protocol", "paper", "--trials", "1"
-    )
+    done = pds_ray("evaluate", str(folder), *JUDGED, "--seeds", "2", "--protocol", "paper")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     (result,) = (folder / "evaluation").glob("*.json")
@@ -161,7 +153,7 @@ def test_a_set_alone(tmp_path: Path, pds_ray: Run):
     assert len(load_distilled(str(folder))) == 12, "the set itself is as it was"
 
 
-# --- what the user can mend: one line, before Ray starts
+# --- user errors: one line, before Ray starts
 
 
 @pytest.fixture(scope="module")
@@ -169,14 +161,15 @@ def a_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scenes_set(tmp_path_factory.mktemp("set") / "set")
 
 
-def pictures_alone(path: Path) -> str:
-    picture = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(picture, "JPEG")
+def images_alone(path: Path) -> str:
+    """Write a tar of images without captions."""
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "JPEG")
     with tarfile.open(path, "w") as tar:
         for number in range(20):
             member = tarfile.TarInfo(f"{number}.jpg")
-            member.size = len(picture.getvalue())
-            tar.addfile(member, io.BytesIO(picture.getvalue()))
+            member.size = len(image.getvalue())
+            tar.addfile(member, io.BytesIO(image.getvalue()))
     return str(path)
 
 
@@ -186,8 +179,8 @@ def pictures_alone(path: Path) -> str:
         ([], ["no test split", "--test"]),
         (["--test", "scenes:many"], ["scenes:many"]),
         (["--test", "{tmp}/no/*.tar"], ["no tar shard matches"]),
-        (["--test", "{pictures}"], ["none of the 20 samples", "caption"]),
-        (["--test", "scenes:20:7", "--val", "{pictures}"], ["none of the 20 samples", "caption"]),
+        (["--test", "{images}"], ["none of the 20 samples", "caption"]),
+        (["--test", "scenes:20:7", "--val", "{images}"], ["none of the 20 samples", "caption"]),
         (
             ["--test", "scenes:20:7", "--backbones", "nf_resnet51"],
             ["unknown backbone 'nf_resnet51'", "nf_resnet50"],
@@ -214,29 +207,18 @@ def pictures_alone(path: Path) -> str:
         ),
     ],
 )
-def test_one_clear_line(
+def test_a_user_error_is_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, a_set: Path, args: list[str], words
 ):
-    """The same of evaluate and of compare."""
-    pictures = pictures_alone(tmp_path / "0.tar") if "{pictures}" in args else ""
-    filled = [arg.replace("{tmp}", str(tmp_path)).replace("{pictures}", pictures) for arg in args]
-    before = files(a_set)
+    """`evaluate` and `compare` say the same."""
+    images = images_alone(tmp_path / "0.tar") if "{images}" in args else ""
+    filled = [arg.replace("{tmp}", str(tmp_path)).replace("{images}", images) for arg in args]
+    before = times(a_set)
     line = fails(capsys, "evaluate", str(a_set), *filled)
     assert all(word in line for word in words), line
-    assert files(a_set) == before
+    assert times(a_set) == before
     out = tmp_path / "table"
-    compare = [
-        "compare",
-        "--preset",
-        "demo",
-        "--source",
-        "scenes:50",
-        "--pairs",
-        "5",
-        "--out",
-        str(out),
-    ]
-    line = fails(capsys, *compare, *filled)
+    line = fails(capsys, *SMALL, "--out", str(out), *filled)
     assert all(word in line for word in words), line
     assert not out.exists()
 
@@ -259,31 +241,20 @@ def test_one_clear_line(
         (["--source", ""], ["--source"]),
     ],
 )
-def test_one_clear_line_of_compare(
+def test_a_user_error_of_compare_is_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, args: list[str], words
 ):
     out = tmp_path / "table"
-    base = [
-        "compare",
-        "--preset",
-        "demo",
-        "--source",
-        "scenes:50",
-        "--pairs",
-        "5",
-        "--test",
-        "scenes:20",
-    ]
-    line = fails(capsys, *base, "--out", str(out), *args)
+    line = fails(capsys, *SMALL, "--test", "scenes:20", "--out", str(out), *args)
     assert all(word in line for word in words), line
     assert not out.exists()
 
 
-def test_compare_asks_for_a_folder(capsys: pytest.CaptureFixture[str]):
+def test_compare_without_a_folder_is_refused(capsys: pytest.CaptureFixture[str]):
     assert "--out" in fails(capsys, "compare", "--source", "scenes:50", "--test", "scenes:20")
 
 
-def test_no_set(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_a_folder_without_a_set_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     line = fails(capsys, "evaluate", str(tmp_path), "--test", "scenes:20")
     assert "is no distilled set" in line
     assert list(tmp_path.iterdir()) == []
@@ -337,10 +308,10 @@ def test_a_set_that_does_not_say_what_made_it(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.ray
 def test_more_workers_than_there_is_room_for(a_set: Path, pds_ray: Run):
-    before = files(a_set)
+    before = times(a_set)
     done = pds_ray("evaluate", str(a_set), *JUDGED, "--workers", "3")
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert "3 workers" in line
     assert "--workers" in line
-    assert files(a_set, ".lock") == before
+    assert times(a_set, ".lock") == before

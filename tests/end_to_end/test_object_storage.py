@@ -1,15 +1,12 @@
-"""Source and run folder on an S3 server, through a network that fails, with credentials in the URIs."""
+"""Source and run folder on an S3 server, with credentials in the URIs; the network may fail."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import subprocess
 import tarfile
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -17,11 +14,10 @@ from urllib.parse import quote
 import pytest
 
 from pds_ray import load_distilled
-from pds_ray.cli import main as cli
 from pds_ray.sources.base import Sample
 from pds_ray.sources.scenes import ScenesSource
 from pds_ray.store.storage import LOCK
-from tests.support.command_line import Run, command, content
+from tests.support.command_line import SOURCE, Run, content, process
 from tests.support.object_store import BUCKET, KEY, SECRET, Faults, client, objects, proxy, uri
 
 pytestmark = pytest.mark.ray
@@ -32,8 +28,8 @@ TELLTALES = (KEY, SECRET.partition("+")[2])  # what stands in the secret in any 
 
 @pytest.fixture(scope="module")
 def network(s3_port: int) -> Iterator[tuple[int, Faults]]:
-    """A proxy that does no harm yet, before a bucket with 90 pairs in three tars."""
-    source = ScenesSource("scenes:90")
+    """Yield a proxy, harmless so far, before a bucket with 90 pairs in three tars."""
+    source = ScenesSource(SOURCE)
     samples = [
         item for shard in source.shards() for item in source.read(shard) if isinstance(item, Sample)
     ]
@@ -54,33 +50,28 @@ def network(s3_port: int) -> Iterator[tuple[int, Faults]]:
 
 
 @pytest.fixture(scope="module")
-def reference(network: tuple[int, Faults], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run in a local folder, its source read while the network is good."""
+def reference(
+    network: tuple[int, Faults], tmp_path_factory: pytest.TempPathFactory, pds_ray: Run
+) -> Path:
+    """Make the run in a local folder, its source read while the network is good."""
     out = tmp_path_factory.mktemp("reference") / "run"
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "AWS_ACCESS_KEY_ID": KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-    }
-    arguments = [*SMALL, "--source", uri(network[0], "scenes/*.tar"), "--out", str(out)]
-    done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, env=environment, check=False
-    )
+    source = uri(network[0], "scenes/*.tar", LOGIN)
+    done = pds_ray(*SMALL, "--source", source, "--out", str(out))
     assert done.returncode == 0, done.stderr
     return out
 
 
 @pytest.fixture
 def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where Ray keeps its sessions in this test; short, for sockets' paths are."""
+    """Yield the folder of Ray's sessions in this test; short, for paths of sockets are."""
     folder = Path(tempfile.mkdtemp(prefix="ray"))
     monkeypatch.setenv("RAY_TMPDIR", str(folder))
     yield folder
     shutil.rmtree(folder)
 
 
-def told(name: str, text: str | bytes) -> list[str]:
+def leaks(name: str, text: str | bytes) -> list[str]:
+    """Return the places of a text where parts of the credentials stand."""
     assert all(word in uri(0, "x", LOGIN) for word in TELLTALES)  # or nothing could be found
     data = text.encode() if isinstance(text, str) else text
     return [
@@ -90,10 +81,57 @@ def told(name: str, text: str | bytes) -> list[str]:
     ]
 
 
-def _check_repair(
-    port: int, run: list[str], source: str, call: Callable[..., tuple[int, str]], pds_ray: Run
+def stored(port: int) -> dict[str, bytes]:
+    """Return the files of the run and of its embedding store, named as those of a local run."""
+    embeddings = objects(port, "store").items()
+    return objects(port, "run") | {f"embeddings/{name}": data for name, data in embeddings}
+
+
+def check_same(made: dict[str, bytes], reference: Path) -> None:
+    diary = ("run.json", "report.html")
+    expected = {name: data for name, data in content(reference).items() if not name.endswith(LOCK)}
+    assert {name: data for name, data in made.items() if name not in diary} == expected
+    assert made.keys() >= set(diary)
+    manifest = json.loads(made["run.json"])
+    assert {entry["status"] for entry in manifest["stages"].values()} == {"done"}
+
+
+def arguments(port: int) -> list[str]:
+    """Return the command of a run whose source, folder and store are on the server."""
+    source, out, store = (uri(port, name, LOGIN) for name in ("scenes/*.tar", "run", "store"))
+    return [*SMALL, "--source", source, "--out", out, "--embed.store", store, "-v"]
+
+
+def test_a_run_on_a_good_network(
+    network: tuple[int, Faults], reference: Path, s3_port: int, pds_ray: Run
 ) -> None:
-    """What is missing or wrong on the store is named, and done anew to the same bytes."""
+    """It has the bytes of the local one, is verified, and says no secret."""
+    port, _ = network
+    done = pds_ray(*arguments(port))
+    assert done.returncode == 0, done.stderr
+    made = stored(s3_port)
+    check_same(made, reference)
+    out, store = uri(port, "run", LOGIN), uri(port, "store", LOGIN)
+    verified = pds_ray("verify", out, "--embed.store", store)
+    assert "all as written" in verified.stdout, verified.stderr
+    said = done.stdout + done.stderr + verified.stdout + verified.stderr
+    assert [leak for name, text in made.items() for leak in leaks(name, text)] == []
+    assert leaks("output", said) == []
+    empty(s3_port)
+
+
+def empty(port: int) -> None:
+    """Remove the run and its store."""
+    s3 = client(port)
+    for prefix in ("run", "store"):
+        for name in objects(port, prefix):
+            s3.delete_object(Bucket=BUCKET, Key=f"{prefix}/{name}")
+
+
+def _check_repair(
+    port: int, run: list[str], source: str, call: Callable[..., tuple[int, str]]
+) -> None:
+    """Damage the store: `verify` names what is missing or wrong, and repairs it to its bytes."""
     s3 = client(port)
     before = objects(port, "run"), objects(port, "store")
     code, said = call("verify", *run)
@@ -106,83 +144,59 @@ def _check_repair(
     assert code == 2
     assert marker in said
     assert "images/000003.png: missing" in said
-    done = pds_ray("verify", *run, "--repair", "--source", source)
-    assert done.returncode == 0, done.stderr
+    code, said = call("verify", *run, "--repair", "--source", source)
+    assert code == 0, said
     after = objects(port, "run"), objects(port, "store")
     for made, expected in zip(after, before, strict=True):
-        told = {"run.json", "report.html"}
+        diary = {"run.json", "report.html"}
         assert made.keys() == expected.keys()
-        assert [name for name in made.keys() - told if made[name] != expected[name]] == []
+        assert [name for name in made.keys() - diary if made[name] != expected[name]] == []
 
 
-def test_a_run_on_an_object_store(
-    network: tuple[int, Faults], reference: Path, s3_port: int, ray_folder: Path, pds_ray: Run, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+@pytest.mark.long
+def test_a_run_on_a_failing_network(
+    network: tuple[int, Faults], reference: Path, s3_port: int, ray_folder: Path, pds_ray: Run,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """It has the bytes of the local one, whatever the network does, and tells no secret anywhere."""
+    """It has the bytes of the local one, and no command, file or log of Ray tells a secret."""
     port, faults = network
+    empty(s3_port)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name, raising=False)
-    out, store = uri(port, "run", LOGIN), uri(port, "store", LOGIN)
-    arguments = [
-        *SMALL,
-        "--source",
-        uri(port, "scenes/*.tar", LOGIN),
-        "--out",
-        out,
-        "--embed.store",
-        store,
-        "-v",
-    ]
     faults.errors = faults.cut_downloads = faults.cut_uploads = faults.delayed = 0.05
     faults.hidden, faults.late = 1, 0.1
-    done = pds_ray(*arguments)
+    done = process(*arguments(port))
     assert done.returncode == 0, done.stderr
     assert faults.struck > 10
     faults.errors = faults.cut_downloads = faults.cut_uploads = faults.delayed = 0
     faults.hidden = 0
-
-    made = objects(s3_port, "run") | {
-        f"embeddings/{name}": data for name, data in objects(s3_port, "store").items()
-    }
-    manifest = json.loads(made.pop("run.json"))
-    assert "report.html" in made
-    page = made.pop("report.html")
-    assert made == {
-        name: data for name, data in content(reference).items() if not name.endswith(LOCK)
-    }
-    assert {entry["status"] for entry in manifest["stages"].values()} == {"done"}
-
-    said = [*done.stdout.splitlines(), *done.stderr.splitlines()]
+    made = stored(s3_port)
+    check_same(made, reference)
+    said = [done.stdout, done.stderr]
 
     def call(*args: str) -> tuple[int, str]:
-        """A command that starts no Ray, in this process: its exit code, and all that it says."""
-        try:
-            cli.main(list(args))
-        except SystemExit as ended:
-            code, trace = ended.code, ""
-        except Exception:
-            code, trace = 1, traceback.format_exc()
-        printed = capsys.readouterr()
-        said.append(printed.out + printed.err + trace)
-        return int(code or 0), said[-1]
+        """Run a command in this process; return its exit code and all that it says."""
+        done = pds_ray(*args)
+        said.append(done.stdout + done.stderr)
+        return done.returncode, said[-1]
 
-    assert call(*arguments)[0] == 0  # once more: all is there
-    assert call(*arguments, "--dry-run")[0] == 0
+    out, store = uri(port, "run", LOGIN), uri(port, "store", LOGIN)
+    assert call(*arguments(port))[0] == 0  # once more: all is there
+    assert call(*arguments(port), "--dry-run")[0] == 0
     code, shown = call("show", out, "--sheet", str(tmp_path / "sheet.png"))
     assert code == 0
     assert uri(port, "run/distilled") in shown
     assert call("report", out, "--out", str(tmp_path / "report.html"))[0] == 0
-    assert len(load_distilled(out)) == 5
-    assert (
-        load_distilled(out).image(4).tobytes() == load_distilled(str(reference)).image(4).tobytes()
-    )
+    mine, local = load_distilled(out), load_distilled(str(reference))
+    assert len(mine) == 5
+    assert mine.image(4).tobytes() == local.image(4).tobytes()
 
-    source, raw = uri(port, "scenes/*.tar", LOGIN), uri(port, "scenes/*.tar", f"{KEY}:{SECRET}@")
+    source = uri(port, "scenes/*.tar", LOGIN)
+    raw = uri(port, "scenes/*.tar", f"{KEY}:{SECRET}@")  # the slash in the secret is not encoded
     for failing in (
         [*SMALL, "--source", uri(port, "none/*.tar", LOGIN), "--out", out],
         [*SMALL, "--source", source + "&colour=red", "--out", out, "-v"],
-        [*SMALL, "--source", raw, "--out", out],  # the slash in the secret is not encoded
+        [*SMALL, "--source", raw, "--out", out],
         [*SMALL, "--source", raw, "--out", out, "-v"],
         [*SMALL, "--source", source, "--out", raw, "-v"],
         [*SMALL, source, "--out", out],
@@ -195,13 +209,13 @@ def test_a_run_on_an_object_store(
         code, text = call(*failing)
         assert code in (1, 2), text
         assert BUCKET in text or "unrecognized" in text or "Cannot parse" in text, text
-    _check_repair(s3_port, [out, "--embed.store", store], source, call, pds_ray)
+    _check_repair(s3_port, [out, "--embed.store", store], source, call)
 
-    leaks = [leak for text in said for leak in told("output", text)]
-    for name, data in {**made, "run.json": json.dumps(manifest), "report.html": page}.items():
-        leaks += told(name, data)
+    found = [leak for text in said for leak in leaks("output", text)]
+    for name, data in made.items():
+        found += leaks(name, data)
     logs = [path for path in ray_folder.rglob("*") if path.is_file()]
     assert logs
     for path in logs:
-        leaks += told(str(path), path.read_bytes())
-    assert leaks == []
+        found += leaks(str(path), path.read_bytes())
+    assert found == []

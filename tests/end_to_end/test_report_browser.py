@@ -146,6 +146,7 @@ def test_everything_draws_and_nothing_is_asked_for(opened: Any, report: Path) ->
         no_harm(page)
 
 
+@pytest.mark.long
 def test_hostile_captions_are_shown_as_text(opened: Any, report: Path) -> None:
     with opened(report) as page:
         shown = page.eval_on_selector_all(".words", "nodes => nodes.map(node => node.textContent)")
@@ -160,6 +161,7 @@ def test_hostile_captions_are_shown_as_text(opened: Any, report: Path) -> None:
         no_harm(page)
 
 
+@pytest.mark.long
 def test_hovering_over_a_map_shows_text(opened: Any, report: Path) -> None:
     with opened(report) as page:
         scroll_through(page)
@@ -177,6 +179,7 @@ def test_hovering_over_a_map_shows_text(opened: Any, report: Path) -> None:
         no_harm(page)
 
 
+@pytest.mark.long
 def test_search_narrows_the_cards(opened: Any, report: Path) -> None:
     with opened(report) as page:
         assert len(numbers(page)) == 60
@@ -202,6 +205,7 @@ def test_search_narrows_the_cards(opened: Any, report: Path) -> None:
         no_harm(page)
 
 
+@pytest.mark.long
 def test_sorting(opened: Any, report: Path) -> None:
     from pds_ray import load_distilled
 
@@ -223,6 +227,7 @@ def test_sorting(opened: Any, report: Path) -> None:
             assert numbers(page) == wanted[60:], name
 
 
+@pytest.mark.long
 def test_the_detail_view_by_keyboard(opened: Any, report: Path) -> None:
     with opened(report) as page:
         page.locator("[data-pair='12']").focus()
@@ -242,6 +247,7 @@ def test_the_detail_view_by_keyboard(opened: Any, report: Path) -> None:
         assert page.locator("#detail").is_hidden()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["report", "comparison"])
 def test_a_phone_needs_no_sideways_scrolling(
     opened: Any, name: str, request: pytest.FixtureRequest
@@ -256,6 +262,7 @@ def test_a_phone_needs_no_sideways_scrolling(
             assert page.evaluate("document.getElementById('detail').scrollWidth") <= 390
 
 
+@pytest.mark.long
 def test_the_dark_scheme(opened: Any, report: Path) -> None:
     with opened(report, scheme="dark") as page:
         scroll_through(page)
@@ -267,6 +274,7 @@ def test_the_dark_scheme(opened: Any, report: Path) -> None:
         until(lambda: sum(map(int, re.findall(r"\d+", page.evaluate(ink))[:3])) < 250)
 
 
+@pytest.mark.long
 def test_the_comparison(opened: Any, comparison: Path) -> None:
     with opened(comparison) as page:
         scroll_through(page)
@@ -281,6 +289,7 @@ def test_the_comparison(opened: Any, comparison: Path) -> None:
         no_harm(page)
 
 
+@pytest.mark.long
 def test_a_thousand_pairs_open_soon(opened: Any, tmp_path: Path) -> None:
     made = make_run(tmp_path / "run", pairs=1_000, rows=(700, 700), side=224)
     path = Path(write_report(str(made.path)))

@@ -1,4 +1,4 @@
-"""`verify` names what is missing or corrupt, `verify --repair` does just that anew."""
+"""`verify` names files that are missing or corrupt; `verify --repair` makes those again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pds_ray.engine.upkeep import verify
-from tests.support.command_line import Run, content
+from tests.support.command_line import Run, check_same, content
 
 pytestmark = pytest.mark.ray
 Finished = tuple[Path, subprocess.CompletedProcess]
@@ -24,7 +24,7 @@ def copy(finished: Finished, tmp_path: Path) -> Path:
 
 
 def promised(run: Path) -> list[str]:
-    """Every file of a finished run that verification must know, read off the folder."""
+    """Return the files of a finished run that `verify` must know."""
     return sorted(
         name
         for name in content(run)
@@ -32,7 +32,7 @@ def promised(run: Path) -> list[str]:
     )
 
 
-def test_a_good_run_has_no_problem(finished: Finished) -> None:
+def test_verify_finds_no_problem_in_a_good_run(finished: Finished) -> None:
     run, _ = finished
     files, problems = verify(str(run), {})
     assert problems == []
@@ -40,8 +40,7 @@ def test_a_good_run_has_no_problem(finished: Finished) -> None:
     assert files == len(promised(run)) - len(markers)  # these are compared with what they mark
 
 
-def test_every_file_is_missed_and_every_flipped_bit_is_seen(copy: Path) -> None:
-    """Whatever file it is: taken away, it is named; with one bit turned, it is named."""
+def test_verify_names_every_missing_file_and_every_flipped_bit(copy: Path) -> None:
     chance = random.Random(4)
     for name in promised(copy):
         path = copy / name
@@ -61,17 +60,15 @@ def test_every_file_is_missed_and_every_flipped_bit_is_seen(copy: Path) -> None:
     assert verify(str(copy), {})[1] == []
 
 
-def test_repair_does_just_that_anew(copy: Path, finished: Finished, pds_ray: Run) -> None:
-    reference = content(finished[0])
+def test_repair_makes_the_broken_files_alone(copy: Path, finished: Finished, pds_ray: Run) -> None:
     broken = [
-        "shards.parquet", "pruning/scenes-00000.keep.parquet", "clusters/text.safetensors", "images/000003.png",
-        "prototypes.parquet",
-        "distilled/webdataset/000000.tar",
+        "shards.parquet", "pruning/scenes-00000.keep.parquet", "clusters/text.safetensors",
+        "images/000003.png", "prototypes.parquet", "distilled/webdataset/000000.tar",
     ]  # fmt: skip
     for name in broken:
         (copy / name).write_bytes(b"not what it was")
     marker = copy / "embeddings" / "scenes-00001.json"
-    marker.write_text(marker.read_text().replace('"images": 200', '"images": 201'))
+    marker.write_text(marker.read_text().replace('"images": 30', '"images": 31'))
     broken.append("embeddings/scenes-00001.json")
     untouched = {
         path: path.stat().st_mtime_ns
@@ -83,7 +80,7 @@ def test_repair_does_just_that_anew(copy: Path, finished: Finished, pds_ray: Run
     assert [name for name in broken if Path(name).name not in found.stdout] == []
     mended = pds_ray("verify", str(copy), "--repair")
     assert mended.returncode == 0, mended.stderr
-    assert content(copy) == reference
+    check_same(copy, finished[0])
     assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
     assert json.loads((copy / "run.json").read_text())["stages"].keys() >= {
         "embed",
@@ -92,7 +89,7 @@ def test_repair_does_just_that_anew(copy: Path, finished: Finished, pds_ray: Run
     }
 
 
-def test_no_run(tmp_path: Path, pds_ray: Run) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, pds_ray: Run) -> None:
     for name in ("verify", "retry-failed"):
         done = pds_ray(name, str(tmp_path))
         assert (done.returncode, "no run folder" in done.stderr) == (2, True)

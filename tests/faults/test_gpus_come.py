@@ -1,4 +1,4 @@
-"""A run begun with one GPU uses the others as they come, and asks for none that do not."""
+"""A run that began with one GPU uses those that join, and asks for no others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.ray_script import output_of
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 DRIVER = """
 import json, os, time
 import pyarrow as pa, ray
@@ -20,13 +20,15 @@ class Slow:
         time.sleep(0.5)
         return pa.table({"process": [os.getpid()]})
 
-node = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": 200 << 20}  # Ray takes our word for the GPU
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "object_store_memory": 200 << 20})
+store = {"object_store_memory": 200 << 20}
+node = {"num_cpus": 2, "num_gpus": 1, **store}  # Ray takes our word for the GPU
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, **store})
 cluster.add_node(**node)
 session.start(RayConfig(address=cluster.address))
 blocks = ray.data.range(120, override_num_blocks=120)
 processes = []
-for batch in pools.map_blocks(blocks, Slow, (), pools.pool(Actors(0, 1, None, {}))).iter_batches(batch_size=None):
+mapped = pools.map_blocks(blocks, Slow, (), pools.pool(Actors(0, 1, None, {})))
+for batch in mapped.iter_batches(batch_size=None):
     processes += batch["process"].tolist()
     if len(processes) == 10:
         cluster.add_node(**node)
@@ -38,6 +40,5 @@ cluster.shutdown()
 """
 
 
-@pytest.mark.long
 def test_gpus_that_come_are_used() -> None:
     assert output_of(DRIVER)[-1] == "[120, 1, 2, 0]"

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,24 @@ from typing import Any
 import psutil
 import pytest
 
-pytestmark = pytest.mark.ray
-ARGS = ["distill", "--preset", "demo", "--source", "scenes:3000", "--pairs", "20", "--decode.steps", "2",
-        "--decode.batch_size", "4"]  # fmt: skip
+from tests.support.command_line import check_same, command, times
+
+pytestmark = [pytest.mark.ray, pytest.mark.long]
+ARGS = ["distill", "--preset", "demo", "--source", "scenes:3000", "--pairs", "20",
+        "--decode.steps", "2", "--decode.batch_size", "4"]  # fmt: skip
+PATIENCE_S = 600
 STAGES = ("embed", "prune", "cluster", "match", "prototypes", "decode", "caption", "materialize")
 
 
 def start(out: Path, *more: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "pds_ray.cli", *ARGS, "--out", str(out), *more],
+        command(*ARGS, "--out", str(out), *more),
         start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
 def progress(out: Path) -> str:
-    """The stage that is under way, with the shards or pictures it has finished."""
+    """Return the stage that is under way."""
     try:
         stages = json.loads((out / "run.json").read_text())["stages"]
     except (FileNotFoundError, ValueError):
@@ -38,43 +40,32 @@ def progress(out: Path) -> str:
     return running[-1] if running else "between"
 
 
-def content(run: Path) -> dict[str, bytes]:
-    files = {
-        str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()
-    }
-    files.pop("run.json")
-    files.pop("report.html", None)
-    return files
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     process = start(out)
-    _, errors = process.communicate(timeout=400)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors
     return out
 
 
 def wait_for(stage: str, out: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE_S
     while progress(out) != stage and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     assert process.poll() is None, f"ended before {stage}"
 
 
 def check_finished(process: subprocess.Popen, out: Path, undisturbed: Path) -> None:
-    _, errors = process.communicate(timeout=400)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors
-    mine, reference = content(out), content(undisturbed)
-    assert mine.keys() == reference.keys()
-    assert [name for name in reference if mine[name] != reference[name]] == []
+    check_same(out, undisturbed)
 
 
 def finished_work(out: Path) -> dict[Path, int]:
-    """When each shard was committed and each picture written."""
-    done = [*(out / "embeddings").glob("*.json"), *(out / "images").glob("*.png")]
-    return {path: path.stat().st_mtime_ns for path in done}
+    """Return when each shard was committed and each image written."""
+    done = {*(out / "embeddings").glob("*.json"), *(out / "images").glob("*.png")}
+    return {path: when for path, when in times(out).items() if path in done}
 
 
 def check_kept(finished: dict[Path, int]) -> None:
@@ -87,8 +78,8 @@ def check_kept(finished: dict[Path, int]) -> None:
     ("how", "expected"),
     [
         (signal.SIGKILL, -signal.SIGKILL),
-        pytest.param(signal.SIGTERM, 130, marks=pytest.mark.long),
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.long),
+        (signal.SIGTERM, 130),
+        (signal.SIGINT, 130),
     ],
 )
 def test_killed_again_and_again(
@@ -96,8 +87,9 @@ def test_killed_again_and_again(
 ) -> None:
     """Killed once in each of two stages, at a random moment of it; finished work is not redone.
 
-    SIGINT and SIGKILL reach Ray's processes too, as from a terminal; SIGTERM the driver alone, as when a job is
-    stopped: Ray's own processes would end at once by it, and Ray ends a driver that has lost them.
+    SIGINT and SIGKILL reach Ray's processes too, as from a terminal; SIGTERM reaches the driver
+    alone, as when a job is stopped: Ray's processes would end at once by it, and Ray ends a driver
+    that has lost them.
     """
     out = tmp_path / "run"
     moments = random.Random(int(how))
@@ -107,7 +99,7 @@ def test_killed_again_and_again(
         wait_for(stage, out, process)
         time.sleep(moments.uniform(0, 3))
         (os.kill if how == signal.SIGTERM else os.killpg)(process.pid, how)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == expected, errors
         if how != signal.SIGKILL:
             assert "the same command continues" in errors
@@ -119,7 +111,7 @@ def test_killed_again_and_again(
 
 
 def workers(process: psutil.Process, name: str) -> list[psutil.Process]:
-    """The Ray workers below a process that do what is named."""
+    """Return the Ray workers below a process whose title has a name."""
     found = []
     for child in process.children(recursive=True):
         try:
@@ -131,16 +123,16 @@ def workers(process: psutil.Process, name: str) -> list[psutil.Process]:
 
 @pytest.mark.parametrize(
     ("stage", "worker"),
-    [pytest.param("embed", "EmbedWorker", marks=pytest.mark.long), ("decode", "SynthesizeWorker")],
+    [("embed", "EmbedWorker"), ("decode", "SynthesizeWorker")],
 )
 def test_an_actor_is_killed(undisturbed: Path, tmp_path: Path, stage: str, worker: str) -> None:
-    """Once while its model loads, and once when it has begun to work; the run itself goes on."""
+    """Once while its model loads and once when it has begun to work; the run itself goes on."""
     out = tmp_path / "run"
     process = start(out)
     wait_for(stage, out, process)
     killed: set[int] = set()
     for wait_s in (0.0, 5.0):
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_S
         while not (
             alive := [
                 w for w in workers(psutil.Process(process.pid), worker) if w.pid not in killed
@@ -157,15 +149,17 @@ def test_an_actor_is_killed(undisturbed: Path, tmp_path: Path, stage: str, worke
     check_finished(process, out, undisturbed)
 
 
-@pytest.mark.long
 def test_killed_twenty_times(undisturbed: Path, tmp_path: Path) -> None:
-    """In every stage at a random moment of it, then at random instants; whoever gets through begins a new run."""
+    """In every stage at a random moment of it, then at random instants.
+
+    A run that ends before it is killed is followed by a new one.
+    """
     out, moments, instants = tmp_path / "0", random.Random(20), 20
     finished: dict[Path, int] = {}
     for number in range(instants):
         process = start(out)
         if number < len(STAGES):
-            stage, deadline = STAGES[number], time.monotonic() + 400
+            stage, deadline = STAGES[number], time.monotonic() + PATIENCE_S
             while progress(out) != stage and process.poll() is None:
                 assert time.monotonic() < deadline, f"{stage} was not reached"
                 time.sleep(0.005)
@@ -173,7 +167,7 @@ def test_killed_twenty_times(undisturbed: Path, tmp_path: Path) -> None:
         else:
             time.sleep(moments.uniform(1, 60))
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE_S)
         check_kept(finished)
         finished = finished_work(out)
         if process.returncode == 0:
@@ -185,8 +179,8 @@ def test_killed_twenty_times(undisturbed: Path, tmp_path: Path) -> None:
 
 
 def node_with(worker: str, nodes: list[Any], process: subprocess.Popen) -> Any:
-    """One of the nodes on which such an actor works; none else would be missed."""
-    deadline = time.monotonic() + 240
+    """Return a node on which such an actor works; no other would be missed."""
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         for node in nodes:
             raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
@@ -197,9 +191,8 @@ def node_with(worker: str, nodes: list[Any], process: subprocess.Popen) -> Any:
         time.sleep(0.05)
 
 
-@pytest.mark.long
 def test_nodes_die_and_others_come(undisturbed: Path, tmp_path: Path) -> None:
-    """In a cluster of three nodes one dies while it embeds, another while it decodes; new ones join."""
+    """Of three nodes one dies while it embeds, another while it decodes; new ones join."""
     from ray.cluster_utils import Cluster
 
     store = 300 << 20
@@ -209,15 +202,8 @@ def test_nodes_die_and_others_come(undisturbed: Path, tmp_path: Path) -> None:
     try:
         nodes = [cluster.add_node(num_cpus=2, object_store_memory=store) for _ in range(2)]
         out = tmp_path / "run"
-        process = start(
-            out,
-            "--address",
-            cluster.address,
-            "--ray.embed_workers",
-            "3",
-            "--ray.decode_workers",
-            "3",
-        )
+        pools = ("--ray.embed_workers", "3", "--ray.decode_workers", "3")
+        process = start(out, "--address", cluster.address, *pools)
         for stage, worker in (("embed", "EmbedWorker"), ("decode", "SynthesizeWorker")):
             wait_for(stage, out, process)
             node = node_with(worker, nodes, process)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.ray_script import output_of
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 DRIVER = """
 import os
 os.environ["RAY_local_fs_capacity_threshold"] = "0.001"  # Ray then takes any disk for full
@@ -27,7 +27,8 @@ session.start(RayConfig(num_cpus=2, object_store_gib=0.08))
 held = []
 try:
     with watch.lost_blocks_allowed(), watch.LostBlocks() as lost:
-        for block in ray.data.range(4, override_num_blocks=4).map_batches(grow).iter_internal_ref_bundles():
+        grown = ray.data.range(4, override_num_blocks=4).map_batches(grow)
+        for block in grown.iter_internal_ref_bundles():
             held.append(block)
     lost.check_space()
 except UserError as error:
@@ -43,5 +44,8 @@ session.stop()
 
 def test_it_is_one_line_and_not_a_slow_run() -> None:
     printed = output_of(DRIVER)
-    said = r"the memory of Ray's object store and the disk it spills to \(.*\) are full (here|on node [\d.]+); free space"
+    said = (
+        r"the memory of Ray's object store and the disk it spills to \(.*\) are full "
+        r"(here|on node [\d.]+); free space"
+    )
     assert [re.match(said, line)[1].split()[0] for line in printed] == ["on", "here"]

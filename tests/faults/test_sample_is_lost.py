@@ -1,4 +1,4 @@
-"""The sample of a k-means that dies with its node before the fit is taken anew."""
+"""The sample of a k-means that is lost with its node before the fit is taken again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.ray_script import output_of
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 DRIVER = """
 import numpy as np
 import ray
@@ -20,14 +20,15 @@ def sampled(number, rows):
     return vectors, np.full(rows, number, np.float32)
 
 node = {"num_cpus": 2, "object_store_memory": 200 << 20}
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 200 << 20})
+head = {"num_cpus": 0, "object_store_memory": 200 << 20}
+cluster = Cluster(initialize_head=True, head_node_args=head)
 first = cluster.add_node(**node)
 session.start(RayConfig(address=cluster.address))
 parts = list(tasks.map_to_store(sampled, range(5), 40_000))  # beyond what Ray keeps in the driver
 cluster.add_node(**node)
 cluster.remove_node(first, allow_graceful=False)
 vectors, weights = tasks.run_kmeans(_gathered, parts)
-expected = [np.random.default_rng(number).standard_normal((40_000, 8), np.float32) for number in range(5)]
+expected = [sampled(number, 40_000)[0] for number in range(5)]
 np.testing.assert_array_equal(vectors, np.concatenate(expected))
 np.testing.assert_array_equal(weights, np.repeat(np.arange(5, dtype=np.float32), 40_000))
 session.stop()
@@ -35,6 +36,5 @@ cluster.shutdown()
 """
 
 
-@pytest.mark.long
-def test_a_sample_is_taken_anew() -> None:
+def test_a_lost_sample_is_taken_again() -> None:
     output_of(DRIVER)

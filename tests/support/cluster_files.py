@@ -1,10 +1,13 @@
-"""The files of cluster_configs/ for tests: strict YAML, pins, and what Ray's own autoscaler makes of a cluster."""
+"""The files of cluster_configs/ for tests: strict YAML, pins, node types by Ray's autoscaler.
+
+`python -m tests.support.cluster_files FOLDER` writes the pods of the KubeRay cluster there, for
+kubernetes-validate, which does not know KubeRay's own resources.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +22,7 @@ LAUNCHER_FILES = (CLUSTERS / "aws" / "aws.yaml", CLUSTERS / "gcp" / "gcp.yaml")
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, which YAML's own loader lets the last one win."""
+    """Refuses a duplicate key, of which YAML's own loader keeps the last."""
 
 
 def _mapping(loader: StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -41,46 +44,52 @@ StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _ma
 
 
 def load_text(text: str) -> Any:
-    """The one document of a YAML text, aliases as copies. Raises yaml.YAMLError, for duplicate keys and tabs too."""
+    """Return the one document of a YAML text, aliases as copies.
+
+    Raises yaml.YAMLError, for duplicate keys and tabs too.
+    """
     if "\t" in text:
         raise yaml.YAMLError("a tab")
     return json.loads(json.dumps(yaml.load(text, Loader=StrictLoader)))
 
 
 def load(path: Path) -> Any:
-    """The one document of a YAML file, strictly."""
+    """Return the one document of a YAML file, strictly."""
     return load_text(path.read_text(encoding="utf-8"))
 
 
 def pins() -> dict[str, str]:
-    """Package -> version, of constraints.txt."""
+    """Return package -> version of constraints.txt."""
     text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     return dict(re.findall(r"^([\w-]+)==(\S+)$", text, flags=re.MULTILINE))
 
 
 def texts() -> Iterator[tuple[Path, str]]:
-    """Every file of cluster_configs/ with its text."""
+    """Yield every file of cluster_configs/ with its text."""
     for path in sorted(CLUSTERS.rglob("*")):
         if path.is_file():
             yield path, path.read_text(encoding="utf-8")
 
 
 def ray_cluster() -> dict[str, Any]:
-    """raycluster.yaml as the autoscaler gets it, in a namespace."""
+    """Return raycluster.yaml as the autoscaler gets it, in a namespace."""
     cluster = load(KUBERAY / "raycluster.yaml")
     cluster["metadata"]["namespace"] = "default"
     return cluster
 
 
 def ray_job() -> dict[str, Any]:
-    """rayjob.yaml as kustomization.yaml makes it."""
+    """Return rayjob.yaml as kustomization.yaml makes it."""
     job = load(KUBERAY / "rayjob.yaml")
     job["spec"]["rayClusterSpec"] = load(KUBERAY / "raycluster.yaml")["spec"]
     return job
 
 
 def node_types(cluster: str) -> dict[str, Any]:
-    """What Ray's autoscaler makes of a cluster, "kuberay", "aws" or "gcp": name -> resources, workers, priority."""
+    """Return the node types of "kuberay", "aws" or "gcp", as Ray's autoscaler reads them.
+
+    Name -> resources, workers, priority.
+    """
     from ray.autoscaler._private.kuberay.autoscaling_config import (
         _derive_autoscaling_config_from_ray_cr,
     )
@@ -92,24 +101,35 @@ def node_types(cluster: str) -> dict[str, Any]:
 
 
 def start_options() -> set[str]:
-    """The options of `ray start`, without dashes in front."""
+    """Return the options of `ray start`, without dashes in front."""
     from ray.scripts.scripts import start
 
     return {name.removeprefix("--") for option in start.params for name in option.opts}
 
 
-def tool(name: str) -> str:
-    """The path of a program that a package of the dev extra brings."""
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    assert found, f"no {name}; install the dev extra"
-    return found
+def groups(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the head and the groups of workers of a KubeRay cluster."""
+    return [{"groupName": "head", **spec["headGroupSpec"]}, *spec["workerGroupSpecs"]]
+
+
+def write_pods(folder: Path) -> None:
+    """Write a Pod for each group of the KubeRay cluster, as YAML."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for group in groups(ray_cluster()["spec"]):
+        name = group["groupName"]
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, **group["template"]}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(pod), encoding="utf-8")
 
 
 def dashboard() -> dict[str, Any]:
-    """The Grafana dashboard."""
+    """Return the Grafana dashboard."""
     return json.loads((CLUSTERS / "grafana" / "pds_ray.json").read_text(encoding="utf-8"))
 
 
 def metrics_of(board: dict[str, Any]) -> set[str]:
-    """The metrics that the panels and variables of a dashboard ask for."""
+    """Return the metrics that the panels and variables of a dashboard ask for."""
     return set(re.findall(r"\bray_\w+", json.dumps([board["panels"], board["templating"]])))
+
+
+if __name__ == "__main__":
+    write_pods(Path(sys.argv[1]))

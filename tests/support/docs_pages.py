@@ -1,4 +1,4 @@
-"""The pages of docs/ for tests: their code blocks, what a block needs that is absent here, the commands in it."""
+"""The pages of docs/ for tests: their code blocks, with their needs and their commands."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Block:
     language: str
     text: str
     needs: str | None
-    """What it needs to run that a test has not."""
+    """A need that a test cannot meet."""
 
     @property
     def file(self) -> str | None:
-        """The file that it is, if its first line names one."""
+        """Return the file that it is, if its first line names one."""
         named = re.match(r"# ([\w./-]+\.\w+)\n", self.text)
         return named[1] if named else None
 
 
 def blocks(page: Path) -> list[Block]:
-    """The blocks of a page that have a language, in order."""
+    """Return the blocks of a page that have a language, in order."""
     found = FENCE.findall(page.read_text(encoding="utf-8"))
     return [
         Block(language, textwrap.dedent(text), needs or None) for _, needs, language, text in found
@@ -42,7 +42,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(block: Block, program: str) -> Iterator[list[str]]:
-    """The arguments of each call of `program` in a shell block."""
+    """Yield the arguments of each call of `program` in a shell block."""
     for line in block.text.replace("\\\n", " ").splitlines():
         words = shlex.shlex(line, posix=True, punctuation_chars=True)
         words.whitespace_split = True

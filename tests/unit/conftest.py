@@ -1,16 +1,6 @@
-"""Fixtures for the unit tests: tiny models, made once. No unit test may depend on the network."""
+"""Fixtures for the unit tests: tiny models, made once."""
 
 from __future__ import annotations
-
-import os
-
-# read by the hub's clients when they are imported, hence before any test module
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    HF_DATASETS_OFFLINE="1",
-    TRANSFORMERS_OFFLINE="1",
-    TOKENIZERS_PARALLELISM="false",
-)
 
 import pytest
 
@@ -20,7 +10,7 @@ from tests.support.tiny_models import save_clip, save_unclip
 
 @pytest.fixture(scope="session")
 def _one_thread():
-    """Tiny models lose more by waiting for a second thread than they gain."""
+    """Use one thread: tiny models lose more by waiting for a second one than they gain."""
     import torch
 
     torch.set_num_threads(1)

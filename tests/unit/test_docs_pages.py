@@ -1,4 +1,4 @@
-"""What the pages of docs/ say of the code, against the code."""
+"""The statements of docs/ about the code, against the code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.docs_pages import DOCS, PAGES, ROOT, Block, blocks, commands
 
 
 def rows(page: str, first: str) -> list[list[str]]:
-    """The cells of the table of a page whose first column is headed `first`."""
+    """Return the cells of the table of a page whose first column is headed `first`."""
     text = (DOCS / page).read_text(encoding="utf-8")
     _, _, rest = text.partition(f"\n| {first} |")
     assert rest
@@ -57,15 +57,17 @@ def test_links_lead_somewhere(path: Path) -> None:
             }, target
 
 
-def test_the_metrics_are_those_that_are_counted() -> None:
-    told = {next(iter(names(cells[0]))): names(cells[2]) for cells in rows("watching.md", "metric")}
-    assert told.keys() == {f"ray_{name}" for name in COUNTERS}
+def test_the_metrics_are_the_documented_ones() -> None:
+    documented = {
+        next(iter(names(cells[0]))): names(cells[2]) for cells in rows("watching.md", "metric")
+    }
+    assert documented.keys() == {f"ray_{name}" for name in COUNTERS}
     for name, (_, tags) in COUNTERS.items():
-        assert set(tags) <= told[f"ray_{name}"]
+        assert set(tags) <= documented[f"ray_{name}"]
 
 
 def calls_of_event() -> list[tuple[str, str, set[str]]]:
-    """Every call of log.event: pattern of the event's name, level, fields ("*" for those of a mapping)."""
+    """Return every call of log.event: pattern of the name, level, fields ("*": of a mapping)."""
     found = []
     for path in (ROOT / "pds_ray").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -85,26 +87,26 @@ def calls_of_event() -> list[tuple[str, str, set[str]]]:
 
 
 def test_the_events_are_those_that_are_told() -> None:
-    """Names, levels and fields, both ways; what stands in a mapping is known from where that comes from."""
-    told = {}
+    """Names, levels and fields agree both ways; those of a mapping are read where it is made."""
+    documented = {}
     for cells in rows("watching.md", "event"):
-        told |= {name: (cells[1], names(cells[2])) for name in names(cells[0])}
+        documented |= {name: (cells[1], names(cells[2])) for name in names(cells[0])}
     unfolded = {
         "progress": {f.name for f in dataclasses.fields(progress.State)},
         "shard_committed": {f.name for f in dataclasses.fields(ShardCounts)},
     }
-    said = {}
+    logged = {}
     for pattern, level, fields in calls_of_event():
-        matching = fnmatch.filter(told, pattern)
-        assert matching, f"{pattern} is not told"
+        matching = fnmatch.filter(documented, pattern)
+        assert matching, f"{pattern} is not documented"
         for name in matching:
-            if "*" in pattern and name in said:
+            if "*" in pattern and name in logged:
                 continue
-            said[name] = (level, (fields - {"*"}) | (unfolded[name] if "*" in fields else set()))
-    assert said == told
+            logged[name] = (level, (fields - {"*"}) | (unfolded[name] if "*" in fields else set()))
+    assert logged == documented
 
 
-def test_the_sign_of_life_looks_as_shown() -> None:
+def test_the_heartbeat_looks_as_shown() -> None:
     (shown,) = (
         json.loads(block.text) for block in blocks(DOCS / "watching.md") if block.language == "json"
     )
@@ -114,8 +116,8 @@ def test_the_sign_of_life_looks_as_shown() -> None:
 
 
 def test_the_states_are_those_that_are_told() -> None:
-    told = set().union(*(names(cells[0]) for cells in rows("watching.md", "state")))
-    assert told == set(
+    documented = set().union(*(names(cells[0]) for cells in rows("watching.md", "state")))
+    assert documented == set(
         re.findall(
             r"finished|running|silent|interrupted|failed|idle", inspect.getdoc(status.status)
         )
@@ -151,6 +153,9 @@ def test_a_folder_laid_out_as_shown_can_be_read(
 
 
 def test_calls_are_found_in_a_shell_block() -> None:
-    text = "for n in 1 2; do\n  x --a 'b c' \\\n    --d=$n  # x not this\ndone\ny | x 1 && (x '2;3' > f) || true; x\n"
+    text = (
+        "for n in 1 2; do\n  x --a 'b c' \\\n    --d=$n  # x not this\n"
+        "done\ny | x 1 && (x '2;3' > f) || true; x\n"
+    )
     found = commands(Block("sh", text, None), "x")
     assert [*found] == [["--a", "b c", "--d=$n"], ["1"], ["2;3"], []]

@@ -115,7 +115,7 @@ def test_imports_go_one_way(name):
 
 
 def parent(name: str) -> str:
-    """The folder of a module, of a package itself; top-level modules of one layer count as one folder."""
+    """Return the folder of a module or package; top-level modules count as one folder."""
     in_folder = name.count(".") >= 2 or MODULES[name].stem == "__init__"
     return ".".join(name.split(".")[:2]) if in_folder else "pds_ray"
 

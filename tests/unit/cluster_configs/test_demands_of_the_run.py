@@ -1,4 +1,4 @@
-"""What run.yaml asks for, and what Ray's autoscaler starts for it on each cluster."""
+"""The demands of run.yaml, and the nodes that Ray's autoscaler starts for them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ DEMANDS = {
     "embed": {"CPU": 1.0, "GPU": float(RAY["embed_gpus"]), **amounts(RAY["embed_resources"])},
     "decode": {"CPU": 1.0, "GPU": float(RAY["decode_gpus"]), **amounts(RAY["decode_resources"])},
 }
-"""Of one task or actor."""
+"""Resources of one task or actor."""
 
 
 def started(
     types: dict[str, Any], demand: dict[str, float], count: int
 ) -> tuple[dict[str, int], int]:
-    """Nodes of each kind that the autoscaler starts on an empty cluster, and how many demands no kind can meet."""
+    """Return the nodes that the autoscaler starts on an empty cluster, by kind.
+
+    Beside them, how many demands no kind can meet.
+    """
     from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
     from ray.autoscaler.v2.utils import ResourceRequestUtil
@@ -53,9 +56,8 @@ def started(
         ),
     )
     reply = ResourceDemandScheduler().schedule(request)
-    return {launch.instance_type: launch.count for launch in reply.to_launch}, len(
-        reply.infeasible_resource_requests
-    )
+    launched = {launch.instance_type: launch.count for launch in reply.to_launch}
+    return launched, len(reply.infeasible_resource_requests)
 
 
 def test_the_run_is_a_configuration() -> None:
@@ -65,7 +67,7 @@ def test_the_run_is_a_configuration() -> None:
 
 
 @pytest.mark.parametrize("cluster", CLUSTER_NAMES)
-def test_what_reads_gets_cpu_nodes(cluster: str) -> None:
+def test_readers_get_cpu_nodes(cluster: str) -> None:
     assert started(node_types(cluster), DEMANDS["read"], 20) == ({"cpu": 1}, 0)
 
 

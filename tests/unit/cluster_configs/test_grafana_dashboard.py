@@ -1,4 +1,4 @@
-"""The dashboard: what it asks Prometheus for exists, and nothing of it stands on another Grafana."""
+"""The dashboard: its metrics exist, and it depends on nothing of one Grafana."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ def test_brackets_close() -> None:
 
 
 def test_the_idle_share_is_that_of_idle_time() -> None:
-    """By the numbers: 30 s busy and 10 s idle are a share of a quarter."""
+    """30 s busy and 10 s idle are a share of a quarter."""
     (expression,) = (each for each in expressions() if each.startswith("1 - "))
     values = {"busy": "30.0", "idle": "10.0"}
     for kind, value in values.items():
-        asked = f'sum by (run, stage) (rate(ray_pds_ray_actor_{kind}_seconds_total{{run=~"$run"}}[$__rate_interval]))'
+        metric = f'ray_pds_ray_actor_{kind}_seconds_total{{run=~"$run"}}'
+        asked = f"sum by (run, stage) (rate({metric}[$__rate_interval]))"
         assert asked in expression
         expression = expression.replace(asked, value)
     assert arithmetic(expression) == pytest.approx(0.25)
@@ -68,7 +69,7 @@ def arithmetic(text: str) -> float:
 
 
 def test_it_can_be_imported_anywhere() -> None:
-    """Ids differ, panels do not overlap, and the source of data is the reader's choice."""
+    """Ids differ, panels do not overlap, and the reader chooses the source of data."""
     text = json.dumps(dashboard())
     assert len({panel["id"] for panel in PANELS}) == len(PANELS)
     places = set()

@@ -1,4 +1,4 @@
-"""The Slurm script: linted, and run with stand-ins for Slurm's commands."""
+"""The Slurm script, run with stand-ins for Slurm's commands; `make lint-configs` lints it."""
 
 from __future__ import annotations
 
@@ -11,37 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cluster_files import CLUSTERS, start_options, tool
+from tests.support.cluster_files import CLUSTERS, start_options
 
 SCRIPT = CLUSTERS / "slurm" / "pds_ray.sbatch"
+PATIENCE_S = 300
 TEXT = SCRIPT.read_text(encoding="utf-8")
-
-
-def complaints(text: str, path: Path) -> str:
-    """What bash's parser and shellcheck have against a script."""
-    path.write_text(text, encoding="utf-8")
-    done = [
-        subprocess.run([*command, str(path)], capture_output=True, text=True, check=False)
-        for command in (["bash", "-n"], [tool("shellcheck")])
-    ]
-    return "".join(run.stdout + run.stderr for run in done if run.returncode)
-
-
-def test_the_script_is_clean(tmp_path: Path) -> None:
-    assert complaints(TEXT, tmp_path / "script") == ""
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("wait $!", "if wait $!"),  # not bash
-        ('"$SLURM_JOB_NODELIST"', "$SLURM_JOB_NODELIST"),  # split into words
-        ("export RAY_AUTH_TOKEN", "export RAY_AUTH_TOKEM"),  # never used, never set
-    ],
-)
-def test_broken_copies_are_found_out(tmp_path: Path, old: str, new: str) -> None:
-    assert old in TEXT
-    assert complaints(TEXT.replace(old, new), tmp_path / "script")
 
 
 def test_slurm_reads_every_directive() -> None:
@@ -68,12 +42,17 @@ def test_ray_has_the_options() -> None:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
-    """The environment of a job whose Slurm commands write down how they were called; srun does what $STEP says."""
+    """Return the environment of a job whose Slurm commands log their calls.
+
+    srun does what $STEP says.
+    """
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "venv" / "bin" / "activate").touch()
     commands = {
-        "srun": 'printf "%s\\n" "$RAY_AUTH_MODE" "${#RAY_AUTH_TOKEN}" "$@" > srun.log; eval "$STEP"',
-        "scontrol": 'echo "$@" >> scontrol.log; [[ $1 == show ]] && printf "node7\\nnode8\\n"; true',
+        "srun": r"""printf "%s\n" "$RAY_AUTH_MODE" "${#RAY_AUTH_TOKEN}" "$@" > srun.log
+            eval "$STEP" """,
+        "scontrol": r"""echo "$@" >> scontrol.log
+            [[ $1 == show ]] && printf "node7\nnode8\n"; true""",
     }
     for name, body in commands.items():
         path = tmp_path / "bin" / name
@@ -94,13 +73,8 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_the_job_ends_as_the_run_does(tmp_path: Path, slurm: dict[str, str], code: int) -> None:
-    done = subprocess.run(
-        ["bash", SCRIPT],
-        cwd=tmp_path,
-        env={**slurm, "STEP": f"exit {code}"},
-        check=False,
-        timeout=60,
-    )
+    environment = {**slurm, "STEP": f"exit {code}"}
+    done = subprocess.run(["bash", SCRIPT], cwd=tmp_path, env=environment, check=False)
     assert done.returncode == code
     said = (tmp_path / "srun.log").read_text(encoding="utf-8").splitlines()
     assert said[:2] == ["token", "64"]
@@ -114,20 +88,22 @@ def test_the_job_ends_as_the_run_does(tmp_path: Path, slurm: dict[str, str], cod
 def test_before_the_time_is_up_the_job_is_requeued_while_the_run_goes_on(
     tmp_path: Path, slurm: dict[str, str]
 ) -> None:
-    step = "touch begun; sleep 3; touch ended"
+    step = "touch begun; until [[ -e signalled ]]; do sleep 0.1; done; touch ended"
     job = subprocess.Popen(["bash", SCRIPT], cwd=tmp_path, env={**slurm, "STEP": step})
     try:
         until(tmp_path / "begun")
-        job.send_signal(signal.SIGUSR1)  # what --signal=B:USR1 sends, to the script alone
-        assert job.wait(timeout=30) != 0, "a job that was requeued must not look finished"
-        assert (tmp_path / "ended").exists(), "it went before Slurm ended it"
-        assert "requeue 42" in (tmp_path / "scontrol.log").read_text(encoding="utf-8")
+        job.send_signal(signal.SIGUSR1)  # as --signal=B:USR1 does, to the script alone
+        until(tmp_path / "scontrol.log", "requeue 42")
+        assert job.poll() is None, "it went before Slurm ended it"
+        (tmp_path / "signalled").touch()
+        assert job.wait(timeout=PATIENCE_S) != 0, "a job that was requeued must not look finished"
+        assert (tmp_path / "ended").exists()
     finally:
         job.kill()
 
 
-def until(path: Path) -> None:
-    deadline = time.monotonic() + 30
-    while not path.exists():
+def until(path: Path, text: str = "") -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not (path.exists() and text in path.read_text(encoding="utf-8")):
         assert time.monotonic() < deadline, f"{path.name} never came"
         time.sleep(0.05)

@@ -62,8 +62,9 @@ def test_what_is_written_is_there(s3_port, place):
     assert folder.names() == []
 
 
-def test_a_network_that_fails_changes_nothing(s3_port, place):
+def test_a_network_that_fails_changes_nothing(s3_port, place, monkeypatch):
     """Every fault at a fifth of the requests; both we and boto3 read what was written."""
+    monkeypatch.setattr(storage, "WAITS_S", (0.05,) * len(storage.WAITS_S))
     faults = Faults(
         seed=7, errors=0.2, cut_downloads=0.2, cut_uploads=0.2, delayed=0.2, delay_s=0.05, hidden=1
     )
