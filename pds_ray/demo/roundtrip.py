@@ -45,7 +45,7 @@ class RoundTrip:
     images: list[Image.Image]
     prompts: list[str]
     hits: list[bool]
-    """Whether the image's embedding has its own prototype as the nearest of all K, by cosine."""
+    """True if the prototype nearest to the image's embedding, by cosine, is its own."""
 
     @property
     def found(self) -> int:

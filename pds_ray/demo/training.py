@@ -35,7 +35,7 @@ class TrainingError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train."""
+    """Length and speed of a training."""
 
     steps: int
     learning_rate: float

@@ -1,4 +1,4 @@
-"""Where things run; and Ray's limits, all in one place: each setting with the reason for it.
+"""The Ray layer; and Ray's limits, all in one place: each setting with the reason for it.
 
 `session.start` puts DRIVER, NODES and TRAIN into the environment as RAY_NAME, where Ray reads them,
 unless a variable is set already, and `session.stop` takes them out again; importing the package

@@ -60,7 +60,7 @@ class EmbedError(UserError, OSError):
 
 @dataclass
 class _Progress:
-    """What has arrived of a shard in this session."""
+    """The blocks of a shard that arrived in this session."""
 
     rows: dict[int, int] = field(default_factory=dict)
     """Ordinal of a part's first row -> its rows."""
@@ -89,7 +89,7 @@ def _row_counts(row: dict[str, Any]) -> ShardCounts:
 
 @dataclass(frozen=True)
 class _Work:
-    """What every worker needs to know."""
+    """Settings for every worker."""
 
     source: Source
     info: EncoderInfo

@@ -16,7 +16,7 @@ from pds_ray.telemetry.progress import progress_bar
 
 
 def sum_shard(
-    shard: str, store: EmbeddingStore, folder: RunFolder, couples: core.Matches, clusters: int
+    shard: str, store: EmbeddingStore, folder: RunFolder, matches: core.Matches, clusters: int
 ) -> core.Sums:
     """Sum the vectors of a shard per matched clusters."""
     captions = store.captions(shard, ["key", "image_row", "embedding"])
@@ -27,7 +27,7 @@ def sum_shard(
         captions.column("image_row").to_numpy(),
         embeddings(captions),
         *folder.labels(shard),
-        couples,
+        matches,
         clusters,
     )
 
@@ -40,12 +40,12 @@ def make_prototypes(run: Run) -> Counts:
     image_cluster, text_cluster, pairless = (
         table.column(name).to_numpy(zero_copy_only=False) for name in names
     )
-    couples = core.Matches(
+    matches = core.Matches(
         image_cluster, text_cluster, pairless if config.match.filter else np.ones_like(pairless)
     )
     with progress_bar("prototypes", 3 * len(shards), "shards") as bar:
-        sums = core.empty_sums(np.arange(len(couples.whole)), dim)
-        for part in tasks.map_in_order(sum_shard, shards, store, run.folder, couples, config.pairs):
+        sums = core.empty_sums(np.arange(len(matches.whole)), dim)
+        for part in tasks.map_in_order(sum_shard, shards, store, run.folder, matches, config.pairs):
             core.add_sums(sums, part)
             bar.update()
         prototypes = core.means(sums)
@@ -60,8 +60,8 @@ def make_prototypes(run: Run) -> Counts:
                 "image_prototype": vector_array(prototypes.image),
                 "text_prototype": vector_array(prototypes.text),
                 "cosine": prototypes.cosine,
-                "image_cluster": couples.image_cluster[of],
-                "text_cluster": couples.text_cluster[of],
+                "image_cluster": matches.image_cluster[of],
+                "text_cluster": matches.text_cluster[of],
                 "shared": table.column("shared").to_numpy()[of],
                 "member_norm": sums.image_norm[of] / sums.image_count[of],
                 "caption": caption["caption"],
@@ -71,14 +71,14 @@ def make_prototypes(run: Run) -> Counts:
                 "nearest_shard": image["shard"],
                 "nearest_key": image["key"],
                 "nearest_cosine": image["cosine"],
-                "members": [sums.members[couple] for couple in of],
+                "members": [sums.members[match] for match in of],
             },
             schema=prototype_schema(dim),
         )
     )
     return {
         "prototypes": count,
-        "empty_couples": len(couples.whole) - count,
+        "empty_couples": len(matches.whole) - count,
         "duplicate_captions": count - len(set(caption["caption"])),
         "mean_cosine": float(prototypes.cosine.mean()) if count else 0.0,
     }

@@ -28,7 +28,7 @@ FOLLOW_AGAIN_S = 2.0
 PATIENCE_S = 300.0
 """A cluster that gives no answer for so long is not followed any more."""
 AGENT_WAIT_S, AGENT_POLL_S = 600.0, 2.0
-"""How long a new cluster may take until a node can start jobs; the wait between two attempts."""
+"""Seconds that a new cluster may take until a node can start jobs; seconds between attempts."""
 PACKAGE = Path(__file__).parents[1]
 ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": "30"}
 """Environment of a job unless --env sets it.
@@ -47,7 +47,7 @@ class Job:
 
     command: list[str]
     paths: dict[str, str]
-    """Those of `PATHS` that the command names."""
+    """The paths among `PATHS` that the command names."""
     config: str | None
     """A file of this machine that the command names; it is sent along."""
     env: dict[str, str]

@@ -1,4 +1,4 @@
-"""How far a run is, from any machine that sees its folder."""
+"""Status of a run, from any machine that sees its folder."""
 
 from __future__ import annotations
 

@@ -149,10 +149,11 @@ def _miscounted(store: EmbeddingStore, shard: str, marker: dict[str, Any]) -> Pr
     """Return a problem if a marker disagrees with the shard's files, whose hashes are good."""
     tables = store.images(shard, []), store.captions(shard, []), store.errors(shard)
     counts = asdict(shard_counts(*tables))
-    told = {name: marker[name] for name in counts}
-    if told == counts:
+    marked = {name: marker[name] for name in counts}
+    if marked == counts:
         return None
-    return Problem("embed", shard + store.MARKER, f"counts {told}, its files hold {counts}", shard)
+    text = f"counts {marked}, its files hold {counts}"
+    return Problem("embed", shard + store.MARKER, text, shard)
 
 
 def _disagreements(run: _Run, markers: dict[str, dict[str, Any]]) -> Iterator[Problem]:

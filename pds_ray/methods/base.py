@@ -1,4 +1,4 @@
-"""What a method is: a list of stages. What a stage is: one row. What every stage gets: one `Run`.
+"""A method is a list of stages; a stage is one row; every stage gets one `Run`.
 
 A method is named in `catalog.METHODS`; `engine.run` runs any of them, stage by stage.
 """
@@ -20,7 +20,7 @@ from pds_ray.store.manifest import RunManifest
 from pds_ray.store.run_folder import RunFolder
 
 Counts = dict[str, Any]
-"""What a stage did, as JSON values: shown in the summary, recorded in run.json."""
+"""Counts of what a stage did, as JSON values: shown in the summary, recorded in run.json."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Stage:
     options: tuple[str, ...] = ()
     """Sections of the configuration that it reads, or single options with dots."""
     unit: str = ""
-    """What its rate counts; "" for a stage without a rate."""
+    """The unit of its rate; "" for a stage without a rate."""
     counted: str = ""
     """The entry of its counts that says how many of them the last session did."""
     card: tuple[tuple[str, str], ...] = ()

@@ -432,7 +432,7 @@ def _pass_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Entr
     few = np.random.default_rng(1).standard_normal((FEW, dim), np.float32)
     levels: dict[str, cluster.Level] = dict.fromkeys(MODALITIES, (few, None))
     each = np.arange(FEW, dtype=np.int32)
-    couples = prototypes.Matches(each, each, np.zeros(FEW, bool))
+    matches = prototypes.Matches(each, each, np.zeros(FEW, bool))
     plain = replace(config, {"cluster.normalize": False})
 
     def four_passes() -> None:
@@ -450,7 +450,7 @@ def _pass_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Entr
             lambda: cluster.label_shard((shard, False), store, run, levels, False),
         ),
         "match": ("pairs", lambda: match.count_pairs(shard, store, run, FEW)),
-        "sums": ("pairs", lambda: averaging.sum_shard(shard, store, run, couples, FEW)),
+        "sums": ("pairs", lambda: averaging.sum_shard(shard, store, run, matches, FEW)),
         "search_rows": (
             "rows",
             lambda: nearest.search_shards([(0, shard)], "captions", store, few[:1]),

@@ -9,7 +9,7 @@ import numpy as np
 from pds_ray.report.run import OpenRun
 from pds_ray.report.values import Json
 
-COUPLE_LIMIT = 150
+MATCH_LIMIT = 150
 """Matched clusters in the heat map."""
 
 
@@ -22,8 +22,8 @@ def gather_clusters(run: OpenRun, step: Callable[[], object]) -> Json | None:
         return None
     match = run.counts.get("match", {})
     count = int(match.get("clusters") or run.config["pairs"])
-    couples, shared = _couples(run)
-    largest = couples[np.lexsort((couples[:, 0], -shared))[:COUPLE_LIMIT]]
+    matches, shared = _matches(run)
+    largest = matches[np.lexsort((matches[:, 0], -shared))[:MATCH_LIMIT]]
     sizes, table = _count(run, count, largest, step)
     return {
         "clusters": count,
@@ -35,12 +35,12 @@ def gather_clusters(run: OpenRun, step: Callable[[], object]) -> Json | None:
         "shared_pairs": match.get("shared_pairs"),
         "kept_pairs": int(sizes["image"].sum()),
         "table": table.tolist(),
-        "couples": largest.tolist(),
-        "couples_total": len(couples),
+        "matches": largest.tolist(),
+        "matches_total": len(matches),
     }
 
 
-def _couples(run: OpenRun) -> tuple[np.ndarray, np.ndarray]:
+def _matches(run: OpenRun) -> tuple[np.ndarray, np.ndarray]:
     """Return image and text cluster of the matched ones, int [K, 2], and their pairs, int [K]."""
     if "match" not in run.counts:
         return np.zeros((0, 2), np.int64), np.zeros(0, np.int64)
@@ -52,12 +52,12 @@ def _couples(run: OpenRun) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _count(
-    run: OpenRun, count: int, couples: np.ndarray, step: Callable[[], object]
+    run: OpenRun, count: int, matches: np.ndarray, step: Callable[[], object]
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Count the kept pairs per cluster, and in each image cluster x text cluster of `couples`."""
+    """Count the kept pairs per cluster, and in each image cluster x text cluster of `matches`."""
     row_of, column_of = np.full(count, -1), np.full(count, -1)
-    row_of[couples[:, 0]] = column_of[couples[:, 1]] = np.arange(len(couples))
-    table = np.zeros((len(couples), len(couples)), np.int64)
+    row_of[matches[:, 0]] = column_of[matches[:, 1]] = np.arange(len(matches))
+    table = np.zeros((len(matches), len(matches)), np.int64)
     sizes = {"image": np.zeros(count, np.int64), "text": np.zeros(count, np.int64)}
     for shard in run.markers:
         image, text = run.folder.labels(shard)

@@ -60,7 +60,7 @@ def _unmatched(run: OpenRun) -> list[Json]:
     empty = f"matched clusters that share no pair; {match.get('pairless_policy', '')}"
     return [
         _step("pairs outside matched clusters", outside, total, why),
-        _step("pairless couples", match.get("pairless", 0), match.get("clusters", 0), empty),
+        _step("empty matches", match.get("pairless", 0), match.get("clusters", 0), empty),
     ]
 
 

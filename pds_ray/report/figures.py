@@ -220,15 +220,15 @@ def _shared(clusters: Json) -> Json:
         y=y,
         marker={"color": SERIES[2], "line": {"width": 0}},
         customdata=names,
-        hovertemplate="%{customdata} shared pairs: %{y:,} couples<extra></extra>",
+        hovertemplate="%{customdata} shared pairs: %{y:,} matches<extra></extra>",
     )
     label = (
-        f"Histogram of the pairs that couples share: median {np.median(values):,.0f}, "
+        f"Histogram of the pairs that matches share: median {np.median(values):,.0f}, "
         f"largest {values.max():,}."
     )
     axes = {
-        "xaxis": {"title": {"text": "pairs shared by a couple"}},
-        "yaxis": {"title": {"text": "couples"}},
+        "xaxis": {"title": {"text": "pairs shared by a match"}},
+        "yaxis": {"title": {"text": "matches"}},
     }
     return _figure([bar], label, 300, bargap=0.08, **axes)
 
@@ -248,20 +248,20 @@ def _contingency(clusters: Json) -> Json:
         zmin=0,
         zmax=max(float(np.log10(largest)), 0.1),
         hoverongaps=False,
-        hovertemplate="image cluster of couple %{y}<br>text cluster of couple %{x}<br>"
+        hovertemplate="image cluster of match %{y}<br>text cluster of match %{x}<br>"
         "%{text} pairs<extra></extra>",
         colorbar=_log_scale(largest),
     )
     inside, total = int(np.trace(table)), int(table.sum())
     label = (
-        f"Heat map of the contingency table of {len(table)} couples: {inside:,} of the {total:,} "
+        f"Heat map of the contingency table of {len(table)} matches: {inside:,} of the {total:,} "
         "pairs in it lie on the diagonal, in matched clusters."
     )
     axis = {"automargin": False, "zeroline": False}
     layout = {
-        "xaxis": {"title": {"text": "text clusters, in the order of couples"}, **axis},
+        "xaxis": {"title": {"text": "text clusters, in the order of matches"}, **axis},
         "yaxis": {
-            "title": {"text": "image clusters, in the order of couples"},
+            "title": {"text": "image clusters, in the order of matches"},
             "autorange": "reversed",
             **axis,
         },

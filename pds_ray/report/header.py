@@ -88,7 +88,7 @@ def _quality_tiles(run: OpenRun, clusters: Json | None, evaluations: list[Json])
         tiles.append(_tile("mean cosine", f"{np.mean(cosines):.3f}", "image to text"))
     if clusters and clusters["shared"]:
         median = f"{np.median(clusters['shared']):,.0f}"
-        tiles.append(_tile("shared pairs", median, "median of a couple"))
+        tiles.append(_tile("shared pairs", median, "median of a match"))
     if evaluations and (value := evaluations[0]["mean"]["r_mean"]) is not None:
         tiles.append(_tile("mean recall", f"{value:.1f}", f"%, {evaluations[0]['name']}"))
     if seconds := sum(entry.get("seconds", 0) for entry in run.manifest["stages"].values()):

@@ -85,9 +85,9 @@ def _cluster_figures(clusters: dict[str, Any] | None) -> dict[str, Any] | None:
         "pairless_policy",
         "shared_pairs",
         "kept_pairs",
-        "couples_total",
+        "matches_total",
     )
-    return {name: clusters[name] for name in words} | {"couples_shown": len(clusters["couples"])}
+    return {name: clusters[name] for name in words} | {"matches_shown": len(clusters["matches"])}
 
 
 def _data(value: Any) -> str:

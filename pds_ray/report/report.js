@@ -333,9 +333,9 @@
   function clustersSection() {
     const { clusters } = data;
     const words = [`${plural(clusters.clusters, "cluster", "clusters")} a modality; ${count(clusters.empty.image)} image and ${count(clusters.empty.text)} text clusters are empty.`];
-    if (known(clusters.pairless)) words.push(`${plural(clusters.pairless, "couple shares", "couples share")} no pair${clusters.pairless ? ` (${clusters.pairless_policy})` : ""}.`);
+    if (known(clusters.pairless)) words.push(`${plural(clusters.pairless, "match shares", "matches share")} no pair${clusters.pairless ? ` (${clusters.pairless_policy})` : ""}.`);
     if (known(clusters.shared_pairs)) words.push(`${count(clusters.shared_pairs)} of ${count(clusters.kept_pairs)} kept pairs lie in matched clusters.`);
-    const some = clusters.couples_total > clusters.couples_shown ? `The ${count(clusters.couples_shown)} couples that share most, of ${count(clusters.couples_total)}. ` : "";
+    const some = clusters.matches_total > clusters.matches_shown ? `The ${count(clusters.matches_shown)} matches that share most, of ${count(clusters.matches_total)}. ` : "";
     section(
       "clusters",
       "Clusters and matching",
@@ -345,7 +345,7 @@
         { class: "charts matched" },
         chart("contingency", "Image clusters against text clusters", `${some}Ordered so that matched clusters meet on the diagonal; the colour tells the number of pairs, on a logarithmic scale.`, "wide"),
         chart("sizes", "Cluster sizes", "How many kept pairs fall in each cluster."),
-        chart("shared", "Shared pairs", "How many pairs each couple of matched clusters shares."),
+        chart("shared", "Shared pairs", "How many pairs each match of two clusters shares."),
       ),
     );
   }

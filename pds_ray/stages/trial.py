@@ -220,7 +220,7 @@ class TrialData:
 
 @dataclass
 class Progress:
-    """How far a trial is, and its best epoch so far by the protocol's rule."""
+    """Progress of a trial, and its best epoch so far by the protocol's rule."""
 
     epochs_done: int = 0
     best: dict[str, Any] | None = None
@@ -245,8 +245,8 @@ def run_trial(
     """Train and measure; return {"epoch", "score", "recalls"}. `build` makes the backbone.
 
     A frozen backbone sees each image once; `features` keeps what a pretrained one gave for later
-    trials, which do without it. A trial goes on from `state`, and starts anew if that is of another
-    model or version of the package.
+    trials, which do without it. A trial goes on from `state`, and starts afresh if the state is of
+    another model or version of the package.
     """
     workers = workers or Workers()
 

@@ -25,7 +25,7 @@ class CardText:
     """A method's part of the card."""
 
     making: str
-    """How the pairs are made: whole sentences."""
+    """Sentences on the making of the pairs."""
     verb: str
     """Completes "10 pairs ... from SOURCE"."""
     tag: str
@@ -33,7 +33,7 @@ class CardText:
     cosine_of: str
     """The two things that a pair's cosine compares."""
     limits: str
-    """What a user should know: a sentence without its full stop."""
+    """A sentence on the limits of the set, without its full stop."""
     models: tuple[str, ...] = ("encoder", "decoder")
     """Models to name."""
     deviations: Mapping[tuple[str, str, object], str] = field(default_factory=dict)

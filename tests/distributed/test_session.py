@@ -26,7 +26,7 @@ pytestmark = pytest.mark.ray
 
 
 def test_limits_are_in_force_and_reported() -> None:
-    """Of nodes, by the environment of the raylet that runs; of Ray Data, by its context."""
+    """Limits of nodes are in the raylet's environment, those of Ray Data in its context."""
     told = session.start(RayConfig())
     raylets = [p for p in psutil.Process().children(recursive=True) if p.name() == "raylet"]
     environment = raylets[0].environ()

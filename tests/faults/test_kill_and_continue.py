@@ -192,7 +192,7 @@ def node_with(worker: str, nodes: list[Any], process: subprocess.Popen) -> Any:
 
 
 def test_nodes_die_and_others_come(undisturbed: Path, tmp_path: Path) -> None:
-    """Of three nodes one dies while it embeds, another while it decodes; new ones join."""
+    """One of three nodes dies while it embeds, another while it decodes; new ones join."""
     from ray.cluster_utils import Cluster
 
     store = 300 << 20

@@ -159,7 +159,7 @@ SHARDS: dict[str, bytes] = {
     "gzip in gzip": gzip.compress(gzip.compress(GOOD)),
     "pickle": b"cos\nsystem\n(S'touch escaped'\ntR.",
 }
-"""What a hostile shard holds, by what is wrong with it."""
+"""Hostile shards, by what is wrong with them."""
 
 JSON: dict[str, bytes] = {
     "deep lists": b"[" * 1_000_000,
@@ -179,7 +179,7 @@ JSON: dict[str, bytes] = {
     "utf-32 with surrogates": '{"caption":"\ud800"}'.encode("utf-32-le", "surrogatepass"),
     "python": b'{"py/object/apply":"os.system","caption":"x"}',
 }
-"""What a hostile .json holds, by what is wrong with it; each below a million bytes and a bit."""
+"""Hostile .json files, by what is wrong with them; each little over a million bytes at most."""
 
 CAPTIONS = (
     "<script>alert(1)</script>",

@@ -16,7 +16,7 @@ from pds_ray.store.storage import Folder
 
 @dataclass
 class Gathered:
-    """What a store holds, as plain arrays in shard order: the data of the brute-force oracles."""
+    """The content of a store as plain arrays in shard order: data of the brute-force oracles."""
 
     shards: list[str]
     image: np.ndarray

@@ -96,7 +96,7 @@ def test_every_module_has_a_layer():
 
 @pytest.mark.parametrize("name", [name for name in sorted(MODULES) if layer(name) is not None])
 def test_imports_go_one_way(name):
-    """Of every module but the training scripts, which may import anything."""
+    """Imports of all modules; the training scripts may import anything."""
     mine = layer(name)
     for other in sorted(imports(name)):
         if other.partition(".")[0] not in ("pds_ray", "jobs"):

@@ -142,7 +142,7 @@ def test_a_disk_that_fails_is_read_again(monkeypatch):
 
 
 def test_images_are_decoded_one_by_one(monkeypatch, decoder):
-    """Of a batch whose images would not fit in memory together, no two need be held."""
+    """No two images of a batch need be in memory together."""
     decoded = []
     monkeypatch.setattr(
         nearest, "decode_image", lambda data, **_: decoded.append(data) or Image.new("RGB", (6, 6))

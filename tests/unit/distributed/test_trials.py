@@ -137,7 +137,7 @@ def test_failures_without_progress_end_a_queue(tmp_path: Path, monkeypatch: pyte
 def test_a_queue_whose_controller_dies_starts_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """What its workers hold is given back first; a death is counted anew after any progress."""
+    """Its workers' resources are given back first; the budget starts afresh after progress."""
     calls: list[str] = []
 
     def fit(queue: Queue) -> None:

@@ -1,4 +1,4 @@
-"""Which rows a comparison has, and what it writes of them."""
+"""Rows of a comparison, and the table of them."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def held(config: RunConfig, shards: Iterable[int]) -> int:
 
 
 def pairs(config: RunConfig) -> tuple[int, int, int]:
-    """What embedding and pruning say, and what the masks hold."""
+    """Return the pairs counted by embedding, by pruning, and in the masks."""
     stages = json.loads((Path(config.out) / "run.json").read_text())["stages"]
     masks = sum(
         pq.read_metadata(mask).num_rows for mask in (Path(config.out) / "pruning").iterdir()

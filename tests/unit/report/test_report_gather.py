@@ -71,13 +71,13 @@ def test_sizes_and_contingency_are_counted_right(made, report):
     found = report["clusters"]
     for modality, labels in (("image", made.image_cluster), ("text", made.text_cluster)):
         assert found["sizes"][modality] == np.bincount(labels[made.kept], minlength=6).tolist()
-    couples = found["couples"]
+    matches = found["matches"]
     wanted = [
         [
             int(((made.image_cluster == row) & (made.text_cluster == column)).sum())
-            for _, column in couples
+            for _, column in matches
         ]
-        for row, _ in couples
+        for row, _ in matches
     ]
     assert found["table"] == wanted
     diagonal = np.diag(wanted).tolist()
@@ -86,12 +86,12 @@ def test_sizes_and_contingency_are_counted_right(made, report):
     assert found["kept_pairs"] == made.kept.sum()
 
 
-def test_only_the_largest_couples_are_in_the_table(made, monkeypatch):
-    monkeypatch.setattr(clusters, "COUPLE_LIMIT", 4)
+def test_only_the_largest_matches_are_in_the_table(made, monkeypatch):
+    monkeypatch.setattr(clusters, "MATCH_LIMIT", 4)
     found = gather(str(made.path))["clusters"]
-    assert len(found["table"]) == len(found["couples"]) == 4
+    assert len(found["table"]) == len(found["matches"]) == 4
     assert np.diag(found["table"]).tolist() == sorted(found["shared"], reverse=True)[:4]
-    assert found["couples_total"] == 6
+    assert found["matches_total"] == 6
 
 
 def test_the_plane_is_that_of_an_svd(made, report):

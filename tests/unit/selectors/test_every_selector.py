@@ -1,4 +1,4 @@
-"""What holds of every selector, and of the joint embedding that they share."""
+"""Properties of every selector, and of the joint embedding that they share."""
 
 from __future__ import annotations
 

@@ -431,7 +431,7 @@ def member_ends(data: bytes) -> list[tuple[str, int]]:
 
 
 def end_mark(data: bytes) -> int:
-    """Where the end mark of a good tar begins."""
+    """Return the offset of the end mark of a good tar."""
     return max((end + -end % 512 for _, end in member_ends(data)), default=0)
 
 

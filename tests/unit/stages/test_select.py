@@ -1,4 +1,4 @@
-"""What selectors choose from, and what is told of the chosen, against the same numbers gathered."""
+"""Candidates of selectors, and the table of the chosen, against the same numbers gathered."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def _sizes(call: Callable[[], object]) -> list[int]:
 def _rows_at_once(
     image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor
 ) -> dict[str, list[int]]:
-    """How many queries each product of the two sides was for."""
+    """Return the number of queries of each product of the two sides."""
     from torch.overrides import TorchFunctionMode
 
     rows: dict[str, list[int]] = {"images": [], "captions": []}
