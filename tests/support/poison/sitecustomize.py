@@ -1,6 +1,7 @@
-"""On PYTHONPATH, every process of a test meets poison: pictures that kill whoever opens them.
+"""On PYTHONPATH, each process of a test meets poison: images that kill their reader.
 
-Poison is a good picture with a mark behind its end, where no decoder looks: POISON:crash, POISON:hang or POISON:eat.
+Poison is a good image with a mark behind its end, where no decoder looks: POISON:crash,
+POISON:hang or POISON:eat.
 """
 
 from __future__ import annotations
