@@ -26,14 +26,12 @@ settings.load_profile("untimed")
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One Ray of two CPUs for all tests of the session."""
-    import ray
-
     from pds_ray.config import RayConfig
     from pds_ray.distributed import session
 
     session.start(RayConfig(num_cpus=2, object_store_gib=0.5))
-    yield
-    ray.shutdown()
+    with session._undo.pop_all():  # no other `session.stop` ends it
+        yield
 
 
 @pytest.fixture(scope="session")
