@@ -10,7 +10,6 @@ os.environ.update(
     HF_DATASETS_OFFLINE="1",
     TRANSFORMERS_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
-    RAY_raylet_start_wait_time_s="300",  # by default a node that starts slowly is given up
 )
 
 from collections.abc import Iterator
@@ -26,14 +25,12 @@ settings.load_profile("untimed")
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One Ray of two CPUs for all tests of the session."""
-    import ray
-
     from pds_ray.config import RayConfig
     from pds_ray.distributed import session
 
     session.start(RayConfig(num_cpus=2, object_store_gib=0.5))
-    yield
-    ray.shutdown()
+    with session._undo.pop_all():  # no other `session.stop` ends it
+        yield
 
 
 @pytest.fixture(scope="session")

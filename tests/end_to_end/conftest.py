@@ -6,28 +6,17 @@ Few tests use a process of its own (`tests.support.command_line.process`): those
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pds_ray.distributed import session
 from tests.support.command_line import DEMO, Run, in_process
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _ray_goes_on() -> Iterator[None]:
-    """Keep the command line from ending the Ray of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "stop", lambda: None)
-        yield
 
 
 @pytest.fixture(scope="session")
 def pds_ray(request: pytest.FixtureRequest) -> Run:
     """Run `pds-ray ARGS` to its end in this process."""
     request.getfixturevalue("local_ray")
-
     return in_process
 
 

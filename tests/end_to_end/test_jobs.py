@@ -75,10 +75,11 @@ class Cluster:
             return []
 
     def actors(self) -> dict[str, set[str]]:
-        """Return class -> the nodes that its actors are or were on."""
+        """Return class -> the nodes that its actors are or were on; some never got so far."""
         found: dict[str, set[str]] = {}
         for actor in self.listed("actors"):
-            found.setdefault(actor["class_name"], set()).add(actor["node_id"])
+            if actor["node_id"]:
+                found.setdefault(actor["class_name"], set()).add(actor["node_id"])
         return found
 
     def node(self, resource: str) -> str:

@@ -39,7 +39,7 @@ def herding(tmp_path_factory: pytest.TempPathFactory, pds_ray: Run) -> Path:
 def check_pairs(run: Path, method: str) -> None:
     pairs = load_distilled(str(run))
     assert len(pairs) == 12
-    places = [(record["nearest_shard"], record["nearest_key"]) for record in pairs.records]
+    places = [(record["caption_shard"], record["caption_key"]) for record in pairs.records]
     assert len(set(places)) == 12
     for pair, place in enumerate(places):
         image = decode_image(SAMPLES[place].image)
