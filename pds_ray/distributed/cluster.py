@@ -1,7 +1,7 @@
 """Clustering: shards are sampled, one heavy task per k-means fits the sample, shards are labelled.
 
-A two-level k-means has its cells fitted by as many tasks. A finished k-means and the labels of a
-shard are kept as long as they belong to the same configuration and the same pairs.
+A finished k-means and the labels of a shard are kept as long as they belong to the same
+configuration and the same pairs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import ray
 
 from pds_ray.config import ConfigError, RunConfig
-from pds_ray.distributed import process, tasks
+from pds_ray.distributed import tasks
 from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import cluster as core
 from pds_ray.stages import vectors
@@ -111,68 +111,29 @@ def _vectors(
     return vectors.normalized(found) if normalize else found
 
 
-def _fit(parts: list[Parts], space: str, folder: RunFolder, config: RunConfig) -> dict[str, Any]:
-    fitted = core.fit(*_gathered(parts), config.pairs, config.seed, config.cluster)
-    folder.save_centroids(space, fitted.centroids)
-    return {"rows": fitted.rows, "objective": fitted.objective}
-
-
-def _fit_coarse(parts: list[Parts], space: str, folder: RunFolder, config: RunConfig) -> core.Cells:
-    """Fit the coarse level of a two-level k-means; write the sample of each cell to a file."""
-    sample, weights = _gathered(parts)
-    cells, cell_of = core.fit_cells(sample, weights, config.pairs, config.seed, config.cluster)
-    for cell in range(len(cells.coarse)):
-        mine = cell_of == cell
-        folder.save_cell_sample(space, cell, sample[mine], weights[mine])
-    return cells
-
-
-def _fit_cell(item: tuple[int, int], space: str, folder: RunFolder, config: RunConfig) -> core.Fit:
-    cell, clusters = item
-    sample = folder.cell_sample(space, cell)
-    return process.with_faiss_threads(1, core.fit, *sample, clusters, config.seed, config.cluster)
-
-
-def _fit_in_cells(
-    cells: core.Cells, space: str, folder: RunFolder, config: RunConfig
-) -> dict[str, Any]:
-    """Fit the fine level of a two-level k-means; return rows and objective."""
-    items = [(cell, int(clusters)) for cell, clusters in enumerate(np.diff(cells.starts))]
-    fits = list(tasks.map_in_order(_fit_cell, items, space, folder, config))
-    centroids = np.concatenate([fitted.centroids for fitted in fits])
-    folder.save_centroids(space, centroids, coarse=cells.coarse, starts=cells.starts)
-    folder.cell_samples(space).delete_all()
-    return {
-        "rows": sum(fitted.rows for fitted in fits),
-        "objective": sum(fitted.objective for fitted in fits),
-    }
-
-
-Level = tuple[np.ndarray, core.Cells | None]
-
-
 def label_shard(
     item: tuple[str, bool],
     store: EmbeddingStore,
     folder: RunFolder,
-    levels: dict[str, Level],
+    centroids: dict[str, np.ndarray],
     normalize: bool,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Save the labels of a shard's pairs, unless they exist.
 
-    Returns for each space the clusters that have pairs and how many each has.
+    `centroids` are float32 [K, d], by space. Returns for each space the clusters that have pairs
+    and how many each has.
     """
     shard, done = item
     if not done:
         kept, owner = folder.keep(shard), _owner(shard, store)
         labels = []
-        for space, (centroids, cells) in levels.items():
-            found = core.assign(_vectors(space, shard, store, normalize), centroids, cells)
+        for space, fitted in centroids.items():
+            found = core.assign(_vectors(space, shard, store, normalize), fitted)
             labels.append(
                 np.where(kept, found[owner] if space == "image" else found, -1).astype(np.int32)
             )
         folder.save_labels(shard, labels[0], labels[-1])  # one k-means alone labels both sides
-    saved = folder.labels(shard)[: len(levels)]
+    saved = folder.labels(shard)[: len(centroids)]
     return [np.unique(label[label >= 0], return_counts=True) for label in saved]
 
 
@@ -237,30 +198,29 @@ def _sample_share(run: Run, space: str) -> float:
     return core.sample_share(rows, width, config.cluster, config.pairs)
 
 
+def _fit(parts: list[Parts], space: str, folder: RunFolder, config: RunConfig) -> dict[str, Any]:
+    fitted = core.fit(*_gathered(parts), config.pairs, config.seed, config.cluster)
+    folder.save_centroids(space, fitted.centroids)
+    return {"rows": fitted.rows, "objective": fitted.objective}
+
+
 def _fit_space(
     parts: list[Parts], space: str, folder: RunFolder, config: RunConfig
 ) -> dict[str, Any]:
     """Fit a k-means on a sample, which is dropped: object stores hold none longer than needed."""
-    if config.pairs <= core.FLAT_LIMIT:
-        fitted = tasks.run_kmeans(_fit, parts, space, folder, config)
-        parts.clear()
-        return fitted
-    cells = tasks.run_kmeans(_fit_coarse, parts, space, folder, config)
+    fitted = tasks.run_kmeans(_fit, parts, space, folder, config)
     parts.clear()
-    return _fit_in_cells(cells, space, folder, config)
+    return fitted
 
 
 def _label_shards(run: Run, shards: list[str]) -> np.ndarray:
     """Label all pairs; return how many each cluster has, int64 [spaces, K]."""
     folder, config = run.folder, run.config
-    levels: dict[str, Level] = {}
-    for space in config.cluster.spaces:
-        cells = folder.cells(space)
-        levels[space] = folder.centroids(space), core.Cells(**cells) if cells else None
-    sizes = np.zeros((len(levels), config.pairs), np.int64)
+    centroids = {space: folder.centroids(space) for space in config.cluster.spaces}
+    sizes = np.zeros((len(centroids), config.pairs), np.int64)
     done = folder.labelled()
     items = [(shard, shard in done) for shard in shards]
-    shared = (run.store, folder, levels, config.cluster.normalize)
+    shared = (run.store, folder, centroids, config.cluster.normalize)
     with progress_bar("cluster", len(shards), "shards") as bar:
         for labelled in tasks.map_in_order(label_shard, items, *shared):
             for size, (labels, found) in zip(sizes, labelled, strict=True):

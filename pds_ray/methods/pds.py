@@ -29,6 +29,13 @@ def _embeddings(run: Run) -> list[Any]:
     ]
 
 
+def _clusters(run: Run) -> list[Any]:
+    config = run.config
+    # above 100,000 clusters earlier versions fitted two levels: their labels must not be continued
+    flat = ["flat"] if config.pairs > 100_000 else []
+    return [config.pairs, config.seed, asdict(config.cluster), *flat]
+
+
 def _images(run: Run) -> list[Any]:
     options = asdict(run.config.decode)
     for name in NOT_OF_IMAGES:
@@ -66,7 +73,7 @@ PRUNE = Stage(
 CLUSTER = Stage(
     "cluster",
     run="pds_ray.distributed.cluster:cluster",
-    depends_on=lambda run: [run.config.pairs, run.config.seed, asdict(run.config.cluster)],
+    depends_on=_clusters,
     files=lambda run: run.folder.cluster_files(run.config.cluster.spaces, run.shard_names),
     options=("cluster",),
     plan="pds_ray.planning.phases:CLUSTER",

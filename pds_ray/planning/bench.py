@@ -430,7 +430,7 @@ def _pass_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Entr
     run = RunFolder(folder / "stages")
     run.folder.create()
     few = np.random.default_rng(1).standard_normal((FEW, dim), np.float32)
-    levels: dict[str, cluster.Level] = dict.fromkeys(MODALITIES, (few, None))
+    centroids = dict.fromkeys(MODALITIES, few)
     each = np.arange(FEW, dtype=np.int32)
     matches = prototypes.Matches(each, each, np.zeros(FEW, bool))
     plain = replace(config, {"cluster.normalize": False})
@@ -447,7 +447,7 @@ def _pass_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Entr
         "sample": ("vectors", lambda: cluster.sampled([shard], "text", store, run, 0.5, plain)),
         "label_rows": (
             "pairs",
-            lambda: cluster.label_shard((shard, False), store, run, levels, False),
+            lambda: cluster.label_shard((shard, False), store, run, centroids, False),
         ),
         "match": ("pairs", lambda: match.count_pairs(shard, store, run, FEW)),
         "sums": ("pairs", lambda: averaging.sum_shard(shard, store, run, matches, FEW)),

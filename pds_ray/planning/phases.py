@@ -15,7 +15,7 @@ from pds_ray.distributed.process import MODEL_THREADS
 from pds_ray.distributed.sizes import BLOCK_BYTES, QUERIES_PER_SHARD, pool_size
 from pds_ray.planning.figures import Estimate, Figures
 from pds_ray.planning.workload import Cluster, Workload
-from pds_ray.stages.cluster import FLAT_LIMIT, sample_share
+from pds_ray.stages.cluster import sample_share
 from pds_ray.stages.match import DENSE_LIMIT
 from pds_ray.store.storage import CALLS_AT_ONCE, is_remote
 
@@ -195,11 +195,6 @@ def _prune_disk_bytes(inputs: Inputs) -> float:
     return inputs.work.pairs / 8  # a bit per pair
 
 
-def compared_centroids(clusters: int) -> int:
-    """Return the centroids that a vector is compared with: all, or those of two levels."""
-    return clusters if clusters <= FLAT_LIMIT else 2 * round(math.sqrt(clusters))
-
-
 def distance_flop(rows: float, clusters: float, dim: int) -> float:
     """Return the FLOP of the distances (or cosines) of all rows to all centroids."""
     return 2.0 * rows * clusters * dim
@@ -223,7 +218,7 @@ def _sample_rows(inputs: Inputs, space: str) -> float:
 def _fit(inputs: Inputs, space: str) -> list[Phase]:
     """Return the phases of one k-means: its sample, then its iterations in one task."""
     config, rows = inputs.config.cluster, _sample_rows(inputs, space)
-    distances = distance_flop(rows, compared_centroids(inputs.clusters), _width(inputs, space))
+    distances = distance_flop(rows, inputs.clusters, _width(inputs, space))
     flop = distances * (config.iterations + 1) * config.restarts
     processors = 1 if inputs.figures["fit"].per == "GPU" else inputs.cluster.node_cpus
     sample = f"sample {space} vectors"
@@ -238,9 +233,8 @@ def _fit(inputs: Inputs, space: str) -> list[Phase]:
 
 def _cluster(inputs: Inputs) -> list[Phase]:
     spaces = inputs.config.cluster.spaces
-    compared = compared_centroids(inputs.clusters)
     flop = sum(
-        distance_flop(_stored_rows(inputs, space), compared, _width(inputs, space))
+        distance_flop(_stored_rows(inputs, space), inputs.clusters, _width(inputs, space))
         for space in spaces
     )
     labels = (

@@ -7,11 +7,6 @@ An image counts as often as it has kept captions: by weight, not by copies. Smal
 whole; of large data a seeded sample is used that fits the memory budget. Each shard's sample
 depends on (seed, shard) alone.
 
-Above FLAT_LIMIT clusters the fit has two levels: a coarse k-means of about sqrt(K) cells, then one
-k-means inside each cell, with clusters in proportion to its weight. A vector's label is then the
-nearest centroid of its nearest cell: the same rule for the sample, when it is fitted, and for all
-pairs, when they are labelled.
-
 As ablations there is one k-means alone, of either modality or of both joined; every pair then has
 one label for both its sides, and matching has nothing left to decide.
 """
@@ -26,7 +21,6 @@ import numpy as np
 
 from pds_ray.config import ClusterConfig, ConfigError
 
-FLAT_LIMIT = 100_000  # clusters fitted at one level
 # Most clusters that begin from `seeds`, and the rows per cluster that these are chosen among. Each
 # choice reads all these rows, so the time grows as SEED_ROWS * K^2 * d: on a core 5 s at 500
 # clusters of 768 dimensions, hence 80 s at 2,000.
@@ -203,71 +197,11 @@ def _objective(
     return total
 
 
-@dataclass(frozen=True)
-class Cells:
-    """The coarse level of a two-level fit."""
-
-    coarse: np.ndarray
-    """float32 [C, d]: the centroid of each cell."""
-    starts: np.ndarray
-    """int64 [C + 1]: cell c holds the clusters starts[c] to starts[c + 1], at least one."""
-
-
-def fit_cells(
-    vectors: np.ndarray, weights: np.ndarray, clusters: int, seed: int, config: ClusterConfig
-) -> tuple[Cells, np.ndarray]:
-    """Fit the coarse level; return it with the cell of each training vector, int32 [n].
-
-    The arguments are those of `fit`, with positive weights. A cell that no training vector is
-    nearest to is left out.
-    """
-    if len(vectors) < clusters:
-        raise ValueError(f"{len(vectors)} vectors cannot make {clusters} clusters")
-    coarse = fit(vectors, weights, round(math.sqrt(clusters)), seed, config).centroids
-    filled, cell_of = np.unique(assign(vectors, coarse), return_inverse=True)
-    allotted = allot(clusters, np.bincount(cell_of, weights), np.bincount(cell_of))
-    starts = np.concatenate([[0], np.cumsum(allotted)])
-    return Cells(coarse[filled], starts), cell_of.astype(np.int32)
-
-
-def allot(clusters: int, weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Allot clusters to cells in proportion to their weight by largest remainders. int64 [C].
-
-    Each gets from 1 to as many as it has rows. float64 [C], int64 [C], both positive;
-    C <= clusters <= sum of the rows.
-    """
-
-    def shares(scale: float) -> np.ndarray:
-        return np.clip(scale * weights, 1, rows)
-
-    # from where each cell has 1 to where it has all it can take
-    low, high = 0.0, 2 * float((rows / weights).max())
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if shares(middle).sum() <= clusters else (low, middle)
-    share = shares(low)
-    allotted = np.floor(share).astype(np.int64)
-    remainder = np.where(allotted < rows, share - allotted, -1.0)
-    order = np.argsort(-remainder, kind="stable")
-    allotted[order[: clusters - int(allotted.sum())]] += 1
-    return allotted
-
-
-def assign(vectors: np.ndarray, centroids: np.ndarray, cells: Cells | None = None) -> np.ndarray:
-    """Return the nearest centroid of each row; with cells, of those in its nearest cell.
-
-    float32 [n, d], [K, d] -> int32 [n].
-    """
+def assign(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Return the nearest centroid of each row. float32 [n, d], [K, d] -> int32 [n]."""
     import faiss
 
     if not len(vectors):
         return np.zeros(0, np.int32)
-    if cells is not None:
-        labels = np.empty(len(vectors), np.int32)
-        cell_of = assign(vectors, cells.coarse)
-        for cell in np.unique(cell_of):
-            mine = np.flatnonzero(cell_of == cell)
-            start, end = cells.starts[cell], cells.starts[cell + 1]
-            labels[mine] = start + assign(vectors[mine], centroids[start:end])
-        return labels
     _, found = faiss.knn(np.ascontiguousarray(vectors, np.float32), centroids, 1)
     return found[:, 0].astype(np.int32)

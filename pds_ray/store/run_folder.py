@@ -38,8 +38,7 @@ pruning/S.keep.parquet, one row per pair of S: kept (bool)
     in the row order of S.captions
 clusters/image.safetensors, text.safetensors: centroids (f32 [K, d])
     k-means centroids in the clustered space; where cluster.modality is image or text, only that
-    one. A two-level fit has also coarse (f32 [C, d]) and starts (int64 [C + 1]): cell c holds the
-    centroids starts[c] to starts[c + 1]
+    one
 clusters/joint.safetensors: centroids (f32 [K, 2d])
     instead of the two, where cluster.modality is joint
 clusters/fits.json
@@ -207,10 +206,9 @@ class RunFolder:
             .to_numpy(zero_copy_only=False)
         )
 
-    def save_centroids(self, space: str, centroids: np.ndarray, **cells: np.ndarray) -> None:
-        """Write centroids; `cells` are coarse and starts of a two-level fit."""
+    def save_centroids(self, space: str, centroids: np.ndarray) -> None:
         self.clusters.write_bytes(
-            self.centroids_name(space), save_safetensors({"centroids": centroids, **cells})
+            self.centroids_name(space), save_safetensors({"centroids": centroids})
         )
 
     def has_centroids(self, space: str) -> bool:
@@ -219,26 +217,6 @@ class RunFolder:
     def centroids(self, space: str) -> np.ndarray:
         """Return the centroids, float32 [K, d]; [K, 2d] for "joint"."""
         return load_safetensors(self.clusters.read_bytes(self.centroids_name(space)))["centroids"]
-
-    def cells(self, space: str) -> dict[str, np.ndarray]:
-        """Return coarse and starts of a two-level fit; empty for a flat one."""
-        tensors = load_safetensors(self.clusters.read_bytes(self.centroids_name(space)))
-        return {name: tensor for name, tensor in tensors.items() if name != "centroids"}
-
-    def cell_samples(self, space: str) -> Folder:
-        """Return the folder that holds each coarse cell's training vectors during a fit."""
-        return self.clusters / f"{space}.cells"
-
-    def save_cell_sample(
-        self, space: str, cell: int, vectors: np.ndarray, weights: np.ndarray
-    ) -> None:
-        tensors = {"vectors": vectors, "weights": weights}
-        self.cell_samples(space).write_bytes(self.cell_name(cell), save_safetensors(tensors))
-
-    def cell_sample(self, space: str, cell: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the training vectors of a cell and their weights, float32 [n, d] and [n]."""
-        tensors = load_safetensors(self.cell_samples(space).read_bytes(self.cell_name(cell)))
-        return tensors["vectors"], tensors["weights"]
 
     def save_fits(self, fits: dict[str, Any]) -> None:
         self.clusters.write_json(self.FITS, fits)
@@ -306,10 +284,6 @@ class RunFolder:
     @staticmethod
     def centroids_name(space: str) -> str:
         return f"{space}.safetensors"
-
-    @staticmethod
-    def cell_name(cell: int) -> str:
-        return f"{cell:06d}.safetensors"
 
     @staticmethod
     def labels_name(shard: str) -> str:

@@ -1,4 +1,4 @@
-"""Clustering on Ray: resuming, two levels, and vectors clustered at unit length."""
+"""Clustering on Ray: resuming, labels, and vectors clustered at unit length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 
 from pds_ray.config import ClusterConfig, RunConfig
 from pds_ray.distributed import cluster as stage
-from pds_ray.stages import cluster as core
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
@@ -136,11 +135,10 @@ def in_reverse(function: Callable[..., Any], items: Iterable[Any], *shared: Any)
     return reversed([function(item, *shared) for item in reversed(list(items))])
 
 
-def test_two_levels(
+def test_labels_are_of_the_nearest_centroid(
     pruned: tuple[Path, Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, (_, data, _) = pruned
-    monkeypatch.setattr(core, "FLAT_LIMIT", CLUSTERS - 1)
     run, call = new_run(pruned, tmp_path / "run")
     counts = call()
     kept = np.concatenate([run.keep(shard) for shard in data.shards])
@@ -148,19 +146,11 @@ def test_two_levels(
         np.concatenate(column)
         for column in zip(*(run.labels(shard) for shard in data.shards), strict=True)
     ]
-    assert not Path(run.cell_samples("image").path).exists()
     for space, rows, found in zip(("image", "text"), (data.image, data.text), labels, strict=True):
-        centroids, cells = run.centroids(space), run.cells(space)
-        coarse, starts = cells["coarse"], cells["starts"]
+        centroids = run.centroids(space)
         assert centroids.shape == (CLUSTERS, DIM)
-        assert 1 < len(coarse) <= 3  # round(sqrt(12))
-        assert starts[0] == 0
-        assert starts[-1] == CLUSTERS
-        cell_of = ((rows[:, None] - coarse[None]) ** 2).sum(axis=2).argmin(axis=1)
         distances = ((rows[:, None] - centroids[None]) ** 2).sum(axis=2)
-        for pair in np.flatnonzero(kept):
-            mine = np.arange(starts[cell_of[pair]], starts[cell_of[pair] + 1])
-            assert found[pair] == mine[distances[pair, mine].argmin()]
+        np.testing.assert_array_equal(found[kept], distances[kept].argmin(axis=1))
         assert (found[~kept] == -1).all()
         reached = distances[np.flatnonzero(kept), found[kept]].sum()
         assert counts[space]["objective"] == pytest.approx(reached, rel=1e-3)

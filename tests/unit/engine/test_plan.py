@@ -21,7 +21,7 @@ from pds_ray.recipes import recipe
 from pds_ray.sources.base import Sample, Shard, SourceError
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.stages.materialize import about
-from pds_ray.store.manifest import ManifestError, RunManifest
+from pds_ray.store.manifest import ManifestError, RunManifest, fingerprint
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import StorageError
 from tests.support.poisoned import write_shard
@@ -70,6 +70,16 @@ def test_a_change_makes_stale_what_depends_on_it(
     changed = fingerprints(**changes)
     stale = [stage for stage in PDS.names if changed[stage] != reference[stage]]
     assert stale == list(PDS.names[PDS.names.index(first) :])
+
+
+@pytest.mark.parametrize(("pairs", "continued"), [(100_000, True), (100_001, False)])
+def test_clusters_of_two_levels_are_not_continued(pairs: int, continued: bool) -> None:
+    """Earlier versions fitted more than 100,000 clusters in two levels."""
+    run = make_run(replace(recipe("demo"), BASE))
+    config = replace(run.config, {"pairs": pairs})
+    found = PDS.stage("cluster").depends_on(dataclasses.replace(run, config=config))
+    before = [pairs, config.seed, dataclasses.asdict(config.cluster)]
+    assert (fingerprint(found) == fingerprint(before)) == continued
 
 
 @pytest.mark.parametrize(

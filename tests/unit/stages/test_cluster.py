@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-
 import faiss
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.cluster import KMeans
@@ -400,99 +398,6 @@ def test_joined_vectors_weigh_both_sides_alike():
     sides = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (images, texts)]
     expected = sum(squared_distances(side, side) for side in sides) / 2
     np.testing.assert_allclose(squared_distances(joined, joined), expected, atol=1e-6)
-
-
-def hamilton(clusters: int, weights: list[int]) -> list[int]:
-    """Largest remainders in whole numbers; the earlier of equal ones first."""
-    quotas = [divmod(clusters * weight, sum(weights)) for weight in weights]
-    allotted = [whole for whole, _ in quotas]
-    order = sorted(range(len(weights)), key=lambda cell: -quotas[cell][1])
-    for cell in order[: clusters - sum(allotted)]:
-        allotted[cell] += 1
-    return allotted
-
-
-@settings(max_examples=200)
-@given(st.lists(st.integers(1, 1_000), min_size=1, max_size=12), st.integers(1, 300))
-def test_clusters_are_allotted_by_largest_remainders(weights, clusters):
-    expected = hamilton(clusters, weights)
-    assume(
-        all(clusters * weight >= sum(weights) for weight in weights)
-    )  # nobody is below one: the plain rule
-    found = cluster.allot(clusters, np.array(weights, float), np.full(len(weights), clusters))
-    ties = len({clusters * weight % sum(weights) for weight in weights}) < len(weights)
-    assert found.sum() == clusters
-    if not ties:  # remainders that are equal as whole numbers may differ in the last bit of a float
-        assert found.tolist() == expected
-    np.testing.assert_allclose(found, clusters * np.array(weights) / sum(weights), atol=1)
-
-
-@settings(max_examples=200)
-@given(
-    st.lists(st.tuples(st.floats(1e-3, 1e6), st.integers(1, 50)), min_size=1, max_size=30),
-    st.data(),
-)
-def test_no_cell_gets_nothing_or_more_than_its_rows(cells, data):
-    weights, rows = np.array([w for w, _ in cells]), np.array([r for _, r in cells])
-    clusters = data.draw(st.integers(len(cells), int(rows.sum())))
-    found = cluster.allot(clusters, weights, rows)
-    assert found.dtype == np.int64
-    assert found.sum() == clusters
-    assert (found >= 1).all()
-    assert (found <= rows).all()
-    for a, b in itertools.permutations(range(len(cells)), 2):
-        if weights[a] > weights[b] * (1 + 1e-9) and rows[a] >= rows[b]:
-            assert found[a] >= found[b]
-
-
-def two_levels(
-    data: np.ndarray, weights: np.ndarray, clusters: int
-) -> tuple[np.ndarray, cluster.Cells, float]:
-    cells, cell_of = cluster.fit_cells(data, weights, clusters, 0, CONFIG)
-    fits = [
-        cluster.fit(data[cell_of == cell], weights[cell_of == cell], int(count), 0, CONFIG)
-        for cell, count in enumerate(np.diff(cells.starts))
-    ]
-    return np.concatenate([f.centroids for f in fits]), cells, sum(f.objective for f in fits)
-
-
-def test_two_levels_are_nearly_as_good_as_one():
-    """40 unequal blobs, 40 clusters: within 1.5 of the flat fit, far from a tenth of them."""
-    data = blobs(seed=20, count=40, each=50, dim=8)
-    weights = np.random.default_rng(21).integers(1, 5, len(data)).astype(np.float32)
-    centroids, cells, reported = two_levels(data, weights, 40)
-    assert centroids.shape == (40, 8)
-    assert len(cells.coarse) == 6
-    labels = cluster.assign(data, centroids, cells)
-    ours = float((squared_distances(data, centroids)[np.arange(len(data)), labels] * weights).sum())
-    assert ours == pytest.approx(reported, rel=1e-3), "labels by the rule of the fit"
-    flat = cluster.fit(data, weights, 40, 0, CONFIG).objective
-    coarse = cluster.fit(data, weights, 6, 0, CONFIG).objective
-    assert ours <= 1.5 * flat
-    assert ours < coarse / 10
-
-
-def test_labels_of_two_levels_equal_brute_force():
-    rng = np.random.default_rng(22)
-    data, coarse, centroids = (rng.standard_normal((n, 5)).astype(np.float32) for n in (500, 7, 30))
-    starts = np.array([0, 1, 5, 6, 14, 20, 29, 30])
-    labels = cluster.assign(data, centroids, cluster.Cells(coarse, starts))
-    assert labels.dtype == np.int32
-    for row, label in zip(data, labels, strict=True):
-        cell = ((coarse - row) ** 2).sum(axis=1).argmin()
-        mine = np.arange(starts[cell], starts[cell + 1])
-        assert label == mine[((centroids[mine] - row) ** 2).sum(axis=1).argmin()]
-
-
-def test_a_cell_without_vectors_is_left_out():
-    """Two different points and round(sqrt(10)) = 3 coarse cells."""
-    data = np.repeat(np.array([[0, 0], [9, 9]], np.float32), 8, axis=0)
-    cells, cell_of = cluster.fit_cells(data, np.ones(16, np.float32), 10, 0, CONFIG)
-    assert len(cells.coarse) == 2
-    assert np.diff(cells.starts).tolist() == [5, 5]
-    assert len(set(cell_of[:8])) == len(set(cell_of[8:])) == 1
-    with pytest.raises(ValueError, match="16 vectors cannot make 17 clusters"):
-        cluster.fit_cells(data, np.ones(16, np.float32), 17, 0, CONFIG)
 
 
 @pytest.mark.parametrize("seed", range(112, 120))

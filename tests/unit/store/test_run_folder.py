@@ -22,27 +22,12 @@ def run(tmp_path):
 def test_centroids(run):
     centroids = np.random.default_rng(1).standard_normal((5, 3)).astype(np.float32)
     for modality in schemas.MODALITIES:
+        assert not run.has_centroids(modality)
         run.save_centroids(modality, centroids)
+        assert run.has_centroids(modality)
         found = run.centroids(modality)
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, centroids)
-        assert run.cells(modality) == {}
-
-
-def test_centroids_in_cells(run):
-    assert not run.has_centroids("text")
-    centroids, coarse = np.eye(5, 3, dtype=np.float32), np.ones((2, 3), np.float32)
-    run.save_centroids("text", centroids, coarse=coarse, starts=np.array([0, 1, 5]))
-    assert run.has_centroids("text")
-    np.testing.assert_array_equal(run.centroids("text"), centroids)
-    cells = run.cells("text")
-    np.testing.assert_array_equal(cells.pop("coarse"), coarse)
-    assert cells.pop("starts").tolist() == [0, 1, 5]
-    assert cells == {}
-    weights = np.arange(5, dtype=np.float32)
-    run.save_cell_sample("text", 7, centroids, weights)
-    for saved, found in zip((centroids, weights), run.cell_sample("text", 7), strict=True):
-        np.testing.assert_array_equal(found, saved)
 
 
 def test_what_is_clustered_already(run):
