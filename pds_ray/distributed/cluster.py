@@ -137,7 +137,7 @@ def label_shard(
     return [np.unique(label[label >= 0], return_counts=True) for label in saved]
 
 
-def _begin(run: Run, shards: list[str]) -> dict[str, Any]:
+def _begin(run: Run) -> dict[str, Any]:
     """Return the record of the fits; clusters of other data or another configuration are removed.
 
     They belong to the pairs that pruning left and to all that the clusters depend on.
@@ -152,8 +152,6 @@ def _begin(run: Run, shards: list[str]) -> dict[str, Any]:
         return found
     folder.save_fits({})  # first, lest a removal that is cut short looks whole
     folder.clusters.delete_all()
-    if found:
-        folder.delete_labels(shards)
     begun = {"made_from": made_from, "fits": {}}
     folder.save_fits(begun)
     return begun
@@ -170,13 +168,13 @@ def cluster(run: Run) -> Counts:
             f"{config.pairs:,} clusters asked for, but pruning leaves {counts['kept']:,} pairs of "
             f"{counts['images_kept']:,} images; lower --pairs or --prune.ratio"
         )
-    begun, spaces = _begin(run, shards), config.cluster.spaces
+    begun, spaces = _begin(run), config.cluster.spaces
     for number, space in enumerate(spaces):
         if space in begun["fits"]:
             if run.folder.has_centroids(space):
                 continue
             # new centroids may differ from those that are gone in their last bits
-            run.folder.delete_labels(shards)
+            run.folder.delete_labels()
         parts = _sample(space, shards, run.store, run.folder, _sample_share(run, space), config)
         with progress_bar("cluster", len(spaces), "k-means", done=number) as bar:
             bar.set_postfix_str(f"{space}, K = {config.pairs:,}", refresh=False)

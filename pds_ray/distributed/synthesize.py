@@ -143,9 +143,8 @@ def _keep_images_alike(run: Run, precision: str) -> None:
     wanted = fingerprint(run.fingerprints["decode"], folder.hashes(before))
     batch = run.config.decode.batch_size
     made = f"{precision}, batches of {batch}" if run.decoder.dim is not None else "no model"
-    drawn_for = manifest.data.get("images_fingerprint")
-    if drawn_for != wanted:
-        folder.delete_images(folder.prototypes().num_rows if drawn_for else 0)
+    if manifest.data.get("images_fingerprint") != wanted:
+        folder.images.delete_all()
         manifest.update(images_fingerprint=wanted, images_made=made)
     begun = manifest.data.get("images_made", made)
     if begun != made and not folder.image_names():

@@ -164,7 +164,7 @@ def _train_queue(config: dict[str, Any]) -> None:
     if workers.rank == 0:
         require_shared(queue.results)
         ray.get(queue.groups.add.remote(queue.name, get_current_placement_group()))
-    # one worker's listing: a store may list late, and all must go on with the same trial
+    # one worker's listing: all must go on with the same trial
     finished = workers.broadcast(finished_trials(queue.results))
     states = States(queue.results / STATES, workers, queue.config.save_every_s)
     loader, features = Loader(inputs), core.Features()
@@ -223,7 +223,7 @@ class States:
         """Return the state that a trial was left in; empty if there is none."""
         if state_name(trial.key) not in self._there:
             return b""
-        # the first worker's, lest a store show an older one to another
+        # the first worker's: all must go on from the same state
         return self._workers.broadcast(self._read(trial) if self._workers.rank == 0 else b"")
 
     def _read(self, trial: core.Trial) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -12,11 +11,10 @@ from pds_ray.config import FREE_FIELDS, RunConfig, flatten, public, to_dict
 from pds_ray.errors import without_secrets
 from pds_ray.methods.base import Counts, Run, Stage
 from pds_ray.store.manifest import ManifestError, RunManifest, fingerprint
-from pds_ray.store.storage import StorageError, is_remote
+from pds_ray.store.storage import StorageError
 from pds_ray.telemetry import log
 from pds_ray.telemetry.progress import QUIET_S, progress_bar
 
-LISTING_WAITS_S = (0.0, 1.0, 4.0, 16.0)
 Markers = dict[str, dict[str, Any]]  # shard -> its commit marker
 
 
@@ -148,10 +146,10 @@ def forget_after(run: Run, stage: Stage) -> None:
 def read_embeddings(run: Run, stage: Stage) -> Run:
     """Return the run with the markers of its embedded shards; what stood on others is forgotten.
 
-    Raises StorageError if some do not show up.
+    Raises StorageError if some are lost.
     """
     expected = _expected(run)
-    found = run.embedded or _markers(run, expected)
+    found = run.embedded or _markers(run)
     if len(found) < expected:
         raise StorageError(
             f"{expected - len(found):,} shards that were embedded are not in "
@@ -180,7 +178,7 @@ def check_store(run: Run) -> Run:
 
 def unchanged(run: Run) -> Markers:
     """Return the markers if the store holds the same as when it was last read; else nothing."""
-    found = _markers(run, _expected(run))
+    found = _markers(run)
     return found if _content(found) == run.manifest.data.get("store_content") else {}
 
 
@@ -189,19 +187,10 @@ def _expected(run: Run) -> int:
     return len(run.shards) - run.counts("embed").get("failed_shards", 0)
 
 
-def _markers(run: Run, expected: int) -> Markers:
-    """Return the markers of the embedded shards, in order; failed shards have none.
-
-    Waits a while for as many as `expected`: a store may list late what it holds.
-    """
-    found: Markers = {}
-    for wait_s in LISTING_WAITS_S if is_remote(run.store.folder.path) else LISTING_WAITS_S[:1]:
-        time.sleep(wait_s)
-        markers = _committed(run)
-        found = {shard.name: markers[shard.name] for shard in run.shards if shard.name in markers}
-        if len(found) >= expected:
-            break
-    return found
+def _markers(run: Run) -> Markers:
+    """Return the markers of the embedded shards, in order; failed shards have none."""
+    markers = _committed(run)
+    return {shard.name: markers[shard.name] for shard in run.shards if shard.name in markers}
 
 
 def _committed(run: Run) -> Markers:

@@ -29,12 +29,14 @@ SET_SCHEMA_VERSION = 1
 DISTILLED = "distilled"
 """Name of the set below its run folder."""
 MANIFEST, CARD, PROTOTYPES = "manifest.json", "README.md", "prototypes.safetensors"
-METADATA = "imagefolder/metadata.jsonl"
+IMAGES = "imagefolder"
+"""Name of the folder of images and metadata below the set."""
+METADATA = f"{IMAGES}/metadata.jsonl"
 
 
 def image_path(file_name: str) -> str:
     """Return the name of an image below the set, from the file name in its record."""
-    return f"imagefolder/{file_name}"
+    return f"{IMAGES}/{file_name}"
 
 
 def tar_path(number: int) -> str:
@@ -169,17 +171,11 @@ def _read(folder: Folder) -> DistilledSet:
     captions = [row.get("text") or "" for row in rows]
     if not len(rows) == manifest["pairs"] == len(image) == len(text):
         raise _DamageError("its files disagree on the number of pairs")
-    if missing := _missing_images(folder, file_names):
+    if missing := file_names.difference((folder / IMAGES).names()):
         raise _DamageError(f"{len(missing)} images are gone ({min(missing)})")
     if _is_selection(manifest):  # its rows hold the chosen pair in place of what it does not have
         rows = [{**row, **dict.fromkeys(PROTOTYPE_FIELDS)} for row in rows]
     return DistilledSet(folder, captions, image, text, rows, manifest)
-
-
-def _missing_images(folder: Folder, file_names: set[str]) -> set[str]:
-    """Return the file names without an image; a store may list an image late, hence two looks."""
-    listed = (folder / METADATA.rpartition("/")[0]).names()
-    return {name for name in file_names.difference(listed) if not folder.exists(image_path(name))}
 
 
 def _is_selection(manifest: dict[str, Any]) -> bool:

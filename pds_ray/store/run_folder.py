@@ -82,7 +82,7 @@ from pds_ray.store.distilled_set import DISTILLED
 from pds_ray.store.distilled_set import MANIFEST as SET_MANIFEST
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.schemas import KEEP_SCHEMA, LABEL_SCHEMA, SHARD_SCHEMA
-from pds_ray.store.storage import Folder, StorageError, is_remote, side_by_side
+from pds_ray.store.storage import Folder, StorageError, side_by_side
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class RunFolder:
         """Return the SHA-256 of files by their names below the run folder.
 
         Temporary files that killed workers left beside them are deleted. `step` is called after
-        each file. The names are given, not listed: a store may list a file late. Raises
+        each file. The names are given, not listed, so that a lost file is noticed. Raises
         StorageError if one is missing.
         """
         for place in {name.rpartition("/")[0] for name in names} - {""}:
@@ -236,9 +236,9 @@ class RunFolder:
         suffix = self.labels_name("")
         return {name.removesuffix(suffix) for name in self.clusters.names(suffix)}
 
-    def delete_labels(self, shards: Iterable[str]) -> None:
-        """Delete the labels of shards, also those that a store does not list yet."""
-        self.clusters.delete_each(map(self.labels_name, shards))
+    def delete_labels(self) -> None:
+        """Delete the labels of all shards."""
+        self.clusters.delete_each(map(self.labels_name, self.labelled()))
 
     def labels(self, shard: str) -> tuple[np.ndarray, np.ndarray]:
         """Return image and text cluster of each pair of the shard, int32; -1 where pruned."""
@@ -260,12 +260,6 @@ class RunFolder:
     def image_names(self) -> list[str]:
         """Return the names of the images that are decoded, in the order of pairs."""
         return self.images.names(self.IMAGE_SUFFIX)
-
-    def delete_images(self, pairs: int) -> None:
-        """Delete all images, also those of `pairs` pairs that a store does not list yet."""
-        self.images.delete_all()
-        if is_remote(self.images.path):
-            self.images.delete_each(map(self.image_name, range(pairs)))
 
     def save_captions(self, captions: pa.Table) -> None:
         self.folder.write_table(self.CAPTIONS, captions)

@@ -2,8 +2,9 @@
 
 On a local disk a file is written under a temporary name, flushed and renamed. On an object store an
 object becomes visible when its upload is complete, so a plain write is atomic; its size is checked
-afterwards nevertheless. Stores fail, time out and show an object late: every call is retried with
-growing waits (`with_retries`).
+afterwards nevertheless. Stores fail and time out: every call is retried with growing waits
+(`with_retries`). A store must be strongly consistent, as S3, GCS, Azure, MinIO and Ceph are: what
+is written is found and listed at once.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ SPOOL_BYTES = 16 * 1024**2
 CALLS_AT_ONCE = 32
 """Concurrent calls: one by one, 40,000 round trips to an object store take half an hour."""
 
-_FACTS = (PermissionError, IsADirectoryError, NotADirectoryError)
+_FACTS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _REFUSED = re.compile(  # errors that a retry does not change
     r"AWS Error (ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH)"
     r"|HTTP status (3|4(?!08|29))\d\d|Bucket '.*' not found"
@@ -74,11 +75,8 @@ def is_remote(path: str) -> bool:
 def with_retries(action: Callable[[], Result], where: str) -> Result:
     """Call `action`, which works on `where`; retry errors of an object store with backoff.
 
-    On a local path it is called once. A missing object is retried too: a listing or a marker
-    promised it, and it may not be visible yet.
-
-    Raises FileNotFoundError if the object stays missing, and StorageError in one line if the store
-    refuses or keeps failing.
+    On a local path it is called once. Raises FileNotFoundError at once if the object is missing,
+    and StorageError in one line if the store refuses or keeps failing.
     """
     if not is_remote(where):
         return action()
@@ -88,8 +86,6 @@ def with_retries(action: Callable[[], Result], where: str) -> Result:
         except _FACTS:
             raise
         except OSError as error:
-            if wait_s is None and isinstance(error, FileNotFoundError):
-                raise
             if wait_s is None or _REFUSED.search(str(error)):
                 raise StorageError(
                     f"the object store fails at {where} ({first_line(error)}); check its address "

@@ -164,12 +164,10 @@ def test_a_run_on_a_failing_network(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name, raising=False)
     faults.errors = faults.cut_downloads = faults.cut_uploads = faults.delayed = 0.05
-    faults.hidden, faults.late = 1, 0.1
     done = process(*arguments(port))
     assert done.returncode == 0, done.stderr
     assert faults.struck > 10
     faults.errors = faults.cut_downloads = faults.cut_uploads = faults.delayed = 0
-    faults.hidden = 0
     made = stored(s3_port)
     check_same(made, reference)
     said = [done.stdout, done.stderr]

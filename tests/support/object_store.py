@@ -89,10 +89,6 @@ class Faults:
     """The connection closes in the middle of the answer's body."""
     cut_uploads: float = 0.0
     """The connection closes in the middle of the request's body."""
-    hidden: int = 0
-    """Number of looks at a new object (HEAD, GET) and of listings that do not find it,"""
-    late: float = 1.0
-    """for this share of the objects."""
     limit: int | None = None
     """Maximum number of errors and cuts."""
     struck: int = 0
@@ -105,7 +101,6 @@ class Faults:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
         self._lock = threading.Lock()
-        self._unseen: dict[str, int] = {}
         self._open = 0
 
     @contextmanager
@@ -132,31 +127,6 @@ class Faults:
     def delays(self, path: str) -> bool:
         with self._lock:
             return self._random.random() < self.delayed and re.search(self.only, path) is not None
-
-    def written(self, path: str) -> None:
-        with self._lock:
-            if path not in self._unseen:
-                late = self._random.random() < self.late
-                self._unseen[path] = self._unseen[f"{path}#listed"] = self.hidden if late else 0
-
-    def hides(self, path: str) -> bool:
-        with self._lock:
-            left = self._unseen.get(path, 0)
-            self._unseen[path] = max(0, left - 1)
-            return left > 0
-
-    def without_hidden(self, listing: bytes) -> bytes:
-        """A listing less the objects that are hidden from it."""
-
-        def entry(match: re.Match[bytes]) -> bytes:
-            key = re.search(rb"<Key>(.*?)</Key>", match[0])
-            return (
-                b""
-                if key and self.hides(f"/{BUCKET}/{unquote(key[1].decode())}#listed")
-                else match[0]
-            )
-
-        return re.sub(rb"<Contents>.*?</Contents>", entry, listing, flags=re.DOTALL)
 
 
 @contextmanager
@@ -190,9 +160,6 @@ def proxy(port: int, faults: Faults) -> Iterator[int]:
             if faults.strikes(faults.errors, path):
                 self._refuse()
                 return
-            if self.command in ("GET", "HEAD") and faults.hides(path):
-                self._answer(404, [], b"<Error><Code>NoSuchKey</Code></Error>")
-                return
             inner = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             try:
                 inner.request(self.command, self.path, body, dict(self.headers.items()))
@@ -200,14 +167,6 @@ def proxy(port: int, faults: Faults) -> Iterator[int]:
                 data, headers = answer.read(), answer.getheaders()
             finally:
                 inner.close()
-            if (
-                self.command in ("PUT", "POST")
-                and answer.status == 200
-                and "uploads" not in self.path
-            ):
-                faults.written(path)
-            if self.command == "GET" and b"<ListBucketResult" in data[:400]:
-                data = faults.without_hidden(data)
             if (
                 self.command == "GET"
                 and len(data) > 1

@@ -13,7 +13,6 @@ import pytest
 
 from pds_ray.config import RunConfig, replace
 from pds_ray.distributed import embed, pools, session, tasks
-from pds_ray.engine import state
 from pds_ray.engine.plan import make_run
 from pds_ray.engine.run import _run_stage, distill
 from pds_ray.recipes import recipe
@@ -42,7 +41,6 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         return reused, {shard.name: "is still away" for shard in todo}
 
     monkeypatch.setattr(scenes, "SHARD_SIZE", 10)
-    monkeypatch.setattr(state, "LISTING_WAITS_S", (0.0,))
     monkeypatch.setattr(session, "start", lambda *_: {})
     monkeypatch.setattr(tasks, "map_in_order", in_turn)
     monkeypatch.setattr(pools, "pool", lambda *_: None)

@@ -358,7 +358,7 @@ def waits(monkeypatch):
 
 def test_a_store_that_fails_is_asked_again(waits):
     action = Flaky(
-        OSError("AWS Error SLOW_DOWN"), FileNotFoundError(2, "not yet"), OSError("HTTP status 503")
+        OSError("AWS Error SLOW_DOWN"), OSError("broken pipe"), OSError("HTTP status 503")
     )
     assert with_retries(action, "s3://b/x") == "done"
     assert len(waits) == 3
@@ -387,6 +387,7 @@ def test_a_store_that_goes_on_failing_is_left(waits):
         (OSError("AWS Error ACCESS_DENIED during PutObject operation"), StorageError),
         (OSError("AWS Error UNKNOWN (HTTP status 400) during HeadObject operation"), StorageError),
         (PermissionError(13, "closed"), PermissionError),
+        (FileNotFoundError(2, "gone"), FileNotFoundError),
         (ZeroDivisionError(), ZeroDivisionError),
     ],
 )

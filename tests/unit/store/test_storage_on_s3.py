@@ -66,7 +66,7 @@ def test_a_network_that_fails_changes_nothing(s3_port, place, monkeypatch):
     """Every fault at a fifth of the requests; both we and boto3 read what was written."""
     monkeypatch.setattr(storage, "WAITS_S", (0.05,) * len(storage.WAITS_S))
     faults = Faults(
-        seed=7, errors=0.2, cut_downloads=0.2, cut_uploads=0.2, delayed=0.2, delay_s=0.05, hidden=1
+        seed=7, errors=0.2, cut_downloads=0.2, cut_uploads=0.2, delayed=0.2, delay_s=0.05
     )
     draw = random.Random(1)
     written = {
@@ -107,19 +107,11 @@ def test_a_store_that_goes_on_failing_is_one_line_without_secrets(s3_port, place
     assert KEY not in repr([folder, EmbeddingStore(folder)])
 
 
-def test_an_object_that_shows_late_is_waited_for(s3_port, place, monkeypatch):
-    monkeypatch.setattr(storage, "WAITS_S", (0.05, 0.05, 0.05))
-    with proxy(s3_port, Faults(hidden=2)) as port:
-        folder = Folder(uri(port, place))
-        folder.write_bytes("mine", b"1")
-        assert folder.exists("mine")  # its writer has waited for it
-        client(port).put_object(Bucket=BUCKET, Key=f"{place}/promised", Body=b"2")
-        assert folder.read_bytes("promised") == b"2"
-        assert folder.names() == []  # listings are behind longer
-    with proxy(s3_port, Faults(hidden=100)) as port:
-        client(port).put_object(Bucket=BUCKET, Key=f"{place}/never", Body=b"3")
-        with pytest.raises(FileNotFoundError):
-            Folder(uri(port, place)).read_bytes("never")
+def test_an_object_that_is_missing_is_asked_for_once(s3_port, place):
+    faults = Faults()
+    with proxy(s3_port, faults) as port, pytest.raises(FileNotFoundError):
+        Folder(uri(port, place)).read_bytes("never")
+    assert len(faults.requests) == len(set(faults.requests))
 
 
 def test_a_bucket_that_is_not_there_is_said_at_once(s3_port):
@@ -150,24 +142,22 @@ def test_markers_are_read_together_and_a_damaged_one_is_none(s3_port, place):
     }
 
 
-def test_files_that_are_not_listed_yet_are_hashed_and_deleted(s3_port, place, monkeypatch):
-    """Else they would pass for those of the next configuration, once they show."""
-    monkeypatch.setattr(storage, "WAITS_S", (0.05, 0.05))
-    with proxy(s3_port, Faults(hidden=1)) as port:
-        run = RunFolder(Folder(uri(port, place)))
-        run.save_labels("a", np.zeros(2, np.int32), np.ones(2, np.int32))
-        run.images.write_bytes(run.image_name(0), b"image")
-        names = ["clusters/a.labels.parquet", "images/000000.png"]
-        there = objects(s3_port, place)
-        assert there.keys() == set(names)
-        assert run.hash_files(names) == {
-            name: hashlib.sha256(data).hexdigest() for name, data in there.items()
-        }
-        run.delete_labels(["a", "b"])
-        run.delete_images(2)
-    assert objects(s3_port, place) == {}
+def test_files_of_a_run_are_hashed_and_deleted(s3_port, place):
+    run = RunFolder(Folder(uri(s3_port, place)))
+    run.save_labels("a", np.zeros(2, np.int32), np.ones(2, np.int32))
+    run.save_fits({"fits": {}})
+    run.images.write_bytes(run.image_name(0), b"image")
+    names = ["clusters/a.labels.parquet", "clusters/fits.json", "images/000000.png"]
+    there = objects(s3_port, place)
+    assert there.keys() == set(names)
+    assert run.hash_files(names) == {
+        name: hashlib.sha256(data).hexdigest() for name, data in there.items()
+    }
+    run.delete_labels()
+    run.images.delete_all()
+    assert objects(s3_port, place).keys() == {"clusters/fits.json"}
     with pytest.raises(StorageError, match="is not there"):
-        RunFolder(Folder(uri(s3_port, place))).hash_files(names)
+        run.hash_files(names)
 
 
 def test_a_large_object_is_not_held_in_memory(s3_port, place):
