@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import re
-import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
@@ -139,6 +138,8 @@ def _write_images(
     source: Folder, target: Folder, rows: list[Record], step: Callable[[], object]
 ) -> tuple[Files, Files]:
     """Copy the images into the set, and write them into tars with text and metadata."""
+    from webdataset import TarWriter
+
     images: Files = {}
     tars: Files = {}
 
@@ -150,12 +151,15 @@ def _write_images(
     for number, start in enumerate(range(0, len(rows), PAIRS_PER_TAR)):
         with (
             _written(target, tar_path(number), tars) as stream,
-            tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as tar,
+            # without times and owners: the same pairs give the same bytes
+            TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False) as tar,
         ):
             some = rows[start : start + PAIRS_PER_TAR]
             for row, (image, listed) in zip(some, side_by_side(copy, some), strict=True):
                 images |= listed
-                _add_pair(tar, row, image)
+                text, record = row["text"].encode(), _json_line(row).encode()
+                key = f"{row['pair']:06d}"
+                tar.write({"__key__": key, "png": image, "txt": text, "json": record})
                 step()
     return images, tars
 
@@ -191,16 +195,6 @@ def _written(target: Folder, name: str, files: Files) -> Iterator[_Hashed]:
 def _write(target: Folder, name: str, data: bytes, files: Files) -> None:
     with _written(target, name, files) as stream:
         stream.write(data)
-
-
-def _add_pair(tar: tarfile.TarFile, row: Record, image: bytes) -> None:
-    """Add one WebDataset sample, without times and owners: the same pairs give the same bytes."""
-    record = _json_line(row).encode()
-    for suffix, data in (("png", image), ("txt", row["text"].encode()), ("json", record)):
-        member = tarfile.TarInfo(f"{row['pair']:06d}.{suffix}")
-        member.size = len(data)
-        member.mode = 0o644
-        tar.addfile(member, io.BytesIO(data))
 
 
 def _json_line(row: Record) -> str:

@@ -5,7 +5,7 @@ distilled/
   manifest.json                SHA-256 and size of every other file; written last
   imagefolder/metadata.jsonl   file_name, text and metadata of each pair, for Hugging Face
   imagefolder/000000.png ...   `imagefolder`
-  webdataset/000000.tar ...    KEY.png, KEY.txt, KEY.json, for `webdataset`
+  webdataset/000000.tar ...    KEY.json, KEY.png, KEY.txt, for `webdataset`
   prototypes.safetensors       image_prototypes, text_prototypes float32 [B, d]
 """
 

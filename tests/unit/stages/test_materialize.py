@@ -214,14 +214,18 @@ def test_images_are_not_gathered(tmp_path, monkeypatch):
 def test_large_sets_are_cut_in_tars(tmp_path, monkeypatch):
     monkeypatch.setattr(materialize, "PAIRS_PER_TAR", 3)
     write_distilled(make_run(tmp_path), ABOUT, PDS_CARD)
-    names = sorted((tmp_path / "distilled" / "webdataset").iterdir())
-    assert [path.name for path in names] == ["000000.tar", "000001.tar", "000002.tar"]
-    keys = []
-    for path in names:
+    paths = sorted((tmp_path / "distilled" / "webdataset").iterdir())
+    assert [path.name for path in paths] == ["000000.tar", "000001.tar", "000002.tar"]
+    names = []
+    for path in paths:
         with tarfile.open(path) as tar:
-            keys += [member.name for member in tar if member.name.endswith(".txt")]
-            assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "")}
-    assert keys == [f"{pair:06d}.txt" for pair in range(len(CAPTIONS))]
+            names += tar.getnames()
+            owners = {(member.uid, member.gid, member.uname, member.gname) for member in tar}
+            assert owners == {(0, 0, "", "")}
+            assert {(member.mtime, member.mode) for member in tar} == {(0, 0o644)}
+    assert names == [
+        f"{pair:06d}.{suffix}" for pair in range(len(CAPTIONS)) for suffix in ("json", "png", "txt")
+    ]
 
 
 def test_the_card_has_front_matter_that_parses(finished):
