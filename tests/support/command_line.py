@@ -72,8 +72,9 @@ def content(run: Path) -> dict[str, bytes]:
 def check_same(run: Path, reference: Path) -> None:
     """Compare two runs byte by byte."""
     mine, expected = content(run), content(reference)
-    assert mine.keys() == expected.keys()
-    assert [name for name in expected if mine[name] != expected[name]] == []
+    assert mine.keys() == expected.keys(), mine.keys() ^ expected.keys()
+    different = [name for name in expected if mine[name] != expected[name]]
+    assert different == [], different
 
 
 def times(folder: Path, *but: str) -> dict[Path, int]:
