@@ -164,5 +164,5 @@ def method(name: str) -> Method:
 
 
 def selector(method: str) -> Selector:
-    """Return the selector of a method other than pds."""
+    """Return the selector of a method that chooses real pairs."""
     return cast("Selector", import_module(_known("selector", SELECTORS, method)))

@@ -1,4 +1,4 @@
-"""Every option of a run and of an evaluation: one small frozen dataclass per stage.
+"""Every option of a run and of an evaluation: one frozen dataclass per section.
 
 YAML files and the command line are views of these classes: an option added here is reachable from
 both, is checked by its type and bounds wherever it comes from, and explains itself in `--help`.
@@ -180,7 +180,7 @@ class EmbedConfig(Options, section="embed"):
 
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig(Options, section="select"):
-    """Choice of real pairs, for the methods other than pds."""
+    """Choice of real pairs, for methods that choose them."""
 
     forgotten: Literal["fewest", "most"] = option(
         "fewest", "method forgetting takes the pairs forgotten fewest or most times"
@@ -436,7 +436,7 @@ def _amounts(name: str, text: str) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Options):
-    """A whole distillation: source and result, and a section per stage."""
+    """A whole distillation: source, result, and sections of options."""
 
     source: str = option(
         "",
@@ -446,7 +446,7 @@ class RunConfig(Options):
     )
     out: str = option("", "run folder", "out", free=True)
     method: str = option(
-        "pds", "pds distils; the other methods choose real pairs", "method", choices=METHODS
+        "pds", "pds distils; the selectors choose real pairs", "method", choices=METHODS
     )
     pairs: int = option(100, "distilled pairs", "pairs", "num-pairs", "num_pairs", above=0)
     seed: int = option(0, "seed of all random draws", "seed", at_least=0, at_most=2**31 - 1)

@@ -1,0 +1,1 @@
+"""Backbones of evaluations. A new one: one file here and one line in catalog.BACKBONES."""

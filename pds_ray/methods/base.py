@@ -42,7 +42,7 @@ class Stage:
     unit: str = ""
     """The unit of its rate; "" for a stage without a rate."""
     counted: str = ""
-    """The entry of its counts that says how many of them the last session did."""
+    """The entry of its counts that holds the number of units done in the last session."""
     card: tuple[tuple[str, str], ...] = ()
     """Lines of the data-set card: (label, entry of its counts)."""
     plan: str = ""

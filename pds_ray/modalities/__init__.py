@@ -1,0 +1,1 @@
+"""From bytes to what a model takes, one file per modality: images, captions."""

@@ -9,7 +9,7 @@ A stage takes its start plus its phases, so never less than any resource needs f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -87,8 +87,7 @@ def make_plan(
     Raises ConfigError in one line for a run that is impossible or depends on unknown figures.
     """
     method_stages = catalog.method(config.method).stages
-    if not all(stage.plan for stage in method_stages):
-        raise ConfigError(f"method is {config.method!r}; only runs of pds can be planned")
+    _check_models(config.method, method_stages)
     if config.pairs > work.images:
         raise ConfigError(
             f"{config.pairs:,} pairs asked for, but there are only {work.images:,} images; "
@@ -122,6 +121,17 @@ def make_plan(
         egress_usd=work.bytes / 1e12 * prices["egress_tb"],
         prices=prices["from"],
     )
+
+
+def _check_models(method: str, stages: Sequence[Stage]) -> None:
+    """Raise ConfigError if a stage has no cost model."""
+    missing = [stage.name for stage in stages if not stage.plan]
+    if missing and method != "pds":
+        raise ConfigError(f"method is {method!r}; only runs of pds can be planned")
+    if missing:
+        raise ConfigError(
+            f"method is 'pds'; its stage {missing[0]} has no cost model, so it cannot be planned"
+        )
 
 
 def _model(stage: Stage) -> StageModel:

@@ -1,9 +1,10 @@
 """A training loop that can be stopped after any epoch and continued to the same bits.
 
-Whatever is random in a step must be drawn from generators that are seeded with what the step is
-(see `generator`), never from one that runs on. A state is then weights, optimizer and progress,
-without any generator, and steps that are repeated after an interruption are the same steps. What
-draws from torch's global generator is seeded by the loss.
+In a training that is to be continued, whatever is random in a step must be drawn from generators
+that are seeded with what the step is (see `generator`), never from one that runs on. A state is
+then weights, optimizer and progress, without any generator, and steps that are repeated after an
+interruption are the same steps. Where a module draws from torch's global generator, the function
+`loss` must seed that generator first. A training that is never continued may draw as it likes.
 
 An epoch is a list of batches. Training that knows no epochs, because each step draws fresh data,
 has one batch per epoch.

@@ -8,6 +8,7 @@ import fnmatch
 import inspect
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from pds_ray.sources.base import Sample
 from pds_ray.stages.embed import ShardCounts
 from pds_ray.store.heartbeat import BEAT_S, SILENT_S
 from pds_ray.telemetry import progress
+from tests.end_to_end.test_docs import write
 from tests.support.docs_pages import DOCS, PAGES, ROOT, Block, blocks, commands
 
 
@@ -150,6 +152,21 @@ def test_a_folder_laid_out_as_shown_can_be_read(
         assert list(source.read(shard)) == [
             Sample(image, b"jpeg", ("a caption",)) for image in images
         ]
+
+
+def test_the_edits_of_the_page_on_extending_fit_the_code(tmp_path: Path) -> None:
+    """The files are new, the diffs apply, and the result is Python; the long test also runs it."""
+    shown = [block for block in blocks(DOCS / "extending.md") if block.file]
+    edited = {block.file for block in shown if block.language == "diff"}
+    for file in edited:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    for block in shown:
+        assert block.language == "diff" or not (ROOT / block.file).exists()
+        write(block, tmp_path)
+    assert "pds_ray/catalog.py" in edited
+    for file in (block.file for block in shown):
+        ast.parse((tmp_path / file).read_text(encoding="utf-8"))
 
 
 def test_calls_are_found_in_a_shell_block() -> None:

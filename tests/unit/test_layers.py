@@ -15,7 +15,7 @@ from pds_ray import catalog
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PLUGINS = ("sources", "encoders", "decoders", "selectors", "distillers", "backbones")
+PLUGINS = ("sources", "encoders", "decoders", "selectors", "backbones")
 
 # The layers, top first: a module may import from its own folder and from any layer below it.
 # `catalog` names the plug-ins as text and imports them when asked, so it stands below them.
@@ -92,6 +92,21 @@ def layer(name: str) -> int | None:
 
 def test_every_module_has_a_layer():
     assert [name for name in MODULES if layer(name) is None and not name.startswith(FREE)] == []
+
+
+def test_the_layers_are_those_of_contributing():
+    rows = re.findall(r"^\| \d \| (.+?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert [re.findall(r"`(.+?)`", row) for row in rows] == [
+        [place(name) for name in names] for names in ORDER
+    ]
+
+
+def place(name: str) -> str:
+    """Return a module or folder as CONTRIBUTING.md writes it."""
+    if name == "pds_ray":
+        return "pds_ray/__init__.py"
+    short = name.removeprefix("pds_ray.")
+    return f"{short}.py" if (ROOT / "pds_ray" / f"{short}.py").exists() else f"{short}/"
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(MODULES) if layer(name) is not None])
@@ -193,11 +208,21 @@ def test_every_source_is_there(entry):
     assert callable(source.read)
 
 
-@pytest.mark.parametrize("entry", sorted({*catalog.ENCODERS.values(), *catalog.DECODERS.values()}))
+MODELS = (catalog.ENCODERS, catalog.TEXT_ENCODERS, catalog.DECODERS)
+
+
+@pytest.mark.parametrize("entry", sorted({entry for table in MODELS for entry in table.values()}))
 def test_every_model_plugin_is_there(entry):
     module = import_module(entry)
     assert callable(module.describe)
     assert callable(module.load)
+
+
+@pytest.mark.parametrize("entry", sorted(set(catalog.BACKBONES.values())))
+def test_every_backbone_is_there(entry):
+    module = import_module(entry)
+    assert callable(module.describe)
+    assert callable(module.build)
 
 
 @pytest.mark.parametrize("entry", sorted(catalog.SELECTORS.values()))

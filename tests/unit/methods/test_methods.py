@@ -17,7 +17,7 @@ from pds_ray.engine.run import distill
 from pds_ray.engine.status import status
 from pds_ray.engine.upkeep import verify
 from pds_ray.methods.base import Counts, Method, Run, Stage
-from pds_ray.methods.pds import EMBED, MATCH, PDS, PRUNE
+from pds_ray.methods.pds import DECODE, EMBED, MATCH, PDS, PRUNE
 from pds_ray.recipes import recipe
 from pds_ray.stages.materialize import about
 
@@ -56,8 +56,10 @@ def test_stages_are_named_once_and_no_option_is_read_twice(name: str) -> None:
 
 
 def test_neighbours_of_a_stage() -> None:
-    assert PDS.before("match").name == "cluster"
-    assert [stage.name for stage in PDS.after("decode")] == ["caption", "materialize"]
+    method = Method((EMBED, PRUNE, MATCH, DECODE), PDS.card)
+    assert method.before("match") is PRUNE
+    assert method.after("prune") == (MATCH, DECODE)
+    assert method.after("decode") == ()
 
 
 def count_keys(run: Run) -> Counts:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pds_ray import catalog
 from pds_ray.config import Actors
 from pds_ray.errors import ConfigError
 from pds_ray.methods.pds import PDS
@@ -317,7 +318,7 @@ def test_twice_the_pairs_are_never_cheaper(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"method": "random"}, "only runs of pds"),
+        ({"method": "random"}, "method is 'random'; only runs of pds can be planned"),
         ({"pairs": 2_000_000}, "only 1,000,000 images"),
         ({"embed__encoder": "demo"}, "nothing is known of encoder demo .*ViT-L-14"),
         ({"decode__model": "mine"}, "nothing is known of decoder mine"),
@@ -330,6 +331,16 @@ def test_impossible_plans(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words) as error:
         forecast(1_000_000, **changes)
     assert "\n" not in str(error.value)
+
+
+def test_a_stage_without_a_cost_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = PDS.replaced(replace(PDS.stage("match"), plan=""))
+    monkeypatch.setattr(catalog, "method", lambda _: method)
+    with pytest.raises(ConfigError) as error:
+        forecast(1_000_000)
+    assert str(error.value) == (
+        "method is 'pds'; its stage match has no cost model, so it cannot be planned"
+    )
 
 
 # ---- the engine that it models -----------------------------------------------------------------
