@@ -1,5 +1,4 @@
-"""Three small networks of different families for the built-in world: convolutions, attention, mixed
-tokens.
+"""Small networks for the built-in world: convolutions, attention, mixed tokens.
 
 They start from random weights, take images of 64 pixels and train in seconds on one CPU core. None
 has batch statistics, so that an image's features never depend on the other images.

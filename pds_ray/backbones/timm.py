@@ -1,6 +1,4 @@
-"""Any timm model: `NAME` with its published weights, `NAME:FILE` with yours, `NAME:scratch` with
-none.
-"""
+"""Any timm model: `NAME` (published weights), `NAME:FILE` (yours) or `NAME:scratch` (none)."""
 
 from __future__ import annotations
 
@@ -84,7 +82,7 @@ def _triple(values: Any) -> tuple[float, float, float]:
 
 
 def build(info: BackboneInfo, image_size: int) -> nn.Module:
-    """The model, adapted to `image_size` where its architecture is tied to one.
+    """Return the model, adapted to `image_size` where its architecture is tied to one.
 
     Raises ConfigError in one line if the weights cannot be had or do not fit.
     """

@@ -62,5 +62,5 @@ def load_captioned_images(uri: str, size: int) -> CaptionedImages:
 
 
 def to_signed(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 0..255 -> float32 -1..1, the range of the CLIP, the VAE and the pipeline."""
+    """Scale uint8 0..255 to float32 -1..1, the range of the CLIP, the VAE and the pipeline."""
     return pixels.float().div_(127.5).sub_(1)

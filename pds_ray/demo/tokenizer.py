@@ -1,6 +1,4 @@
-"""A CLIP tokenizer (byte-level BPE, lower case) with a small vocabulary of the captions' own
-words.
-"""
+"""A CLIP tokenizer (byte-level BPE, lower case) with a small vocabulary of the captions' words."""
 
 from __future__ import annotations
 

@@ -96,9 +96,7 @@ def swapped(caption: str, pairs: Sequence[tuple[str, str]], number: int) -> str:
 
 
 class CaptionTokens:
-    """Every caption of a data set, and its negative (see `swapped`), as ids that a step looks
-    up.
-    """
+    """Every caption of a data set and its negative (see `swapped`) as ids, looked up per step."""
 
     def __init__(
         self, tokenizer: CLIPTokenizer, data: CaptionedImages, swaps: Sequence[tuple[str, str]] = ()
@@ -171,7 +169,7 @@ def train_model(
 def embed_images(
     model: open_clip.CLIP, pixels: torch.Tensor, batch_size: int = 500
 ) -> torch.Tensor:
-    """uint8 [N, 3, S, S] -> projections, not normalised, float32 [N, d] on the CPU."""
+    """Return projections, not normalised: uint8 [N, 3, S, S] -> float32 [N, d] on the CPU."""
     device = model.logit_scale.device
     return torch.cat(
         [model.encode_image(to_signed(part).to(device)).cpu() for part in pixels.split(batch_size)]
@@ -182,7 +180,7 @@ def embed_images(
 def embed_captions(
     model: open_clip.CLIP, ids: torch.Tensor, batch_size: int = 2000
 ) -> torch.Tensor:
-    """Ids [N, context length] -> projections, not normalised, float32 [N, d] on the CPU."""
+    """Return projections of ids [N, context length], not normalised, float32 [N, d] on the CPU."""
     device = model.logit_scale.device
     return torch.cat(
         [model.encode_text(part.long().to(device)).cpu() for part in ids.split(batch_size)]

@@ -99,7 +99,7 @@ def load_clip(folder: Path, device: str) -> Clip:
 
 
 def make_vae(image_size: int, channels: Sequence[int], latent_channels: int) -> AutoencoderKL:
-    """A plain convolutional VAE; each of `channels` but the first halves the sides."""
+    """Return a plain convolutional VAE; each of `channels` but the first halves the sides."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
@@ -113,8 +113,9 @@ def make_vae(image_size: int, channels: Sequence[int], latent_channels: int) -> 
 
 
 def painting_loss(painted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L1 and L2 on pixels [B, 3, S, S], and L1 on their differences to right and lower neighbours
-    (edges).
+    """Return L1 and L2 on pixels, plus L1 on edges. float32 [B, 3, S, S] twice -> scalar.
+
+    Edges are differences to the right and lower neighbours.
     """
     error = painted.float() - target
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
@@ -185,7 +186,7 @@ def train_decoder(
 
 @torch.inference_mode()
 def encode_latents(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int = 250) -> torch.Tensor:
-    """uint8 [N, 3, S, S] -> means of the latents, float32 [N, C, S/f, S/f] on the CPU."""
+    """Return means of latents: uint8 [N, 3, S, S] -> float32 [N, C, S/f, S/f] on the CPU."""
     parts = []
     with progress_bar("encode", len(pixels), "images") as bar:
         for part in pixels.split(batch_size):

@@ -181,7 +181,7 @@ def unwrapped_errors() -> Iterator[None]:
 
 
 def _user_error(error: BaseException) -> UserError | None:
-    """Return what the user can mend among the causes of `error`, if there is anything."""
+    """Return the cause of `error` that the user can fix, if there is one."""
     if no_space(error):
         return UserError(no_space(error))
     cause = getattr(error, "cause", None)

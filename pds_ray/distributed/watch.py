@@ -31,7 +31,7 @@ def lost_blocks_allowed() -> Iterator[None]:
 
 
 class LostBlocks(logging.Handler):
-    """Counter of blocks that data sets lose in its `with` block, as told by Ray's log alone."""
+    """Counter of blocks that data sets lose in its `with` block; Ray reports them in its log."""
 
     _LOG = logging.getLogger(ray_private.DATA_LOG)
 

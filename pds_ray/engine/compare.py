@@ -147,7 +147,7 @@ def compare(
     """Make the missing sets, run the missing trials, write the table and return it.
 
     Interrupted and called again, it goes on. Raises UserError in one line for what the user can
-    mend, as far as possible before anything long starts.
+    fix, as far as possible before anything long starts.
     """
     if not config.out:
         raise ConfigError("no folder for the comparison: give --out FOLDER")

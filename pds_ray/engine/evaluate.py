@@ -61,7 +61,7 @@ def evaluate(path: str, config: EvaluateConfig, out: str | None = None) -> dict[
 
     Returns the results, and writes them to OUT/evaluation/ (default: the run folder or set itself).
     Interrupted and called again, it goes on with the missing trials. Raises UserError in one line
-    for what the user can mend.
+    for what the user can fix.
     """
     label, target = Folder(path).name, Folder(out or path)
     candidate = Candidate(label, path, config.protocol)
@@ -130,7 +130,7 @@ def plan(candidates: Iterable[Candidate], config: EvaluateConfig) -> Plan:
 
 
 def _splits(config: EvaluateConfig, protocols: list[ProtocolConfig]) -> dict[str, Split]:
-    """The test split, and the one that chooses the epoch if one of the protocols wants one."""
+    """Return the test split, and the one that chooses the epoch if a protocol wants one."""
     if not config.test:
         raise ConfigError(
             "no test split: give --test SOURCE (such as flickr30k:ROOT:test or scenes:1000:7)"

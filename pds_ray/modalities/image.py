@@ -103,7 +103,7 @@ def _upright(rgb: Image.Image, source: Image.Image) -> Image.Image:
         return rgb
     if not isinstance(orientation, int) or orientation not in range(2, 9):
         return rgb
-    # Pillow would also write the rest of the EXIF anew, and raise where that is damaged: it is
+    # Pillow would also write the rest of the EXIF again, and raise where that is damaged: it is
     # shown the orientation alone.
     info, rgb.info = rgb.info, {}
     rgb.getexif()[ExifTags.Base.Orientation] = orientation

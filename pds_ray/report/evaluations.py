@@ -1,4 +1,4 @@
-"""Reads evaluations of a run, and the comparison of a collection of sets."""
+"""Read evaluations of a run, and the comparison of a collection of sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads a run folder, or the folder of a comparison, into plain JSON-able values for the page.
+"""Read a run folder, or the folder of a comparison, into plain JSON-able values for the page.
 
 Nothing here knows of HTML. Parts that a run does not have (a selection has no clusters, an
 unfinished run no pairs) are None or empty, and what could not be read becomes a note.

@@ -1,5 +1,4 @@
-"""Forgetting (Toneva et al., 2019): pairs by how often a model that learns them all loses them
-again.
+"""Forgetting (Toneva et al., 2019): pairs by how often a model in training loses them again.
 
 The model is a linear map of each modality's embeddings, begun at the identity and trained with the
 symmetric contrastive loss. A pair is right in an epoch if each of its two sides ranks the other

@@ -1,9 +1,8 @@
-"""Evaluation: a trial trains one model on one set and measures retrieval on the test split; trials
-are then averaged.
+"""Evaluation: a trial trains one model on one set and measures retrieval; trials are averaged.
 
-The six recalls and r_mean are means over seeds with population standard deviations, as the
-published tables give them; over backbones, the means of the seeds are averaged first, and the
-deviation is that of these averages over the seeds (docs/methods.md, Evaluation).
+The six recalls on the test split and r_mean are means over seeds with population standard
+deviations, as the published tables give them; over backbones, the means of the seeds are averaged
+first, and the deviation is that of these averages over the seeds (docs/methods.md, Evaluation).
 """
 
 from __future__ import annotations

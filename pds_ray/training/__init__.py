@@ -1,3 +1,1 @@
-"""Training with torch: one deterministic loop, and the retrieval model that evaluation trains on
-it.
-"""
+"""Training with torch: one deterministic loop, and the retrieval model of evaluations on it."""

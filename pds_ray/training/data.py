@@ -47,7 +47,7 @@ class Pixels:
     std: tuple[float, float, float]
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [b, 3, S, S] -> float32, normalised per channel. Features pass unchanged."""
+        """Normalise uint8 [b, 3, S, S] per channel to float32; features pass unchanged."""
         if images.dtype != torch.uint8:
             return images
         shape = (1, 3, 1, 1)

@@ -24,7 +24,8 @@ def contrastive(logits: torch.Tensor) -> torch.Tensor:
 def info_nce(
     image: torch.Tensor, text: torch.Tensor, scale: float | torch.Tensor = SCALE
 ) -> torch.Tensor:
-    """Return the symmetric InfoNCE of unit embeddings, image [n, d] and text [m, d] (see
-    `contrastive`).
+    """Return the symmetric InfoNCE of unit embeddings, image [n, d] and text [m, d].
+
+    With m > n as in `contrastive`.
     """
     return contrastive(scale * image @ text.T)

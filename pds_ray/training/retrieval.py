@@ -1,8 +1,8 @@
-"""Train two towers on image-text pairs by a protocol, and measure retrieval with them
-(docs/methods.md, Evaluation).
+"""Train two towers on image-text pairs by a protocol, and measure retrieval with them.
 
-Batches, augmentation and dropout are functions of (seed, epoch, step, pair), never of the worker:
-several workers take slices of the same batches. A backbone that draws by itself (stochastic depth)
+The formulas are in docs/methods.md, "Evaluation". Batches, augmentation and dropout are functions
+of (seed, epoch, step, pair), never of the worker: several workers take slices of the same batches.
+A backbone that draws by itself (stochastic depth)
 is seeded by step and worker: a resumed training draws the same, several workers draw other values
 than one.
 """
@@ -50,8 +50,7 @@ class Batch:
     rows: torch.Tensor
     """int64 [b]."""
     moves: torch.Tensor | None
-    """float32 [B, 3]: this epoch's augmentation of each of the B pairs; None without augmentation.
-    """
+    """float32 [B, 3]: this epoch's augmentation of each of the B pairs; None for none."""
 
 
 def train_two_towers(
@@ -61,8 +60,9 @@ def train_two_towers(
     epochs: range,
     after_epoch: Callable[[int, torch.Tensor], None] = lambda _epoch, _loss: None,
 ) -> None:
-    """Train `model`, which is on the worker's device, for some epochs of the protocol (see
-    `loop.train`).
+    """Train `model`, which is on the worker's device, for some epochs of the protocol.
+
+    `after_epoch` is that of `loop.train`.
     """
     pairs, workers = training.pairs, training.workers
     wrapped = workers.wrap(model)

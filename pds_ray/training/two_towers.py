@@ -14,9 +14,7 @@ DROPOUT = 0.1
 
 
 class ResidualHead(nn.Module):
-    """LayerNorm(a + Dropout(W2 GELU(a))) with a = W1 x: the projection of VL-Distill, LoRS and
-    PDS.
-    """
+    """The projection of VL-Distill, LoRS and PDS: LayerNorm(a + Dropout(W2 GELU(a))), a = W1 x."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
@@ -25,7 +23,7 @@ class ResidualHead(nn.Module):
         self.norm = nn.LayerNorm(width_out)
 
     def forward(self, x: torch.Tensor, dropout: torch.Tensor | None) -> torch.Tensor:
-        """[b, width_in] -> [b, width_out].
+        """Project float32 [b, width_in] to [b, width_out].
 
         `dropout` is the scaled mask [b, width_out], None in evaluation.
         """
@@ -49,21 +47,19 @@ class TwoTowers(nn.Module):
     def forward(
         self, images: torch.Tensor, text: torch.Tensor, dropout: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embed b images and b text vectors; `dropout` holds the masks of both heads (see
-        `dropout_masks`).
-        """
+        """Embed b images and b text vectors; `dropout` is the result of `dropout_masks`."""
         image_mask, text_mask = (None, None) if dropout is None else dropout.unbind(1)
         return self.embed_images(images, image_mask), self.embed_text(text, text_mask)
 
     def embed_images(
         self, images: torch.Tensor, dropout: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """float32 [b, 3, S, S], or features [b, f] -> unit vectors [b, width]."""
+        """Return unit vectors [b, width] of images float32 [b, 3, S, S], or of features [b, f]."""
         x = images if self.backbone is None else self.backbone(images)
         return F.normalize(x if self.image_head is None else self.image_head(x, dropout), dim=1)
 
     def embed_text(self, text: torch.Tensor, dropout: torch.Tensor | None = None) -> torch.Tensor:
-        """float32 [b, t] -> unit vectors [b, width]."""
+        """Return unit vectors [b, width] of text vectors float32 [b, t]."""
         return F.normalize(self.text_head(text, dropout), dim=1)
 
 
