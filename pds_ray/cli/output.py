@@ -244,7 +244,7 @@ def print_rates(path: str, rates: dict[str, Any]) -> None:
 
 
 def _unit(unit: str, per: str) -> str:
-    return f"{unit} a {per}" if unit in ("s", "bytes") else f"{unit}/s a {per}"
+    return f"{unit} per {per}" if unit in ("s", "bytes") else f"{unit}/s per {per}"
 
 
 def _number(value: float) -> str:

@@ -25,6 +25,7 @@ from pds_ray.engine.plan import make_run, relevant
 from pds_ray.engine.run import distill
 from pds_ray.errors import without_secrets
 from pds_ray.methods.base import Run
+from pds_ray.recipes import protocol_name
 from pds_ray.stages.trial import MEASURES, Candidate
 from pds_ray.store.evaluation_folder import (
     AVERAGE,
@@ -159,12 +160,12 @@ def compare(
     judged = replace(judged, {"ray": config.ray})
     rows, shards = [], []
     for entry in entries(config, methods, sizes, judged):
-        plan = make_run(entry.run)
-        encoder, shards = plan.encoder, plan.shards
+        run = make_run(entry.run)
+        encoder, shards = run.encoder, run.shards
         evaluation.text_encoder(
             entry.evaluation.protocol, entry.label, encoder.name, encoder.space, encoder.dim
         )
-        rows.append(_on_shared_store(entry, plan, root))
+        rows.append(_on_shared_store(entry, run, root))
     evaluation.check(judged, [entry.evaluation.protocol for entry in rows], shards)
     root.create()
     for number, entry in enumerate(rows):
@@ -190,7 +191,7 @@ def _table(
         "source": without_secrets(config.source),
         "test": results[rows[0].label]["test"],
         "protocol": {
-            "name": evaluation.protocol_name(judged),
+            "name": protocol_name(judged),
             **dataclasses.asdict(judged.protocol),
         },
         "seeds": judged.seeds,
@@ -199,11 +200,11 @@ def _table(
     }
 
 
-def _on_shared_store(entry: Entry, plan: Run, root: Folder) -> Entry:
+def _on_shared_store(entry: Entry, run: Run, root: Folder) -> Entry:
     """Return the entry with its embeddings in the store of all that are made the same way."""
     if entry.run.embed.store:
         return entry
-    store = (root / store_name(plan.fingerprints["embed"])).path
+    store = (root / store_name(run.fingerprints["embed"])).path
     return dataclasses.replace(entry, run=replace(entry.run, {"embed.store": store}))
 
 

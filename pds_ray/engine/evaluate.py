@@ -47,7 +47,7 @@ MIN_PAIRS = 2  # a pair needs another to differ from
 
 
 @dataclass(frozen=True)
-class Plan:
+class Evaluation:
     """A validated evaluation."""
 
     config: EvaluateConfig
@@ -98,7 +98,7 @@ def evaluate_all(
 
     Trials are kept in FOLDER/trials/.
     """
-    planned = plan(candidates, config)
+    evaluation = make_evaluation(candidates, config)
     results = folder / TRIALS
     results.create()
     with results.lock():
@@ -107,14 +107,17 @@ def evaluate_all(
         from pds_ray.distributed.evaluate import run_trials
 
         done = finished_trials(results)
-        todo = {trial.key: trial for trial in planned.trials if trial.key not in done}
+        todo = {trial.key: trial for trial in evaluation.trials if trial.key not in done}
         if todo:  # sets that do not differ share their trials
             session.start(config.ray)
-            run_trials(list(todo.values()), planned.sets, planned.splits, results, config)
-    return {checked.candidate.label: _result(checked, planned, results) for checked in planned.sets}
+            run_trials(list(todo.values()), evaluation.sets, evaluation.splits, results, config)
+    return {
+        checked.candidate.label: _result(checked, evaluation, results)
+        for checked in evaluation.sets
+    }
 
 
-def plan(candidates: Iterable[Candidate], config: EvaluateConfig) -> Plan:
+def make_evaluation(candidates: Iterable[Candidate], config: EvaluateConfig) -> Evaluation:
     """Check sets, sources, backbones and text encoders, and list the trials.
 
     Raises ConfigError, SourceError or DistilledSetError in one line; nothing long has started by
@@ -126,7 +129,7 @@ def plan(candidates: Iterable[Candidate], config: EvaluateConfig) -> Plan:
     sets = [_check(candidate) for candidate in candidates]
     _require_held_out(sets, splits)
     trials = [trial for checked in sets for trial in _trials(checked, backbones, splits, config)]
-    return Plan(config, splits, sets, trials)
+    return Evaluation(config, splits, sets, trials)
 
 
 def _splits(config: EvaluateConfig, protocols: list[ProtocolConfig]) -> dict[str, Split]:
@@ -282,10 +285,10 @@ def _content(distilled: DistilledSet) -> list[Any]:
     return [[files[name]["sha256"] for name in trained_on], distilled.captions]
 
 
-def _result(checked: CheckedSet, planned: Plan, results: Folder) -> dict[str, Any]:
+def _result(checked: CheckedSet, evaluation: Evaluation, results: Folder) -> dict[str, Any]:
     """Return the finished trials of a set as one JSON value."""
-    config, protocol = planned.config, checked.candidate.protocol
-    mine = [trial for trial in planned.trials if trial.label == checked.candidate.label]
+    config, protocol = evaluation.config, checked.candidate.protocol
+    mine = [trial for trial in evaluation.trials if trial.label == checked.candidate.label]
     found = {trial.key: results.read_json(result_name(trial.key)) for trial in mine}
     backbones = {
         name: [
@@ -299,7 +302,7 @@ def _result(checked: CheckedSet, planned: Plan, results: Folder) -> dict[str, An
     counts = found[mine[0].key]["splits"]
     splits = {
         name: {"source": without_secrets(split.uri), **counts[name]}
-        for name, split in planned.splits.items()
+        for name, split in evaluation.splits.items()
         if name == "test" or protocol.select == "val"
     }
     return {
@@ -322,11 +325,11 @@ def _result(checked: CheckedSet, planned: Plan, results: Folder) -> dict[str, An
             for name, trials in backbones.items()
         ],
         **average(list(backbones.values())),
-        "notes": _notes(checked, planned),
+        "notes": _notes(checked, evaluation),
     }
 
 
-def _notes(checked: CheckedSet, planned: Plan) -> list[str]:
+def _notes(checked: CheckedSet, evaluation: Evaluation) -> list[str]:
     """Return notes for a reader of the figures."""
     protocol, notes = checked.candidate.protocol, []
     if protocol.select == "test":
@@ -334,8 +337,8 @@ def _notes(checked: CheckedSet, planned: Plan) -> list[str]:
             "the epoch was chosen on the test split, as in the published evaluation: "
             "figures are optimistic"
         )
-    if planned.splits["test"].part:
-        test = without_secrets(planned.config.test)
+    if evaluation.splits["test"].part:
+        test = without_secrets(evaluation.config.test)
         notes.append(
             f"no validation split is known for {test}: every {VALIDATION_EVERY}th image "
             "of it chose the epoch, the others were the test; --val SOURCE gives one"

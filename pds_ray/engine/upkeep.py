@@ -214,8 +214,7 @@ def retry_failed(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
 
     def prepare(run: Run) -> None:
         for shard in shards:
-            run.store.fail(
-                shard, "to be tried again"
-            )  # what is embedded of it stands until it succeeds
+            # what is embedded of the shard stands until it succeeds
+            run.store.fail(shard, "to be tried again")
 
     return engine.redo(run.config, ["embed"], prepare)

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from pds_ray.report.evaluations import AVERAGE
-
-Json = dict[str, Any]
+from pds_ray.report.values import Json
+from pds_ray.store.evaluation_folder import AVERAGE
 
 INK, GRID, FADED, PAPER = "#2a2d33", "#e2dfd8", "#8a8f98", "#fdfcfa"
 SERIES = ("#0072b2", "#c4520a", "#00795a", "#a8447c", "#8f6200", "#4b5563")

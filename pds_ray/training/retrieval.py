@@ -2,9 +2,8 @@
 
 The formulas are in docs/methods.md, "Evaluation". Batches, augmentation and dropout are functions
 of (seed, epoch, step, pair), never of the worker: several workers take slices of the same batches.
-A backbone that draws by itself (stochastic depth)
-is seeded by step and worker: a resumed training draws the same, several workers draw other values
-than one.
+A backbone that draws by itself (stochastic depth) is seeded by step and worker: a resumed training
+draws the same, several workers draw other values than one.
 """
 
 from __future__ import annotations

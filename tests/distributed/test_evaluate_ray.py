@@ -80,7 +80,7 @@ def in_process(path: Path, config: EvaluateConfig) -> list[dict]:
     )
     pairs = TrainingPairs(images, encoded(distilled.captions))
     test, val = gallery(config.test), gallery(str(ScenesSource(config.test).validation))
-    planned: list[Trial] = evaluation.plan(
+    planned: list[Trial] = evaluation.make_evaluation(
         [Candidate("x", str(path), config.protocol)], config
     ).trials
     data = TrialData(pairs, val, test)
@@ -98,7 +98,9 @@ def trial_files(folder: Path) -> dict[str, int]:
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     """Two queues side by side; the first trial finds a state that is damaged."""
     path = scenes_set(tmp_path_factory.mktemp("evaluated") / "set")
-    planned = evaluation.plan([Candidate("x", str(path), CONFIG.protocol)], CONFIG).trials
+    planned = evaluation.make_evaluation(
+        [Candidate("x", str(path), CONFIG.protocol)], CONFIG
+    ).trials
     states = path / "evaluation" / "trials" / "state"
     states.mkdir(parents=True)
     (states / f"{planned[0].key}.safetensors").write_bytes(b"half of a state")
@@ -363,7 +365,7 @@ def test_a_folder_that_the_workers_do_not_see_is_one_line(evaluated, tmp_path: P
     folder.
     """
     config = replace(CONFIG, seeds=1, max_failures=0)
-    plan = evaluation.plan([Candidate("x", str(evaluated[0]), config.protocol)], config)
+    plan = evaluation.make_evaluation([Candidate("x", str(evaluated[0]), config.protocol)], config)
     with pytest.raises(UserError, match=f"^{tmp_path} is not to be seen on all nodes") as caught:
         distributed.run_trials(plan.trials, plan.sets, plan.splits, Folder(str(tmp_path)), config)
     assert "\n" not in str(caught.value)

@@ -38,7 +38,7 @@ def test_a_plan_names_every_stage_its_bottleneck_and_its_formulas(
         assert any(line.startswith(f"{stage:<12} ") for line in lines)
         assert any(line.startswith(f"{stage}: start ") for line in lines)
     assert (
-        "encode images: 4.00e+08 images / 1,068 images/s a GPU = 104 GPU-h, at most 64 at once"
+        "encode images: 4.00e+08 images / 1,068 images/s per GPU = 104 GPU-h, at most 64 at once"
         in out
     )
     assert "989 TFLOP/s x 17.5% / 162 GFLOP (published: clip-retrieval" in out

@@ -17,8 +17,8 @@ from tests.support.hand_made_set import scenes_set
 CONFIG = EvaluateConfig(test="scenes:60:7", backbones="small_conv", seeds=1)
 
 
-def plan(path: Path, config: EvaluateConfig) -> evaluation.Plan:
-    return evaluation.plan([Candidate("set", str(path), config.protocol)], config)
+def plan(path: Path, config: EvaluateConfig) -> evaluation.Evaluation:
+    return evaluation.make_evaluation([Candidate("set", str(path), config.protocol)], config)
 
 
 def test_val_is_never_test(tmp_path: Path) -> None:

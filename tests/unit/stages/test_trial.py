@@ -217,12 +217,12 @@ CONFIG = EvaluateConfig(test="scenes:20:7", backbones="small_vit,small_mixer", s
 
 def planned(
     path: Path, config: EvaluateConfig = CONFIG, label: str = "a", **changes
-) -> evaluation.Plan:
+) -> evaluation.Evaluation:
     candidate = Candidate(label, str(path), replace(config.protocol, **changes))
-    return evaluation.plan([candidate], replace(config, protocol=candidate.protocol))
+    return evaluation.make_evaluation([candidate], replace(config, protocol=candidate.protocol))
 
 
-def keys(plan: evaluation.Plan) -> list[str]:
+def keys(plan: evaluation.Evaluation) -> list[str]:
     return [trial.key for trial in plan.trials]
 
 
@@ -301,10 +301,10 @@ def test_each_set_may_choose_its_epoch_its_own_way(tmp_path: Path):
     folder = str(scenes_set(tmp_path))
     on_test = EvaluateConfig(test="scenes:20:7", seeds=1, protocol=ProtocolConfig(select="test"))
     by_val = replace(on_test.protocol, select="val")
-    plan = evaluation.plan(
+    plan = evaluation.make_evaluation(
         [Candidate("a", folder, on_test.protocol), Candidate("b", folder, by_val)], on_test
     )
     assert set(plan.splits) == {"val", "test"}
-    alone = keys(evaluation.plan([Candidate("a", folder, on_test.protocol)], on_test))
+    alone = keys(evaluation.make_evaluation([Candidate("a", folder, on_test.protocol)], on_test))
     assert [trial.key for trial in plan.trials if trial.label == "a"] == alone
     assert not set(alone) & {trial.key for trial in plan.trials if trial.label == "b"}
