@@ -11,7 +11,7 @@ from pds_ray.config import public
 from pds_ray.engine.upkeep import Problem
 from pds_ray.errors import printable
 from pds_ray.methods.base import Run, Stage
-from pds_ray.store.evaluation_folder import COMPARISON, TABLE
+from pds_ray.store.evaluation_folder import AVERAGE, COMPARISON, RECALL_TITLES, TABLE
 from pds_ray.store.manifest import rate
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
@@ -143,16 +143,6 @@ def print_problems(files: int, problems: list[Problem]) -> None:
     )
 
 
-MEASURE_TITLES = {
-    "tr@1": "TR@1",
-    "tr@5": "TR@5",
-    "tr@10": "TR@10",
-    "ir@1": "IR@1",
-    "ir@5": "IR@5",
-    "ir@10": "IR@10",
-}
-
-
 def print_evaluation(result: dict[str, Any]) -> None:
     """Print an evaluation as a table: mean and deviation over the seeds, in percent."""
     about, test = result["set"], result["test"]
@@ -169,7 +159,7 @@ def print_evaluation(result: dict[str, Any]) -> None:
         say(f"note      {note}")
     rows = [([part["name"], str(len(part["trials"]))], part) for part in result["backbones"]]
     if len(rows) > 1:
-        rows.append((["average", ""], result))
+        rows.append(([AVERAGE, ""], result))
     _print_recalls(
         ["backbone", "seeds"], rows, max(len(part["trials"]) for part in result["backbones"])
     )
@@ -181,12 +171,12 @@ def print_comparison(out: str, table: dict[str, Any]) -> None:
     test = table["test"]
     say("", f"source    {table['source']}")
     say(f"test      {test['source']}: {test['images']:,} images, {test['captions']:,} captions")
-    names = sorted({cell["backbone"] for cell in table["cells"]} - {"average"})
+    names = sorted({cell["backbone"] for cell in table["cells"]} - {AVERAGE})
     protocol, average = table["protocol"]["name"], ", ".join(names)
     say(f"protocol  {protocol}; average of {average}; seeds: {table['seeds']}")
     for note in table["notes"]:
         say(f"note      {note}")
-    cells = [cell for cell in table["cells"] if cell["backbone"] == "average"]
+    cells = [cell for cell in table["cells"] if cell["backbone"] == AVERAGE]
     cells.sort(key=lambda cell: cell["pairs"])  # stable: methods stay in their order
     rows = [([str(cell["pairs"]), cell["method"]], cell) for cell in cells]
     _print_recalls(["pairs", "method"], rows, table["seeds"])
@@ -200,7 +190,7 @@ def _print_recalls(
     widths = [
         max(len(title), *(len(cells[i]) for cells, _ in rows)) for i, title in enumerate(titles)
     ]
-    measures = {**MEASURE_TITLES, "r_mean": "r_mean"}
+    measures = {**RECALL_TITLES, "r_mean": "r_mean"}
 
     def line(left: list[str], right: list[str]) -> str:
         return "  ".join(

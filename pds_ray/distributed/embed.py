@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from pds_ray import catalog
 from pds_ray.config import ConfigError, EmbedConfig, RayConfig, ReadConfig, RunConfig
-from pds_ray.distributed import TASK_RETRIES, metrics, pools, process, tasks, watch
+from pds_ray.distributed import TASK_RETRIES, isolated, metrics, pools, process, tasks, watch
 from pds_ray.distributed.embed_workers import (
     FATAL,
     STORE,
@@ -36,7 +36,6 @@ from pds_ray.distributed.embed_workers import (
     commit_parts,
     decode,
 )
-from pds_ray.distributed.isolated import Limits, embed_isolated
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import UserError, first_line
 from pds_ray.methods.base import Counts, Run
@@ -421,11 +420,12 @@ def _embed_in_subprocess(shard: Shard, work: _Work, in_flight: watch.InFlight) -
     """Embed and commit a shard in a child process; return its counts, or why it cannot be read."""
     in_flight.begin(shard.name)
     load = partial(process.load_model, catalog.load_encoder, work.info, work.config.precision)
-    limits = Limits(
+    limits = isolated.Limits(
         work.ray.sample_timeout_s, min(MAX_GROWTH_BYTES, psutil.virtual_memory().available // 2)
     )
+    alone = isolated.Work(work.source, shard, work.info, load, work.read, work.config)
     try:
-        tables = embed_isolated(work.source, shard, work.info, load, work.read, work.config, limits)
+        tables = isolated.embed_isolated(alone, limits)
     except SourceError as error:
         return first_line(error)
     counts = core.shard_counts(*tables)

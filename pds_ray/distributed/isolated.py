@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -47,6 +46,19 @@ class Limits:
     """Growth of its process meanwhile."""
 
 
+@dataclass(frozen=True)
+class Work:
+    """The embedding of one shard. Pickles."""
+
+    source: Source
+    shard: Shard
+    info: EncoderInfo
+    load: Callable[[], Encoder]
+    """Called in the child."""
+    read: ReadConfig
+    config: EmbedConfig
+
+
 @dataclass
 class _Known:
     """Results and findings of the children that worked on a shard so far."""
@@ -61,45 +73,47 @@ class _Known:
     """(step, ordinal) -> number of processes that died there."""
 
 
-def embed_isolated(
-    source: Source,
-    shard: Shard,
-    info: EncoderInfo,
-    load: Callable[[], Encoder],
-    read: ReadConfig,
-    config: EmbedConfig,
-    limits: Limits,
-) -> tuple[pa.Table, pa.Table, pa.Table]:
+def embed_isolated(work: Work, limits: Limits) -> tuple[pa.Table, pa.Table, pa.Table]:
     """Return the image, caption and error tables of a shard.
 
-    `load` is called in the child and must pickle. Raises SourceError if the shard cannot be read or
-    more than MAX_REFUSED of its samples kill their process, RuntimeError if loading the encoder
-    kills it; other errors of the child are raised here.
+    Raises SourceError if the shard cannot be read or more than MAX_REFUSED of its samples kill
+    their process, RuntimeError if loading the encoder kills it; other errors of the child are
+    raised here.
     """
     known = _Known()
-    while not _attempt(known, limits, source, shard, info, load, read, config):
+    while not _attempt(known, limits, work):
         if len(known.refused) > MAX_REFUSED:
             raise SourceError(
-                f"more than {MAX_REFUSED} samples of {shard.name} kill the process that decodes "
-                "them"
+                f"more than {MAX_REFUSED} samples of {work.shard.name} kill the process that "
+                "decodes them"
             )
     return core.merge_parts(part for parts in known.blocks.values() for part in parts)
 
 
-def _attempt(known: _Known, limits: Limits, source: Source, shard: Shard, *work: Any) -> bool:
+def _attempt(known: _Known, limits: Limits, work: Work) -> bool:
     """Run one child, which adds to `known`; return whether it got through the shard."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    arguments = (theirs, set(known.blocks), known.refused, known.one_by_one, source, shard, *work)
-    child = context.Process(target=_child, args=arguments, daemon=True)
+    done = _Done(set(known.blocks), known.refused, known.one_by_one)
+    child = context.Process(target=_child, args=(theirs, done, work), daemon=True)
     child.start()
     theirs.close()
     try:
-        return _listen(child, ours, known, limits, shard)
+        return _listen(child, ours, known, limits, work.shard)
     finally:
         child.kill()
         child.join()
         ours.close()
+
+
+@dataclass(frozen=True)
+class _Done:
+    """The part of `_Known` that a new child needs."""
+
+    blocks: set[int]
+    """First ordinals of the embedded blocks."""
+    refused: dict[int, tuple[str, str]]
+    one_by_one: set[int]
 
 
 @dataclass
@@ -184,41 +198,20 @@ def _memory(child: SpawnProcess) -> int:
     return psutil.Process(child.pid).memory_info().rss
 
 
-def _child(
-    pipe: Connection,
-    done: set[int],
-    refused: dict[int, tuple[str, str]],
-    one_by_one: set[int],
-    source: Source,
-    shard: Shard,
-    info: EncoderInfo,
-    load: Callable[[], Encoder],
-    read: ReadConfig,
-    config: EmbedConfig,
-) -> None:
-    def about_to(what: str, ordinal: int, rows: int) -> None:
-        pipe.send((what, ordinal, rows))
-
+def _child(pipe: Connection, done: _Done, work: Work) -> None:
+    """Embed the blocks that are not done; send each, and every step before it is taken."""
     _die_with_parent()
     try:
-        encoder = load()
-        about_to(READ, 0, 0)
-        for block in core.read_blocks(source, shard):
+        encoder = work.load()
+        pipe.send((READ, 0, 0))
+        for block in core.read_blocks(work.source, work.shard):
             first = block.column("ordinal")[0].as_py()
-            if first in done:
+            if first in done.blocks:
                 continue
-            marked = _refuse(block, refused)
-            decoded = core.decode_block(
-                marked, info.preprocess, read, lambda ordinal: about_to(DECODE, ordinal, 1)
-            )
-            step = 1 if first in one_by_one else max(1, decoded.num_rows)
-            parts = []
-            for start in range(0, decoded.num_rows, step):
-                rows = decoded.slice(start, step)
-                about_to(ENCODE, rows.column("ordinal")[0].as_py(), rows.num_rows)
-                parts.append(core.embed_block(rows, encoder, info.preprocess.size, config))
+            marked = _refuse(block, done.refused)
+            parts = _embed_block(marked, encoder, pipe, work, first in done.one_by_one)
             pipe.send(("block", first, parts))
-            about_to(READ, first, 0)
+            pipe.send((READ, first, 0))
         pipe.send(("end",))
     except UserError as error:
         pipe.send(("error", error))
@@ -226,6 +219,23 @@ def _child(
         pipe.send(
             ("error", RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
         )
+
+
+def _embed_block(
+    block: pa.Table, encoder: Encoder, pipe: Connection, work: Work, one_by_one: bool
+) -> list[core.Part]:
+    """Decode and embed a block, as one part or row by row; send each step before it is taken."""
+    preprocess = work.info.preprocess
+    decoded = core.decode_block(
+        block, preprocess, work.read, lambda ordinal: pipe.send((DECODE, ordinal, 1))
+    )
+    step = 1 if one_by_one else max(1, decoded.num_rows)
+    parts = []
+    for start in range(0, decoded.num_rows, step):
+        rows = decoded.slice(start, step)
+        pipe.send((ENCODE, rows.column("ordinal")[0].as_py(), rows.num_rows))
+        parts.append(core.embed_block(rows, encoder, preprocess.size, work.config))
+    return parts
 
 
 def _die_with_parent() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 
@@ -20,62 +22,65 @@ def sum_shard(
 ) -> core.Sums:
     """Sum the vectors of a shard per matched clusters."""
     captions = store.captions(shard, ["key", "image_row", "embedding"])
-    return core.shard_sums(
+    pairs = core.ShardPairs(
         shard,
         captions.column("key").to_pylist(),
         embeddings(store.images(shard, ["embedding"])),
         captions.column("image_row").to_numpy(),
         embeddings(captions),
         *folder.labels(shard),
-        matches,
-        clusters,
     )
+    return core.shard_sums(pairs, matches, clusters)
+
+
+def _matches(couples: pa.Table, only_shared: bool) -> core.Matches:
+    """Return the matched clusters; empty ones are averaged whole, and all unless `only_shared`."""
+    names = ("image_cluster", "text_cluster", "pairless")
+    image, text, empty = (couples.column(name).to_numpy(zero_copy_only=False) for name in names)
+    return core.Matches(image, text, empty if only_shared else np.ones_like(empty))
+
+
+def _columns_of_matches(match: np.ndarray, couples: pa.Table, sums: core.Sums) -> dict[str, Any]:
+    """Return the columns that a prototype has from its match; int64 [B] are their numbers."""
+    clusters = {
+        name: couples.column(name).to_numpy()[match]
+        for name in ("image_cluster", "text_cluster", "shared")
+    }
+    return {
+        **clusters,
+        "member_norm": sums.image_norm[match] / sums.image_count[match],
+        "members": [sums.members[number] for number in match],
+    }
 
 
 def make_prototypes(run: Run) -> Counts:
     """Write prototypes.parquet; return what became of the matched clusters."""
     shards, store, config = run.shard_names, run.store, run.config
-    dim, table = run.encoder.dim, run.folder.couples()
-    names = ("image_cluster", "text_cluster", "pairless")
-    image_cluster, text_cluster, pairless = (
-        table.column(name).to_numpy(zero_copy_only=False) for name in names
-    )
-    matches = core.Matches(
-        image_cluster, text_cluster, pairless if config.match.filter else np.ones_like(pairless)
-    )
+    couples = run.folder.couples()
+    matches = _matches(couples, config.match.filter)
     with progress_bar("prototypes", 3 * len(shards), "shards") as bar:
-        sums = core.empty_sums(np.arange(len(matches.whole)), dim)
+        sums = core.empty_sums(np.arange(len(matches.whole)), run.encoder.dim)
         for part in tasks.map_in_order(sum_shard, shards, store, run.folder, matches, config.pairs):
             core.add_sums(sums, part)
             bar.update()
         prototypes = core.means(sums)
-        count = len(prototypes.match)
         caption = nearest("captions", shards, store, prototypes.text, bar)
         image = nearest("images", shards, store, prototypes.image, bar)
-    of = prototypes.match
-    run.folder.save_prototypes(
-        pa.table(
-            {
-                "pair": np.arange(count, dtype=np.int32),
-                "image_prototype": vector_array(prototypes.image),
-                "text_prototype": vector_array(prototypes.text),
-                "cosine": prototypes.cosine,
-                "image_cluster": matches.image_cluster[of],
-                "text_cluster": matches.text_cluster[of],
-                "shared": table.column("shared").to_numpy()[of],
-                "member_norm": sums.image_norm[of] / sums.image_count[of],
-                "caption": caption["caption"],
-                "caption_shard": caption["shard"],
-                "caption_key": caption["key"],
-                "caption_cosine": caption["cosine"],
-                "nearest_shard": image["shard"],
-                "nearest_key": image["key"],
-                "nearest_cosine": image["cosine"],
-                "members": [sums.members[match] for match in of],
-            },
-            schema=prototype_schema(dim),
-        )
-    )
+    count = len(prototypes.match)
+    columns = _columns_of_matches(prototypes.match, couples, sums) | {
+        "pair": np.arange(count, dtype=np.int32),
+        "image_prototype": vector_array(prototypes.image),
+        "text_prototype": vector_array(prototypes.text),
+        "cosine": prototypes.cosine,
+        "caption": caption["caption"],
+        "caption_shard": caption["shard"],
+        "caption_key": caption["key"],
+        "caption_cosine": caption["cosine"],
+        "nearest_shard": image["shard"],
+        "nearest_key": image["key"],
+        "nearest_cosine": image["cosine"],
+    }
+    run.folder.save_prototypes(pa.table(columns, schema=prototype_schema(run.encoder.dim)))
     return {
         "prototypes": count,
         "empty_couples": len(matches.whole) - count,

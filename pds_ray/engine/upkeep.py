@@ -89,38 +89,11 @@ def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
     damaged one.
     """
     run = _open(path, changes)
-    problems: list[Problem] = []
+    markers = run.store.committed() if "embed" in run.done else {}
+    problems = list(_disagreements(run, markers)) if "embed" in run.done else []
     promises: list[_Promise] = []
-    markers: dict[str, dict[str, Any]] = {}
-    if recorded := run.manifest.data.get("shards_sha256"):
-        promises.append(_Promise("embed", run.folder.folder, RunFolder.SHARDS, recorded))
-    for stage in run.done:
-        if stage == "embed":
-            markers = run.store.committed()
-            problems += list(_disagreements(run, markers))
-            for shard, marker in markers.items():
-                hashes = marker["sha256"].items()
-                promises += [
-                    _Promise(stage, run.store.folder, name, sha256, shard)
-                    for name, sha256 in hashes
-                ]
-            continue
-        manifest = RunFolder.hashes_name(stage)
-        try:
-            hashes = run.folder.folder.read_json(manifest).items()
-        except FileNotFoundError:
-            problems.append(Problem(stage, manifest, "missing"))
-        except (ValueError, AttributeError):
-            problems.append(Problem(stage, manifest, "corrupt"))
-        else:
-            promises += [
-                _Promise(stage, run.folder.folder, name, sha256) for name, sha256 in hashes
-            ]
-        if stage == "materialize":
-            promises += [
-                _Promise(stage, run.folder.distilled, name, sha256)
-                for name, sha256 in _set_files(run)
-            ]
+    for found in _promised(run, markers):
+        (problems if isinstance(found, Problem) else promises).append(found)
     with progress_bar("verify", len(promises) + len(markers), "files") as bar:
         for problem in side_by_side(_Promise.problem, promises):
             problems += [problem] if problem else []
@@ -131,6 +104,32 @@ def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
             problems += [problem] if problem else []
             bar.update()
     return len(promises), problems
+
+
+def _promised(run: _Run, markers: dict[str, dict[str, Any]]) -> Iterator[_Promise | Problem]:
+    """Yield each file that a manifest promises; a problem for a manifest that cannot be read."""
+    folder = run.folder.folder
+    if recorded := run.manifest.data.get("shards_sha256"):
+        yield _Promise("embed", folder, RunFolder.SHARDS, recorded)
+    for shard, marker in markers.items():
+        for name, sha256 in marker["sha256"].items():
+            yield _Promise("embed", run.store.folder, name, sha256, shard)
+    for stage in run.done:
+        if stage == "embed":  # its markers are its manifest
+            continue
+        manifest = RunFolder.hashes_name(stage)
+        try:
+            hashes = folder.read_json(manifest).items()
+        except FileNotFoundError:
+            yield Problem(stage, manifest, "missing")
+        except (ValueError, AttributeError):
+            yield Problem(stage, manifest, "corrupt")
+        else:
+            for name, sha256 in hashes:
+                yield _Promise(stage, folder, name, sha256)
+        if stage == "materialize":
+            for name, sha256 in _set_files(run):
+                yield _Promise(stage, run.folder.distilled, name, sha256)
 
 
 def _set_files(run: _Run) -> list[tuple[str, str]]:

@@ -15,13 +15,14 @@ from pds_ray.store.evaluation_folder import (
     AVERAGE,
     COMPARISON,
     EVALUATION,
+    RECALL_TITLES,
     evaluation_names,
     result_name,
 )
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder, is_remote
 
-RECALLS = ("tr@1", "tr@5", "tr@10", "ir@1", "ir@5", "ir@10", "r_mean")
+RECALLS = (*RECALL_TITLES, "r_mean")
 STRIP = 8
 """Pairs shown of each set on the page of a comparison."""
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError)

@@ -14,7 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from pds_ray.report.values import Json
-from pds_ray.store.evaluation_folder import AVERAGE
+from pds_ray.store.evaluation_folder import AVERAGE, RECALL_TITLES
 
 INK, GRID, FADED, PAPER = "#2a2d33", "#e2dfd8", "#8a8f98", "#fdfcfa"
 SERIES = ("#0072b2", "#c4520a", "#00795a", "#a8447c", "#8f6200", "#4b5563")
@@ -41,15 +41,7 @@ SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
 HATCHES = ("", "/", ".", "x", "-", "\\")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-RECALL_NAMES = {
-    "tr@1": "TR@1",
-    "tr@5": "TR@5",
-    "tr@10": "TR@10",
-    "ir@1": "IR@1",
-    "ir@5": "IR@5",
-    "ir@10": "IR@10",
-    "r_mean": "mean",
-}
+RECALL_NAMES = {**RECALL_TITLES, "r_mean": "mean"}
 HOVER_WIDTH, HOVER_LINES = 48, 4
 BINS = 40
 
@@ -377,7 +369,7 @@ def _error(values: list[float | None]) -> Json:
 def _recalls(evaluation: Json) -> Json:
     series = [(row["name"], row["mean"], row["std"]) for row in evaluation["backbones"]]
     if len(series) > 1:
-        series.append(("average", evaluation["mean"], evaluation["std"]))
+        series.append((AVERAGE, evaluation["mean"], evaluation["std"]))
     traces = [
         go.Bar(
             x=list(RECALL_NAMES.values()),

@@ -62,40 +62,45 @@ def empty_sums(match: np.ndarray, dim: int) -> Sums:
     )
 
 
-def shard_sums(
-    shard: str,
-    keys: list[str],
-    image_vectors: np.ndarray,
-    image_row: np.ndarray,
-    text_vectors: np.ndarray,
-    image_cluster: np.ndarray,
-    text_cluster: np.ndarray,
-    matches: Matches,
-    clusters: int,
-) -> Sums:
-    """Sum over the pairs of one shard.
+@dataclass(frozen=True)
+class ShardPairs:
+    """The m pairs of one shard and its n images."""
 
-    The shard's n images are float32 [n, d]; its m pairs are keys [m], the row of each one's image,
-    integers [m], text vectors, float32 [m, d], and labels, int32 [m] (-1 where pruned).
-    """
+    shard: str
+    keys: list[str]
+    """Keys of the pairs [m]."""
+    image_vectors: np.ndarray
+    """float32 [n, d]."""
+    image_row: np.ndarray
+    """Integers [m]: the row of each pair's image."""
+    text_vectors: np.ndarray
+    """float32 [m, d]."""
+    image_cluster: np.ndarray
+    """int32 [m]: labels, -1 where pruned."""
+    text_cluster: np.ndarray
+    """int32 [m]: labels, -1 where pruned."""
+
+
+def shard_sums(pairs: ShardPairs, matches: Matches, clusters: int) -> Sums:
+    """Sum over the pairs of one shard; `clusters` is the K of each k-means."""
     count = len(matches.image_cluster)
     of_image = np.full(clusters + 1, -1)  # one more slot: label -1 finds -1
     of_text = np.full(clusters + 1, -1)
     of_image[matches.image_cluster] = of_text[matches.text_cluster] = np.arange(count)
-    image_match, text_match = of_image[image_cluster], of_text[text_cluster]
+    image_match, text_match = of_image[pairs.image_cluster], of_text[pairs.text_cluster]
     whole = np.append(matches.whole, False)
     shared = (image_match == text_match) & (image_match >= 0)
     on_image = np.flatnonzero(shared | whole[image_match])
     on_text = np.flatnonzero(shared | whole[text_match])
 
     touched = np.unique(np.concatenate([image_match[on_image], text_match[on_text]]))
-    sums = empty_sums(touched, image_vectors.shape[1])
+    sums = empty_sums(touched, pairs.image_vectors.shape[1])
     image_group = np.searchsorted(touched, image_match[on_image])
     text_group = np.searchsorted(touched, text_match[on_text])
-    used, row_of_used = np.unique(image_row[on_image], return_inverse=True)
-    images = image_vectors[used].astype(np.float64)  # each once, however many captions it has
+    used, row_of_used = np.unique(pairs.image_row[on_image], return_inverse=True)
+    images = pairs.image_vectors[used].astype(np.float64)  # each once, however many captions it has
     sums.image += _summed(images, row_of_used, image_group, len(touched))
-    texts = text_vectors[on_text].astype(np.float64)
+    texts = pairs.text_vectors[on_text].astype(np.float64)
     sums.text += _summed(texts, np.arange(len(texts)), text_group, len(touched))
     norms = np.linalg.norm(images, axis=1)[row_of_used]
     sums.image_norm += np.bincount(image_group, weights=norms, minlength=len(touched))
@@ -103,7 +108,7 @@ def shard_sums(
     sums.text_count += np.bincount(text_group, minlength=len(touched))
     for pair, row in zip(on_image, image_group, strict=True):
         if len(sums.members[row]) < MEMBER_SAMPLE:
-            sums.members[row].append(f"{shard}/{keys[pair]}")
+            sums.members[row].append(f"{pairs.shard}/{pairs.keys[pair]}")
     return sums
 
 

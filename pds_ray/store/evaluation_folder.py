@@ -22,6 +22,15 @@ EVALUATION, TRIALS, STATES = "evaluation", "trials", "state"
 COMPARISON, TABLE = "comparison.json", "comparison.csv"
 AVERAGE = "average"
 """Name that the cells of a comparison give to the average over backbones."""
+RECALL_TITLES = {
+    "tr@1": "TR@1",
+    "tr@5": "TR@5",
+    "tr@10": "TR@10",
+    "ir@1": "IR@1",
+    "ir@5": "IR@5",
+    "ir@10": "IR@10",
+}
+"""The recalls in the files -> how they are written for a person."""
 RESULT_SUFFIX, STATE_SUFFIX = ".json", ".safetensors"
 
 

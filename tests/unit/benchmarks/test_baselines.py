@@ -104,13 +104,9 @@ def test_prototypes_are_those_of_the_package(pairs):
     keys = [str(row) for row in range(ROWS)]
     ours = prototypes.means(
         prototypes.shard_sums(
-            "s",
-            keys,
-            image,
-            np.arange(len(keys)),
-            text,
-            image_labels,
-            text_labels,
+            prototypes.ShardPairs(
+                "s", keys, image, np.arange(len(keys)), text, image_labels, text_labels
+            ),
             couples,
             CLUSTERS,
         )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pds_ray.config import EmbedConfig, ReadConfig
-from pds_ray.distributed.isolated import MAX_REFUSED, Limits, embed_isolated
+from pds_ray.distributed.isolated import MAX_REFUSED, Limits, Work, embed_isolated
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.modalities.image import Preprocess
 from pds_ray.sources.base import Sample, Shard, SourceError
@@ -69,7 +69,7 @@ def _poison_works(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(folder: Path, info: EncoderInfo, load=Sums, limits: Limits = PATIENT):
     source = WebDatasetSource(str(folder / "*.tar"))
     (shard,) = source.shards()
-    return embed_isolated(source, shard, info, load, READ, EMBED, limits), (source, shard)
+    return embed_isolated(Work(source, shard, info, load, READ, EMBED), limits), (source, shard)
 
 
 def good_ones(folder: Path, info: EncoderInfo, without: set[int]):
@@ -143,7 +143,7 @@ def test_a_shard_that_is_gone(folder: Path, info: EncoderInfo) -> None:
     (shard,) = source.shards()
     (folder / "shard.tar").unlink()
     with pytest.raises(SourceError, match="shard was listed but cannot be opened"):
-        embed_isolated(source, shard, info, Sums, READ, EMBED, PATIENT)
+        embed_isolated(Work(source, shard, info, Sums, READ, EMBED), PATIENT)
 
 
 class Refused:
@@ -160,7 +160,7 @@ class Refused:
 
 def test_a_shard_that_its_store_refuses(info: EncoderInfo) -> None:
     with pytest.raises(SourceError, match=r"cannot read shard s: the object store fails.*403"):
-        embed_isolated(Refused(), Refused().shards()[0], info, Sums, READ, EMBED, PATIENT)
+        embed_isolated(Work(Refused(), Refused().shards()[0], info, Sums, READ, EMBED), PATIENT)
 
 
 def test_a_shard_full_of_poison_is_given_up(folder: Path, info: EncoderInfo, monkeypatch) -> None:

@@ -256,7 +256,11 @@ def test_a_forced_pairless_couple(clusters, expected):
     keys = [str(i) for i in range(len(image))]
     made = prototypes.means(
         prototypes.shard_sums(
-            "s", keys, vectors[0], np.arange(len(keys)), vectors[1], image, text, pairs, clusters
+            prototypes.ShardPairs(
+                "s", keys, vectors[0], np.arange(len(keys)), vectors[1], image, text
+            ),
+            pairs,
+            clusters,
         )
     )
     assert len(made.match) == expected

@@ -46,12 +46,14 @@ def sums_of(seed: int, places: tuple[int, ...] = (), **size: int) -> core.Sums:
     for number, mine in enumerate(rows):
         keys = [f"k{row}" for row in mine]
         part = core.shard_sums(
-            f"s{number}",
-            keys,
-            *shared_images(image_vectors[mine]),
-            text_vectors[mine],
-            image[mine],
-            text[mine],
+            core.ShardPairs(
+                f"s{number}",
+                keys,
+                *shared_images(image_vectors[mine]),
+                text_vectors[mine],
+                image[mine],
+                text[mine],
+            ),
             matches,
             clusters,
         )
@@ -104,7 +106,11 @@ def test_rounding_is_that_of_one_addition_after_the_other(seed, pairs):
     lengths = 10.0 ** np.random.default_rng(seed).integers(-30, 30, (pairs, 1))
     image_vectors = (image_vectors * lengths).astype(np.float32)
     part = core.shard_sums(
-        "s", [""] * pairs, *shared_images(image_vectors), text_vectors, image, text, matches, 3
+        core.ShardPairs(
+            "s", [""] * pairs, *shared_images(image_vectors), text_vectors, image, text
+        ),
+        matches,
+        3,
     )
     for vectors, found, side in ((image_vectors, part.image, 0), (text_vectors, part.text, 1)):
         expected = np.zeros((3, vectors.shape[1]))
@@ -265,12 +271,9 @@ def test_perfectly_paired_clusters_give_the_planted_means():
     keys = [str(row) for row in range(len(image))]
     made = core.means(
         core.shard_sums(
-            "s",
-            keys,
-            *shared_images(image_vectors),
-            text_vectors,
-            image,
-            text_of[image],
+            core.ShardPairs(
+                "s", keys, *shared_images(image_vectors), text_vectors, image, text_of[image]
+            ),
             matches,
             clusters,
         )
@@ -285,7 +288,9 @@ def test_whole_couples_take_their_two_clusters_though_they_share_pairs():
     keys = [f"k{row}" for row in range(len(image))]
     made = core.means(
         core.shard_sums(
-            "s", keys, *shared_images(image_vectors), text_vectors, image, text, whole, 4
+            core.ShardPairs("s", keys, *shared_images(image_vectors), text_vectors, image, text),
+            whole,
+            4,
         )
     )
     assert sorted(made.match) == [0, 1, 2, 3]
