@@ -1,4 +1,5 @@
-"""`pds-ray compare` as a Ray job:
+"""`pds-ray compare` as a Ray job.
+
 ray job submit --working-dir . -- python jobs/compare.py --config run.yaml ...
 """
 

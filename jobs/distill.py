@@ -1,4 +1,5 @@
-"""`pds-ray distill` as a Ray job:
+"""`pds-ray distill` as a Ray job.
+
 ray job submit --working-dir . -- python jobs/distill.py --config run.yaml ...
 """
 

@@ -1,5 +1,6 @@
-"""The embedding stage alone as a Ray job:
-ray job submit --working-dir . -- python jobs/embed.py --config run.yaml ...
+"""The embedding stage alone as a Ray job.
+
+    ray job submit --working-dir . -- python jobs/embed.py --config run.yaml ...
 
 `jobs/distill.py` with the same options does the rest.
 """

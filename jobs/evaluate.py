@@ -1,5 +1,6 @@
-"""`pds-ray evaluate` as a Ray job:
-ray job submit --working-dir . -- python jobs/evaluate.py SET --config evaluation.yaml ...
+"""`pds-ray evaluate` as a Ray job.
+
+    ray job submit --working-dir . -- python jobs/evaluate.py SET --config evaluation.yaml ...
 
 SET is a run folder or a distilled set where the cluster finds it.
 """

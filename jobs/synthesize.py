@@ -1,5 +1,6 @@
-"""The images alone as a Ray job, from existing prototypes:
-ray job submit --working-dir . -- python jobs/synthesize.py --config run.yaml ...
+"""The images alone as a Ray job, from existing prototypes.
+
+    ray job submit --working-dir . -- python jobs/synthesize.py --config run.yaml ...
 
 `jobs/distill.py` with the same options and `--only embed,prune,cluster,match,prototypes` makes the
 prototypes.

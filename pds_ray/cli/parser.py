@@ -93,7 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_distill_commands(commands)
     _add_evaluate_commands(commands)
-    _add_planning(commands)
+    _add_bench(commands)
+    _add_plan(commands)
     _add_viewers(commands)
     _add_upkeep(commands)
     _add_cluster(commands)
@@ -152,21 +153,7 @@ def _add_distill_commands(commands: Commands) -> None:
     _add_config_options(select, ("", *_read_by(catalog.SELECTORS), "ray"))
 
 
-def _add_evaluate_commands(commands: Commands) -> None:
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="train models on a distilled set and measure retrieval",
-        allow_abbrev=False,
-        description="Trains fresh models on a distilled set, ours or any in its layout, and "
-        "measures image-text retrieval on a held-out split. Repeating an interrupted command "
-        "continues it.",
-        epilog="Values come from the protocol, then the YAML file, then the command line. Every "
-        "option has a flag.",
-    )
-    evaluate.add_argument("set", metavar="SET", help="run folder or distilled set")
-    _add_config_file(evaluate)
-    evaluate.add_argument("--out", metavar="FOLDER", help="where evaluation/ is made [SET]")
-    evaluate.add_argument("--json", action="store_true", help="print the result as JSON")
+def _add_compare(commands: Commands) -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare",
         help="methods side by side: distil, select, train, measure, tabulate",
@@ -190,6 +177,25 @@ def _add_evaluate_commands(commands: Commands) -> None:
     compare.add_argument(
         "--redo", action="store_true", help="redo what depends on a changed configuration"
     )
+    return compare
+
+
+def _add_evaluate_commands(commands: Commands) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="train models on a distilled set and measure retrieval",
+        allow_abbrev=False,
+        description="Trains fresh models on a distilled set, ours or any in its layout, and "
+        "measures image-text retrieval on a held-out split. Repeating an interrupted command "
+        "continues it.",
+        epilog="Values come from the protocol, then the YAML file, then the command line. Every "
+        "option has a flag.",
+    )
+    evaluate.add_argument("set", metavar="SET", help="run folder or distilled set")
+    _add_config_file(evaluate)
+    evaluate.add_argument("--out", metavar="FOLDER", help="where evaluation/ is made [SET]")
+    evaluate.add_argument("--json", action="store_true", help="print the result as JSON")
+    compare = _add_compare(commands)
     # each run gets its own method and pairs
     _add_config_options(compare, ("source", "out", "seed", *_read_by(catalog.METHODS), "ray"))
     _add_config_options(evaluate, top=EvaluateConfig)
@@ -204,7 +210,7 @@ def _add_evaluate_commands(commands: Commands) -> None:
         )
 
 
-def _add_planning(commands: Commands) -> None:
+def _add_bench(commands: Commands) -> None:
     bench = commands.add_parser(
         "bench",
         help="measure this machine for pds-ray plan",
@@ -219,6 +225,9 @@ def _add_planning(commands: Commands) -> None:
     _add_config_options(
         bench, ("source", "read", "embed", "decode", "ray.num_cpus", "ray.object_store_gib")
     )
+
+
+def _add_plan(commands: Commands) -> None:
     plan = commands.add_parser(
         "plan",
         help="estimate time, hardware and cost of a run",

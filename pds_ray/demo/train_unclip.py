@@ -122,6 +122,10 @@ def painting_loss(painted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return error.abs().mean() + SQUARE_WEIGHT * error.square().mean() + EDGE_WEIGHT * edges
 
 
+def _schedule(args: argparse.Namespace, steps: int, learning_rate: float) -> Schedule:
+    return Schedule(steps, learning_rate, checkpoint_every=args.checkpoint_every, seed=args.seed)
+
+
 def train_vae(
     vae: AutoencoderKL, pixels: torch.Tensor, args: argparse.Namespace, settings: dict
 ) -> None:
@@ -139,12 +143,7 @@ def train_vae(
         pull = posterior.kl().mean() / posterior.mean[0].numel()
         return painting_loss(painted, target) + KL_WEIGHT * pull
 
-    schedule = Schedule(
-        args.vae_steps,
-        args.vae_learning_rate,
-        checkpoint_every=args.checkpoint_every,
-        seed=args.seed,
-    )
+    schedule = _schedule(args, args.vae_steps, args.vae_learning_rate)
     train("train VAE", vae, loss, schedule, args.out / "checkpoint" / "vae", settings)
 
 
@@ -168,12 +167,7 @@ def train_decoder(
             painted = vae.decode((latents[rows] + LATENT_NOISE * noise).to(device)).sample
         return painting_loss(painted, to_signed(pixels[rows]).to(device))
 
-    schedule = Schedule(
-        args.decoder_steps,
-        args.vae_learning_rate,
-        checkpoint_every=args.checkpoint_every,
-        seed=args.seed,
-    )
+    schedule = _schedule(args, args.decoder_steps, args.vae_learning_rate)
     train(
         "train decoder",
         vae.decoder,
@@ -349,12 +343,7 @@ def train_unet(
         error = F.mse_loss(guess.float(), target, reduction="none").mean((1, 2, 3))
         return (loss_weight[times].to(device) * error).mean()
 
-    schedule = Schedule(
-        args.unet_steps,
-        args.unet_learning_rate,
-        checkpoint_every=args.checkpoint_every,
-        seed=args.seed,
-    )
+    schedule = _schedule(args, args.unet_steps, args.unet_learning_rate)
     train("train UNet", unet, loss, schedule, args.out / "checkpoint" / "unet", settings)
 
 

@@ -68,12 +68,8 @@ def train(
     """
     average = copy.deepcopy(model).requires_grad_(False)
     both = nn.ModuleDict({"model": model, "average": average})
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model.parameters(), schedule.weight_decay),
-        lr=schedule.learning_rate,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+    groups = parameter_groups(model.parameters(), schedule.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.98), fused=True)
     checkpoint = Folder(str(folder))
     done = _restore(checkpoint, both, optimizer, settings)
     model.train()

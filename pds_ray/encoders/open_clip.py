@@ -134,14 +134,24 @@ def _describe_builtin(name: str, model: str, weights: str) -> EncoderInfo:
         )
     if Path(weights).expanduser().is_file():
         checkpoint = Path(weights).expanduser().resolve()
-        return EncoderInfo(
-            name=name,
-            dim=int(architecture["embed_dim"]),
-            space=file_sha256(checkpoint),
-            identity=f"{model}:{file_sha256(checkpoint)}",
-            preprocess=_preprocess(architecture, {}),
-            load_args=(("model_name", model), ("pretrained", str(checkpoint))),
-        )
+        return _describe_checkpoint(name, model, architecture, checkpoint)
+    return _describe_tag(name, model, architecture, weights)
+
+
+def _describe_checkpoint(
+    name: str, model: str, architecture: dict[str, Any], checkpoint: Path
+) -> EncoderInfo:
+    return EncoderInfo(
+        name=name,
+        dim=int(architecture["embed_dim"]),
+        space=file_sha256(checkpoint),
+        identity=f"{model}:{file_sha256(checkpoint)}",
+        preprocess=_preprocess(architecture, {}),
+        load_args=(("model_name", model), ("pretrained", str(checkpoint))),
+    )
+
+
+def _describe_tag(name: str, model: str, architecture: dict[str, Any], weights: str) -> EncoderInfo:
     from open_clip import pretrained
 
     tag = pretrained.get_pretrained_cfg(model, weights)

@@ -103,22 +103,25 @@ def bench(config: RunConfig) -> dict[str, Any]:
         bar.update()
         figures |= _in_a_process(_ray_figures, config.ray)
         bar.update()
-        data = {
-            "schema": SCHEMA_VERSION,
-            "date": datetime.now(UTC).date().isoformat(),
-            "machine": {**_machine(config), "load": load},
-            "versions": versions(),
-            "encoder": {"name": info.name, "dim": info.dim, "size": info.preprocess.size},
-            "decoder": {
-                "name": decoder_name(config),
-                "steps": config.decode.steps,
-                "passes": unet_passes(config),
-            },
-            "sources": sources,
-            "figures": figures,
-        }
+        data = {**_about(config, info, load), "sources": sources, "figures": figures}
         figures |= _start_figures(Folder(folder), config, data, bar)
     return data
+
+
+def _about(config: RunConfig, info: EncoderInfo, load: tuple[float, float, float]) -> Entry:
+    """Return what was measured: date, machine with its `load` before, versions and models."""
+    return {
+        "schema": SCHEMA_VERSION,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": {**_machine(config), "load": load},
+        "versions": versions(),
+        "encoder": {"name": info.name, "dim": info.dim, "size": info.preprocess.size},
+        "decoder": {
+            "name": decoder_name(config),
+            "steps": config.decode.steps,
+            "passes": unet_passes(config),
+        },
+    }
 
 
 # ---- timing ------------------------------------------------------------------------------------

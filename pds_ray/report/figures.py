@@ -449,34 +449,26 @@ def _method_bars(cells: list[Json], methods: list[str]) -> Json:
     return _value_bars(names, means, stds, [methods.index(name) for name in names], label)
 
 
+def _line(cells: list[Json], method: str, number: int, several: bool) -> Any:
+    """Return the trace of the number-th method, over `several` numbers of pairs or one."""
+    of_method = (cell for cell in cells if cell["method"] == method)
+    own = sorted(of_method, key=lambda cell: cell["pairs"])
+    color, turn = SERIES[number % len(SERIES)], number // len(SERIES)
+    return go.Scatter(
+        x=[cell["pairs"] for cell in own],
+        y=[cell["mean"]["r_mean"] for cell in own],
+        error_y={**_error([cell["std"]["r_mean"] for cell in own]), "color": color},
+        name=plain(method),
+        mode="lines+markers" if several else "markers",
+        line={"color": color, "width": 2, "dash": DASHES[turn % len(DASHES)]},
+        marker={"symbol": SYMBOLS[(number + turn) % len(SYMBOLS)], "size": 9, "color": color},
+        hovertemplate="%{x:,} pairs: %{y:.1f} ± %{error_y.array:.1f} %"
+        "<extra>%{fullData.name}</extra>",
+    )
+
+
 def _lines(cells: list[Json], methods: list[str], several: bool) -> Json:
-    traces = []
-    for number, method in enumerate(methods):
-        own = sorted(
-            (cell for cell in cells if cell["method"] == method), key=lambda cell: cell["pairs"]
-        )
-        color = SERIES[number % len(SERIES)]
-        traces.append(
-            go.Scatter(
-                x=[cell["pairs"] for cell in own],
-                y=[cell["mean"]["r_mean"] for cell in own],
-                error_y={**_error([cell["std"]["r_mean"] for cell in own]), "color": color},
-                name=plain(method),
-                mode="lines+markers" if several else "markers",
-                line={
-                    "color": color,
-                    "width": 2,
-                    "dash": DASHES[number // len(SERIES) % len(DASHES)],
-                },
-                marker={
-                    "symbol": SYMBOLS[(number + number // len(SERIES)) % len(SYMBOLS)],
-                    "size": 9,
-                    "color": color,
-                },
-                hovertemplate="%{x:,} pairs: %{y:.1f} ± %{error_y.array:.1f} %"
-                "<extra>%{fullData.name}</extra>",
-            )
-        )
+    traces = [_line(cells, method, number, several) for number, method in enumerate(methods)]
     counts = sorted({cell["pairs"] for cell in cells})
     label = (
         "Line chart of the mean recall of each method over the number of pairs; "
