@@ -14,9 +14,9 @@ from typing import Any
 
 from pds_ray.distributed.sizes import BLOCK_BYTES
 
-# Of work whose process or machine died; Ray would try a sample that kills its actor for ever.
+# Retries of work whose process died; Ray would try a sample that kills its actor for ever.
 TASK_RETRIES = 3
-# Losses of machines that one piece of work survives besides: spot machines go whatever they do.
+# Machines that one piece of work may lose besides: spot machines go whatever it does.
 MACHINES_LOST = 10
 GLIBC = (2, 36)  # the first whose malloc was seen to take what `malloc_env` sets
 

@@ -47,8 +47,8 @@ from pds_ray.telemetry import log
 from pds_ray.telemetry.progress import QUIET_S, progress_bar, waiting_for
 
 MIN_SAMPLES_TO_JUDGE = 100
-MAX_GROWTH_BYTES = 4 << 30  # by which a process may grow while it decodes one image
-# In one data set: of each block the driver keeps a kilobyte until its data set ends.
+MAX_GROWTH_BYTES = 4 << 30  # a process may grow by so much while it decodes one image
+# Shards of one data set: the driver keeps a kilobyte per block until its data set ends.
 SHARDS_TOGETHER = 2_000
 FAILED_SHOWN = 20  # failed shards that run.json names, with the reason
 

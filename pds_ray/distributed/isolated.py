@@ -30,11 +30,11 @@ from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
 
 POLL_S = 0.1
-PR_SET_PDEATHSIG = 1  # of prctl
+PR_SET_PDEATHSIG = 1  # an operation of prctl
 MAX_REFUSED = 100  # samples of one shard that may kill their process, before the shard is given up
 LOAD, READ, DECODE, ENCODE = "loading the encoder", "reading", "decoding", "encoding"
 OTHER_STEPS_S = 3600.0  # longer than any of them takes, so that a child that hangs ends at all
-DEATHS = 2  # of processes on one sample before it is refused: one may have another cause
+DEATHS = 2  # processes that die on a sample before it is refused: one may have another cause
 
 
 @dataclass(frozen=True)

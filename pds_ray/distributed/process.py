@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 Model = TypeVar("Model")
 
-# Of each model, however many CPUs there are beyond: results round by how the work is shared out.
+# Threads of each model, however many CPUs there are beyond: results round by their number.
 MODEL_THREADS = 4
 
 

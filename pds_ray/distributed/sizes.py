@@ -6,8 +6,8 @@ import math
 
 from pds_ray.config import Actors
 
-BLOCK_BYTES = 64 << 20  # of Ray Data: the images of one block are decoded and encoded together
-CPUS_PER_WORKER = 8  # without GPUs: per actor and what feeds it; all of a node that has fewer
+BLOCK_BYTES = 64 << 20  # Ray Data's blocks: the images of one are decoded and encoded together
+CPUS_PER_WORKER = 8  # an actor without GPU and its readers; all of a node that has fewer
 QUERIES_PER_SHARD = 10_000  # an answer is 12 bytes per query: more queries, more shards per answer
 
 

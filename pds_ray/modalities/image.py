@@ -45,7 +45,7 @@ def decode_image(data: bytes, *, max_pixels: int = 64_000_000, min_side: int = 2
     """
     try:
         with warnings.catch_warnings():
-            # of damaged metadata there can be 65,535 warnings for one image
+            # damaged metadata can give 65,535 warnings per image
             warnings.simplefilter("ignore", UserWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(image.size, max_pixels, min_side)

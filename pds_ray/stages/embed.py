@@ -31,7 +31,7 @@ END = "end"  # reason of the row that closes a shard; its ordinal is the number 
 DETAIL_CHARACTERS = 500
 BLOCK_SAMPLES = 256
 BLOCK_BYTES = 32 << 20
-# And those of one sample more: the embeddings of a block are held at once.
+# Exceeded by at most one sample's captions; the embeddings of a block are held at once.
 BLOCK_CAPTIONS = 8192
 
 RAW_SCHEMA = pa.schema(

@@ -351,7 +351,7 @@ def test_a_killed_trial_goes_on_from_its_last_state(
     drop = next(
         (i for i, (a, b) in enumerate(pairwise(killer.reported)) if b < a), len(killer.reported) - 1
     )
-    assert killer.reported[drop] > killer.killed_at, "it began anew, or nobody watched"
+    assert killer.reported[drop] > killer.killed_at, "it began again, or nobody watched"
     for trial, undisturbed in zip(result["backbones"][0]["trials"], expected, strict=True):
         assert workers > 1 or trial["epoch"] == undisturbed["epoch"]
         assert trial["recalls"] == pytest.approx(undisturbed["recalls"], abs=workers * ONE_ITEM)
@@ -372,7 +372,7 @@ def test_a_folder_that_the_workers_do_not_see_is_one_line(evaluated, tmp_path: P
 
 
 def test_a_queue_that_is_lost_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """With its unfinished trials; losses are counted anew as long as it finishes some."""
+    """With its unfinished trials; losses are counted afresh as long as it finishes some."""
 
     def run(queue: Queue) -> None:
         keys = [trial.key for trial in queue.trials]

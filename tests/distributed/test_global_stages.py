@@ -84,7 +84,7 @@ def test_training_vectors_are_weighted_images(tmp_path: Path) -> None:
     assert len(rows) == len({data.keys[pair] for pair in np.flatnonzero(kept)})
 
 
-def test_couples_are_a_best_assignment(finished: tuple[RunFolder, Gathered, dict]) -> None:
+def test_matches_are_a_best_assignment(finished: tuple[RunFolder, Gathered, dict]) -> None:
     run, data, counts = finished
     image, text = pair_labels(run, data)
     table = np.zeros((CLUSTERS, CLUSTERS), np.int64)
@@ -293,4 +293,4 @@ def test_without_filter_prototypes_are_means_of_whole_clusters(
         norms = np.linalg.norm(data.image[on_image], axis=1)
         assert row["member_norm"] == pytest.approx(norms.mean(), rel=1e-5)
         whole += on_image.sum() > row["shared"] or on_text.sum() > row["shared"]
-    assert whole > 0, "some couple must have pairs that it does not share"
+    assert whole > 0, "some match must have pairs that it does not share"

@@ -26,7 +26,7 @@ def ray_worker() -> str:
     return ray.get_runtime_context().get_worker_id()
 
 
-def test_free_resources_are_told_node_by_node() -> None:
+def test_free_resources_are_reported_node_by_node() -> None:
     """While an actor holds a CPU, it is not free on its node."""
 
     @ray.remote(num_cpus=1)

@@ -88,7 +88,7 @@ def calls_of_event() -> list[tuple[str, str, set[str]]]:
     return found
 
 
-def test_the_events_are_those_that_are_told() -> None:
+def test_the_page_has_every_event() -> None:
     """Names, levels and fields agree both ways; those of a mapping are read where it is made."""
     documented = {}
     for cells in rows("watching.md", "event"):
@@ -117,7 +117,7 @@ def test_the_heartbeat_looks_as_shown() -> None:
     assert (BEAT_S, SILENT_S) == (10, 60)  # as the page says
 
 
-def test_the_states_are_those_that_are_told() -> None:
+def test_the_page_has_every_state() -> None:
     documented = set().union(*(names(cells[0]) for cells in rows("watching.md", "state")))
     assert documented == set(
         re.findall(

@@ -100,14 +100,14 @@ def test_prototypes_are_those_of_the_package(pairs):
     )
     text_of = match.assign_clusters(cells, counts, CLUSTERS)
     found = match.matched_clusters(cells, counts, cosines, text_of, CLUSTERS, MatchConfig())
-    couples = prototypes.Matches(found["image_cluster"], found["text_cluster"], found["pairless"])
+    matches = prototypes.Matches(found["image_cluster"], found["text_cluster"], found["pairless"])
     keys = [str(row) for row in range(ROWS)]
     ours = prototypes.means(
         prototypes.shard_sums(
             prototypes.ShardPairs(
                 "s", keys, image, np.arange(len(keys)), text, image_labels, text_labels
             ),
-            couples,
+            matches,
             CLUSTERS,
         )
     )
@@ -115,8 +115,7 @@ def test_prototypes_are_those_of_the_package(pairs):
         image, text, image_labels, text_labels, list(enumerate(text_of.tolist()))
     )
     assert theirs.matched == [
-        (couples.image_cluster[couple], couples.text_cluster[couple])
-        for couple in ours.match.tolist()
+        (matches.image_cluster[match], matches.text_cluster[match]) for match in ours.match.tolist()
     ]
     np.testing.assert_allclose(theirs.image, ours.image, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(theirs.text, ours.text, rtol=1e-4, atol=1e-5)

@@ -237,7 +237,7 @@ def test_examples_of_bad_samples_show_every_reason(copy):
     assert examples[0]["shard"] == "00001"
 
 
-def test_a_shard_that_was_not_read_is_told(made, copy):
+def test_a_shard_that_was_not_read_is_named(made, copy):
     manifest = json.loads((copy / "run.json").read_text())
     manifest["stages"] = {
         n: manifest["stages"][n] for n in ("embed", "decode", "materialize")

@@ -176,7 +176,7 @@ def test_cell_numbers_do_not_overflow():
         ("auto", 500, False),
     ],
 )
-def test_pairless_policy(policy, pairs, kept):
+def test_empty_matches_stay_by_policy(policy, pairs, kept):
     table = np.array([[4, 0, 0], [0, 0, 1], [0, 0, 0]])
     cells, counts = sparse(table)
     text_of = np.array([0, 2, 1])
@@ -190,7 +190,7 @@ def test_pairless_policy(policy, pairs, kept):
     assert found["mean_cosine"].tolist() == ([0.5, 0.25, 0] if kept else [0.5, 0.25])
 
 
-def test_without_filter_the_couples_are_the_same():
+def test_without_filter_the_matches_are_the_same():
     cells, counts = sparse(np.array([[4, 0, 0], [0, 0, 1], [0, 0, 0]]))
     for pairless, pairs in (("auto", 299), ("auto", 300), ("keep", 300), ("drop", 2)):
         plain, unfiltered = (
@@ -209,7 +209,7 @@ def test_without_filter_the_couples_are_the_same():
         }
 
 
-def test_couples_of_an_empty_table():
+def test_matches_of_an_empty_table():
     nothing = np.zeros(0, np.int64)
     found = match.matched_clusters(
         nothing, nothing, np.zeros(0), np.array([1, 0]), 2, MatchConfig(pairless="keep")
@@ -220,7 +220,7 @@ def test_couples_of_an_empty_table():
 
 @settings(max_examples=30)
 @given(TABLES, st.integers(0, 10**6))
-def test_couples_look_up_the_right_cells(table, seed):
+def test_matches_look_up_the_right_cells(table, seed):
     clusters = len(table)
     text_of = np.random.default_rng(seed).permutation(clusters)
     cells, counts = sparse(table)
@@ -234,7 +234,7 @@ def test_couples_look_up_the_right_cells(table, seed):
 
 
 @pytest.mark.parametrize(("clusters", "expected"), [(300, 299), (299, 299), (100, 100)])
-def test_a_forced_pairless_couple(clusters, expected):
+def test_a_forced_empty_match(clusters, expected):
     """Image and text cluster 0 have a row each, but with partners that share four rows.
 
     From 300 pairs on the match is left out, below it stays as its two means; never a NaN.

@@ -142,7 +142,7 @@ def test_means_are_those_of_the_rows_in_falling_cosine(seed):
     assert (np.diff(made.cosine) <= 0).all()
 
 
-def test_equal_cosines_keep_the_order_of_the_couples():
+def test_equal_cosines_keep_the_order_of_the_matches():
     sums = core.empty_sums(np.arange(3), 2)
     sums.image[:] = sums.text[:] = [[2, 0], [0, 1], [3, 0]]
     sums.image_count[:] = sums.text_count[:] = 1
@@ -158,7 +158,7 @@ def test_a_zero_mean_has_cosine_zero():
     assert made.cosine.tolist() == pytest.approx([1, 0])
 
 
-def test_couples_without_rows_are_left_out():
+def test_matches_without_rows_are_left_out():
     sums = core.empty_sums(np.arange(3), 2)
     sums.image[1] = sums.text[1] = [1, 0]
     sums.image_count[:] = [0, 1, 4]
@@ -282,7 +282,7 @@ def test_perfectly_paired_clusters_give_the_planted_means():
     np.testing.assert_allclose(made.text, 2 * np.eye(clusters)[text_of[made.match]], atol=1e-6)
 
 
-def test_whole_couples_take_their_two_clusters_though_they_share_pairs():
+def test_whole_matches_take_their_two_clusters_though_they_share_pairs():
     image_vectors, text_vectors, image, text, matches = world(7, clusters=4)
     whole = core.Matches(matches.image_cluster, matches.text_cluster, np.ones(4, bool))
     keys = [f"k{row}" for row in range(len(image))]

@@ -41,7 +41,7 @@ def test_the_candidates_are_the_gathered_arrays(made: tuple[EmbeddingStore, Gath
     assert (candidates.similarity == data.similarity).all()
 
 
-def test_a_chosen_pair_is_told_as_it_is_in_the_source(made: tuple[EmbeddingStore, Gathered]):
+def test_a_chosen_pair_is_recorded_as_it_is_in_the_source(made: tuple[EmbeddingStore, Gathered]):
     store, data = made
     picks = np.random.default_rng(3).permutation(len(data.keys))[:11].tolist()
     parts = split_by_shard(picks, data.shards, store)

@@ -116,7 +116,7 @@ class Painter:
     ("made", "asked", "saved"),
     [((64, 64), 0, (64, 64)), ((64, 64), 32, (32, 32)), ((40, 30), 224, (224, 224))],
 )
-def test_pictures_have_the_size_asked_for(made, asked, saved):
+def test_images_have_the_size_asked_for(made, asked, saved):
     config = DecodeConfig(image_size=asked)
     batch = synthesize.make_batch(prototypes(CAPTIONS), range(3), 0, config)
     images = list(synthesize.synthesize_chunk(Painter(made), batch, config))
@@ -124,7 +124,7 @@ def test_pictures_have_the_size_asked_for(made, asked, saved):
     assert [image.getpixel((5, 5))[0] for image in images] == [seed % 256 for seed in batch.seeds]
 
 
-def test_a_decoder_that_loses_pictures_is_caught():
+def test_a_decoder_that_loses_images_is_caught():
     batch = synthesize.make_batch(prototypes(CAPTIONS), range(3), 0, DecodeConfig())
     with pytest.raises(RuntimeError, match="2 images for 3"):
         list(synthesize.synthesize_chunk(Painter((8, 8), lost=1), batch, DecodeConfig()))
