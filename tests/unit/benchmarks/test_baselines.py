@@ -115,7 +115,8 @@ def test_prototypes_are_those_of_the_package(pairs):
         image, text, image_labels, text_labels, list(enumerate(text_of.tolist()))
     )
     assert theirs.matched == [
-        (matches.image_cluster[match], matches.text_cluster[match]) for match in ours.match.tolist()
+        (matches.image_cluster[number], matches.text_cluster[number])
+        for number in ours.match.tolist()
     ]
     np.testing.assert_allclose(theirs.image, ours.image, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(theirs.text, ours.text, rtol=1e-4, atol=1e-5)

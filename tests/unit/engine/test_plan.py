@@ -202,9 +202,9 @@ def test_a_card_counts_the_shards_that_were_not_read(tmp_path: Path) -> None:
         "failed": {"a": "gone", "b": "gone"},
     }
     run.manifest.data["stages"] = {"embed": {"counts": counts}, "decode": {"counts": {"images": 5}}}
-    said = about(run)
-    assert said["counts"]["shards not read"] == 2
-    assert "gone" not in str(said), "why may differ from one try to the next"
+    described = about(run)
+    assert described["counts"]["shards not read"] == 2
+    assert "gone" not in str(described), "why may differ from one try to the next"
 
 
 def test_images_are_not_continued_in_another_way(

@@ -142,8 +142,8 @@ def test_the_card_counts_what_the_rows_name(config: RunConfig) -> None:
     from pds_ray.engine.plan import make_run
 
     distill(config)
-    said = about(make_run(config))
-    assert said["counts"]["keys in all"] == 42
-    assert said["counts"]["pairs pruned"] > 0
-    assert "match" in said["config"]
-    assert "cluster" not in said["config"]
+    described = about(make_run(config))
+    assert described["counts"]["keys in all"] == 42
+    assert described["counts"]["pairs pruned"] > 0
+    assert "match" in described["config"]
+    assert "cluster" not in described["config"]

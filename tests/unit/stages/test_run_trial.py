@@ -141,7 +141,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_a_state_of_another_model_or_layout_counts_for_nothing(other: str):
-    """States of another version, for example: the trial begins again, and does not fail for ever."""
+    """States of another version, for example: the trial begins again and does not fail for ever."""
     states: list[bytes] = []
     train(make_model(seed=99), 5, report=lambda _, save: states.append(save()))
     state = states[1]
