@@ -91,9 +91,9 @@ def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
     run = _open(path, changes)
     markers = run.store.committed() if "embed" in run.done else {}
     problems = list(_disagreements(run, markers)) if "embed" in run.done else []
-    promises: list[_Promise] = []
-    for found in _promised(run, markers):
-        (problems if isinstance(found, Problem) else promises).append(found)
+    found = list(_promised(run, markers))
+    problems += [each for each in found if isinstance(each, Problem)]
+    promises = [each for each in found if isinstance(each, _Promise)]
     with progress_bar("verify", len(promises) + len(markers), "files") as bar:
         for problem in side_by_side(_Promise.problem, promises):
             problems += [problem] if problem else []
