@@ -76,6 +76,7 @@ def _accelerators(say: Say) -> None:
 
 
 def _models(say: Say) -> bool:
+    """Report built-in models and cached weights; return False if a built-in model is missing."""
     from pds_ray.config import ConfigError, DecodeConfig
     from pds_ray.decoders import unclip
     from pds_ray.encoders import open_clip

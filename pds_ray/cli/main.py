@@ -312,6 +312,7 @@ def _environment(pairs: list[str]) -> dict[str, str]:
 
 
 def _submit(args: argparse.Namespace) -> None:
+    """Submit a command as a job and follow it; the exit code is that of the job."""
     command = args.job[1:] if args.job[:1] == ["--"] else args.job
     if not command or command[0] in ("submit", "doctor"):
         raise ConfigError(

@@ -56,6 +56,7 @@ class NearestDecoder:
         return (_decode(place, found[place]) for place in batch.nearest)
 
     def _look_up(self, shard: str, keys: set[str]) -> Iterator[tuple[str, bytes]]:
+        """Yield key and image of the wanted samples; raise SourceError if one is gone."""
         if shard not in self.shards:
             raise SourceError(
                 f"shard {shard} is not in {self.source.uri} any more; an image of it is wanted"

@@ -129,6 +129,7 @@ def _inspect(folder: Path) -> tuple[int, str | None, str]:
 
 
 def _inspect_hub(model: str, revision: str | None) -> tuple[int, str | None, str]:
+    """Return width, space (not stated) and identity of a repository of the hub."""
     from huggingface_hub import hf_hub_download
 
     name = "image_normalizer/config.json"

@@ -134,6 +134,7 @@ class EmbedWorker:
         return pa.Table.from_pylist(rows, schema=SUMMARY_SCHEMA)
 
     def _embed(self, shard: str, rows: pa.Table) -> dict[str, Any]:
+        """Embed the rows of one shard, write them and return their summary row."""
         fault = rows.column("reason")[-1].as_py()
         if fault in (UNREADABLE, FATAL, STORE):
             return {"shard": shard, "fault": fault, "problem": rows.column("detail")[-1].as_py()}

@@ -131,6 +131,10 @@ class _Step:
 def _listen(
     child: SpawnProcess, pipe: Connection, known: _Known, limits: Limits, shard: Shard
 ) -> bool:
+    """Add what a child reports to `known`; return True at its end, False when it dies.
+
+    Raises what the child raised.
+    """
     step = _Step(LOAD)
     while True:
         message, fault = None, None
@@ -173,6 +177,10 @@ def _over_limit(child: SpawnProcess, step: _Step, limits: Limits) -> tuple[str, 
 
 
 def _learn(known: _Known, step: _Step, fault: tuple[str, str], shard: Shard) -> None:
+    """Record the death of a child at a step; the next child avoids what caused it.
+
+    Raises RuntimeError or SourceError if it died where no sample can be refused.
+    """
     reason, detail = fault
     known.deaths[step.doing, step.at] += 1
     if (

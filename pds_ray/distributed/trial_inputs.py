@@ -89,6 +89,7 @@ class Loader:
         self._galleries: dict[tuple[str, int, str, str], Gallery] = {}
 
     def load(self, trial: core.Trial) -> core.TrialData:
+        """Return the tensors of a trial. Raises GetTimeoutError as `tasks.fetch` does."""
         val, test = (self._gallery(name, trial) for name in ("val", "test"))
         assert test is not None
         images = tasks.fetch(self._inputs.images[trial.label, trial.image_size])

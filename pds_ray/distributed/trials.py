@@ -121,6 +121,7 @@ def _await_inputs(queue: Queue) -> None:
 
 
 def _fit(queue: Queue) -> None:
+    """Run one trainer on the queue. Raises what Ray Train raises."""
     resources = {"CPU": 1, **({"GPU": 1} if queue.use_gpu else {})}
     with tempfile.TemporaryDirectory() as place:  # Ray leaves a marker there, and nothing else
         trainer = TorchTrainer(

@@ -152,6 +152,7 @@ def _describe_checkpoint(
 
 
 def _describe_tag(name: str, model: str, architecture: dict[str, Any], weights: str) -> EncoderInfo:
+    """Describe published weights, by their tag; raise ConfigError if they cannot be had."""
     from open_clip import pretrained
 
     tag = pretrained.get_pretrained_cfg(model, weights)

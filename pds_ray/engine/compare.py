@@ -100,6 +100,7 @@ def entries(
 
 
 def _entry(written: str, pairs: int, config: RunConfig, judged: EvaluateConfig) -> Entry:
+    """Return the row of a method as written, at one size. Raises ConfigError in one line."""
     name, fields = _parse(written)
     of_protocol = {key: value for key, value in fields.items() if key.startswith("protocol.")}
     of_run = {key: value for key, value in fields.items() if key not in of_protocol}

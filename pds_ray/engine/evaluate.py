@@ -252,6 +252,7 @@ def _trials(
     splits: dict[str, Split],
     config: EvaluateConfig,
 ) -> list[Trial]:
+    """Return the trials of a set: one per backbone and seed, each keyed by all it depends on."""
     candidate, protocol = checked.candidate, checked.candidate.protocol
     held_out = {
         name: [split.part, [(shard.name, shard.size, shard.version) for shard in split.shards]]

@@ -65,6 +65,7 @@ def _locked(folder: RunFolder) -> Iterator[None]:
 
 
 def _run_stages(run: Run, only: Collection[str] = ()) -> dict[str, Any]:
+    """Run what is not done up to the last wanted stage; return the content of run.json."""
     began = time.monotonic()
     run.manifest.update(
         config=public(run.config),

@@ -45,6 +45,7 @@ class _Promise:
     shard: str = ""
 
     def problem(self) -> Problem | None:
+        """Return the problem if the file is missing, unreadable or another one."""
         try:
             what = "" if self.folder.sha256(self.name) == self.sha256 else "corrupt"
         except FileNotFoundError:

@@ -161,6 +161,7 @@ def _check_gpus(config: RunConfig, cluster: Cluster) -> None:
 def _plan_stage(
     name: str, model: StageModel, inputs: Inputs, prices: Mapping[str, Any]
 ) -> StagePlan:
+    """Return the estimate of one stage by its model, at the prices given."""
     every_phase = tuple(filter(None, model.phases(inputs)))
     start = inputs.figures[f"start_{name}"]
     spans = [(start.value, "start"), *(phase_seconds(each, inputs.cluster) for each in every_phase)]

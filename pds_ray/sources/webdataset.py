@@ -143,6 +143,7 @@ class _Group:
             self.texts[suffix] = data
 
     def outcome(self) -> Sample | Fault:
+        """Return the sample that the members make, or the fault."""
         if self.fault is not None:
             return self.fault
         if self.image is None:
