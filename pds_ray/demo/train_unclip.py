@@ -294,6 +294,34 @@ def add_embedding_noise(
     return torch.cat([noisy, get_timestep_embedding(levels, embeddings.shape[1], True, 0)], dim=1)
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """The captions, and the embeddings of images or of their cells, that a UNet is trained on."""
+
+    choices: torch.Tensor
+    """float32 [1 + cells, N, d]: the own embedding of each image, then the means of its cells."""
+    tokens: CaptionTokens
+    empty: torch.Tensor
+    """The ids of the empty prompt, [1, context length]."""
+    normalizer: StableUnCLIPImageNormalizer
+    noising: Any
+
+    def draw(
+        self, rows: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Draw for the images `rows` [B]: time steps, int64 [B], labels [B, 2 d] and ids."""
+        times, levels, use_cell, which, dropped = torch.rand(5, len(rows), generator=generator)
+        which = torch.where(use_cell < CELL_SHARE, 1 + (which * len(CELL_MEMBERS)).long(), 0)
+        levels = (levels**4 * NOISE_LEVELS).long()  # half of them below 63
+        own = self.choices[which, rows]
+        noise = torch.randn(own.shape, generator=generator)
+        label = add_embedding_noise(own, levels, noise, self.normalizer, self.noising)
+        label[dropped < DROP_ALL] = 0
+        without_prompt = (dropped < DROP_ALL + DROP_PROMPT)[:, None]
+        ids = torch.where(without_prompt, self.empty, self.tokens.draw(rows, generator))
+        return (times * NOISE_LEVELS).long(), label, ids
+
+
 def train_unet(
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
@@ -313,25 +341,18 @@ def train_unet(
     signal = scheduler.alphas_cumprod
     snr = signal / (1 - signal)
     loss_weight = snr.clamp(max=SNR_CAP) / (snr + 1)
-    normalizer = make_normalizer(embeddings).requires_grad_(False)
-    choices = torch.cat([embeddings[None], cell_means(embeddings, CELL_MEMBERS, args.seed)])
-    empty = tokenize(clip.tokenizer, [""])
+    conditions = Conditions(
+        torch.cat([embeddings[None], cell_means(embeddings, CELL_MEMBERS, args.seed)]),
+        tokens,
+        tokenize(clip.tokenizer, [""]),
+        make_normalizer(embeddings).requires_grad_(False),
+        noising,
+    )
     unet.train()
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(latents), (args.batch_size,), generator=generator)
-        times, levels, use_cell, which, dropped = torch.rand(
-            5, args.batch_size, generator=generator
-        )
-        which = torch.where(use_cell < CELL_SHARE, 1 + (which * len(CELL_MEMBERS)).long(), 0)
-        levels = (levels**4 * NOISE_LEVELS).long()  # half of them below 63
-        noise = torch.randn(args.batch_size, choices.shape[-1], generator=generator)
-        label = add_embedding_noise(choices[which, rows], levels, noise, normalizer, noising)
-        label[dropped < DROP_ALL] = 0
-        ids = torch.where(
-            (dropped < DROP_ALL + DROP_PROMPT)[:, None], empty, tokens.draw(rows, generator)
-        )
-        times = (times * NOISE_LEVELS).long()
+        times, label, ids = conditions.draw(rows, generator)
         clean = latents[rows]
         noise = torch.randn(clean.shape, generator=generator)
         noisy = scheduler.add_noise(clean, noise, times).to(device)
