@@ -461,8 +461,8 @@ def _reason(error: BaseException) -> str:
     return first_line(error)
 
 
-@functools.lru_cache(maxsize=256)
-def _sha256(path: str, size: int, mtime_ns: int) -> str:  # noqa: ARG001 - size and time key the cache
+@functools.lru_cache(maxsize=256)  # size and time are a part of its key
+def _sha256(path: str, size: int, mtime_ns: int) -> str:  # noqa: ARG001
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
