@@ -22,6 +22,7 @@ from pds_ray.store.heartbeat import BEAT_S, SILENT_S
 from pds_ray.telemetry import progress
 from tests.end_to_end.test_docs import write
 from tests.support.docs_pages import DOCS, PAGES, ROOT, Block, blocks, commands
+from tests.unit.test_layers import ORDER
 
 
 def rows(page: str, first: str) -> list[list[str]]:
@@ -176,3 +177,20 @@ def test_calls_are_found_in_a_shell_block() -> None:
     )
     found = commands(Block("sh", text, None), "x")
     assert [*found] == [["--a", "b c", "--d=$n"], ["1"], ["2;3"], []]
+
+
+def test_the_layers_are_those_of_contributing():
+    rows = re.findall(
+        r"^\| \d \| (.+?) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert [re.findall(r"`(.+?)`", row) for row in rows] == [
+        [place(name) for name in names] for names in ORDER
+    ]
+
+
+def place(name: str) -> str:
+    """Return a module or folder as CONTRIBUTING.md writes it."""
+    if name == "pds_ray":
+        return "pds_ray/__init__.py"
+    short = name.removeprefix("pds_ray.")
+    return f"{short}.py" if (ROOT / "pds_ray" / f"{short}.py").exists() else f"{short}/"

@@ -94,21 +94,6 @@ def test_every_module_has_a_layer():
     assert [name for name in MODULES if layer(name) is None and not name.startswith(FREE)] == []
 
 
-def test_the_layers_are_those_of_contributing():
-    rows = re.findall(r"^\| \d \| (.+?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
-    assert [re.findall(r"`(.+?)`", row) for row in rows] == [
-        [place(name) for name in names] for names in ORDER
-    ]
-
-
-def place(name: str) -> str:
-    """Return a module or folder as CONTRIBUTING.md writes it."""
-    if name == "pds_ray":
-        return "pds_ray/__init__.py"
-    short = name.removeprefix("pds_ray.")
-    return f"{short}.py" if (ROOT / "pds_ray" / f"{short}.py").exists() else f"{short}/"
-
-
 @pytest.mark.parametrize("name", [name for name in sorted(MODULES) if layer(name) is not None])
 def test_imports_go_one_way(name):
     """Imports of all modules; the training scripts may import anything."""
