@@ -332,7 +332,7 @@
 
   function clustersSection() {
     const { clusters } = data;
-    const words = [`${plural(clusters.clusters, "cluster", "clusters")} a modality; ${count(clusters.empty.image)} image and ${count(clusters.empty.text)} text clusters are empty.`];
+    const words = [`${plural(clusters.clusters, "cluster", "clusters")} per modality; ${count(clusters.empty.image)} image and ${count(clusters.empty.text)} text clusters are empty.`];
     if (known(clusters.pairless)) words.push(`${plural(clusters.pairless, "match shares", "matches share")} no pair${clusters.pairless ? ` (${clusters.pairless_policy})` : ""}.`);
     if (known(clusters.shared_pairs)) words.push(`${count(clusters.shared_pairs)} of ${count(clusters.kept_pairs)} kept pairs lie in matched clusters.`);
     const some = clusters.matches_total > clusters.matches_shown ? `The ${count(clusters.matches_shown)} matches that share most, of ${count(clusters.matches_total)}. ` : "";

@@ -114,7 +114,7 @@ def scroll_through(page: Any) -> None:
 
 
 def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    """Waits; the browser's own waiting needs eval, which the page's policy forbids."""
+    """Wait; the browser's own waiting needs eval, which the page's policy forbids."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came"
@@ -241,7 +241,8 @@ def test_the_detail_view_by_keyboard(opened: Any, report: Path) -> None:
         assert page.locator("#detail-caption").inner_text() == CAPTIONS[13]
         page.keyboard.press("Escape")
         assert page.locator("#detail").is_hidden()
-        assert page.evaluate("document.activeElement.dataset.pair") == "13"
+        # the browser first gives the focus back to where it was, then tells that the dialog closed
+        until(lambda: page.evaluate("document.activeElement.dataset.pair") == "13")
         page.keyboard.press("Space")
         page.keyboard.press("Enter")  # on the button that closes it
         assert page.locator("#detail").is_hidden()
