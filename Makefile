@@ -19,8 +19,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 # small tensors lose by a second thread, above all beside another process of tests
 UNIT_TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(UNIT)
 
-.PHONY: install develop demo lint types lint-configs test test-all test-long test-faults bench fuzz \
-	clean
+.PHONY: install develop demo lint types lint-configs unit test test-all test-long test-faults bench \
+	fuzz clean
 
 # Two steps, each with a stamp that is written when it is complete: one stopped half-way runs again.
 install: $(VENV)/.installed
@@ -56,9 +56,13 @@ lint-configs: develop
 	$(BIN)/python -m tests.support.cluster_files $(PODS)
 	$(BIN)/kubernetes-validate --strict --quiet -k 1.35 $(PODS)/*.yaml
 
-# pytest-xdist and one Ray for all tests do not mix: first the tests without Ray, then those on it
-test: lint types lint-configs
+unit: develop
 	$(UNIT_TESTS)
+
+# pytest-xdist and one Ray for all tests do not mix: first the tests without Ray, then those on it;
+# the type checker has one thread only, hence runs beside the first
+test: lint lint-configs
+	$(MAKE) --no-print-directory --jobs=2 types unit
 	$(BIN)/pytest $(ON_RAY)
 
 test-all: lint types lint-configs

@@ -58,7 +58,7 @@ def same_as_one_process(source, shards, store: EmbeddingStore) -> None:
         assert store.errors(shard.name).equals(errors)
 
 
-@pytest.mark.parametrize("together", [1, 2_000])
+@pytest.mark.parametrize("together", [pytest.param(1, marks=pytest.mark.long), 2_000])
 def test_equals_one_process_and_is_not_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
@@ -116,6 +116,7 @@ def test_a_store_begun_in_another_precision_is_not_continued(tmp_path: Path) -> 
         embed(source, source.shards(), info, other, store)
 
 
+@pytest.mark.long
 def test_a_shard_that_cannot_be_opened_is_no_bad_sample(tmp_path: Path, shared_data: Path) -> None:
     import shutil
 

@@ -141,6 +141,7 @@ def test_finished_trials_are_never_run_again(evaluated, monkeypatch: pytest.Monk
     assert trial_files(path) == before
 
 
+@pytest.mark.long
 def test_two_workers_share_a_trial(evaluated, tmp_path: Path):
     path, result = evaluated
     shared = evaluation.evaluate(str(path), replace(CONFIG, workers=2), out=str(tmp_path))
@@ -299,13 +300,14 @@ def test_a_held_out_image_that_hangs_is_one_line(monkeypatch: pytest.MonkeyPatch
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("where", "workers", "whom"),
     [
         ("disk", 1, "RayTrainWorker"),
-        pytest.param("failing store", 2, "RayTrainWorker", marks=pytest.mark.long),
-        pytest.param("disk", 2, "TrainController", marks=pytest.mark.long),
-        pytest.param("disk", 2, "run_queue", marks=pytest.mark.long),
+        ("failing store", 2, "RayTrainWorker"),
+        ("disk", 2, "TrainController"),
+        ("disk", 2, "run_queue"),
     ],
 )
 def test_a_killed_trial_goes_on_from_its_last_state(
@@ -371,6 +373,7 @@ def test_a_folder_that_the_workers_do_not_see_is_one_line(evaluated, tmp_path: P
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.long
 def test_a_queue_that_is_lost_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With its unfinished trials; losses are counted afresh as long as it finishes some."""
 

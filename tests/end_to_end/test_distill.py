@@ -138,6 +138,7 @@ def test_repeating_the_command_does_nothing(finished: Finished, pds_ray: Run) ->
     assert times(run, "run.json", "report.html") == before
 
 
+@pytest.mark.long
 def test_a_process_with_other_workers_and_batches_gives_the_same_bytes(
     finished: Finished, tmp_path: Path
 ) -> None:

@@ -16,10 +16,14 @@ pytestmark = pytest.mark.ray
 PATIENCE_S = 600
 
 
-def start(out: Path) -> subprocess.Popen[str]:
+OTHERWISE = ("--ray.num_cpus", "1", "--embed.batch_size", "16")
+"""One CPU; two batches per shard, where the reference has one."""
+
+
+def start(out: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command("distill", *DEMO, "--ray.object_store_gib", "0.3", "--out", str(out)),
-        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        command("distill", *DEMO, "--ray.object_store_gib", "0.3", "--out", str(out), *options),
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -32,9 +36,12 @@ def finished_work(out: Path) -> dict[Path, int]:
 def test_a_killed_run_continues_where_it_was(
     finished: tuple[Path, subprocess.CompletedProcess], tmp_path: Path
 ) -> None:
-    """It ends with the bytes of a run never disturbed, and finished work is not redone."""
+    """It ends with the bytes of a run never disturbed, and finished work is not redone.
+
+    It began with other workers and batches than it ends with, and than the undisturbed run.
+    """
     out = tmp_path / "run"
-    process = start(out)
+    process = start(out, *OTHERWISE)
     deadline = time.monotonic() + PATIENCE_S
     while not list(out.glob("images/*.png")):
         assert process.poll() is None, process.communicate()[1]
@@ -45,7 +52,11 @@ def test_a_killed_run_continues_where_it_was(
     assert process.returncode == -signal.SIGKILL
     before = finished_work(out)
     process = start(out)
-    _, errors = process.communicate(timeout=PATIENCE_S)
+    said, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors
+    assert "24 pairs" in said
+    assert errors.splitlines()[-1] == "pds-ray: distill done"
+    assert "Traceback" not in said + errors
+    assert "Warning" not in errors
     check_same(out, finished[0])
     assert before.items() <= finished_work(out).items(), "finished work was redone"
