@@ -75,10 +75,7 @@ def embed_with_engine(source_uri: str, model: str, folder: Path, captions: str =
     from pds_ray.config import RunConfig, replace
     from pds_ray.distributed import session
     from pds_ray.distributed.embed import fill_store
-    from pds_ray.store.embeddings import EmbeddingStore
-    from pds_ray.store.run_folder import RunFolder
-    from pds_ray.store.storage import Folder
-    from tests.support.stage_run import stage_run
+    from tests.support.stage_run import embedding_run
 
     config = replace(
         RunConfig(),
@@ -86,18 +83,9 @@ def embed_with_engine(source_uri: str, model: str, folder: Path, captions: str =
     )
     source = catalog.make_source(source_uri)
     info = catalog.describe_encoder(config.embed)
-    store = EmbeddingStore(Folder(str(folder)))
-    store.folder.create()
     session.start(config.ray)
     loaded = folder.with_name(f"{folder.name}.loaded")
-    run = stage_run(
-        store,
-        RunFolder(store.folder / "run"),
-        config,
-        source=source,
-        shards=source.shards(),
-        encoder=noting_encoder.describe(info, loaded),
-    )
+    run = embedding_run(folder, source, noting_encoder.describe(info, loaded), config)
     began = time.time()
     counts = fill_store(run)
     ended = time.time()

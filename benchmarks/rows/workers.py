@@ -40,22 +40,9 @@ def prepare(task: Task) -> Found:
 def _embed_seconds(source_uri: str, info: Any, config: Any, folder: Path) -> float:
     from pds_ray import catalog
     from pds_ray.distributed.embed import fill_store
-    from pds_ray.store.embeddings import EmbeddingStore
-    from pds_ray.store.run_folder import RunFolder
-    from pds_ray.store.storage import Folder
-    from tests.support.stage_run import stage_run
+    from tests.support.stage_run import embedding_run
 
-    source = catalog.make_source(source_uri)
-    store = EmbeddingStore(Folder(str(folder)))
-    store.folder.create()
-    run = stage_run(
-        store,
-        RunFolder(store.folder / "run"),
-        config,
-        source=source,
-        shards=source.shards(),
-        encoder=info,
-    )
+    run = embedding_run(folder, catalog.make_source(source_uri), info, config)
     began = time.perf_counter()
     fill_store(run)
     return time.perf_counter() - began

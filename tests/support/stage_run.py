@@ -15,6 +15,7 @@ from pds_ray.sources.base import Shard, Source
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import RunManifest
 from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.storage import Folder
 
 
 def stage_run(
@@ -49,6 +50,14 @@ def stage_run(
         fingerprints=dict.fromkeys(method.names, "fingerprint"),
         embedded=dict(sorted(markers.items())),
     )
+
+
+def embedding_run(path: Path, source: Source, encoder: EncoderInfo, config: RunConfig) -> Run:
+    """Return a run that fills a new store at `path` with all shards of `source`."""
+    store = EmbeddingStore(Folder(str(path)))
+    store.folder.create()
+    folder = RunFolder(store.folder / "run")
+    return stage_run(store, folder, config, source=source, shards=source.shards(), encoder=encoder)
 
 
 def do(run: Run, *stages: str) -> dict[str, Counts]:

@@ -26,7 +26,10 @@ from pds_ray.store.storage import StorageError
         # the rest of a secret that was split at its slash
         ("cannot open s3://KEY:SEC?region=eu", "cannot open s3://?region=eu"),
         ("no 'hdfs://host:8020'", "no 'hdfs://host:8020'"),
-        ("s3://b/x?region=eu&scheme=http&endpoint_override=h:9", "s3://b/x?region=eu&scheme=http&endpoint_override=h:9"),
+        (
+            "s3://b/x?region=eu&scheme=http&endpoint_override=h:9",
+            "s3://b/x?region=eu&scheme=http&endpoint_override=h:9",
+        ),
         ("s3://bucket/x?secret_key=S&region=eu&token=T", "s3://bucket/x?region=eu"),
         ("gs://bucket/x?token=T", "gs://bucket/x"),
         ("hdfs://host:8020/x", "hdfs://host:8020/x"),
