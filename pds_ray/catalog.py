@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pds_ray.backbones.base import BackboneInfo, BackboneModule
-    from pds_ray.config import DecodeConfig, EmbedConfig
+    from pds_ray.config import DecodeConfig, EmbedConfig, ReadConfig
     from pds_ray.decoders.base import Decoder, DecoderInfo, DecoderModule
     from pds_ray.encoders.base import (
         Encoder,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pds_ray.selectors.base import Selector
     from pds_ray.sources.base import Source
 
-SOURCES = {  # URI scheme -> class(uri); anything else is a tar path, glob or brace range
+SOURCES = {  # URI scheme -> class(uri, read); else a tar path, glob or brace range
     "scenes": "pds_ray.sources.scenes:ScenesSource",
     "flickr30k": "pds_ray.sources.karpathy:KarpathySource",
     "coco": "pds_ray.sources.karpathy:KarpathySource",
@@ -78,11 +78,16 @@ def _known(kind: str, table: dict[str, str], name: str) -> str:
     return table[name]
 
 
-def make_source(uri: str) -> Source:
-    """Return the source a URI names. Raises SourceError in one line if it cannot be used."""
+def make_source(uri: str, read: ReadConfig | None = None) -> Source:
+    """Return the source a URI names, read by the options `read`, by default those of a run.
+
+    Raises SourceError in one line if it cannot be used.
+    """
+    from pds_ray.config import ReadConfig  # which imports this module
+
     scheme = uri.partition(":")[0]
     module, _, cls = SOURCES[scheme if scheme in SOURCES else ""].partition(":")
-    return getattr(import_module(module), cls)(uri)
+    return getattr(import_module(module), cls)(uri, read or ReadConfig())
 
 
 def describe_encoder(config: EmbedConfig) -> EncoderInfo:

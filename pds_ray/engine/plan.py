@@ -40,7 +40,7 @@ def make_run(config: RunConfig, redo: bool = False) -> Run:
         raise ConfigError("no run folder: give --out FOLDER")
     method = catalog.method(config.method)
     config = relevant(config, method)
-    source = catalog.make_source(config.source)
+    source = catalog.make_source(config.source, config.read)
     folder = RunFolder(Folder(config.out))
     shards = _choose_shards(source, folder, config.embed.store, redo)
     encoder = catalog.describe_encoder(config.embed)

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
+from pds_ray.config import ReadConfig
 from pds_ray.modalities.text import MAX_CAPTIONS
 from pds_ray.sources.base import Fault, Sample, Shard, SourceError
 
@@ -40,7 +41,9 @@ class KarpathySource:
     file first names them, each once with all of its captions.
     """
 
-    def __init__(self, uri: str, max_image_bytes: int = 64 * 1024**2) -> None:
+    def __init__(
+        self, uri: str, _: ReadConfig | None = None, max_image_bytes: int = 64 * 1024**2
+    ) -> None:
         self.uri = uri
         self.max_image_bytes = max_image_bytes
         self.dataset, _, root = uri.partition(":")

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
+from pds_ray.config import ReadConfig
 from pds_ray.modalities.text import MAX_CAPTIONS
 from pds_ray.sources.base import Fault, MissingShardsError, Sample, Shard
 from pds_ray.sources.shard_patterns import find_shards, open_shard, shard_names
@@ -44,6 +45,7 @@ class WebDatasetSource:
     """
 
     uri: str = field(repr=False)
+    options: ReadConfig = ReadConfig()
     max_image_bytes: int = 64 * 1024**2
     max_text_bytes: int = 1024**2
     validation: None = None
