@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +25,6 @@ from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import UserError, first_line
 from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
-from pds_ray.stages.embed import ShardCounts
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.storage import side_by_side
 
@@ -112,11 +111,18 @@ class EmbedWorker:
 
     THREADS = 2
 
-    def __init__(self, info: EncoderInfo, config: EmbedConfig, store: EmbeddingStore) -> None:
+    def __init__(
+        self,
+        info: EncoderInfo,
+        config: EmbedConfig,
+        store: EmbeddingStore,
+        files: Mapping[str, ShardFile],
+    ) -> None:
         self.size = info.preprocess.size
         self.encoder = process.load_model(catalog.load_encoder, info, config.precision)
         self.config = config
         self.store = store
+        self.files = files
         self.encoding = threading.Lock()
         self.free_since = time.monotonic()
 
@@ -147,7 +153,7 @@ class EmbedWorker:
         whole = part.first == 0 and part.total == part.rows
         if whole:
             tables = (part.images, part.captions, part.errors)
-            self.store.commit(shard, *tables, commit_info(counts, self.config))
+            self.store.commit(shard, *tables, commit_info(*tables, self.files[shard], self.config))
         else:
             self._write_part(shard, part)
         return {
@@ -157,6 +163,7 @@ class EmbedWorker:
             "total": part.total,
             "committed": whole,
             "counts": json.dumps(asdict(counts)),
+            "problem": core.damage(part.errors) or None,
             "busy_s": ended - began,
             "idle_s": idle_s,
         }
@@ -183,19 +190,41 @@ SUMMARY_SCHEMA = pa.schema(
         ("committed", pa.bool_()),
         ("counts", pa.string()),  # ShardCounts as JSON
         ("fault", pa.string()),  # UNREADABLE, FATAL or STORE; null if the rows are embedded
-        ("problem", pa.string()),  # why they are not
+        ("problem", pa.string()),  # why they are not, or how the shard's file is damaged
         ("busy_s", pa.float64()),  # the encoder worked on it
         ("idle_s", pa.float64()),  # and waited before: for input, or for its threads, which write
     ]
 )
 
 
-def commit_info(counts: ShardCounts, config: EmbedConfig) -> dict[str, Any]:
-    """Return what a marker says besides hashes."""
-    return {**asdict(counts), "precision": config.precision}
+@dataclass(frozen=True)
+class ShardFile:
+    """The file of a shard as this session reads it."""
+
+    shard: Shard
+    changed: bool
+    """It is not the one that the store began with."""
 
 
-def commit_parts(shard: str, firsts: list[int], store: EmbeddingStore, config: EmbedConfig) -> None:
+def commit_info(
+    images: pa.Table, captions: pa.Table, errors: pa.Table, file: ShardFile, config: EmbedConfig
+) -> dict[str, Any]:
+    """Return what the marker of a shard says besides hashes.
+
+    The file is named where a later session must know which one was read: if it is damaged, or not
+    the one that the store began with.
+    """
+    info = {**asdict(core.shard_counts(images, captions, errors)), "precision": config.precision}
+    if damage := core.damage(errors):
+        info["damage"] = damage
+    if damage or file.changed:
+        info["file"] = core.file_of(file.shard)
+    return info
+
+
+def commit_parts(
+    shard: str, firsts: list[int], store: EmbeddingStore, file: ShardFile, config: EmbedConfig
+) -> None:
     """Put a shard together from its parts and commit it. The parts stay: Ray may run this twice."""
     parts = [
         core.part_from_tables(
@@ -207,4 +236,4 @@ def commit_parts(shard: str, firsts: list[int], store: EmbeddingStore, config: E
         for first in firsts
     ]
     tables = core.merge_parts(parts)
-    store.commit(shard, *tables, commit_info(core.shard_counts(*tables), config))
+    store.commit(shard, *tables, commit_info(*tables, file, config))

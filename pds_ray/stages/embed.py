@@ -24,7 +24,7 @@ from pds_ray.config import EmbedConfig, ReadConfig
 from pds_ray.encoders.base import ROW_MULTIPLE, Encoder
 from pds_ray.modalities.image import ImageError, Preprocess, decode_image
 from pds_ray.modalities.text import CLEANERS
-from pds_ray.sources.base import Fault, Shard, Source, read_shard
+from pds_ray.sources.base import SHARD_ENDS, Fault, Shard, Source, read_shard
 from pds_ray.store.schemas import ERROR_SCHEMA, caption_schema, embedding_array, image_schema
 
 END = "end"  # reason of the row that closes a shard; its ordinal is the number of rows before it
@@ -76,6 +76,33 @@ def shard_counts(images: pa.Table, captions: pa.Table, errors: pa.Table) -> Shar
     return ShardCounts(
         images.num_rows, captions.num_rows, errors.num_rows, dict(sorted(reasons.items()))
     )
+
+
+def damage(errors: pa.Table) -> str:
+    """Return reason and detail if the file of a shard is damaged or none at all, else ""."""
+    for row in errors.to_pylist():
+        if row["reason"] in SHARD_ENDS:
+            return f"{row['reason']}: {row['detail']}"
+    return ""
+
+
+def marker_damage(marker: Mapping[str, Any]) -> str:
+    """Return what a commit marker says of the damage of its shard's file, "" if it is whole."""
+    reasons = [reason for reason in SHARD_ENDS if reason in marker["reasons"]]
+    return marker.get("damage") or ", ".join(reasons)  # markers of earlier versions have no details
+
+
+def needs_reading(shard: Shard, marker: Mapping[str, Any]) -> bool:
+    """Return whether a shard is not embedded, or is damaged and its file has changed since.
+
+    `marker` is its commit marker, empty if it has none.
+    """
+    return not marker or ("damage" in marker and marker.get("file") != file_of(shard))
+
+
+def file_of(shard: Shard) -> dict[str, Any]:
+    """Return what a commit marker says of the file that was read."""
+    return {"size": shard.size, "version": shard.version}
 
 
 def marker_counts(marker: Mapping[str, Any]) -> ShardCounts:
