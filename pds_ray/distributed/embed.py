@@ -23,7 +23,6 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import ray
-from tqdm import tqdm
 
 from pds_ray import catalog
 from pds_ray.config import ConfigError, EmbedConfig, RayConfig, ReadConfig, RunConfig
@@ -38,6 +37,7 @@ from pds_ray.distributed.embed_workers import (
     commit_parts,
     decode,
 )
+from pds_ray.distributed.in_flight import InFlight
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import UserError, first_line
 from pds_ray.methods.base import Counts, Run
@@ -46,7 +46,7 @@ from pds_ray.stages import embed as core
 from pds_ray.stages.embed import ShardCounts
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.telemetry import log
-from pds_ray.telemetry.progress import QUIET_S, progress_bar, waiting_for
+from pds_ray.telemetry.progress import QUIET_S, Bar, progress_bar
 
 _Embedded = tuple[ShardCounts, str]
 """Counts of a shard, and how its file is damaged, "" if it is whole."""
@@ -211,7 +211,7 @@ class _Tally:
     """Shards that are committed."""
     outcome: _Outcome
     limits: RayConfig
-    bar: tqdm
+    bar: Bar
 
     def commit(self, shard: str, counts: ShardCounts, damage: str) -> None:
         """Count a shard that is committed; its `counts` are among the totals already."""
@@ -263,7 +263,7 @@ class _Tally:
         self.bar.set_postfix_str(
             f"{done}, {counts}{state}", refresh=bool(state) and sys.stderr.isatty()
         )
-        self.bar.update(images - self.bar.n)
+        self.bar.update(images - self.bar.finished)
 
 
 def _embed(
@@ -282,12 +282,10 @@ def _embed(
     reused = outcome.totals
     arrived = {shard.name: _Progress() for shard in todo}
     with (
-        watch.InFlight() as in_flight,
+        InFlight() as in_flight,
         progress_bar("embed", None, "images", reused.images) as bar,
     ):
-        waiting_for(
-            lambda: in_flight.describe({name for name, shard in arrived.items() if shard.ended})
-        )
+        bar.follow(in_flight.reports(partial(_has_arrived, arrived)))
         tally = _Tally(shards, shards - len(todo), outcome, work.ray, bar)
         tally.show(", starting")
         for start in range(0, len(todo), SHARDS_TOGETHER):
@@ -304,6 +302,13 @@ def _embed(
     for name in outcome.failed.keys() & before.keys():
         del outcome.failed[name]
     return outcome
+
+
+def _has_arrived(arrived: Mapping[str, _Progress], item: str) -> bool:
+    """Return whether the driver has counted a block, or the shard that an item is."""
+    name, _, first = item.partition("/")
+    shard = arrived[name]
+    return shard.ended or (first != "" and int(first) in shard.rows)
 
 
 def _count(
@@ -325,7 +330,7 @@ def _retry(
     work: _Work,
     before: dict[str, dict[str, Any]],
     arrived: dict[str, _Progress],
-    in_flight: watch.InFlight,
+    in_flight: InFlight,
     tally: _Tally,
 ) -> None:
     """Embed lost shards again and count them, or set them aside."""
@@ -347,7 +352,7 @@ def _stream(
     shards: list[Shard],
     work: _Work,
     arrived: dict[str, _Progress],
-    in_flight: watch.InFlight,
+    in_flight: InFlight,
     encoders: metrics.ActorTime,
 ) -> Iterator[tuple[str, ShardCounts, bool]]:
     """Run the data set; record what comes in `arrived` and `encoders`.
@@ -382,7 +387,7 @@ def _stream(
     gc.collect()
 
 
-def _dataset(shards: list[Shard], work: _Work, in_flight: watch.InFlight) -> ray.data.Dataset:
+def _dataset(shards: list[Shard], work: _Work, in_flight: InFlight) -> ray.data.Dataset:
     """Return the data set of the summary rows of `shards`, embedded when it is read."""
     with watch.lost_blocks_allowed():
         decoded = ray.data.read_datasource(
@@ -393,7 +398,7 @@ def _dataset(shards: list[Shard], work: _Work, in_flight: watch.InFlight) -> ray
             ray_remote_args={"max_retries": TASK_RETRIES},
         ).map_batches(
             decode,
-            fn_args=(work.info, work.read, work.ray.sample_timeout_s),
+            fn_args=(work.info, work.read, work.ray.sample_timeout_s, in_flight),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=pools.DECODE_CPUS,
@@ -402,7 +407,7 @@ def _dataset(shards: list[Shard], work: _Work, in_flight: watch.InFlight) -> ray
         )
         actors = pools.pool(work.ray.embed_actors)
         files = {shard.name: work.files[shard.name] for shard in shards}
-        arguments = (work.info, work.config, work.store, files)
+        arguments = (work.info, work.config, work.store, files, in_flight)
         return pools.map_blocks(decoded, EmbedWorker, arguments, actors, EmbedWorker.THREADS)
 
 
@@ -444,7 +449,7 @@ class _Commits:
 
 
 def retry_lost_shards(
-    shards: list[Shard], work: _Work, in_flight: watch.InFlight
+    shards: list[Shard], work: _Work, in_flight: InFlight
 ) -> Iterator[tuple[str, _Embedded | str]]:
     """Re-embed lost shards in isolated subprocesses; yield each, or why it failed."""
     actors = pools.pool(work.ray.embed_actors)
@@ -465,21 +470,26 @@ def retry_lost_shards(
             yield shard.name, f"whatever embeds it is lost ({budget}, the last by {last})"
 
 
-def _embed_in_subprocess(shard: Shard, work: _Work, in_flight: watch.InFlight) -> _Embedded | str:
+def _embed_in_subprocess(shard: Shard, work: _Work, in_flight: InFlight) -> _Embedded | str:
     """Embed and commit a shard in a child process, or return why it cannot be read."""
-    in_flight.begin(shard.name)
     load = partial(process.load_model, catalog.load_encoder, work.info, work.config.precision)
     limits = isolated.Limits(
         work.ray.sample_timeout_s, min(MAX_GROWTH_BYTES, psutil.virtual_memory().available // 2)
     )
     alone = isolated.Work(work.source, shard, work.info, load, work.read, work.config)
-    try:
-        tables = isolated.embed_isolated(alone, limits)
-    except SourceError as error:
-        return first_line(error)
-    work.store.commit(
-        shard.name, *tables, commit_info(*tables, work.files[shard.name], work.config)
-    )
+    with in_flight.doing(f"starts a process for shard {shard.name}", shard.name) as doing:
+
+        def tell(step: str, images: float) -> None:
+            doing.now(f"is {step} for shard {shard.name}, alone")
+            doing.reach(images)
+
+        try:
+            tables = isolated.embed_isolated(alone, limits, tell)
+        except SourceError as error:
+            return first_line(error)
+        work.store.commit(
+            shard.name, *tables, commit_info(*tables, work.files[shard.name], work.config)
+        )
     return core.shard_counts(*tables), core.damage(tables[-1])
 
 

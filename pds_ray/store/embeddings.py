@@ -136,8 +136,8 @@ class EmbeddingStore:
     ) -> None:
         """Write the three files of a shard, then its marker, which commits it.
 
-        `info` holds the counts and the precision, as in MARKER_FIELDS, and, of a shard whose file is
-        damaged or not the one that the store began with, also that. The marker of an earlier
+        `info` holds the counts and the precision, as in MARKER_FIELDS, and the "damage" of the
+        shard's file and the "file" itself where they are to be known. The marker of an earlier
         commit is deleted first: no marker ever describes other files than those beside it.
         """
         self.folder.delete(shard + self.MARKER)
