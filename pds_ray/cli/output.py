@@ -91,6 +91,8 @@ def _print_counts(out: str, method: str, counts: dict[str, dict[str, Any]]) -> N
         made = f"{prototypes['prototypes']:,} pairs"
         say(f"method        {method}")
         say(f"out           {made}, {duplicates:,} with a caption of another")
+        if "fewer" in prototypes:
+            say(f"fewer         {prototypes['fewer']}")
 
 
 def _print_failed(out: str, embed: dict[str, Any]) -> None:

@@ -215,7 +215,8 @@ def _fit(
 
         fitted = core.fit(*_gathered(parts), config.pairs, config.seed, config.cluster, tell)
     folder.save_centroids(space, fitted.centroids)
-    return {"rows": fitted.rows, "objective": fitted.objective}
+    few = {"distinct": fitted.distinct} if fitted.distinct < config.pairs else {}
+    return {"rows": fitted.rows, "objective": fitted.objective, **few}
 
 
 def _fit_space(

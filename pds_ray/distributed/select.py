@@ -13,6 +13,7 @@ from pds_ray.distributed import pools, tasks
 from pds_ray.distributed.in_flight import InFlight
 from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import select as core
+from pds_ray.stages.prototypes import fewer
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.telemetry.progress import progress_bar
 
@@ -58,6 +59,7 @@ def select(run: Run) -> Counts:
     run.folder.save_prototypes(chosen)
     return {
         "prototypes": chosen.num_rows,
+        **fewer(config.pairs, chosen.num_rows, f"method {config.method} picks no more"),
         "duplicate_captions": chosen.num_rows - len(set(chosen.column("caption").to_pylist())),
         "mean_cosine": float(np.mean(chosen.column("cosine").to_numpy())),
     }

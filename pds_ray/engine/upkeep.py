@@ -215,15 +215,15 @@ def retry_failed(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     found = _open(path, changes)
     run = make_run(found.config)
     again, unchanged = _failed(run, found.store)
-    named = f"{len(unchanged):,} damaged ({some_of(unchanged)})"
+    named = f"{len(unchanged):,} damaged shards ({some_of(unchanged)})"
     if not again and not unchanged:
         raise ConfigError(
             f"nothing to try again: no shard of {path} failed, no sample killed its process"
         )
     if not again:
         raise ConfigError(
-            f"nothing to try again: the failed shards of {path}, {named}, are the files that were "
-            "read; mend them first (a new time of a file is enough)"
+            f"nothing to try again: {named} of {path} have not changed since they were read; mend "
+            "the files first (a new modification time counts as a change)"
         )
     if unchanged:
         text = f"pds-ray: not tried again: {named}, which have not changed since they were read"

@@ -18,7 +18,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,8 @@ class Fit:
     """Weighted sum of squared distances of the training vectors to their centroids."""
     rows: int
     """Training vectors used."""
+    distinct: int = 0
+    """Different ones among them; no more are counted than clusters."""
 
 
 def sample_share(rows: int, dim: int, config: ClusterConfig, clusters: int) -> float:
@@ -105,7 +107,18 @@ def fit(
         return lloyd(training, weights, clusters, start, seed + 1 + restart, config, iterated)
 
     # not FAISS's nredo: its objective leaves the weights out
-    return min(map(attempt, range(config.restarts)), key=lambda fitted: fitted.objective)
+    best = min(map(attempt, range(config.restarts)), key=lambda fitted: fitted.objective)
+    return replace(best, distinct=count_distinct(training, weights, clusters))
+
+
+def count_distinct(vectors: np.ndarray, weights: np.ndarray, most: int) -> int:
+    """Count the different rows of [n, d] that have a weight, up to `most`: soon, in real data."""
+    seen: set[bytes] = set()
+    for row in np.flatnonzero(weights):
+        seen.add(vectors[row].tobytes())
+        if len(seen) == most:
+            break
+    return len(seen)
 
 
 def lloyd(

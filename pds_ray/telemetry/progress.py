@@ -90,6 +90,7 @@ class Bar(tqdm):
     def __init__(self, **settings: Any) -> None:
         self.finished = settings["initial"]
         self._reports: Reports | None = None
+        self._note = self._own_note = ""
         self._moving = threading.Lock()  # the watchdog moves it, too
         super().__init__(**settings)
 
@@ -103,6 +104,7 @@ class Bar(tqdm):
         """Let the bar run ahead by what workers report from now on."""
         with self._moving:
             self._reports = reports
+            self._show_note("")
             self._move()
 
     def look(self) -> None:
@@ -111,9 +113,9 @@ class Bar(tqdm):
             return
         self._reports.read()
         with self._moving:
-            if self._reports and self.n == self.initial and (note := self._reports.describe()):
-                self.set_postfix_str(note, refresh=False)
             self._move()
+            if self._reports:
+                self._show_note(self._reports.describe() if self.n == self.initial else "")
 
     def progress(self) -> object:
         """Return a value that changes whenever any of the work gets on."""
@@ -126,6 +128,14 @@ class Bar(tqdm):
         if reports:
             return named or "a free worker: none is at work"
         return str(named or self.postfix or "its first result")
+
+    def _show_note(self, note: str) -> None:
+        """Show a note in place of the bar's own one, which comes back for an empty note."""
+        if self.postfix != self._note:
+            self._own_note = self.postfix
+        if note or self.postfix == self._note:
+            self._note = note
+            self.set_postfix_str(note or self._own_note, refresh=False)
 
     def _move(self) -> bool | None:
         ahead = self._reports.ahead() if self._reports else 0
