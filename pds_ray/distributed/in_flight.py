@@ -101,9 +101,9 @@ class _Reporter:
 
     def _run(self) -> None:
         """Put reports until nothing is done any more; what ends within REPORT_S is in none."""
-        told = False
+        told, never = False, threading.Event()
         while True:
-            time.sleep(REPORT_S)
+            never.wait(REPORT_S)
             now = time.monotonic()
             with self._lock:
                 doing = [

@@ -131,9 +131,10 @@ class Bar(tqdm):
 
     def _show_note(self, note: str) -> None:
         """Show a note in place of the bar's own one, which comes back for an empty note."""
-        if self.postfix != self._note:
-            self._own_note = self.postfix
-        if note or self.postfix == self._note:
+        shown = str(self.postfix or "")
+        if shown != self._note:
+            self._own_note = shown
+        if note or shown == self._note:
             self._note = note
             self.set_postfix_str(note or self._own_note, refresh=False)
 
