@@ -38,6 +38,7 @@ from pds_ray.training.data import Gallery, Pixels, TrainingPairs
 from pds_ray.training.recall import RECALLS
 from pds_ray.training.retrieval import (
     RetrievalTraining,
+    Step,
     embed_images,
     evaluate,
     make_optimizer,
@@ -181,11 +182,18 @@ def _stacked(rows: list[np.ndarray], size: int) -> np.ndarray:
     return np.stack(rows) if rows else np.zeros((0, 3, size, size), np.uint8)
 
 
-def encode(encoder: TextEncoder, captions: list[str]) -> np.ndarray:
-    """Return the vectors of m captions, not normalised, float32 [m, d]."""
-    starts = range(0, len(captions), ENCODE_CAPTIONS)
-    parts = [captions[start : start + ENCODE_CAPTIONS] for start in starts]
-    return np.concatenate([encoder.encode_captions(part) for part in parts])
+def encode(
+    encoder: TextEncoder, captions: list[str], step: Step = lambda _captions: None
+) -> np.ndarray:
+    """Return the vectors of m captions, not normalised, float32 [m, d].
+
+    `step` is called before each batch with the number of captions done.
+    """
+    parts = []
+    for start in range(0, len(captions), ENCODE_CAPTIONS):
+        step(start)
+        parts.append(encoder.encode_captions(captions[start : start + ENCODE_CAPTIONS]))
+    return np.concatenate(parts)
 
 
 def pixels_of(trial: Trial) -> Pixels:
