@@ -180,11 +180,11 @@ def build_backbone(info: BackboneInfo, image_size: int) -> torch.nn.Module:
 def _encode(
     info: EncoderInfo | TextEncoderInfo, captions: list[str], in_flight: InFlight
 ) -> np.ndarray:
-    with in_flight.doing("loads the text encoder") as doing:
+    with in_flight.doing("the text encoder to load") as doing:
         encoder = process.load_model(catalog.load_text_encoder, info, "fp32")
 
         def tell(done: int) -> None:
-            doing.now(f"encodes captions, {done:,} of {len(captions):,} done")
+            doing.now(f"captions to be encoded, {done:,} of {len(captions):,} done")
 
         return core.encode(encoder, captions, tell)
 

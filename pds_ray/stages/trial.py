@@ -237,7 +237,7 @@ class Progress:
 Report = Callable[[Progress, Callable[[], bytes]], None]
 """Called on every worker after each evaluation; the second argument returns the state then."""
 Tell = Callable[[str, float | None], object]
-"""Called now and then with what is being done and, in training, the epochs done."""
+"""Called now and then with what is waited for and, in training, the epochs done."""
 Build = Callable[[BackboneInfo, int], torch.nn.Module]
 Features = dict[tuple[str, ...], torch.Tensor]
 
@@ -297,7 +297,7 @@ def _with_features(
     )
 
     def embedded(images: int) -> None:
-        tell(f"embeds images for {trial}, {images:,} done", None)
+        tell(f"the features of {trial}, {images:,} images done", None)
 
     def features(images: torch.Tensor, *name: str) -> torch.Tensor:
         key = (*of_backbone, *name)
@@ -334,10 +334,10 @@ def train_model(
         return evaluate(model, gallery, pixels, workers, measured)
 
     def measured(images: int) -> None:
-        tell(f"measures {trial}, {images:,} images done", None)
+        tell(f"the measuring of {trial}, {images:,} images done", None)
 
     def trained(epochs: float) -> None:
-        tell(f"trains {trial}", epochs)
+        tell(f"the training of {trial}", epochs)
 
     def save() -> bytes:
         return loop.save_state(model, optimizer, dataclasses.asdict(progress))

@@ -45,10 +45,10 @@ def test_the_driver_sees_what_workers_do_until_it_ends() -> None:
         workers.append(Worker.remote(in_flight))
         with another.doing("works for another", "s/0") as doing:
             doing.reach(99)
-            ray.get(workers[0].begin.remote("loads the encoder"))
-            ray.get(workers[1].begin.remote("encodes shard s", "s/0", 16.5))
+            ray.get(workers[0].begin.remote("the encoder to load"))
+            ray.get(workers[1].begin.remote("shard s to be encoded", "s/0", 16.5))
             wait_until(lambda: seen.read() or seen.describe().count("for") == 2)
-        expected = rf"(loads the encoder|encodes shard s) \(for \d+ s, on node {here}\), .*"
+        expected = rf"(the encoder to load|shard s to be encoded) \(for \d+ s, on node {here}\), .*"
         assert re.fullmatch(expected, seen.describe())
         assert seen.ahead() == 16
         ray.get([worker.end.remote() for worker in workers])
@@ -64,9 +64,9 @@ def test_a_process_that_is_silent_counts_as_gone(monkeypatch: pytest.MonkeyPatch
     with InFlight() as in_flight:
         seen = in_flight.reports()
         key = f"{in_flight._prefix}dead".encode()
-        ray_private.put_key(key, b'["abc", [["loads the encoder", "", 0, 7.0]]]')
+        ray_private.put_key(key, b'["abc", [["the encoder to load", "", 0, 7.0]]]')
         seen.read()
-        assert seen.describe() == "loads the encoder (for 7 s, on node abc)"
+        assert seen.describe() == "the encoder to load (for 7 s, on node abc)"
         monkeypatch.setattr(module, "SILENT_S", 0.0)
         seen.read()
         assert seen.describe() == ""

@@ -45,7 +45,7 @@ def test_embedding_moves_with_every_batch(
     assert done == sorted(done), "the bar went back"
     assert len(set(done) - {0, SAMPLES}) >= 3, "the bar stood still until the block arrived"
     assert done[-1] == SAMPLES
-    assert any("loads the encoder" in state.note for state in seen)
+    assert any("waiting for the encoder to load" in state.note for state in seen)
     stalls = [line for line in capsys.readouterr().err.splitlines() if "nothing finished" in line]
-    assert any("waiting for loads the encoder" in line for line in stalls)
+    assert any("waiting for the encoder to load" in line for line in stalls)
     assert not any("none (" in line or line.endswith("none") for line in stalls)

@@ -437,7 +437,7 @@ def test_a_fit_tells_how_far_it_is(monkeypatch):
     )
     done = [iterations for _, iterations in told]
     assert done == sorted(done)
-    assert {("chooses 50 seeds", 0), ("chooses 50 seeds", 30)} <= set(told)
+    assert {("50 seeds to be chosen", 0), ("50 seeds to be chosen", 30)} <= set(told)
     assert any(0 < iterations < 30 for iterations in done)
     assert all(0 <= iterations <= 60 for iterations in done)
 

@@ -67,7 +67,7 @@ class Told:
     """Reports of one item of work, as the test sets them."""
 
     def __init__(self) -> None:
-        self.done, self.what = 0, "loads the model"
+        self.done, self.what = 0, "the model to load"
         self.pace = self.readings = 0
 
     def read(self) -> None:
@@ -90,8 +90,8 @@ def test_a_bar_runs_ahead_of_the_results_and_never_counts_twice() -> None:
         bar.set_postfix_str("1 of 4 shards", refresh=False)
         bar.follow(told)
         bar.look()
-        assert bar.postfix == "loads the model"
-        told.done, told.what = 7, "encodes"
+        assert bar.postfix == "waiting for the model to load"
+        told.done, told.what = 7, "images to be encoded"
         bar.look()
         assert (bar.n, bar.postfix) == (17, "1 of 4 shards")
         told.done = 0  # its result arrives
@@ -115,7 +115,7 @@ def test_the_watchdog_names_what_workers_do_and_is_silent_while_they_get_on(
             time.sleep(0.01)
         assert "nothing finished" not in capsys.readouterr().err
         told.pace, found = 0, ""
-        while "loads the model" not in found:
+        while "waiting for the model to load" not in found:
             time.sleep(0.05)
             found += capsys.readouterr().err
         told.what = ""
