@@ -15,7 +15,8 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -41,10 +42,12 @@ from pds_ray.distributed.in_flight import InFlight
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import UserError, first_line
 from pds_ray.methods.base import Counts, Run
+from pds_ray.sources.advice import Tally, advised
 from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
 from pds_ray.stages.embed import ShardCounts
 from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.storage import StorageError
 from pds_ray.telemetry import log
 from pds_ray.telemetry.progress import QUIET_S, Bar, progress_bar
 
@@ -54,6 +57,7 @@ MIN_SAMPLES_TO_JUDGE = 100
 MAX_GROWTH_BYTES = 4 << 30  # a process may grow by so much while it decodes one image
 # Shards of one data set: the driver keeps a kilobyte per block until its data set ends.
 SHARDS_TOGETHER = 2_000
+EXAMPLE_SHARDS = 20  # shards that are searched for an example of each reason
 FAILED_SHOWN = 20  # failed shards that run.json names, with the reason
 
 
@@ -135,10 +139,10 @@ def embed(run: Run) -> Counts:
     with run.store.folder.lock():  # a shared store is filled by one run at a time
         counts = fill_store(run)
     if counts["images"] < run.config.pairs:
+        bad = Tally(Counter(counts["reasons"]), counts["examples"]).line()
         raise ConfigError(
             f"{run.config.pairs:,} pairs asked for, but only {counts['images']:,} images of "
-            f"{run.config.source} are good ({counts['bad']:,} bad: {counts['reasons']}); lower "
-            "--pairs"
+            f"{run.config.source} are good ({bad or 'none is bad'}); lower --pairs"
         )
     return counts
 
@@ -169,10 +173,12 @@ def fill_store(run: Run) -> Counts:
         store.parts.delete_all()
         store.folder.sweep()  # actors that were killed may have left parts of files
     totals, problems = outcome.totals, outcome.problems
-    check_bad_share(totals, config.ray.max_bad_share, final=True)
+    examples = _examples(store, [shard.name for shard in shards], totals)
+    check_bad_share(totals, config.ray.max_bad_share, True, lambda: examples)
     check_failed_share(problems, len(shards), config.ray.max_failed_share)
     return {
         **asdict(totals),
+        "examples": examples,
         "shards": len(shards),
         "shards_embedded": len(shards) - len(outcome.failed),
         "failed_shards": len(problems),
@@ -212,10 +218,14 @@ class _Tally:
     outcome: _Outcome
     limits: RayConfig
     bar: Bar
+    store: EmbeddingStore
+    committed: list[str] = field(default_factory=list)
+    """The shards of this session that are committed."""
 
     def commit(self, shard: str, counts: ShardCounts, damage: str) -> None:
         """Count a shard that is committed; its `counts` are among the totals already."""
         self.finished += 1
+        self.committed.append(shard)
         metrics.count("pds_ray_shards_committed_total", 1)
         metrics.count("pds_ray_images_embedded_total", counts.images)
         metrics.count("pds_ray_pairs_embedded_total", counts.pairs)
@@ -240,7 +250,7 @@ class _Tally:
 
     def _warn(self, shard: str, problem: str, what: str) -> None:
         metrics.count("pds_ray_shards_failed_total", 1)
-        text = f"pds-ray: shard {shard} {what}: {problem}"
+        text = f"pds-ray: shard {shard} {what}: {advised(problem)}"
         log.event("shard_failed", text, "warning", shard=shard, reason=problem)
 
     def check_failed(self) -> None:
@@ -249,7 +259,9 @@ class _Tally:
 
     def check(self) -> None:
         """Raise ConfigError if too many samples are bad or too many shards cannot be read."""
-        check_bad_share(self.outcome.totals, self.limits.max_bad_share, final=False)
+        totals = self.outcome.totals
+        examples = partial(_examples, self.store, self.committed, totals)
+        check_bad_share(totals, self.limits.max_bad_share, False, examples)
         self.check_failed()
 
     def show(self, state: str = "") -> None:
@@ -287,7 +299,7 @@ def _embed(
         progress_bar("embed", None, "images", reused.images) as bar,
     ):
         bar.follow(in_flight.reports(partial(_has_arrived, arrived)))
-        tally = _Tally(shards, shards - len(todo), outcome, work.ray, bar)
+        tally = _Tally(shards, shards - len(todo), outcome, work.ray, bar, work.store)
         tally.show(", starting")
         for start in range(0, len(todo), SHARDS_TOGETHER):
             group = todo[start : start + SHARDS_TOGETHER]
@@ -497,17 +509,43 @@ def _embed_in_subprocess(shard: Shard, work: _Work, in_flight: InFlight) -> _Emb
     return core.shard_counts(*tables), core.damage(tables[-1])
 
 
-def check_bad_share(totals: ShardCounts, limit: float, final: bool) -> None:
-    """Stop a run that would distil garbage. Raises ConfigError naming the most frequent reason."""
+def _examples(
+    store: EmbeddingStore, shards: list[str], totals: ShardCounts
+) -> dict[str, tuple[str, str]]:
+    """Return reason -> key and detail of a bad sample of the first EXAMPLE_SHARDS shards."""
+    found: dict[str, tuple[str, str]] = {}
+    for shard in shards[:EXAMPLE_SHARDS]:
+        if totals.reasons.keys() <= found.keys():
+            break
+        try:
+            rows = store.errors(shard).to_pylist()
+        except (OSError, StorageError):  # it has no embeddings
+            continue
+        for row in rows:
+            found.setdefault(row["reason"], (row["key"], row["detail"]))
+    return found
+
+
+def check_bad_share(
+    totals: ShardCounts,
+    limit: float,
+    final: bool,
+    examples: Callable[[], dict[str, tuple[str, str]]] = dict,
+) -> None:
+    """Stop a run that would distil garbage.
+
+    Raises ConfigError naming the most frequent reason, with one of the `examples`.
+    """
     seen = totals.images + totals.bad
     too_few = seen < MIN_SAMPLES_TO_JUDGE and not final
     if not totals.bad or too_few or totals.bad <= limit * seen:
         return
     reason, count = max(totals.reasons.items(), key=lambda item: item[1])
+    example = Tally(Counter(totals.reasons), examples()).example()
     raise ConfigError(
         f"{totals.bad:,} of {seen:,} samples are bad (mostly {reason}: {count:,}), more than the "
-        f"allowed share {limit}; see the .errors.parquet files of the embedding store, or raise "
-        "--ray.max-bad-share"
+        f"allowed share {limit}; {example and f'{example}; '}see the .errors.parquet files of the "
+        "embedding store, or raise --ray.max-bad-share"
     )
 
 
@@ -517,7 +555,7 @@ def check_failed_share(failed: Mapping[str, str], shards: int, limit: float) -> 
         return
     name, problem = next(iter(failed.items()))
     raise ConfigError(
-        f"{len(failed):,} of {shards:,} shards cannot be read ({name}: {problem}), more than the "
-        f"allowed share {limit}; mend them and repeat the command, which reads them again, or "
-        "raise --ray.max-failed-share"
+        f"{len(failed):,} of {shards:,} shards cannot be read ({name}: {advised(problem)}), more "
+        f"than the allowed share {limit}; mend them and repeat the command, which reads them "
+        "again, or raise --ray.max-failed-share"
     )

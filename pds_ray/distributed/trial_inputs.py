@@ -16,7 +16,7 @@ import torch
 
 from pds_ray import catalog
 from pds_ray.backbones.base import BackboneInfo
-from pds_ray.config import ConfigError, EvaluateConfig
+from pds_ray.config import ConfigError, EvaluateConfig, FilesConfig
 from pds_ray.distributed import TASK_RETRIES, pools, process, session, tasks
 from pds_ray.distributed.in_flight import InFlight
 from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
@@ -145,7 +145,8 @@ def prepare(
     inputs = TrialInputs()
     for name, split in splits.items():
         for rule in sorted({checked.text.cleaning for checked in sets}):
-            read = read_split(name, split, sizes, rule, config.ray.sample_timeout_s)
+            seconds = config.ray.sample_timeout_s
+            read = read_split(name, split, sizes, rule, seconds, config.read)
             inputs.splits[name, rule] = read
             of_rule = {c.text.encoder for c in sets if c.text.cleaning == rule}
             for encoder in sorted(of_rule):
@@ -227,12 +228,17 @@ def _count(rows: np.ndarray) -> int:
 
 
 def read_split(
-    name: str, split: core.Split, sizes: list[int], rule: str, seconds: float
+    name: str,
+    split: core.Split,
+    sizes: list[int],
+    rule: str,
+    seconds: float,
+    read: FilesConfig | None = None,
 ) -> SplitInputs:
-    """Read a split on the cluster; an image may take so many `seconds` to decode.
+    """Read a split on the cluster by the options `read`.
 
-    Raises in one line ConfigError if nothing in it can be used, UserError if not all of it can be
-    read.
+    An image may take so many `seconds` to decode. Raises in one line ConfigError if nothing in it
+    can be used, UserError if not all of it can be read.
     """
     task = ray.remote(core.read_split).options(
         num_cpus=pools.SMALL_TASK_CPUS, num_returns=3, max_retries=TASK_RETRIES
@@ -240,7 +246,7 @@ def read_split(
     pick = ray.remote(_pick).options(num_cpus=0)
     limit = partial(process.time_limit, seconds)
     pending: list[Any] = [
-        task.remote(split.source, shard, sizes, rule, limit) for shard in split.shards
+        task.remote(split.source, shard, sizes, rule, limit, read) for shard in split.shards
     ]
     texts: list[list[str]] = []
     bad: Counter[str] = Counter()

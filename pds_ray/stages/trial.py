@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from pds_ray.backbones.base import BackboneInfo
-from pds_ray.config import ConfigError, ProtocolConfig
+from pds_ray.config import ConfigError, FilesConfig, ProtocolConfig
 from pds_ray.encoders.base import EncoderInfo, TextEncoder, TextEncoderInfo
 from pds_ray.modalities.image import ImageError, Preprocess, decode_image
 from pds_ray.modalities.text import CLEANERS
@@ -128,14 +128,16 @@ def read_split(
     sizes: list[int],
     captions: str,
     limit: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    read: FilesConfig | None = None,
 ) -> tuple[dict[int, np.ndarray], list[list[str]], dict[str, int]]:
     """Return a shard's images at each size, their cleaned captions, and bad samples by reason.
 
     Images are resized to squares, their aspect not kept (PDS, B.4): uint8 [n, 3, S, S]. `captions`
-    names the rule of cleaning; `limit` is entered for each image that is decoded. Raises
-    SourceError if the shard cannot be read to its end, because recalls are over all images.
+    names the rule of cleaning; `limit` is entered for each image that is decoded; `read` has the
+    sizes that images may have. Raises SourceError if the shard cannot be read to its end, because
+    recalls are over all images.
     """
-    clean = CLEANERS[captions]
+    clean, read = CLEANERS[captions], read or FilesConfig()
     squares = {size: Preprocess(size, resize_mode="squash") for size in sizes}
     images: dict[int, list[np.ndarray]] = {size: [] for size in sizes}
     texts: list[list[str]] = []
@@ -146,7 +148,7 @@ def read_split(
                 f"shard {shard.name} ends early ({item.reason}: {item.detail}); "
                 "recalls would miss images"
             )
-        found = item.reason if isinstance(item, Fault) else _usable(item, clean, limit)
+        found = item.reason if isinstance(item, Fault) else _usable(item, clean, limit, read)
         if isinstance(found, str):
             bad[found] = bad.get(found, 0) + 1
             continue
@@ -160,11 +162,12 @@ def _usable(
     sample: Sample,
     clean: Callable[[str], str],
     limit: Callable[[], AbstractContextManager[Any]],
+    read: FilesConfig,
 ) -> tuple[Image.Image, list[str]] | str:
     """Return a sample's image and cleaned captions, or the reason why it cannot be used."""
     try:
         with limit():
-            image = decode_image(sample.image)
+            image = decode_image(sample.image, max_pixels=read.max_pixels, min_side=read.min_side)
     except ImageError as error:
         return error.reason
     captions = [cleaned for caption in sample.captions if (cleaned := clean(caption))]

@@ -48,6 +48,14 @@ RAY = {  # option: values at the edges of what is allowed, values just beyond th
     "ray.max_failed_share": ([0.0, 1.0], [-0.1, 1.1]),
     "ray.sample_timeout_s": ([0.5], [0.0]),
 }
+FILES = {
+    "read.max_pixels": ([1], [0]),
+    "read.min_side": ([1], [0]),
+    "read.image_suffixes": (["auto", "jpg,input.jpg"], ["", " , "]),
+    "read.caption_suffixes": (["auto", ".txt"], ["", " , "]),
+    "read.caption_keys": (["auto", "TEXT, alt text"], ["", " , "]),
+    "read.caption_lines": (["auto", "each", "whole"], ["all"]),
+}
 RUN = {
     "source": (["scenes:10"], []),
     "out": (["runs/x"], []),
@@ -55,8 +63,7 @@ RUN = {
     "seed": ([0, 2**31 - 1], [-1, 2**31]),
     "method": (["random", "herding", "k_center", "forgetting", "clip_score"], ["magic"]),
     "read.captions": (["basic", "paper", "none"], ["shiny"]),
-    "read.max_pixels": ([1], [0]),
-    "read.min_side": ([1], [0]),
+    **FILES,
     "embed.encoder": (["demo"], []),
     "embed.precision": (["auto", "fp32", "fp16", "bf16"], ["int8"]),
     "embed.batch_size": ([16, 48], [0, -16, 17]),
@@ -90,6 +97,7 @@ RUN = {
     **RAY,
 }
 EVALUATION = {
+    **FILES,
     "test": (["scenes:10"], []),
     "val": (["scenes:20"], []),
     "backbones": (["small_vit"], [" , "]),

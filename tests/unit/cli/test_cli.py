@@ -142,7 +142,7 @@ def test_a_comparison_is_shown_where_the_file_puts_it(
         (
             ["evaluate", "runs/x"],
             {"prune": {"ratio": 0}},
-            "unknown section 'prune'; known: protocol, ray",
+            "unknown section 'prune'; known: read, protocol, ray",
         ),
         (
             ["evaluate", "runs/x"],

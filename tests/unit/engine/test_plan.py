@@ -48,6 +48,10 @@ def reference() -> dict[str, str]:
         ({"source": "scenes:120:1"}, "embed"),
         ({"read__captions": "paper"}, "embed"),
         ({"read__min_side": 3}, "embed"),
+        ({"read__image_suffixes": "jpg"}, "embed"),
+        ({"read__caption_suffixes": "txt"}, "embed"),
+        ({"read__caption_keys": "alt"}, "embed"),
+        ({"read__caption_lines": "each"}, "embed"),
         ({"embed__store_dtype": "float32"}, "embed"),
         ({"embed__precision": "bf16"}, "embed"),
         ({"prune__ratio": 0.3}, "prune"),
@@ -183,7 +187,8 @@ def test_every_option_is_judged() -> None:
 
     judged = {
         "source", "out", "method", "pairs", "seed", "select.epochs", "select.forgotten",
-        "read.captions", "read.min_side", "read.max_pixels", "embed.encoder", "embed.precision",
+        "read.captions", "read.min_side", "read.max_pixels", "read.image_suffixes",
+        "read.caption_suffixes", "read.caption_keys", "read.caption_lines", "embed.encoder", "embed.precision",
         "embed.batch_size", "embed.store", "embed.store_dtype", "prune.ratio", "cluster.iterations",
         "cluster.tolerance", "cluster.restarts", "cluster.normalize", "cluster.memory_gib",
         "cluster.modality", "match.solver", "match.pairless", "match.filter", "decode.decoder",
@@ -270,7 +275,7 @@ def test_a_source_without_samples_says_why(tmp_path: Path) -> None:
     config = RunConfig(source=str(tmp_path / "*.tar"), pairs=10, out=str(tmp_path / "run"))
     source = WebDatasetSource(config.source)
     with pytest.raises(
-        ConfigError, match=r"no sample of .* has an image and a caption \(not_a_tar: 2\)"
+        ConfigError, match=r"no sample of .* has an image and a caption \(not_a_tar: 2; an HTML .*"
     ):
         plan._check_enough(source, source.shards(), config)
 
