@@ -32,6 +32,7 @@ from pds_ray.config import (
     replace,
     to_dict,
 )
+from pds_ray.distributed.lifetime import session_kept
 from pds_ray.errors import UserError, first_line
 from pds_ray.telemetry import log
 
@@ -387,17 +388,11 @@ def main(argv: list[str] | None = None) -> None:
     variables of QUIET stay set, since libraries read them on import. Ctrl-C and SIGTERM end the
     whole process.
     """
-    ray = sys.modules.get("ray")  # not imported for commands that do without
-    ray_ran = ray is not None and ray.is_initialized()
     args = build_parser().parse_args(argv)
-    with _quiet(args.verbose), log.as_json(args.log == "json"), _interruptible():
+    with _quiet(args.verbose), log.as_json(args.log == "json"), _interruptible(), session_kept():
         code = _run(args)
-        if "ray" in sys.modules and not ray_ran:
-            from pds_ray.distributed import session
-
-            if _in_main_thread():
-                _ignore_interrupts()
-            session.stop()
+        if _in_main_thread():
+            _ignore_interrupts()
     raise SystemExit(code)
 
 
