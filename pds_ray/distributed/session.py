@@ -30,12 +30,14 @@ from pds_ray.distributed import (
     lifetime,
     limits,
     metrics,
+    places,
     ray_private,
 )
 from pds_ray.distributed.process import default_environment, without_collections
 from pds_ray.distributed.tasks import LOST
 from pds_ray.distributed.watch import no_space
 from pds_ray.errors import UserError, first_line
+from pds_ray.telemetry import log
 
 CONNECT_TIMEOUT_S = 10
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -142,6 +144,14 @@ def _connect(address: str) -> None:
 
 
 def _start_local(config: RayConfig) -> None:
+    places.require_current_folder()
+    folders = places.ray_folders()
+    if folders.note:
+        log.event("other_place", f"pds-ray: {folders.note}", "warning", why=folders.note)
+    if folders.spilled:
+        _limits_read["object_spilling_directory"] = folders.spilled
+    if token := places.ray_token():
+        os.environ["RAY_AUTH_TOKEN"] = token
     free = limits.free_memory_bytes()
     store = (
         int(config.object_store_gib * 2**30) if config.object_store_gib else min(free // 4, 8 << 30)
@@ -152,6 +162,8 @@ def _start_local(config: RayConfig) -> None:
         object_store_memory=store,
         _memory=max(1, free - store),  # for tasks that ask for memory; Ray would share the machine
         include_dashboard=False,
+        _temp_dir=f"{folders.sockets}/ray",
+        object_spilling_directory=folders.spilled,
         **QUIET,
     )
 
@@ -259,7 +271,7 @@ def _limits_in_force() -> dict[str, Any]:
     context = ray.data.DataContext.get_current()
     found: dict[str, Any] = dict(_limits_read)
     if NODES.keys() <= found.keys():  # a local Ray
-        found["object_spilling_directory"] = ray_private.session_folder()
+        found.setdefault("object_spilling_directory", ray_private.session_folder())
     found |= {name: getattr(context, name) for name in DATA}
     return {
         **found,
