@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import io
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ from pds_ray.config import (
     to_dict,
 )
 from pds_ray.distributed.lifetime import session_kept
+from pds_ray.distributed.places import require_current_folder
 from pds_ray.errors import UserError, first_line
 from pds_ray.telemetry import log
 
@@ -389,7 +391,13 @@ def main(argv: list[str] | None = None) -> None:
     whole process.
     """
     args = build_parser().parse_args(argv)
-    with _quiet(args.verbose), log.as_json(args.log == "json"), _interruptible(), session_kept():
+    with (
+        _quiet(args.verbose),
+        log.as_json(args.log == "json"),
+        _any_character(),
+        _interruptible(),
+        session_kept(),
+    ):
         code = _run(args)
         if _in_main_thread():
             _ignore_interrupts()
@@ -399,6 +407,7 @@ def main(argv: list[str] | None = None) -> None:
 def _run(args: argparse.Namespace) -> int:
     """Run the command and report its outcome, in a last line; return the exit code."""
     try:
+        require_current_folder()
         COMMANDS[args.command](args)
         _flush()
         # the last line of a log tells the outcome; on a terminal the result does
@@ -442,6 +451,21 @@ def _quiet(verbose: bool) -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+@contextmanager
+def _any_character() -> Iterator[None]:
+    """Print characters that standard output cannot encode as escapes, as standard error does."""
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper):  # another program's, or closed
+        yield
+        return
+    before = stream.errors
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=before)
 
 
 @contextmanager

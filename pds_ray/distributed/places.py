@@ -74,14 +74,20 @@ def _why_no_sockets(folder: str) -> str:
 
 def why_closed(folder: str) -> str:
     """Say why a folder, there or still to be made, cannot be written to, "" if it can."""
-    place = Path(folder)
-    while not os.path.lexists(place) and place != place.parent:
-        place = place.parent
     try:
-        with tempfile.TemporaryFile(dir=place):  # what `os.access` says of root is not what holds
+        # what `os.access` says of root is not what holds
+        with tempfile.TemporaryFile(dir=existing(folder)):
             return ""
     except OSError as error:
         return f"cannot be written to ({error.strerror})"
+
+
+def existing(folder: str) -> Path:
+    """Return the folder, or the innermost around it that is there."""
+    place = Path(folder)
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    return place
 
 
 def require_current_folder() -> None:
