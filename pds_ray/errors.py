@@ -50,7 +50,7 @@ def first_line(error: BaseException) -> str:
 
 
 def is_utf8(text: str) -> bool:
-    """Return False for a file name, from the system, whose bytes are not UTF-8: no file holds it."""
+    """Return False for text, such as a file's name, made of bytes that are not UTF-8."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 

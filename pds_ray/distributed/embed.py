@@ -428,12 +428,12 @@ def _embed_in_subprocess(shard: Shard, work: _Work, in_flight: watch.InFlight) -
     """Embed and commit a shard in a child process; return its counts, or why it cannot be read."""
     in_flight.begin(shard.name)
     load = partial(process.load_model, catalog.load_encoder, work.info, work.config.precision)
-    limits = isolated.Limits(
+    allowed = isolated.Limits(
         work.ray.sample_timeout_s, min(MAX_GROWTH_BYTES, limits.free_memory_bytes() // 2)
     )
     alone = isolated.Work(work.source, shard, work.info, load, work.read, work.config)
     try:
-        tables = isolated.embed_isolated(alone, limits)
+        tables = isolated.embed_isolated(alone, allowed)
     except SourceError as error:
         return first_line(error)
     counts = core.shard_counts(*tables)

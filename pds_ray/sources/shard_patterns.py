@@ -8,6 +8,7 @@ asked for.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import io
@@ -39,6 +40,9 @@ from pds_ray.telemetry import log
 
 WEB = ("http://", "https://")
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""How a list begins that an editor or a shell of Windows wrote."""
 
 NAME_LENGTH = 150
 """Longest name of a shard, in characters.
@@ -201,8 +205,12 @@ def _has_spaces(text: str) -> bool:
         return False
     stores: dict[tuple[str, str], _Store] = {}
     try:
-        return any(_look_for(pattern, stores).shards for pattern in _expand_braces(text))
-    except SourceError:  # as for a name that is too long; its parts are looked for in turn
+        return any(
+            _look_for(pattern, stores).shards
+            for pattern in _expand_braces(text)
+            if is_remote(pattern) or os.path.isdir(_fixed_folder(pattern))
+        )
+    except SourceError:  # its parts are looked for in turn, and what is wrong with them is said
         return False
 
 
@@ -224,7 +232,9 @@ def _expand_braces(pattern: str) -> Iterator[str]:
 def _read_list(location: str) -> list[str]:
     try:
         with open_shard(location) as stream:
-            lines = [line.strip() for line in stream.read().decode("utf-8-sig").splitlines()]
+            data = stream.read()
+        encoding = "utf-16" if data.startswith(UTF_16) else "utf-8-sig"
+        lines = [line.strip() for line in data.decode(encoding).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"cannot read the shard list {location}: {error}") from error
     prefix, path, settings = split_address(location)

@@ -96,7 +96,8 @@ def progress_bar(
     place; elsewhere it prints a line every LOG_INTERVAL_S seconds and one at the end. Call
     `.update(n)` for work done and `.set_postfix_str(text, refresh=False)` for a note.
     """
-    interactive = sys.stderr.isatty() and not log.is_json()
+    # the stream of a notebook or a test need be no file
+    interactive = getattr(sys.stderr, "isatty", bool)() and not log.is_json()
     with (
         (_JsonBar if log.is_json() else tqdm)(
             total=total,
