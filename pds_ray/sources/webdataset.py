@@ -58,7 +58,7 @@ class WebDatasetSource:
         """
         found, missing = find_shards(self.uri)
         shards = [
-            Shard(name, location, found[location].size, str(found[location].mtime_ns))
+            Shard(name, location, found[location].size or 0, str(found[location].mtime_ns))
             for location, name in shard_names(sorted(found)).items()
         ]
         if missing:
