@@ -110,14 +110,18 @@ def _ray(address: str | None, config: RayConfig) -> Iterator[None]:
                 else:
                     with _interrupts_put_off():
                         _start_local(config)
+        except BaseException as error:
+            # a start that failed may leave processes; in one that was interrupted, this crashes
+            if isinstance(error, Exception) or ray.is_initialized():
+                ray.shutdown()
+            raise
         finally:
             added = os.environ.keys() - before
-        yield
-    finally:
-        # of a Ray that failed while it started, processes may be left; a connection that was
-        # interrupted while it was made crashes in here
-        if address is None or ray.is_initialized():
+        try:
+            yield
+        finally:
             ray.shutdown()
+    finally:
         for name in added:
             os.environ.pop(name, None)
         if not traced:
@@ -193,25 +197,27 @@ def _own_signals() -> Iterator[None]:
 @contextmanager
 def _interrupts_put_off() -> Iterator[None]:
     """Put off a first Ctrl-C to the end of the block: a Ray that half started would stay."""
-    number = signal.SIGINT
-    handler = signal.getsignal(number)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    pressed: list[FrameType | None] = []
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in found.items() if callable(handler)}
+    pressed: list[tuple[int, FrameType | None]] = []
 
-    def put_off(_: int, frame: FrameType | None) -> None:
+    def put_off(number: int, frame: FrameType | None) -> None:
         if pressed:
-            handler(number, frame)
-        pressed.append(frame)
+            handlers[signal.Signals(number)](number, frame)
+        pressed.append((number, frame))
 
-    signal.signal(number, put_off)
+    for name in handlers:
+        signal.signal(name, put_off)
     try:
         yield
     finally:
-        signal.signal(number, handler)
-    if pressed:
-        handler(number, pressed[0])
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+    for number, frame in pressed[:1]:
+        handlers[signal.Signals(number)](number, frame)
 
 
 @contextmanager

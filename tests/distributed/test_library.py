@@ -19,7 +19,7 @@ from pds_ray import configure, distill, load_distilled, recipe
 from pds_ray.distributed import session
 from pds_ray.errors import UserError
 
-folder = pathlib.Path(FOLDER)
+folder = pathlib.Path(FOLDER, "My Drive", "Jürgen 図")  # in labels of metrics, too
 real_start = session.start
 said = {}
 
