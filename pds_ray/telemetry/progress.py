@@ -178,7 +178,8 @@ def progress_bar(
     `.update(n)` for work done, `.follow(reports)` to show what is done ahead of that, and
     `.set_postfix_str(text, refresh=False)` for a note.
     """
-    interactive = sys.stderr.isatty() and not log.is_json()
+    # the stream of a notebook or a test need be no file
+    interactive = getattr(sys.stderr, "isatty", bool)() and not log.is_json()
     with (
         (_JsonBar if log.is_json() else Bar)(
             total=total,
