@@ -114,7 +114,9 @@ class EmbedWorker:
 
     def __init__(self, info: EncoderInfo, config: EmbedConfig, store: EmbeddingStore) -> None:
         self.size = info.preprocess.size
-        self.encoder = process.load_model(catalog.load_encoder, info, config.precision)
+        self.encoder = process.keeping_error(
+            process.load_model, catalog.load_encoder, info, config.precision
+        )
         self.config = config
         self.store = store
         self.encoding = threading.Lock()
@@ -140,7 +142,7 @@ class EmbedWorker:
             return {"shard": shard, "fault": fault, "problem": rows.column("detail")[-1].as_py()}
         with self.encoding:
             began = time.monotonic()
-            part = core.embed_block(rows, self.encoder, self.size, self.config)
+            part = core.embed_block(rows, self.encoder(), self.size, self.config)
             ended = time.monotonic()
             idle_s, self.free_since = began - self.free_since, ended
         counts = core.shard_counts(part.images, part.captions, part.errors)

@@ -37,7 +37,7 @@ class SynthesizeWorker:
         load = (
             partial(process.load_model, catalog.load_decoder) if is_model else catalog.load_decoder
         )
-        self.decoder = load(info, config.decode, source)
+        self.decoder = process.keeping_error(load, info, config.decode, source)
         self.config = config
         self.folder = folder
         self.in_flight = in_flight
@@ -52,7 +52,7 @@ class SynthesizeWorker:
             pairs = range(start, stop)
             self.in_flight.begin(_named(start))
             request = core.make_batch(self.prototypes, pairs, self.config.seed, self.config.decode)
-            images = core.synthesize_chunk(self.decoder, request, self.config.decode)
+            images = core.synthesize_chunk(self.decoder(), request, self.config.decode)
             fresh, began = 0, time.monotonic()
             for pair, image in zip(pairs, images, strict=True):
                 busy_s += time.monotonic() - began
