@@ -171,5 +171,5 @@ def _right_name(name: str) -> str | None:
         known.setdefault(squashed(one.model), f"{one.model}:{tags(one.model)[0]}")
         for spelling in (one.repository, HUB + one.repository) if one.repository else ():
             known.setdefault(squashed(spelling), HUB + one.repository)
-    right = known.get(squashed(name))
-    return None if right == name else right
+    found = known.get(squashed(name))
+    return found if found != name else None

@@ -1,10 +1,12 @@
-"""Files of weights, tried before any long work: whole or cut off. No tensor is read."""
+"""Files of models, tried before any long work: whole or cut off. No tensor is read."""
 
 from __future__ import annotations
 
 import textwrap
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -17,6 +19,7 @@ INSTEAD = {  # how a file begins that was saved in place of the weights -> what 
     b"version https://git-lfs": "it is a Git LFS pointer: run git lfs pull",
     b"<": "it is a web page: download the weights again",
 }
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ZIP, PICKLE = b"PK", b"\x80"  # how files of torch.save begin, now and before 2020
 
 
@@ -50,6 +53,16 @@ def _advice(path: Path) -> str:
         return "make it readable"
     fitting = (advice for start, advice in INSTEAD.items() if head.startswith(start))
     return next(fitting, "fetch the file again")
+
+
+def require_vocabulary(tokenize: Callable[[list[str]], Any]) -> None:
+    """Raise ValueError if a tokenizer, given as texts -> rows of tokens, knows no words.
+
+    transformers makes such a one in silence where the file of its vocabulary is missing.
+    """
+    rows = {tuple(map(int, row)) for row in tokenize([*LETTERS])}
+    if len(rows) < len(LETTERS) / 2:
+        raise ValueError("it tells no captions apart: its vocabulary is missing")
 
 
 def loading_reason(error: BaseException) -> str:
