@@ -33,8 +33,8 @@ def run_trials(
     use_gpu, room = trial_room(ray.cluster_resources(), config)
     inputs = ray.put(prepare(todo, sets, splits, config))
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    groups = ray.remote(trials.PlacementGroups).options(num_cpus=0, scheduling_strategy=here)
-    shared = (inputs, results, groups.remote(), config, use_gpu)
+    records = ray.remote(trials.QueueRecords).options(num_cpus=0, scheduling_strategy=here)
+    shared = (inputs, results, records.remote(), config, use_gpu)
     parts = share_out(todo, min(config.trials or room, len(todo)))
     with progress_bar("evaluate", len(todo), "trials") as bar:
         _run_queues([Queue(part, *shared) for part in parts], results, bar)

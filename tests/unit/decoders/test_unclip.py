@@ -119,6 +119,29 @@ def test_other_pipelines_are_refused(copy, clip_info):
     assert "StableDiffusionPipeline" in refusal(copy, clip_info)
 
 
+def test_paths_that_people_type(copy, clip_info, tmp_path):
+    """The advice names the folder, which works."""
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0"
+    shutil.copytree(copy, snapshot)
+    for typed, meant in ((copy / "unet", copy), (snapshot.parents[1], snapshot)):
+        message = refusal(typed, clip_info)
+        assert message.endswith(f"give --decode.model {meant}")
+        assert unclip.describe(config(meant), clip_info).dim == 16
+    assert "is a file" in refusal(copy / "vae" / "config.json", clip_info)
+
+
+@pytest.mark.parametrize("space", unclip.DEFAULT_MODELS)
+def test_published_names_lead_to_the_one_that_fits(clip_info, space):
+    """Under withdrawn names, for another encoder, or an ordinary text-to-image model."""
+    encoder = replace(clip_info, space=space, name=space)
+    for name in (
+        "stabilityai/stable-diffusion-2-1-unclip",
+        "stabilityai/stable-diffusion-2-1-unclip-small",
+        "runwayml/stable-diffusion-v1-5",
+    ):
+        assert f"give --decode.model {unclip.DEFAULT_MODELS[space]}," in refusal(name, encoder)
+
+
 @pytest.mark.parametrize(
     "model", ["/no/such/folder", "./no/such", "no-such-org/no-such-model", "no such name", ""]
 )

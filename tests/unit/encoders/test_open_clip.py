@@ -16,7 +16,6 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from pds_ray.config import ConfigError
 from pds_ray.encoders import open_clip as encoders
@@ -96,23 +95,24 @@ def test_a_tag_brings_its_own_preprocessing(monkeypatch):
     assert open_clip.get_pretrained_cfg("ViT-B-16-SigLIP", "webli")["resize_mode"] == "squash"
 
 
-def test_a_checkpoint_file_of_a_known_model(tmp_path):
-    """Of zeros, which pack well."""
-    checkpoint = tmp_path / "weights.safetensors"
-    with torch.device("meta"):
-        shapes = open_clip.create_model("RN50", load_weights=False, device="meta").state_dict()
-    save_file({name: torch.zeros_like(v, device="cpu") for name, v in shapes.items()}, checkpoint)
-    info = encoders.describe(f"RN50:{checkpoint}")
-    assert info.dim == 1024
-    assert info.space == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    assert "do not fit" in refusal(f"ViT-B-32:{checkpoint}")
+def small_architecture(monkeypatch, model: str) -> None:
+    """Put a small architecture in the place of a known one."""
+    monkeypatch.setattr(encoders, "architecture", lambda name: CLIP if name == model else None)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, model, CLIP)
+
+
+def test_a_checkpoint_file_of_a_known_model(clip_folder, monkeypatch):
+    weights = clip_folder / "open_clip_model.safetensors"
+    assert "do not fit" in refusal(f"ViT-B-32:{weights}")
+    small_architecture(monkeypatch, "RN50")
+    info = encoders.describe(f"RN50:{weights}")
+    assert info.dim == CLIP["embed_dim"]
+    assert info.space == hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 def test_a_checkpoint_file_is_what_is_loaded(tmp_path, monkeypatch):
-    """With a small architecture put in the place of a known one."""
     model = "RN50"
-    monkeypatch.setattr(encoders, "architecture", lambda name: CLIP if name == model else None)
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, model, CLIP)
+    small_architecture(monkeypatch, model)
     with torch.random.fork_rng():
         torch.manual_seed(3)
         made = open_clip.create_model(model, None)
