@@ -6,6 +6,7 @@ naming one costs nothing; an unknown name lists the known ones.
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
@@ -113,7 +114,12 @@ def load_text_encoder(info: EncoderInfo | TextEncoderInfo, precision: str) -> Te
 
 
 def _text_encoder_module(name: str) -> TextEncoderModule:
+    """Return the module of a name. Raises ConfigError if it lacks its prefix: bert-base-uncased."""
     prefix = name.partition(":")[0]
+    parts = re.split(r"[-_.]", name.rstrip("/").rpartition("/")[2].lower())
+    meant = next((part for part in parts if part in TEXT_ENCODERS and part), "")
+    if meant and ":" not in name:
+        raise ConfigError(f"text encoder {name}: its kind comes first; give {meant}:{name}")
     entry = TEXT_ENCODERS[prefix if prefix in TEXT_ENCODERS else ""]
     return cast("TextEncoderModule", import_module(entry))
 

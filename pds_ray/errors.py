@@ -70,3 +70,11 @@ def printable(text: str) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text
     )
+
+
+def squashed(name: str) -> str:
+    """Return a name without case and separators: equal for all spellings of one name.
+
+    `ViT-L/14@336px`, `vit_l_14_336` and `ViT-L-14-336` are one.
+    """
+    return re.sub(r"[^a-z0-9]|(?<=\d)px\b", "", name.lower())

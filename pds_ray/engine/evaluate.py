@@ -16,7 +16,7 @@ from pds_ray import catalog
 from pds_ray.backbones.base import BackboneInfo
 from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig, changed
 from pds_ray.distributed.lifetime import session_kept
-from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
+from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo, spaces
 from pds_ray.errors import UserError, without_secrets
 from pds_ray.modalities.text import CLEANERS
 from pds_ray.recipes import protocol_name
@@ -244,7 +244,8 @@ def text_encoder(
     if not name:
         raise ConfigError(f"{path} does not say which CLIP made it; give --protocol.text-encoder")
     encoder = catalog.describe_text_encoder(name)
-    if protocol.text == "prototypes" and (encoder.space, encoder.dim) != (space, dim):
+    fits = space in spaces(encoder) and encoder.dim == dim
+    if protocol.text == "prototypes" and not fits:
         raise ConfigError(
             f"the text prototypes of {path} are of {own} and do not fit the text encoder {name}; "
             "give --protocol.text captions"
