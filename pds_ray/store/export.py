@@ -115,7 +115,7 @@ def _require_room(target: Folder, pairs: DistilledSet) -> None:
     if same or target.exists(RunFolder.MANIFEST):
         what = "the set itself" if same else "a run folder"
         raise StorageError(f"{target.shown} is {what}; give another --to")
-    earlier = _files_of_export(target)
+    earlier = files_of_export(target)
     foreign = [name for name in _there(target) if name not in earlier]
     if foreign:
         raise StorageError(
@@ -123,7 +123,7 @@ def _require_room(target: Folder, pairs: DistilledSet) -> None:
         )
 
 
-def _files_of_export(target: Folder) -> set[str]:
+def files_of_export(target: Folder) -> set[str]:
     """Return the names that the manifest of an export lists, and its own; none if there is none."""
     if not target.exists(MANIFEST):
         return set()
