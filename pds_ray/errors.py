@@ -49,6 +49,11 @@ def first_line(error: BaseException) -> str:
     return printable(without_secrets((str(error).strip() or type(error).__name__).splitlines()[0]))
 
 
+def is_utf8(text: str) -> bool:
+    """Return False for a file name, from the system, whose bytes are not UTF-8: no file holds it."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def printable(text: str) -> str:
     """Return text that a terminal only shows.
 
