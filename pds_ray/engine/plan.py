@@ -14,6 +14,7 @@ from pds_ray.errors import first_line
 from pds_ray.methods.base import Method, Run
 from pds_ray.modalities.text import CLEANERS
 from pds_ray.sources.base import Fault, MissingShardsError, Sample, Shard, Source, SourceError
+from pds_ray.stages.cluster import require_faiss
 from pds_ray.store.manifest import RunManifest, fingerprint
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder, StorageError
@@ -40,6 +41,8 @@ def make_run(config: RunConfig, redo: bool = False) -> Run:
         raise ConfigError("no run folder: give --out FOLDER")
     method = catalog.method(config.method)
     config = relevant(config, method)
+    if "cluster" in method.names:
+        require_faiss()
     source = catalog.make_source(config.source, config.read)
     folder = RunFolder(Folder(config.out))
     shards = _choose_shards(source, folder, config.embed.store, redo)

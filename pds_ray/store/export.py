@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from pds_ray.errors import ConfigError, first_line
+from pds_ray.store.calls import StorageError, side_by_side
 from pds_ray.store.card import LAYOUTS, bare_card, card_of_export
 from pds_ray.store.distilled_set import (
     CARD,
@@ -33,7 +34,7 @@ from pds_ray.store.distilled_set import (
 )
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.set_writer import Files, copy, write, written
-from pds_ray.store.storage import Folder, StorageError, side_by_side
+from pds_ray.store.storage import Folder
 from pds_ray.telemetry.progress import QUIET_S, progress_bar
 
 FORMATS = tuple(LAYOUTS)

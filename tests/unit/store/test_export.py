@@ -20,9 +20,9 @@ from PIL import Image
 from pds_ray import load_distilled
 from pds_ray.errors import ConfigError
 from pds_ray.store import export as exporting
+from pds_ray.store.calls import StorageError
 from pds_ray.store.distilled_set import DistilledSetError
 from pds_ray.store.export import FORMATS, export
-from pds_ray.store.storage import StorageError
 from tests.support.hand_made_set import save_set
 from tests.support.object_store import objects, uri
 from tests.support.synthetic_run import HOSTILE, choose_instead, make_run
