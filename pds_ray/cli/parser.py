@@ -365,6 +365,7 @@ def _add_publishing(commands: Commands) -> None:
         )
     export.add_argument(
         "--to",
+        dest="out",
         required=True,
         metavar="FOLDER",
         help="local or on an object store; an export that is there is replaced",

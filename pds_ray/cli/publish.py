@@ -12,10 +12,10 @@ def export_set(args: argparse.Namespace) -> None:
     """Run `pds-ray export`."""
     from pds_ray.store.export import export
 
-    manifest = export(args.set, args.format, args.to)
+    manifest = export(args.set, args.format, args.out)
     size = sum(file["bytes"] for file in manifest["files"].values())
     say(f"{'pairs':<10} {manifest['pairs']:,} as {args.format}, {size:,} bytes")
-    say(f"{'result':<10} {Folder(args.to).shown}")
+    say(f"{'result':<10} {Folder(args.out).shown}")
 
 
 def push_set(args: argparse.Namespace) -> None:

@@ -121,7 +121,7 @@ def _front_matter(pairs: int, tags: list[str]) -> str:
     return data.to_yaml(line_break="\n", original_order=FIELDS)
 
 
-def card_of_export(text: str, form: str, place: str) -> str:
+def card_of_export(text: str, format: str, place: str) -> str:
     """Return the card of a set for an export: it names the files, and says how to read `place`.
 
     All else stays as it is, also where a person wrote it. Raises ValueError if `text` has no front
@@ -129,7 +129,7 @@ def card_of_export(text: str, form: str, place: str) -> str:
     """
     from huggingface_hub import DatasetCardData
 
-    layout = LAYOUTS[form]
+    layout = LAYOUTS[format]
     start, front, body = text.split("---\n", 2)
     fields = yaml.safe_load(front)
     if start.strip() or not isinstance(fields, dict):

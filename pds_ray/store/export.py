@@ -47,8 +47,8 @@ IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 IMAGE_FEATURE = {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})}
 
 
-def export(path: str, form: str, to: str, place: str = ".") -> dict[str, Any]:
-    """Write a distilled set in the format `form` to the folder `to`; return the new manifest.
+def export(path: str, format: str, to: str, place: str = ".") -> dict[str, Any]:
+    """Write a distilled set in the format `format` to the folder `to`; return the new manifest.
 
     `path` is a run folder or a distilled set, `to` is local or on an object store; an export that
     is there is replaced. `place` is what the card tells people to read. The data of the set are
@@ -59,22 +59,22 @@ def export(path: str, form: str, to: str, place: str = ".") -> dict[str, Any]:
     without files of the format, and StorageError if `to` holds files of anything else or cannot
     be written to.
     """
-    if form not in FORMATS:
-        raise ConfigError(f"--format is {form!r}; it must be one of {', '.join(FORMATS)}")
+    if format not in FORMATS:
+        raise ConfigError(f"--format is {format!r}; it must be one of {', '.join(FORMATS)}")
     pairs, target = load_distilled(path), Folder(to)
-    names, card = _data_names(pairs, form), _card(pairs, form, place)
+    names, card = _data_names(pairs, format), _card(pairs, format, place)
     _require_room(target, pairs)
     target.create()
     _check(pairs, names)
     _clear(target)
     files: Files = {}
     try:
-        if form == "parquet":
+        if format == "parquet":
             _write_tables(pairs, target, files)
             names = [PROTOTYPES]
         _copy_files(pairs, names, target, files)
         write(target, CARD, card.encode(), files)
-        manifest = {**pairs.manifest, "format": form, "files": files}
+        manifest = {**pairs.manifest, "format": format, "files": files}
         target.write_json(MANIFEST, manifest)
     except BaseException:
         _clear(target)  # without a manifest they would be in the way of the next export
@@ -82,12 +82,12 @@ def export(path: str, form: str, to: str, place: str = ".") -> dict[str, Any]:
     return manifest
 
 
-def _data_names(pairs: DistilledSet, form: str) -> list[str]:
+def _data_names(pairs: DistilledSet, format: str) -> list[str]:
     """Return the names of the files of the set that the export is made of, but for the card.
 
     Raises DistilledSetError if the set has no files of the format.
     """
-    if form != "webdataset":
+    if format != "webdataset":
         return [*(image_path(row["file_name"]) for row in pairs.records), METADATA, PROTOTYPES]
     there = [f"{TARS}/{name}" for name in (pairs.folder / TARS).names(".tar")]
     tars = [name for name in pairs.manifest["files"] if name.startswith(f"{TARS}/")]
@@ -98,12 +98,12 @@ def _data_names(pairs: DistilledSet, form: str) -> list[str]:
     return [*tars, PROTOTYPES]
 
 
-def _card(pairs: DistilledSet, form: str, place: str) -> str:
+def _card(pairs: DistilledSet, format: str, place: str) -> str:
     """Return the card of the export. Raises DistilledSetError if that of the set is no card."""
     try:
         has_card = pairs.folder.exists(CARD)
         text = pairs.folder.read_bytes(CARD).decode() if has_card else bare_card(len(pairs))
-        return card_of_export(text, form, place)
+        return card_of_export(text, format, place)
     except (ValueError, yaml.YAMLError) as error:
         raise DistilledSetError(
             f"{pairs.folder.full(CARD)} is no data-set card ({first_line(error)}); mend it"

@@ -53,14 +53,14 @@ class _Place:
 def push(
     path: str,
     to: str,
-    form: str = "parquet",
+    format: str = "parquet",
     private: bool = False,
     revision: str | None = None,
     dry_run: bool = False,
 ) -> tuple[str, dict[str, int]]:
     """Publish a distilled set as `to`, hf:ORG/NAME; return its URL and the bytes of each file.
 
-    It is exported in the format `form` into a temporary folder and uploaded from there, in one
+    It is exported in the format `format` into a temporary folder and uploaded from there, in one
     commit to the branch `revision`. What an earlier push left there is replaced. With `dry_run` the
     hub is asked nothing.
 
@@ -72,10 +72,10 @@ def push(
     place = _Place(found[1], revision)
     earlier = set() if dry_run else _earlier_push(place, private)
     with tempfile.TemporaryDirectory(prefix="pds-ray-push-") as folder:
-        files = export(path, form, folder, place=place.name)["files"]
+        files = export(path, format, folder, place=place.name)["files"]
         sizes = {name: file["bytes"] for name, file in files.items()}
         sizes[MANIFEST] = Path(folder, MANIFEST).stat().st_size
-        if form == "imagefolder" and len(sizes) > FILES_PER_FOLDER:
+        if format == "imagefolder" and len(sizes) > FILES_PER_FOLDER:
             raise ConfigError(
                 f"the hub takes {FILES_PER_FOLDER:,} files per folder, this set has more images; "
                 "give --format parquet"

@@ -114,3 +114,12 @@ def test_a_torch_that_does_not_load_is_a_finding(
     code, out, _ = type_in(capsys, "--version", "-v")
     assert code == 0
     assert "torch does not load (ModuleNotFoundError)" in out
+
+
+def test_the_folders_of_an_export_are_checked_before_a_job(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = ["submit", "--", "export", "/runs/x", "--format", "parquet", "--to", "out"]
+    code, _, err = type_in(capsys, *job)
+    assert code == 2
+    assert "out is 'out'; a job needs a path that all nodes have" in err
