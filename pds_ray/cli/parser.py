@@ -350,7 +350,7 @@ def _add_publishing(commands: Commands) -> None:
         help="publish a distilled set on the Hugging Face hub",
         description="Exports a distilled set and uploads it in one commit, with the card. The "
         "token is that of `hf auth login` or HF_TOKEN. The card is RUN/distilled/README.md as it "
-        "is: write licence and thanks into it before.",
+        "is, and names the source as it was given: read it before, and write the licence into it.",
     )
     for command, default in ((export, ""), (push, "parquet")):
         command.add_argument("set", metavar="RUN", help="run folder or distilled set")

@@ -130,7 +130,7 @@ def card_of_export(text: str, format: str, place: str) -> str:
     from huggingface_hub import DatasetCardData
 
     layout = LAYOUTS[format]
-    start, front, body = text.split("---\n", 2)
+    start, front, body = text.replace("\r\n", "\n").split("---\n", 2)
     fields = yaml.safe_load(front)
     if start.strip() or not isinstance(fields, dict):
         raise ValueError("it does not begin with YAML fields between two lines of ---")

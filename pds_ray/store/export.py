@@ -102,9 +102,9 @@ def _card(pairs: DistilledSet, format: str, place: str) -> str:
     """Return the card of the export. Raises DistilledSetError if that of the set is no card."""
     try:
         has_card = pairs.folder.exists(CARD)
-        text = pairs.folder.read_bytes(CARD).decode() if has_card else bare_card(len(pairs))
-        return card_of_export(text, format, place)
-    except (ValueError, yaml.YAMLError) as error:
+        text = pairs.folder.read_bytes(CARD).decode("utf-8-sig") if has_card else ""
+        return card_of_export(text or bare_card(len(pairs)), format, place)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
         raise DistilledSetError(
             f"{pairs.folder.full(CARD)} is no data-set card ({first_line(error)}); mend it"
         ) from error

@@ -15,6 +15,7 @@ from pds_ray.errors import ConfigError, UserError, first_line
 from pds_ray.store.distilled_set import CARD, MANIFEST
 from pds_ray.store.export import export, files_of_export
 from pds_ray.store.storage import Folder
+from pds_ray.telemetry import log
 
 if TYPE_CHECKING:  # it costs a quarter of a second
     from huggingface_hub import HfApi
@@ -81,6 +82,8 @@ def push(
                 "give --format parquet"
             )
         if not dry_run:
+            size = f"{len(sizes):,} files, {sum(sizes.values()):,} bytes"
+            log.event("uploading", f"pds-ray: uploading {size}", to=place.url, bytes=sizes)
             _upload(place, private, Path(folder), set(sizes), earlier - set(sizes))
     return place.url, sizes
 

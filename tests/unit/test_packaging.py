@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import sys
 import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,25 @@ def test_every_requirement_has_a_pin_that_fits() -> None:
                 version = pinned.get(canonicalize_name(requirement.name))
                 assert version, f"{requirement.name} has no line in constraints.txt"
                 assert requirement.specifier.contains(version), f"{requirement}, pinned {version}"
+
+
+@pytest.mark.long
+def test_every_package_that_is_imported_is_required() -> None:
+    """It might come with another one today, and no more with the next version of that."""
+    imported: set[str] = set()
+    for path in (ROOT / "pds_ray").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module).partition(".")[0])
+    brings = packages_distributions()
+    required = {canonicalize_name(name) for name in packages(LINUX, "cpu", "gpu")}
+    assert [
+        name
+        for name in imported - set(sys.stdlib_module_names) - {"pds_ray"}
+        if required.isdisjoint(map(canonicalize_name, brings.get(name, ())))
+    ] == []
 
 
 def test_the_version_is_said_once() -> None:
