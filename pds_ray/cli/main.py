@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pds_ray import catalog
-from pds_ray.cli.parser import EXIT_USER, parse
+from pds_ray.cli.parser import EXIT_USER, build_parser
 from pds_ray.cli.publish import export_set, push_set
 from pds_ray.config import (
     ConfigError,
@@ -326,7 +326,7 @@ def _submit(args: argparse.Namespace) -> None:
             "which command? "
             "pds-ray submit --address http://HEAD:8265 -- distill --source ... --out ..."
         )
-    asked = parse(command)  # errors are refused here, not on the cluster
+    asked = build_parser().parse_args(command)  # errors are refused here, not on the cluster
     given = {**_written(asked), **vars(asked)}
     if not args.verbose:
         logging.disable(logging.INFO)  # Ray reports its uploads and connections
@@ -396,12 +396,15 @@ def main(argv: list[str] | None = None) -> None:
     variables of QUIET stay set, since libraries read them on import. Ctrl-C and SIGTERM end the
     whole process.
     """
-    args = parse(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     if args.version:
         from pds_ray.cli.version import print_version
 
         print_version(args.verbose)
         raise SystemExit(EXIT_OK)
+    if args.command is None:
+        parser.error("the following arguments are required: COMMAND")
     with (
         _quiet(args.verbose),
         log.as_json(args.log == "json"),

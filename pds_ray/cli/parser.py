@@ -118,15 +118,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse a command line, which names a command or asks for the version."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.command is None and not args.version:
-        parser.error("the following arguments are required: COMMAND")
-    return args
-
-
 def _read_by(methods: Iterable[str]) -> tuple[str, ...]:
     """Return the sections and single options that any of the methods reads."""
     return tuple(name for method in methods for name in catalog.method(method).options)
