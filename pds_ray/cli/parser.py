@@ -343,17 +343,13 @@ def _add_publishing(commands: Commands) -> None:
         "token is that of `hf auth login` or HF_TOKEN. The card is RUN/distilled/README.md as it "
         "is, and names the source as it was given: read it before, and write the licence into it.",
     )
-    for command, default in ((export, ""), (push, "parquet")):
+    for command in (export, push):
         command.add_argument("set", metavar="RUN", help="run folder or distilled set")
-        if command is push:
-            command.add_argument("to", metavar="hf:ORG/NAME", help="data set, made if need be")
-        command.add_argument(
-            "--format",
-            choices=FORMATS,
-            required=not default,
-            default=default,
-            help=f"of the files [{default}]" if default else "of the files",
-        )
+    push.add_argument("to", metavar="hf:ORG/NAME", help="data set, made if need be")
+    export.add_argument("--format", choices=FORMATS, required=True, help="of the files")
+    push.add_argument(
+        "--format", choices=FORMATS, default="parquet", help="of the files [%(default)s]"
+    )
     export.add_argument(
         "--to",
         dest="out",

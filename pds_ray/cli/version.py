@@ -32,7 +32,7 @@ VARIABLES = ("RAY_", "HF_", "AWS_", "CUDA_", "OMP_", "SLURM_", "KUBERNETES_", "P
 
 
 def print_version(verbose: bool) -> None:
-    """Print the version; if `verbose`, all that a bug report needs, in the order of a reader."""
+    """Print the version; if `verbose`, also all that a bug report needs, a line per topic."""
     print(f"pds-ray {__version__}")
     if not verbose:
         return
@@ -50,12 +50,13 @@ def print_version(verbose: bool) -> None:
 
 def _packages() -> str:
     found = versions()
+    for shown_before in ("python", "pds-ray"):
+        found.pop(shown_before, None)
     for package in MORE_PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    del found["python"], found["pds-ray"]
     return ", ".join(f"{name} {number}" for name, number in found.items())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import faiss
 import numpy as np
 import pytest
@@ -411,3 +413,18 @@ def test_a_weighted_fit_does_not_end_by_an_unweighted_objective(seed: int) -> No
         for tolerance in (0, 1e-2)
     )
     assert ended == whole
+
+
+def test_an_installation_without_faiss_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    """Before a run reads anything; a selection needs none."""
+    from pds_ray import ConfigError, configure, plan, recipe
+
+    config = configure(
+        recipe("demo"), {"source": "scenes:5", "pairs": 2, "out": str(tmp_path / "run")}
+    )
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ConfigError, match=r"k-means needs FAISS.*pip install 'pds-ray\[cpu\]'"):
+        plan(config)
+    plan(configure(config, {"method": "random"}))
