@@ -25,6 +25,7 @@ from typing import Any
 
 from pds_ray import catalog
 from pds_ray.cli.parser import EXIT_USER, build_parser
+from pds_ray.cli.publish import export_set, push_set
 from pds_ray.config import (
     ConfigError,
     EvaluateConfig,
@@ -35,7 +36,7 @@ from pds_ray.config import (
 )
 from pds_ray.distributed.lifetime import session_kept
 from pds_ray.distributed.places import require_current_folder
-from pds_ray.errors import UserError, first_line
+from pds_ray.errors import UserError, first_line, without_secrets
 from pds_ray.telemetry import log
 
 RUNS = ("distill", "select", "evaluate", "compare", "retry-failed")
@@ -128,9 +129,9 @@ def _report_at_the_end(path: str, verbose: bool) -> None:
         if verbose:
             traceback.print_exc()
         why = f"{type(error).__name__}: {first_line(error)}"
-        log.event(
-            "no_report", f"pds-ray: the run is done, but not its report: {why}", "warning", why=why
-        )
+        again = f"pds-ray report {without_secrets(path)}"
+        text = f"pds-ray: the run is done, but not its report: {why}; `{again}` makes it"
+        log.event("no_report", text, "warning", why=why)
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -252,7 +253,10 @@ def _show(args: argparse.Namespace) -> None:
         try:
             sheet.save(args.sheet)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot write --sheet {args.sheet}: {error}") from error
+            raise ConfigError(
+                f"cannot write --sheet {args.sheet}: {first_line(error)}; give a .png in a folder "
+                "that is there"
+            ) from error
         log.event("sheet", f"contact sheet {args.sheet}", path=args.sheet)
 
 
@@ -317,7 +321,7 @@ def _environment(pairs: list[str]) -> dict[str, str]:
 def _submit(args: argparse.Namespace) -> None:
     """Submit a command as a job and follow it; the exit code is that of the job."""
     command = args.job[1:] if args.job[:1] == ["--"] else args.job
-    if not command or command[0] in ("submit", "doctor"):
+    if not command or command[0] in ("submit", "doctor") or command[0].startswith("-"):
         raise ConfigError(
             "which command? "
             "pds-ray submit --address http://HEAD:8265 -- distill --source ... --out ..."
@@ -368,6 +372,8 @@ COMMANDS = {
     "status": _status,
     "submit": _submit,
     "report": _report,
+    "export": export_set,
+    "push": push_set,
     "retry-failed": _retry_failed,
     "verify": _verify,
     "doctor": _doctor,
@@ -390,7 +396,15 @@ def main(argv: list[str] | None = None) -> None:
     variables of QUIET stay set, since libraries read them on import. Ctrl-C and SIGTERM end the
     whole process.
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        from pds_ray.cli.version import print_version
+
+        print_version(args.verbose)
+        raise SystemExit(EXIT_OK)
+    if args.command is None:
+        parser.error("the following arguments are required: COMMAND")
     with (
         _quiet(args.verbose),
         log.as_json(args.log == "json"),
@@ -432,7 +446,8 @@ def _run(args: argparse.Namespace) -> int:
         if isinstance(error, UserError):
             code, text = EXIT_USER, f"pds-ray: {line}"
         else:
-            code, text = EXIT_BUG, f"pds-ray: {type(error).__name__}: {line} (-v shows where)"
+            advice = "-v shows where; a bug report needs pds-ray --version -v"
+            code, text = EXIT_BUG, f"pds-ray: {type(error).__name__}: {line} ({advice})"
         _flush()
         log.event("failed", text, "error", exit_code=code)
         return code

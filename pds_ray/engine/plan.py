@@ -23,6 +23,7 @@ from pds_ray.sources.base import (
     Source,
     SourceError,
 )
+from pds_ray.stages.cluster import require_faiss
 from pds_ray.stages.embed import file_of, marker_damage
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import RunManifest, fingerprint
@@ -51,6 +52,8 @@ def make_run(config: RunConfig, redo: bool = False) -> Run:
         raise ConfigError("no run folder: give --out FOLDER")
     method = catalog.method(config.method)
     config = relevant(config, method)
+    if "cluster" in method.names:
+        require_faiss()
     source = catalog.make_source(config.source, config.read)
     folder = RunFolder(Folder(config.out))
     shards, changed = _choose_shards(source, folder, config.embed.store, redo)

@@ -303,10 +303,14 @@ class Folder:
         with fs.open_input_file(f"{root}/{name}") as file:
             return _read_at(file, 0, file.size())
 
+    def reader(self, name: str) -> io.BufferedReader:
+        """Open a file for reading forwards. Raises what `open_stream` raises."""
+        fs, root = self._fs
+        return open_stream(fs, f"{root}/{name}", self.full(name))
+
     def sha256(self, name: str) -> str:
         """Return the hex SHA-256 of a file. Raises what `open_stream` raises."""
-        fs, root = self._fs
-        with open_stream(fs, f"{root}/{name}", self.full(name)) as stream:
+        with self.reader(name) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def write_json(self, name: str, value: Any) -> None:
