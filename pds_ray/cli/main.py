@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import errno
+import io
 import json
 import logging
 import os
@@ -17,7 +19,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -371,11 +373,29 @@ COMMANDS = {
 }
 
 
+def _usable_streams() -> None:
+    """Open the standard streams that are closed, as services do, and let no character stop a print.
+
+    A closed one is None, and its number would go to the next file that is opened: what C code
+    prints would end up in that.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # the lowest number first
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does
+
+
 def _flush() -> None:
-    """Write what standard output holds back in files and pipes; nowhere, if its reader is gone."""
+    """Write what standard output holds back in files and pipes.
+
+    Nowhere, if its reader or its terminal is gone.
+    """
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -387,6 +407,7 @@ def main(argv: list[str] | None = None) -> None:
     variables of QUIET stay set, since libraries read them on import. Ctrl-C and SIGTERM end the
     whole process.
     """
+    _usable_streams()
     ray = sys.modules.get("ray")  # not imported for commands that do without
     ray_ran = ray is not None and ray.is_initialized()
     args = build_parser().parse_args(argv)
@@ -414,7 +435,8 @@ def _run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         text = "\npds-ray: interrupted; the same command continues"
         _flush()
-        log.event("interrupted", text, "error", exit_code=EXIT_INTERRUPTED)
+        with suppress(OSError):  # the terminal may be gone
+            log.event("interrupted", text, "error", exit_code=EXIT_INTERRUPTED)
         # not through Ray's own shutdown: interrupted while it starts, it crashes; its processes
         # die with this one
         os._exit(EXIT_INTERRUPTED)
@@ -453,12 +475,15 @@ def _quiet(verbose: bool) -> Iterator[None]:
 def _interruptible() -> Iterator[None]:
     """Let SIGTERM interrupt the block as Ctrl-C does, in the background too.
 
-    A stopped job then ends like an interrupted one.
+    A stopped job then ends like an interrupted one, and so does one whose terminal is closed, if
+    nohup does not shield it.
     """
     if not _in_main_thread():  # only that one may set handlers
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         yield

@@ -99,6 +99,9 @@ def progress_bar(
     interactive = sys.stderr.isatty() and not log.is_json()
     with (
         (_JsonBar if log.is_json() else tqdm)(
+            # whatever TQDM_DISABLE says: a bar that is disabled does not count, and its count is
+            # what the watchdog and the heartbeat go by
+            disable=False,
             total=total,
             initial=done,
             desc=f"{label:<12}",

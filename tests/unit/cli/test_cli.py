@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -280,13 +281,14 @@ def test_a_command_leaves_the_process_as_it_was(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Several run in one process: handlers of signals, warnings, logging and the form of events."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def state() -> list[Any]:
-        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        handlers = [signal.getsignal(number) for number in signals]
         return [handlers, list(warnings.filters), logging.root.manager.disable, log.is_json()]
 
     def command(args: argparse.Namespace) -> None:
-        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+        assert {signal.getsignal(number) for number in signals} == {signal.default_int_handler}
         logging.disable(logging.INFO)
         log.event("working", "at work")
         warnings.warn("of a library", stacklevel=1)
@@ -311,6 +313,37 @@ def test_a_command_leaves_the_process_as_it_was(
     with pytest.warns(UserWarning, match="of a library"), pytest.raises(ConfigError):
         cli.main(["distill", "-v", "--only", "x"])
     assert state() == before
+
+
+def test_nohup_keeps_a_command_alive() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with cli._interruptible():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_closed_streams_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As services and schedulers close them."""
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    cli._usable_streams()
+    print("nowhere")
+    print("nowhere", file=sys.stderr)
+    assert sys.stdin.read() == ""
+    assert not sys.stderr.isatty()
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.close()
+
+
+def test_what_a_terminal_cannot_write_is_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii", write_through=True))
+    cli._usable_streams()
+    print("Ergebnis: Bär, 1.0 ± 0.1")
+    assert written.getvalue() == b"Ergebnis: B\\xe4r, 1.0 \\xb1 0.1\n"
 
 
 @pytest.mark.parametrize(("command", "top"), [("distill", RunConfig), ("evaluate", EvaluateConfig)])
