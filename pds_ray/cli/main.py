@@ -72,29 +72,14 @@ def resolve(args: argparse.Namespace) -> RunConfig:
 
 def _written(args: argparse.Namespace) -> dict[str, Any]:
     """Return the dotted fields in the file of --config: of a run, an evaluation, or both."""
+    from pds_ray.cli.config_file import read_config
+
     path = vars(args).get("config")
-    return flatten(flatten(_read_yaml(path)), EvaluateConfig) if path else {}
+    return flatten(flatten(read_config(path)), EvaluateConfig) if path else {}
 
 
 def _in_evaluation(name: str) -> bool:
     return name.partition(".")[0] in EVALUATION_FIELDS
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as stream:
-            value = yaml.safe_load(stream)
-    except OSError as error:
-        raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(
-            f"--config {path} must hold fields such as 'pairs: 100', not {type(value).__name__}"
-        )
-    return value
 
 
 def _distill(args: argparse.Namespace) -> None:

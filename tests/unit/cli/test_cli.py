@@ -19,7 +19,15 @@ import pytest
 import yaml
 
 from pds_ray.cli import main as cli
-from pds_ray.config import ConfigError, EvaluateConfig, RunConfig, options, sections
+from pds_ray.config import (
+    ConfigError,
+    EvaluateConfig,
+    RunConfig,
+    flatten,
+    options,
+    sections,
+    to_dict,
+)
 from pds_ray.recipes import protocol, recipe
 from pds_ray.telemetry import log
 
@@ -53,6 +61,48 @@ def written(folder: Path, **fields: Any) -> str:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(fields))
     return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "option", "value"),
+    [
+        ("out: 1.10", "out", "1.10"),  # YAML 1.1: 1.1
+        ("out: 0123", "out", "0123"),  # 83
+        ("seed: 010", "seed", 10),  # 8
+        ("out: no", "out", "no"),  # False
+        ("out: 2024-01-01", "out", "2024-01-01"),  # a date
+        ("cluster: {tolerance: 1e-3}", "cluster.tolerance", 1e-3),  # text
+        ("cluster: {normalize: yes}", "cluster.normalize", True),
+        ("prune: {<<: {ratio: 0.3}}", "prune.ratio", 0.3),
+        ("embed: {store: ~}", "embed.store", None),
+        ("pairs: 1_000", "pairs", 1000),
+    ],
+)
+def test_a_file_means_what_the_command_line_means(
+    tmp_path: Path, text: str, option: str, value: Any
+) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    args = cli.build_parser().parse_args(["distill", "--config", str(tmp_path / "run.yaml")])
+    assert flatten(to_dict(cli.resolve(args)))[option] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("pairs: 10\nout: a\npairs: 20", "'pairs' is given twice .*line 3"),
+        ("prune: {ratio: 0.1}\npairs: 1\nprune: {ratio: 0.3}", "'prune' is given twice .*line 3"),
+        ("prune.ratio: 0.1\nprune: {ratio: 0.3}", "prune.ratio is given twice"),
+        ("pairs: 1:30", "pairs is '1:30'; it must be of type int"),  # YAML 1.1: 90
+        ("out: ~", "out has no value"),
+        ("source: [a.tar, b.tar]", "source is .* it must be of type str"),
+        ("out: !!python/object/apply:os.getcwd []", "is not YAML"),
+    ],
+)
+def test_a_file_that_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    args = cli.build_parser().parse_args(["distill", "--config", str(tmp_path / "run.yaml")])
+    with pytest.raises(ConfigError, match=said):
+        cli.resolve(args)
 
 
 EVALUATION = {
