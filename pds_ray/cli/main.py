@@ -389,8 +389,8 @@ def main(argv: list[str] | None = None) -> None:
 
     It may be called several times in one process: signal handlers, warnings, logging and the form
     of events are afterwards as they were, and a Ray that runs already goes on. The environment
-    variables of QUIET stay set, since libraries read them on import. Ctrl-C and SIGTERM end the
-    whole process.
+    variables of QUIET stay set, since libraries read them on import, and what `_usable_streams`
+    did stays. Ctrl-C, SIGTERM and SIGHUP end the whole process.
     """
     _usable_streams()
     ray = sys.modules.get("ray")  # not imported for commands that do without

@@ -255,7 +255,10 @@ class Folder:
         fs, root = self._fs
         linked = not is_remote(self.path) and os.path.islink(root)
         with _in_one_line(f"delete {self.shown}"), contextlib.suppress(FileNotFoundError):
-            fs.delete_dir_contents(os.path.realpath(root)) if linked else fs.delete_dir(root)
+            if linked:
+                fs.delete_dir_contents(os.path.realpath(root))
+            else:
+                fs.delete_dir(root)
 
     def sweep(self, spare: str = "") -> None:
         """Remove the temporary files of interrupted writers, here and below, and no other file.

@@ -96,6 +96,7 @@ def test_a_file_means_what_the_command_line_means(
         ("out: ~", "out has no value"),
         ("source: [a.tar, b.tar]", "source is .* it must be of type str"),
         ("out: !!python/object/apply:os.getcwd []", "is not YAML"),
+        ("? [a]\n: 1", "is not YAML"),
     ],
 )
 def test_a_file_that_is_refused(tmp_path: Path, text: str, said: str) -> None:
