@@ -107,7 +107,8 @@ def _ask(location: str) -> _Match:
         raise SourceError(f"cannot look for {location}: {first_line(error)}") from error
     if not info.is_file:
         return _Match({}, "HTTP status 404")
-    return _Match({location: info})
+    known = pafs.FileInfo(path, info.type, size=info.size or 0, mtime_ns=info.mtime_ns)
+    return _Match({location: known})
 
 
 def _complaint(uri: str, matches: dict[str, _Match]) -> str:
