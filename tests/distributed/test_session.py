@@ -19,6 +19,7 @@ import ray
 from pds_ray import distributed
 from pds_ray.config import ConfigError, RayConfig
 from pds_ray.distributed import metrics, session, tasks
+from pds_ray.distributed.address import Address
 from pds_ray.errors import UserError
 from tests.support.ray_script import output_of
 
@@ -49,7 +50,7 @@ def test_an_address_without_a_cluster_is_refused_at_once() -> None:
     with socket.socket() as free:  # bound, not listening: nothing answers there
         free.bind(("127.0.0.1", 0))
         with pytest.raises(ConfigError, match="nothing answers at --address"):
-            session._connect(f"127.0.0.1:{free.getsockname()[1]}")
+            session._connect(Address(f"127.0.0.1:{free.getsockname()[1]}", "--address"))
 
 
 def user_errors() -> list[str]:
