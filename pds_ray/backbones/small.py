@@ -29,7 +29,7 @@ def build(info: BackboneInfo, image_size: int) -> nn.Module:
     return {"small_conv": _conv, "small_vit": _vit, "small_mixer": _mixer}[info.name](image_size)
 
 
-def _conv(image_size: int) -> nn.Module:
+def _conv(image_size: int) -> nn.Module:  # noqa: ARG001 - takes any size
     from torch import nn
 
     layers: list[nn.Module] = []

@@ -17,7 +17,7 @@ from pds_ray.modalities.image import ImageError, decode_image
 from pds_ray.sources.base import SHARD_ENDS, Fault, Shard, Source, SourceError, read_shard
 
 
-def describe(config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:
+def describe(config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:  # noqa: ARG001
     """Describe the decoder, which fits every encoder.
 
     Raises ConfigError if the caption is to decide, which is not looked at here.
@@ -29,7 +29,7 @@ def describe(config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:
     return DecoderInfo(name="nearest", dim=None, identity="nearest")
 
 
-def load(info: DecoderInfo, config: DecodeConfig, source: Source) -> NearestDecoder:
+def load(info: DecoderInfo, config: DecodeConfig, source: Source) -> NearestDecoder:  # noqa: ARG001
     return NearestDecoder(source)
 
 

@@ -164,7 +164,7 @@ def _read_json(path: Path, folder: Path) -> dict[str, Any]:
     return value
 
 
-def load(info: DecoderInfo, config: DecodeConfig, source: Source) -> UnClipDecoder:
+def load(info: DecoderInfo, config: DecodeConfig, source: Source) -> UnClipDecoder:  # noqa: ARG001
     """Load the pipeline, onto the GPU if there is one; it needs no real images."""
     return UnClipDecoder(info, config)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import faiss
 import open_clip
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - PyTorch's own habit
 from diffusers.pipelines.stable_diffusion.pipeline_stable_unclip_img2img import (
     StableUnCLIPImg2ImgPipeline,
 )

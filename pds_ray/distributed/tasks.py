@@ -117,7 +117,7 @@ def stream(function: Callable[..., Iterator[Result]], *args: Any) -> Iterator[Re
 
 def _yielded(function: Callable[..., Iterator[Result]], *args: Any) -> Iterator[Result]:
     # not `yield from`: Ray sends into its generators, which not every iterator allows
-    for value in function(*args):
+    for value in function(*args):  # noqa: UP028
         yield value
 
 

@@ -53,7 +53,7 @@ def describe(name: str) -> TextEncoderInfo:
     return TextEncoderInfo(name, width, identity, identity, (("model", model),))
 
 
-def load(info: TextEncoderInfo, precision: str) -> HfTextEncoder:
+def load(info: TextEncoderInfo, precision: str) -> HfTextEncoder:  # noqa: ARG001
     """Load the model, always in fp32: a set has few captions."""
     return HfTextEncoder(info)
 

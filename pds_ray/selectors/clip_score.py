@@ -18,8 +18,8 @@ DESCRIPTION = "CLIP score (Hessel et al., 2021): the highest cosines between ima
 def select(
     candidates: Candidates,
     pairs: int,
-    seed: int,
-    config: SelectConfig,
+    seed: int,  # noqa: ARG001
+    config: SelectConfig,  # noqa: ARG001
 ) -> Iterator[int]:
     """Yield the `pairs` pairs of highest cosine, highest first."""
     order = np.argsort(-candidates.similarity, kind="stable")

@@ -21,8 +21,8 @@ DESCRIPTION = (
 def select(
     candidates: Candidates,
     pairs: int,
-    seed: int,
-    config: SelectConfig,
+    seed: int,  # noqa: ARG001
+    config: SelectConfig,  # noqa: ARG001
 ) -> Iterator[int]:
     """Yield picks x that each bring the mean of the picks nearest to the mean m of all.
 

@@ -22,7 +22,7 @@ def select(
     candidates: Candidates,
     pairs: int,
     seed: int,
-    config: SelectConfig,
+    config: SelectConfig,  # noqa: ARG001
 ) -> Iterator[int]:
     """Yield a pair drawn at random, then each time the pair farthest from its nearest pick.
 

@@ -16,7 +16,7 @@ def select(
     candidates: Candidates,
     pairs: int,
     seed: int,
-    config: SelectConfig,
+    config: SelectConfig,  # noqa: ARG001
 ) -> Iterator[int]:
     """Yield the first `pairs` of a seeded permutation that show a new image."""
     order = np.random.default_rng(seed).permutation(len(candidates))

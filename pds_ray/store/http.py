@@ -54,7 +54,7 @@ class HttpFileSystem(AbstractFileSystem):
                 "name": path, "type": "file", "size": _size(answer), "ETag": _version(answer)
             }  # fmt: skip
 
-    def _open(self, path: str, mode: str = "rb", **_: Any) -> HttpFile:
+    def _open(self, path: str, mode: str = "rb", **_: Any) -> HttpFile:  # noqa: ARG002
         info = self.info(path)
         return HttpFile(self._url(path), info["size"], info["ETag"])
 

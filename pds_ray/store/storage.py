@@ -230,7 +230,7 @@ class Folder:
             yield
             return
         with _in_one_line(f"write to {self.shown}"):
-            handle = open(self.full(LOCK), "a")
+            handle = open(self.full(LOCK), "a")  # noqa: SIM115 - closed below
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -253,7 +253,7 @@ class Folder:
         """
         if is_remote(self.path):
             # spooled first: an upload closed by an error would publish half an object
-            spooled = tempfile.SpooledTemporaryFile(SPOOL_BYTES)
+            spooled = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115 - closed below
             try:
                 yield spooled
             except OSError as error:
@@ -412,7 +412,7 @@ def _reason(error: BaseException) -> str:
 
 
 @functools.lru_cache(maxsize=256)  # size and time are a part of its key
-def _sha256(path: str, size: int, mtime_ns: int) -> str:
+def _sha256(path: str, size: int, mtime_ns: int) -> str:  # noqa: ARG001
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -71,7 +71,7 @@ class _JsonBar(tqdm):
         self._run = run_state()  # a thread of tqdm's own displays bars that are seldom updated
         super().__init__(**settings)
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:  # noqa: ARG002
         if msg is None:
             with sharing(self._run):
                 log.event("progress", **asdict(_state(self)))

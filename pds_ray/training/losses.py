@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
 SCALE = 1 / 0.07
 """The inverse temperature of the published evaluations (docs/methods.md, Model and loss)."""

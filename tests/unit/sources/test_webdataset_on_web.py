@@ -1,4 +1,4 @@
-"""Shards on web servers, good and bad ones: what arrives is what was there, or one line says why."""
+"""Shards on web servers, good and bad: what arrives is what was there, or one line says why."""
 
 from __future__ import annotations
 
@@ -148,9 +148,7 @@ def test_redirects_are_followed(web: Web, host: str, truth: list[Sample | Fault]
         WebDatasetSource(f"{host}/circle.tar").shards()
 
 
-def test_gaps_are_counted_and_a_list_takes_what_is_there(
-    web: Web, host: str, tmp_path: Path
-) -> None:
+def test_gaps_are_counted_and_a_list_takes_what_is_there(host: str, tmp_path: Path) -> None:
     with pytest.raises(MissingShardsError) as caught:
         WebDatasetSource(f"{host}/set/{{00000..00009}}.tar").shards()
     assert str(caught.value) == (
