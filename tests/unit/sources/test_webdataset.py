@@ -595,7 +595,7 @@ def test_names_are_unique_and_stay_the_same(tree: Path) -> None:
         ("{tree}/a/notes.txt/x.tar", r"^no tar shard matches"),
         (
             "{tree}/a/{{00000..00041}}.tar",
-            r"^40 of 42 shard patterns match nothing, the first is \S+/00002\.tar \(looked in \S+\); "
+            r"^40 of 42 shard patterns match nothing, the first is \S+/00002\.tar \(.*\); "
             r"to take the 2 that match, give '\S+/a/\[0-9\]\*\.tar'$",
         ),
         ("{tree}/a/notes.txt", r"is not a tar shard \(\.tar, \.tar\.gz, \.tgz\)$"),
