@@ -596,7 +596,7 @@ def test_names_are_unique_and_stay_the_same(tree: Path) -> None:
         (
             "{tree}/a/{{00000..00041}}.tar",
             r"^40 of 42 shard patterns match nothing, the first is \S+/00002\.tar \(.*\); "
-            r"to take the 2 that match, give '\S+/a/\[0-9\]\*\.tar'$",
+            r"2 match: to take those, give '\S+/a/\[0-9\]\*\.tar'$",
         ),
         ("{tree}/a/notes.txt", r"is not a tar shard \(\.tar, \.tar\.gz, \.tgz\)$"),
         ("{tree}/a", r"is a folder; name the shards in it, as in \S+/a/\*\.tar$"),
@@ -640,7 +640,9 @@ def test_the_way_out_of_a_gap_works(tree: Path) -> None:
         WebDatasetSource(f"{tree}/a/{{00000..00009}}.tar").shards()
     advice = str(caught.value).rpartition("give ")[2].strip("'")
     assert WebDatasetSource(advice).shards() == caught.value.found
-    with pytest.raises(MissingShardsError, match="2 that match, name them alone, in a list, @FILE"):
+    with pytest.raises(
+        MissingShardsError, match="2 match: to take those, name them alone, in a list, @FILE"
+    ):
         WebDatasetSource(f"{tree}/a/00000.tar {tree}/a/00001.tar {tree}/a/7.tar").shards()
 
 

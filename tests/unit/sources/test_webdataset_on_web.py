@@ -153,7 +153,7 @@ def test_gaps_are_counted_and_a_list_takes_what_is_there(host: str, tmp_path: Pa
         WebDatasetSource(f"{host}/set/{{00000..00009}}.tar").shards()
     assert str(caught.value) == (
         f"6 of 10 shard patterns match nothing, the first is {host}/set/00004.tar (HTTP status "
-        "404); to take the 4 that match, name them alone, in a list, @FILE"
+        "404); 4 match: to take those, name them alone, in a list, @FILE"
     )
     assert len(caught.value.found) == 4
     (tmp_path / "list").write_text("".join(f"{host}{name}\n" for name in SHARDS))
