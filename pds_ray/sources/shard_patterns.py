@@ -113,14 +113,15 @@ def _ask(location: str) -> _Match:
         )
     filesystem, path = open_filesystem(location)
     try:
-        (info,) = with_retries(lambda: filesystem.handler.get_file_info([path]), location)
+        info = with_retries(lambda: filesystem.get_file_info(path), location)
     except (OSError, StorageError) as error:
         if isinstance(error, PermissionError):
             return _Match({}, str(error))
         raise SourceError(f"cannot look for {location}: {first_line(error)}") from error
     if not info.is_file:
         return _Match({}, "HTTP status 404")
-    return _Match({location: info})
+    known = pafs.FileInfo(path, info.type, size=info.size or 0, mtime_ns=info.mtime_ns)
+    return _Match({location: known})
 
 
 def _complaint(uri: str, matches: dict[str, _Match]) -> str:
@@ -135,7 +136,7 @@ def _complaint(uri: str, matches: dict[str, _Match]) -> str:
         f"{len(unmatched):,} of {len(matches):,} shard patterns match nothing, the first is {first}"
     )
     there = len(matches) - len(unmatched)
-    return f"{text}; to take the {there:,} that match, {_way_out(uri)}" if there else text
+    return f"{text}; {there:,} match: to take those, {_way_out(uri)}" if there else text
 
 
 def _way_out(uri: str) -> str:

@@ -408,9 +408,10 @@ class _RemoteFile(io.RawIOBase):
         return len(data)
 
     def _read(self, wanted: int) -> bytes:
-        if self._size is None:
-            return self._file.read_at(wanted, self._position)
-        return _read_at(self._file, self._position, wanted)
+        data = self._file.read_at(wanted, self._position) if wanted else b""
+        if wanted and not data and self._size is not None:
+            raise OSError(f"the transfer ended after {self._position} of {self._size} bytes")
+        return data
 
     def close(self) -> None:
         if not self.closed:
