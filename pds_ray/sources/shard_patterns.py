@@ -13,7 +13,7 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from itertools import takewhile
@@ -31,7 +31,10 @@ from pds_ray.store.storage import (
     with_retries,
 )
 
-SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+
+DATASET_TYPE = "dataset_type.txt"
+"""The file beside the shards, or a folder above, by which clip-benchmark says what they are for."""
 
 NAME_LENGTH = 150
 """Longest name of a shard, in characters.
@@ -104,8 +107,37 @@ def shard_names(locations: list[str]) -> dict[str, str]:
 
 def _safe_stem(location: str) -> str:
     path = _split_location(location)[1]
-    stem = re.sub(r"\.(tar|tar\.gz|tgz)$", "", path.rpartition("/")[2], flags=re.IGNORECASE)
+    base = path.rpartition("/")[2]
+    ends = [suffix for suffix in SHARD_SUFFIXES if base.lower().endswith(suffix)]
+    stem = base[: -max(map(len, ends))] if ends else base
     return re.sub(r"[^A-Za-z0-9._-]", "_", stem).lstrip(".") or "shard"
+
+
+def for_retrieval(locations: Iterable[str]) -> set[str]:
+    """Return those shards whose DATASET_TYPE says retrieval: each line of a text is a caption."""
+    said: dict[str, bool] = {}
+    found = set()
+    for location in locations:
+        prefix, path, query = _split_location(location)
+        folder = path.rpartition("/")[0]
+        for place in (folder, folder.rpartition("/")[0]):
+            file = prefix + "/".join(filter(None, (place, DATASET_TYPE))) + query
+            if file not in said:
+                said[file] = _says_retrieval(file)
+            if said[file]:
+                found.add(location)
+    return found
+
+
+def _says_retrieval(location: str) -> bool:
+    filesystem, path = _open_root(location)
+    try:
+        if not filesystem.get_file_info(path).is_file:
+            return False
+        with open_shard(location) as stream:
+            return stream.read(64).strip().lower() == b"retrieval"
+    except (OSError, StorageError):  # some stores refuse to say that a file is not there
+        return False
 
 
 # ---- patterns ------------------------------------------------------------------------------------
