@@ -15,7 +15,7 @@ from pds_ray.sources import base
 from pds_ray.sources.base import READ_RETRY_WAITS_S, Fault, Sample, Shard
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.stages import embed as core
-from pds_ray.store import storage
+from pds_ray.store import calls
 from pds_ray.store.storage import StorageError
 from tests.support.object_store import BUCKET, Faults, client, proxy, uri
 
@@ -112,7 +112,7 @@ def test_an_object_that_is_refused_for_good_costs_its_shard(waits: list[float]) 
 def test_one_bad_object_of_a_store_costs_its_shard(
     s3_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "WAITS_S", ())
+    monkeypatch.setattr(calls, "WAITS_S", ())
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as tar:
         for name in ("k.jpg", "k.txt"):
