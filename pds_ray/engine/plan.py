@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 
 from tqdm import tqdm
@@ -10,10 +11,12 @@ from tqdm import tqdm
 from pds_ray import catalog
 from pds_ray.config import ConfigError, RunConfig, flatten, to_dict
 from pds_ray.config import replace as configure
-from pds_ray.errors import first_line
+from pds_ray.errors import first_line, some_of
 from pds_ray.methods.base import Method, Run
 from pds_ray.modalities.text import CLEANERS
 from pds_ray.sources.base import Fault, MissingShardsError, Sample, Shard, Source, SourceError
+from pds_ray.stages.embed import file_of, marker_damage
+from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import RunManifest, fingerprint
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder, StorageError
@@ -42,7 +45,7 @@ def make_run(config: RunConfig, redo: bool = False) -> Run:
     config = relevant(config, method)
     source = catalog.make_source(config.source, config.read)
     folder = RunFolder(Folder(config.out))
-    shards = _choose_shards(source, folder, config.embed.store, redo)
+    shards, changed = _choose_shards(source, folder, config.embed.store, redo)
     encoder = catalog.describe_encoder(config.embed)
     decoder = catalog.describe_decoder(config.decode, encoder)
     _check_enough(source, shards, config)
@@ -57,6 +60,7 @@ def make_run(config: RunConfig, redo: bool = False) -> Run:
         store=folder.store(config.embed.store, ""),
         manifest=RunManifest(folder),
         fingerprints={},
+        changed=changed,
     )
     hashes = _fingerprints(run)
     return replace(
@@ -90,14 +94,17 @@ def _fingerprints(run: Run) -> dict[str, str]:
 
 def _choose_shards(
     source: Source, folder: RunFolder, store_path: str | None, redo: bool
-) -> list[Shard]:
-    """Return the shards of a source. A resumed run keeps its original list.
+) -> tuple[list[Shard], dict[str, Shard]]:
+    """Return the shards of a source, and by name those that changed, as they are now.
 
-    A shard that was removed or modified since must not stand against going on with all the others.
-    New shards, or an embedded shard of another size, make it another source: then the shards are
-    those that are there now. Raises SourceError.
+    A run that goes on, and one that begins on a store of other runs, keep the shards that these
+    began with as long as it is the same source: a shard that was removed, modified or mended must
+    not stand against going on with all the others. Else they are those that are there now. Raises
+    SourceError.
     """
-    begun = [] if redo else [Shard(**row) for row in folder.shards()]
+    store = folder.store(store_path, "")
+    own = [] if redo else folder.shards()
+    begun = [Shard(**row) for row in own or ([] if redo else store.shards())]
     try:
         listed = source.shards()
     except MissingShardsError as error:
@@ -105,21 +112,51 @@ def _choose_shards(
             raise
         listed = error.found
     before, now = {shard.name: shard for shard in begun}, {shard.name: shard for shard in listed}
-    store = folder.store(store_path, "")
-    for name, shard in now.items():
-        resized = name in before and shard.size != before[name].size
-        if name not in before or (resized and store.folder.exists(name + store.MARKER)):
-            return listed
-    changed = sum(shard.version != before[name].version for name, shard in now.items())
-    gone = len(before.keys() - now.keys())
-    if changed or gone:
-        text = (
-            f"pds-ray: of {len(begun):,} shards that {folder.folder.shown} began with, {gone:,} "
-            f"are gone and {changed:,} are newer; what is embedded of them stands (--redo embeds "
-            "all anew)"
+    gone = [name for name in before if name not in now]
+    changed = {
+        name: shard
+        for name, shard in now.items()
+        if name in before and file_of(shard) != file_of(before[name])
+    }
+    if (
+        now.keys() - before.keys()
+        or (gone and not own)
+        or not all(
+            _stands(shard, before[name], store, bool(own)) for name, shard in changed.items()
         )
-        log.event("source_changed", text, "warning", gone=gone, changed=changed)
-    return [replace(shard, location=now.get(shard.name, shard).location) for shard in begun]
+    ):
+        return listed, {}
+    if changed or gone:
+        place = folder.folder.shown if own else store.folder.shown
+        text = (
+            f"pds-ray: of {len(begun):,} shards that {place} began with, {_some(gone, 'gone')} "
+            f"and {_some(changed, 'newer')}; what is embedded of them stands: retry-failed reads "
+            "those again that had failed, --redo embeds all anew"
+        )
+        log.event("source_changed", text, "warning", gone=len(gone), changed=len(changed))
+    return [
+        replace(shard, location=now.get(shard.name, shard).location) for shard in begun
+    ], changed
+
+
+def _stands(now: Shard, before: Shard, store: EmbeddingStore, own: bool) -> bool:
+    """Return whether a shard that changed is one of the same source.
+
+    It is if it is not embedded or damaged, or embedded as it is now; to a run of its `own` begun
+    earlier, a file of the same size is the same.
+    """
+    if own and now.size == before.size:
+        return True
+    marker = store.marker(now.name)
+    if not marker or marker_damage(marker):
+        return True
+    read = marker.get("file", file_of(before))
+    return read["size"] == now.size if own else read == file_of(now)
+
+
+def _some(names: Collection[str], what: str) -> str:
+    """Say how many shards are `what`, and name a few."""
+    return f"{len(names):,} are {what}{names and f' ({some_of(list(names))})'}"
 
 
 def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> None:

@@ -37,15 +37,12 @@ def distill(config: RunConfig, redo: bool = False, only: Collection[str] = ()) -
         return _run_stages(state.open_run(run, redo), only)
 
 
-def redo(
-    config: RunConfig, stages: Iterable[str], prepare: Callable[[Run], None]
-) -> dict[str, Any]:
+def redo(run: Run, stages: Iterable[str], prepare: Callable[[Run], None]) -> dict[str, Any]:
     """Redo some stages of a run, then what depends on them if they come out otherwise.
 
-    `config` is that of the run. `prepare` is called when all checks have passed, with run folder
-    and store locked. Returns and raises what `distill` does.
+    `prepare` is called when all checks have passed, with run folder and store locked. Returns and
+    raises what `distill` does.
     """
-    run = make_run(config)
     with _locked(run.folder):
         run = state.open_run(run, redo=False)
         run.manifest.forget(*stages)

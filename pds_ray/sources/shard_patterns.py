@@ -8,6 +8,7 @@ asked for.
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import io
@@ -137,7 +138,13 @@ def _way_out(uri: str) -> str:
 
 
 def _only_shards(pattern: str, infos: list[pafs.FileInfo]) -> list[pafs.FileInfo]:
-    shards = [info for info in infos if info.is_file and info.path.lower().endswith(SHARD_SUFFIXES)]
+    shards = [
+        info
+        for info in infos
+        # what a wildcard takes for a shard and is none is counted as a failed shard
+        if (info.is_file or info.type == pafs.FileType.NotFound or _is_magic(pattern))
+        and info.path.lower().endswith(SHARD_SUFFIXES)
+    ]
     if infos and not shards and not _is_magic(pattern):
         if infos[0].is_file:
             raise SourceError(f"{pattern} is not a tar shard ({', '.join(SHARD_SUFFIXES)})")
@@ -328,15 +335,27 @@ class _Store:
                     self.location(folder),
                     limit_s=None,
                 )
+                infos += self._dangling(folder) if self.root == "/" else []
             except NotADirectoryError:
                 infos = []
             self._listings[folder] = {info.base_name: info for info in infos}
         return self._listings[folder]
 
+    @staticmethod
+    def _dangling(folder: str) -> list[pafs.FileInfo]:
+        """Return the links of a local folder that lead nowhere: no listing of pyarrow has them."""
+        if not os.path.isdir(folder):
+            return []
+        with os.scandir(folder) as entries:
+            lost = [each.path for each in entries if each.is_symlink() and not os.path.exists(each)]
+        return [pafs.FileInfo(path, pafs.FileType.NotFound) for path in sorted(lost)]
+
 
 def open_shard(location: str) -> io.BufferedReader:
     """Open the file at a location that `find_shards` returned."""
     filesystem, path = open_filesystem(location)
+    if not is_remote(location) and os.path.isdir(path):  # pyarrow's error does not tell its kind
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", path)
     return open_stream(filesystem, path, location)
 
 

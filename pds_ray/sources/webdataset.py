@@ -54,7 +54,7 @@ class WebDatasetSource:
         shards = []
         for location, name in shard_names(sorted(found)).items():
             version = f"{found[location].mtime_ns}{RETRIEVAL if location in retrieval else ''}"
-            shards.append(Shard(name, location, found[location].size, version))
+            shards.append(Shard(name, location, found[location].size or 0, version))
         if missing:
             raise MissingShardsError(missing, shards)
         return shards

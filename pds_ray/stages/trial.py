@@ -228,6 +228,8 @@ class Progress:
 
 Report = Callable[[Progress, Callable[[], bytes]], None]
 """Called on every worker after each evaluation; the second argument returns the state then."""
+Tell = Callable[[str, float | None], object]
+"""Called now and then with what is being done and, in training, the epochs done."""
 Build = Callable[[BackboneInfo, int], torch.nn.Module]
 Features = dict[tuple[str, ...], torch.Tensor]
 
@@ -240,6 +242,7 @@ def run_trial(
     features: Features | None = None,
     state: bytes = b"",
     report: Report = lambda _progress, _state: None,
+    tell: Tell = lambda _what, _epochs: None,
 ) -> dict[str, Any]:
     """Train and measure; return {"epoch", "score", "recalls"}. `build` makes the backbone.
 
@@ -258,7 +261,7 @@ def run_trial(
 
     if trial.protocol.train in ("text_head", "heads"):
         shared = features if features is not None and trial.backbone.pretrained else {}
-        data = _with_features(trial, data, backbone, workers, shared)
+        data = _with_features(trial, data, backbone, workers, shared, tell)
         trained, width = None, data.pairs.images.shape[1]
     else:
         trained = backbone()
@@ -266,7 +269,7 @@ def run_trial(
     torch.manual_seed(trial.seed + (1 << 32))  # the heads start alike whatever the backbone drew
     image_head = trial.protocol.train in ("heads", "all")
     model = TwoTowers(trained, width, data.pairs.text.shape[1], image_head).to(workers.device)
-    return train_model(trial, model, data, workers, state, report)
+    return train_model(trial, model, data, workers, state, report, tell)
 
 
 def _with_features(
@@ -275,6 +278,7 @@ def _with_features(
     backbone: Callable[[], torch.nn.Module],
     workers: Workers,
     known: Features,
+    tell: Tell,
 ) -> TrialData:
     """Return the data with features of the frozen backbone for images; `known` keeps them."""
     pixels = pixels_of(trial)
@@ -284,11 +288,14 @@ def _with_features(
         trial.protocol.normalization,
     )
 
+    def embedded(images: int) -> None:
+        tell(f"embeds images for {trial}, {images:,} done", None)
+
     def features(images: torch.Tensor, *name: str) -> torch.Tensor:
         key = (*of_backbone, *name)
         if key not in known:
             frozen = backbone().eval().to(workers.device)
-            known[key] = embed_images(frozen, images, pixels, workers).cpu()
+            known[key] = embed_images(frozen, images, pixels, workers, embedded).cpu()
         return known[key]
 
     def gallery(split: Gallery, name: str) -> Gallery:
@@ -308,6 +315,7 @@ def train_model(
     workers: Workers,
     state: bytes = b"",
     report: Report = lambda _progress, _state: None,
+    tell: Tell = lambda _what, _epochs: None,
 ) -> dict[str, Any]:
     """Train a trial's model and return its chosen epoch, as `run_trial` does."""
     protocol, pixels = trial.protocol, pixels_of(trial)
@@ -315,7 +323,13 @@ def train_model(
     progress = _restore(state, model, optimizer)
 
     def measure(gallery: Gallery) -> dict[str, float]:
-        return evaluate(model, gallery, pixels, workers)
+        return evaluate(model, gallery, pixels, workers, measured)
+
+    def measured(images: int) -> None:
+        tell(f"measures {trial}, {images:,} images done", None)
+
+    def trained(epochs: float) -> None:
+        tell(f"trains {trial}", epochs)
 
     def save() -> bytes:
         return loop.save_state(model, optimizer, dataclasses.asdict(progress))
@@ -328,7 +342,7 @@ def train_model(
 
     training = RetrievalTraining(data.pairs, pixels, protocol, trial.seed, workers)
     epochs = range(progress.epochs_done, protocol.epochs)
-    train_two_towers(model, optimizer, training, epochs, after_epoch)
+    train_two_towers(model, optimizer, training, epochs, after_epoch, trained)
     assert progress.best is not None
     return progress.best
 

@@ -175,11 +175,9 @@ def seeds(target: str) -> Iterator[bytes]:
     else:
         grey = Image.effect_noise((24, 16), 40)
         for fmt in FORMATS:
-            yield (
-                encoded(grey.convert("RGB"), fmt, exif=overlapping_exif(600))
-                if fmt != "GIF"
-                else gif(4, 4)
-            )
+            has_exif = fmt in ("JPEG", "PNG", "WEBP")  # Pillow reads what it writes in others
+            exif = {"exif": overlapping_exif(600)} if has_exif else {}
+            yield gif(4, 4) if fmt == "GIF" else encoded(grey.convert("RGB"), fmt, **exif)
         yield encoded(grey.convert("CMYK"), "JPEG", progressive=True, exif=CUT_EXIF)
         yield encoded(grey.convert("P"), "PNG", transparency=1)
         yield encoded(grey, "PNG", bits=1)
