@@ -17,7 +17,7 @@ from types import NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pds_ray import catalog
-from pds_ray.errors import ConfigError, without_secrets
+from pds_ray.errors import ConfigError, is_utf8, without_secrets
 from pds_ray.modalities.text import CLEANERS
 
 METHODS = tuple(catalog.METHODS)
@@ -78,6 +78,8 @@ class Option:
         if isinstance(value, float) and not math.isfinite(value):
             allowed = ", ".join(filter(None, ("a finite number", self.allowed)))
             raise ConfigError(f"{self.name} is {value!r}; it must be {allowed}")
+        if isinstance(value, str) and not is_utf8(value):
+            raise ConfigError(f"{self.name} is {value!r}; a name must be UTF-8: rename the file")
         _require(self._holds(value), self.name, value, self.allowed)
 
     def _holds(self, value: Any) -> bool:

@@ -56,6 +56,11 @@ def some_of(names: Sequence[str], shown: int = 3) -> str:
     return ", ".join(names[:shown]) + more
 
 
+def is_utf8(text: str) -> bool:
+    """Return False for a file name, from the system, whose bytes are not UTF-8: no file holds it."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def printable(text: str) -> str:
     """Return text that a terminal only shows.
 

@@ -20,13 +20,21 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import ray
 
 from pds_ray import catalog
 from pds_ray.config import ConfigError, EmbedConfig, RayConfig, ReadConfig, RunConfig
-from pds_ray.distributed import TASK_RETRIES, isolated, metrics, pools, process, tasks, watch
+from pds_ray.distributed import (
+    TASK_RETRIES,
+    isolated,
+    limits,
+    metrics,
+    pools,
+    process,
+    tasks,
+    watch,
+)
 from pds_ray.distributed.embed_workers import (
     FATAL,
     STORE,
@@ -474,7 +482,7 @@ def _embed_in_subprocess(shard: Shard, work: _Work, in_flight: InFlight) -> _Emb
     """Embed and commit a shard in a child process, or return why it cannot be read."""
     load = partial(process.load_model, catalog.load_encoder, work.info, work.config.precision)
     limits = isolated.Limits(
-        work.ray.sample_timeout_s, min(MAX_GROWTH_BYTES, psutil.virtual_memory().available // 2)
+        work.ray.sample_timeout_s, min(MAX_GROWTH_BYTES, limits.free_memory_bytes() // 2)
     )
     alone = isolated.Work(work.source, shard, work.info, load, work.read, work.config)
     with in_flight.doing(f"starts a process for shard {shard.name}", shard.name) as doing:

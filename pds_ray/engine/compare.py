@@ -20,6 +20,7 @@ from typing import Any
 
 from pds_ray import catalog
 from pds_ray.config import METHODS, ConfigError, EvaluateConfig, RunConfig, replace
+from pds_ray.distributed.lifetime import session_kept
 from pds_ray.engine import evaluate as evaluation
 from pds_ray.engine.plan import make_run, relevant
 from pds_ray.engine.run import distill
@@ -139,6 +140,7 @@ def _parse(written: str) -> tuple[str, dict[str, str]]:
     return name, fields
 
 
+@session_kept()
 def compare(
     config: RunConfig,
     methods: list[str],

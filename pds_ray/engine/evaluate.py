@@ -15,6 +15,7 @@ from typing import Any
 from pds_ray import catalog
 from pds_ray.backbones.base import BackboneInfo
 from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig
+from pds_ray.distributed.lifetime import session_kept
 from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
 from pds_ray.errors import UserError, without_secrets
 from pds_ray.modalities.text import CLEANERS
@@ -91,6 +92,7 @@ def check(config: EvaluateConfig, protocols: list[ProtocolConfig], trained_on: l
         catalog.describe_backbone(name)
 
 
+@session_kept()
 def evaluate_all(
     candidates: Iterable[Candidate], config: EvaluateConfig, folder: Folder
 ) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pds_ray.config import ConfigError, RunConfig, public
+from pds_ray.distributed.lifetime import session_kept
 from pds_ray.engine import state
 from pds_ray.engine.plan import make_run
 from pds_ray.methods.base import Run, Stage
@@ -61,6 +62,7 @@ def _locked(folder: RunFolder) -> Iterator[None]:
             yield
 
 
+@session_kept()
 def _run_stages(run: Run, only: Collection[str] = ()) -> dict[str, Any]:
     """Run what is not done up to the last wanted stage; return the content of run.json."""
     began = time.monotonic()

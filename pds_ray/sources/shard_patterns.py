@@ -33,7 +33,7 @@ from pds_ray.store.calls import (
     side_by_side,
     with_retries,
 )
-from pds_ray.store.filesystems import open_filesystem, split_address
+from pds_ray.store.filesystems import local_path, open_filesystem, split_address
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import open_stream
 from pds_ray.telemetry import log
@@ -88,6 +88,11 @@ def _look_for(pattern: str, stores: dict[tuple[str, str], _Store]) -> _Match:
         shards = _only_shards(pattern, list(store.walk(store.root, path.split("/"))))
     except (OSError, StorageError) as error:
         raise SourceError(f"cannot look for {pattern}: {first_line(error)}") from error
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"cannot take all that {pattern} matches: the name {error.object!r} is not UTF-8; "
+            "rename it"
+        ) from error
     token = "; a private data set needs HF_TOKEN" if prefix.startswith("hf://") else ""
     return _Match(
         {store.location(info.path): info for info in shards},
@@ -207,19 +212,37 @@ def _says_retrieval(location: str) -> bool:
 
 
 def _expand(uri: str) -> Iterator[str]:
-    """Yield a source URI's patterns: lists read, braces spelled out, local paths made absolute."""
-    # the name of a file that exists is literal: it may hold spaces or braces
-    is_file = os.path.isfile(_absolute(uri.removeprefix("@")))
-    for token in [uri] if is_file else re.split(r"\s+|::", uri):
-        _refuse_commands(token)
-        if token.startswith("@"):
-            for line in _read_list(_absolute(token[1:])):
-                _refuse_commands(line)
-                yield from _expand_braces(line)
-        elif is_file:
-            yield glob.escape(_absolute(token))
-        elif token:
-            yield from _expand_braces(token)
+    """Yield a source URI's patterns: lists read, braces spelled out, local paths made absolute.
+
+    `::` separates patterns. So does white space, unless the pattern around it matches shards.
+    """
+    for pattern in [uri] if _is_file(uri) else map(str.strip, uri.split("::")):
+        for token in [pattern] if _is_file(pattern) or _has_spaces(pattern) else pattern.split():
+            _refuse_commands(token)
+            if token.startswith("@"):
+                for line in _read_list(_absolute(token[1:])):
+                    _refuse_commands(line)
+                    yield from _expand_braces(line)
+            elif _is_file(token):  # taken to the letter: it may hold spaces or braces
+                yield glob.escape(_absolute(token))
+            else:
+                yield from _expand_braces(token)
+
+
+def _is_file(pattern: str) -> bool:
+    return os.path.isfile(_absolute(pattern.removeprefix("@")))
+
+
+def _has_spaces(text: str) -> bool:
+    """Return whether text with white space is one pattern, as in `/My Drive/*.tar`."""
+    others = text.split()[1:]
+    if not others or text.startswith(("@", *WEB)) or any("://" in other for other in others):
+        return False
+    stores: dict[tuple[str, str], _Store] = {}
+    try:
+        return any(_look_for(pattern, stores).shards for pattern in _expand_braces(text))
+    except SourceError:  # as for a name that is too long; its parts are looked for in turn
+        return False
 
 
 def _refuse_commands(pattern: str) -> None:
@@ -256,7 +279,7 @@ def _read_list(location: str) -> list[str]:
 def _absolute(path: str) -> str:
     if is_remote(path):
         return path
-    return os.path.abspath(os.path.expanduser(path.removeprefix("file://")))
+    return local_path(path)
 
 
 def _is_magic(pattern: str) -> bool:
@@ -338,7 +361,7 @@ class _Store:
                 infos += self._dangling(folder) if self.root == "/" else []
             except NotADirectoryError:
                 infos = []
-            self._listings[folder] = {info.base_name: info for info in infos}
+            self._listings[folder] = {_base_name(info): info for info in infos}
         return self._listings[folder]
 
     @staticmethod
@@ -349,6 +372,14 @@ class _Store:
         with os.scandir(folder) as entries:
             lost = [each.path for each in entries if each.is_symlink() and not os.path.exists(each)]
         return [pafs.FileInfo(path, pafs.FileType.NotFound) for path in sorted(lost)]
+
+
+def _base_name(info: pafs.FileInfo) -> str:
+    """Return the name of a file; one that is not UTF-8 matches wildcards, and is then refused."""
+    try:
+        return info.base_name
+    except UnicodeDecodeError as error:
+        return os.fsdecode(error.object)
 
 
 def open_shard(location: str) -> io.BufferedReader:

@@ -6,13 +6,13 @@ import functools
 import hashlib
 import os
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote
 
 import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pds_ray.errors import first_line
+from pds_ray.errors import first_line, is_utf8
 from pds_ray.store.calls import StorageError, is_remote, with_retries
 
 ARROW_SCHEMES = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
@@ -27,6 +27,24 @@ GCS_RETRY_S = 10
 VERSIONS = ("blob_id", "ETag", "etag", "content_md5", "md5", "mtime", "last_modified",
             "LastModified", "modify", "modificationTime", "created")  # fmt: skip
 """Names under which fsspec's file systems tell what changes with the content of a file."""
+
+
+def local_path(path: str) -> str:
+    """Return the absolute path of a local path, in which `~` is a home folder, or a file:// URL.
+
+    Raises StorageError in one line if a URL names another host, or the path is not UTF-8.
+    """
+    if path.startswith("file://"):
+        host, slash, rest = path.removeprefix("file://").partition("/")
+        if slash and host not in ("", "localhost"):
+            raise StorageError(
+                f"{path} names the host {host}; a file of this one is file:///PATH, or just its path"
+            )
+        path = slash + unquote(rest, errors="surrogateescape") if slash else host
+    path = os.path.abspath(os.path.expanduser(path))
+    if not is_utf8(path):
+        raise StorageError(f"the name of {path!r} is not UTF-8; rename it")
+    return path
 
 
 def split_address(address: str) -> tuple[str, str, str]:
@@ -46,9 +64,7 @@ def open_filesystem(address: str) -> tuple[pafs.FileSystem, str]:
     other odd names. Raises StorageError if the scheme is unknown or the store cannot be set up.
     """
     if not is_remote(address):
-        return pafs.LocalFileSystem(), os.path.abspath(
-            os.path.expanduser(address.removeprefix("file://"))
-        )
+        return pafs.LocalFileSystem(), local_path(address)
     root, path, settings = split_address(address)
     filesystem, base = _open_root(root, settings)
     return filesystem, f"{base.rstrip('/')}/{path}".removesuffix("/") if base else path

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from pds_ray.errors import first_line, without_secrets
 from pds_ray.store.calls import StorageError, is_remote, side_by_side, with_retries
-from pds_ray.store.filesystems import open_filesystem
+from pds_ray.store.filesystems import local_path, open_filesystem
 
 PART_SUFFIX = ".part"
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -90,8 +90,7 @@ class Folder:
 
     def __post_init__(self) -> None:
         if not is_remote(self.path):
-            local = os.path.abspath(os.path.expanduser(self.path.removeprefix("file://")))
-            object.__setattr__(self, "path", local)
+            object.__setattr__(self, "path", local_path(self.path))
         elif refusal := NO_FOLDERS.get(self.path.partition(":")[0]):
             raise StorageError(
                 f"{self.path} cannot be a folder of results: {refusal}; give a local path or an "

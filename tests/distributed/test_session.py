@@ -18,7 +18,7 @@ import ray
 
 from pds_ray import distributed
 from pds_ray.config import ConfigError, RayConfig
-from pds_ray.distributed import metrics, session, tasks
+from pds_ray.distributed import lifetime, metrics, session, tasks
 from pds_ray.errors import UserError
 from tests.support.ray_script import output_of
 
@@ -136,7 +136,7 @@ def test_other_errors_stay_as_they_are() -> None:
 
 def test_a_ray_that_was_there_before_a_session_survives_it(monkeypatch) -> None:
     """Environment, Ray Data's options and log levels are as before, too."""
-    monkeypatch.setattr(session, "_undo", ExitStack())  # forget that `start` began this Ray
+    monkeypatch.setattr(lifetime, "undo", ExitStack())  # forget that `start` began this Ray
     monkeypatch.setattr(session, "_limits_read", {})
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setenv("RAY_DATA_DISABLE_PROGRESS_BARS", "0")
