@@ -87,8 +87,8 @@ def make_source(uri: str, read: ReadConfig | None = None) -> Source:
 
     Raises SourceError in one line if it cannot be used.
     """
-    scheme = uri.partition(":")[0]
-    if scheme not in SOURCES:
+    scheme, _, rest = uri.partition(":")
+    if scheme not in SOURCES or rest.startswith("//"):
         scheme = "folder" if os.path.isdir(os.path.expanduser(uri)) else ""
     module, _, cls = SOURCES[scheme].partition(":")
     make = getattr(import_module(module), cls)

@@ -55,7 +55,11 @@ def ray_token() -> str | None:
     home = os.path.expanduser("~")  # "~" for a user without one
     kept = Path(home, ".ray", "auth_token")
     given = os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
-    if given or os.access(kept, os.R_OK) or (os.path.isabs(home) and not why_closed(str(kept.parent))):
+    if (
+        given
+        or os.access(kept, os.R_OK)
+        or (os.path.isabs(home) and not why_closed(str(kept.parent)))
+    ):
         return None
     return secrets.token_hex(32)
 
