@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pds_ray.backbones.base import BackboneInfo, BackboneModule
-    from pds_ray.config import DecodeConfig, EmbedConfig, ReadConfig
+    from pds_ray.config import DecodeConfig, EmbedConfig, FilesConfig
     from pds_ray.decoders.base import Decoder, DecoderInfo, DecoderModule
     from pds_ray.encoders.base import (
         Encoder,
@@ -82,7 +82,7 @@ def _known(kind: str, table: dict[str, str], name: str) -> str:
     return table[name]
 
 
-def make_source(uri: str, read: ReadConfig | None = None) -> Source:
+def make_source(uri: str, read: FilesConfig | None = None) -> Source:
     """Return the source a URI names, read by the options `read`, by default those of a run.
 
     Raises SourceError in one line if it cannot be used.

@@ -179,6 +179,11 @@ class ReadConfig(FilesConfig, section="read"):
         choices=tuple(CLEANERS),
     )
 
+    @property
+    def files(self) -> FilesConfig:
+        """The options of the files alone, without cleaning."""
+        return FilesConfig(**{name: getattr(self, name) for name in options(FilesConfig)})
+
 
 def listed(text: str) -> tuple[str, ...]:
     """Return the names that an option holds by comma, each once, in order."""

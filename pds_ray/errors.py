@@ -50,15 +50,15 @@ def first_line(error: BaseException) -> str:
     return printable(without_secrets((str(error).strip() or type(error).__name__).splitlines()[0]))
 
 
+def is_utf8(text: str) -> bool:
+    """Return False for text, such as a file's name, made of bytes that are not UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def some_of(names: Sequence[str], shown: int = 3) -> str:
     """Return the first few names, and how many more there are."""
     more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
-
-
-def is_utf8(text: str) -> bool:
-    """Return False for a file name, from the system, whose bytes are not UTF-8: no file holds it."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def printable(text: str) -> str:

@@ -79,7 +79,9 @@ def _print_counts(out: str, method: str, counts: dict[str, dict[str, Any]]) -> N
             _print_failed(out, embed)
         say(f"bad samples   {embed['bad']:,}")
         for reason, count in embed["reasons"].items():
-            say(f"  {reason:<20} {count:,}")
+            key, detail = embed.get("examples", {}).get(reason, ("", ""))
+            example = f"  such as {key}: {detail}" if key else f"  {detail}"
+            say(f"  {reason:<20} {count:,}{example}".rstrip())
     if prune:
         say(f"pruned        {prune['dropped']:,} pairs of lowest image-caption cosine")
     if match:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -49,10 +50,12 @@ from pds_ray.distributed.in_flight import InFlight
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import UserError, first_line
 from pds_ray.methods.base import Counts, Run
+from pds_ray.sources.advice import Tally, advised
 from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
 from pds_ray.stages.embed import ShardCounts
 from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.storage import StorageError
 from pds_ray.telemetry import log
 from pds_ray.telemetry.progress import QUIET_S, Bar, progress_bar
 
@@ -62,6 +65,7 @@ MIN_SAMPLES_TO_JUDGE = 100
 MAX_GROWTH_BYTES = 4 << 30  # a process may grow by so much while it decodes one image
 # Shards of one data set: the driver keeps a kilobyte per block until its data set ends.
 SHARDS_TOGETHER = 2_000
+EXAMPLE_SHARDS = 20  # shards that are searched for an example of each reason
 FAILED_SHOWN = 20  # failed shards that run.json names, with the reason
 
 
@@ -143,10 +147,10 @@ def embed(run: Run) -> Counts:
     with run.store.folder.lock():  # a shared store is filled by one run at a time
         counts = fill_store(run)
     if counts["images"] < run.config.pairs:
+        bad = Tally(Counter(counts["reasons"]), counts["examples"]).line()
         raise ConfigError(
             f"{run.config.pairs:,} pairs asked for, but only {counts['images']:,} images of "
-            f"{run.config.source} are good ({counts['bad']:,} bad: {counts['reasons']}); lower "
-            "--pairs"
+            f"{run.config.source} are good ({bad or 'none is bad'}); lower --pairs"
         )
     return counts
 
@@ -177,10 +181,12 @@ def fill_store(run: Run) -> Counts:
         store.parts.delete_all()
         store.folder.sweep()  # actors that were killed may have left parts of files
     totals, problems = outcome.totals, outcome.problems
-    check_bad_share(totals, config.ray.max_bad_share, final=True)
+    examples = _examples(store, [shard.name for shard in shards], totals)
+    check_bad_share(totals, config.ray.max_bad_share, True, lambda: examples)
     check_failed_share(problems, len(shards), config.ray.max_failed_share)
     return {
         **asdict(totals),
+        "examples": examples,
         "shards": len(shards),
         "shards_embedded": len(shards) - len(outcome.failed),
         "failed_shards": len(problems),
@@ -220,10 +226,14 @@ class _Tally:
     outcome: _Outcome
     limits: RayConfig
     bar: Bar
+    store: EmbeddingStore
+    committed: list[str] = field(default_factory=list)
+    """The shards of this session that are committed."""
 
     def commit(self, shard: str, counts: ShardCounts, damage: str) -> None:
         """Count a shard that is committed; its `counts` are among the totals already."""
         self.finished += 1
+        self.committed.append(shard)
         metrics.count("pds_ray_shards_committed_total", 1)
         metrics.count("pds_ray_images_embedded_total", counts.images)
         metrics.count("pds_ray_pairs_embedded_total", counts.pairs)
@@ -248,7 +258,7 @@ class _Tally:
 
     def _warn(self, shard: str, problem: str, what: str) -> None:
         metrics.count("pds_ray_shards_failed_total", 1)
-        text = f"pds-ray: shard {shard} {what}: {problem}"
+        text = f"pds-ray: shard {shard} {what}: {advised(problem)}"
         log.event("shard_failed", text, "warning", shard=shard, reason=problem)
 
     def check_failed(self) -> None:
@@ -257,7 +267,9 @@ class _Tally:
 
     def check(self) -> None:
         """Raise ConfigError if too many samples are bad or too many shards cannot be read."""
-        check_bad_share(self.outcome.totals, self.limits.max_bad_share, final=False)
+        totals = self.outcome.totals
+        examples = partial(_examples, self.store, self.committed, totals)
+        check_bad_share(totals, self.limits.max_bad_share, False, examples)
         self.check_failed()
 
     def show(self, state: str = "") -> None:
@@ -265,7 +277,8 @@ class _Tally:
         totals = self.outcome.totals
         images = totals.images
         if self.finished:
-            self.bar.total = max(images, round(images * self.shards / self.finished))
+            expected = round(images * self.shards / self.finished)
+            self.bar.total = max(images, int(self.bar.n), expected)
         done = f"{self.finished}/{self.shards} shards"
         counts = f"{totals.pairs:,} pairs, {totals.bad:,} bad"
         self.bar.set_postfix_str(
@@ -294,7 +307,7 @@ def _embed(
         progress_bar("embed", None, "images", reused.images) as bar,
     ):
         bar.follow(in_flight.reports(partial(_has_arrived, arrived)))
-        tally = _Tally(shards, shards - len(todo), outcome, work.ray, bar)
+        tally = _Tally(shards, shards - len(todo), outcome, work.ray, bar, work.store)
         tally.show(", starting")
         for start in range(0, len(todo), SHARDS_TOGETHER):
             group = todo[start : start + SHARDS_TOGETHER]
@@ -368,7 +381,7 @@ def _stream(
     Yields shard and counts of each block, and whether its shard is committed; if not, once more
     when it is.
     """
-    commits = _Commits(work)
+    commits = _Commits(work, in_flight)
     with watch.LostBlocks() as lost:
         blocks = _dataset(shards, work, in_flight)
         for batch in blocks.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -430,15 +443,18 @@ def _raise_fault(row: dict[str, Any]) -> None:
 class _Commits:
     """The tasks that commit shards of several parts. A commit that fails raises where it is met."""
 
-    def __init__(self, work: _Work) -> None:
+    def __init__(self, work: _Work, in_flight: InFlight) -> None:
         self._work = work
+        self._in_flight = in_flight
         self._task = ray.remote(commit_parts).options(num_cpus=pools.DECODE_CPUS)
         self._shards: dict[ray.ObjectRef, str] = {}
 
     def start(self, shard: str, firsts: list[int]) -> None:
         """Start to commit a shard whose parts begin at these rows."""
         work = self._work
-        reference = self._task.remote(shard, firsts, work.store, work.files[shard], work.config)
+        reference = self._task.remote(
+            shard, firsts, work.store, work.files[shard], work.config, self._in_flight
+        )
         self._shards[reference] = shard
 
     def ended(self) -> list[str]:
@@ -481,18 +497,18 @@ def retry_lost_shards(
 def _embed_in_subprocess(shard: Shard, work: _Work, in_flight: InFlight) -> _Embedded | str:
     """Embed and commit a shard in a child process, or return why it cannot be read."""
     load = partial(process.load_model, catalog.load_encoder, work.info, work.config.precision)
-    limits = isolated.Limits(
+    allowed = isolated.Limits(
         work.ray.sample_timeout_s, min(MAX_GROWTH_BYTES, limits.free_memory_bytes() // 2)
     )
     alone = isolated.Work(work.source, shard, work.info, load, work.read, work.config)
-    with in_flight.doing(f"starts a process for shard {shard.name}", shard.name) as doing:
+    with in_flight.doing(f"a process for shard {shard.name} to start", shard.name) as doing:
 
         def tell(step: str, images: float) -> None:
-            doing.now(f"is {step} for shard {shard.name}, alone")
+            doing.now(f"shard {shard.name}, alone in its process ({step})")
             doing.reach(images)
 
         try:
-            tables = isolated.embed_isolated(alone, limits, tell)
+            tables = isolated.embed_isolated(alone, allowed, tell)
         except SourceError as error:
             return first_line(error)
         work.store.commit(
@@ -501,17 +517,43 @@ def _embed_in_subprocess(shard: Shard, work: _Work, in_flight: InFlight) -> _Emb
     return core.shard_counts(*tables), core.damage(tables[-1])
 
 
-def check_bad_share(totals: ShardCounts, limit: float, final: bool) -> None:
-    """Stop a run that would distil garbage. Raises ConfigError naming the most frequent reason."""
+def _examples(
+    store: EmbeddingStore, shards: list[str], totals: ShardCounts
+) -> dict[str, tuple[str, str]]:
+    """Return reason -> key and detail of a bad sample of the first EXAMPLE_SHARDS shards."""
+    found: dict[str, tuple[str, str]] = {}
+    for shard in shards[:EXAMPLE_SHARDS]:
+        if totals.reasons.keys() <= found.keys():
+            break
+        try:
+            rows = store.errors(shard).to_pylist()
+        except (OSError, StorageError):  # it has no embeddings
+            continue
+        for row in rows:
+            found.setdefault(row["reason"], (row["key"], row["detail"]))
+    return found
+
+
+def check_bad_share(
+    totals: ShardCounts,
+    limit: float,
+    final: bool,
+    examples: Callable[[], dict[str, tuple[str, str]]] = dict,
+) -> None:
+    """Stop a run that would distil garbage.
+
+    Raises ConfigError naming the most frequent reason, with one of the `examples`.
+    """
     seen = totals.images + totals.bad
     too_few = seen < MIN_SAMPLES_TO_JUDGE and not final
     if not totals.bad or too_few or totals.bad <= limit * seen:
         return
     reason, count = max(totals.reasons.items(), key=lambda item: item[1])
+    example = Tally(Counter(totals.reasons), examples()).example()
     raise ConfigError(
         f"{totals.bad:,} of {seen:,} samples are bad (mostly {reason}: {count:,}), more than the "
-        f"allowed share {limit}; see the .errors.parquet files of the embedding store, or raise "
-        "--ray.max-bad-share"
+        f"allowed share {limit}; {example and f'{example}; '}see the .errors.parquet files of the "
+        "embedding store, or raise --ray.max-bad-share"
     )
 
 
@@ -521,7 +563,7 @@ def check_failed_share(failed: Mapping[str, str], shards: int, limit: float) -> 
         return
     name, problem = next(iter(failed.items()))
     raise ConfigError(
-        f"{len(failed):,} of {shards:,} shards cannot be read ({name}: {problem}), more than the "
-        f"allowed share {limit}; mend them and repeat the command, which reads them again, or "
-        "raise --ray.max-failed-share"
+        f"{len(failed):,} of {shards:,} shards cannot be read ({name}: {advised(problem)}), more "
+        f"than the allowed share {limit}; mend them and repeat the command, which reads them "
+        "again, or raise --ray.max-failed-share"
     )

@@ -38,7 +38,7 @@ class SynthesizeWorker:
         load = (
             partial(process.load_model, catalog.load_decoder) if is_model else catalog.load_decoder
         )
-        with in_flight.doing("loads the decoder"):
+        with in_flight.doing("the decoder to load"):
             self.decoder = load(info, config.decode, source)
         self.config = config
         self.folder = folder
@@ -48,7 +48,7 @@ class SynthesizeWorker:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (chunk,) = batch.to_pylist()
-        what = f"decodes the images from {RunFolder.image_name(chunk['start'])} on"
+        what = f"the images from {RunFolder.image_name(chunk['start'])} on"
         with self.in_flight.doing(what, str(chunk["start"])) as doing:
             written, busy_s = self._write(
                 range(chunk["start"], chunk["stop"]), chunk["lacks"], doing

@@ -175,7 +175,7 @@ def _train_queue(config: dict[str, Any]) -> None:
         if trial.key in finished:
             continue
         began = time.monotonic()
-        with queue.in_flight.doing(f"loads the inputs of {trial}", trial.key) as doing:
+        with queue.in_flight.doing(f"the inputs of {trial}", trial.key) as doing:
             found = core.run_trial(
                 trial,
                 loader.load(trial),

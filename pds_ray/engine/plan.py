@@ -11,10 +11,18 @@ from tqdm import tqdm
 from pds_ray import catalog
 from pds_ray.config import ConfigError, RunConfig, flatten, to_dict
 from pds_ray.config import replace as configure
-from pds_ray.errors import first_line, some_of
+from pds_ray.errors import first_line, some_of, without_secrets
 from pds_ray.methods.base import Method, Run
 from pds_ray.modalities.text import CLEANERS
-from pds_ray.sources.base import Fault, MissingShardsError, Sample, Shard, Source, SourceError
+from pds_ray.sources.advice import Tally
+from pds_ray.sources.base import (
+    CAPTION_LINES,
+    Fault,
+    MissingShardsError,
+    Shard,
+    Source,
+    SourceError,
+)
 from pds_ray.stages.embed import file_of, marker_damage
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import RunManifest, fingerprint
@@ -167,10 +175,11 @@ def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> Non
     """
     wanted = min(config.pairs, PROBE)
     with progress_bar("check", wanted, "images", delay_s=QUIET_S) as bar:
-        images, bad = _count_captioned(wanted, source, shards, config, bar)
+        images, bad, notes = _count_captioned(wanted, source, shards, config, bar)
+    _tell_of_captions(notes, images, config)
     if images >= wanted:
         return
-    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in bad.most_common() if count)
+    reasons = bad.line()
     if images == 0:
         raise ConfigError(
             f"no sample of {config.source} has an image and a caption{reasons and f' ({reasons})'}"
@@ -181,40 +190,62 @@ def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> Non
     )
 
 
+def _tell_of_captions(notes: Counter[str], images: int, config: RunConfig) -> None:
+    """Say once how many captions are not UTF-8, and if most files hold several lines.
+
+    `notes` are those of the first samples.
+    """
+    source, of = without_secrets(config.source), f"of the first {images:,} images looked at"
+    encoded = {name: count for name, count in notes.items() if name != CAPTION_LINES}
+    if encoded:
+        kinds = ", ".join(f"{count:,} as {name}" for name, count in sorted(encoded.items()))
+        text = f"pds-ray: captions of {source} are not UTF-8; {of} some are read otherwise: {kinds}"
+        log.event("captions_not_utf8", text, "warning", kinds=encoded)
+    if 2 * notes[CAPTION_LINES] > images and config.read.caption_lines == "auto":
+        text = (
+            f"pds-ray: captions of {source} have several lines, {notes[CAPTION_LINES]:,} {of}, and "
+            "are read as one caption each; --read.caption-lines each takes every line for a "
+            "caption, whole keeps them together without this warning"
+        )
+        log.event("captions_of_lines", text, "warning", images=notes[CAPTION_LINES])
+
+
 def _count_captioned(
     wanted: int, source: Source, shards: list[Shard], config: RunConfig, bar: tqdm
-) -> tuple[int, Counter[str]]:
-    """Read until there are `wanted` captioned images; return how many there are, and what is bad.
+) -> tuple[int, Tally, Counter[str]]:
+    """Read until there are `wanted` captioned images.
 
-    Moves `bar` on by each image.
+    Returns how many there are, what is bad, and the notes of the source on captions. Moves `bar` on
+    by each image.
     """
     clean = CLEANERS[config.read.captions]
     images = read = 0
-    bad: Counter[str] = Counter()
+    bad, notes = Tally(), Counter[str]()
     for shard in shards:
         bar.set_postfix_str(shard.name, refresh=False)
         try:
             for item in source.read(shard):
-                captioned = isinstance(item, Sample) and any(map(clean, item.captions))
-                images += captioned
-                bar.update(captioned)
-                if images >= wanted:
-                    return images, bad
                 if isinstance(item, Fault):
-                    bad[item.reason] += 1
-                if images == 0 and bad["missing_caption"] >= CAPTIONLESS_PROBE:
+                    bad.add(item.reason, item.key, item.detail)
+                elif any(map(clean, item.captions)):
+                    images += 1
+                    notes.update(item.notes)
+                    bar.update()
+                if images >= wanted:
+                    return images, bad, notes
+                if images == 0 and bad.counts["missing_caption"] >= CAPTIONLESS_PROBE:
                     raise ConfigError(
                         f"the first {CAPTIONLESS_PROBE:,} samples of {config.source} have no "
-                        "caption"
+                        f"caption ({bad.line()})"
                     )
             read += 1
         except (OSError, StorageError) as error:
-            bad["unreadable shards"] += 1
-            unreadable = bad["unreadable shards"]
+            bad.add("unreadable shards", shard.name, first_line(error))
+            unreadable = bad.counts["unreadable shards"]
             if unreadable == min(len(shards), UNREADABLE_PROBE) and not read:
                 every = unreadable == len(shards)
                 which = "no shard" if every else f"none of the first {unreadable} shards"
                 raise SourceError(
                     f"{which} of {config.source} can be read: {first_line(error)}"
                 ) from error
-    return images, bad
+    return images, bad, notes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from dataclasses import dataclass, field
 
 APART = "the files of a sample do not lie side by side"
 """Ends the detail of a duplicate key that has only the image, or only the captions."""
@@ -31,19 +32,38 @@ def advice(reason: str, detail: str) -> str:
     return next((do for for_, part, do in ADVICE if for_ in ("", reason) and part in detail), "")
 
 
-def tally(counts: Mapping[str, int], examples: Mapping[str, tuple[str, str]]) -> str:
-    """Return one line on bad samples by reason, with an example and advice; "" if there are none.
+def advised(problem: str) -> str:
+    """Return a problem, "reason: detail", with what to do about it, if that is known."""
+    reason, _, detail = problem.partition(": ")
+    do = advice(reason, detail)
+    return f"{problem}; {do}" if do else problem
 
-    `examples`: reason -> key and detail of one such sample.
-    """
-    ordered = sorted((reason for reason in counts if counts[reason]), key=lambda r: -counts[r])
-    line = ", ".join(f"{reason}: {counts[reason]:,}" for reason in ordered)
-    shown = [reason for reason in ordered if reason in examples]
-    # the fault with advice explains the others: files that lie apart miss a caption first
-    hints = {reason: advice(reason, examples[reason][1]) for reason in shown}
-    best = next((r for r in shown if APART in examples[r][1]), next(iter(shown), ""))
-    if not best:
-        return line
-    key, detail = examples[best]
-    about = f"{key}: {detail}" if key else detail
-    return f"{line}; for example {about}" + (f"; {hints[best]}" if hints[best] else "")
+
+@dataclass
+class Tally:
+    """Bad samples and shards: how many by reason, and an example of each."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Reason -> key and detail of the first."""
+
+    def add(self, reason: str, key: str, detail: str) -> None:
+        """Count one of them."""
+        self.counts[reason] += 1
+        self.examples.setdefault(reason, (key, detail))
+
+    def line(self) -> str:
+        """Return all of it in one line, with one example and advice; "" if nothing is bad."""
+        counts = ", ".join(f"{reason}: {count:,}" for reason, count in self.counts.most_common())
+        return "; ".join(filter(None, (counts, self.example())))
+
+    def example(self) -> str:
+        """Return an example of what is bad most often, with advice; "" if there is none."""
+        shown = [reason for reason, _ in self.counts.most_common() if reason in self.examples]
+        # files that do not lie side by side are the cause of all that they lack
+        apart = [reason for reason in shown if APART in self.examples[reason][1]]
+        for reason in (apart or shown)[:1]:
+            key, detail = self.examples[reason]
+            do = advice(reason, detail)
+            return (f"such as {key}: {detail}" if key else detail) + (do and f"; {do}")
+        return ""

@@ -16,6 +16,9 @@ from typing import Protocol
 from pds_ray.errors import UserError
 from pds_ray.store.storage import StorageError
 
+CAPTION_LINES = "lines"
+"""Note on a sample with a text of several lines that was read as one caption."""
+
 READ_RETRY_WAITS_S = (1.0, 5.0, 25.0)
 
 
@@ -60,7 +63,7 @@ class Sample:
     captions: tuple[str, ...]
     """At least one, not blank, not yet cleaned."""
     notes: tuple[str, ...] = field(default=(), compare=False)
-    """Notes on how the captions were read (`sources.captions`)."""
+    """CAPTION_LINES, and encodings of captions other than UTF-8."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 from pds_ray.config import FilesConfig, listed
 from pds_ray.modalities.text import MAX_CAPTIONS, decode_text
+from pds_ray.sources.base import CAPTION_LINES
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
 SHOWN = 8  # names that a message about a sample shows
@@ -63,11 +64,7 @@ class Captions:
     texts: tuple[str, ...]
     """Not blank, none twice, at most MAX_CAPTIONS."""
     notes: tuple[str, ...] = ()
-    """Encodings other than UTF-8, and LINES."""
-
-
-LINES = "lines"
-"""Note on a text file of several lines that was read as one caption."""
+    """As those of `sources.base.Sample`."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +94,13 @@ class CaptionReader:
             for suffix, data in files.items()
         }
         certain = {suffix: file for suffix, file in parsed.items() if file.certain}
-        for chosen in (certain, parsed):
-            texts = self.suffixes.pick(
-                lambda suffix, chosen=chosen: chosen[suffix].captions if suffix in chosen else []
-            )
-            if texts:
-                notes = [note for file in chosen.values() for note in file.notes]
-                return Captions(_distinct(texts), tuple(dict.fromkeys(notes)))
-        return Captions(())
+        return self._choose(certain) or self._choose(parsed) or Captions(())
+
+    def _choose(self, files: Mapping[str, _Text]) -> Captions | None:
+        """Return the captions of those files that count, None if they have none."""
+        texts = self.suffixes.pick(lambda suffix: files[suffix].captions if suffix in files else [])
+        notes = dict.fromkeys(note for file in files.values() for note in file.notes)
+        return Captions(_distinct(texts), tuple(notes)) if texts else None
 
     def of_record(self, record: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the captions in a record, a row of a table, in any shape that JSON may have."""
@@ -154,7 +150,7 @@ class _Text:
         lines = [line for line in _LINE_END.split(text) if line.strip()]
         notes = [] if encoding in ("utf-8", "utf-8-sig") else [encoding]
         if len(lines) > 1 and not each_line:
-            notes.append(LINES)
+            notes.append(CAPTION_LINES)
         captions = lines if each_line else [text] if lines else []
         return cls(captions, encoding != "cp1252", notes)
 

@@ -300,7 +300,7 @@ class _Samples:
             outcome = group.outcome(self._files, self._each_line)
             if group.has_image:
                 self._parts = [part for part in self._parts if not part[0].belongs(group)]
-            if not _lacks(outcome):
+            if not isinstance(outcome, Fault) or not _lacks(outcome):
                 yield from self._release()
                 yield outcome
             elif any(owner.has_image and group.belongs(owner) for owner in self._open):

@@ -8,6 +8,7 @@ asked for.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import glob
 import hashlib
@@ -43,6 +44,9 @@ SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".t
 
 DATASET_TYPE = "dataset_type.txt"
 """The file beside the shards, or a folder above, by which clip-benchmark says what they are for."""
+
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""How a list begins that an editor or a shell of Windows wrote."""
 
 NAME_LENGTH = 150
 """Longest name of a shard, in characters.
@@ -101,9 +105,9 @@ def _look_for(pattern: str, kind: Kind, stores: dict[tuple[str, str], _Store]) -
         shards = _only_shards(pattern, kind, list(store.walk(store.root, path.split("/"))))
     except (OSError, StorageError) as error:
         raise SourceError(f"cannot look for {pattern}: {first_line(error)}") from error
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise SourceError(
-            f"cannot take all that {pattern} matches: the name {error.object!r} is not UTF-8; "
+            f"cannot take all that {pattern} matches: the name {error.args[1]!r} is not UTF-8; "
             "rename it"
         ) from error
     token = "; a private data set needs HF_TOKEN" if prefix.startswith("hf://") else ""
@@ -256,8 +260,12 @@ def _has_spaces(text: str, kind: Kind) -> bool:
         return False
     stores: dict[tuple[str, str], _Store] = {}
     try:
-        return any(_look_for(pattern, kind, stores).shards for pattern in _expand_braces(text))
-    except SourceError:  # as for a name that is too long; its parts are looked for in turn
+        return any(
+            _look_for(pattern, kind, stores).shards
+            for pattern in _expand_braces(text)
+            if is_remote(pattern) or os.path.isdir(_fixed_folder(pattern))
+        )
+    except SourceError:  # its parts are looked for in turn, and what is wrong with them is said
         return False
 
 
@@ -279,7 +287,9 @@ def _expand_braces(pattern: str) -> Iterator[str]:
 def _read_list(location: str) -> list[str]:
     try:
         with open_shard(location) as stream:
-            lines = [line.strip() for line in stream.read().decode("utf-8-sig").splitlines()]
+            data = stream.read()
+        encoding = "utf-16" if data.startswith(UTF_16) else "utf-8-sig"
+        lines = [line.strip() for line in data.decode(encoding).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"cannot read the shard list {location}: {error}") from error
     prefix, path, settings = split_address(location)

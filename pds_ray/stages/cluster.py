@@ -86,7 +86,7 @@ def fit(
     """Fit a weighted Lloyd k-means, on the GPU if FAISS has one; keep the best restart.
 
     vectors float32 [n, d], weights float32 [n]. The vectors are taken as they are, `normalize` or
-    not, and not copied. `tell` is called, in another thread, too, with what is being done and the
+    not, and not copied. `tell` is called, in another thread, too, with what is waited for and the
     iterations done so far. Raises ValueError if there are fewer vectors of positive weight than
     clusters.
     """
@@ -97,12 +97,12 @@ def fit(
 
     def attempt(restart: int) -> Fit:
         before = restart * config.iterations
-        tell(f"chooses {clusters:,} seeds", before)
+        tell(f"{clusters:,} seeds to be chosen", before)
         rng = np.random.default_rng([seed, restart])
         start = seeds(training, weights, clusters, rng) if clusters <= SEED_LIMIT else None
 
         def iterated(iterations: int) -> None:
-            tell(f"fits {clusters:,} clusters", before + iterations)
+            tell(f"{clusters:,} clusters to be fitted", before + iterations)
 
         return lloyd(training, weights, clusters, start, seed + 1 + restart, config, iterated)
 

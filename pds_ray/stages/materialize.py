@@ -84,8 +84,9 @@ def about(run: Run) -> dict[str, Any]:
 
 def _fewer(run: Run) -> dict[str, str]:
     """Return why the set has fewer pairs than asked for, as the stage counted that found out."""
-    counts = [entry.get("counts", {}) for entry in run.manifest.stages.values()]
-    return {"fewer": each["fewer"] for each in counts if "fewer" in each}
+    counts = (entry.get("counts", {}) for entry in run.manifest.stages.values())
+    texts = [each["fewer"] for each in counts if "fewer" in each]
+    return {"fewer": texts[0]} if texts else {}
 
 
 def records(prototypes: pa.Table, captions: pa.Table | None = None) -> list[Record]:

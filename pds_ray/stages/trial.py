@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from pds_ray.backbones.base import BackboneInfo
-from pds_ray.config import ConfigError, ProtocolConfig
+from pds_ray.config import ConfigError, FilesConfig, ProtocolConfig
 from pds_ray.encoders.base import EncoderInfo, TextEncoder, TextEncoderInfo
 from pds_ray.modalities.image import ImageError, Preprocess, decode_image
 from pds_ray.modalities.text import CLEANERS
@@ -38,6 +38,7 @@ from pds_ray.training.data import Gallery, Pixels, TrainingPairs
 from pds_ray.training.recall import RECALLS
 from pds_ray.training.retrieval import (
     RetrievalTraining,
+    Step,
     embed_images,
     evaluate,
     make_optimizer,
@@ -127,14 +128,16 @@ def read_split(
     sizes: list[int],
     captions: str,
     limit: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    read: FilesConfig | None = None,
 ) -> tuple[dict[int, np.ndarray], list[list[str]], dict[str, int]]:
     """Return a shard's images at each size, their cleaned captions, and bad samples by reason.
 
     Images are resized to squares, their aspect not kept (PDS, B.4): uint8 [n, 3, S, S]. `captions`
-    names the rule of cleaning; `limit` is entered for each image that is decoded. Raises
-    SourceError if the shard cannot be read to its end, because recalls are over all images.
+    names the rule of cleaning; `limit` is entered for each image that is decoded; `read` has the
+    sizes that images may have. Raises SourceError if the shard cannot be read to its end, because
+    recalls are over all images.
     """
-    clean = CLEANERS[captions]
+    clean, read = CLEANERS[captions], read or FilesConfig()
     squares = {size: Preprocess(size, resize_mode="squash") for size in sizes}
     images: dict[int, list[np.ndarray]] = {size: [] for size in sizes}
     texts: list[list[str]] = []
@@ -145,7 +148,7 @@ def read_split(
                 f"shard {shard.name} ends early ({item.reason}: {item.detail}); "
                 "recalls would miss images"
             )
-        found = item.reason if isinstance(item, Fault) else _usable(item, clean, limit)
+        found = item.reason if isinstance(item, Fault) else _usable(item, clean, limit, read)
         if isinstance(found, str):
             bad[found] = bad.get(found, 0) + 1
             continue
@@ -159,11 +162,12 @@ def _usable(
     sample: Sample,
     clean: Callable[[str], str],
     limit: Callable[[], AbstractContextManager[Any]],
+    read: FilesConfig,
 ) -> tuple[Image.Image, list[str]] | str:
     """Return a sample's image and cleaned captions, or the reason why it cannot be used."""
     try:
         with limit():
-            image = decode_image(sample.image)
+            image = decode_image(sample.image, max_pixels=read.max_pixels, min_side=read.min_side)
     except ImageError as error:
         return error.reason
     captions = [cleaned for caption in sample.captions if (cleaned := clean(caption))]
@@ -181,11 +185,18 @@ def _stacked(rows: list[np.ndarray], size: int) -> np.ndarray:
     return np.stack(rows) if rows else np.zeros((0, 3, size, size), np.uint8)
 
 
-def encode(encoder: TextEncoder, captions: list[str]) -> np.ndarray:
-    """Return the vectors of m captions, not normalised, float32 [m, d]."""
-    starts = range(0, len(captions), ENCODE_CAPTIONS)
-    parts = [captions[start : start + ENCODE_CAPTIONS] for start in starts]
-    return np.concatenate([encoder.encode_captions(part) for part in parts])
+def encode(
+    encoder: TextEncoder, captions: list[str], step: Step = lambda _captions: None
+) -> np.ndarray:
+    """Return the vectors of m captions, not normalised, float32 [m, d].
+
+    `step` is called before each batch with the number of captions done.
+    """
+    parts = []
+    for start in range(0, len(captions), ENCODE_CAPTIONS):
+        step(start)
+        parts.append(encoder.encode_captions(captions[start : start + ENCODE_CAPTIONS]))
+    return np.concatenate(parts)
 
 
 def pixels_of(trial: Trial) -> Pixels:
@@ -229,7 +240,7 @@ class Progress:
 Report = Callable[[Progress, Callable[[], bytes]], None]
 """Called on every worker after each evaluation; the second argument returns the state then."""
 Tell = Callable[[str, float | None], object]
-"""Called now and then with what is being done and, in training, the epochs done."""
+"""Called now and then with what is waited for and, in training, the epochs done."""
 Build = Callable[[BackboneInfo, int], torch.nn.Module]
 Features = dict[tuple[str, ...], torch.Tensor]
 
@@ -289,7 +300,7 @@ def _with_features(
     )
 
     def embedded(images: int) -> None:
-        tell(f"embeds images for {trial}, {images:,} done", None)
+        tell(f"the features of {trial}, {images:,} images done", None)
 
     def features(images: torch.Tensor, *name: str) -> torch.Tensor:
         key = (*of_backbone, *name)
@@ -326,10 +337,10 @@ def train_model(
         return evaluate(model, gallery, pixels, workers, measured)
 
     def measured(images: int) -> None:
-        tell(f"measures {trial}, {images:,} images done", None)
+        tell(f"the measuring of {trial}, {images:,} images done", None)
 
     def trained(epochs: float) -> None:
-        tell(f"trains {trial}", epochs)
+        tell(f"the training of {trial}", epochs)
 
     def save() -> bytes:
         return loop.save_state(model, optimizer, dataclasses.asdict(progress))
