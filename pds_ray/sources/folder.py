@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from pds_ray import catalog
-from pds_ray.config import ReadConfig
+from pds_ray.config import FilesConfig
 from pds_ray.sources.base import Fault, Sample, Shard, SourceError
 from pds_ray.sources.beside import Beside
 from pds_ray.sources.captions import IMAGE_SUFFIXES, CaptionReader, suffixes
@@ -56,12 +56,12 @@ class FolderSource:
     def __init__(
         self,
         uri: str,
-        options: ReadConfig | None = None,
+        options: FilesConfig | None = None,
         max_image_bytes: int = 64 * 1024**2,
         max_text_bytes: int = 1024**2,
     ) -> None:
         self.uri = uri
-        options = options or ReadConfig()
+        options = options or FilesConfig()
         root = os.path.expanduser(uri.removeprefix("folder:"))
         if not os.path.isdir(root):
             raise SourceError(f"there is no folder {root!r}; write folder:ROOT")

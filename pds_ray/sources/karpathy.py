@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from pds_ray.config import ReadConfig
+from pds_ray.config import FilesConfig
 from pds_ray.sources.annotations import SPLITS, Images, read_annotations
 from pds_ray.sources.base import Fault, Sample, Shard, SourceError
 
@@ -57,7 +57,7 @@ class KarpathySource:
     """
 
     def __init__(
-        self, uri: str, _read: ReadConfig | None = None, max_image_bytes: int = 64 * 1024**2
+        self, uri: str, _read: FilesConfig | None = None, max_image_bytes: int = 64 * 1024**2
     ) -> None:
         self.uri = uri
         self.max_image_bytes = max_image_bytes

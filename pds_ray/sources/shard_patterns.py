@@ -372,7 +372,7 @@ class _Store:
         except PermissionError:  # a folder on the way that may be closed
             return False
         if is_run:
-            _say_passed_over(self.location(folder))
+            say_passed_over(self.location(folder))
         return is_run
 
     def _list(self, folder: str) -> dict[str, pafs.FileInfo]:
@@ -417,7 +417,8 @@ def open_shard(location: str) -> io.BufferedReader:
 
 
 @cache  # the shards of a source are looked for more than once
-def _say_passed_over(folder: str) -> None:
+def say_passed_over(folder: str) -> None:
+    """Say that the folder of a run is no part of a source."""
     text = (
         f"pds-ray: {without_secrets(folder)} is the folder of a run and passed over; name it in "
         "full, without a wildcard, to read what is in it"

@@ -140,6 +140,13 @@ def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
     assert captions(tmp_path) == {"a.jpg": ("a",)}
 
 
+def test_results_of_a_run_are_no_data(tmp_path: Path) -> None:
+    results = {"run.json": "{}", "shards.parquet": "", "distilled/imagefolder/metadata.jsonl": "{}"}
+    write(tmp_path / "runs" / "first", results)
+    write(tmp_path, {"a.jpg": "x", "a.txt": "a", "run.jpg": "x", "run.json": '{"caption": "b"}'})
+    assert captions(tmp_path) == {"a.jpg": ("a",), "run.jpg": ("b",)}
+
+
 def test_what_cannot_be_read_is_a_fault(tmp_path: Path) -> None:
     outside = write(tmp_path / "outside", {"secret.jpg": "secret", "secret.txt": "secret"})
     root = write(
