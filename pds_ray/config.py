@@ -480,8 +480,8 @@ class RunConfig(Options):
 
     source: str = option(
         "",
-        "tar path, glob or brace range (local, s3://, gs://), flickr30k:ROOT, coco:ROOT, "
-        "or scenes:N[:SEED[:NOISE[:SHARD]]]",
+        "tar path, glob or brace range (local or on a store), a folder, parquet:PATTERN, "
+        "hf:ORG/NAME[:SPLIT], flickr30k:ROOT, coco:ROOT, or scenes:N[:SEED[:NOISE[:SHARD]]]",
         "source",
     )
     out: str = option("", "run folder", "out", free=True)

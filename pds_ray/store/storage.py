@@ -382,7 +382,7 @@ def _in_one_line(what: str) -> Iterator[None]:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A forward reader of an object.
+    """A reader of an object.
 
     A transfer that breaks off is resumed where it stopped, and never mistaken for the end.
     """
@@ -397,6 +397,19 @@ class _RemoteFile(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
+
+    def seekable(self) -> bool:
+        return self._size is not None
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if self._size is None:
+            raise io.UnsupportedOperation("the server does not tell the size of the file")
+        starts = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}
+        self._position = starts[whence] + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
         wanted = len(buffer)
