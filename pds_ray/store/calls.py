@@ -72,9 +72,9 @@ def with_retries(action: Callable[[], Result], where: str, limit_s: float | None
     """Call `action`, which works on `where`; retry errors of a store elsewhere with backoff.
 
     One call may take `limit_s` seconds, by default ANSWER_S; UNLIMITED is for calls whose length
-    depends on the data, and for which the limits of the store's client are all there is. On a local path `action` is called
-    once. Raises FileNotFoundError at once if the object is missing, and StorageError in one line if
-    the store refuses, keeps failing or gives no answer.
+    depends on the data, and for which the limits of the store's client are all there is. On a local
+    path `action` is called once. Raises FileNotFoundError at once if the object is missing, and
+    StorageError in one line if the store refuses, keeps failing or gives no answer.
     """
     if not is_remote(where):
         return action()
