@@ -28,6 +28,7 @@ from braceexpand import braceexpand
 from pds_ray.errors import first_line, without_secrets
 from pds_ray.sources.base import SourceError
 from pds_ray.store.calls import (
+    UNLIMITED,
     StorageError,
     await_answer,
     is_remote,
@@ -383,7 +384,7 @@ class _Store:
                 infos = with_retries(
                     lambda: self._filesystem.get_file_info(selector),
                     self.location(folder),
-                    limit_s=None,
+                    UNLIMITED,
                 )
                 infos += self._dangling(folder) if self.root == "/" else []
             except NotADirectoryError:

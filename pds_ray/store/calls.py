@@ -26,6 +26,7 @@ WAITS_S = (1.0, 4.0, 16.0)
 """Mean waits before each retry, in seconds; the store's own client has retried before that."""
 ANSWER_S = 20.0
 """Seconds for one call to a store: a question, or a piece of a file."""
+UNLIMITED = math.inf
 PATIENCE_S = 18.0
 """Seconds that calls may spend in vain, waits not counted; after that no other is made."""
 SAY_AFTER_S, SAY_AGAIN_S = 10.0, 60.0
@@ -67,15 +68,13 @@ def is_remote(path: str) -> bool:
     return "://" in path and not path.startswith("file://")
 
 
-def with_retries(
-    action: Callable[[], Result], where: str, limit_s: float | None = ANSWER_S
-) -> Result:
+def with_retries(action: Callable[[], Result], where: str, limit_s: float | None = None) -> Result:
     """Call `action`, which works on `where`; retry errors of a store elsewhere with backoff.
 
-    One call may take `limit_s` seconds; None is for calls whose length depends on the data, and
-    for which the limits of the store's client are all there is. On a local path `action` is called
-    once. Raises FileNotFoundError at once if the object is missing, and StorageError in one line if
-    the store refuses, keeps failing or gives no answer.
+    One call may take `limit_s` seconds, by default ANSWER_S; UNLIMITED is for calls whose length
+    depends on the data, and for which the limits of the store's client are all there is. On a local
+    path `action` is called once. Raises FileNotFoundError at once if the object is missing, and
+    StorageError in one line if the store refuses, keeps failing or gives no answer.
     """
     if not is_remote(where):
         return action()
@@ -83,7 +82,7 @@ def with_retries(
     for wait_s in (*WAITS_S, None):
         tried = time.monotonic()
         try:
-            return _wait_for(action, where, limit_s, began)
+            return _wait_for(action, where, ANSWER_S if limit_s is None else limit_s, began)
         except FACTS:
             raise
         except (OSError, pa.ArrowException) as error:
@@ -123,22 +122,19 @@ def _failure(where: str, error: Exception) -> str:
     )
 
 
-def _wait_for(
-    action: Callable[[], Result], where: str, limit_s: float | None, began: float
-) -> Result:
+def _wait_for(action: Callable[[], Result], where: str, limit_s: float, began: float) -> Result:
     """Return or raise what `action` does, or TimeoutError after `limit_s` seconds.
 
     `began` is when the first try did, by the monotonic clock.
     """
-    limit = math.inf if limit_s is None else limit_s
-    quiet = min(max(0.0, began + SAY_AFTER_S - time.monotonic()), limit)
+    quiet = min(max(0.0, began + SAY_AFTER_S - time.monotonic()), limit_s)
     future = _started(action)
     wait([future], quiet)
-    if not future.done() and quiet < limit:
+    if not future.done() and quiet < limit_s:
         _say(where, f"{SAY_AFTER_S:.0f} s")
-        wait([future], None if limit_s is None else limit - quiet)
+        wait([future], None if limit_s == UNLIMITED else limit_s - quiet)
     if not future.done():
-        raise TimeoutError(f"no answer for {limit:.0f} s")
+        raise TimeoutError(f"no answer for {limit_s:.0f} s")
     return future.result()
 
 

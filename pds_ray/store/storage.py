@@ -31,7 +31,13 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pds_ray.errors import first_line, without_secrets
-from pds_ray.store.calls import StorageError, is_remote, side_by_side, with_retries
+from pds_ray.store.calls import (
+    UNLIMITED,
+    StorageError,
+    is_remote,
+    side_by_side,
+    with_retries,
+)
 from pds_ray.store.filesystems import local_path, open_filesystem
 
 PART_SUFFIX = ".part"
@@ -89,7 +95,7 @@ def _retried_at_length(
 
     @functools.wraps(method)
     def call(folder: Folder, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        return with_retries(lambda: method(folder, *args, **kwargs), folder.path, limit_s=None)
+        return with_retries(lambda: method(folder, *args, **kwargs), folder.path, UNLIMITED)
 
     return call
 

@@ -13,7 +13,7 @@ import pytest
 from pds_ray.sources.base import SourceError
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.store import calls, http
-from pds_ray.store.calls import StorageError, side_by_side, with_retries
+from pds_ray.store.calls import UNLIMITED, StorageError, side_by_side, with_retries
 from pds_ray.store.storage import Folder
 from tests.support.web_server import silent
 
@@ -37,7 +37,7 @@ def test_a_wait_is_said_once_and_ends(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_call_without_a_limit_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
-    assert with_retries(lambda: time.sleep(0.4) or "done", "s3://b/x", None) == "done"
+    assert with_retries(lambda: time.sleep(0.4) or "done", "s3://b/x", UNLIMITED) == "done"
     assert "waiting for s3://b/x" in capsys.readouterr().err
 
 
@@ -77,7 +77,7 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize(
     "call",
     [
-        "calls.with_retries(never.wait, 's3://b/x', None)",
+        "calls.with_retries(never.wait, 's3://b/x', calls.UNLIMITED)",
         "list(calls.side_by_side(lambda n: calls.with_retries(never.wait, 's3://b/x'), [1, 2]))",
     ],
 )
