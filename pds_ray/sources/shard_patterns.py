@@ -202,7 +202,7 @@ def for_retrieval(locations: Iterable[str]) -> set[str]:
 
 
 def _says_retrieval(location: str) -> bool:
-    filesystem, path = _open_root(location)
+    filesystem, path = open_filesystem(location)
     try:
         if not filesystem.get_file_info(path).is_file:
             return False
