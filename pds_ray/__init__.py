@@ -22,6 +22,8 @@ from pds_ray.engine.plan import make_run as plan
 from pds_ray.engine.run import distill
 from pds_ray.recipes import protocol, recipe
 from pds_ray.store.distilled_set import DistilledSet, load_distilled
+from pds_ray.store.export import export
+from pds_ray.store.publish import push
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,9 +36,11 @@ __all__ = [
     "configure",
     "distill",
     "evaluate",
+    "export",
     "load_distilled",
     "plan",
     "protocol",
+    "push",
     "recipe",
 ]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pds_ray.distributed import limits, places
 from pds_ray.errors import ConfigError
+from pds_ray.stages.cluster import FAISS_ADVICE
 from pds_ray.store.manifest import versions
 
 OK, LOW, MISSING, LATER = "ok", "LOW", "MISSING", "not yet"
@@ -112,10 +113,14 @@ def _packages() -> bool:
     """Report packages that are missing, or the versions of all; return False if any is."""
     missing = [module for module in NEEDED if importlib.util.find_spec(module) is None]
     for module in missing:
-        say(MISSING, module, "pip install pds-ray brings it")
+        advice = FAISS_ADVICE if module == "faiss" else "pip install pds-ray brings it"
+        say(MISSING, module, advice)
+    found = versions()
     if not missing:
-        found = ", ".join(f"{name} {version}" for name, version in versions().items())
-        say(OK, "versions", found)
+        say(OK, "versions", ", ".join(f"{name} {version}" for name, version in found.items()))
+    if {"faiss-cpu", "faiss-gpu"} <= found.keys():
+        text = "faiss-cpu and faiss-gpu overwrite each other: pip uninstall both, then install one"
+        say(LOW, "faiss", text)
     return not missing
 
 
@@ -131,7 +136,7 @@ def _accelerators() -> None:
     kinds = f"{len(names)}: {', '.join(sorted(set(names)))}"
     say(OK, "gpu", f"{kinds}; torch built for CUDA {torch.version.cuda}")
     gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-    text = f"{gpus} GPUs" if gpus else "faiss-cpu is installed: k-means runs on the CPU"
+    text = f"{gpus} GPUs" if gpus else "not in this FAISS: k-means runs on the CPU (pds-ray[gpu])"
     say(OK if gpus else LOW, "faiss gpu", text)
 
 

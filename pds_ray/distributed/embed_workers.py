@@ -131,7 +131,9 @@ class EmbedWorker:
     ) -> None:
         self.size = info.preprocess.size
         with in_flight.doing("the encoder to load"):
-            self.encoder = process.load_model(catalog.load_encoder, info, config.precision)
+            self.encoder = process.keeping_error(
+                process.load_model, catalog.load_encoder, info, config.precision
+            )
         self.config = config
         self.store = store
         self.files = files
@@ -164,7 +166,7 @@ class EmbedWorker:
             with self.encoding:
                 doing.now(f"shard {shard} to be encoded")
                 began = time.monotonic()
-                part = core.embed_block(rows, self.encoder, self.size, self.config, doing.reach)
+                part = core.embed_block(rows, self.encoder(), self.size, self.config, doing.reach)
                 ended = time.monotonic()
                 idle_s, self.free_since = began - self.free_since, ended
             doing.now(f"shard {shard} to be written")

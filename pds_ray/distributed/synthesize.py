@@ -39,7 +39,7 @@ class SynthesizeWorker:
             partial(process.load_model, catalog.load_decoder) if is_model else catalog.load_decoder
         )
         with in_flight.doing("the decoder to load"):
-            self.decoder = load(info, config.decode, source)
+            self.decoder = process.keeping_error(load, info, config.decode, source)
         self.config = config
         self.folder = folder
         self.in_flight = in_flight
@@ -75,7 +75,7 @@ class SynthesizeWorker:
             doing.reach(min(1.0, share) * lacks)
 
         request = core.make_batch(self.prototypes, pairs, self.config.seed, config, tell)
-        images = core.synthesize_chunk(self.decoder, request, config)
+        images = core.synthesize_chunk(self.decoder(), request, config)
         written, busy_s, began = 0, 0.0, time.monotonic()
         for pair, image in zip(pairs, images, strict=True):
             busy_s += time.monotonic() - began

@@ -14,6 +14,7 @@ one label for both its sides, and matching has nothing left to decide.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -32,8 +33,15 @@ SEED_LIMIT, SEED_ROWS = 2_000, 20
 OBJECTIVE_ROWS = 16_384  # summed at once
 MIN_ROWS_PER_CLUSTER = 39  # the least that a fit needs, by FAISS's own rule
 COUNT_S = 0.5  # between two looks at how far a fit is
+FAISS_ADVICE = "pip install 'pds-ray[cpu]', or 'pds-ray[gpu]' for k-means on GPUs"
 
 Tell = Callable[[str, int], object]
+
+
+def require_faiss() -> None:
+    """Raise ConfigError if FAISS is not installed: one of two extras brings it, not the base."""
+    if importlib.util.find_spec("faiss") is None:
+        raise ConfigError(f"k-means needs FAISS, which is not installed: {FAISS_ADVICE}")
 
 
 @dataclass(frozen=True)

@@ -225,20 +225,14 @@ def test_error_pages_in_place_of_shards_stop_the_run(tmp_path: Path) -> None:
 def test_weights_that_cannot_be_loaded_are_one_clear_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
-    from pds_ray.encoders.open_clip import demo_folder
-
-    folder = tmp_path / "clip"
-    shutil.copytree(demo_folder(), folder)
-    (folder / "open_clip_model.safetensors").write_bytes(b"not weights")
-    config = dataclasses.replace(CONFIG, embed=EmbedConfig(encoder=f"local-dir:{folder}"))
+    """They passed the checks and are gone by now. The actor that finds it is not started again."""
     source = ScenesSource("scenes:10")
-    info = catalog.describe_encoder(config.embed)
-    # each further try loads torch in an actor of its own
-    monkeypatch.setattr(ray.data.DataContext.get_current(), "max_consecutive_actor_init_deaths", 1)
+    info = catalog.describe_encoder(CONFIG.embed)
+    gone = dataclasses.replace(info, load_args=(("model_name", f"local-dir:{tmp_path / 'gone'}"),))
+    # an actor whose constructor raised would end the run in another way
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "max_consecutive_actor_init_deaths", 0)
     with pytest.raises(UserError, match="cannot load the weights"), unwrapped_errors():
-        embed(source, source.shards(), info, config, open_store(tmp_path / "store"))
+        embed(source, source.shards(), gone, CONFIG, open_store(tmp_path / "store"))
 
 
 def test_an_actor_encodes_while_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
