@@ -31,6 +31,7 @@ def local_ray() -> Iterator[None]:
     session.start(RayConfig(num_cpus=2, object_store_gib=0.5))
     with lifetime.undo.pop_all():  # no other `session.stop` ends it
         yield
+        session.stop()  # those that tests began on it
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,8 @@ from pds_ray.errors import UserError, first_line
 from pds_ray.telemetry import log
 
 REFUSALS = (ray.exceptions.AuthenticationError, ray.exceptions.RpcError)
+STDERR = 2
+"""The descriptor of standard error, whatever `sys.stderr` is."""
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -101,6 +103,8 @@ def _ray(address: Address | None, config: RayConfig) -> Iterator[None]:
     Environment variables and the fault handler are afterwards as before.
     """
     before, traced = set(os.environ), faulthandler.is_enabled()
+    if not traced:  # Ray would, and fails where sys.stderr is no file, as in some notebooks
+        faulthandler.enable(STDERR, all_threads=False)
     added: set[str] = set()
     try:
         try:

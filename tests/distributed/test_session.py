@@ -141,9 +141,7 @@ def make_error(name: str, message: str) -> UserError:
 
 
 def test_all_kinds_of_user_errors_are_found() -> None:
-    assert {"pds_ray.errors:ConfigError", "pds_ray.store.storage:StorageError"} <= set(
-        user_errors()
-    )
+    assert {"pds_ray.errors:ConfigError", "pds_ray.store.calls:StorageError"} <= set(user_errors())
     assert len(user_errors()) >= 8
 
 
