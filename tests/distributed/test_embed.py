@@ -165,10 +165,10 @@ def test_broken_shards_lose_only_what_is_broken(tmp_path: Path, shared_data: Pat
     source = WebDatasetSource(str(shared_data / "clipart" / "broken" / "*.tar"))
     shards = source.shards()
     store = open_store(tmp_path)
-    config = dataclasses.replace(CONFIG, ray=RayConfig(max_bad_share=1.0, max_failed_share=0.7))
+    config = dataclasses.replace(CONFIG, ray=RayConfig(max_bad_share=1.0, max_failed_share=0.5))
     counts = embed(source, shards, catalog.describe_encoder(CONFIG.embed), config, store)
-    assert counts["failed"].keys() == {"bomb", "not-a-tar", "truncated"}
-    assert (counts["failed_shards"], counts["shards_embedded"]) == (3, len(shards))
+    assert counts["failed"].keys() == {"not-a-tar", "truncated"}
+    assert (counts["failed_shards"], counts["shards_embedded"]) == (2, len(shards))
     keys = {shard.name: store.images(shard.name).column("key").to_pylist() for shard in shards}
     assert keys["truncated"] == [f"{n:09d}" for n in range(20)]
     assert keys["corrupt-images"][:30] == [f"{n:09d}" for n in range(40, 70)]
