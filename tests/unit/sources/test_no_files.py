@@ -1,4 +1,4 @@
-"""What a pattern takes for a shard and is no file: it is a shard that cannot be read, never lost."""
+"""What a pattern takes for a shard and is no file: a shard that cannot be read."""
 
 from __future__ import annotations
 
