@@ -410,9 +410,10 @@ def _stream(
 
 def _dataset(shards: list[Shard], work: _Work, in_flight: InFlight) -> ray.data.Dataset:
     """Return the data set of the summary rows of `shards`, embedded when it is read."""
+    files = [work.files[shard.name] for shard in shards]
     with watch.lost_blocks_allowed():
         decoded = ray.data.read_datasource(
-            ShardDatasource(work.source, shards, in_flight),
+            ShardDatasource(work.source, files, in_flight),
             override_num_blocks=len(shards),
             num_cpus=pools.READ_CPUS,
             resources=work.ray.reader_resources,
@@ -427,8 +428,7 @@ def _dataset(shards: list[Shard], work: _Work, in_flight: InFlight) -> ray.data.
             max_retries=TASK_RETRIES,
         )
         actors = pools.pool(work.ray.embed_actors)
-        files = {shard.name: work.files[shard.name] for shard in shards}
-        arguments = (work.info, work.config, work.store, files, in_flight)
+        arguments = (work.info, work.config, work.store, in_flight)
         return pools.map_blocks(decoded, EmbedWorker, arguments, actors, EmbedWorker.THREADS)
 
 
@@ -453,7 +453,7 @@ class _Commits:
         """Start to commit a shard whose parts begin at these rows."""
         work = self._work
         reference = self._task.remote(
-            shard, firsts, work.store, work.files[shard], work.config, self._in_flight
+            shard, firsts, work.store, work.files[shard].note(), work.config, self._in_flight
         )
         self._shards[reference] = shard
 
@@ -512,7 +512,7 @@ def _embed_in_subprocess(shard: Shard, work: _Work, in_flight: InFlight) -> _Emb
         except SourceError as error:
             return first_line(error)
         work.store.commit(
-            shard.name, *tables, commit_info(*tables, work.files[shard.name], work.config)
+            shard.name, *tables, commit_info(*tables, work.files[shard.name].note(), work.config)
         )
     return core.shard_counts(*tables), core.damage(tables[-1])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,10 +38,10 @@ FATAL, STORE = "fatal", "store"
 class ShardDatasource(Datasource):
     """One read task per shard: a fault can cost one shard's remainder, never its neighbours."""
 
-    def __init__(self, source: Source, shards: list[Shard], in_flight: InFlight) -> None:
+    def __init__(self, source: Source, files: list[ShardFile], in_flight: InFlight) -> None:
         super().__init__()
         self._source = source
-        self._shards = shards
+        self._files = files
         self._in_flight = in_flight
 
     def estimate_inmemory_data_size(self) -> int | None:
@@ -51,8 +51,8 @@ class ShardDatasource(Datasource):
         """Return one task per shard, whatever parallelism Ray asks for."""
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         return [
-            ReadTask(ShardReader(self._source, shard, self._in_flight), unknown)
-            for shard in self._shards
+            ReadTask(ShardReader(self._source, file, self._in_flight), unknown)
+            for file in self._files
         ]
 
 
@@ -61,7 +61,7 @@ class ShardReader:
     """A read task: all blocks of one shard."""
 
     source: Source
-    shard: Shard
+    file: ShardFile
     in_flight: InFlight
 
     def __call__(self) -> Iterable[pa.Table]:
@@ -70,17 +70,19 @@ class ShardReader:
         A shard that cannot be read costs itself; a disk or a store that is down would cost more
         shards than may be lost, and ends the run.
         """
-        blocks = core.read_blocks(self.source, self.shard)
+        shard = self.file.shard
+        # with the data, not with the actor: what starts an actor again must be small
+        blocks = core.read_blocks(self.source, shard, self.file.note())
         try:
             while True:
                 # not while the block is handed over: then others are waited for
-                with self.in_flight.doing(f"shard {self.shard.name} to be read"):
+                with self.in_flight.doing(f"shard {shard.name} to be read"):
                     block = next(blocks, None)
                 if block is None:
                     return
                 yield block
         except SourceError as error:
-            yield _problem(UNREADABLE, error, self.shard.name)
+            yield _problem(UNREADABLE, error, shard.name)
         except Exception as error:
             yield _problem(_classify(error), error)
 
@@ -126,7 +128,6 @@ class EmbedWorker:
         info: EncoderInfo,
         config: EmbedConfig,
         store: EmbeddingStore,
-        files: Mapping[str, ShardFile],
         in_flight: InFlight,
     ) -> None:
         self.size = info.preprocess.size
@@ -136,7 +137,6 @@ class EmbedWorker:
             )
         self.config = config
         self.store = store
-        self.files = files
         self.in_flight = in_flight
         self.encoding = threading.Lock()
         self.free_since = time.monotonic()
@@ -173,7 +173,7 @@ class EmbedWorker:
             whole = part.first == 0 and part.total == part.rows
             tables = (part.images, part.captions, part.errors)
             if whole:
-                info = commit_info(*tables, self.files[shard], self.config)
+                info = commit_info(*tables, rows.column("detail")[-1].as_py(), self.config)
                 self.store.commit(shard, *tables, info)
             else:
                 self._write_part(shard, part)
@@ -231,11 +231,15 @@ class ShardFile:
     changed: bool
     """It is not the one that the store began with."""
 
+    def note(self) -> str:
+        """Return what a marker may say of the file, as JSON."""
+        return json.dumps({"file": core.file_of(self.shard), "changed": self.changed})
+
 
 def commit_info(
-    images: pa.Table, captions: pa.Table, errors: pa.Table, file: ShardFile, config: EmbedConfig
+    images: pa.Table, captions: pa.Table, errors: pa.Table, note: str, config: EmbedConfig
 ) -> dict[str, Any]:
-    """Return what the marker of a shard says besides hashes.
+    """Return what the marker of a shard says besides hashes; `note` is that of its ShardFile.
 
     The file is named where a later session must know which one was read: if it is damaged, or not
     the one that the store began with.
@@ -243,8 +247,9 @@ def commit_info(
     info = {**asdict(core.shard_counts(images, captions, errors)), "precision": config.precision}
     if damage := core.damage(errors):
         info["damage"] = damage
-    if damage or file.changed:
-        info["file"] = core.file_of(file.shard)
+    file = json.loads(note)
+    if damage or file["changed"]:
+        info["file"] = file["file"]
     return info
 
 
@@ -252,7 +257,7 @@ def commit_parts(
     shard: str,
     firsts: list[int],
     store: EmbeddingStore,
-    file: ShardFile,
+    note: str,
     config: EmbedConfig,
     in_flight: InFlight,
 ) -> None:
@@ -268,4 +273,4 @@ def commit_parts(
             for first in firsts
         ]
         tables = core.merge_parts(parts)
-        store.commit(shard, *tables, commit_info(*tables, file, config))
+        store.commit(shard, *tables, commit_info(*tables, note, config))

@@ -53,6 +53,11 @@ def _columns_of_matches(match: np.ndarray, couples: pa.Table, sums: core.Sums) -
     }
 
 
+def _fewer(run: Run, count: int, empty: int) -> Counts:
+    why = core.why_fewer(run.counts("cluster"), run.counts("match"), empty)
+    return core.fewer(run.config.pairs, count, why)
+
+
 def make_prototypes(run: Run) -> Counts:
     """Write prototypes.parquet; return what became of the matched clusters."""
     shards, store, config = run.shard_names, run.store, run.config
@@ -82,10 +87,9 @@ def make_prototypes(run: Run) -> Counts:
     }
     run.folder.save_prototypes(pa.table(columns, schema=prototype_schema(run.encoder.dim)))
     empty = len(matches.whole) - count
-    why = core.why_fewer(run.counts("cluster"), run.counts("match"), empty)
     return {
         "prototypes": count,
-        **core.fewer(config.pairs, count, why),
+        **(_fewer(run, count, empty) if count < config.pairs else {}),
         "empty_couples": empty,
         "duplicate_captions": count - len(set(caption["caption"])),
         "mean_cosine": float(prototypes.cosine.mean()) if count else 0.0,

@@ -129,8 +129,10 @@ class Part:
     """Number of rows of the whole shard, if this part holds its end."""
 
 
-def read_blocks(source: Source, shard: Shard) -> Iterator[pa.Table]:
+def read_blocks(source: Source, shard: Shard, note: str = "") -> Iterator[pa.Table]:
     """Yield the rows of a shard in tables of bounded size; the last row says END.
+
+    The detail of the last row is `note`, for whoever commits the shard.
 
     Raises SourceError if the shard cannot be read.
     """
@@ -149,7 +151,7 @@ def read_blocks(source: Source, shard: Shard) -> Iterator[pa.Table]:
         if len(rows) >= BLOCK_SAMPLES or size >= BLOCK_BYTES or captions >= BLOCK_CAPTIONS:
             yield pa.Table.from_pylist(rows, schema=RAW_SCHEMA)
             rows, size, captions = [], 0, 0
-    rows.append({"shard": shard.name, "ordinal": ordinal, "key": "", "reason": END})
+    rows.append({"shard": shard.name, "ordinal": ordinal, "key": "", "reason": END, "detail": note})
     yield pa.Table.from_pylist(rows, schema=RAW_SCHEMA)
 
 

@@ -165,10 +165,10 @@ def test_broken_shards_lose_only_what_is_broken(tmp_path: Path, shared_data: Pat
     source = WebDatasetSource(str(shared_data / "clipart" / "broken" / "*.tar"))
     shards = source.shards()
     store = open_store(tmp_path)
-    config = dataclasses.replace(CONFIG, ray=RayConfig(max_bad_share=1.0, max_failed_share=0.7))
+    config = dataclasses.replace(CONFIG, ray=RayConfig(max_bad_share=1.0, max_failed_share=0.5))
     counts = embed(source, shards, catalog.describe_encoder(CONFIG.embed), config, store)
-    assert counts["failed"].keys() == {"bomb", "not-a-tar", "truncated"}
-    assert (counts["failed_shards"], counts["shards_embedded"]) == (3, len(shards))
+    assert counts["failed"].keys() == {"not-a-tar", "truncated"}
+    assert (counts["failed_shards"], counts["shards_embedded"]) == (2, len(shards))
     keys = {shard.name: store.images(shard.name).column("key").to_pylist() for shard in shards}
     assert keys["truncated"] == [f"{n:09d}" for n in range(20)]
     assert keys["corrupt-images"][:30] == [f"{n:09d}" for n in range(40, 70)]
@@ -189,7 +189,8 @@ def test_broken_shards_lose_only_what_is_broken(tmp_path: Path, shared_data: Pat
 
 def test_one_read_task_per_shard() -> None:
     source = ScenesSource("scenes:5000")
-    assert len(ShardDatasource(source, source.shards(), InFlight()).get_read_tasks(1)) == 5
+    files = [ShardFile(shard, changed=False) for shard in source.shards()]
+    assert len(ShardDatasource(source, files, InFlight()).get_read_tasks(1)) == 5
 
 
 def test_too_much_bad_data_stops_the_run() -> None:
@@ -238,12 +239,11 @@ def test_weights_that_cannot_be_loaded_are_one_clear_line(
 def test_an_actor_encodes_while_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each thread stays in its write until the other is there: both encoded, never at once."""
     source = ScenesSource("scenes:8")
-    (raw,) = core.read_blocks(source, source.shards()[0])
-    info = catalog.describe_encoder(CONFIG.embed)
     (shard,) = source.shards()
-    files = dict.fromkeys((shard.name, "other"), ShardFile(shard, changed=False))
+    (raw,) = core.read_blocks(source, shard, ShardFile(shard, changed=False).note())
+    info = catalog.describe_encoder(CONFIG.embed)
     config = dataclasses.replace(CONFIG.embed, precision="fp32")
-    worker = EmbedWorker(info, config, open_store(tmp_path), files, InFlight())
+    worker = EmbedWorker(info, config, open_store(tmp_path), InFlight())
     writing, encoding, most = threading.Barrier(EmbedWorker.THREADS), 0, 0
     embed_block, commit = core.embed_block, EmbeddingStore.commit
 

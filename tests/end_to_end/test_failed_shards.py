@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pds_ray.store.distilled_set import DISTILLED
-from tests.support.command_line import Run, content
+from tests.support.command_line import Run
 from tests.support.poisoned import write_shard
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
@@ -61,8 +61,6 @@ def test_mended_shards_alone_are_embedded_again(tmp_path: Path, pds_ray: Run) ->
     assert pds_ray("distill", *options, "--out", str(run)).returncode == 0
     whole = ["--source", f"{source}/{{0..3}}.tar", "--out", str(fresh)]
     assert pds_ray("distill", *OPTIONS, *whole).returncode == 0
-    for place in ("images", "pruning", "clusters", "matching"):
-        assert content(run / place).keys() >= content(fresh / place).keys()
     tables = [path.name for path in (fresh / "embeddings").glob("*.parquet")]
     assert len(tables) == 12
     for name in tables:

@@ -21,6 +21,10 @@ from pds_ray.store.storage import StorageError
 from tests.support.object_store import BUCKET, Faults, client, proxy, uri
 
 
+def shard_file(location: str) -> embed_workers.ShardFile:
+    return embed_workers.ShardFile(Shard("s", location), changed=False)
+
+
 class FailingSource:
     """Ten samples; the first reads fail, each after the given number of samples."""
 
@@ -50,7 +54,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_a_shard_is_read_again_and_no_sample_comes_twice(waits: list[float]) -> None:
-    reader = embed_workers.ShardReader(FailingSource(4, 0, 8), Shard("s", "s"), InFlight())
+    reader = embed_workers.ShardReader(FailingSource(4, 0, 8), shard_file("s"), InFlight())
     table = pa.concat_tables(list(reader()))
     assert table.column("key").to_pylist() == [*(f"s{number}" for number in range(10)), ""]
     assert table.column("ordinal").to_pylist() == list(range(11))
@@ -59,7 +63,7 @@ def test_a_shard_is_read_again_and_no_sample_comes_twice(waits: list[float]) -> 
 
 def test_a_disk_that_goes_on_failing_ends_the_shard(waits: list[float]) -> None:
     reader = embed_workers.ShardReader(
-        FailingSource(*[5] * 99), Shard("s", "/data/s.tar"), InFlight()
+        FailingSource(*[5] * 99), shard_file("/data/s.tar"), InFlight()
     )
     rows = pa.concat_tables(list(reader())).to_pylist()
     assert [row["key"] for row in rows[:-1]] == ["s0", "s1", "s2"]
@@ -77,7 +81,7 @@ class BrokenSource(FailingSource):
 
 def test_what_is_no_fault_of_the_shard_ends_the_run() -> None:
     (row,) = pa.concat_tables(
-        list(embed_workers.ShardReader(BrokenSource(), Shard("s", "s"), InFlight())())
+        list(embed_workers.ShardReader(BrokenSource(), shard_file("s"), InFlight())())
     ).to_pylist()
     assert (row["shard"], row["reason"], row["detail"]) == (
         "",
@@ -95,7 +99,7 @@ class RefusedSource(FailingSource):
 
 def test_an_object_that_is_refused_for_good_costs_its_shard(waits: list[float]) -> None:
     (row,) = pa.concat_tables(
-        list(embed_workers.ShardReader(RefusedSource(), Shard("s", "s3://b/s.tar"), InFlight())())
+        list(embed_workers.ShardReader(RefusedSource(), shard_file("s3://b/s.tar"), InFlight())())
     ).to_pylist()
     assert (row["shard"], row["reason"]) == ("s", embed_workers.UNREADABLE)
     assert "403" in row["detail"]

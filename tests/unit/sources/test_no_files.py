@@ -1,0 +1,44 @@
+"""What a pattern takes for a shard and is no file: a shard that cannot be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pds_ray.sources.base import Fault, SourceError, read_shard
+from pds_ray.sources.webdataset import WebDatasetSource
+from tests.support.poisoned import write_shard
+
+
+@pytest.mark.parametrize("pattern", ["*.tar", "**/*.tar"])
+def test_dangling_links_and_folders_are_shards_that_cannot_be_read(
+    tmp_path: Path, pattern: str
+) -> None:
+    write_shard(tmp_path / "good.tar", {}, samples=1)
+    (tmp_path / "link.tar").symlink_to("nowhere.tar")
+    (tmp_path / "folder.tar").mkdir()
+    (tmp_path / "link.txt").symlink_to("nowhere.txt")
+    source = WebDatasetSource(f"{tmp_path}/{pattern}")
+    shards = {shard.name: shard for shard in source.shards()}
+    assert shards.keys() == {"good", "link", "folder"}
+    assert not any(isinstance(item, Fault) for item in source.read(shards["good"]))
+    for name, why in (("link", "No such file"), ("folder", "it is a folder")):
+        with pytest.raises(SourceError, match=f"shard {name} was listed but .*{why}"):
+            list(read_shard(source, shards[name]))
+
+
+def test_a_link_in_a_brace_range_is_a_shard_and_a_link_to_a_file_is_that_file(
+    tmp_path: Path,
+) -> None:
+    write_shard(tmp_path / "0.tar", {}, samples=1)
+    (tmp_path / "1.tar").symlink_to("nowhere.tar")
+    (tmp_path / "2.tar").symlink_to("0.tar")
+    zero, one, two = WebDatasetSource(f"{tmp_path}/{{0..2}}.tar").shards()
+    assert (zero.size, one.size, two.size) == (zero.size, 0, zero.size)
+
+
+def test_a_folder_that_is_named_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder.tar").mkdir()
+    with pytest.raises(SourceError, match=r"is a folder; name the shards in it"):
+        WebDatasetSource(f"{tmp_path}/folder.tar").shards()
