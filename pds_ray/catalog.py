@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pds_ray.backbones.base import BackboneInfo, BackboneModule
-    from pds_ray.config import DecodeConfig, EmbedConfig, ReadConfig
+    from pds_ray.config import DecodeConfig, EmbedConfig, FilesConfig
     from pds_ray.decoders.base import Decoder, DecoderInfo, DecoderModule
     from pds_ray.encoders.base import (
         Encoder,
@@ -79,16 +79,15 @@ def _known(kind: str, table: dict[str, str], name: str) -> str:
     return table[name]
 
 
-def make_source(uri: str, read: ReadConfig | None = None) -> Source:
+def make_source(uri: str, read: FilesConfig | None = None) -> Source:
     """Return the source a URI names, read by the options `read`, by default those of a run.
 
     Raises SourceError in one line if it cannot be used.
     """
-    from pds_ray.config import ReadConfig  # which imports this module
-
     scheme = uri.partition(":")[0]
     module, _, cls = SOURCES[scheme if scheme in SOURCES else ""].partition(":")
-    return getattr(import_module(module), cls)(uri, read or ReadConfig())
+    source = getattr(import_module(module), cls)
+    return source(uri) if read is None else source(uri, read)
 
 
 def describe_encoder(config: EmbedConfig) -> EncoderInfo:

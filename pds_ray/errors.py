@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 PLAIN_SETTINGS = ("region", "scheme", "endpoint_override")
 """Settings of an object store that are part of its address; any other may be a secret."""
@@ -47,6 +48,17 @@ def _without_secrets(rest: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return an error's message, or its kind, as one line without secrets that is safe to print."""
     return printable(without_secrets((str(error).strip() or type(error).__name__).splitlines()[0]))
+
+
+def is_utf8(text: str) -> bool:
+    """Return False for text, such as a file's name, made of bytes that are not UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def some_of(names: Sequence[str], shown: int = 3) -> str:
+    """Return the first few names, and how many more there are."""
+    more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def printable(text: str) -> str:

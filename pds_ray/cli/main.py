@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import io
 import json
 import logging
 import os
@@ -32,6 +33,8 @@ from pds_ray.config import (
     replace,
     to_dict,
 )
+from pds_ray.distributed.lifetime import session_kept
+from pds_ray.distributed.places import require_current_folder
 from pds_ray.errors import UserError, first_line
 from pds_ray.telemetry import log
 
@@ -224,7 +227,7 @@ def _plan(args: argparse.Namespace) -> None:
     cluster = make_cluster(args.gpus, cpus, measured)
     prices = read_prices(args.prices)
     if args.pairs_in is None:
-        work = survey(config.source)
+        work = survey(config.source, config.read)
     forecast = make_plan(config, work, cluster, measured, prices)
     if args.json:
         print(json.dumps(to_json(forecast), indent=2))
@@ -387,23 +390,24 @@ def main(argv: list[str] | None = None) -> None:
     variables of QUIET stay set, since libraries read them on import. Ctrl-C and SIGTERM end the
     whole process.
     """
-    ray = sys.modules.get("ray")  # not imported for commands that do without
-    ray_ran = ray is not None and ray.is_initialized()
     args = build_parser().parse_args(argv)
-    with _quiet(args.verbose), log.as_json(args.log == "json"), _interruptible():
+    with (
+        _quiet(args.verbose),
+        log.as_json(args.log == "json"),
+        _any_character(),
+        _interruptible(),
+        session_kept(),
+    ):
         code = _run(args)
-        if "ray" in sys.modules and not ray_ran:
-            from pds_ray.distributed import session
-
-            if _in_main_thread():
-                _ignore_interrupts()
-            session.stop()
+        if _in_main_thread():
+            _ignore_interrupts()
     raise SystemExit(code)
 
 
 def _run(args: argparse.Namespace) -> int:
     """Run the command and report its outcome, in a last line; return the exit code."""
     try:
+        require_current_folder()
         COMMANDS[args.command](args)
         _flush()
         # the last line of a log tells the outcome; on a terminal the result does
@@ -447,6 +451,21 @@ def _quiet(verbose: bool) -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+@contextmanager
+def _any_character() -> Iterator[None]:
+    """Print characters that standard output cannot encode as escapes, as standard error does."""
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper):  # another program's, or closed
+        yield
+        return
+    before = stream.errors
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=before)
 
 
 @contextmanager

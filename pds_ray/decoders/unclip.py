@@ -356,5 +356,6 @@ class UnClipDecoder:
             guidance_scale=config.guidance,
             noise_level=config.noise_level,
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds],
+            callback=lambda step, *_: batch.tell((step + 1) / config.steps),
         ).images
         return [image.convert("RGB") for image in images]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import re
@@ -12,9 +13,9 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
-import psutil
 import ray
 
 from pds_ray.config import ConfigError, RayConfig
@@ -26,13 +27,17 @@ from pds_ray.distributed import (
     TASK_RETRIES,
     TRAIN,
     environment,
+    lifetime,
+    limits,
     metrics,
+    places,
     ray_private,
 )
 from pds_ray.distributed.process import default_environment, without_collections
 from pds_ray.distributed.tasks import LOST
 from pds_ray.distributed.watch import no_space
 from pds_ray.errors import UserError, first_line
+from pds_ray.telemetry import log
 
 CONNECT_TIMEOUT_S = 10
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -46,17 +51,17 @@ ENVIRONMENT = {
 }
 """Environment variables of this process during a session, unless they are set already."""
 
-# A process has one Ray, and so one session: what `start` did to the process, for `stop` to undo,
-# and the limits that Ray read from the environment because `start` began it.
-_undo = ExitStack()
+# A process has one Ray, and so one session: the limits that Ray read from the environment because
+# `start` began it.
 _limits_read: dict[str, str] = {}
 
 
 def start(config: RayConfig, run: str = "") -> dict[str, Any]:
-    """Connect to a cluster, or start a local Ray sized to the machine, and set all options.
+    """Connect to a cluster, or start a local Ray as large as the job may be, and set all options.
 
-    A Ray that is initialised already is used as it is. Returns the settings in force, for run.json;
-    `run` is the tag of this thread's metrics.
+    A Ray that is initialised already is used as it is. The session ends with the outermost
+    `lifetime.session_kept` block around the call; outside of any, `stop` ends it. Returns the
+    settings in force, for run.json; `run` is the tag of this thread's metrics.
 
     Raises ConfigError in one line if a given address does not answer.
     """
@@ -69,13 +74,14 @@ def start(config: RayConfig, run: str = "") -> dict[str, Any]:
             _limits_read.update(_limits_of_environment(local=address is None))
         undo.enter_context(_data_options())
         metrics.count_for(run)
-        _undo.callback(undo.pop_all().close)
+        lifetime.undo.callback(undo.pop_all().close)
     resources = ray.cluster_resources()
     return {
         "address": address or "local",
         "cpus": resources.get("CPU", 0),
         "gpus": resources.get("GPU", 0),
         "object_store_bytes": int(resources.get("object_store_memory", 0)),
+        "driver": limits.of_job_and_machine(),
         **_limits_in_force(),
     }
 
@@ -85,18 +91,41 @@ def stop() -> None:
 
     A Ray that was initialised before `start` stays.
     """
-    _undo.close()
+    lifetime.undo.close()
 
 
 @contextmanager
 def _ray(address: str | None, config: RayConfig) -> Iterator[None]:
-    """Be connected to a cluster, or to a local Ray that ends with the block."""
-    with _muffled(), _own_signals():
-        _connect(address) if address else _start_local(config)
+    """Be connected to a cluster, or to a local Ray that ends with the block.
+
+    Environment variables and the fault handler are afterwards as before.
+    """
+    before, traced = set(os.environ), faulthandler.is_enabled()
+    added: set[str] = set()
     try:
-        yield
+        try:
+            with _muffled(), _own_signals():
+                if address:
+                    _connect(address)
+                else:
+                    with _interrupts_put_off():
+                        _start_local(config)
+        except BaseException as error:
+            # a start that failed may leave processes; in one that was interrupted, this crashes
+            if isinstance(error, Exception) or ray.is_initialized():
+                ray.shutdown()
+            raise
+        finally:
+            added = os.environ.keys() - before
+        try:
+            yield
+        finally:
+            ray.shutdown()
     finally:
-        ray.shutdown()
+        for name in added:
+            os.environ.pop(name, None)
+        if not traced:
+            faulthandler.disable()
 
 
 def _connect(address: str) -> None:
@@ -125,13 +154,28 @@ def _connect(address: str) -> None:
 
 
 def _start_local(config: RayConfig) -> None:
-    free = psutil.virtual_memory().available
+    """Start a Ray that is as large as the job may be. Raises ConfigError if it has no place."""
+    places.require_current_folder()
+    folders = places.ray_folders()
+    if folders.note:
+        log.event("other_place", f"pds-ray: {folders.note}", "warning", why=folders.note)
+    if folders.spilled:
+        _limits_read["object_spilling_directory"] = folders.spilled
+    if token := places.ray_token():
+        os.environ["RAY_AUTH_TOKEN"] = token
+    free = limits.free_memory_bytes()
     store = (
         int(config.object_store_gib * 2**30) if config.object_store_gib else min(free // 4, 8 << 30)
     )
-    cpus = config.num_cpus or os.cpu_count()
     ray.init(
-        address="local", num_cpus=cpus, object_store_memory=store, include_dashboard=False, **QUIET
+        address="local",
+        num_cpus=config.num_cpus or limits.cpus(),
+        object_store_memory=store,
+        _memory=max(1, free - store),  # for tasks that ask for memory; Ray would share the machine
+        include_dashboard=False,
+        _temp_dir=f"{folders.sockets}/ray",
+        object_spilling_directory=folders.spilled,
+        **QUIET,
     )
 
 
@@ -148,6 +192,32 @@ def _own_signals() -> Iterator[None]:
         for number, handler in handlers.items():
             if handler is not None:  # None: not set from Python
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _interrupts_put_off() -> Iterator[None]:
+    """Put off a first Ctrl-C to the end of the block: a Ray that half started would stay."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in found.items() if callable(handler)}
+    pressed: list[tuple[int, FrameType | None]] = []
+
+    def put_off(number: int, frame: FrameType | None) -> None:
+        if pressed:
+            handlers[signal.Signals(number)](number, frame)
+        pressed.append((number, frame))
+
+    for name in handlers:
+        signal.signal(name, put_off)
+    try:
+        yield
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+    for number, frame in pressed[:1]:
+        handlers[signal.Signals(number)](number, frame)
 
 
 @contextmanager
@@ -214,7 +284,7 @@ def _limits_in_force() -> dict[str, Any]:
     context = ray.data.DataContext.get_current()
     found: dict[str, Any] = dict(_limits_read)
     if NODES.keys() <= found.keys():  # a local Ray
-        found["object_spilling_directory"] = ray_private.session_folder()
+        found.setdefault("object_spilling_directory", ray_private.session_folder())
     found |= {name: getattr(context, name) for name in DATA}
     return {
         **found,
@@ -230,8 +300,6 @@ def _data_options() -> Iterator[None]:
 
     A data set keeps the options that it was made with.
     """
-    # the number of retries has no other name in the release that is pinned
-    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     context = ray.data.DataContext.get_current()
     options: dict[str, Any] = {
         "enable_progress_bars": False,
@@ -243,6 +311,11 @@ def _data_options() -> Iterator[None]:
     levels = {"ray": logging.ERROR, "ray.data": logging.CRITICAL}
     before = {name: getattr(context, name) for name in options}
     levels_before = {name: logging.getLogger(name).level for name in levels}
+    filters = cast(list[Any], warnings.filters)
+    filters_before = list(filters)
+    # the number of retries has no other name in the release that is pinned
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+    added = [entry for entry in filters if entry not in filters_before]
     detectors = context.issue_detectors_config.detectors
     context.issue_detectors_config.detectors = []  # their advice is for authors of pipelines
     _set(context, options, levels)
@@ -251,6 +324,9 @@ def _data_options() -> Iterator[None]:
     finally:
         context.issue_detectors_config.detectors = detectors
         _set(context, before, levels_before)
+        for entry in added:
+            if entry in filters:  # the program around may have taken it back by now
+                filters.remove(entry)
 
 
 def _set(context: Any, options: dict[str, Any], levels: dict[str, int]) -> None:

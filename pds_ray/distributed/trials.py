@@ -27,6 +27,7 @@ from ray.util.placement_group import PlacementGroup
 
 from pds_ray.config import ConfigError, EvaluateConfig
 from pds_ray.distributed import TRAIN, environment, process, tasks
+from pds_ray.distributed.in_flight import Doing, InFlight
 from pds_ray.distributed.trial_inputs import Loader, TrialInputs, build_backbone
 from pds_ray.errors import UserError, first_line
 from pds_ray.stages import trial as core
@@ -55,6 +56,7 @@ class Queue:
     """The actor of a QueueRecords."""
     config: EvaluateConfig
     use_gpu: bool
+    in_flight: InFlight
 
     @property
     def name(self) -> str:
@@ -205,15 +207,17 @@ def _run_trials(queue: Queue, workers: Workers) -> None:
         if trial.key in finished:
             continue
         began = time.monotonic()
-        found = core.run_trial(
-            trial,
-            loader.load(trial),
-            build_backbone,
-            workers,
-            features,
-            states.read(trial),
-            partial(states.report, trial),
-        )
+        with queue.in_flight.doing(f"the inputs of {trial}", trial.key) as doing:
+            found = core.run_trial(
+                trial,
+                loader.load(trial),
+                build_backbone,
+                workers,
+                features,
+                states.read(trial),
+                partial(states.report, trial),
+                partial(_told, doing),
+            )
         if workers.rank == 0:
             splits = inputs.counts(trial.text.cleaning)
             about = {"label": trial.label, "backbone": trial.backbone.name, "seed": trial.seed}
@@ -221,6 +225,12 @@ def _run_trials(queue: Queue, workers: Workers) -> None:
             result = {**about, **found, "splits": splits, "seconds": seconds}
             queue.results.write_json(result_name(trial.key), result)
             states.delete(trial)
+
+
+def _told(doing: Doing, what: str, epochs: float | None) -> None:
+    doing.now(what)
+    if epochs is not None:
+        doing.reach(epochs)
 
 
 def _this_worker() -> Workers:

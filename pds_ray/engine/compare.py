@@ -20,6 +20,7 @@ from typing import Any
 
 from pds_ray import catalog
 from pds_ray.config import METHODS, ConfigError, EvaluateConfig, RunConfig, replace
+from pds_ray.distributed.lifetime import session_kept
 from pds_ray.engine import evaluate as evaluation
 from pds_ray.engine.plan import make_run, relevant
 from pds_ray.engine.run import distill
@@ -139,6 +140,7 @@ def _parse(written: str) -> tuple[str, dict[str, str]]:
     return name, fields
 
 
+@session_kept()
 def compare(
     config: RunConfig,
     methods: list[str],
@@ -158,7 +160,7 @@ def compare(
     if not methods:
         raise ConfigError(f"no methods to compare: give --methods, some of {', '.join(METHODS)}")
     root = Folder(config.out)
-    judged = replace(judged, {"ray": config.ray})
+    judged = replace(judged, {"ray": config.ray, "read": config.read.files})
     rows, shards = [], []
     for entry in entries(config, methods, sizes, judged):
         run = make_run(entry.run)

@@ -287,7 +287,7 @@ def test_a_held_out_image_that_hangs_is_one_line(monkeypatch: pytest.MonkeyPatch
 
             from pds_ray.stages import trial as evaluate
 
-            evaluate.decode_image = lambda _: ctypes.PyDLL(None).sleep(1_000)
+            evaluate.decode_image = lambda _, **__: ctypes.PyDLL(None).sleep(1_000)
             return super().read(shard)
 
     monkeypatch.setattr(trial_inputs, "TASK_RETRIES", 0)

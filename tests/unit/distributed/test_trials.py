@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig, RayConfig
 from pds_ray.distributed import trials
 from pds_ray.distributed.evaluate import share_out, trial_room, under_way
+from pds_ray.distributed.in_flight import InFlight
 from pds_ray.distributed.trials import Queue, States
 from pds_ray.stages.trial import Progress
 from pds_ray.store.storage import Folder
@@ -36,7 +37,7 @@ def make_trial(key: str, pairs: int = 1, backbone: str = "", seed: int = 0) -> S
 
 def make_queue(keys: str, results: Folder) -> Queue:
     every = [make_trial(key) for key in keys]
-    return Queue(every, None, results, None, EvaluateConfig(), use_gpu=False)
+    return Queue(every, None, results, None, EvaluateConfig(), use_gpu=False, in_flight=InFlight())
 
 
 # --- room and queues

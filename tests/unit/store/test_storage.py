@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pds_ray.cli import main as cli
-from pds_ray.store import heartbeat, storage
+from pds_ray.store import calls, heartbeat, storage
+from pds_ray.store.calls import CALLS_AT_ONCE
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import (
-    CALLS_AT_ONCE,
     PART_SUFFIX,
     Folder,
     StorageError,
@@ -39,7 +39,7 @@ def folder(request, tmp_path, monkeypatch):
     """A folder on disk, and one on an object store, for which a sub-tree of the disk stands in."""
     if request.param == "local":
         return Folder(str(tmp_path))
-    monkeypatch.setattr(storage, "WAITS_S", (0.01,))
+    monkeypatch.setattr(calls, "WAITS_S", (0.01,))
     bucket = pafs.SubTreeFileSystem(str(tmp_path.parent), pafs.LocalFileSystem())
     monkeypatch.setattr(
         storage, "open_filesystem", lambda path: (bucket, path.removeprefix("s3://bucket/"))
@@ -329,10 +329,10 @@ def test_file_uris_and_home(tmp_path, monkeypatch):
 
 def test_an_unknown_scheme_is_one_line():
     with pytest.raises(StorageError) as caught:
-        open_filesystem("ftp://host/x")
+        open_filesystem("nosuch://host/x")
     assert "\n" not in str(caught.value)
     with pytest.raises(StorageError):
-        Folder("ftp://host/x").create()
+        Folder("nosuch://host/x").create()
 
 
 class Flaky:
@@ -352,7 +352,7 @@ class Flaky:
 def waits(monkeypatch):
     """The waits between tries, which take no time here."""
     found = []
-    monkeypatch.setattr(storage.time, "sleep", found.append)
+    monkeypatch.setattr(calls.time, "sleep", found.append)
     return found
 
 
@@ -363,7 +363,7 @@ def test_a_store_that_fails_is_asked_again(waits):
     assert with_retries(action, "s3://b/x") == "done"
     assert len(waits) == 3
     assert all(
-        mean / 2 <= wait <= mean * 3 / 2 for wait, mean in zip(waits, storage.WAITS_S, strict=True)
+        mean / 2 <= wait <= mean * 3 / 2 for wait, mean in zip(waits, calls.WAITS_S, strict=True)
     )
 
 
@@ -371,7 +371,7 @@ def test_a_store_that_goes_on_failing_is_left(waits):
     action = Flaky(*[OSError("AWS Error SLOW_DOWN\nmore")] * 99)
     with pytest.raises(StorageError) as caught:
         with_retries(action, "s3://KEY:SE/CRET@b/x?region=r&token=TOKEN")
-    assert action.calls == len(waits) + 1 == len(storage.WAITS_S) + 1
+    assert action.calls == len(waits) + 1 == len(calls.WAITS_S) + 1
     message = str(caught.value)
     assert message.startswith(
         "the object store fails at s3://b/x?region=r (AWS Error SLOW_DOWN); check "
