@@ -115,8 +115,7 @@ def _check_space(model: str, stated: str | None, encoder: EncoderInfo) -> tuple[
     names = spaces(encoder)
     if stated in names:
         return ()
-    # a name and a file's hash cannot be compared
-    if stated is None or _is_hash(stated) not in map(_is_hash, names):
+    if stated is None or not _comparable(stated, encoder):
         return (
             f"whether decoder {model} was trained on embeddings of {encoder.name} cannot be told; "
             "check it",
@@ -126,6 +125,17 @@ def _check_space(model: str, stated: str | None, encoder: EncoderInfo) -> tuple[
         f"{encoder.name} ({_short(encoder.space)}): same width, other space; "
         f"{_instead(model, encoder)}"
     )
+
+
+def _comparable(stated: str, encoder: EncoderInfo) -> bool:
+    """Return whether a space that is none of the encoder's names is known to be another.
+
+    A name and a file's hash cannot be compared; nor can the hash of a published file tell that
+    another file does not hold the same weights.
+    """
+    if _is_hash(stated):
+        return _is_hash(encoder.space)
+    return not all(map(_is_hash, spaces(encoder)))
 
 
 def _demo_space() -> str | None:

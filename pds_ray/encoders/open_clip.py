@@ -32,6 +32,7 @@ from pds_ray.encoders.open_clip_names import (
     names_of,
     published_as,
     tags,
+    weights_of,
 )
 from pds_ray.errors import first_line
 from pds_ray.modalities.image import Preprocess
@@ -122,10 +123,9 @@ def _find_folder(name: str, folder: Path) -> _Found:
         raise ConfigError(
             f"encoder {name}: {config_path} is not an open_clip configuration ({error!r})"
         ) from None
-    files = list(folder.glob("*.safetensors"))
-    if not files:
+    weights = weights_of(folder)
+    if weights is None:
         raise ConfigError(f"encoder {name}: no .safetensors weights in {folder}")
-    weights = min(files, key=lambda file: (_preference(file.name), file.name))
     require_whole(weights, f"encoder {name}")
     info = EncoderInfo(
         name=name,
@@ -142,16 +142,6 @@ def _hint(name: str) -> str:
     """Return the right name as the end of a message that says what is wrong; empty if unclear."""
     hint = advice(name)
     return f"; {hint}" if "give " in hint else ""
-
-
-def _preference(weights: str) -> int:
-    """Rank a weights file: of several, open_clip loads the lowest."""
-    preferred = (
-        "open_clip_model.safetensors",
-        "open_clip_pytorch_model.safetensors",
-        "model.safetensors",
-    )
-    return preferred.index(weights) if weights in preferred else len(preferred)
 
 
 def _find_on_hub(name: str) -> _Found:

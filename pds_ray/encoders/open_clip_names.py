@@ -20,6 +20,11 @@ from pds_ray.store.hub import cached_file, cached_sha256
 
 HUB, FOLDER = "hf-hub:", "local-dir:"
 HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+PREFERRED_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "model.safetensors",
+)
 CONFIG = "open_clip_config.json"
 QUICK_GELU = "-quickgelu"  # architectures that differ in this alone share their weights
 PREFERRED_TAG = "openai"
@@ -115,6 +120,13 @@ def names_of(repository: str = "", sha256: str | None = None) -> tuple[str, ...]
     known = [one for one in _published() if one.repository.lower() == repository.lower()]
     spelled = known[0].repository if known else repository
     return tuple(dict.fromkeys([*(one.name for one in known), f"{HUB}{spelled}"]))
+
+
+def weights_of(folder: Path) -> Path | None:
+    """Return the weights that open_clip loads from a folder, None if there are no safetensors."""
+    preferred = [folder / name for name in PREFERRED_WEIGHTS]
+    there = sorted(folder.glob("*.safetensors"))
+    return next((file for file in (*preferred, *there) if file in there), None)
 
 
 def advice(name: str) -> str:

@@ -96,6 +96,22 @@ def test_another_space_is_refused(copy, clip_info):
     assert "other space" in refusal(copy, clip_info)
 
 
+def test_other_names_of_a_space_are_compared_where_they_can_be(copy, clip_info):
+    def notes(stated: str, encoder) -> tuple[str, ...]:
+        (copy / "pds_ray.json").write_text(json.dumps({"space": stated, "dim": 16}))
+        return unclip.describe(config(copy), encoder).notes
+
+    tag = replace(clip_info, space="ViT-L-14:openai", aliases=("hf-hub:a/b", "a" * 64))
+    file = replace(clip_info, space="a" * 64, aliases=("ViT-L-14:openai", "hf-hub:a/b"))
+    for stated in ("ViT-L-14:openai", "hf-hub:a/b", "a" * 64):
+        assert notes(stated, tag) == notes(stated, file) == ()
+    assert len(notes("b" * 64, tag)) == 1  # perhaps the same weights in another format
+    assert len(notes("ViT-B-32:openai", clip_info)) == 1
+    for stated, encoder in (("b" * 64, file), ("ViT-B-32:openai", file), ("ViT-B-32:openai", tag)):
+        with pytest.raises(ConfigError, match="other space"):
+            notes(stated, encoder)
+
+
 def test_published_checkpoints_are_known_by_name(unclip_folder, tmp_path, clip_info):
     """A local copy under the published name is held to the published space."""
     model = shutil.copytree(unclip_folder, tmp_path / "stable-diffusion-2-1-unclip-small")
