@@ -7,7 +7,9 @@
     evaluation = configure(protocol("standard"), {"test": "scenes:1000:7"})
     recalls = evaluate("runs/demo", evaluation)["mean"]
 
-Importing the package loads neither Ray nor torch.
+Importing the package loads neither Ray nor torch. A Ray that `distill`, `evaluate` or `compare`
+starts ends with the call; one that is initialised already is used and stays. A process does one of
+them at a time, in any thread.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ naming one costs nothing; an unknown name lists the known ones.
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pds_ray.backbones.base import BackboneInfo, BackboneModule
-    from pds_ray.config import DecodeConfig, EmbedConfig, ReadConfig
+    from pds_ray.config import DecodeConfig, EmbedConfig, FilesConfig
     from pds_ray.decoders.base import Decoder, DecoderInfo, DecoderModule
     from pds_ray.encoders.base import (
         Encoder,
@@ -78,16 +79,15 @@ def _known(kind: str, table: dict[str, str], name: str) -> str:
     return table[name]
 
 
-def make_source(uri: str, read: ReadConfig | None = None) -> Source:
+def make_source(uri: str, read: FilesConfig | None = None) -> Source:
     """Return the source a URI names, read by the options `read`, by default those of a run.
 
     Raises SourceError in one line if it cannot be used.
     """
-    from pds_ray.config import ReadConfig  # which imports this module
-
     scheme = uri.partition(":")[0]
     module, _, cls = SOURCES[scheme if scheme in SOURCES else ""].partition(":")
-    return getattr(import_module(module), cls)(uri, read or ReadConfig())
+    source = getattr(import_module(module), cls)
+    return source(uri) if read is None else source(uri, read)
 
 
 def describe_encoder(config: EmbedConfig) -> EncoderInfo:
@@ -114,7 +114,12 @@ def load_text_encoder(info: EncoderInfo | TextEncoderInfo, precision: str) -> Te
 
 
 def _text_encoder_module(name: str) -> TextEncoderModule:
+    """Return the module of a name. Raises ConfigError if it lacks its prefix: bert-base-uncased."""
     prefix = name.partition(":")[0]
+    parts = re.split(r"[-_.]", name.rstrip("/").rpartition("/")[2].lower())
+    meant = next((part for part in parts if part in TEXT_ENCODERS and part), "")
+    if meant and ":" not in name:
+        raise ConfigError(f"text encoder {name}: its kind comes first; give {meant}:{name}")
     entry = TEXT_ENCODERS[prefix if prefix in TEXT_ENCODERS else ""]
     return cast("TextEncoderModule", import_module(entry))
 

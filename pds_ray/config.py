@@ -138,7 +138,39 @@ def options(group: Any) -> dict[str, Option]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadConfig(Options, section="read"):
+class FilesConfig(Options, section="read"):
+    """Reading of images and captions from their files."""
+
+    max_pixels: int = option(
+        64_000_000, "images that declare more pixels are refused undecoded", above=0
+    )
+    min_side: int = option(2, "images with a shorter side are refused, pixels", above=0)
+    image_suffixes: str = option(
+        "auto", "suffixes of images by comma, such as jpg,input.jpg; auto takes all usual ones"
+    )
+    caption_suffixes: str = option(
+        "auto", "suffixes of caption files by comma, such as txt,json; auto takes all usual ones"
+    )
+    caption_keys: str = option(
+        "auto",
+        "names of captions in a .json by comma; auto is captions and caption, or else TEXT, text, "
+        "alt_text and the like",
+    )
+    caption_lines: Literal["auto", "each", "whole"] = option(
+        "auto",
+        "a text file of several lines is a caption per line (each) or one caption (whole); auto is "
+        "each where dataset_type.txt beside the shards says retrieval, otherwise whole",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("image_suffixes", "caption_suffixes", "caption_keys"):
+            text = getattr(self, name)
+            _require(bool(listed(text)), f"read.{name}", text, "auto or at least one name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadConfig(FilesConfig, section="read"):
     """Reading and cleaning of samples."""
 
     captions: str = option(
@@ -146,10 +178,16 @@ class ReadConfig(Options, section="read"):
         "caption cleaning; paper is lower case and at most 30 words",
         choices=tuple(CLEANERS),
     )
-    max_pixels: int = option(
-        64_000_000, "images that declare more pixels are refused undecoded", above=0
-    )
-    min_side: int = option(2, "images with a shorter side are refused, pixels", above=0)
+
+    @property
+    def files(self) -> FilesConfig:
+        """The options of the files alone, without cleaning."""
+        return FilesConfig(**{name: getattr(self, name) for name in options(FilesConfig)})
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """Return the names that an option holds by comma, each once, in order."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -546,6 +584,7 @@ class EvaluateConfig(Options):
         "seconds of training that a worker failure costs at most, or one evaluation",
         at_least=0,
     )
+    read: FilesConfig = field(default_factory=FilesConfig)
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
@@ -556,9 +595,7 @@ class EvaluateConfig(Options):
     @property
     def backbone_names(self) -> list[str]:
         """The backbones one by one."""
-        return list(
-            dict.fromkeys(name.strip() for name in self.backbones.split(",") if name.strip())
-        )
+        return list(listed(self.backbones))
 
 
 Config = TypeVar("Config", RunConfig, EvaluateConfig)
@@ -581,6 +618,13 @@ FREE_FIELDS = tuple(
     if known.free
 )
 """Options that may differ when a run is continued; so may all of ray.*."""
+
+
+def changed(group: Options) -> dict[str, Any]:
+    """Return the options of one group that are not at their default, and their values."""
+    known = options(type(group))  # type: ignore[arg-type]  # classes can be hashed
+    values = {name: getattr(group, name) for name in known}
+    return {name: value for name, value in values.items() if value != known[name].default}
 
 
 def to_dict(config: RunConfig | EvaluateConfig) -> dict[str, Any]:

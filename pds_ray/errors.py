@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 PLAIN_SETTINGS = ("region", "scheme", "endpoint_override")
 """Settings of an object store that are part of its address; any other may be a secret."""
@@ -50,8 +51,14 @@ def first_line(error: BaseException) -> str:
 
 
 def is_utf8(text: str) -> bool:
-    """Return False for a file name, from the system, whose bytes are not UTF-8: no file holds it."""
+    """Return False for text, such as a file's name, made of bytes that are not UTF-8."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def some_of(names: Sequence[str], shown: int = 3) -> str:
+    """Return the first few names, and how many more there are."""
+    more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def printable(text: str) -> str:
@@ -63,3 +70,11 @@ def printable(text: str) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text
     )
+
+
+def squashed(name: str) -> str:
+    """Return a name without case and separators: equal for all spellings of one name.
+
+    `ViT-L/14@336px`, `vit_l_14_336` and `ViT-L-14-336` are one.
+    """
+    return re.sub(r"[^a-z0-9]|(?<=\d)px\b", "", name.lower())

@@ -228,7 +228,7 @@ def _plan(args: argparse.Namespace) -> None:
     cluster = make_cluster(args.gpus, cpus, measured)
     prices = read_prices(args.prices)
     if args.pairs_in is None:
-        work = survey(config.source)
+        work = survey(config.source, config.read)
     forecast = make_plan(config, work, cluster, measured, prices)
     if args.json:
         print(json.dumps(to_json(forecast), indent=2))

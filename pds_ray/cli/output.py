@@ -76,11 +76,12 @@ def _print_counts(out: str, method: str, counts: dict[str, dict[str, Any]]) -> N
         images = f"{embed['images']:,} images, {embed['shards']:,} shards"
         say(f"in            {embed['pairs']:,} pairs of {images}")
         if embed.get("failed_shards"):
-            advice = f"pds-ray retry-failed {out} tries them again"
-            say(f"failed        {embed['failed_shards']:,} shards; {advice}")
+            _print_failed(out, embed)
         say(f"bad samples   {embed['bad']:,}")
         for reason, count in embed["reasons"].items():
-            say(f"  {reason:<20} {count:,}")
+            key, detail = embed.get("examples", {}).get(reason, ("", ""))
+            example = f"  such as {key}: {detail}" if key else f"  {detail}"
+            say(f"  {reason:<20} {count:,}{example}".rstrip())
     if prune:
         say(f"pruned        {prune['dropped']:,} pairs of lowest image-caption cosine")
     if match:
@@ -92,6 +93,19 @@ def _print_counts(out: str, method: str, counts: dict[str, dict[str, Any]]) -> N
         made = f"{prototypes['prototypes']:,} pairs"
         say(f"method        {method}")
         say(f"out           {made}, {duplicates:,} with a caption of another")
+        if "fewer" in prototypes:
+            say(f"fewer         {prototypes['fewer']}")
+
+
+def _print_failed(out: str, embed: dict[str, Any]) -> None:
+    """Print which shards could not be read, or not to their end, and why."""
+    advice = f"once they are mended, pds-ray retry-failed {out} reads them again"
+    say(f"failed        {embed['failed_shards']:,} of {embed['shards']:,} shards; {advice}")
+    named = embed.get("failed", {})
+    for shard, problem in named.items():
+        say(f"  {shard:<20} {problem}")
+    if len(named) < embed["failed_shards"]:
+        say(f"  and {embed['failed_shards'] - len(named):,} more")
 
 
 def _rate(stage: Stage, entry: dict[str, Any]) -> str:

@@ -266,9 +266,8 @@ def _add_plan(commands: Commands) -> None:
         help="USD: gpu_hour by kind, core_hour, storage_tb_month, egress_tb",
     )
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
-    planned = [name for name in _read_by(("pds",)) if name != "read"]  # cleaning is cheap
     workers = ("ray.embed_workers", "ray.decode_workers")
-    _add_config_options(plan, ("source", "pairs", *planned, *workers))
+    _add_config_options(plan, ("source", "pairs", *_read_by(("pds",)), *workers))
 
 
 def _add_viewers(commands: Commands) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,6 +38,8 @@ class DecodeBatch:
     seeds: list[int]
     nearest: list[tuple[str, str]]
     """(shard, key) of the real image nearest to each prototype."""
+    tell: Callable[[float], object] = lambda _share: None
+    """Called now and then, if the decoder can tell, with the share of the batch that is done."""
 
 
 class Decoder(Protocol):

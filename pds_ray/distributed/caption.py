@@ -12,6 +12,7 @@ from PIL import Image
 from pds_ray import catalog
 from pds_ray.config import EmbedConfig
 from pds_ray.distributed import pools, process
+from pds_ray.distributed.in_flight import InFlight
 from pds_ray.distributed.nearest import nearest
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.methods.base import Counts, Run
@@ -21,12 +22,24 @@ from pds_ray.store.schemas import CHOSEN_CAPTION_SCHEMA
 from pds_ray.store.storage import side_by_side
 from pds_ray.telemetry.progress import progress_bar
 
+IMAGES = "images"
 
-def _embed(pairs: int, info: EncoderInfo, config: EmbedConfig, folder: RunFolder) -> np.ndarray:
-    encoder = process.load_model(catalog.load_encoder, info, config.precision)
+
+def _embed(
+    pairs: int, info: EncoderInfo, config: EmbedConfig, folder: RunFolder, in_flight: InFlight
+) -> np.ndarray:
+    with in_flight.doing("the encoder to load"):
+        encoder = process.load_model(catalog.load_encoder, info, config.precision)
     files = side_by_side(folder.images.read_bytes, map(folder.image_name, range(pairs)))
     images = (Image.open(io.BytesIO(file)) for file in files)
-    return embed_images(images, encoder, info.preprocess, config.batch_size)
+    with in_flight.doing("the images to be encoded", IMAGES) as doing:
+        return embed_images(
+            images,
+            encoder,
+            info.preprocess,
+            config.batch_size,
+            lambda rows: doing.reach(doing.done + rows),
+        )
 
 
 def caption(run: Run) -> Counts:
@@ -38,13 +51,16 @@ def caption(run: Run) -> Counts:
         columns = ("pair", "caption", "caption_shard", "caption_key", "caption_cosine")
         folder.save_captions(prototypes.select(columns))
         return {"pairs": pairs, "changed": 0}
-    with progress_bar("caption", 1 + len(shards), "steps") as bar:
+    with InFlight() as in_flight, progress_bar("caption", pairs + len(shards), "steps") as bar:
+        bar.follow(in_flight.reports())
         actors = pools.pool(config.ray.embed_actors)
         # the images are compared with what is in the store, hence embedded in its precision
         precision = next(iter(run.embedded.values()))["precision"]
         settings = EmbedConfig(precision=precision)
-        images = ray.get(pools.start_model(actors, _embed, pairs, run.encoder, settings, folder))
-        bar.update()
+        embedding = (_embed, pairs, run.encoder, settings, folder, in_flight)
+        images = ray.get(pools.start_model(actors, *embedding))
+        bar.follow(None)
+        bar.update(pairs)
         found = nearest("captions", shards, run.store, images, bar)
     chosen = found["caption"]
     folder.save_captions(

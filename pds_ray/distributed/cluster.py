@@ -14,6 +14,7 @@ import ray
 
 from pds_ray.config import ConfigError, RunConfig
 from pds_ray.distributed import tasks
+from pds_ray.distributed.in_flight import InFlight
 from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import cluster as core
 from pds_ray.stages import vectors
@@ -176,11 +177,17 @@ def cluster(run: Run) -> Counts:
             # new centroids may differ from those that are gone in their last bits
             run.folder.delete_labels()
         parts = _sample(space, shards, run.store, run.folder, _sample_share(run, space), config)
-        with progress_bar("cluster", len(spaces), "k-means", done=number) as bar:
+        rounds = config.cluster.restarts * config.cluster.iterations
+        with (
+            InFlight() as in_flight,
+            progress_bar("cluster", len(spaces) * rounds, "iterations", number * rounds) as bar,
+        ):
             bar.set_postfix_str(f"{space}, K = {config.pairs:,}", refresh=False)
-            begun["fits"][space] = _fit_space(parts, space, run.folder, config)
+            bar.follow(in_flight.reports())
+            begun["fits"][space] = _fit_space(parts, space, run.folder, config, in_flight)
             run.folder.save_fits(begun)
-            bar.update()
+            bar.follow(None)
+            bar.update(rounds)
     sizes = _label_shards(run, shards)
     return {
         space: {**begun["fits"][space], **_spread(size)}
@@ -196,17 +203,27 @@ def _sample_share(run: Run, space: str) -> float:
     return core.sample_share(rows, width, config.cluster, config.pairs)
 
 
-def _fit(parts: list[Parts], space: str, folder: RunFolder, config: RunConfig) -> dict[str, Any]:
-    fitted = core.fit(*_gathered(parts), config.pairs, config.seed, config.cluster)
+def _fit(
+    parts: list[Parts], space: str, folder: RunFolder, config: RunConfig, in_flight: InFlight
+) -> dict[str, Any]:
+    with in_flight.doing(f"the {space} vectors to be gathered", space) as doing:
+
+        def tell(what: str, iterations: int) -> None:
+            if iterations != doing.done or what != doing.what:
+                doing.now(what)
+                doing.reach(iterations)
+
+        fitted = core.fit(*_gathered(parts), config.pairs, config.seed, config.cluster, tell)
     folder.save_centroids(space, fitted.centroids)
-    return {"rows": fitted.rows, "objective": fitted.objective}
+    few = {"distinct": fitted.distinct} if fitted.distinct < config.pairs else {}
+    return {"rows": fitted.rows, "objective": fitted.objective, **few}
 
 
 def _fit_space(
-    parts: list[Parts], space: str, folder: RunFolder, config: RunConfig
+    parts: list[Parts], space: str, folder: RunFolder, config: RunConfig, in_flight: InFlight
 ) -> dict[str, Any]:
     """Fit a k-means on a sample, which is dropped: object stores hold none longer than needed."""
-    fitted = tasks.run_kmeans(_fit, parts, space, folder, config)
+    fitted = tasks.run_kmeans(_fit, parts, space, folder, config, in_flight)
     parts.clear()
     return fitted
 

@@ -6,7 +6,8 @@ trusts: a shard without a marker is read again.
 
 Bad samples become error rows; they never raise. A process that dies loses a block; its shard is
 embedded again in isolation, where the sample that kills is found and refused. A shard that cannot
-be read then either is set aside as failed.
+be read then either is set aside as failed. So is one whose file is damaged or no tar at all, with
+the samples before the damage: it is read again once its file has changed.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray
-from tqdm import tqdm
 
 from pds_ray import catalog
 from pds_ray.config import ConfigError, EmbedConfig, RayConfig, ReadConfig, RunConfig
@@ -40,24 +41,31 @@ from pds_ray.distributed.embed_workers import (
     STORE,
     EmbedWorker,
     ShardDatasource,
+    ShardFile,
     commit_info,
     commit_parts,
     decode,
 )
+from pds_ray.distributed.in_flight import InFlight
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import UserError, first_line
 from pds_ray.methods.base import Counts, Run
+from pds_ray.sources.advice import Tally, advised
 from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
 from pds_ray.stages.embed import ShardCounts
 from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.storage import StorageError
 from pds_ray.telemetry import log
-from pds_ray.telemetry.progress import QUIET_S, progress_bar, waiting_for
+from pds_ray.telemetry.progress import QUIET_S, Bar, progress_bar
 
+_Embedded = tuple[ShardCounts, str]
+"""Counts of a shard, and how its file is damaged, "" if it is whole."""
 MIN_SAMPLES_TO_JUDGE = 100
 MAX_GROWTH_BYTES = 4 << 30  # a process may grow by so much while it decodes one image
 # Shards of one data set: the driver keeps a kilobyte per block until its data set ends.
 SHARDS_TOGETHER = 2_000
+EXAMPLE_SHARDS = 20  # shards that are searched for an example of each reason
 FAILED_SHOWN = 20  # failed shards that run.json names, with the reason
 
 
@@ -78,6 +86,9 @@ class _Progress:
     ended: bool = False
     """Committed, or set aside: nobody waits for it any more."""
     problem: str = ""
+    """Why it cannot be read."""
+    damage: str = ""
+    """How its file is damaged."""
 
     def add(self, row: dict[str, Any]) -> None:
         """Add a summary row of an EmbedWorker."""
@@ -87,6 +98,7 @@ class _Progress:
         self.rows[row["first"]] = row["rows"]
         self.total = row["total"] if self.total is None else self.total
         self.counts += _row_counts(row)
+        self.damage = self.damage or row["problem"] or ""
         self.closed = sum(self.rows.values()) == self.total
 
 
@@ -105,6 +117,24 @@ class _Work:
     """With its precision resolved."""
     ray: RayConfig
     store: EmbeddingStore
+    files: Mapping[str, ShardFile]
+
+
+@dataclass
+class _Outcome:
+    """The shards of a run so far."""
+
+    totals: ShardCounts
+    """Of all that are committed."""
+    damaged: dict[str, str]
+    """Committed shard -> how its file is damaged."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Shard -> why it could not be read."""
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Shard -> what is wrong with it."""
+        return {**self.damaged, **self.failed}
 
 
 def embed(run: Run) -> Counts:
@@ -117,41 +147,50 @@ def embed(run: Run) -> Counts:
     with run.store.folder.lock():  # a shared store is filled by one run at a time
         counts = fill_store(run)
     if counts["images"] < run.config.pairs:
+        bad = Tally(Counter(counts["reasons"]), counts["examples"]).line()
         raise ConfigError(
             f"{run.config.pairs:,} pairs asked for, but only {counts['images']:,} images of "
-            f"{run.config.source} are good ({counts['bad']:,} bad: {counts['reasons']}); lower "
-            "--pairs"
+            f"{run.config.source} are good ({bad or 'none is bad'}); lower --pairs"
         )
     return counts
 
 
 def fill_store(run: Run) -> Counts:
     """Do what `embed` does in a store that is locked, however few images are good."""
-    config, shards, store = run.config, run.shards, run.store
+    config, store = run.config, run.store
+    shards = [run.changed.get(shard.name, shard) for shard in run.shards]
     store.folder.sweep()
     with progress_bar("list", None, "shards", delay_s=QUIET_S) as bar:
         done, again = store.committed(bar.update), store.failed()
-    todo = [shard for shard in shards if shard.name not in done or shard.name in again]
-    counts = {
-        shard.name: core.marker_counts(done[shard.name]) for shard in shards if shard.name in done
-    }
-    before = {shard.name: counts.pop(shard.name) for shard in todo if shard.name in counts}
-    totals = reused = sum(counts.values(), ShardCounts())
-    failed, encoders = dict[str, str](), metrics.ActorTime("embed")
+    todo = [
+        shard
+        for shard in shards
+        if shard.name in again or core.needs_reading(shard, done.get(shard.name, {}))
+    ]
+    markers = {shard.name: done[shard.name] for shard in shards if shard.name in done}
+    before = {shard.name: markers.pop(shard.name) for shard in todo if shard.name in markers}
+    damaged = {name: text for name in markers if (text := core.marker_damage(markers[name]))}
+    reused = core.sum_counts(markers.values())
+    outcome, encoders = _Outcome(reused, damaged), metrics.ActorTime("embed")
     if todo:
         embed_config = _resolve_precision(config, done, store)
         store.parts.delete_all()
-        work = _Work(run.source, run.encoder, config.read, embed_config, config.ray, store)
-        totals, failed = _embed(todo, work, reused, before, len(shards), encoders)
+        files = {shard.name: ShardFile(shard, shard.name in run.changed) for shard in todo}
+        work = _Work(run.source, run.encoder, config.read, embed_config, config.ray, store, files)
+        outcome = _embed(todo, work, outcome, before, len(shards), encoders)
         store.parts.delete_all()
         store.folder.sweep()  # actors that were killed may have left parts of files
-    check_bad_share(totals, config.ray.max_bad_share, final=True)
-    check_failed_share(failed, totals, len(shards), config.ray.max_failed_share)
+    totals, problems = outcome.totals, outcome.problems
+    examples = _examples(store, [shard.name for shard in shards], totals)
+    check_bad_share(totals, config.ray.max_bad_share, True, lambda: examples)
+    check_failed_share(problems, len(shards), config.ray.max_failed_share)
     return {
         **asdict(totals),
+        "examples": examples,
         "shards": len(shards),
-        "failed_shards": len(failed),
-        "failed": {name: failed[name] for name in sorted(failed)[:FAILED_SHOWN]},
+        "shards_embedded": len(shards) - len(outcome.failed),
+        "failed_shards": len(problems),
+        "failed": {name: problems[name] for name in sorted(problems)[:FAILED_SHOWN]},
         "shards_reused": len(shards) - len(todo),
         "images_reused": reused.images,
         "timed": totals.images - reused.images,
@@ -184,74 +223,91 @@ class _Tally:
     shards: int
     finished: int
     """Shards that are committed."""
-    totals: ShardCounts
+    outcome: _Outcome
     limits: RayConfig
-    bar: tqdm
-    failed: dict[str, str] = field(default_factory=dict)
-    """Shard -> why it could not be read."""
+    bar: Bar
+    store: EmbeddingStore
+    committed: list[str] = field(default_factory=list)
+    """The shards of this session that are committed."""
 
-    def commit(self, shard: str, counts: ShardCounts) -> None:
+    def commit(self, shard: str, counts: ShardCounts, damage: str) -> None:
         """Count a shard that is committed; its `counts` are among the totals already."""
         self.finished += 1
+        self.committed.append(shard)
         metrics.count("pds_ray_shards_committed_total", 1)
         metrics.count("pds_ray_images_embedded_total", counts.images)
         metrics.count("pds_ray_pairs_embedded_total", counts.pairs)
         for reason, bad in counts.reasons.items():
             metrics.count("pds_ray_bad_samples_total", bad, reason=reason)
         log.event("shard_committed", shard=shard, **asdict(counts))
+        if damage:
+            self.outcome.damaged[shard] = damage
+            self._warn(shard, damage, "is damaged")
 
     def fail(self, shard: str, problem: str) -> None:
         """Count a shard that is set aside. Raises ConfigError if these are too many."""
-        self.failed[shard] = problem
-        metrics.count("pds_ray_shards_failed_total", 1)
-        text = f"pds-ray: shard {shard} is set aside: {problem}"
-        log.event("shard_failed", text, "warning", shard=shard, reason=problem)
+        self.outcome.failed[shard] = problem
+        self._warn(shard, problem, "is set aside")
         self.check_failed()
+
+    def stand(self, shard: str, marker: dict[str, Any]) -> None:
+        """Count a shard that was tried again in vain as its marker has it."""
+        self.outcome.totals += core.marker_counts(marker)
+        if damage := core.marker_damage(marker):
+            self.outcome.damaged[shard] = damage
+
+    def _warn(self, shard: str, problem: str, what: str) -> None:
+        metrics.count("pds_ray_shards_failed_total", 1)
+        text = f"pds-ray: shard {shard} {what}: {advised(problem)}"
+        log.event("shard_failed", text, "warning", shard=shard, reason=problem)
 
     def check_failed(self) -> None:
         """Raise ConfigError if too many shards cannot be read."""
-        check_failed_share(self.failed, self.totals, self.shards, self.limits.max_failed_share)
+        check_failed_share(self.outcome.problems, self.shards, self.limits.max_failed_share)
 
     def check(self) -> None:
         """Raise ConfigError if too many samples are bad or too many shards cannot be read."""
-        check_bad_share(self.totals, self.limits.max_bad_share, final=False)
+        totals = self.outcome.totals
+        examples = partial(_examples, self.store, self.committed, totals)
+        check_bad_share(totals, self.limits.max_bad_share, False, examples)
         self.check_failed()
 
     def show(self, state: str = "") -> None:
         """Bring the bar up to date; its length is estimated from the shards so far."""
-        images = self.totals.images
+        totals = self.outcome.totals
+        images = totals.images
         if self.finished:
-            self.bar.total = max(images, round(images * self.shards / self.finished))
+            expected = round(images * self.shards / self.finished)
+            self.bar.total = max(images, int(self.bar.n), expected)
         done = f"{self.finished}/{self.shards} shards"
-        counts = f"{self.totals.pairs:,} pairs, {self.totals.bad:,} bad"
+        counts = f"{totals.pairs:,} pairs, {totals.bad:,} bad"
         self.bar.set_postfix_str(
             f"{done}, {counts}{state}", refresh=bool(state) and sys.stderr.isatty()
         )
-        self.bar.update(images - self.bar.n)
+        self.bar.update(images - self.bar.finished)
 
 
 def _embed(
     todo: list[Shard],
     work: _Work,
-    reused: ShardCounts,
-    before: dict[str, ShardCounts],
+    outcome: _Outcome,
+    before: dict[str, dict[str, Any]],
     shards: int,
     encoders: metrics.ActorTime,
-) -> tuple[ShardCounts, dict[str, str]]:
-    """Embed some of `shards` shards; return the counts of all, and shard -> why it has none.
+) -> _Outcome:
+    """Embed some of `shards` shards; return the outcome of all.
 
-    `reused` are the counts of the other shards, `before` those of shards that are tried again: they
-    stand if that fails.
+    `outcome` is that of the other shards; `before` are the markers of shards that are tried again,
+    which stand if that fails.
     """
+    reused = outcome.totals
     arrived = {shard.name: _Progress() for shard in todo}
     with (
-        watch.InFlight() as in_flight,
+        InFlight() as in_flight,
         progress_bar("embed", None, "images", reused.images) as bar,
     ):
-        waiting_for(
-            lambda: in_flight.describe({name for name, shard in arrived.items() if shard.ended})
-        )
-        tally = _Tally(shards, shards - len(todo), reused, work.ray, bar)
+        bar.follow(in_flight.reports(partial(_has_arrived, arrived)))
+        tally = _Tally(shards, shards - len(todo), outcome, work.ray, bar, work.store)
         tally.show(", starting")
         for start in range(0, len(todo), SHARDS_TOGETHER):
             group = todo[start : start + SHARDS_TOGETHER]
@@ -260,25 +316,32 @@ def _embed(
         lost = [shard for shard in todo if not arrived[shard.name].closed]
         if lost:
             closed = (shard.counts for shard in arrived.values() if shard.closed)
-            tally.totals = sum(closed, reused)
-            tally.failed.clear()
+            outcome.totals = sum(closed, reused)
+            outcome.failed.clear()
             tally.show(f", {len(lost)} shards once more")
             _retry(lost, work, before, arrived, in_flight, tally)
-    return tally.totals, {
-        name: problem for name, problem in tally.failed.items() if name not in before
-    }
+    for name in outcome.failed.keys() & before.keys():
+        del outcome.failed[name]
+    return outcome
+
+
+def _has_arrived(arrived: Mapping[str, _Progress], item: str) -> bool:
+    """Return whether the driver has counted a block, or the shard that an item is."""
+    name, _, first = item.partition("/")
+    shard = arrived[name]
+    return shard.ended or (first != "" and int(first) in shard.rows)
 
 
 def _count(
     name: str, counts: ShardCounts, committed: bool, shard: _Progress, tally: _Tally
 ) -> None:
     """Count a block of the shard `name` that has arrived."""
-    tally.totals += counts
+    tally.outcome.totals += counts
     if committed:
         shard.ended = True
-        tally.commit(name, shard.counts)
+        tally.commit(name, shard.counts, shard.damage)
     if shard.problem:
-        tally.failed[name] = shard.problem
+        tally.outcome.failed[name] = shard.problem
     tally.check()
     tally.show()
 
@@ -286,9 +349,9 @@ def _count(
 def _retry(
     lost: list[Shard],
     work: _Work,
-    before: dict[str, ShardCounts],
+    before: dict[str, dict[str, Any]],
     arrived: dict[str, _Progress],
-    in_flight: watch.InFlight,
+    in_flight: InFlight,
     tally: _Tally,
 ) -> None:
     """Embed lost shards again and count them, or set them aside."""
@@ -296,10 +359,12 @@ def _retry(
         if isinstance(outcome, str):
             work.store.fail(name, outcome)
             tally.fail(name, outcome)
-            tally.totals += before.get(name, ShardCounts())
+            if name in before:  # what was embedded of it stands
+                tally.stand(name, before[name])
         else:
-            tally.totals += outcome
-            tally.commit(name, outcome)
+            counts, damage = outcome
+            tally.outcome.totals += counts
+            tally.commit(name, counts, damage)
         arrived[name].ended = True
         tally.show()
 
@@ -308,7 +373,7 @@ def _stream(
     shards: list[Shard],
     work: _Work,
     arrived: dict[str, _Progress],
-    in_flight: watch.InFlight,
+    in_flight: InFlight,
     encoders: metrics.ActorTime,
 ) -> Iterator[tuple[str, ShardCounts, bool]]:
     """Run the data set; record what comes in `arrived` and `encoders`.
@@ -316,7 +381,7 @@ def _stream(
     Yields shard and counts of each block, and whether its shard is committed; if not, once more
     when it is.
     """
-    commits = _Commits(work)
+    commits = _Commits(work, in_flight)
     with watch.LostBlocks() as lost:
         blocks = _dataset(shards, work, in_flight)
         for batch in blocks.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -343,7 +408,7 @@ def _stream(
     gc.collect()
 
 
-def _dataset(shards: list[Shard], work: _Work, in_flight: watch.InFlight) -> ray.data.Dataset:
+def _dataset(shards: list[Shard], work: _Work, in_flight: InFlight) -> ray.data.Dataset:
     """Return the data set of the summary rows of `shards`, embedded when it is read."""
     with watch.lost_blocks_allowed():
         decoded = ray.data.read_datasource(
@@ -354,7 +419,7 @@ def _dataset(shards: list[Shard], work: _Work, in_flight: watch.InFlight) -> ray
             ray_remote_args={"max_retries": TASK_RETRIES},
         ).map_batches(
             decode,
-            fn_args=(work.info, work.read, work.ray.sample_timeout_s),
+            fn_args=(work.info, work.read, work.ray.sample_timeout_s, in_flight),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=pools.DECODE_CPUS,
@@ -362,7 +427,8 @@ def _dataset(shards: list[Shard], work: _Work, in_flight: watch.InFlight) -> ray
             max_retries=TASK_RETRIES,
         )
         actors = pools.pool(work.ray.embed_actors)
-        arguments = (work.info, work.config, work.store)
+        files = {shard.name: work.files[shard.name] for shard in shards}
+        arguments = (work.info, work.config, work.store, files, in_flight)
         return pools.map_blocks(decoded, EmbedWorker, arguments, actors, EmbedWorker.THREADS)
 
 
@@ -377,14 +443,18 @@ def _raise_fault(row: dict[str, Any]) -> None:
 class _Commits:
     """The tasks that commit shards of several parts. A commit that fails raises where it is met."""
 
-    def __init__(self, work: _Work) -> None:
+    def __init__(self, work: _Work, in_flight: InFlight) -> None:
         self._work = work
+        self._in_flight = in_flight
         self._task = ray.remote(commit_parts).options(num_cpus=pools.DECODE_CPUS)
         self._shards: dict[ray.ObjectRef, str] = {}
 
     def start(self, shard: str, firsts: list[int]) -> None:
         """Start to commit a shard whose parts begin at these rows."""
-        reference = self._task.remote(shard, firsts, self._work.store, self._work.config)
+        work = self._work
+        reference = self._task.remote(
+            shard, firsts, work.store, work.files[shard], work.config, self._in_flight
+        )
         self._shards[reference] = shard
 
     def ended(self) -> list[str]:
@@ -403,9 +473,9 @@ class _Commits:
 
 
 def retry_lost_shards(
-    shards: list[Shard], work: _Work, in_flight: watch.InFlight
-) -> Iterator[tuple[str, ShardCounts | str]]:
-    """Re-embed lost shards in isolated subprocesses; yield shard and counts, or why it failed."""
+    shards: list[Shard], work: _Work, in_flight: InFlight
+) -> Iterator[tuple[str, _Embedded | str]]:
+    """Re-embed lost shards in isolated subprocesses; yield each, or why it failed."""
     actors = pools.pool(work.ray.embed_actors)
     remote = ray.remote(_embed_in_subprocess).options(**actors.options(), max_retries=0)
     pending = {
@@ -424,54 +494,76 @@ def retry_lost_shards(
             yield shard.name, f"whatever embeds it is lost ({budget}, the last by {last})"
 
 
-def _embed_in_subprocess(shard: Shard, work: _Work, in_flight: watch.InFlight) -> ShardCounts | str:
-    """Embed and commit a shard in a child process; return its counts, or why it cannot be read."""
-    in_flight.begin(shard.name)
+def _embed_in_subprocess(shard: Shard, work: _Work, in_flight: InFlight) -> _Embedded | str:
+    """Embed and commit a shard in a child process, or return why it cannot be read."""
     load = partial(process.load_model, catalog.load_encoder, work.info, work.config.precision)
-    limits = isolated.Limits(
+    allowed = isolated.Limits(
         work.ray.sample_timeout_s, min(MAX_GROWTH_BYTES, limits.free_memory_bytes() // 2)
     )
     alone = isolated.Work(work.source, shard, work.info, load, work.read, work.config)
-    try:
-        tables = isolated.embed_isolated(alone, limits)
-    except SourceError as error:
-        return first_line(error)
-    counts = core.shard_counts(*tables)
-    work.store.commit(shard.name, *tables, commit_info(counts, work.config))
-    return counts
+    with in_flight.doing(f"a process for shard {shard.name} to start", shard.name) as doing:
+
+        def tell(step: str, images: float) -> None:
+            doing.now(f"shard {shard.name}, alone in its process ({step})")
+            doing.reach(images)
+
+        try:
+            tables = isolated.embed_isolated(alone, allowed, tell)
+        except SourceError as error:
+            return first_line(error)
+        work.store.commit(
+            shard.name, *tables, commit_info(*tables, work.files[shard.name], work.config)
+        )
+    return core.shard_counts(*tables), core.damage(tables[-1])
 
 
-def check_bad_share(totals: ShardCounts, limit: float, final: bool) -> None:
-    """Stop a run that would distil garbage. Raises ConfigError naming the most frequent reason."""
+def _examples(
+    store: EmbeddingStore, shards: list[str], totals: ShardCounts
+) -> dict[str, tuple[str, str]]:
+    """Return reason -> key and detail of a bad sample of the first EXAMPLE_SHARDS shards."""
+    found: dict[str, tuple[str, str]] = {}
+    for shard in shards[:EXAMPLE_SHARDS]:
+        if totals.reasons.keys() <= found.keys():
+            break
+        try:
+            rows = store.errors(shard).to_pylist()
+        except (OSError, StorageError):  # it has no embeddings
+            continue
+        for row in rows:
+            found.setdefault(row["reason"], (row["key"], row["detail"]))
+    return found
+
+
+def check_bad_share(
+    totals: ShardCounts,
+    limit: float,
+    final: bool,
+    examples: Callable[[], dict[str, tuple[str, str]]] = dict,
+) -> None:
+    """Stop a run that would distil garbage.
+
+    Raises ConfigError naming the most frequent reason, with one of the `examples`.
+    """
     seen = totals.images + totals.bad
     too_few = seen < MIN_SAMPLES_TO_JUDGE and not final
     if not totals.bad or too_few or totals.bad <= limit * seen:
         return
     reason, count = max(totals.reasons.items(), key=lambda item: item[1])
+    example = Tally(Counter(totals.reasons), examples()).example()
     raise ConfigError(
         f"{totals.bad:,} of {seen:,} samples are bad (mostly {reason}: {count:,}), more than the "
-        f"allowed share {limit}; see the .errors.parquet files of the embedding store, or raise "
-        "--ray.max-bad-share"
+        f"allowed share {limit}; {example and f'{example}; '}see the .errors.parquet files of the "
+        "embedding store, or raise --ray.max-bad-share"
     )
 
 
-def check_failed_share(
-    failed: dict[str, str], totals: ShardCounts, shards: int, limit: float
-) -> None:
-    """Stop a run that cannot read its source. Raises ConfigError.
-
-    `failed`: shard -> why. Among `totals` are shards that were read and are no tars.
-    """
-    no_tars = totals.reasons.get("not_a_tar", 0)
-    if len(failed) + no_tars <= limit * shards:
+def check_failed_share(failed: Mapping[str, str], shards: int, limit: float) -> None:
+    """Stop a run that cannot read its source. Raises ConfigError; `failed`: shard -> why."""
+    if len(failed) <= limit * shards:
         return
-    if failed:
-        name, problem = next(iter(failed.items()))
-        known, advice = f"{name}: {problem}", "the same command tries them again"
-    else:
-        known = f"not_a_tar: {no_tars:,}; see the .errors.parquet files of the embedding store"
-        advice = "a source that was mended needs another --out or --redo"
+    name, problem = next(iter(failed.items()))
     raise ConfigError(
-        f"{len(failed) + no_tars:,} of {shards:,} shards cannot be read ({known}), more than the "
-        f"allowed share {limit}; {advice}, or raise --ray.max-failed-share"
+        f"{len(failed):,} of {shards:,} shards cannot be read ({name}: {advised(problem)}), more "
+        f"than the allowed share {limit}; mend them and repeat the command, which reads them "
+        "again, or raise --ray.max-failed-share"
     )

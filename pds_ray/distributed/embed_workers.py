@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,12 +20,12 @@ from ray.data.block import BlockMetadata
 
 from pds_ray import catalog
 from pds_ray.config import EmbedConfig, ReadConfig
-from pds_ray.distributed import process, watch
+from pds_ray.distributed import process
+from pds_ray.distributed.in_flight import InFlight
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import UserError, first_line
 from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import embed as core
-from pds_ray.stages.embed import ShardCounts
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.storage import side_by_side
 
@@ -38,7 +38,7 @@ FATAL, STORE = "fatal", "store"
 class ShardDatasource(Datasource):
     """One read task per shard: a fault can cost one shard's remainder, never its neighbours."""
 
-    def __init__(self, source: Source, shards: list[Shard], in_flight: watch.InFlight) -> None:
+    def __init__(self, source: Source, shards: list[Shard], in_flight: InFlight) -> None:
         super().__init__()
         self._source = source
         self._shards = shards
@@ -62,7 +62,7 @@ class ShardReader:
 
     source: Source
     shard: Shard
-    in_flight: watch.InFlight
+    in_flight: InFlight
 
     def __call__(self) -> Iterable[pa.Table]:
         """Yield the shard's blocks; an error is the last.
@@ -70,9 +70,15 @@ class ShardReader:
         A shard that cannot be read costs itself; a disk or a store that is down would cost more
         shards than may be lost, and ends the run.
         """
-        self.in_flight.begin(self.shard.name)
+        blocks = core.read_blocks(self.source, self.shard)
         try:
-            yield from core.read_blocks(self.source, self.shard)
+            while True:
+                # not while the block is handed over: then others are waited for
+                with self.in_flight.doing(f"shard {self.shard.name} to be read"):
+                    block = next(blocks, None)
+                if block is None:
+                    return
+                yield block
         except SourceError as error:
             yield _problem(UNREADABLE, error, self.shard.name)
         except Exception as error:
@@ -95,10 +101,13 @@ def _message(error: Exception) -> str:
     return line if _classify(error) == STORE else f"{type(error).__name__}: {line}"
 
 
-def decode(block: pa.Table, info: EncoderInfo, read: ReadConfig, seconds: float) -> pa.Table:
+def decode(
+    block: pa.Table, info: EncoderInfo, read: ReadConfig, seconds: float, in_flight: InFlight
+) -> pa.Table:
     """Return `core.decode_block`; an image that takes more than `seconds` ends the process."""
+    doing = f"images of shard {block.column('shard')[0]} to be decoded"
     try:
-        with process.time_limit(seconds) as begin:
+        with in_flight.doing(doing), process.time_limit(seconds) as begin:
             return core.decode_block(block, info.preprocess, read, lambda _: begin())
     except Exception as error:
         return _problem(_classify(error), error)
@@ -112,11 +121,23 @@ class EmbedWorker:
 
     THREADS = 2
 
-    def __init__(self, info: EncoderInfo, config: EmbedConfig, store: EmbeddingStore) -> None:
+    def __init__(
+        self,
+        info: EncoderInfo,
+        config: EmbedConfig,
+        store: EmbeddingStore,
+        files: Mapping[str, ShardFile],
+        in_flight: InFlight,
+    ) -> None:
         self.size = info.preprocess.size
-        self.encoder = process.load_model(catalog.load_encoder, info, config.precision)
+        with in_flight.doing("the encoder to load"):
+            self.encoder = process.keeping_error(
+                process.load_model, catalog.load_encoder, info, config.precision
+            )
         self.config = config
         self.store = store
+        self.files = files
+        self.in_flight = in_flight
         self.encoding = threading.Lock()
         self.free_since = time.monotonic()
 
@@ -138,25 +159,32 @@ class EmbedWorker:
         fault = rows.column("reason")[-1].as_py()
         if fault in (UNREADABLE, FATAL, STORE):
             return {"shard": shard, "fault": fault, "problem": rows.column("detail")[-1].as_py()}
-        with self.encoding:
-            began = time.monotonic()
-            part = core.embed_block(rows, self.encoder, self.size, self.config)
-            ended = time.monotonic()
-            idle_s, self.free_since = began - self.free_since, ended
-        counts = core.shard_counts(part.images, part.captions, part.errors)
-        whole = part.first == 0 and part.total == part.rows
-        if whole:
+        first = rows.column("ordinal")[0].as_py()
+        with self.in_flight.doing(
+            f"the encoder to be free for shard {shard}", block_name(shard, first)
+        ) as doing:
+            with self.encoding:
+                doing.now(f"shard {shard} to be encoded")
+                began = time.monotonic()
+                part = core.embed_block(rows, self.encoder(), self.size, self.config, doing.reach)
+                ended = time.monotonic()
+                idle_s, self.free_since = began - self.free_since, ended
+            doing.now(f"shard {shard} to be written")
+            whole = part.first == 0 and part.total == part.rows
             tables = (part.images, part.captions, part.errors)
-            self.store.commit(shard, *tables, commit_info(counts, self.config))
-        else:
-            self._write_part(shard, part)
+            if whole:
+                info = commit_info(*tables, self.files[shard], self.config)
+                self.store.commit(shard, *tables, info)
+            else:
+                self._write_part(shard, part)
         return {
             "shard": shard,
             "first": part.first,
             "rows": part.rows,
             "total": part.total,
             "committed": whole,
-            "counts": json.dumps(asdict(counts)),
+            "counts": json.dumps(asdict(core.shard_counts(*tables))),
+            "problem": core.damage(part.errors) or None,
             "busy_s": ended - began,
             "idle_s": idle_s,
         }
@@ -167,6 +195,11 @@ class EmbedWorker:
             for name, table in core.part_to_tables(part).items()
         }
         list(side_by_side(lambda name: self.store.parts.write_table(name, files[name]), files))
+
+
+def block_name(shard: str, first: int) -> str:
+    """Return the item under which a block is in flight; `first` is the ordinal of its first row."""
+    return f"{shard}/{first}"
 
 
 def _rows_of(shard: str, shards: list[str], block: pa.Table) -> pa.Table:
@@ -183,28 +216,56 @@ SUMMARY_SCHEMA = pa.schema(
         ("committed", pa.bool_()),
         ("counts", pa.string()),  # ShardCounts as JSON
         ("fault", pa.string()),  # UNREADABLE, FATAL or STORE; null if the rows are embedded
-        ("problem", pa.string()),  # why they are not
+        ("problem", pa.string()),  # why they are not, or how the shard's file is damaged
         ("busy_s", pa.float64()),  # the encoder worked on it
         ("idle_s", pa.float64()),  # and waited before: for input, or for its threads, which write
     ]
 )
 
 
-def commit_info(counts: ShardCounts, config: EmbedConfig) -> dict[str, Any]:
-    """Return what a marker says besides hashes."""
-    return {**asdict(counts), "precision": config.precision}
+@dataclass(frozen=True)
+class ShardFile:
+    """The file of a shard as this session reads it."""
+
+    shard: Shard
+    changed: bool
+    """It is not the one that the store began with."""
 
 
-def commit_parts(shard: str, firsts: list[int], store: EmbeddingStore, config: EmbedConfig) -> None:
+def commit_info(
+    images: pa.Table, captions: pa.Table, errors: pa.Table, file: ShardFile, config: EmbedConfig
+) -> dict[str, Any]:
+    """Return what the marker of a shard says besides hashes.
+
+    The file is named where a later session must know which one was read: if it is damaged, or not
+    the one that the store began with.
+    """
+    info = {**asdict(core.shard_counts(images, captions, errors)), "precision": config.precision}
+    if damage := core.damage(errors):
+        info["damage"] = damage
+    if damage or file.changed:
+        info["file"] = core.file_of(file.shard)
+    return info
+
+
+def commit_parts(
+    shard: str,
+    firsts: list[int],
+    store: EmbeddingStore,
+    file: ShardFile,
+    config: EmbedConfig,
+    in_flight: InFlight,
+) -> None:
     """Put a shard together from its parts and commit it. The parts stay: Ray may run this twice."""
-    parts = [
-        core.part_from_tables(
-            {
-                table: store.parts.read_table(store.part_name(shard, first, table))
-                for table in TABLES
-            }
-        )
-        for first in firsts
-    ]
-    tables = core.merge_parts(parts)
-    store.commit(shard, *tables, commit_info(core.shard_counts(*tables), config))
+    with in_flight.doing(f"shard {shard} to be put together"):
+        parts = [
+            core.part_from_tables(
+                {
+                    table: store.parts.read_table(store.part_name(shard, first, table))
+                    for table in TABLES
+                }
+            )
+            for first in firsts
+        ]
+        tables = core.merge_parts(parts)
+        store.commit(shard, *tables, commit_info(*tables, file, config))

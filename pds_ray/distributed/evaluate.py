@@ -8,16 +8,16 @@ from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from tqdm import tqdm
 
 from pds_ray.config import ConfigError, EvaluateConfig
 from pds_ray.distributed import session, tasks, trials
+from pds_ray.distributed.in_flight import InFlight
 from pds_ray.distributed.trial_inputs import prepare
 from pds_ray.distributed.trials import Queue
 from pds_ray.stages import trial as core
 from pds_ray.store.evaluation_folder import finished_trials
 from pds_ray.store.storage import Folder
-from pds_ray.telemetry.progress import progress_bar, waiting_for
+from pds_ray.telemetry.progress import Bar, progress_bar, waiting_for
 
 POLL_S = 1.0
 
@@ -33,10 +33,11 @@ def run_trials(
     use_gpu, room = trial_room(ray.cluster_resources(), config)
     inputs = ray.put(prepare(todo, sets, splits, config))
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    groups = ray.remote(trials.PlacementGroups).options(num_cpus=0, scheduling_strategy=here)
-    shared = (inputs, results, groups.remote(), config, use_gpu)
+    records = ray.remote(trials.QueueRecords).options(num_cpus=0, scheduling_strategy=here)
     parts = share_out(todo, min(config.trials or room, len(todo)))
-    with progress_bar("evaluate", len(todo), "trials") as bar:
+    epochs = sum(trial.protocol.epochs for trial in todo)
+    with InFlight() as in_flight, progress_bar("evaluate", epochs, "epochs") as bar:
+        shared = (inputs, results, records.remote(), config, use_gpu, in_flight)
         _run_queues([Queue(part, *shared) for part in parts], results, bar)
     trials.delete_states(todo, results)
 
@@ -77,17 +78,19 @@ def share_out(todo: list[core.Trial], count: int) -> list[list[core.Trial]]:
     ]
 
 
-def _run_queues(queues: list[Queue], results: Folder, bar: tqdm) -> None:
+def _run_queues(queues: list[Queue], results: Folder, bar: Bar) -> None:
     """Run queues side by side; one that is lost starts again with its unfinished trials."""
+    epochs = {trial.key: trial.protocol.epochs for queue in queues for trial in queue.trials}
     pending = {_start(queue): (queue, tasks.RetryBudget()) for queue in queues}
-    missing = {trial.key for queue in queues for trial in queue.trials}
+    missing = set(epochs)
     waiting_for(lambda: under_way(queues, missing))
+    bar.follow(queues[0].in_flight.reports(lambda trial: trial not in missing))
     try:
         while pending:
             ready, _ = ray.wait(list(pending), timeout=POLL_S)
             finished = missing & finished_trials(results)
             missing -= finished
-            bar.update(len(finished))
+            bar.update(sum(epochs[trial] for trial in finished))
             for reference in ready:
                 queue, budget = pending.pop(reference)
                 again = _after_end(reference, queue, budget, missing)

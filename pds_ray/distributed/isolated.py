@@ -34,6 +34,7 @@ PR_SET_PDEATHSIG = 1  # an operation of prctl
 MAX_REFUSED = 100  # samples of one shard that may kill their process, before the shard is given up
 LOAD, READ, DECODE, ENCODE = "loading the encoder", "reading", "decoding", "encoding"
 OTHER_STEPS_S = 3600.0  # longer than any of them takes, so that a child that hangs ends at all
+Tell = Callable[[str, float], object]
 DEATHS = 2  # processes that die on a sample before it is refused: one may have another cause
 
 
@@ -72,16 +73,25 @@ class _Known:
     deaths: Counter[tuple[str, int]] = field(default_factory=Counter)
     """(step, ordinal) -> number of processes that died there."""
 
+    @property
+    def images(self) -> int:
+        """The images that are embedded."""
+        return sum(part.images.num_rows for parts in self.blocks.values() for part in parts)
 
-def embed_isolated(work: Work, limits: Limits) -> tuple[pa.Table, pa.Table, pa.Table]:
+
+def embed_isolated(
+    work: Work, limits: Limits, tell: Tell = lambda _step, _images: None
+) -> tuple[pa.Table, pa.Table, pa.Table]:
     """Return the image, caption and error tables of a shard.
+
+    `tell` is called with each step, and with the images that are embedded by then.
 
     Raises SourceError if the shard cannot be read or more than MAX_REFUSED of its samples kill
     their process, RuntimeError if loading the encoder kills it; other errors of the child are
     raised here.
     """
     known = _Known()
-    while not _attempt(known, limits, work):
+    while not _attempt(known, limits, work, tell):
         if len(known.refused) > MAX_REFUSED:
             raise SourceError(
                 f"more than {MAX_REFUSED} samples of {work.shard.name} kill the process that "
@@ -90,7 +100,7 @@ def embed_isolated(work: Work, limits: Limits) -> tuple[pa.Table, pa.Table, pa.T
     return core.merge_parts(part for parts in known.blocks.values() for part in parts)
 
 
-def _attempt(known: _Known, limits: Limits, work: Work) -> bool:
+def _attempt(known: _Known, limits: Limits, work: Work, tell: Tell) -> bool:
     """Run one child, which adds to `known`; return whether it got through the shard."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -99,7 +109,7 @@ def _attempt(known: _Known, limits: Limits, work: Work) -> bool:
     child.start()
     theirs.close()
     try:
-        return _listen(child, ours, known, limits, work.shard)
+        return _listen(child, ours, known, limits, work.shard, tell)
     finally:
         child.kill()
         child.join()
@@ -129,13 +139,19 @@ class _Step:
 
 
 def _listen(
-    child: SpawnProcess, pipe: Connection, known: _Known, limits: Limits, shard: Shard
+    child: SpawnProcess,
+    pipe: Connection,
+    known: _Known,
+    limits: Limits,
+    shard: Shard,
+    tell: Tell,
 ) -> bool:
     """Add what a child reports to `known`; return True at its end, False when it dies.
 
     Raises what the child raised.
     """
     step = _Step(LOAD)
+    tell(step.doing, known.images)
     while True:
         message, fault = None, None
         try:
@@ -159,8 +175,11 @@ def _listen(
                 return True
             case ("error", error):
                 raise error
+            case ("encoded", images):
+                tell(step.doing, known.images + images)
             case (doing, at, rows):
                 step = _Step(doing, at, rows, _memory(child))
+                tell(doing, known.images)
 
 
 def _over_limit(child: SpawnProcess, step: _Step, limits: Limits) -> tuple[str, str] | None:
@@ -242,7 +261,15 @@ def _embed_block(
     for start in range(0, decoded.num_rows, step):
         rows = decoded.slice(start, step)
         pipe.send((ENCODE, rows.column("ordinal")[0].as_py(), rows.num_rows))
-        parts.append(core.embed_block(rows, encoder, preprocess.size, work.config))
+        parts.append(
+            core.embed_block(
+                rows,
+                encoder,
+                preprocess.size,
+                work.config,
+                lambda images: pipe.send(("encoded", images)),
+            )
+        )
     return parts
 
 

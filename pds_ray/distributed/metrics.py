@@ -59,9 +59,9 @@ def count(name: str, amount: float, **tags: str) -> None:
 
 
 def label(value: str) -> str:
-    """Return a label's value as Ray takes it: ASCII, other bytes as in a URL; of a long one the end.
+    """Return a label's value as Ray takes it: ASCII, other bytes as in a URL.
 
-    Where a run folder differs from others is its end.
+    Of a long one the end is left, where run folders differ.
     """
     return quote(value, safe=string.punctuation + " ", errors="surrogateescape")[-MAX_LABEL:]
 

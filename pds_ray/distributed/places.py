@@ -51,13 +51,12 @@ def ray_folders() -> RayFolders:
 
 
 def ray_token() -> str | None:
-    """Return a secret for a local Ray where it cannot keep its own in the home folder, else None."""
+    """Return a secret for a local Ray that cannot keep its own in the home folder, else None."""
     home = os.path.expanduser("~")  # "~" for a user without one
     kept = Path(home, ".ray", "auth_token")
     given = os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
-    if given or os.access(kept, os.R_OK) or (os.path.isabs(home) and not why_closed(str(kept.parent))):
-        return None
-    return secrets.token_hex(32)
+    can_be_kept = os.path.isabs(home) and not why_closed(str(kept.parent))
+    return None if given or can_be_kept or os.access(kept, os.R_OK) else secrets.token_hex(32)
 
 
 def _most_bytes() -> int:

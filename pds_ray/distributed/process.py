@@ -62,6 +62,24 @@ def load_model(load: Callable[..., Model], *args: Any) -> Model:
         return load(*args)
 
 
+def keeping_error(load: Callable[..., Model], *args: Any) -> Callable[[], Model]:
+    """Call `load(*args)` now; return a function that returns its result or raises its error.
+
+    For constructors of actors: Ray starts an actor whose constructor raises again and again, and
+    shows the trace each time, though weights that do not load will not load then either.
+    """
+    try:
+        model = load(*args)
+    except Exception as error:
+        kept = error
+
+        def fail() -> Model:
+            raise kept
+
+        return fail
+    return lambda: model
+
+
 @contextmanager
 def without_collections() -> Iterator[None]:
     """Switch garbage collection off for large imports, as all that they make lives on."""

@@ -81,9 +81,12 @@ def make_prototypes(run: Run) -> Counts:
         "nearest_cosine": image["cosine"],
     }
     run.folder.save_prototypes(pa.table(columns, schema=prototype_schema(run.encoder.dim)))
+    empty = len(matches.whole) - count
+    why = core.why_fewer(run.counts("cluster"), run.counts("match"), empty)
     return {
         "prototypes": count,
-        "empty_couples": len(matches.whole) - count,
+        **core.fewer(config.pairs, count, why),
+        "empty_couples": empty,
         "duplicate_captions": count - len(set(caption["caption"])),
         "mean_cosine": float(prototypes.cosine.mean()) if count else 0.0,
     }

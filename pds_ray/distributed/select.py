@@ -10,17 +10,23 @@ import pyarrow as pa
 from pds_ray import catalog
 from pds_ray.config import ConfigError, RunConfig
 from pds_ray.distributed import pools, tasks
+from pds_ray.distributed.in_flight import InFlight
 from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import select as core
+from pds_ray.stages.prototypes import fewer
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.telemetry.progress import progress_bar
 
 
-def _pick(shards: list[str], dim: int, store: EmbeddingStore, config: RunConfig) -> Iterator[int]:
-    candidates = core.load_candidates(shards, store, dim)
-    return catalog.selector(config.method).select(
-        candidates, config.pairs, config.seed, config.select
-    )
+def _pick(
+    shards: list[str], dim: int, store: EmbeddingStore, config: RunConfig, in_flight: InFlight
+) -> Iterator[int]:
+    with in_flight.doing("the embeddings to be loaded") as doing:
+        candidates = core.load_candidates(shards, store, dim, doing.now)
+        doing.now(f"the picks of {config.method}")
+        yield from catalog.selector(config.method).select(
+            candidates, config.pairs, config.seed, config.select
+        )
 
 
 def _look_up(picks: tuple[str, np.ndarray, np.ndarray], store: EmbeddingStore) -> pa.Table:
@@ -43,8 +49,9 @@ def select(run: Run) -> Counts:
             "take larger nodes, fewer data, or method pds"
         )
     picks = []
-    with progress_bar("select", config.pairs, "pairs") as bar:
-        for pick in tasks.stream(_pick, shards, dim, store, config):
+    with InFlight() as in_flight, progress_bar("select", config.pairs, "pairs") as bar:
+        bar.follow(in_flight.reports())
+        for pick in tasks.stream(_pick, shards, dim, store, config, in_flight):
             picks.append(pick)
             bar.update()
     parts = core.split_by_shard(picks, shards, store)
@@ -52,6 +59,7 @@ def select(run: Run) -> Counts:
     run.folder.save_prototypes(chosen)
     return {
         "prototypes": chosen.num_rows,
+        **fewer(config.pairs, chosen.num_rows, f"method {config.method} picks no more"),
         "duplicate_captions": chosen.num_rows - len(set(chosen.column("caption").to_pylist())),
         "mean_cosine": float(np.mean(chosen.column("cosine").to_numpy())),
     }

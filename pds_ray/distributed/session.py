@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import ray
 
@@ -101,17 +101,27 @@ def _ray(address: str | None, config: RayConfig) -> Iterator[None]:
     Environment variables and the fault handler are afterwards as before.
     """
     before, traced = set(os.environ), faulthandler.is_enabled()
-    with _muffled(), _own_signals():
-        if address:
-            _connect(address)
-        else:
-            with _interrupts_put_off():
-                _start_local(config)
-    added = os.environ.keys() - before
+    added: set[str] = set()
     try:
-        yield
+        try:
+            with _muffled(), _own_signals():
+                if address:
+                    _connect(address)
+                else:
+                    with _interrupts_put_off():
+                        _start_local(config)
+        except BaseException as error:
+            # a start that failed may leave processes; in one that was interrupted, this crashes
+            if isinstance(error, Exception) or ray.is_initialized():
+                ray.shutdown()
+            raise
+        finally:
+            added = os.environ.keys() - before
+        try:
+            yield
+        finally:
+            ray.shutdown()
     finally:
-        ray.shutdown()
         for name in added:
             os.environ.pop(name, None)
         if not traced:
@@ -144,6 +154,7 @@ def _connect(address: str) -> None:
 
 
 def _start_local(config: RayConfig) -> None:
+    """Start a Ray that is as large as the job may be. Raises ConfigError if it has no place."""
     places.require_current_folder()
     folders = places.ray_folders()
     if folders.note:
@@ -186,25 +197,27 @@ def _own_signals() -> Iterator[None]:
 @contextmanager
 def _interrupts_put_off() -> Iterator[None]:
     """Put off a first Ctrl-C to the end of the block: a Ray that half started would stay."""
-    number = signal.SIGINT
-    handler = signal.getsignal(number)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    pressed: list[FrameType | None] = []
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in found.items() if callable(handler)}
+    pressed: list[tuple[int, FrameType | None]] = []
 
-    def put_off(_: int, frame: FrameType | None) -> None:
+    def put_off(number: int, frame: FrameType | None) -> None:
         if pressed:
-            handler(number, frame)
-        pressed.append(frame)
+            handlers[signal.Signals(number)](number, frame)
+        pressed.append((number, frame))
 
-    signal.signal(number, put_off)
+    for name in handlers:
+        signal.signal(name, put_off)
     try:
         yield
     finally:
-        signal.signal(number, handler)
-    if pressed:
-        handler(number, pressed[0])
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+    for number, frame in pressed[:1]:
+        handlers[signal.Signals(number)](number, frame)
 
 
 @contextmanager
@@ -298,10 +311,11 @@ def _data_options() -> Iterator[None]:
     levels = {"ray": logging.ERROR, "ray.data": logging.CRITICAL}
     before = {name: getattr(context, name) for name in options}
     levels_before = {name: logging.getLogger(name).level for name in levels}
-    filters = list(warnings.filters)
+    filters = cast(list[Any], warnings.filters)
+    filters_before = list(filters)
     # the number of retries has no other name in the release that is pinned
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
-    added = [entry for entry in warnings.filters if entry not in filters]
+    added = [entry for entry in filters if entry not in filters_before]
     detectors = context.issue_detectors_config.detectors
     context.issue_detectors_config.detectors = []  # their advice is for authors of pipelines
     _set(context, options, levels)
@@ -311,8 +325,8 @@ def _data_options() -> Iterator[None]:
         context.issue_detectors_config.detectors = detectors
         _set(context, before, levels_before)
         for entry in added:
-            if entry in warnings.filters:  # the program around may have put back its own by now
-                warnings.filters.remove(entry)
+            if entry in filters:  # the program around may have taken it back by now
+                filters.remove(entry)
 
 
 def _set(context: Any, options: dict[str, Any], levels: dict[str, int]) -> None:

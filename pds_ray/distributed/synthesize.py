@@ -13,13 +13,14 @@ from pds_ray import catalog
 from pds_ray.config import ConfigError, RunConfig
 from pds_ray.config import replace as configure
 from pds_ray.decoders.base import DecoderInfo
-from pds_ray.distributed import metrics, pools, process, watch
+from pds_ray.distributed import metrics, pools, process
+from pds_ray.distributed.in_flight import Doing, InFlight
 from pds_ray.methods.base import Counts, Run
 from pds_ray.sources.base import Source
 from pds_ray.stages import synthesize as core
 from pds_ray.store.manifest import fingerprint
 from pds_ray.store.run_folder import RunFolder
-from pds_ray.telemetry.progress import progress_bar, waiting_for
+from pds_ray.telemetry.progress import progress_bar
 
 
 class SynthesizeWorker:
@@ -31,13 +32,14 @@ class SynthesizeWorker:
         config: RunConfig,
         source: Source,
         folder: RunFolder,
-        in_flight: watch.InFlight,
+        in_flight: InFlight,
     ) -> None:
         is_model = info.dim is not None  # it takes embeddings
         load = (
             partial(process.load_model, catalog.load_decoder) if is_model else catalog.load_decoder
         )
-        self.decoder = load(info, config.decode, source)
+        with in_flight.doing("the decoder to load"):
+            self.decoder = process.keeping_error(load, info, config.decode, source)
         self.config = config
         self.folder = folder
         self.in_flight = in_flight
@@ -45,40 +47,47 @@ class SynthesizeWorker:
         self.free_since = time.monotonic()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        written, busy_s = [], 0.0
-        for start, stop in zip(
-            batch.column("start").to_pylist(), batch.column("stop").to_pylist(), strict=True
-        ):
-            pairs = range(start, stop)
-            self.in_flight.begin(_named(start))
-            request = core.make_batch(self.prototypes, pairs, self.config.seed, self.config.decode)
-            images = core.synthesize_chunk(self.decoder, request, self.config.decode)
-            fresh, began = 0, time.monotonic()
-            for pair, image in zip(pairs, images, strict=True):
-                busy_s += time.monotonic() - began
-                name = self.folder.image_name(pair)
-                if not self.folder.images.exists(name):
-                    buffer = io.BytesIO()
-                    image.save(buffer, format="PNG")
-                    self.folder.images.write_bytes(name, buffer.getvalue())
-                    fresh += 1
-                began = time.monotonic()
-            written.append(fresh)
+        (chunk,) = batch.to_pylist()
+        what = f"the images from {RunFolder.image_name(chunk['start'])} on"
+        with self.in_flight.doing(what, str(chunk["start"])) as doing:
+            written, busy_s = self._write(
+                range(chunk["start"], chunk["stop"]), chunk["lacks"], doing
+            )
         now = time.monotonic()
         idle_s, self.free_since = now - self.free_since - busy_s, now
         return pa.table(
             {
-                "start": [batch.column("start")[0].as_py()],
-                "written": [sum(written)],
+                "start": [chunk["start"]],
+                "written": [written],
                 "busy_s": [busy_s],
                 "idle_s": [idle_s],
             }
         )
 
+    def _write(self, pairs: range, lacks: int, doing: Doing) -> tuple[int, float]:
+        """Decode a chunk that lacks some images and write those.
 
-def _named(start: int) -> str:
-    """Return a chunk's name for the stall watchdog."""
-    return f"the images from {RunFolder.image_name(start)} on"
+        Returns how many were written, and the seconds that decoding took.
+        """
+        config = self.config.decode
+
+        def tell(share: float) -> None:
+            doing.reach(min(1.0, share) * lacks)
+
+        request = core.make_batch(self.prototypes, pairs, self.config.seed, config, tell)
+        images = core.synthesize_chunk(self.decoder(), request, config)
+        written, busy_s, began = 0, 0.0, time.monotonic()
+        for pair, image in zip(pairs, images, strict=True):
+            busy_s += time.monotonic() - began
+            name = self.folder.image_name(pair)
+            if not self.folder.images.exists(name):
+                buffer = io.BytesIO()
+                image.save(buffer, format="PNG")
+                self.folder.images.write_bytes(name, buffer.getvalue())
+                written += 1
+            doing.reach(max(written, doing.done))  # a decoder that works image by image
+            began = time.monotonic()
+        return written, busy_s
 
 
 def synthesize(run: Run) -> Counts:
@@ -95,22 +104,25 @@ def _decode(run: Run, config: RunConfig) -> Counts:
     pairs = folder.prototypes().num_rows
     folder.images.sweep()
     there = set(folder.image_names())
-    todo = [
-        chunk
+    lacks = {
+        chunk: sum(folder.image_name(pair) not in there for pair in chunk)
         for chunk in core.chunks(pairs, config.decode.batch_size)
-        if any(folder.image_name(pair) not in there for pair in chunk)
-    ]
+    }
+    todo = [chunk for chunk, lacking in lacks.items() if lacking]
     found = sum(folder.image_name(pair) in there for pair in range(pairs))
     made, decoders = 0, metrics.ActorTime("decode")
     if todo:
         ended = set[str]()
         with (
-            watch.InFlight() as in_flight,
+            InFlight() as in_flight,
             progress_bar("decode", pairs, "images", found) as bar,
         ):
-            waiting_for(lambda: in_flight.describe(ended))
+            bar.follow(in_flight.reports(ended.__contains__))
             dataset = ray.data.from_items(
-                [{"start": chunk.start, "stop": chunk.stop} for chunk in todo],
+                [
+                    {"start": chunk.start, "stop": chunk.stop, "lacks": lacks[chunk]}
+                    for chunk in todo
+                ],
                 override_num_blocks=len(todo),
             ).map_batches(
                 SynthesizeWorker,
@@ -122,7 +134,7 @@ def _decode(run: Run, config: RunConfig) -> Counts:
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
                 for row in pa.table(batch).to_pylist():
                     made += row["written"]
-                    ended.add(_named(row["start"]))
+                    ended.add(str(row["start"]))
                     decoders.add(row)
                     metrics.count("pds_ray_pictures_decoded_total", row["written"])
                     bar.update(row["written"])

@@ -129,11 +129,21 @@ def _faiss_gpus() -> int:
 
 def wait_for(reference: ray.ObjectRef, item: Any) -> Any:
     """Return the result of the task of `item`; meanwhile the stall watchdog names `item`."""
-    waiting_for(partial(str, item))
+    waiting_for(partial(_named, item))
     try:
         return ray.get(reference)
     finally:
         waiting_for(None)
+
+
+def _named(item: Any) -> str:
+    """Name an item of work for a person: shards by their names, whatever else goes with them."""
+    if isinstance(item, list):
+        names = [_named(each) for each in item]
+        return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    if isinstance(item, tuple):
+        return next(part for part in item if isinstance(part, str))
+    return str(item)
 
 
 def fetch(reference: ray.ObjectRef) -> Any:

@@ -1,15 +1,12 @@
-"""Watching work: which items are in flight, which blocks were lost, where space ran out."""
+"""Watching work: which blocks were lost, where space ran out."""
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-import time
-import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import ray
 
@@ -76,50 +73,3 @@ def no_space(error: BaseException) -> str:
         "the memory of Ray's object store and the disk it spills to (that of Ray's own files) are "
         f"full {where}; free space there and repeat the command"
     )
-
-
-class InFlight:
-    """The items that are being worked on. Pickles.
-
-    Workers report when they start an item; the stall watchdog reads it. Reports go to the cluster's
-    key-value store, because an actor would be one more process, lost with its node. They are
-    deleted at the end of the `with` block, or with the cluster if the driver is killed.
-    """
-
-    def __init__(self) -> None:
-        self._prefix = f"in_flight/{uuid.uuid4().hex}/".encode()
-
-    def __enter__(self) -> InFlight:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(ray.exceptions.RayError):  # a cluster that is gone has no reports either
-            ray_private.delete_keys(self._prefix)
-
-    def begin(self, name: str) -> None:
-        """Report that work on `name` begins here and now; a report that is lost stops no work."""
-        node = ray.get_runtime_context().get_node_id()[:8]
-        with suppress(ray.exceptions.RayError):
-            ray_private.put_key(
-                self._prefix + name.encode(), json.dumps([time.time(), node]).encode()
-            )
-
-    def describe(self, ended: set[str]) -> str:
-        """Return the three oldest items that have not `ended`, for a person.
-
-        The times are only as good as the clocks of the nodes agree.
-        """
-        now, begun = time.time(), []
-        try:
-            names = {
-                key: key.removeprefix(self._prefix).decode()
-                for key in ray_private.list_keys(self._prefix)
-            }
-            reports = ray_private.get_keys([key for key in names if names[key] not in ended])
-        except ray.exceptions.RayError as error:
-            return f"unknown ({type(error).__name__})"
-        for key, value in reports.items():
-            since, node = json.loads(value)
-            seconds = max(0.0, now - since)
-            begun.append((since, f"{names[key]} (for {seconds:.0f} s, on node {node})"))
-        return ", ".join(text for _, text in sorted(begun)[:3]) or "none"

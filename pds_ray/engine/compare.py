@@ -160,7 +160,7 @@ def compare(
     if not methods:
         raise ConfigError(f"no methods to compare: give --methods, some of {', '.join(METHODS)}")
     root = Folder(config.out)
-    judged = replace(judged, {"ray": config.ray})
+    judged = replace(judged, {"ray": config.ray, "read": config.read.files})
     rows, shards = [], []
     for entry in entries(config, methods, sizes, judged):
         run = make_run(entry.run)

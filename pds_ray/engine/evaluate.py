@@ -14,12 +14,13 @@ from typing import Any
 
 from pds_ray import catalog
 from pds_ray.backbones.base import BackboneInfo
-from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig
+from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig, changed
 from pds_ray.distributed.lifetime import session_kept
-from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
+from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo, spaces
 from pds_ray.errors import UserError, without_secrets
 from pds_ray.modalities.text import CLEANERS
 from pds_ray.recipes import protocol_name
+from pds_ray.sources.advice import Tally
 from pds_ray.sources.base import Sample, Shard, Source
 from pds_ray.stages.trial import (
     VALIDATION_EVERY,
@@ -140,12 +141,12 @@ def _splits(config: EvaluateConfig, protocols: list[ProtocolConfig]) -> dict[str
         raise ConfigError(
             "no test split: give --test SOURCE (such as flickr30k:ROOT:test or scenes:1000:7)"
         )
-    test = catalog.make_source(config.test)
+    test = catalog.make_source(config.test, config.read)
     splits = {"test": _split(config.test, test)}
     if any(protocol.select == "val" for protocol in protocols):
         uri = config.val or test.validation
         if uri:
-            splits["val"] = _split(uri, catalog.make_source(uri))
+            splits["val"] = _split(uri, catalog.make_source(uri, config.read))
             if overlap(splits["test"].shards, splits["val"].shards):
                 raise ConfigError(
                     f"--val {uri} holds images of --test {config.test}: the epoch would be "
@@ -188,18 +189,21 @@ def _split(uri: str, source: Source) -> Split:
 
 
 def _require_captions(uri: str, source: Source, shards: list[Shard]) -> None:
-    seen = 0
+    seen, bad = 0, Tally()
     for shard in shards:
         for item in source.read(shard):
             if isinstance(item, Sample):
                 return
+            bad.add(item.reason, item.key, item.detail)
             seen += 1
             if seen == CAPTION_PROBE:
                 raise ConfigError(
-                    f"none of the first {seen:,} samples of {uri} has an image and a caption"
+                    f"none of the first {seen:,} samples of {uri} has an image and a caption "
+                    f"({bad.line()})"
                 )
     raise ConfigError(
         f"none of the {seen:,} samples of {uri} has an image and a caption; retrieval needs both"
+        + (f" ({bad.line()})" if seen else "")
     )
 
 
@@ -240,7 +244,8 @@ def text_encoder(
     if not name:
         raise ConfigError(f"{path} does not say which CLIP made it; give --protocol.text-encoder")
     encoder = catalog.describe_text_encoder(name)
-    if protocol.text == "prototypes" and (encoder.space, encoder.dim) != (space, dim):
+    fits = space in spaces(encoder) and encoder.dim == dim
+    if protocol.text == "prototypes" and not fits:
         raise ConfigError(
             f"the text prototypes of {path} are of {own} and do not fit the text encoder {name}; "
             "give --protocol.text captions"
@@ -264,7 +269,9 @@ def _trials(
     # the encoder by its identity, which holds all that its name says
     about_protocol = {**dataclasses.asdict(protocol), "text_encoder": checked.encoder.identity}
     content = _content(checked.distilled)
-    depends_on = (SCHEMA_VERSION, content, about_protocol, held_out)
+    depends_on = [SCHEMA_VERSION, content, about_protocol, held_out]
+    if reading := changed(config.read):  # at their defaults these options change no earlier key
+        depends_on.append(reading)
     return [
         Trial(
             key=fingerprint(*depends_on, backbone.identity, seed),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 
 from tqdm import tqdm
@@ -10,11 +11,21 @@ from tqdm import tqdm
 from pds_ray import catalog
 from pds_ray.config import ConfigError, RunConfig, flatten, to_dict
 from pds_ray.config import replace as configure
-from pds_ray.errors import first_line
+from pds_ray.errors import first_line, some_of, without_secrets
 from pds_ray.methods.base import Method, Run
 from pds_ray.modalities.text import CLEANERS
-from pds_ray.sources.base import Fault, MissingShardsError, Sample, Shard, Source, SourceError
+from pds_ray.sources.advice import Tally
+from pds_ray.sources.base import (
+    CAPTION_LINES,
+    Fault,
+    MissingShardsError,
+    Shard,
+    Source,
+    SourceError,
+)
 from pds_ray.stages.cluster import require_faiss
+from pds_ray.stages.embed import file_of, marker_damage
+from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import RunManifest, fingerprint
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder, StorageError
@@ -45,7 +56,7 @@ def make_run(config: RunConfig, redo: bool = False) -> Run:
         require_faiss()
     source = catalog.make_source(config.source, config.read)
     folder = RunFolder(Folder(config.out))
-    shards = _choose_shards(source, folder, config.embed.store, redo)
+    shards, changed = _choose_shards(source, folder, config.embed.store, redo)
     encoder = catalog.describe_encoder(config.embed)
     decoder = catalog.describe_decoder(config.decode, encoder)
     _check_enough(source, shards, config)
@@ -60,6 +71,7 @@ def make_run(config: RunConfig, redo: bool = False) -> Run:
         store=folder.store(config.embed.store, ""),
         manifest=RunManifest(folder),
         fingerprints={},
+        changed=changed,
     )
     hashes = _fingerprints(run)
     return replace(
@@ -93,14 +105,17 @@ def _fingerprints(run: Run) -> dict[str, str]:
 
 def _choose_shards(
     source: Source, folder: RunFolder, store_path: str | None, redo: bool
-) -> list[Shard]:
-    """Return the shards of a source. A resumed run keeps its original list.
+) -> tuple[list[Shard], dict[str, Shard]]:
+    """Return the shards of a source, and by name those that changed, as they are now.
 
-    A shard that was removed or modified since must not stand against going on with all the others.
-    New shards, or an embedded shard of another size, make it another source: then the shards are
-    those that are there now. Raises SourceError.
+    A run that goes on, and one that begins on a store of other runs, keep the shards that these
+    began with as long as it is the same source: a shard that was removed, modified or mended must
+    not stand against going on with all the others. Else they are those that are there now. Raises
+    SourceError.
     """
-    begun = [] if redo else [Shard(**row) for row in folder.shards()]
+    store = folder.store(store_path, "")
+    own = [] if redo else folder.shards()
+    begun = [Shard(**row) for row in own or ([] if redo else store.shards())]
     try:
         listed = source.shards()
     except MissingShardsError as error:
@@ -108,21 +123,51 @@ def _choose_shards(
             raise
         listed = error.found
     before, now = {shard.name: shard for shard in begun}, {shard.name: shard for shard in listed}
-    store = folder.store(store_path, "")
-    for name, shard in now.items():
-        resized = name in before and shard.size != before[name].size
-        if name not in before or (resized and store.folder.exists(name + store.MARKER)):
-            return listed
-    changed = sum(shard.version != before[name].version for name, shard in now.items())
-    gone = len(before.keys() - now.keys())
-    if changed or gone:
-        text = (
-            f"pds-ray: of {len(begun):,} shards that {folder.folder.shown} began with, {gone:,} "
-            f"are gone and {changed:,} are newer; what is embedded of them stands (--redo embeds "
-            "all anew)"
+    gone = [name for name in before if name not in now]
+    changed = {
+        name: shard
+        for name, shard in now.items()
+        if name in before and file_of(shard) != file_of(before[name])
+    }
+    if (
+        now.keys() - before.keys()
+        or (gone and not own)
+        or not all(
+            _stands(shard, before[name], store, bool(own)) for name, shard in changed.items()
         )
-        log.event("source_changed", text, "warning", gone=gone, changed=changed)
-    return [replace(shard, location=now.get(shard.name, shard).location) for shard in begun]
+    ):
+        return listed, {}
+    if changed or gone:
+        place = folder.folder.shown if own else store.folder.shown
+        text = (
+            f"pds-ray: of {len(begun):,} shards that {place} began with, {_some(gone, 'gone')} "
+            f"and {_some(changed, 'newer')}; what is embedded of them stands: retry-failed reads "
+            "those again that had failed, --redo embeds all anew"
+        )
+        log.event("source_changed", text, "warning", gone=len(gone), changed=len(changed))
+    return [
+        replace(shard, location=now.get(shard.name, shard).location) for shard in begun
+    ], changed
+
+
+def _stands(now: Shard, before: Shard, store: EmbeddingStore, own: bool) -> bool:
+    """Return whether a shard that changed is one of the same source.
+
+    It is if it is not embedded or damaged, or embedded as it is now; to a run of its `own` begun
+    earlier, a file of the same size is the same.
+    """
+    if own and now.size == before.size:
+        return True
+    marker = store.marker(now.name)
+    if not marker or marker_damage(marker):
+        return True
+    read = marker.get("file", file_of(before))
+    return read["size"] == now.size if own else read == file_of(now)
+
+
+def _some(names: Collection[str], what: str) -> str:
+    """Say how many shards are `what`, and name a few."""
+    return f"{len(names):,} are {what}{names and f' ({some_of(list(names))})'}"
 
 
 def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> None:
@@ -133,10 +178,11 @@ def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> Non
     """
     wanted = min(config.pairs, PROBE)
     with progress_bar("check", wanted, "images", delay_s=QUIET_S) as bar:
-        images, bad = _count_captioned(wanted, source, shards, config, bar)
+        images, bad, notes = _count_captioned(wanted, source, shards, config, bar)
+    _tell_of_captions(notes, images, config)
     if images >= wanted:
         return
-    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in bad.most_common() if count)
+    reasons = bad.line()
     if images == 0:
         raise ConfigError(
             f"no sample of {config.source} has an image and a caption{reasons and f' ({reasons})'}"
@@ -147,40 +193,62 @@ def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> Non
     )
 
 
+def _tell_of_captions(notes: Counter[str], images: int, config: RunConfig) -> None:
+    """Say once how many captions are not UTF-8, and if most files hold several lines.
+
+    `notes` are those of the first samples.
+    """
+    source, of = without_secrets(config.source), f"of the first {images:,} images looked at"
+    encoded = {name: count for name, count in notes.items() if name != CAPTION_LINES}
+    if encoded:
+        kinds = ", ".join(f"{count:,} as {name}" for name, count in sorted(encoded.items()))
+        text = f"pds-ray: captions of {source} are not UTF-8; {of} some are read otherwise: {kinds}"
+        log.event("captions_not_utf8", text, "warning", kinds=encoded)
+    if 2 * notes[CAPTION_LINES] > images and config.read.caption_lines == "auto":
+        text = (
+            f"pds-ray: captions of {source} have several lines, {notes[CAPTION_LINES]:,} {of}, and "
+            "are read as one caption each; --read.caption-lines each takes every line for a "
+            "caption, whole keeps them together without this warning"
+        )
+        log.event("captions_of_lines", text, "warning", images=notes[CAPTION_LINES])
+
+
 def _count_captioned(
     wanted: int, source: Source, shards: list[Shard], config: RunConfig, bar: tqdm
-) -> tuple[int, Counter[str]]:
-    """Read until there are `wanted` captioned images; return how many there are, and what is bad.
+) -> tuple[int, Tally, Counter[str]]:
+    """Read until there are `wanted` captioned images.
 
-    Moves `bar` on by each image.
+    Returns how many there are, what is bad, and the notes of the source on captions. Moves `bar` on
+    by each image.
     """
     clean = CLEANERS[config.read.captions]
     images = read = 0
-    bad: Counter[str] = Counter()
+    bad, notes = Tally(), Counter[str]()
     for shard in shards:
         bar.set_postfix_str(shard.name, refresh=False)
         try:
             for item in source.read(shard):
-                captioned = isinstance(item, Sample) and any(map(clean, item.captions))
-                images += captioned
-                bar.update(captioned)
-                if images >= wanted:
-                    return images, bad
                 if isinstance(item, Fault):
-                    bad[item.reason] += 1
-                if images == 0 and bad["missing_caption"] >= CAPTIONLESS_PROBE:
+                    bad.add(item.reason, item.key, item.detail)
+                elif any(map(clean, item.captions)):
+                    images += 1
+                    notes.update(item.notes)
+                    bar.update()
+                if images >= wanted:
+                    return images, bad, notes
+                if images == 0 and bad.counts["missing_caption"] >= CAPTIONLESS_PROBE:
                     raise ConfigError(
                         f"the first {CAPTIONLESS_PROBE:,} samples of {config.source} have no "
-                        "caption"
+                        f"caption ({bad.line()})"
                     )
             read += 1
         except (OSError, StorageError) as error:
-            bad["unreadable shards"] += 1
-            unreadable = bad["unreadable shards"]
+            bad.add("unreadable shards", shard.name, first_line(error))
+            unreadable = bad.counts["unreadable shards"]
             if unreadable == min(len(shards), UNREADABLE_PROBE) and not read:
                 every = unreadable == len(shards)
                 which = "no shard" if every else f"none of the first {unreadable} shards"
                 raise SourceError(
                     f"{which} of {config.source} can be read: {first_line(error)}"
                 ) from error
-    return images, bad
+    return images, bad, notes

@@ -25,8 +25,10 @@ def distill(config: RunConfig, redo: bool = False, only: Collection[str] = ()) -
     Interrupted at any instant and called again with the same configuration, it continues and ends
     with the same bytes. `redo` allows a run folder of another configuration: what depends on the
     change is done again. `only` names the stages to run, if any; stages before them must be done.
+    A Ray that it starts ends with the call; one that runs already is used and stays.
 
-    Raises ConfigError, SourceError, StorageError or ManifestError in one line for user errors.
+    Raises ConfigError, SourceError, StorageError or ManifestError in one line for user errors, and
+    UserError while another thread of the process is at work on a run.
     """
     run = make_run(config, redo)
     unknown = [name for name in only if name not in run.method.names]
@@ -38,15 +40,12 @@ def distill(config: RunConfig, redo: bool = False, only: Collection[str] = ()) -
         return _run_stages(state.open_run(run, redo), only)
 
 
-def redo(
-    config: RunConfig, stages: Iterable[str], prepare: Callable[[Run], None]
-) -> dict[str, Any]:
+def redo(run: Run, stages: Iterable[str], prepare: Callable[[Run], None]) -> dict[str, Any]:
     """Redo some stages of a run, then what depends on them if they come out otherwise.
 
-    `config` is that of the run. `prepare` is called when all checks have passed, with run folder
-    and store locked. Returns and raises what `distill` does.
+    `prepare` is called when all checks have passed, with run folder and store locked. Returns and
+    raises what `distill` does.
     """
-    run = make_run(config)
     with _locked(run.folder):
         run = state.open_run(run, redo=False)
         run.manifest.forget(*stages)

@@ -8,8 +8,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from pds_ray.config import FREE_FIELDS, RunConfig, flatten, public, to_dict
-from pds_ray.errors import without_secrets
+from pds_ray.errors import some_of, without_secrets
 from pds_ray.methods.base import Counts, Run, Stage
+from pds_ray.sources.base import Shard
 from pds_ray.store.manifest import ManifestError, RunManifest, fingerprint
 from pds_ray.store.storage import StorageError
 from pds_ray.telemetry import log
@@ -32,13 +33,17 @@ def open_run(run: Run, redo: bool) -> Run:
         _refuse_changes(run, changed)
     _open_store(run, redo)
     if redo or not run.folder.shards():
-        shards = [asdict(shard) for shard in run.shards]
-        shown = [{**shard, "location": without_secrets(shard["location"])} for shard in shards]
-        manifest.update(shards_sha256=run.folder.save_shards(shown))
+        manifest.update(shards_sha256=run.folder.save_shards(_rows(run.shards)))
     if changed:  # stale stages must not look finished, should redoing them be interrupted
         run.folder.distilled.delete_all()
         manifest.forget(*changed)
     return run
+
+
+def _rows(shards: list[Shard]) -> list[dict[str, Any]]:
+    """Return shards as rows of shards.parquet, without the secrets of their locations."""
+    rows = [asdict(shard) for shard in shards]
+    return [{**row, "location": without_secrets(row["location"])} for row in rows]
 
 
 def _refuse_changes(run: Run, changed: list[str]) -> None:
@@ -54,11 +59,34 @@ def _refuse_changes(run: Run, changed: list[str]) -> None:
             "--out, or --redo to redo what depends on the change"
         )
     if changed:
+        shards = _shards_that_differ(run.folder.shards(), run.shards)
+        what = f"the source ({shards})" if shards else "a model or the version of pds-ray"
         raise ManifestError(
-            f"the source, a model or the version of pds-ray changed since {place} was begun "
-            f"(stage {changed[0]} no longer matches); give another --out, or --redo to redo what "
-            "depends on it"
+            f"{what} changed since {place} was begun (stage {changed[0]} no longer matches); give "
+            "another --out, or --redo to redo what depends on it"
         )
+
+
+def _shards_that_differ(before: list[dict[str, Any]], after: list[Shard]) -> str:
+    """Name the shards that differ between two listings of a source, "" if none does.
+
+    `before` holds rows of shards.parquet, none if the earlier listing is not known.
+    """
+    old = {row["name"]: (row["size"], row["version"]) for row in before}
+    new = {shard.name: (shard.size, shard.version) for shard in after} if old else {}
+    both = [name for name in new if name in old and new[name] != old[name]]
+    resized = [name for name in both if new[name][0] != old[name][0]]
+    kinds = {
+        "new": [name for name in new if name not in old],
+        "gone": [name for name in old if name not in new],
+        "of another size": [
+            f"{name}: {old[name][0] or 0:,}, now {new[name][0]:,}" for name in resized
+        ],
+        "newer": [name for name in both if name not in resized],
+    }
+    return "; ".join(
+        f"{len(names):,} shards {kind}: {some_of(names)}" for kind, names in kinds.items() if names
+    )
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -74,17 +102,21 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 def _open_store(run: Run, redo: bool) -> None:
     store, wanted = run.store, run.fingerprints["embed"]
+    shared = run.config.embed.store is not None
     store.folder.create()
     if store.folder.exists(store.STORE):
         found = store.folder.read_json(store.STORE)
         if found.get("fingerprint") == wanted:
+            if shared and not store.shards():  # begun by an earlier version
+                store.save_shards(_rows(run.shards))
             return
-        shared = run.config.embed.store is not None
         if shared or not redo:  # a shared store is never wiped: other runs stand on it
+            begun = store.shards() if shared else run.folder.shards()
+            shards = _shards_that_differ(begun, run.shards)
             raise ManifestError(
                 f"the embeddings in {store.folder.shown} were made from other data, by another "
                 f"encoder or by another version of pds-ray ({found.get('source')}, "
-                f"{found.get('encoder')}); give another "
+                f"{found.get('encoder')}{shards and f'; {shards}'}); give another "
                 + ("--embed.store" if shared else "--out, or --redo")
             )
         store.folder.delete_all()
@@ -94,6 +126,8 @@ def _open_store(run: Run, redo: bool) -> None:
         "encoder": run.encoder.name,
         "space": run.encoder.space,
     }
+    if shared:  # a run that begins later knows by them what was mended since
+        store.save_shards(_rows(run.shards))
     sizes = {"dim": run.encoder.dim, "shards": len(run.shards)}
     store.folder.write_json(store.STORE, {"fingerprint": wanted, **about, **sizes})
 
@@ -184,7 +218,9 @@ def unchanged(run: Run) -> Markers:
 
 def _expected(run: Run) -> int:
     """Return how many shards are embedded, as the stage counted them."""
-    return len(run.shards) - run.counts("embed").get("failed_shards", 0)
+    counts = run.counts("embed")
+    # earlier versions did not count damaged shards as failed
+    return counts.get("shards_embedded", len(run.shards) - counts.get("failed_shards", 0))
 
 
 def _markers(run: Run) -> Markers:

@@ -9,15 +9,17 @@ from typing import Any
 from pds_ray import catalog
 from pds_ray.config import ConfigError, RunConfig, flatten, replace
 from pds_ray.engine import run as engine
-from pds_ray.errors import first_line
+from pds_ray.engine.plan import make_run
+from pds_ray.errors import first_line, some_of
 from pds_ray.methods.base import Run
 from pds_ray.sources.base import RETRYABLE
-from pds_ray.stages.embed import shard_counts, sum_counts
+from pds_ray.stages.embed import file_of, marker_damage, shard_counts, sum_counts
 from pds_ray.store.distilled_set import MANIFEST
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import RunManifest
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder, side_by_side
+from pds_ray.telemetry import log
 from pds_ray.telemetry.progress import progress_bar
 
 
@@ -164,8 +166,15 @@ def _disagreements(run: _Run, markers: dict[str, dict[str, Any]]) -> Iterator[Pr
         shard = name.removesuffix(store.IMAGES)
         if shard not in markers and shard not in failed:
             yield Problem("embed", shard + store.MARKER, "missing or corrupt", shard)
-    found = {"shards": len(markers) + len(failed), **asdict(sum_counts(markers.values()))}
-    for what in ("shards", "images", "pairs", "bad"):
+    damaged = sum(marker_damage(marker) != "" for marker in markers.values())
+    found = {
+        "shards": len(markers) + len(failed),
+        "failed_shards": len(failed) + damaged,
+        **asdict(sum_counts(markers.values())),
+    }
+    # earlier versions did not count damaged shards as failed
+    failures = ("failed_shards",) if "shards_embedded" in counts else ()
+    for what in ("shards", *failures, "images", "pairs", "bad"):
         if found[what] != counts[what]:
             yield Problem(
                 "embed",
@@ -190,31 +199,57 @@ def repair(path: str, problems: list[Problem], changes: Mapping[str, Any]) -> di
     run = _open(path, changes)
     if any(problem.name == RunFolder.SHARDS for problem in problems):
         run.folder.folder.delete(RunFolder.SHARDS)  # written again from the source
-    return engine.redo(run.config, {problem.stage for problem in problems}, prepare)
+    stages = {problem.stage for problem in problems}
+    return engine.redo(make_run(run.config), stages, prepare)
 
 
 def retry_failed(path: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Retry shards that failed and samples that killed their process, then what depends on them.
+    """Retry what failed, then what depends on it.
 
-    `changes` to the configuration of the run may say how the source is reached now, or anything of
-    `ray.*`.
+    That is shards that could not be read, damaged ones whose file has changed since, and samples
+    that killed their process. `changes` to the configuration of the run may say how the source is
+    reached now, or anything of `ray.*`.
 
-    Raises what `engine.run.distill` does, and ConfigError if nothing failed.
+    Raises what `engine.run.distill` does, and ConfigError if there is nothing to try again.
     """
-    run = _open(path, changes)
-    markers = run.store.committed()
-    deadly = [
-        shard for shard, marker in markers.items() if marker["reasons"].keys() & set(RETRYABLE)
-    ]
-    shards = [*run.store.failed(), *deadly]
-    if not shards:
+    found = _open(path, changes)
+    run = make_run(found.config)
+    again, unchanged = _failed(run, found.store)
+    named = f"{len(unchanged):,} damaged shards ({some_of(unchanged)})"
+    if not again and not unchanged:
         raise ConfigError(
             f"nothing to try again: no shard of {path} failed, no sample killed its process"
         )
+    if not again:
+        raise ConfigError(
+            f"nothing to try again: {named} of {path} have not changed since they were read; mend "
+            "the files first (a new modification time counts as a change)"
+        )
+    if unchanged:
+        text = f"pds-ray: not tried again: {named}, which have not changed since they were read"
+        log.event("shards_unchanged", text, "warning", shards=len(unchanged))
 
     def prepare(run: Run) -> None:
-        for shard in shards:
+        for shard in again:
             # what is embedded of the shard stands until it succeeds
             run.store.fail(shard, "to be tried again")
 
-    return engine.redo(run.config, ["embed"], prepare)
+    return engine.redo(run, ["embed"], prepare)
+
+
+def _failed(run: Run, store: EmbeddingStore) -> tuple[list[str], list[str]]:
+    """Return the shards to try again, and those that are damaged as they were when they were read.
+
+    A shard that an earlier version found damaged is to be tried again: its file is not recorded.
+    """
+    markers = store.committed()
+    noted, again, unchanged = store.failed(), [], []
+    for begun in run.shards:
+        shard, marker = run.changed.get(begun.name, begun), markers.get(begun.name, {})
+        deadly = bool(marker) and not marker["reasons"].keys().isdisjoint(RETRYABLE)
+        damaged = bool(marker) and marker_damage(marker) != ""
+        if begun.name in noted or deadly or (damaged and marker.get("file") != file_of(shard)):
+            again.append(begun.name)
+        elif damaged:
+            unchanged.append(begun.name)
+    return again, unchanged

@@ -108,6 +108,8 @@ class Run:
     manifest: RunManifest
     fingerprints: Mapping[str, str]
     """Stage -> hash of all that its bytes depend on."""
+    changed: Mapping[str, Shard] = field(default_factory=dict)
+    """Name -> shard as it is now, of those that changed since the source was begun with."""
     embedded: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     """Shard -> commit marker of the shards that are embedded, in order; empty until they are."""
 

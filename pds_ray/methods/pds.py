@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from pds_ray.config import ReadConfig, changed
 from pds_ray.methods.base import Method, Run, Stage
 from pds_ray.store.card import CardText
 from pds_ray.store.schemas import STORE_SCHEMA_VERSION
@@ -21,12 +22,21 @@ def _embeddings(run: Run) -> list[Any]:
     return [
         STORE_SCHEMA_VERSION,
         [(shard.name, shard.size, shard.version) for shard in run.shards],
-        asdict(run.config.read),
+        _reading(run.config.read),
         run.encoder.identity,
         [preprocess.size, preprocess.interpolation, preprocess.resize_mode, preprocess.fill],
         run.config.embed.precision,
         run.config.embed.store_dtype,
     ]
+
+
+def _reading(read: ReadConfig) -> dict[str, Any]:
+    """Return the options of reading that embeddings depend on.
+
+    Those that came later count where they are not at their default: so earlier stores stand.
+    """
+    first = {"captions": read.captions, "max_pixels": read.max_pixels, "min_side": read.min_side}
+    return {**first, **changed(read)}
 
 
 def _clusters(run: Run) -> list[Any]:

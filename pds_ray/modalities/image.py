@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import warnings
@@ -9,9 +10,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, features
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"),
+    *(["AVIF"] if features.check("avif") else []),
+)
 """The only decoders that are ever tried: each further one is more code open to hostile bytes."""
 
 MAX_JPEG_SCANS = 100
@@ -19,6 +23,10 @@ MAX_JPEG_SCANS = 100
 
 Each costs as much as a whole image and may take 10 bytes.
 """
+
+PNG_START, JPEG_START, JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
+PNG_BALLAST = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+"""Chunks of a PNG that hold texts and the colour profile."""
 
 # the markers that a length follows, and the end
 _JPEG_SEGMENT = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
@@ -38,7 +46,7 @@ class ImageError(ValueError):
 
 
 def decode_image(data: bytes, *, max_pixels: int = 64_000_000, min_side: int = 2) -> Image.Image:
-    """Decode the (first) image in JPEG, PNG, WebP or GIF bytes: upright, RGB, laid on white.
+    """Decode the (first) image in bytes of one of FORMATS: upright, RGB, laid on white.
 
     The size is checked in the header, before any pixel is decoded; Pillow's own pixel limit applies
     as well. Raises ImageError, and nothing else, whatever the bytes are.
@@ -47,12 +55,10 @@ def decode_image(data: bytes, *, max_pixels: int = 64_000_000, min_side: int = 2
         with warnings.catch_warnings():
             # damaged metadata can give 65,535 warnings per image
             warnings.simplefilter("ignore", UserWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_size(image.size, max_pixels, min_side)
-                if image.format in ("JPEG", "MPO"):
-                    _check_scans(data)
-                image.load()
-                return _upright(_to_rgb(image), image)
+            try:
+                return _decode(data, max_pixels, min_side)
+            except (OSError, ValueError) as error:
+                return _decode(_mended(data, error), max_pixels, min_side)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -64,6 +70,57 @@ def decode_image(data: bytes, *, max_pixels: int = 64_000_000, min_side: int = 2
     # bytes must cost one sample, so everything is taken here.
     except Exception as error:
         raise ImageError("undecodable_image", _describe(error)) from error
+
+
+def _decode(data: bytes, max_pixels: int, min_side: int) -> Image.Image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        _check_size(image.size, max_pixels, min_side)
+        if image.format in ("JPEG", "MPO"):
+            _check_scans(data)
+        if image.format == "TIFF" and image.mode in ("I", "F"):
+            raise ImageError("undecodable_image", f"a TIFF of pixels in mode {image.mode}")
+        image.load()
+        return _upright(_to_rgb(image), image)
+
+
+def _mended(data: bytes, error: Exception) -> bytes:
+    """Return an image without what kept it from being read and is no pixel of it.
+
+    Raises `error` if there is no such thing.
+    """
+    if isinstance(error, ImageError):
+        raise error
+    if data.startswith(PNG_START) and "MAX_TEXT" in str(error):
+        return _without_ballast(data)
+    if data.startswith(JPEG_START) and "truncated" in str(error):
+        begun = data.removesuffix(JPEG_END[:1])
+        if _has_all_pixels(begun):
+            return begun + JPEG_END
+    raise error
+
+
+def _without_ballast(png: bytes) -> bytes:
+    kept, start = [PNG_START], len(PNG_START)
+    while start < len(png):
+        end = start + 12 + int.from_bytes(png[start : start + 4])
+        if png[start + 4 : start + 8] not in PNG_BALLAST:
+            kept.append(png[start:end])
+        start = end
+    return b"".join(kept)
+
+
+def _has_all_pixels(jpeg: bytes) -> bool:
+    """Say if a JPEG lacks its end mark alone: its pixels are the same whatever follows."""
+    pixels = set()
+    for rest in (b"", b"\x55" * 16, b"\xaa" * 16):
+        try:
+            with Image.open(io.BytesIO(jpeg + rest + JPEG_END), formats=("JPEG",)) as image:
+                pixels.add(hashlib.blake2b(image.tobytes()).digest())
+        except OSError:
+            return False
+        if len(pixels) > 1:
+            return False
+    return True
 
 
 def _check_size(size: tuple[int, int], max_pixels: int, min_side: int) -> None:

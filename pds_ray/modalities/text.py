@@ -1,6 +1,7 @@
-"""Caption cleaning: one function per rule set, chosen by name.
+"""From the bytes of a text to its characters, and caption cleaning.
 
-A cleaner never raises and may return "": the caller counts an empty caption as missing.
+There is one cleaner per rule set, chosen by name. A cleaner never raises and may return "": the
+caller counts an empty caption as missing.
 
 Whatever the rule, a caption ends after MAX_CHARACTERS characters. A CLIP text encoder reads 77
 tokens, 300 to 400 characters of prose; it would read beyond the cut only if a token had more than
@@ -10,6 +11,7 @@ and the whole text is stored.
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Callable
 
@@ -31,6 +33,47 @@ _INVISIBLE = re.compile(
 )
 _PAPER_PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
 _WHITE_RUN = re.compile(r"\s{2,}")
+
+BYTE_ORDER_MARKS = {  # the mark of UTF-32 begins as that of UTF-16 does, so it comes first
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+# cp1252 leaves five bytes undefined; they are read as Latin-1 reads them
+_CP1252 = {
+    byte: text for byte in range(128, 160) if (text := bytes([byte]).decode("cp1252", "ignore"))
+}
+
+
+def decode_text(data: bytes) -> tuple[str, str]:
+    """Return the text that a file holds, and its encoding.
+
+    A byte-order mark decides. Without one it is UTF-16 if every other byte of most characters is
+    zero, otherwise UTF-8 and, where that is not valid, cp1252, which editors of Windows write and
+    which takes any bytes. Raises nothing.
+    """
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if data.startswith(mark):
+            return data.decode(encoding, "replace"), encoding
+    for encoding in (*_wide(data), "utf-8"):
+        try:
+            return data.decode(encoding), encoding
+        except UnicodeDecodeError:
+            continue
+    return data.decode("latin-1").translate(_CP1252), "cp1252"
+
+
+def _wide(data: bytes) -> tuple[str, ...]:
+    """Return the UTF-16 that the bytes look like, if any."""
+    for encoding, text, zeros in (
+        ("utf-16-le", data[0::2], data[1::2]),
+        ("utf-16-be", data[1::2], data[0::2]),
+    ):
+        if len(text) == len(zeros) < 2 * zeros.count(0) and 0 not in text:
+            return (encoding,)
+    return ()
 
 
 def clean_basic(text: str) -> str:

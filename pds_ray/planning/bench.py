@@ -88,10 +88,9 @@ def bench(config: RunConfig) -> dict[str, Any]:
     ):
         jpegs = catalog.make_source(_write_jpegs(Path(folder) / "jpegs.tar"))
         sources = {JPEG: _source_figures(jpegs, info, config)}
-        sources |= {
-            without_secrets(uri): _source_figures(catalog.make_source(uri), info, config)
-            for uri in uris
-        }
+        for uri in uris:
+            source = catalog.make_source(uri, config.read)
+            sources[without_secrets(uri)] = _source_figures(source, info, config)
         bar.update()
         with _environment({} if _gpus() else malloc_env()):  # as the engine's workers have it
             figures = _in_a_process(_model_figures, info, decoder, jpegs, config)

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from pds_ray import catalog
+from pds_ray.config import FilesConfig
 from pds_ray.errors import ConfigError, first_line
 from pds_ray.planning.figures import Measured, assumptions, gpu_kind
 from pds_ray.sources.base import Sample, SourceError
@@ -89,12 +90,14 @@ def web_workload(pairs: int, captions_per_image: int, bytes_per_pair: int) -> Wo
     return Workload(images, pairs, size, math.ceil(images / SHARD_IMAGES), remote=True)
 
 
-def survey(uri: str) -> Workload:
+def survey(uri: str, read: FilesConfig | None = None) -> Workload:
     """Estimate the size of a source from the list of its shards and the content of the first.
+
+    It is read by the options `read`, by default those of a run.
 
     Raises SourceError in one line if that cannot be read or holds no captioned image.
     """
-    source = catalog.make_source(uri)
+    source = catalog.make_source(uri, read)
     shards = source.shards()
     images = pairs = size = 0
     try:

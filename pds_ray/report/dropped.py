@@ -66,7 +66,7 @@ def _unmatched(run: OpenRun) -> list[Json]:
 
 def _unread(embed: Json) -> list[Json]:
     failed = embed.get("failed_shards", 0)
-    why = "none of their samples is counted here; pds-ray retry-failed tries them again"
+    why = "they cannot be read, or not to their end; once mended, pds-ray retry-failed reads them"
     return [_step("shards not read", failed, embed["shards"], why)] if failed else []
 
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from PIL import Image
 
 from pds_ray import catalog
+from pds_ray.config import FilesConfig
 from pds_ray.errors import UserError, first_line
 from pds_ray.modalities.image import ImageError, decode_image
 from pds_ray.sources.base import Sample, Shard, Source
@@ -37,11 +38,15 @@ def data_uri(image: Image.Image, side: int = IMAGE_SIDE) -> str:
 
 
 def real_thumbnails(
-    uri: str, wanted: Iterable[Place], step: Callable[[], object] = lambda: None
+    uri: str,
+    read: FilesConfig,
+    wanted: Iterable[Place],
+    step: Callable[[], object] = lambda: None,
 ) -> tuple[dict[Place, str], list[str]]:
     """Return data URIs of images of a source, and notes on the missing ones.
 
-    `step` is called after each shard. A source that cannot be read gives one note, never an error.
+    `read` are the options by which the source was read; `step` is called after each shard. A
+    source that cannot be read gives one note, never an error.
     """
     needed: dict[str, set[str]] = {}
     for shard, key in wanted:
@@ -57,7 +62,7 @@ def real_thumbnails(
         )
     found: dict[Place, str] = {}
     try:
-        source = catalog.make_source(uri)
+        source = catalog.make_source(uri, read)
         shards = {shard.name: shard for shard in source.shards()}
         for name in sorted(chosen):
             if name in shards:

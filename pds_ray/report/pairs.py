@@ -27,7 +27,7 @@ def gather_pairs(
     records = distilled.records[: run.shown]
     neighbours = scan.nearest if scan else [_nearest(record) for record in records]
     places = [(item["shard"], item["key"]) for items in neighbours for item in items]
-    thumbs, notes = real_thumbnails(run.config.get("source", ""), places, step)
+    thumbs, notes = real_thumbnails(run.config.get("source", ""), run.read, places, step)
     number = {place: index for index, place in enumerate(thumbs)}
     entries = [_entry(distilled, pair, items, number) for pair, items in enumerate(neighbours)]
     if unreadable := sum(entry["image"] is None for entry in entries):

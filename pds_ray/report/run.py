@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pds_ray import catalog
+from pds_ray.config import FilesConfig, options
 from pds_ray.methods.base import Method
 from pds_ray.report.values import Json
 from pds_ray.store.distilled_set import DistilledSet, DistilledSetError, load_distilled
@@ -33,6 +34,13 @@ class OpenRun:
     @property
     def config(self) -> Json:
         return self.manifest.get("config", {})
+
+    @property
+    def read(self) -> FilesConfig:
+        """The options by which the source was read; at their default if they are not recorded."""
+        recorded = self.config.get("read", {})
+        known = options(FilesConfig).keys() & recorded.keys()
+        return FilesConfig(**{name: recorded[name] for name in known})
 
     @property
     def method(self) -> Method:

@@ -15,7 +15,7 @@ are sums of two, which is all that is needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -39,6 +39,8 @@ class Candidates:
     """int64 [N]: the row of each pair's image."""
     similarity: np.ndarray
     """float32 [N]: cosine of each pair's image and text."""
+    tell: Callable[[str], object] = lambda _what: None
+    """Called now and then with what the first pick waits for."""
 
     def __len__(self) -> int:
         return len(self.owner)

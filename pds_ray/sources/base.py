@@ -16,6 +16,9 @@ from typing import Protocol
 from pds_ray.errors import UserError
 from pds_ray.store.storage import StorageError
 
+CAPTION_LINES = "lines"
+"""Note on a sample with a text of several lines that was read as one caption."""
+
 READ_RETRY_WAITS_S = (1.0, 5.0, 25.0)
 
 
@@ -56,9 +59,11 @@ class Sample:
 
     key: str
     image: bytes
-    """Encoded image (JPEG, PNG, WebP, GIF)."""
+    """Encoded image, in one of `modalities.image.FORMATS`."""
     captions: tuple[str, ...]
     """At least one, not blank, not yet cleaned."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """CAPTION_LINES, and encodings of captions other than UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,8 @@ REASONS = (
     "not_a_tar",  # the shard is not a tar at all; key is ""
     "truncated_shard",  # the tar ends early, all before the cut was read; key: sample cut, or ""
     "missing_shard",  # listed, but gone or unreadable when it was opened; key is ""
-    "missing_image",  # no member with a known image extension, or the file is not there
-    "missing_caption",  # neither .txt nor .json gives a caption that is not blank
+    "missing_image",  # no file with a suffix of images, or the file is not there
+    "missing_caption",  # no caption file gives a caption that is not blank
     "duplicate_key",  # a second sample under a key already seen in this shard
     "unsafe_member",  # absolute path, '..', link or device: never followed, never written
     "member_too_large",  # a member larger than the limit; not read

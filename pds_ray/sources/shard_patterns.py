@@ -8,13 +8,15 @@ asked for.
 
 from __future__ import annotations
 
+import codecs
+import errno
 import glob
 import hashlib
 import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from functools import cache
 from itertools import takewhile
@@ -38,7 +40,13 @@ from pds_ray.store.storage import open_stream
 from pds_ray.telemetry import log
 
 WEB = ("http://", "https://")
-SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+
+DATASET_TYPE = "dataset_type.txt"
+"""The file beside the shards, or a folder above, by which clip-benchmark says what they are for."""
+
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""How a list begins that an editor or a shell of Windows wrote."""
 
 NAME_LENGTH = 150
 """Longest name of a shard, in characters.
@@ -84,9 +92,9 @@ def _look_for(pattern: str, stores: dict[tuple[str, str], _Store]) -> _Match:
         shards = _only_shards(pattern, list(store.walk(store.root, path.split("/"))))
     except (OSError, StorageError) as error:
         raise SourceError(f"cannot look for {pattern}: {first_line(error)}") from error
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise SourceError(
-            f"cannot take all that {pattern} matches: the name {error.object!r} is not UTF-8; "
+            f"cannot take all that {pattern} matches: the name {error.args[1]!r} is not UTF-8; "
             "rename it"
         ) from error
     token = "; a private data set needs HF_TOKEN" if prefix.startswith("hf://") else ""
@@ -139,7 +147,13 @@ def _way_out(uri: str) -> str:
 
 
 def _only_shards(pattern: str, infos: list[pafs.FileInfo]) -> list[pafs.FileInfo]:
-    shards = [info for info in infos if info.is_file and info.path.lower().endswith(SHARD_SUFFIXES)]
+    shards = [
+        info
+        for info in infos
+        # what a wildcard takes for a shard and is none is counted as a failed shard
+        if (info.is_file or info.type == pafs.FileType.NotFound or _is_magic(pattern))
+        and info.path.lower().endswith(SHARD_SUFFIXES)
+    ]
     if infos and not shards and not _is_magic(pattern):
         if infos[0].is_file:
             raise SourceError(f"{pattern} is not a tar shard ({', '.join(SHARD_SUFFIXES)})")
@@ -165,8 +179,37 @@ def shard_names(locations: list[str]) -> dict[str, str]:
 
 def _safe_stem(location: str) -> str:
     path = split_address(location)[1]
-    stem = re.sub(r"\.(tar|tar\.gz|tgz)$", "", path.rpartition("/")[2], flags=re.IGNORECASE)
+    base = path.rpartition("/")[2]
+    ends = [suffix for suffix in SHARD_SUFFIXES if base.lower().endswith(suffix)]
+    stem = base[: -max(map(len, ends))] if ends else base
     return re.sub(r"[^A-Za-z0-9._-]", "_", stem).lstrip(".") or "shard"
+
+
+def for_retrieval(locations: Iterable[str]) -> set[str]:
+    """Return those shards whose DATASET_TYPE says retrieval: each line of a text is a caption."""
+    said: dict[str, bool] = {}
+    found = set()
+    for location in locations:
+        prefix, path, query = split_address(location)
+        folder = path.rpartition("/")[0]
+        for place in (folder, folder.rpartition("/")[0]):
+            file = prefix + "/".join(filter(None, (place, DATASET_TYPE))) + query
+            if file not in said:
+                said[file] = _says_retrieval(file)
+            if said[file]:
+                found.add(location)
+    return found
+
+
+def _says_retrieval(location: str) -> bool:
+    filesystem, path = _open_root(location)
+    try:
+        if not filesystem.get_file_info(path).is_file:
+            return False
+        with open_shard(location) as stream:
+            return stream.read(64).strip().lower() == b"retrieval"
+    except (OSError, StorageError):  # some stores refuse to say that a file is not there
+        return False
 
 
 # ---- patterns ------------------------------------------------------------------------------------
@@ -201,8 +244,12 @@ def _has_spaces(text: str) -> bool:
         return False
     stores: dict[tuple[str, str], _Store] = {}
     try:
-        return any(_look_for(pattern, stores).shards for pattern in _expand_braces(text))
-    except SourceError:  # as for a name that is too long; its parts are looked for in turn
+        return any(
+            _look_for(pattern, stores).shards
+            for pattern in _expand_braces(text)
+            if is_remote(pattern) or os.path.isdir(_fixed_folder(pattern))
+        )
+    except SourceError:  # its parts are looked for in turn, and what is wrong with them is said
         return False
 
 
@@ -224,7 +271,9 @@ def _expand_braces(pattern: str) -> Iterator[str]:
 def _read_list(location: str) -> list[str]:
     try:
         with open_shard(location) as stream:
-            lines = [line.strip() for line in stream.read().decode("utf-8-sig").splitlines()]
+            data = stream.read()
+        encoding = "utf-16" if data.startswith(UTF_16) else "utf-8-sig"
+        lines = [line.strip() for line in data.decode(encoding).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"cannot read the shard list {location}: {error}") from error
     prefix, path, settings = split_address(location)
@@ -319,10 +368,20 @@ class _Store:
                     self.location(folder),
                     limit_s=None,
                 )
+                infos += self._dangling(folder) if self.root == "/" else []
             except NotADirectoryError:
                 infos = []
             self._listings[folder] = {_base_name(info): info for info in infos}
         return self._listings[folder]
+
+    @staticmethod
+    def _dangling(folder: str) -> list[pafs.FileInfo]:
+        """Return the links of a local folder that lead nowhere: no listing of pyarrow has them."""
+        if not os.path.isdir(folder):
+            return []
+        with os.scandir(folder) as entries:
+            lost = [each.path for each in entries if each.is_symlink() and not os.path.exists(each)]
+        return [pafs.FileInfo(path, pafs.FileType.NotFound) for path in sorted(lost)]
 
 
 def _base_name(info: pafs.FileInfo) -> str:
@@ -336,6 +395,8 @@ def _base_name(info: pafs.FileInfo) -> str:
 def open_shard(location: str) -> io.BufferedReader:
     """Open the file at a location that `find_shards` returned."""
     filesystem, path = open_filesystem(location)
+    if not is_remote(location) and os.path.isdir(path):  # pyarrow's error does not tell its kind
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", path)
     return open_stream(filesystem, path, location)
 
 

@@ -1,32 +1,33 @@
-"""A tar archive read strictly forwards, plain or gzipped, whatever its bytes are.
+"""Tar archives read strictly forwards, plain or compressed, whatever the bytes are.
 
 Headers are parsed by `tarfile`; the walk is our own, because tarfile's stream mode takes a damaged
 header for the end of the archive (the samples behind it would vanish unreported), reads extension
 headers of any declared size into memory, and keeps every header it has seen. Memory holds one
 member; work is bounded by the size of the file.
+
+An archive ends with zeros, and a file may hold several archives, joined. A hole is zeros as well: a
+download that was preallocated and never finished, or a disk that lost a block. It is told from an
+end by its length.
 """
 
 from __future__ import annotations
 
-import gzip
 import io
 import re
 import tarfile
-import zlib
 from collections.abc import Iterator
+
+from pds_ray.sources.unpack import describe, unpacked
 
 MAX_HEADER_BYTES = 64 * 1024
 """Largest extension header (PAX, GNU long name) that is read: a path and a few attributes."""
 
-MAX_EXPANSION = 100
-"""Bytes that a gzipped archive may give per byte read of it, once it has given EXPANSION_FREE.
+RECORDS = (20 * tarfile.BLOCKSIZE, *(tarfile.BLOCKSIZE << power for power in range(12)))
+"""Multiples of bytes to which tar fills up the end of an archive.
 
-Images hardly compress; zeros do 1000:1.
+The first is the default of every tar; `tar -b` takes others, in practice powers of two up to the
+megabyte of tape drives.
 """
-EXPANSION_FREE = 64 * 1024**2
-
-DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
-"""Errors of a damaged archive, as reading it raises them."""
 
 _PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
 
@@ -34,13 +35,17 @@ _PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
 class TarReader:
     """An iterator over the members of a tar; `read` returns the data of the current one.
 
-    Damage raises one of `DAMAGE`, for which tarfile.ReadError stands where the tar itself is
+    Damage raises one of `unpack.DAMAGE`, for which tarfile.ReadError stands where the tar itself is
     damaged.
     """
 
     def __init__(self, stream: io.BufferedReader) -> None:
-        """Read from `stream`, which is unpacked if it begins as a gzip file does."""
-        self._stream = _Gunzip(stream) if stream.peek(2)[:2] == b"\x1f\x8b" else stream
+        """Read from `stream`, which is unpacked if it begins as a compressed file does."""
+        self._begins = stream.peek(tarfile.BLOCKSIZE)[: tarfile.BLOCKSIZE]
+        self._stream = unpacked(stream)
+        self._offset = 0
+        self._begin = 0
+        """Offset at which the current archive begins."""
         self._unread = 0
         self._padding = 0
         self.started = False
@@ -76,23 +81,61 @@ class TarReader:
         return data
 
     def _next_header(self) -> tarfile.TarInfo | None:
-        """Return the next header block, None at the end-of-archive mark."""
+        """Return the next header block, None at the end of the file."""
         self._skip(self._unread + self._padding)
         self._expect(0)
-        block = self._stream.read(tarfile.BLOCKSIZE)
+        block = self._get(tarfile.BLOCKSIZE)
+        zeros = 0
         if block == bytes(tarfile.BLOCKSIZE):
-            self.started = True
-            return None
+            zeros, block = self._count_zeros()
+            self._check_end(zeros)
+            self._begin = self._offset - len(block)
+            if not block:
+                self.started = True
+                return None
         if not block:
             raise tarfile.ReadError("the file ends without an end-of-archive mark")
         try:
             member = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
         except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error)) from error
+            raise tarfile.ReadError(self._no_header(str(error), zeros)) from error
         if member.size < 0:
             raise tarfile.ReadError("negative size in header")
         self.started = True
         return member
+
+    def _count_zeros(self) -> tuple[int, bytes]:
+        """Return the length of a run of zeros whose first block is read, and the block behind it.
+
+        No further block is read than an end may have zeros.
+        """
+        zeros, block = tarfile.BLOCKSIZE, self._get(tarfile.BLOCKSIZE)
+        while block and not block.strip(b"\0") and zeros <= RECORDS[-1] + tarfile.RECORDSIZE:
+            zeros += len(block)
+            block = self._get(tarfile.BLOCKSIZE)
+        return zeros, block
+
+    def _check_end(self, zeros: int) -> None:
+        """Raise tarfile.ReadError if so many zeros are no end of an archive but a hole.
+
+        An end is two blocks, filled up to a record. Records other than that of every tar have to
+        divide the archive; one without members is filled up to that alone.
+        """
+        length = self._offset - self._begin
+        records = [size for size in RECORDS if length % size == 0] if self.started else []
+        if zeros > max([RECORDS[0], *records]) + tarfile.BLOCKSIZE:
+            where = "after the last file" if self.started else "where the first file should begin"
+            raise tarfile.ReadError(
+                f"{zeros:,} bytes of zeros {where}: a download that was not finished?"
+            )
+
+    def _no_header(self, problem: str, zeros: int) -> str:
+        """Say what stands in the place of a header."""
+        if not self.started:
+            return describe(self._begins) or problem
+        if zeros:
+            return f"{zeros:,} bytes of zeros, and data behind them that begin no archive"
+        return problem
 
     def _read_extension(self, member: tarfile.TarInfo) -> bytes:
         if member.size > MAX_HEADER_BYTES:
@@ -107,9 +150,14 @@ class TarReader:
         self._padding = -size % tarfile.BLOCKSIZE
 
     def _take(self, size: int) -> bytes:
-        data = self._stream.read(size)
+        data = self._get(size)
         if len(data) < size:
             raise tarfile.ReadError("unexpected end of data")
+        return data
+
+    def _get(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        self._offset += len(data)
         return data
 
     def _skip(self, size: int) -> None:
@@ -140,34 +188,3 @@ def _parse_size(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,19}", text):
         raise tarfile.ReadError("damaged size in PAX header")
     return int(text)
-
-
-class _Gunzip:
-    """The content of a gzip file; tarfile.ReadError where it expands beyond MAX_EXPANSION."""
-
-    def __init__(self, stream: io.BufferedReader) -> None:
-        self._compressed = _Counted(stream)
-        self._unzipped = gzip.GzipFile(fileobj=self._compressed, mode="rb")
-        self._given = 0
-
-    def read(self, size: int) -> bytes:
-        data = self._unzipped.read(size)
-        self._given += len(data)
-        if self._given > max(EXPANSION_FREE, MAX_EXPANSION * self._compressed.taken):
-            raise tarfile.ReadError(
-                f"expands to more than {MAX_EXPANSION} times its compressed size"
-            )
-        return data
-
-
-class _Counted(io.RawIOBase):
-    """A stream that counts the bytes read of it."""
-
-    def __init__(self, stream: io.BufferedReader) -> None:
-        self._stream = stream
-        self.taken = 0
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
-        self.taken += len(data)
-        return data

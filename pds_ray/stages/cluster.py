@@ -16,7 +16,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +33,9 @@ SEED_LIMIT, SEED_ROWS = 2_000, 20
 OBJECTIVE_ROWS = 16_384  # summed at once
 MIN_ROWS_PER_CLUSTER = 39  # the least that a fit needs, by FAISS's own rule
 FAISS_ADVICE = "pip install 'pds-ray[cpu]', or 'pds-ray[gpu]' for k-means on GPUs"
+COUNT_S = 0.5  # between two looks at how far a fit is
+
+Tell = Callable[[str, int], object]
 
 
 def require_faiss() -> None:
@@ -47,6 +54,8 @@ class Fit:
     """Weighted sum of squared distances of the training vectors to their centroids."""
     rows: int
     """Training vectors used."""
+    distinct: int = 0
+    """Different ones among them; no more are counted than clusters."""
 
 
 def sample_share(rows: int, dim: int, config: ClusterConfig, clusters: int) -> float:
@@ -75,12 +84,18 @@ def sample_rows(rows: int, share: float, seed: int, shard: str) -> np.ndarray:
 
 
 def fit(
-    vectors: np.ndarray, weights: np.ndarray, clusters: int, seed: int, config: ClusterConfig
+    vectors: np.ndarray,
+    weights: np.ndarray,
+    clusters: int,
+    seed: int,
+    config: ClusterConfig,
+    tell: Tell = lambda _what, _iterations: None,
 ) -> Fit:
     """Fit a weighted Lloyd k-means, on the GPU if FAISS has one; keep the best restart.
 
     vectors float32 [n, d], weights float32 [n]. The vectors are taken as they are, `normalize` or
-    not, and not copied. Raises ValueError if there are fewer vectors of positive weight than
+    not, and not copied. `tell` is called, in another thread, too, with what is waited for and the
+    iterations done so far. Raises ValueError if there are fewer vectors of positive weight than
     clusters.
     """
     if np.count_nonzero(weights) < clusters:
@@ -89,12 +104,29 @@ def fit(
     weights = np.ascontiguousarray(weights, np.float32)
 
     def attempt(restart: int) -> Fit:
+        before = restart * config.iterations
+        tell(f"{clusters:,} seeds to be chosen", before)
         rng = np.random.default_rng([seed, restart])
         start = seeds(training, weights, clusters, rng) if clusters <= SEED_LIMIT else None
-        return lloyd(training, weights, clusters, start, seed + 1 + restart, config)
+
+        def iterated(iterations: int) -> None:
+            tell(f"{clusters:,} clusters to be fitted", before + iterations)
+
+        return lloyd(training, weights, clusters, start, seed + 1 + restart, config, iterated)
 
     # not FAISS's nredo: its objective leaves the weights out
-    return min(map(attempt, range(config.restarts)), key=lambda fitted: fitted.objective)
+    best = min(map(attempt, range(config.restarts)), key=lambda fitted: fitted.objective)
+    return replace(best, distinct=count_distinct(training, weights, clusters))
+
+
+def count_distinct(vectors: np.ndarray, weights: np.ndarray, most: int) -> int:
+    """Count the different rows of [n, d] that have a weight, up to `most`: soon, in real data."""
+    seen: set[bytes] = set()
+    for row in np.flatnonzero(weights):
+        seen.add(vectors[row].tobytes())
+        if len(seen) == most:
+            break
+    return len(seen)
 
 
 def lloyd(
@@ -104,10 +136,12 @@ def lloyd(
     start: np.ndarray | None,
     seed: int,
     config: ClusterConfig,
+    iterated: Callable[[int], object] = lambda _iterations: None,
 ) -> Fit:
     """Fit once from `start`, float32 [clusters, d], or else from seeds that FAISS draws.
 
-    The other arguments are those of `fit`, contiguous.
+    `iterated` is called, in another thread, with the iterations done so far. The other arguments
+    are those of `fit`, contiguous.
     """
     import faiss
 
@@ -125,10 +159,34 @@ def lloyd(
         early_stop_threshold=config.tolerance if (weights == weights[0]).all() else 0,
         init_method=faiss.ClusteringInitMethod_AFK_MC2,  # like k-means++, at a fraction of its cost
     )
-    kmeans.train(vectors, weights=weights, init_centroids=start)
+    # as Kmeans.train does, which keeps to itself how far it is
+    clustering = faiss.Clustering(vectors.shape[1], clusters, kmeans.cp)
+    if start is not None:
+        faiss.copy_array_to_vector(start.ravel(), clustering.centroids)
+    with _counted(clustering.iteration_stats, iterated):
+        clustering.train(vectors, kmeans.index, weights)
+    centroids = faiss.vector_float_to_array(clustering.centroids).reshape(clusters, -1)
+    kmeans.centroids = centroids
     _, labels = kmeans.assign(vectors)
-    centroids = np.array(kmeans.centroids)
     return Fit(centroids, _objective(vectors, weights, centroids, labels), len(vectors))
+
+
+@contextmanager
+def _counted(stats: Any, iterated: Callable[[int], object]) -> Iterator[None]:
+    """Tell the length of FAISS's list of iterations now and then while the block fills it."""
+    ended = threading.Event()
+
+    def count() -> None:
+        while not ended.wait(COUNT_S):
+            iterated(stats.size())
+
+    counter = threading.Thread(target=count, daemon=True)
+    counter.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        counter.join()
 
 
 def seeds(

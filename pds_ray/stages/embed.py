@@ -24,7 +24,7 @@ from pds_ray.config import EmbedConfig, ReadConfig
 from pds_ray.encoders.base import ROW_MULTIPLE, Encoder
 from pds_ray.modalities.image import ImageError, Preprocess, decode_image
 from pds_ray.modalities.text import CLEANERS
-from pds_ray.sources.base import Fault, Shard, Source, read_shard
+from pds_ray.sources.base import SHARD_ENDS, Fault, Shard, Source, read_shard
 from pds_ray.store.schemas import ERROR_SCHEMA, caption_schema, embedding_array, image_schema
 
 END = "end"  # reason of the row that closes a shard; its ordinal is the number of rows before it
@@ -76,6 +76,33 @@ def shard_counts(images: pa.Table, captions: pa.Table, errors: pa.Table) -> Shar
     return ShardCounts(
         images.num_rows, captions.num_rows, errors.num_rows, dict(sorted(reasons.items()))
     )
+
+
+def damage(errors: pa.Table) -> str:
+    """Return reason and detail if the file of a shard is damaged or none at all, else ""."""
+    for row in errors.to_pylist():
+        if row["reason"] in SHARD_ENDS:
+            return f"{row['reason']}: {row['detail']}"
+    return ""
+
+
+def marker_damage(marker: Mapping[str, Any]) -> str:
+    """Return what a commit marker says of the damage of its shard's file, "" if it is whole."""
+    reasons = [reason for reason in SHARD_ENDS if reason in marker["reasons"]]
+    return marker.get("damage") or ", ".join(reasons)  # markers of earlier versions have no details
+
+
+def needs_reading(shard: Shard, marker: Mapping[str, Any]) -> bool:
+    """Return whether a shard is not embedded, or is damaged and its file has changed since.
+
+    `marker` is its commit marker, empty if it has none.
+    """
+    return not marker or ("damage" in marker and marker.get("file") != file_of(shard))
+
+
+def file_of(shard: Shard) -> dict[str, Any]:
+    """Return what a commit marker says of the file that was read."""
+    return {"size": shard.size, "version": shard.version}
 
 
 def marker_counts(marker: Mapping[str, Any]) -> ShardCounts:
@@ -164,18 +191,32 @@ def _refused(reason: str, detail: str) -> dict[str, Any]:
     return {"image": None, "reason": reason, "detail": detail[:DETAIL_CHARACTERS]}
 
 
-def embed_block(block: pa.Table, encoder: Encoder, size: int, config: EmbedConfig) -> Part:
+def embed_block(
+    block: pa.Table,
+    encoder: Encoder,
+    size: int,
+    config: EmbedConfig,
+    tell: Callable[[float], object] = lambda _: None,
+) -> Part:
     """Embed the pixels [size, size, 3] and captions of a decoded block.
 
-    Samples with an embedding that is not finite in the store's dtype become errors.
+    Samples with an embedding that is not finite in the store's dtype become errors. `tell` is
+    called after each batch with the number of images that corresponds to the rows encoded so far.
     """
     good = np.flatnonzero(pc.is_null(block.column("reason")))
     samples = block.drop_columns("image").take(good)
     owner, captions = _flattened(samples.column("captions").to_pylist())
-    dtype = np.dtype(config.store_dtype)
+    dtype, batch = np.dtype(config.store_dtype), config.batch_size
+    share, rows_done = len(good) / max(1, len(good) + len(captions)), 0
+
+    def step(rows: int) -> None:
+        nonlocal rows_done
+        rows_done += rows
+        tell(share * rows_done)
+
     with np.errstate(over="ignore"):  # beyond float16 is infinity, an error row like any other
-        images = _encode_images(pixel_view(block, size), encoder, config.batch_size).astype(dtype)
-        texts = _encode_captions(captions, encoder, config.batch_size).astype(dtype)
+        images = _encode_images(pixel_view(block, size), encoder, batch, step).astype(dtype)
+        texts = _encode_captions(captions, encoder, batch, step).astype(dtype)
     finite: np.ndarray = np.all(np.isfinite(images), axis=1)
     np.logical_and.at(finite, owner, np.all(np.isfinite(texts), axis=1))
 
@@ -213,7 +254,9 @@ def _flattened(captions: list[list[str]]) -> tuple[np.ndarray, list[str]]:
     return owner, [caption for own in captions for caption in own]
 
 
-def _encode_images(pixels: np.ndarray, encoder: Encoder, batch_size: int) -> np.ndarray:
+def _encode_images(
+    pixels: np.ndarray, encoder: Encoder, batch_size: int, step: Callable[[int], object]
+) -> np.ndarray:
     """Return the embeddings of pixels, uint8 [n, S, S, 3] -> float32 [n, d]."""
 
     def encode(start: int, rows: int, padded: int) -> np.ndarray:
@@ -221,32 +264,39 @@ def _encode_images(pixels: np.ndarray, encoder: Encoder, batch_size: int) -> np.
         batch[:rows] = pixels[start : start + rows]
         return encoder.encode_images(batch)
 
-    return _in_batches(encode, len(pixels), encoder.dim, batch_size)
+    return _in_batches(encode, len(pixels), encoder.dim, batch_size, step)
 
 
-def _encode_captions(captions: list[str], encoder: Encoder, batch_size: int) -> np.ndarray:
+def _encode_captions(
+    captions: list[str], encoder: Encoder, batch_size: int, step: Callable[[int], object]
+) -> np.ndarray:
     """Return the captions' embeddings, float32 [n, d]."""
 
     def encode(start: int, rows: int, padded: int) -> np.ndarray:
         batch = captions[start : start + rows]
         return encoder.encode_captions(batch + [""] * (padded - rows))
 
-    return _in_batches(encode, len(captions), encoder.dim, batch_size)
+    return _in_batches(encode, len(captions), encoder.dim, batch_size, step)
 
 
 def _in_batches(
-    encode: Callable[[int, int, int], np.ndarray], count: int, dim: int, batch_size: int
+    encode: Callable[[int, int, int], np.ndarray],
+    count: int,
+    dim: int,
+    batch_size: int,
+    step: Callable[[int], object],
 ) -> np.ndarray:
     """Encode `count` rows in batches -> float32 [count, dim].
 
     `encode(start, rows, padded)` returns the embeddings of `rows` rows from `start` on, filled up
-    to `padded` rows, a multiple of ROW_MULTIPLE.
+    to `padded` rows, a multiple of ROW_MULTIPLE. `step(rows)` is called after each batch.
     """
     found = np.empty((count, dim), np.float32)
     for start in range(0, count, batch_size):
         rows = min(batch_size, count - start)
         padded = rows + -rows % ROW_MULTIPLE
         found[start : start + rows] = encode(start, rows, padded)[:rows]
+        step(rows)
     return found
 
 
@@ -307,14 +357,18 @@ def _error_table(block: pa.Table, nonfinite: np.ndarray) -> pa.Table:
 
 
 def embed_images(
-    images: Iterable[Image.Image], encoder: Encoder, preprocess: Preprocess, batch_size: int
+    images: Iterable[Image.Image],
+    encoder: Encoder,
+    preprocess: Preprocess,
+    batch_size: int,
+    step: Callable[[int], object] = lambda _: None,
 ) -> np.ndarray:
-    """Return un-normalised image embeddings, float32 [n, d]."""
+    """Return un-normalised image embeddings, float32 [n, d]; `step(rows)` follows each batch."""
     parts = [np.zeros((0, encoder.dim), np.float32)]
     coming = iter(images)
     while batch := list(islice(coming, batch_size)):
         pixels = np.stack([preprocess(image.convert("RGB")) for image in batch])
-        parts.append(_encode_images(pixels, encoder, batch_size))
+        parts.append(_encode_images(pixels, encoder, batch_size, step))
     return np.concatenate(parts)
 
 

@@ -64,6 +64,7 @@ def about(run: Run) -> dict[str, Any]:
         "source": config["source"],
         "method": config["method"],
         **described,
+        **_fewer(run),
         "encoder": run.encoder.name,
         "space": run.encoder.space,
         "decoder": f"{decoder.name} {decoder.identity}" if synthetic else decoder.name,
@@ -75,6 +76,13 @@ def about(run: Run) -> dict[str, Any]:
         },
         "config": config,
     }
+
+
+def _fewer(run: Run) -> dict[str, str]:
+    """Return why the set has fewer pairs than asked for, as the stage counted that found out."""
+    counts = (entry.get("counts", {}) for entry in run.manifest.stages.values())
+    texts = [each["fewer"] for each in counts if "fewer" in each]
+    return {"fewer": texts[0]} if texts else {}
 
 
 def records(prototypes: pa.Table, captions: pa.Table | None = None) -> list[Record]:

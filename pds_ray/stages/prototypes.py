@@ -9,13 +9,16 @@ match does. Both passes are a map over shards and a merge in shard order.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 
 from pds_ray.stages.vectors import normalized
 from pds_ray.store.schemas import MEMBER_SAMPLE
+from pds_ray.telemetry import log
 
 
 @dataclass
@@ -233,3 +236,34 @@ def by_shard(nearest: Nearest) -> list[tuple[int, np.ndarray, np.ndarray]]:
     return [
         (int(number), mine, nearest.row[mine]) for number, mine in zip(numbers, parts, strict=False)
     ]
+
+
+def why_fewer(cluster: Mapping[str, Any], match: Mapping[str, Any], empty: int) -> str:
+    """Say why there are fewer prototypes than clusters.
+
+    `cluster` and `match` are the counts of these stages, `empty` the matches that average nothing.
+    """
+    why = []
+    if dropped := match["clusters"] - match["couples"]:
+        why.append(f"{dropped:,} matches share no pair and were dropped")
+    if empty:
+        why.append(f"{empty:,} matches have an empty cluster")
+    names = {"image": "images", "text": "captions", "joint": "pairs"}
+    few = [
+        f"{counts['distinct']:,} different {names[space]}"
+        for space, counts in cluster.items()
+        if "distinct" in counts
+    ]
+    return "; ".join(why) + (f": the data hold only {' and '.join(few)}" if few else "")
+
+
+def fewer(asked: int, found: int, why: str) -> dict[str, str]:
+    """Return a count that says why a stage finds fewer pairs than asked for; warn of it.
+
+    Empty if there are as many.
+    """
+    if found >= asked:
+        return {}
+    text = f"{found:,} of the {asked:,} pairs asked for: {why}"
+    log.event("fewer_pairs", f"pds-ray: {text}", "warning", asked=asked, found=found)
+    return {"fewer": text}

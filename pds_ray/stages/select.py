@@ -6,6 +6,8 @@ retrieved one, its image the nearest one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pyarrow as pa
 
@@ -20,10 +22,16 @@ def candidate_bytes(images: int, pairs: int, dim: int) -> int:
     return 4 * dim * (images + pairs) + (8 + 4) * pairs
 
 
-def load_candidates(shards: list[str], store: EmbeddingStore, dim: int) -> Candidates:
+def load_candidates(
+    shards: list[str],
+    store: EmbeddingStore,
+    dim: int,
+    tell: Callable[[str], object] = lambda _what: None,
+) -> Candidates:
     """Load all pairs of the shards, in their order.
 
-    Besides the result no more than one shard is held at a time.
+    Besides the result no more than one shard is held at a time. `tell` is called with what is
+    waited for, here and by selectors.
     """
     markers = store.committed()
     images, pairs = (sum(markers[shard][name] for shard in shards) for name in ("images", "pairs"))
@@ -32,9 +40,11 @@ def load_candidates(shards: list[str], store: EmbeddingStore, dim: int) -> Candi
         np.empty((pairs, dim), np.float32),
         np.empty(pairs, np.int64),
         np.empty(pairs, np.float32),
+        tell,
     )
     image = pair = 0
     for shard in shards:
+        tell(f"the embeddings of shard {shard} to be loaded")
         vectors = normalized(embeddings(store.images(shard, ["embedding"])))
         captions = store.captions(shard, ["image_row", "embedding", "similarity"])
         rows = slice(pair, pair + captions.num_rows)

@@ -8,7 +8,7 @@ there already: an image's last bits may depend on the shape of its batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +33,11 @@ def chunks(pairs: int, batch_size: int) -> list[range]:
 
 
 def make_batch(
-    prototypes: pa.Table, pairs: range, run_seed: int, config: DecodeConfig
+    prototypes: pa.Table,
+    pairs: range,
+    run_seed: int,
+    config: DecodeConfig,
+    tell: Callable[[float], object] = lambda _share: None,
 ) -> DecodeBatch:
     """Make the request for one chunk, from the whole of prototypes.parquet."""
     rows = prototypes.slice(pairs.start, len(pairs))
@@ -48,6 +52,7 @@ def make_batch(
         captions=rows.column("caption").to_pylist(),
         seeds=[pair_seed(run_seed, pair) for pair in pairs],
         nearest=list(zip(shards, keys, strict=True)),
+        tell=tell,
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from pds_ray.backbones.base import BackboneInfo
-from pds_ray.config import ConfigError, ProtocolConfig
+from pds_ray.config import ConfigError, FilesConfig, ProtocolConfig
 from pds_ray.encoders.base import EncoderInfo, TextEncoder, TextEncoderInfo
 from pds_ray.modalities.image import ImageError, Preprocess, decode_image
 from pds_ray.modalities.text import CLEANERS
@@ -38,6 +38,7 @@ from pds_ray.training.data import Gallery, Pixels, TrainingPairs
 from pds_ray.training.recall import RECALLS
 from pds_ray.training.retrieval import (
     RetrievalTraining,
+    Step,
     embed_images,
     evaluate,
     make_optimizer,
@@ -127,14 +128,16 @@ def read_split(
     sizes: list[int],
     captions: str,
     limit: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    read: FilesConfig | None = None,
 ) -> tuple[dict[int, np.ndarray], list[list[str]], dict[str, int]]:
     """Return a shard's images at each size, their cleaned captions, and bad samples by reason.
 
     Images are resized to squares, their aspect not kept (PDS, B.4): uint8 [n, 3, S, S]. `captions`
-    names the rule of cleaning; `limit` is entered for each image that is decoded. Raises
-    SourceError if the shard cannot be read to its end, because recalls are over all images.
+    names the rule of cleaning; `limit` is entered for each image that is decoded; `read` has the
+    sizes that images may have. Raises SourceError if the shard cannot be read to its end, because
+    recalls are over all images.
     """
-    clean = CLEANERS[captions]
+    clean, read = CLEANERS[captions], read or FilesConfig()
     squares = {size: Preprocess(size, resize_mode="squash") for size in sizes}
     images: dict[int, list[np.ndarray]] = {size: [] for size in sizes}
     texts: list[list[str]] = []
@@ -145,7 +148,7 @@ def read_split(
                 f"shard {shard.name} ends early ({item.reason}: {item.detail}); "
                 "recalls would miss images"
             )
-        found = item.reason if isinstance(item, Fault) else _usable(item, clean, limit)
+        found = item.reason if isinstance(item, Fault) else _usable(item, clean, limit, read)
         if isinstance(found, str):
             bad[found] = bad.get(found, 0) + 1
             continue
@@ -159,11 +162,12 @@ def _usable(
     sample: Sample,
     clean: Callable[[str], str],
     limit: Callable[[], AbstractContextManager[Any]],
+    read: FilesConfig,
 ) -> tuple[Image.Image, list[str]] | str:
     """Return a sample's image and cleaned captions, or the reason why it cannot be used."""
     try:
         with limit():
-            image = decode_image(sample.image)
+            image = decode_image(sample.image, max_pixels=read.max_pixels, min_side=read.min_side)
     except ImageError as error:
         return error.reason
     captions = [cleaned for caption in sample.captions if (cleaned := clean(caption))]
@@ -181,11 +185,18 @@ def _stacked(rows: list[np.ndarray], size: int) -> np.ndarray:
     return np.stack(rows) if rows else np.zeros((0, 3, size, size), np.uint8)
 
 
-def encode(encoder: TextEncoder, captions: list[str]) -> np.ndarray:
-    """Return the vectors of m captions, not normalised, float32 [m, d]."""
-    starts = range(0, len(captions), ENCODE_CAPTIONS)
-    parts = [captions[start : start + ENCODE_CAPTIONS] for start in starts]
-    return np.concatenate([encoder.encode_captions(part) for part in parts])
+def encode(
+    encoder: TextEncoder, captions: list[str], step: Step = lambda _captions: None
+) -> np.ndarray:
+    """Return the vectors of m captions, not normalised, float32 [m, d].
+
+    `step` is called before each batch with the number of captions done.
+    """
+    parts = []
+    for start in range(0, len(captions), ENCODE_CAPTIONS):
+        step(start)
+        parts.append(encoder.encode_captions(captions[start : start + ENCODE_CAPTIONS]))
+    return np.concatenate(parts)
 
 
 def pixels_of(trial: Trial) -> Pixels:
@@ -228,6 +239,8 @@ class Progress:
 
 Report = Callable[[Progress, Callable[[], bytes]], None]
 """Called on every worker after each evaluation; the second argument returns the state then."""
+Tell = Callable[[str, float | None], object]
+"""Called now and then with what is waited for and, in training, the epochs done."""
 Build = Callable[[BackboneInfo, int], torch.nn.Module]
 Features = dict[tuple[str, ...], torch.Tensor]
 
@@ -240,6 +253,7 @@ def run_trial(
     features: Features | None = None,
     state: bytes = b"",
     report: Report = lambda _progress, _state: None,
+    tell: Tell = lambda _what, _epochs: None,
 ) -> dict[str, Any]:
     """Train and measure; return {"epoch", "score", "recalls"}. `build` makes the backbone.
 
@@ -258,7 +272,7 @@ def run_trial(
 
     if trial.protocol.train in ("text_head", "heads"):
         shared = features if features is not None and trial.backbone.pretrained else {}
-        data = _with_features(trial, data, backbone, workers, shared)
+        data = _with_features(trial, data, backbone, workers, shared, tell)
         trained, width = None, data.pairs.images.shape[1]
     else:
         trained = backbone()
@@ -266,7 +280,7 @@ def run_trial(
     torch.manual_seed(trial.seed + (1 << 32))  # the heads start alike whatever the backbone drew
     image_head = trial.protocol.train in ("heads", "all")
     model = TwoTowers(trained, width, data.pairs.text.shape[1], image_head).to(workers.device)
-    return train_model(trial, model, data, workers, state, report)
+    return train_model(trial, model, data, workers, state, report, tell)
 
 
 def _with_features(
@@ -275,6 +289,7 @@ def _with_features(
     backbone: Callable[[], torch.nn.Module],
     workers: Workers,
     known: Features,
+    tell: Tell,
 ) -> TrialData:
     """Return the data with features of the frozen backbone for images; `known` keeps them."""
     pixels = pixels_of(trial)
@@ -284,11 +299,14 @@ def _with_features(
         trial.protocol.normalization,
     )
 
+    def embedded(images: int) -> None:
+        tell(f"the features of {trial}, {images:,} images done", None)
+
     def features(images: torch.Tensor, *name: str) -> torch.Tensor:
         key = (*of_backbone, *name)
         if key not in known:
             frozen = backbone().eval().to(workers.device)
-            known[key] = embed_images(frozen, images, pixels, workers).cpu()
+            known[key] = embed_images(frozen, images, pixels, workers, embedded).cpu()
         return known[key]
 
     def gallery(split: Gallery, name: str) -> Gallery:
@@ -308,6 +326,7 @@ def train_model(
     workers: Workers,
     state: bytes = b"",
     report: Report = lambda _progress, _state: None,
+    tell: Tell = lambda _what, _epochs: None,
 ) -> dict[str, Any]:
     """Train a trial's model and return its chosen epoch, as `run_trial` does."""
     protocol, pixels = trial.protocol, pixels_of(trial)
@@ -315,7 +334,13 @@ def train_model(
     progress = _restore(state, model, optimizer)
 
     def measure(gallery: Gallery) -> dict[str, float]:
-        return evaluate(model, gallery, pixels, workers)
+        return evaluate(model, gallery, pixels, workers, measured)
+
+    def measured(images: int) -> None:
+        tell(f"the measuring of {trial}, {images:,} images done", None)
+
+    def trained(epochs: float) -> None:
+        tell(f"the training of {trial}", epochs)
 
     def save() -> bytes:
         return loop.save_state(model, optimizer, dataclasses.asdict(progress))
@@ -328,7 +353,7 @@ def train_model(
 
     training = RetrievalTraining(data.pairs, pixels, protocol, trial.seed, workers)
     epochs = range(progress.epochs_done, protocol.epochs)
-    train_two_towers(model, optimizer, training, epochs, after_epoch)
+    train_two_towers(model, optimizer, training, epochs, after_epoch, trained)
     assert progress.best is not None
     return progress.best
 

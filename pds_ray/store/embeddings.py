@@ -9,8 +9,28 @@ from typing import Any
 import pyarrow as pa
 
 from pds_ray.config import PRECISIONS
-from pds_ray.store.schemas import MARKER_FIELDS, STORE_SCHEMA_VERSION
-from pds_ray.store.storage import Folder, is_remote, side_by_side
+from pds_ray.errors import first_line
+from pds_ray.store.schemas import MARKER_FIELDS, SHARD_SCHEMA, STORE_SCHEMA_VERSION
+from pds_ray.store.storage import Folder, StorageError, is_remote, side_by_side
+
+
+def write_shards(folder: Folder, name: str, shards: list[dict[str, Any]]) -> str:
+    """Write shards, in order, as SHARD_SCHEMA has them; return the file's SHA-256."""
+    return folder.write_table(name, pa.Table.from_pylist(shards, schema=SHARD_SCHEMA))
+
+
+def read_shards(folder: Folder, name: str, advice: str) -> list[dict[str, Any]]:
+    """Return what `write_shards` wrote, an empty list if it wrote nothing.
+
+    Raises StorageError in one line that ends in `advice` if the file cannot be read.
+    """
+    if not folder.exists(name):
+        return []
+    try:
+        return folder.read_table(name).cast(SHARD_SCHEMA).to_pylist()
+    except (OSError, ValueError) as error:
+        problem = f"{folder.full(name)} cannot be read ({first_line(error)}); {advice}"
+        raise StorageError(problem) from error
 
 
 @dataclass(frozen=True)
@@ -25,6 +45,18 @@ class EmbeddingStore:
     MARKER = ".json"
     FAILED = ".failed"
     STORE = "store"
+    SHARDS = "shards.parquet"
+
+    def save_shards(self, shards: list[dict[str, Any]]) -> None:
+        """Write the shards that a shared store is begun with, for the runs that follow."""
+        write_shards(self.folder, self.SHARDS, shards)
+
+    def shards(self) -> list[dict[str, Any]]:
+        """Return the shards that the store was begun with, empty if that is not recorded.
+
+        Raises StorageError in one line if the file cannot be read.
+        """
+        return read_shards(self.folder, self.SHARDS, "without it the store still serves its runs")
 
     @property
     def parts(self) -> Folder:
@@ -56,6 +88,10 @@ class EmbeddingStore:
         names = self.folder.names(suffix)
         found = (side_by_side if is_remote(self.folder.path) else map)(read, names)
         return zip((name.removesuffix(suffix) for name in names), found, strict=True)
+
+    def marker(self, shard: str) -> dict[str, Any]:
+        """Return a shard's marker of any fingerprint; empty if there is none."""
+        return self._marker(shard + self.MARKER)
 
     def _marker(self, name: str) -> dict[str, Any]:
         """Return a marker; an empty one if it is corrupt or gone."""
@@ -100,7 +136,8 @@ class EmbeddingStore:
     ) -> None:
         """Write the three files of a shard, then its marker, which commits it.
 
-        `info` holds the counts and the precision, as in MARKER_FIELDS. The marker of an earlier
+        `info` holds the counts and the precision, as in MARKER_FIELDS, and the "damage" of the
+        shard's file and the "file" itself where they are to be known. The marker of an earlier
         commit is deleted first: no marker ever describes other files than those beside it.
         """
         self.folder.delete(shard + self.MARKER)

@@ -38,7 +38,7 @@ def local_path(path: str) -> str:
         host, slash, rest = path.removeprefix("file://").partition("/")
         if slash and host not in ("", "localhost"):
             raise StorageError(
-                f"{path} names the host {host}; a file of this one is file:///PATH, or just its path"
+                f"{path} names the host {host}; a file of this one is file:///PATH, or its path"
             )
         path = slash + unquote(rest, errors="surrogateescape") if slash else host
     path = os.path.abspath(os.path.expanduser(path))

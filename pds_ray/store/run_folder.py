@@ -28,9 +28,12 @@ similarity (f32)
 embeddings/S.errors.parquet, one row per bad sample: key, reason, detail (str)
     reason is one of sources.base.REASONS
 embeddings/S.json
-    commit marker, written last: schema, fingerprint, counts, SHA-256 of the three files
+    commit marker, written last: schema, fingerprint, counts, SHA-256 of the three files; of a shard
+    whose file is damaged or not the one that the store began with, also that
 embeddings/S.failed
     JSON: why shard S could not be read
+embeddings/shards.parquet
+    in a store that several runs share: the shards that it began with, as above
 embeddings/parts/
     the parts of shards that are not committed yet
 
@@ -80,8 +83,8 @@ from safetensors.numpy import save as save_safetensors
 from pds_ray.errors import first_line
 from pds_ray.store.distilled_set import DISTILLED
 from pds_ray.store.distilled_set import MANIFEST as SET_MANIFEST
-from pds_ray.store.embeddings import EmbeddingStore
-from pds_ray.store.schemas import KEEP_SCHEMA, LABEL_SCHEMA, SHARD_SCHEMA
+from pds_ray.store.embeddings import EmbeddingStore, read_shards, write_shards
+from pds_ray.store.schemas import KEEP_SCHEMA, LABEL_SCHEMA
 from pds_ray.store.storage import Folder, StorageError, side_by_side
 
 
@@ -102,24 +105,14 @@ class RunFolder:
 
     def save_shards(self, shards: list[dict[str, Any]]) -> str:
         """Write the shards that the run begins with, in order; return the file's SHA-256."""
-        return self.folder.write_table(
-            self.SHARDS, pa.Table.from_pylist(shards, schema=SHARD_SCHEMA)
-        )
+        return write_shards(self.folder, self.SHARDS, shards)
 
     def shards(self) -> list[dict[str, Any]]:
         """Return the shards that the run began with, an empty list if it has not begun.
 
         Raises StorageError in one line if the file cannot be read.
         """
-        if not self.folder.exists(self.SHARDS):
-            return []
-        try:
-            return self.folder.read_table(self.SHARDS).cast(SHARD_SCHEMA).to_pylist()
-        except (OSError, ValueError) as error:
-            place = self.folder.full(self.SHARDS)
-            raise StorageError(
-                f"{place} cannot be read ({first_line(error)}); verify --repair makes it anew"
-            ) from error
+        return read_shards(self.folder, self.SHARDS, "verify --repair makes it anew")
 
     def keep_files(self, shards: Iterable[str]) -> list[str]:
         """Return the names below the run folder of the keep masks of some shards."""

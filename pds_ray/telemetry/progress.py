@@ -1,7 +1,7 @@
 """Progress bars: with rate and ETA on a terminal, a line now and then in a log file.
 
-Each bar has a watchdog: when nothing gets finished for a while, it reports that and what the run
-is waiting for.
+Each bar has a watchdog, a thread that moves the bar ahead of the results by what workers report,
+and says so when nothing gets on for a while, with what the run is waiting for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -52,7 +52,7 @@ def current() -> State | None:
 def _state(bar: tqdm) -> State:
     seconds = bar.format_dict["elapsed"]
     rate = (bar.n - bar.initial) / seconds if seconds and bar.n > bar.initial else None
-    eta = (bar.total - bar.n) / rate if rate and bar.total is not None else None
+    eta = max(0, bar.total - bar.n) / rate if rate and bar.total is not None else None
     return State(
         bar.desc.rstrip(" :"),
         bar.unit.strip(),
@@ -64,7 +64,88 @@ def _state(bar: tqdm) -> State:
     )
 
 
-class _JsonBar(tqdm):
+class Reports(Protocol):
+    """What workers report of work whose results are still to come."""
+
+    def read(self) -> None:
+        """Read the reports anew; may take seconds."""
+        ...
+
+    def ahead(self) -> int:
+        """Return the units that are done ahead of their results, as of the last reading."""
+        ...
+
+    def progress(self) -> object:
+        """Return a value that changes whenever any work gets on."""
+        ...
+
+    def describe(self) -> str:
+        """Name what is being done, for a person; "" if nothing is."""
+        ...
+
+
+class Bar(tqdm):
+    """A bar of finished units, moved ahead of them by those that workers report."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.finished = settings["initial"]
+        self._reports: Reports | None = None
+        self._note = self._own_note = ""
+        self._moving = threading.Lock()  # the watchdog moves it, too
+        super().__init__(**settings)
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count `n` more units as finished."""
+        with self._moving:
+            self.finished += n
+            return self._move()
+
+    def follow(self, reports: Reports | None) -> None:
+        """Let the bar run ahead by what workers report from now on."""
+        with self._moving:
+            self._reports = reports
+            self._show_note("")
+            self._move()
+
+    def look(self) -> None:
+        """Read the reports anew; before anything is done, they are the bar's note."""
+        reports = self._reports  # read once: another thread may take it back
+        if reports is None:
+            return
+        reports.read()
+        with self._moving:
+            self._move()
+            if self._reports is reports:
+                named = reports.describe() if self.n == self.initial else ""
+                self._show_note(named and f"waiting for {named}")
+
+    def progress(self) -> object:
+        """Return a value that changes whenever any of the work gets on."""
+        return self.n, self._reports and self._reports.progress()
+
+    def waiting_for(self) -> str:
+        """Name what the run is waiting for."""
+        reports, describe = self._reports, run_state().waiting_for  # others may take them back
+        named = (reports.describe() if reports else "") or (describe() if describe else "")
+        if reports:
+            return named or "a free worker: none is at work"
+        return str(named or self.postfix or "its first result")
+
+    def _show_note(self, note: str) -> None:
+        """Show a note in place of the bar's own one, which comes back for an empty note."""
+        shown = str(self.postfix or "")
+        if shown != self._note:
+            self._own_note = shown
+        if note or shown == self._note:
+            self._note = note
+            self.set_postfix_str(note or self._own_note, refresh=False)
+
+    def _move(self) -> bool | None:
+        ahead = self._reports.ahead() if self._reports else 0
+        return super().update(self.finished + ahead - self.n)
+
+
+class _JsonBar(Bar):
     """A bar that is written as an event now and then."""
 
     def __init__(self, **settings: Any) -> None:
@@ -89,16 +170,18 @@ class _Lines(io.TextIOBase):
 @contextmanager
 def progress_bar(
     label: str, total: int | None, unit: str, done: int = 0, delay_s: float = 0.0
-) -> Iterator[tqdm]:
+) -> Iterator[Bar]:
     """Open a bar named `label` that counts `unit`s up to `total`, with `done` finished earlier.
 
     Work that takes no longer than `delay_s` shows nothing. On a terminal the bar is redrawn in
     place; elsewhere it prints a line every LOG_INTERVAL_S seconds and one at the end. Call
-    `.update(n)` for work done and `.set_postfix_str(text, refresh=False)` for a note.
+    `.update(n)` for work done, `.follow(reports)` to show what is done ahead of that, and
+    `.set_postfix_str(text, refresh=False)` for a note.
     """
-    interactive = sys.stderr.isatty() and not log.is_json()
+    # the stream of a notebook or a test need be no file
+    interactive = getattr(sys.stderr, "isatty", bool)() and not log.is_json()
     with (
-        (_JsonBar if log.is_json() else tqdm)(
+        (_JsonBar if log.is_json() else Bar)(
             total=total,
             initial=done,
             desc=f"{label:<12}",
@@ -118,13 +201,14 @@ def progress_bar(
         _current(bar),
     ):
         yield bar
+        bar.follow(None)
         shown = bar.last_print_n == bar.n > bar.initial
         if not interactive and not shown and bar.format_dict["elapsed"] >= delay_s:
             bar.refresh()  # the last line, with the mean rate
 
 
 @contextmanager
-def _current(bar: tqdm) -> Iterator[None]:
+def _current(bar: Bar) -> Iterator[None]:
     state = run_state()
     state.bar = bar
     try:
@@ -139,7 +223,7 @@ def waiting_for(describe: Callable[[], str] | None) -> None:
 
 
 @contextmanager
-def _watchdog(label: str, bar: tqdm) -> Iterator[None]:
+def _watchdog(label: str, bar: Bar) -> Iterator[None]:
     ended = threading.Event()
     waiting_for(None)
     start_thread(_watch, label, bar, ended)
@@ -150,15 +234,15 @@ def _watchdog(label: str, bar: tqdm) -> Iterator[None]:
         waiting_for(None)
 
 
-def _watch(label: str, bar: tqdm, ended: threading.Event) -> None:
-    count, since, patience = bar.n, time.monotonic(), STALL_S
+def _watch(label: str, bar: Bar, ended: threading.Event) -> None:
+    known, since, patience = bar.progress(), time.monotonic(), STALL_S
     while not ended.wait(min(1.0, STALL_S / 4)):
+        bar.look()
         waited = time.monotonic() - since
-        if bar.n != count:
-            count, since, patience = bar.n, time.monotonic(), STALL_S
+        if (now := bar.progress()) != known:
+            known, since, patience = now, time.monotonic(), STALL_S
         elif waited >= patience:
             patience *= 2
-            describe = run_state().waiting_for  # read once: another thread may take it back
-            what = (describe() if describe else bar.postfix) or "its first result"
+            what = bar.waiting_for()
             text = f"{label}: nothing finished for {waited:.0f} s; waiting for {what}"
             log.event("stalled", text, "warning", seconds=round(waited), waiting_for=what)

@@ -27,6 +27,9 @@ from pds_ray.training.workers import Workers
 ENCODE_BATCH, ENCODE_TEXTS = 256, 1 << 14
 
 
+Step = Callable[[int], object]
+
+
 @dataclass(frozen=True)
 class RetrievalTraining:
     """The pairs, and how two towers are trained on them."""
@@ -58,10 +61,11 @@ def train_two_towers(
     training: RetrievalTraining,
     epochs: range,
     after_epoch: Callable[[int, torch.Tensor], None] = lambda _epoch, _loss: None,
+    tell: Callable[[float], object] = lambda _epochs: None,
 ) -> None:
     """Train `model`, which is on the worker's device, for some epochs of the protocol.
 
-    `after_epoch` is that of `loop.train`.
+    `after_epoch` is that of `loop.train`; `tell` is called before each step with the epochs done.
     """
     pairs, workers = training.pairs, training.workers
     wrapped = workers.wrap(model)
@@ -84,12 +88,18 @@ def train_two_towers(
         embedded = wrapped(images, text, workers.mine(masks).to(workers.device))
         return training.loss(*(workers.gather(rows, size) for rows in embedded))
 
+    factor = schedule(training.protocol)
+
+    def rate(position: float) -> float:
+        tell(position)
+        return factor(position)
+
     loop.train(
         optimizer,
         lambda epoch: _batches(training, augmented, epoch),
         loss,
         epochs,
-        schedule(training.protocol),
+        rate,
         after_epoch,
     )
 
@@ -139,23 +149,36 @@ def embed_images(
     images: torch.Tensor,
     pixels: Pixels,
     workers: Workers,
+    step: Step = lambda _images: None,
 ) -> torch.Tensor:
-    """Return `model` of all n images, float32 [n, d]; the workers share the images."""
+    """Return `model` of all n images, float32 [n, d]; the workers share the images.
+
+    `step` is called after each batch with the images that this worker has done.
+    """
     mine = workers.mine(torch.arange(len(images)))
-    parts = [
-        model(pixels(images[rows].to(workers.device))).float() for rows in mine.split(ENCODE_BATCH)
-    ]
+    parts, done = [], 0
+    for rows in mine.split(ENCODE_BATCH):
+        parts.append(model(pixels(images[rows].to(workers.device))).float())
+        done += len(rows)
+        step(done)
     return workers.gather(torch.cat(parts), len(images))
 
 
 @torch.no_grad()
 def evaluate(
-    model: TwoTowers, gallery: Gallery, pixels: Pixels, workers: Workers
+    model: TwoTowers,
+    gallery: Gallery,
+    pixels: Pixels,
+    workers: Workers,
+    step: Step = lambda _images: None,
 ) -> dict[str, float]:
-    """Return the recalls of the model on a held-out split, in percent, the same on every worker."""
+    """Return the recalls of the model on a held-out split, in percent, the same on every worker.
+
+    `step` is that of `embed_images`.
+    """
     training = model.training
     model.eval()
-    image = embed_images(model.embed_images, gallery.images, pixels, workers)
+    image = embed_images(model.embed_images, gallery.images, pixels, workers, step)
     text = [model.embed_text(part.to(workers.device)) for part in gallery.text.split(ENCODE_TEXTS)]
     model.train(training)
     return recalls(image, torch.cat(text), gallery.owner.to(workers.device))

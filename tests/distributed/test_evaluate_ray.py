@@ -287,7 +287,7 @@ def test_a_held_out_image_that_hangs_is_one_line(monkeypatch: pytest.MonkeyPatch
 
             from pds_ray.stages import trial as evaluate
 
-            evaluate.decode_image = lambda _: ctypes.PyDLL(None).sleep(1_000)
+            evaluate.decode_image = lambda _, **__: ctypes.PyDLL(None).sleep(1_000)
             return super().read(shard)
 
     monkeypatch.setattr(trial_inputs, "TASK_RETRIES", 0)
@@ -366,7 +366,7 @@ def test_a_folder_that_the_workers_do_not_see_is_one_line(evaluated, tmp_path: P
     """Their results would be lost with their disks. The driver's lock shows that it is the
     folder.
     """
-    config = replace(CONFIG, seeds=1, max_failures=0)
+    config = replace(CONFIG, seeds=1, max_failures=1_000)  # such an error is not tried again
     plan = evaluation.make_evaluation([Candidate("x", str(evaluated[0]), config.protocol)], config)
     with pytest.raises(UserError, match=f"^{tmp_path} is not to be seen on all nodes") as caught:
         distributed.run_trials(plan.trials, plan.sets, plan.splits, Folder(str(tmp_path)), config)

@@ -31,6 +31,8 @@ with atheris.instrument_imports(
     import tarfile  # noqa: F401
 
     from PIL import (  # noqa: F401
+        AvifImagePlugin,
+        BmpImagePlugin,
         GifImagePlugin,
         JpegImagePlugin,
         PngImagePlugin,

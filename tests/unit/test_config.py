@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,14 @@ RAY = {  # option: values at the edges of what is allowed, values just beyond th
     "ray.max_failed_share": ([0.0, 1.0], [-0.1, 1.1]),
     "ray.sample_timeout_s": ([0.5], [0.0]),
 }
+FILES = {
+    "read.max_pixels": ([1], [0]),
+    "read.min_side": ([1], [0]),
+    "read.image_suffixes": (["auto", "jpg,input.jpg"], ["", " , "]),
+    "read.caption_suffixes": (["auto", ".txt"], ["", " , "]),
+    "read.caption_keys": (["auto", "TEXT, alt text"], ["", " , "]),
+    "read.caption_lines": (["auto", "each", "whole"], ["all"]),
+}
 RUN = {
     "source": (["scenes:10"], []),
     "out": (["runs/x"], []),
@@ -55,8 +64,7 @@ RUN = {
     "seed": ([0, 2**31 - 1], [-1, 2**31]),
     "method": (["random", "herding", "k_center", "forgetting", "clip_score"], ["magic"]),
     "read.captions": (["basic", "paper", "none"], ["shiny"]),
-    "read.max_pixels": ([1], [0]),
-    "read.min_side": ([1], [0]),
+    **FILES,
     "embed.encoder": (["demo"], []),
     "embed.precision": (["auto", "fp32", "fp16", "bf16"], ["int8"]),
     "embed.batch_size": ([16, 48], [0, -16, 17]),
@@ -90,6 +98,7 @@ RUN = {
     **RAY,
 }
 EVALUATION = {
+    **FILES,
     "test": (["scenes:10"], []),
     "val": (["scenes:20"], []),
     "backbones": (["small_vit"], [" , "]),
@@ -427,3 +436,11 @@ def test_every_option_is_documented() -> None:
     for top in EDGES:
         assert all(group.__doc__ for group in (top, *sections(top).values()))
     assert all(option.doc for _, option in EVERY)
+
+
+@pytest.mark.parametrize("name", ["source", "out", "embed.store", "embed.encoder"])
+def test_a_name_that_is_not_utf_8_is_refused(name: str) -> None:
+    """Python hands out the bytes of such a file name as half characters, which no file can hold."""
+    with pytest.raises(ConfigError, match="a name must be UTF-8: rename the file"):
+        replace(RunConfig(), {name: os.fsdecode(b"/data/\xff")})
+    assert replace(RunConfig(), {"out": "/tmp/Jürgen 図"}).out == "/tmp/Jürgen 図"

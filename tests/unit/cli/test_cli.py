@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -142,7 +143,7 @@ def test_a_comparison_is_shown_where_the_file_puts_it(
         (
             ["evaluate", "runs/x"],
             {"prune": {"ratio": 0}},
-            "unknown section 'prune'; known: protocol, ray",
+            "unknown section 'prune'; known: read, protocol, ray",
         ),
         (
             ["evaluate", "runs/x"],
@@ -294,7 +295,6 @@ def test_a_command_leaves_the_process_as_it_was(
             raise ConfigError("no such thing")
 
     monkeypatch.setitem(cli.COMMANDS, "distill", command)
-    monkeypatch.delitem(sys.modules, "ray", raising=False)
     for name in cli.QUIET:
         monkeypatch.setenv(name, "")
     before = state()
@@ -311,6 +311,36 @@ def test_a_command_leaves_the_process_as_it_was(
     with pytest.warns(UserWarning, match="of a library"), pytest.raises(ConfigError):
         cli.main(["distill", "-v", "--only", "x"])
     assert state() == before
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("ascii", rb"/tmp/J\xfcrgen \udcff"),
+        ("latin-1", b"/tmp/J\xfcrgen \\udcff"),
+        ("utf-8", "/tmp/Jürgen \\udcff".encode()),
+    ],
+)
+def test_what_standard_output_cannot_encode_ends_no_command(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, shown: bytes
+) -> None:
+    output = io.TextIOWrapper(buffer := io.BytesIO(), encoding, errors="strict")
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setitem(cli.COMMANDS, "show", lambda _: print("/tmp/Jürgen \udcff", end=""))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["show", "run"])
+    assert (ended.value.code, buffer.getvalue()) == (0, shown)
+    assert output.errors == "strict"
+
+
+def test_a_command_in_a_deleted_folder_says_so(tmp_path: Path) -> None:
+    script = (
+        "import os\nfrom pds_ray.cli import main as cli\n"
+        f"os.chdir({str(tmp_path)!r})\nos.rmdir({str(tmp_path)!r})\ncli.main(['doctor'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    message = b"pds-ray: the current folder was deleted; change to one that exists, as by `cd`\n"
+    assert (done.returncode, done.stderr) == (2, message)
 
 
 @pytest.mark.parametrize(("command", "top"), [("distill", RunConfig), ("evaluate", EvaluateConfig)])

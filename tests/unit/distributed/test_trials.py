@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig, RayConfig
 from pds_ray.distributed import trials
 from pds_ray.distributed.evaluate import share_out, trial_room, under_way
+from pds_ray.distributed.in_flight import InFlight
 from pds_ray.distributed.trials import Queue, States
 from pds_ray.stages.trial import Progress
 from pds_ray.store.storage import Folder
@@ -36,7 +37,7 @@ def make_trial(key: str, pairs: int = 1, backbone: str = "", seed: int = 0) -> S
 
 def make_queue(keys: str, results: Folder) -> Queue:
     every = [make_trial(key) for key in keys]
-    return Queue(every, None, results, None, EvaluateConfig(), use_gpu=False)
+    return Queue(every, None, results, None, EvaluateConfig(), use_gpu=False, in_flight=InFlight())
 
 
 # --- room and queues
@@ -150,6 +151,7 @@ def test_a_queue_whose_controller_dies_starts_again(
     monkeypatch.setattr(trials, "_fit", fit)
     monkeypatch.setattr(trials, "_await_inputs", lambda _: calls.append("wait"))
     monkeypatch.setattr(trials, "release", lambda _: calls.append("release"))
+    monkeypatch.setattr(trials, "_raise_problem", lambda _: None)
     monkeypatch.setattr(trials.tasks, "TASK_RETRIES", 2)
     trials.run_queue(make_queue("24x", Folder(str(tmp_path))))
     assert calls == ["wait", "fit", "release"] * 5 + ["wait", "fit"]
@@ -157,6 +159,12 @@ def test_a_queue_whose_controller_dies_starts_again(
     with pytest.raises(ray.exceptions.RayActorError):
         trials.run_queue(make_queue("x", Folder(str(tmp_path))))
     assert calls.count("fit") == 3
+
+
+def test_what_the_user_can_fix_is_recorded_by_queue():
+    records = trials.QueueRecords()
+    records.fail("a", "no such weights")
+    assert (records.problem("a"), records.problem("b")) == ("no such weights", "")
 
 
 def test_a_folder_without_the_drivers_lock_is_not_the_same_folder(tmp_path: Path):

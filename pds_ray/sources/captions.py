@@ -1,0 +1,179 @@
+"""The captions of a sample, from the files that hold them: text and JSON in the shapes people use.
+
+Names of files and of JSON entries are options. Without a choice of the user some names always
+count, as they always did, and further ones where these give no caption: sets that have the same
+caption under several names do not get it several times.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from pds_ray.config import FilesConfig, listed
+from pds_ray.modalities.text import MAX_CAPTIONS, decode_text
+from pds_ray.sources.base import CAPTION_LINES
+
+_LINE_END = re.compile(r"\r\n|\n|\r")
+SHOWN = 8  # names that a message about a sample shows
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names by which something is found, in the order in which they count."""
+
+    always: tuple[str, ...]
+    """Names that all count."""
+    otherwise: tuple[str, ...] = ()
+    """Names of which the first that gives something counts, if none of `always` does."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.always + self.otherwise)
+
+    def pick(self, give: Callable[[str], list[str]]) -> list[str]:
+        """Return what `give` returns for the names that count."""
+        found = [item for name in self.always for item in give(name)]
+        return found or next(filter(None, map(give, self.otherwise)), [])
+
+
+IMAGE_SUFFIXES = Names(
+    ("jpg", "jpeg", "png", "webp", "gif"), ("jfif", "jpe", "bmp", "tif", "tiff", "avif", "img")
+)
+CAPTION_SUFFIXES = Names(("txt", "json"), ("caption", "captions", "cap", "text"))
+CAPTION_KEYS = Names(
+    ("captions", "caption"),
+    ("TEXT", "text", "alt_text", "alt", "raw_caption", "raw", "sentences"),
+)
+
+
+def suffixes(option: str, usual: Names) -> Names:
+    """Return the suffixes that an option names, in lower case, without a dot in front."""
+    if option == "auto":
+        return usual
+    return Names(tuple(dict.fromkeys(name.lower().lstrip(".") for name in listed(option))))
+
+
+@dataclass(frozen=True)
+class Captions:
+    """The captions of one sample."""
+
+    texts: tuple[str, ...]
+    """Not blank, none twice, at most MAX_CAPTIONS."""
+    notes: tuple[str, ...] = ()
+    """As those of `sources.base.Sample`."""
+
+
+@dataclass(frozen=True)
+class CaptionReader:
+    """A reader of caption files by the options of a run."""
+
+    suffixes: Names
+    """Suffixes of caption files; those that end in json hold JSON, all others text."""
+    keys: Names
+
+    @classmethod
+    def of(cls, options: FilesConfig) -> CaptionReader:
+        """Return the reader that the options ask for."""
+        keys = CAPTION_KEYS
+        if options.caption_keys != "auto":
+            keys = Names(listed(options.caption_keys))
+        return cls(suffixes(options.caption_suffixes, CAPTION_SUFFIXES), keys)
+
+    def read(self, files: Mapping[str, bytes], each_line: bool = False) -> Captions:
+        """Return the captions in the files of one sample, given by their suffix.
+
+        With `each_line` each line of a text file is a caption. A file in an encoding that is a
+        guess counts only where no other gives a caption. Raises nothing, whatever the bytes are.
+        """
+        parsed = {
+            suffix: self._json(data) if is_json(suffix) else _Text.of(data, each_line)
+            for suffix, data in files.items()
+        }
+        certain = {suffix: file for suffix, file in parsed.items() if file.certain}
+        return self._choose(certain) or self._choose(parsed) or Captions(())
+
+    def _choose(self, files: Mapping[str, _Text]) -> Captions | None:
+        """Return the captions of those files that count, None if they have none."""
+        texts = self.suffixes.pick(lambda suffix: files[suffix].captions if suffix in files else [])
+        notes = dict.fromkeys(note for file in files.values() for note in file.notes)
+        return Captions(_distinct(texts), tuple(notes)) if texts else None
+
+    def found(self, files: Mapping[str, bytes]) -> str:
+        """Say what is in files without a caption."""
+        entries = (name for suffix in files if is_json(suffix) for name in _entries(files[suffix]))
+        shown = ", ".join(name[:40] for name in islice(entries, SHOWN))
+        where = " and ".join(f".{suffix}" for suffix in files)
+        return f"no caption in {where}" + (f", which has {shown}" if shown else "")
+
+    def _json(self, data: bytes) -> _Text:
+        value, certain = _parsed(data)
+        return _Text(list(map(_storable, self._strings(value))), certain)
+
+    def _strings(self, value: Any, deeper: int = 2) -> list[str]:
+        """Return the captions in a JSON value: a text, a list of such, or an object's entries."""
+        if isinstance(value, str):
+            return [value] if value.strip() else []
+        if isinstance(value, list):
+            simple = (item for item in value if isinstance(item, str | dict))
+            return [text for item in simple for text in self._strings(item, deeper)]
+        if isinstance(value, dict) and deeper:
+            return self.keys.pick(lambda name: self._strings(value.get(name), deeper - 1))
+        return []
+
+
+def is_json(suffix: str) -> bool:
+    """Say if files of a suffix hold JSON."""
+    return suffix.rpartition(".")[2] == "json"
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The captions of one file."""
+
+    captions: list[str]
+    """Not blank."""
+    certain: bool
+    """The encoding is not a guess."""
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, data: bytes, each_line: bool) -> _Text:
+        text, encoding = decode_text(data)
+        lines = [line for line in _LINE_END.split(text) if line.strip()]
+        notes = [] if encoding in ("utf-8", "utf-8-sig") else [encoding]
+        if len(lines) > 1 and not each_line:
+            notes.append(CAPTION_LINES)
+        captions = lines if each_line else [text] if lines else []
+        return cls(captions, encoding != "cp1252", notes)
+
+
+def _parsed(data: bytes) -> tuple[Any, bool]:
+    """Return the value of a JSON file, None if there is none, and whether its encoding is known."""
+    try:
+        try:
+            return json.loads(data), True
+        except UnicodeDecodeError:
+            return json.loads(decode_text(data)[0]), False
+    except (ValueError, RecursionError):  # not JSON, not text, or nested too deep
+        return None, True
+
+
+def _entries(data: bytes) -> list[str]:
+    value, _ = _parsed(data)
+    return list(value) if isinstance(value, dict) else []
+
+
+def _storable(caption: str) -> str:
+    # JSON can spell lone surrogates, which no UTF-8 file can hold
+    return caption.encode("utf-8", "replace").decode("utf-8")
+
+
+def _distinct(captions: Iterable[str]) -> tuple[str, ...]:
+    unique: dict[str, str] = {}
+    for caption in captions:
+        unique.setdefault(caption.strip(), caption)
+    return tuple(islice(unique.values(), MAX_CAPTIONS))
