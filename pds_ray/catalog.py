@@ -6,6 +6,7 @@ naming one costs nothing; an unknown name lists the known ones.
 
 from __future__ import annotations
 
+import os
 import re
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
@@ -30,10 +31,13 @@ if TYPE_CHECKING:
     from pds_ray.selectors.base import Selector
     from pds_ray.sources.base import Source
 
-SOURCES = {  # URI scheme -> class(uri, read); else a tar path, glob or brace range
+SOURCES = {  # URI scheme -> class(uri, read); else a folder, or a tar path, glob or brace range
     "scenes": "pds_ray.sources.scenes:ScenesSource",
     "flickr30k": "pds_ray.sources.karpathy:KarpathySource",
     "coco": "pds_ray.sources.karpathy:KarpathySource",
+    "folder": "pds_ray.sources.folder:FolderSource",
+    "parquet": "pds_ray.sources.parquet:ParquetSource",
+    "hf": "pds_ray.sources.hub:HubSource",
     "": "pds_ray.sources.webdataset:WebDatasetSource",
 }
 
@@ -84,10 +88,12 @@ def make_source(uri: str, read: FilesConfig | None = None) -> Source:
 
     Raises SourceError in one line if it cannot be used.
     """
-    scheme = uri.partition(":")[0]
-    module, _, cls = SOURCES[scheme if scheme in SOURCES else ""].partition(":")
-    source = getattr(import_module(module), cls)
-    return source(uri) if read is None else source(uri, read)
+    scheme, _, rest = uri.partition(":")
+    if scheme not in SOURCES or rest.startswith("//"):
+        scheme = "folder" if os.path.isdir(os.path.expanduser(uri)) else ""
+    module, _, cls = SOURCES[scheme].partition(":")
+    make = getattr(import_module(module), cls)
+    return make(uri) if read is None else make(uri, read)
 
 
 def describe_encoder(config: EmbedConfig) -> EncoderInfo:

@@ -480,8 +480,8 @@ class RunConfig(Options):
 
     source: str = option(
         "",
-        "tar path, glob or brace range (local, s3://, gs://), flickr30k:ROOT, coco:ROOT, "
-        "or scenes:N[:SEED[:NOISE[:SHARD]]]",
+        "tar path, glob or brace range (local or on a store), a folder, parquet:PATTERN, "
+        "hf:ORG/NAME[:SPLIT], flickr30k:ROOT, coco:ROOT, or scenes:N[:SEED[:NOISE[:SHARD]]]",
         "source",
     )
     out: str = option("", "run folder", "out", free=True)
@@ -709,12 +709,18 @@ def _to_bool(value: Any, name: str) -> bool:
 
 
 def flatten(mapping: Mapping[str, Any], cls: type = RunConfig) -> dict[str, Any]:
-    """Return {"prune": {"ratio": 0.1}, "pairs": 5} as {"prune.ratio": 0.1, "pairs": 5}."""
+    """Return {"prune": {"ratio": 0.1}, "pairs": 5} as {"prune.ratio": 0.1, "pairs": 5}.
+
+    Raises ConfigError if an option is in it nested and dotted.
+    """
     flat: dict[str, Any] = {}
     known = sections(cls)
     for key, value in mapping.items():
         if key in known and isinstance(value, Mapping):
-            flat.update({f"{key}.{name}": item for name, item in value.items()})
+            named = {f"{key}.{name}": item for name, item in value.items()}
         else:
-            flat[str(key)] = value
+            named = {str(key): value}
+        for name in flat.keys() & named.keys():
+            raise ConfigError(f"{name} is given twice, with values {flat[name]} and {named[name]}")
+        flat |= named
     return flat

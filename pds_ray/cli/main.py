@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import errno
 import io
 import json
 import logging
@@ -18,7 +19,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -74,29 +75,14 @@ def resolve(args: argparse.Namespace) -> RunConfig:
 
 def _written(args: argparse.Namespace) -> dict[str, Any]:
     """Return the dotted fields in the file of --config: of a run, an evaluation, or both."""
+    from pds_ray.cli.config_file import read_config
+
     path = vars(args).get("config")
-    return flatten(flatten(_read_yaml(path)), EvaluateConfig) if path else {}
+    return flatten(flatten(read_config(path)), EvaluateConfig) if path else {}
 
 
 def _in_evaluation(name: str) -> bool:
     return name.partition(".")[0] in EVALUATION_FIELDS
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as stream:
-            value = yaml.safe_load(stream)
-    except OSError as error:
-        raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(
-            f"--config {path} must hold fields such as 'pairs: 100', not {type(value).__name__}"
-        )
-    return value
 
 
 def _distill(args: argparse.Namespace) -> None:
@@ -380,11 +366,27 @@ COMMANDS = {
 }
 
 
+def _usable_streams() -> None:
+    """Open the standard streams that are closed, as services close them.
+
+    A closed one is None, and its number would go to the next file that is opened: what C code
+    prints would end up in that.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # the lowest number first
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode))  # noqa: SIM115
+
+
 def _flush() -> None:
-    """Write what standard output holds back in files and pipes; nowhere, if its reader is gone."""
+    """Write what standard output holds back in files and pipes.
+
+    Nowhere, if its reader or its terminal is gone.
+    """
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -393,9 +395,10 @@ def main(argv: list[str] | None = None) -> None:
 
     It may be called several times in one process: signal handlers, warnings, logging and the form
     of events are afterwards as they were, and a Ray that runs already goes on. The environment
-    variables of QUIET stay set, since libraries read them on import. Ctrl-C and SIGTERM end the
-    whole process.
+    variables of QUIET stay set, since libraries read them on import, and what `_usable_streams`
+    did stays. Ctrl-C, SIGTERM and SIGHUP end the whole process.
     """
+    _usable_streams()
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.version:
@@ -432,7 +435,8 @@ def _run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         text = "\npds-ray: interrupted; the same command continues"
         _flush()
-        log.event("interrupted", text, "error", exit_code=EXIT_INTERRUPTED)
+        with suppress(OSError):  # the terminal may be gone
+            log.event("interrupted", text, "error", exit_code=EXIT_INTERRUPTED)
         # not through Ray's own shutdown: interrupted while it starts, it crashes; its processes
         # die with this one
         os._exit(EXIT_INTERRUPTED)
@@ -487,12 +491,15 @@ def _any_character() -> Iterator[None]:
 def _interruptible() -> Iterator[None]:
     """Let SIGTERM interrupt the block as Ctrl-C does, in the background too.
 
-    A stopped job then ends like an interrupted one.
+    A stopped job then ends like an interrupted one, and so does one whose terminal is closed, if
+    nohup does not shield it.
     """
     if not _in_main_thread():  # only that one may set handlers
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         yield

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import warnings
@@ -33,13 +32,14 @@ from pds_ray.distributed import (
     places,
     ray_private,
 )
+from pds_ray.distributed.address import Address, of_cluster
 from pds_ray.distributed.process import default_environment, without_collections
 from pds_ray.distributed.tasks import LOST
 from pds_ray.distributed.watch import no_space
 from pds_ray.errors import UserError, first_line
 from pds_ray.telemetry import log
 
-CONNECT_TIMEOUT_S = 10
+REFUSALS = (ray.exceptions.AuthenticationError, ray.exceptions.RpcError)
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -65,7 +65,7 @@ def start(config: RayConfig, run: str = "") -> dict[str, Any]:
 
     Raises ConfigError in one line if a given address does not answer.
     """
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = of_cluster(config.address)
     with without_collections(), ExitStack() as undo:
         undo.enter_context(default_environment(ENVIRONMENT))
         if not ray.is_initialized():
@@ -77,7 +77,7 @@ def start(config: RayConfig, run: str = "") -> dict[str, Any]:
         lifetime.undo.callback(undo.pop_all().close)
     resources = ray.cluster_resources()
     return {
-        "address": address or "local",
+        "address": address.value if address else "local",
         "cpus": resources.get("CPU", 0),
         "gpus": resources.get("GPU", 0),
         "object_store_bytes": int(resources.get("object_store_memory", 0)),
@@ -95,7 +95,7 @@ def stop() -> None:
 
 
 @contextmanager
-def _ray(address: str | None, config: RayConfig) -> Iterator[None]:
+def _ray(address: Address | None, config: RayConfig) -> Iterator[None]:
     """Be connected to a cluster, or to a local Ray that ends with the block.
 
     Environment variables and the fault handler are afterwards as before.
@@ -128,28 +128,25 @@ def _ray(address: str | None, config: RayConfig) -> Iterator[None]:
             faulthandler.disable()
 
 
-def _connect(address: str) -> None:
+def _connect(address: Address) -> None:
     """Join a running cluster. Raises ConfigError in one line if none answers."""
-    advice = "start one or drop --address"
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdigit():  # asked first: Ray itself would try for minutes
-        try:
-            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
-        except OSError as error:
-            raise ConfigError(
-                f"nothing answers at --address {address} ({error.strerror or error}); {advice}"
-            ) from None
+    if address.value.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"{address} is where jobs are submitted, by `pds-ray submit --address "
+            f"{address.value}`; a run joins a cluster at HEAD:6379, or at auto on one of its nodes"
+        )
+    address.check_runs_ray()  # asked first: Ray itself would try for minutes
     try:
-        ray.init(address=address, **QUIET)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
-        first = first_line(error)
+        ray.init(address=address.value, **QUIET)
+    except (ConnectionError, RuntimeError, ValueError, *REFUSALS) as error:
         token = (
             ""
             if os.environ.get("RAY_AUTH_MODE")
             else "set RAY_AUTH_MODE=token and its token if it wants one, "
         )
         raise ConfigError(
-            f"no Ray cluster can be joined at {address} ({first}); {token}{advice}"
+            f"no Ray cluster can be joined at {address} ({first_line(error)}); {token}start one "
+            f"or {address.way_out}"
         ) from error
 
 

@@ -45,8 +45,8 @@ def make_run(config: RunConfig, redo: bool = False) -> Run:
     """
     if not config.source:
         raise ConfigError(
-            "no source: give --source (tar path, glob or brace range, flickr30k:ROOT, coco:ROOT "
-            "or scenes:N)"
+            "no source: give --source (tar path, glob or brace range, a folder, parquet:PATTERN, "
+            "hf:ORG/NAME, flickr30k:ROOT, coco:ROOT or scenes:N)"
         )
     if not config.out:
         raise ConfigError("no run folder: give --out FOLDER")

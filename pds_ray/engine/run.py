@@ -35,6 +35,7 @@ def distill(config: RunConfig, redo: bool = False, only: Collection[str] = ()) -
     if unknown:
         known = ", ".join(run.method.names)
         raise ConfigError(f"--only names {unknown[0]!r}; stages of method {config.method}: {known}")
+    run.folder.check_ours()
     run.folder.folder.create()
     with _locked(run.folder):
         return _run_stages(state.open_run(run, redo), only)

@@ -55,6 +55,17 @@ A file name has 255, of which the run folder needs some for what it adds.
 """
 
 
+class Kind(NamedTuple):
+    """A kind of files that are shards."""
+
+    noun: str
+    suffixes: tuple[str, ...]
+
+
+TARS = Kind("tar shard", SHARD_SUFFIXES)
+PARQUET = Kind("Parquet file", (".parquet", ".parq", ".pq"))
+
+
 class _Match(NamedTuple):
     """What a pattern names: location -> size and version of each shard, or why there is none."""
 
@@ -62,34 +73,36 @@ class _Match(NamedTuple):
     why_not: str = ""
 
 
-def find_shards(uri: str) -> tuple[dict[str, pafs.FileInfo], str]:
+def find_shards(uri: str, kind: Kind = TARS) -> tuple[dict[str, pafs.FileInfo], str]:
     """Return location -> size and time of every shard that the patterns of `uri` name.
 
     In place of the time, stores that tell a version have a number made of it. The second value says
     in one line which of several patterns match nothing, "" if all match. Raises SourceError if
     there is no pattern, if the only one matches nothing, or if one cannot be looked for.
     """
-    patterns = list(_expand(uri))
+    patterns = list(_expand(uri, kind))
     if not patterns:
-        raise SourceError(f"no tar shard is named in {uri!r}")
+        raise SourceError(f"no {kind.noun} is named in {uri!r}")
+    if kind is TARS and patterns[0].lower().endswith(PARQUET.suffixes):
+        raise SourceError(f"{patterns[0]} names no tar; Parquet files are read as parquet:PATTERN")
     on_web = [pattern for pattern in patterns if pattern.startswith(WEB)]
     matches = dict(zip(on_web, side_by_side(_ask, on_web), strict=True))
     stores: dict[tuple[str, str], _Store] = {}
     for pattern in patterns:
         if pattern not in matches:
-            matches[pattern] = _look_for(pattern, stores)
+            matches[pattern] = _look_for(pattern, kind, stores)
     found = {place: info for match in matches.values() for place, info in match.shards.items()}
-    return found, _complaint(uri, matches)
+    return found, _complaint(uri, kind, matches)
 
 
-def _look_for(pattern: str, stores: dict[tuple[str, str], _Store]) -> _Match:
+def _look_for(pattern: str, kind: Kind, stores: dict[tuple[str, str], _Store]) -> _Match:
     """Look for a pattern where files can be listed. Raises SourceError."""
     prefix, path, query = split_address(pattern)
     try:
         if (prefix, query) not in stores:
             stores[prefix, query] = _Store(prefix, query)
         store = stores[prefix, query]
-        shards = _only_shards(pattern, list(store.walk(store.root, path.split("/"))))
+        shards = _only_shards(pattern, kind, list(store.walk(store.root, path.split("/"))))
     except (OSError, StorageError) as error:
         raise SourceError(f"cannot look for {pattern}: {first_line(error)}") from error
     except UnicodeError as error:
@@ -113,29 +126,30 @@ def _ask(location: str) -> _Match:
         )
     filesystem, path = open_filesystem(location)
     try:
-        (info,) = with_retries(lambda: filesystem.handler.get_file_info([path]), location)
+        info = with_retries(lambda: filesystem.get_file_info(path), location)
     except (OSError, StorageError) as error:
         if isinstance(error, PermissionError):
             return _Match({}, str(error))
         raise SourceError(f"cannot look for {location}: {first_line(error)}") from error
     if not info.is_file:
         return _Match({}, "HTTP status 404")
-    return _Match({location: info})
+    known = pafs.FileInfo(path, info.type, size=info.size or 0, mtime_ns=info.mtime_ns)
+    return _Match({location: known})
 
 
-def _complaint(uri: str, matches: dict[str, _Match]) -> str:
+def _complaint(uri: str, kind: Kind, matches: dict[str, _Match]) -> str:
     """Say which patterns match nothing, "" if none; raise SourceError if there is no other."""
     unmatched = [pattern for pattern, match in matches.items() if not match.shards]
     if not unmatched:
         return ""
     first = f"{unmatched[0]} ({matches[unmatched[0]].why_not})"
     if len(matches) == 1:
-        raise SourceError(f"no tar shard matches {first}")
+        raise SourceError(f"no {kind.noun} matches {first}")
     text = (
         f"{len(unmatched):,} of {len(matches):,} shard patterns match nothing, the first is {first}"
     )
     there = len(matches) - len(unmatched)
-    return f"{text}; to take the {there:,} that match, {_way_out(uri)}" if there else text
+    return f"{text}; {there:,} match: to take those, {_way_out(uri)}" if there else text
 
 
 def _way_out(uri: str) -> str:
@@ -146,18 +160,19 @@ def _way_out(uri: str) -> str:
     return f"give {pattern!r}"
 
 
-def _only_shards(pattern: str, infos: list[pafs.FileInfo]) -> list[pafs.FileInfo]:
+def _only_shards(pattern: str, kind: Kind, infos: list[pafs.FileInfo]) -> list[pafs.FileInfo]:
     shards = [
         info
         for info in infos
         # what a wildcard takes for a shard and is none is counted as a failed shard
         if (info.is_file or info.type == pafs.FileType.NotFound or _is_magic(pattern))
-        and info.path.lower().endswith(SHARD_SUFFIXES)
+        and info.path.lower().endswith(kind.suffixes)
     ]
     if infos and not shards and not _is_magic(pattern):
         if infos[0].is_file:
-            raise SourceError(f"{pattern} is not a tar shard ({', '.join(SHARD_SUFFIXES)})")
-        raise SourceError(f"{pattern} is a folder; name the shards in it, as in {pattern}/*.tar")
+            raise SourceError(f"{pattern} is not a {kind.noun} ({', '.join(kind.suffixes)})")
+        example = f"{pattern}/*{kind.suffixes[0]}"
+        raise SourceError(f"{pattern} is a folder; name the shards in it, as in {example}")
     return shards
 
 
@@ -180,7 +195,7 @@ def shard_names(locations: list[str]) -> dict[str, str]:
 def _safe_stem(location: str) -> str:
     path = split_address(location)[1]
     base = path.rpartition("/")[2]
-    ends = [suffix for suffix in SHARD_SUFFIXES if base.lower().endswith(suffix)]
+    ends = [suffix for suffix in TARS.suffixes + PARQUET.suffixes if base.lower().endswith(suffix)]
     stem = base[: -max(map(len, ends))] if ends else base
     return re.sub(r"[^A-Za-z0-9._-]", "_", stem).lstrip(".") or "shard"
 
@@ -202,7 +217,7 @@ def for_retrieval(locations: Iterable[str]) -> set[str]:
 
 
 def _says_retrieval(location: str) -> bool:
-    filesystem, path = _open_root(location)
+    filesystem, path = open_filesystem(location)
     try:
         if not filesystem.get_file_info(path).is_file:
             return False
@@ -215,13 +230,15 @@ def _says_retrieval(location: str) -> bool:
 # ---- patterns ------------------------------------------------------------------------------------
 
 
-def _expand(uri: str) -> Iterator[str]:
+def _expand(uri: str, kind: Kind) -> Iterator[str]:
     """Yield a source URI's patterns: lists read, braces spelled out, local paths made absolute.
 
     `::` separates patterns. So does white space, unless the pattern around it matches shards.
     """
     for pattern in [uri] if _is_file(uri) else map(str.strip, uri.split("::")):
-        for token in [pattern] if _is_file(pattern) or _has_spaces(pattern) else pattern.split():
+        for token in (
+            [pattern] if _is_file(pattern) or _has_spaces(pattern, kind) else pattern.split()
+        ):
             _refuse_commands(token)
             if token.startswith("@"):
                 for line in _read_list(_absolute(token[1:])):
@@ -237,7 +254,7 @@ def _is_file(pattern: str) -> bool:
     return os.path.isfile(_absolute(pattern.removeprefix("@")))
 
 
-def _has_spaces(text: str) -> bool:
+def _has_spaces(text: str, kind: Kind) -> bool:
     """Return whether text with white space is one pattern, as in `/My Drive/*.tar`."""
     others = text.split()[1:]
     if not others or text.startswith(("@", *WEB)) or any("://" in other for other in others):
@@ -245,7 +262,7 @@ def _has_spaces(text: str) -> bool:
     stores: dict[tuple[str, str], _Store] = {}
     try:
         return any(
-            _look_for(pattern, stores).shards
+            _look_for(pattern, kind, stores).shards
             for pattern in _expand_braces(text)
             if is_remote(pattern) or os.path.isdir(_fixed_folder(pattern))
         )
@@ -356,7 +373,7 @@ class _Store:
         except PermissionError:  # a folder on the way that may be closed
             return False
         if is_run:
-            _say_passed_over(self.location(folder))
+            say_passed_over(self.location(folder))
         return is_run
 
     def _list(self, folder: str) -> dict[str, pafs.FileInfo]:
@@ -401,7 +418,8 @@ def open_shard(location: str) -> io.BufferedReader:
 
 
 @cache  # the shards of a source are looked for more than once
-def _say_passed_over(folder: str) -> None:
+def say_passed_over(folder: str) -> None:
+    """Say that the folder of a run is no part of a source."""
     text = (
         f"pds-ray: {without_secrets(folder)} is the folder of a run and passed over; name it in "
         "full, without a wildcard, to read what is in it"

@@ -32,8 +32,8 @@ from pds_ray.config import ClusterConfig, ConfigError
 SEED_LIMIT, SEED_ROWS = 2_000, 20
 OBJECTIVE_ROWS = 16_384  # summed at once
 MIN_ROWS_PER_CLUSTER = 39  # the least that a fit needs, by FAISS's own rule
-FAISS_ADVICE = "pip install 'pds-ray[cpu]', or 'pds-ray[gpu]' for k-means on GPUs"
 COUNT_S = 0.5  # between two looks at how far a fit is
+FAISS_ADVICE = "pip install 'pds-ray[cpu]', or 'pds-ray[gpu]' for k-means on GPUs"
 
 Tell = Callable[[str, int], object]
 

@@ -39,7 +39,8 @@ FACTS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryErr
 """Errors that tell how things are, and that a retry does not change."""
 _REFUSED = re.compile(  # others that a retry does not change
     r"AWS Error (ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH)"
-    r"|HTTP status (3|4(?!08|29))\d\d|Bucket '.*' not found|offline mode is enabled"
+    r"|(HTTP status |Client error ')(3|4(?!08|29))\d\d|Bucket '.*' not found"
+    r"|offline mode is enabled"
 )
 
 Item = TypeVar("Item")
@@ -109,7 +110,7 @@ def await_answer(question: Callable[[], object], where: str) -> None:
     tried = time.monotonic()
     try:
         _wait_for(question, where, ANSWER_S, tried)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, StorageError) as error:
         if time.monotonic() - tried > PATIENCE_S:
             raise StorageError(_failure(where, error)) from None
 

@@ -168,6 +168,13 @@ class _Handler(pafs.FSSpecHandler):
 
     open_input_stream = open_input_file
 
+    def open_output_stream(self, path: str, metadata: Any) -> pa.PythonFile:
+        try:
+            return super().open_output_stream(path, metadata)
+        except FileNotFoundError:  # a store that has folders wants them made
+            self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            return super().open_output_stream(path, metadata)
+
 
 def _version(info: dict[str, Any]) -> int | None:
     """Return a number that changes with the content of a file.

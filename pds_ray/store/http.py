@@ -9,6 +9,7 @@ import contextlib
 import email.utils
 import functools
 import io
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -23,7 +24,8 @@ from pds_ray.store.calls import CALLS_AT_ONCE, BusyError
 
 CONNECT_S, SILENCE_S = 5.0, 10.0
 """Seconds for a connection, and between two bytes of an answer."""
-SKIP_BYTES = 1024**2
+MOST_REDIRECTS = 10
+PIECE_BYTES = 1024**2
 _GONE, _CLOSED, _BUSY = (404, 410), (401, 403, 407), (429, 503)
 
 
@@ -93,22 +95,37 @@ class HttpFile(io.RawIOBase):
         return self._position
 
     def read(self, size: int | None = -1) -> bytes:
-        """Return the next bytes: as many as asked for, except at the end.
+        """Return the next bytes: as many as asked for, except at the end and where a transfer ends.
 
-        Raises OSError if the transfer fails or is cut; the next read takes it up again.
+        Raises OSError if it ends before a byte arrives; the next read takes it up again.
         """
-        if self._size is not None and self._position >= self._size:
-            return b""
+        left = math.inf if size is None or size < 0 else size
+        if self._size is not None:
+            left = min(left, self._size - self._position)
+        pieces: list[bytes] = []
+        try:
+            while left > 0 and (piece := self._next(int(min(left, PIECE_BYTES)))):
+                pieces.append(piece)
+                left -= len(piece)
+                self._position += len(piece)
+        except OSError:
+            if not pieces:  # what has arrived is not asked for again
+                raise
+        return b"".join(pieces)
+
+    def _next(self, most: int) -> bytes:
+        """Return some bytes, none at the end. Raises OSError, after which a new transfer begins."""
         try:
             if self._answer is None:
                 self._answer = self._begin()
             with _errors():
-                data = self._answer.raw.read(None if size is None or size < 0 else size)
+                piece = self._answer.raw.read1(most)
+            if not piece and self._size is not None:
+                raise self._ended()
         except BaseException:
             self._hang_up()
             raise
-        self._position += len(data)
-        return data
+        return piece
 
     def readinto(self, buffer: Any) -> int:
         data = self.read(len(buffer))
@@ -128,6 +145,8 @@ class HttpFile(io.RawIOBase):
         """Ask for the rest of the file. Raises OSError if it is not there, or is another by now."""
         answer = _ask(self._url, f"bytes={self._position}-" if self._position else None)
         try:
+            if answer.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                raise self._ended()
             if _version(answer) != self._version:
                 raise OSError("the file changed while it was read")
             if answer.status_code == HTTPStatus.OK:  # all of it: the server knows no ranges
@@ -139,10 +158,13 @@ class HttpFile(io.RawIOBase):
             raise
         return answer
 
+    def _ended(self) -> OSError:
+        return OSError(f"the transfer ended after {self._position} of {self._size} bytes")
+
     def _skip(self, answer: requests.Response) -> None:
         left = self._position
         with _errors():
-            while left and (data := answer.raw.read(min(left, SKIP_BYTES))):
+            while left and (data := answer.raw.read(min(left, PIECE_BYTES))):
                 left -= len(data)
         if left:
             raise OSError(f"the transfer ended {left} bytes before the place where it was cut")
@@ -152,6 +174,7 @@ class HttpFile(io.RawIOBase):
 def _session() -> requests.Session:
     """Return the connections of this process."""
     session = requests.Session()
+    session.max_redirects = MOST_REDIRECTS
     for scheme in ("http://", "https://"):
         session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=CALLS_AT_ONCE))
     return session

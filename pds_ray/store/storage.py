@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -34,7 +35,22 @@ from pds_ray.store.calls import StorageError, is_remote, side_by_side, with_retr
 from pds_ray.store.filesystems import local_path, open_filesystem
 
 PART_SUFFIX = ".part"
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+# what `writer` calls its temporary files: browsers and others end theirs in .part as well
+_PART = re.compile(r".+\.[0-9a-f]{8}" + re.escape(PART_SUFFIX))
+DISK_FAULTS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,
+    # of disks that are mounted: a file larger than FAT holds, a server that is gone, a name or a
+    # flush that they do not know
+    errno.EFBIG,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ENAMETOOLONG,
+    errno.ENOTSUP,
+    errno.EINVAL,
+)
 LOCK = ".lock"
 # always the same name, so that the next run removes the file that a killed run left
 WRITE_TEST = f".write-test{PART_SUFFIX}"
@@ -173,6 +189,12 @@ class Folder:
         )
 
     @_retried
+    def is_empty(self) -> bool:
+        """Return whether nothing lies in this folder, or it is not there."""
+        fs, root = self._fs
+        return not fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+
+    @_retried
     def delete(self, name: str) -> None:
         """Remove a file; a missing one is no error. Raises what `writer` raises."""
         fs, root = self._fs
@@ -188,14 +210,19 @@ class Folder:
     def delete_all(self) -> None:
         """Remove the folder with all it holds; a missing one is no error.
 
-        Raises what `writer` raises.
+        One that is a symbolic link, as to a larger disk, is emptied and stays. Raises what `writer`
+        raises.
         """
         fs, root = self._fs
+        linked = not is_remote(self.path) and os.path.islink(root)
         with _in_one_line(f"delete {self.shown}"), contextlib.suppress(FileNotFoundError):
-            fs.delete_dir(root)
+            if linked:
+                fs.delete_dir_contents(os.path.realpath(root))
+            else:
+                fs.delete_dir(root)
 
     def sweep(self, spare: str = "") -> None:
-        """Remove the temporary files of interrupted writers, here and below.
+        """Remove the temporary files of interrupted writers, here and below, and no other file.
 
         Only the holder of the lock may call it. The folder named `spare` directly in this one is
         left alone. On an object store nothing is visible: a lifecycle rule of the bucket removes
@@ -207,7 +234,7 @@ class Folder:
             if place == self.path and spare in folders:
                 folders.remove(spare)
             for name in files:
-                if name.endswith(PART_SUFFIX):
+                if _PART.fullmatch(name) or name == WRITE_TEST:
                     part = Path(place, name)
                     with _in_one_line(f"delete {part}"):
                         # orphaned workers of a killed driver may still rename it
@@ -229,7 +256,13 @@ class Folder:
             yield
             return
         with _in_one_line(f"write to {self.shown}"):
-            handle = open(self.full(LOCK), "a")  # noqa: SIM115 - closed below
+            try:
+                handle = open(self.full(LOCK), "a")  # noqa: SIM115 - closed below
+            except PermissionError as error:
+                raise StorageError(
+                    f"{self.shown} belongs to another user's run, whose files may not be changed; "
+                    "give another --out, or have its group write to it (umask 002)"
+                ) from error
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -349,7 +382,7 @@ def _in_one_line(what: str) -> Iterator[None]:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A forward reader of an object.
+    """A reader of an object.
 
     A transfer that breaks off is resumed where it stopped, and never mistaken for the end.
     """
@@ -365,6 +398,19 @@ class _RemoteFile(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    def seekable(self) -> bool:
+        return self._size is not None
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if self._size is None:
+            raise io.UnsupportedOperation("the server does not tell the size of the file")
+        starts = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}
+        self._position = starts[whence] + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
     def readinto(self, buffer: Any) -> int:
         wanted = len(buffer)
         if self._size is not None:
@@ -375,9 +421,10 @@ class _RemoteFile(io.RawIOBase):
         return len(data)
 
     def _read(self, wanted: int) -> bytes:
-        if self._size is None:
-            return self._file.read_at(wanted, self._position)
-        return _read_at(self._file, self._position, wanted)
+        data = self._file.read_at(wanted, self._position) if wanted else b""
+        if wanted and not data and self._size is not None:
+            raise OSError(f"the transfer ended after {self._position} of {self._size} bytes")
+        return data
 
     def close(self) -> None:
         if not self.closed:

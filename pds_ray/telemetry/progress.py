@@ -182,6 +182,9 @@ def progress_bar(
     interactive = getattr(sys.stderr, "isatty", bool)() and not log.is_json()
     with (
         (_JsonBar if log.is_json() else Bar)(
+            # whatever TQDM_DISABLE says: a bar that is disabled does not count, and its count is
+            # what the watchdog and the heartbeat go by
+            disable=False,
             total=total,
             initial=done,
             desc=f"{label:<12}",

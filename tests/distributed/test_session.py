@@ -29,6 +29,7 @@ from pds_ray.distributed import (
     session,
     tasks,
 )
+from pds_ray.distributed.address import Address
 from pds_ray.errors import UserError
 from tests.support.ray_script import output_of
 
@@ -59,7 +60,7 @@ def test_an_address_without_a_cluster_is_refused_at_once() -> None:
     with socket.socket() as free:  # bound, not listening: nothing answers there
         free.bind(("127.0.0.1", 0))
         with pytest.raises(ConfigError, match="nothing answers at --address"):
-            session._connect(f"127.0.0.1:{free.getsockname()[1]}")
+            session._connect(Address(f"127.0.0.1:{free.getsockname()[1]}", "--address"))
 
 
 def test_a_local_ray_is_as_large_as_the_job(

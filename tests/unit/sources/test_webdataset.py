@@ -23,12 +23,13 @@ from webdataset.tariterators import base_plus_ext
 
 from pds_ray.distributed.embed_workers import TABLES
 from pds_ray.modalities.image import ImageError, decode_image
-from pds_ray.sources.base import Fault, Sample, SourceError
+from pds_ray.sources.base import Fault, MissingShardsError, Sample, SourceError
 from pds_ray.sources.captions import IMAGE_SUFFIXES
 from pds_ray.sources.tar import MAX_HEADER_BYTES
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.store import filesystems
 from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
 from tests.fuzz.targets import check_outcomes
 from tests.support.hostile import (
@@ -595,7 +596,8 @@ def test_names_are_unique_and_stay_the_same(tree: Path) -> None:
         ("{tree}/a/notes.txt/x.tar", r"^no tar shard matches"),
         (
             "{tree}/a/{{00000..00041}}.tar",
-            r"^40 of 42 shard patterns match nothing, the first is \S+/00002\.tar ",
+            r"^40 of 42 shard patterns match nothing, the first is \S+/00002\.tar \(.*\); "
+            r"2 match: to take those, give '\S+/a/\[0-9\]\*\.tar'$",
         ),
         ("{tree}/a/notes.txt", r"is not a tar shard \(\.tar, .*\.tar\.zst\)$"),
         ("{tree}/a", r"is a folder; name the shards in it, as in \S+/a/\*\.tar$"),
@@ -610,6 +612,39 @@ def test_nothing_found(tree: Path, uri: str, message: str) -> None:
     with pytest.raises(SourceError, match=message) as caught:
         WebDatasetSource(uri.format(tree=tree)).shards()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", ["**/*.tar", "**", "*/*/*/*.tar", "r*/*/*/*.tar"])
+def test_the_results_of_a_run_are_no_data(
+    tmp_path: Path, pattern: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder(Folder(str(tmp_path / "runs" / "first")))
+    names = ["first/distilled/webdataset/000000.tar", "first/embeddings/parts/x.tar"]
+    for name in [*names, "../data/a/b/000000.tar", "other/x/000001.tar"]:
+        path = tmp_path / "runs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    run.folder.write_json(run.MANIFEST, {})
+    found = {shard.location for shard in WebDatasetSource(f"{tmp_path}/{pattern}").shards()}
+    own = {f"{tmp_path}/runs/{name}" for name in names}
+    assert found
+    assert not found & own
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith(f"pds-ray: {tmp_path}/runs/first is the folder of a run and passed over")
+    literal = WebDatasetSource(f"{run.folder.path}/**").shards()
+    assert {shard.location for shard in literal} == own
+
+
+def test_the_way_out_of_a_gap_works(tree: Path) -> None:
+    with pytest.raises(MissingShardsError) as caught:
+        WebDatasetSource(f"{tree}/a/{{00000..00009}}.tar").shards()
+    advice = str(caught.value).rpartition("give ")[2].strip("'")
+    assert WebDatasetSource(advice).shards() == caught.value.found
+    with pytest.raises(
+        MissingShardsError, match="2 match: to take those, name them alone, in a list, @FILE"
+    ):
+        WebDatasetSource(f"{tree}/a/00000.tar {tree}/a/00001.tar {tree}/a/7.tar").shards()
 
 
 @pytest.fixture

@@ -415,21 +415,6 @@ def test_a_weighted_fit_does_not_end_by_an_unweighted_objective(seed: int) -> No
     assert ended == whole
 
 
-def test_an_installation_without_faiss_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, tmp_path
-) -> None:
-    """Before a run reads anything; a selection needs none."""
-    from pds_ray import ConfigError, configure, plan, recipe
-
-    config = configure(
-        recipe("demo"), {"source": "scenes:5", "pairs": 2, "out": str(tmp_path / "run")}
-    )
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ConfigError, match=r"k-means needs FAISS.*pip install 'pds-ray\[cpu\]'"):
-        plan(config)
-    plan(configure(config, {"method": "random"}))
-
-
 @pytest.mark.parametrize("start", [True, False])
 def test_a_fit_that_is_counted_is_faiss_s_own(start):
     data, ones = blobs(5), np.ones(480, np.float32)
@@ -470,3 +455,18 @@ def test_equal_rows_are_one():
     rows = np.ones((60, 4), np.float32)
     fitted = cluster.fit(rows, np.ones(60, np.float32), 10, 0, ClusterConfig())
     assert fitted.distinct == 1
+
+
+def test_an_installation_without_faiss_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    """Before a run reads anything; a selection needs none."""
+    from pds_ray import ConfigError, configure, plan, recipe
+
+    config = configure(
+        recipe("demo"), {"source": "scenes:5", "pairs": 2, "out": str(tmp_path / "run")}
+    )
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ConfigError, match=r"k-means needs FAISS.*pip install 'pds-ray\[cpu\]'"):
+        plan(config)
+    plan(configure(config, {"method": "random"}))

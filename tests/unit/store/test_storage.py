@@ -33,6 +33,9 @@ from pds_ray.store.storage import (
     with_retries,
 )
 
+LEFT = f"x.0123abcd{PART_SUFFIX}"
+"""The name of a temporary file that a killed writer left."""
+
 
 @pytest.fixture(params=["local", "object store"])
 def folder(request, tmp_path, monkeypatch):
@@ -110,6 +113,16 @@ def test_sweep_removes_what_a_killed_writer_left(tmp_path):
     assert folder.names() == ["good"]
 
 
+def test_sweep_takes_only_what_is_ours(tmp_path):
+    """Browsers, curl and torrent programs call unfinished downloads so as well."""
+    folder = Folder(str(tmp_path))
+    foreign = ["film.mkv.part", "00012.tar.part", "x.0123ABCD.part", "y.0123abcde.part", ".part"]
+    for name in (*foreign, LEFT):
+        (folder / "sub").write_bytes(name, b"")
+    folder.sweep()
+    assert files(tmp_path) == sorted(f"sub/{name}" for name in foreign)
+
+
 @pytest.mark.parametrize(
     ("number", "said"), [(errno.EAGAIN, "another run"), (errno.ENOLCK, "cannot be locked")]
 )
@@ -122,12 +135,36 @@ def test_a_lock_that_is_taken_is_not_one_that_cannot_be_had(tmp_path, monkeypatc
         pass
 
 
+def test_the_lock_of_another_user_is_one_line(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(StorageError, match="another user"), Folder(str(tmp_path)).lock():
+        pass
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EFBIG, errno.ESTALE, errno.ENOTCONN, errno.ENOTSUP, errno.EINVAL]
+)
+def test_what_a_mounted_disk_refuses_is_one_line(tmp_path, monkeypatch, number):
+    """FAT has no file of 4 GiB, some FUSE file systems no flush, a server may be gone."""
+
+    def refuse(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StorageError, match=f"^cannot write .*x: {os.strerror(number)}$"):
+        Folder(str(tmp_path)).write_bytes("x", b"1")
+    assert files(tmp_path) == []
+
+
 def test_sweep_spares_a_folder_that_has_a_lock_of_its_own(tmp_path):
     folder = Folder(str(tmp_path))
     for place in ("embeddings", "embeddings/parts", "images", "images/embeddings"):
-        (folder / place).write_bytes(f"x{PART_SUFFIX}", b"")
+        (folder / place).write_bytes(LEFT, b"")
     folder.sweep(spare="embeddings")
-    assert files(tmp_path) == [f"embeddings/parts/x{PART_SUFFIX}", f"embeddings/x{PART_SUFFIX}"]
+    assert files(tmp_path) == [f"embeddings/parts/{LEFT}", f"embeddings/{LEFT}"]
     folder.sweep()
     assert files(tmp_path) == []
 
@@ -176,7 +213,7 @@ def test_a_read_only_disk_is_one_line_whatever_is_done(disk):
     path, close = disk
     folder = Folder(str(path))
     (folder / "sub").write_bytes("x", b"1")
-    folder.write_bytes(f"left{PART_SUFFIX}", b"")
+    folder.write_bytes(LEFT, b"")
     close()
 
     def locked():
@@ -239,6 +276,25 @@ def test_a_trial_that_was_killed_is_taken_away_by_the_next(folder, tmp_path, mon
     assert len(files(tmp_path)) == 1
     folder.create()
     assert files(tmp_path) == []
+
+
+def test_a_folder_that_is_a_link_is_emptied_and_stays_one(tmp_path):
+    """People link the large folders of a run to another disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    folder = Folder(str(tmp_path / "link"))
+    (folder / "sub").write_bytes("x", b"1")
+    folder.delete_all()
+    assert (tmp_path / "link").is_symlink()
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_an_empty_folder(folder):
+    assert (folder / "not there").is_empty()
+    (folder / "sub").create()
+    assert (folder / "sub").is_empty()
+    (folder / "sub" / "deep").create()
+    assert not (folder / "sub").is_empty()
 
 
 def test_names_are_sorted_files_of_this_folder(folder):

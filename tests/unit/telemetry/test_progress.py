@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partialmethod
 
 import pytest
+from tqdm import tqdm
 
 from pds_ray.telemetry import progress
 from pds_ray.telemetry.progress import progress_bar
@@ -23,6 +25,18 @@ def test_a_log_gets_one_whole_line_at_the_end(capsys: pytest.CaptureFixture[str]
     assert lines[0].startswith("embed ")
     for text in ("100%", "300/300", "images/s", "2 bad"):
         assert text in lines[0]
+
+
+def test_bars_that_are_switched_off_everywhere_count_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As TQDM_DISABLE=1 does, which tqdm reads when it is imported."""
+    monkeypatch.setattr(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True))
+    with progress_bar("embed", 3, "shards") as bar:
+        bar.update(3)
+        assert progress.current() is not None
+        assert progress.current().done == 3
+    assert "3/3" in capsys.readouterr().err
 
 
 def test_an_error_passes_through() -> None:
