@@ -212,6 +212,9 @@ def test_models_are_tried_before_work(capsys: pytest.CaptureFixture[str], tmp_pa
 @pytest.mark.parametrize("model", ["encoder", "decoder"])
 def test_what_only_a_worker_finds_is_one_line_too(tmp_path: Path, model: str) -> None:
     """Weights that went after the checks: no retries, and no trace of Ray's on the terminal."""
+    out = str(tmp_path / "out")
+    small = ["--ray.num-cpus", "2", "--ray.object-store-gib", "0.2"]
+    args = [*DEMO, "--source", "scenes:40", "--pairs", "4", "--out", out, *small]
     code = f"""
 import dataclasses
 from pds_ray import catalog
@@ -223,21 +226,7 @@ def gone(*args):
     args_of_load = tuple((name, value) for name, value in args_of_load if name in kept)
     return dataclasses.replace(describe(*args), load_args=args_of_load)
 catalog.describe_{model} = gone
-cli.main({
-        [
-            *DEMO,
-            "--source",
-            "scenes:40",
-            "--pairs",
-            "4",
-            "--out",
-            str(tmp_path / "out"),
-            "--ray.num-cpus",
-            "2",
-            "--ray.object-store-gib",
-            "0.2",
-        ]!r
-    })
+cli.main({args!r})
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False
