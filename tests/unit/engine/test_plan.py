@@ -186,7 +186,8 @@ def test_every_option_is_judged() -> None:
     judged = {
         "source", "out", "method", "pairs", "seed", "select.epochs", "select.forgotten",
         "read.captions", "read.min_side", "read.max_pixels", "read.image_suffixes",
-        "read.caption_suffixes", "read.caption_keys", "read.caption_lines", "embed.encoder", "embed.precision",
+        "read.caption_suffixes", "read.caption_keys", "read.caption_lines", "embed.encoder",
+        "embed.precision",
         "embed.batch_size", "embed.store", "embed.store_dtype", "prune.ratio", "cluster.iterations",
         "cluster.tolerance", "cluster.restarts", "cluster.normalize", "cluster.memory_gib",
         "cluster.modality", "match.solver", "match.pairless", "match.filter", "decode.decoder",
