@@ -156,9 +156,8 @@ class _Group:
 
     @property
     def is_part(self) -> bool:
-        """It may belong to a sample with a shorter key: its name has more dots than one."""
-        file = self.first
-        return file.key != file.begins if file.known else "." in file.suffix
+        """It may belong to a sample with a shorter key, or with the same if it has no known file."""
+        return not self.suffixes or self.key != self.first.begins
 
     def takes(self, file: _File) -> bool:
         """Say if a file belongs here."""
@@ -168,8 +167,8 @@ class _Group:
 
     def belongs(self, other: _Group) -> bool:
         """Say if its key extends that of another sample by a dot."""
-        is_sample = bool(other.suffixes) or not other.is_part
-        return self.key != other.key and is_sample and self.extends(other.key)
+        is_sample = bool(other.suffixes) or "." not in other.first.suffix
+        return self is not other and is_sample and self.extends(other.key)
 
     def extends(self, key: str) -> bool:
         """Say if its first file's name goes on where `key` and a dot end."""
