@@ -156,7 +156,7 @@ class _Group:
 
     @property
     def is_part(self) -> bool:
-        """It may belong to a sample with a shorter key, or with the same if it has no known file."""
+        """It may belong to a sample with a shorter key, or the same if no file of it is known."""
         return not self.suffixes or self.key != self.first.begins
 
     def takes(self, file: _File) -> bool:
@@ -288,9 +288,13 @@ class _Samples:
                 file.key == first.key or first.first.name.startswith(f"{file.key}.")
             )
             is_image = file.known and file.suffix in self._files.images
-            stays = not ends and (not is_image or coming.belongs(first))
-            yield from self._close(self._open[stays:])
-        if self._parts and self._parts[0][0].first.begins != coming.first.begins:
+            if any(coming.belongs(second) for second in self._open[1:]):
+                yield from self._close([first])
+            else:
+                stays = not ends and (not is_image or coming.belongs(first))
+                yield from self._close(self._open[stays:])
+        begins = {group.first.begins for group in (*self._open, coming)}
+        if self._parts and self._parts[0][0].first.begins not in begins:
             yield from self._release()
 
     def _close(self, groups: list[_Group]) -> Iterator[Sample | Fault]:
@@ -300,7 +304,8 @@ class _Samples:
             if group.has_image:
                 self._parts = [part for part in self._parts if not part[0].belongs(group)]
             if not isinstance(outcome, Fault) or not _lacks(outcome):
-                yield from self._release()
+                if self._parts and self._parts[0][0].first.begins == group.first.begins:
+                    yield from self._release()
                 yield outcome
             elif any(owner.has_image and group.belongs(owner) for owner in self._open):
                 continue

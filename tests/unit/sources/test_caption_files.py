@@ -58,11 +58,11 @@ def test_any_bytes_are_a_text_that_can_be_stored(data: bytes) -> None:
 
 def test_bytes_that_cp1252_leaves_open_are_read_as_latin_1() -> None:
     every = bytes(range(128, 256))
-    expected = [
-        byte.decode("cp1252") if byte not in b"\x81\x8d\x8f\x90\x9d" else byte.decode("latin-1")
-        for byte in (every[n : n + 1] for n in range(128))
-    ]
-    assert decode_text(every) == ("".join(expected), "cp1252")
+    text, encoding = decode_text(every)
+    assert encoding == "cp1252"
+    for byte, character in zip(every, text, strict=True):
+        is_open = byte in b"\x81\x8d\x8f\x90\x9d"
+        assert character == bytes([byte]).decode("latin-1" if is_open else "cp1252")
 
 
 @pytest.mark.parametrize(
