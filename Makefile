@@ -7,7 +7,9 @@
 # make test-long  the long ones alone
 # make bench      every row of benchmarks/RESULTS.md beside its baseline (hours, on an idle machine)
 # make fuzz       coverage-guided fuzzing of the parsers of untrusted bytes, FUZZ_SECONDS per target
+# KIND=gpu        with any of them: an environment whose k-means runs on GPUs (Linux on x86-64)
 PYTHON ?= python3
+KIND ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
@@ -30,13 +32,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	rm -f $(VENV)/.installed $(VENV)/.developed
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing what a run needs: about 6.5 GB, most of it PyTorch with CUDA."
-	$(PIP) -e .
+	$(PIP) -e '.[$(KIND)]'
 	touch $@
 
 $(VENV)/.developed: $(VENV)/.installed
 	rm -f $@
 	@echo "Installing the tools of the tests: about 0.6 GB."
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[$(KIND),dev]'
 	touch $@
 
 demo: install

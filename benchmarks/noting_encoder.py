@@ -16,7 +16,7 @@ NAME = "noting"
 catalog.ENCODERS[NAME] = __name__
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NotingInfo(EncoderInfo):
     """The wrapped encoder, and the file that the first actor creates when it has loaded it."""
 
@@ -25,9 +25,8 @@ class NotingInfo(EncoderInfo):
 
 
 def describe(other: EncoderInfo, note: Path) -> NotingInfo:
-    return NotingInfo(
-        NAME, other.dim, other.space, other.identity, other.preprocess, (), other, note
-    )
+    common = (NAME, other.dim, other.space, other.identity, other.preprocess, ())
+    return NotingInfo(*common, other=other, note=note)
 
 
 def load(info: NotingInfo, precision: str) -> Encoder:

@@ -7,7 +7,9 @@
     evaluation = configure(protocol("standard"), {"test": "scenes:1000:7"})
     recalls = evaluate("runs/demo", evaluation)["mean"]
 
-Importing the package loads neither Ray nor torch.
+Importing the package loads neither Ray nor torch. A Ray that `distill`, `evaluate` or `compare`
+starts ends with the call; one that is initialised already is used and stays. A process does one of
+them at a time, in any thread.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from pds_ray.engine.plan import make_run as plan
 from pds_ray.engine.run import distill
 from pds_ray.recipes import protocol, recipe
 from pds_ray.store.distilled_set import DistilledSet, load_distilled
+from pds_ray.store.export import export
+from pds_ray.store.publish import push
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,9 +36,11 @@ __all__ = [
     "configure",
     "distill",
     "evaluate",
+    "export",
     "load_distilled",
     "plan",
     "protocol",
+    "push",
     "recipe",
 ]
 

@@ -6,6 +6,8 @@ naming one costs nothing; an unknown name lists the known ones.
 
 from __future__ import annotations
 
+import os
+import re
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
@@ -29,10 +31,13 @@ if TYPE_CHECKING:
     from pds_ray.selectors.base import Selector
     from pds_ray.sources.base import Source
 
-SOURCES = {  # URI scheme -> class(uri, read); else a tar path, glob or brace range
+SOURCES = {  # URI scheme -> class(uri, read); else a folder, or a tar path, glob or brace range
     "scenes": "pds_ray.sources.scenes:ScenesSource",
     "flickr30k": "pds_ray.sources.karpathy:KarpathySource",
     "coco": "pds_ray.sources.karpathy:KarpathySource",
+    "folder": "pds_ray.sources.folder:FolderSource",
+    "parquet": "pds_ray.sources.parquet:ParquetSource",
+    "hf": "pds_ray.sources.hub:HubSource",
     "": "pds_ray.sources.webdataset:WebDatasetSource",
 }
 
@@ -83,10 +88,12 @@ def make_source(uri: str, read: FilesConfig | None = None) -> Source:
 
     Raises SourceError in one line if it cannot be used.
     """
-    scheme = uri.partition(":")[0]
-    module, _, cls = SOURCES[scheme if scheme in SOURCES else ""].partition(":")
-    source = getattr(import_module(module), cls)
-    return source(uri) if read is None else source(uri, read)
+    scheme, _, rest = uri.partition(":")
+    if scheme not in SOURCES or rest.startswith("//"):
+        scheme = "folder" if os.path.isdir(os.path.expanduser(uri)) else ""
+    module, _, cls = SOURCES[scheme].partition(":")
+    make = getattr(import_module(module), cls)
+    return make(uri) if read is None else make(uri, read)
 
 
 def describe_encoder(config: EmbedConfig) -> EncoderInfo:
@@ -113,7 +120,12 @@ def load_text_encoder(info: EncoderInfo | TextEncoderInfo, precision: str) -> Te
 
 
 def _text_encoder_module(name: str) -> TextEncoderModule:
+    """Return the module of a name. Raises ConfigError if it lacks its prefix: bert-base-uncased."""
     prefix = name.partition(":")[0]
+    parts = re.split(r"[-_.]", name.rstrip("/").rpartition("/")[2].lower())
+    meant = next((part for part in parts if part in TEXT_ENCODERS and part), "")
+    if meant and ":" not in name:
+        raise ConfigError(f"text encoder {name}: its kind comes first; give {meant}:{name}")
     entry = TEXT_ENCODERS[prefix if prefix in TEXT_ENCODERS else ""]
     return cast("TextEncoderModule", import_module(entry))
 

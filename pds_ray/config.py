@@ -17,7 +17,7 @@ from types import NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pds_ray import catalog
-from pds_ray.errors import ConfigError, without_secrets
+from pds_ray.errors import ConfigError, is_utf8, without_secrets
 from pds_ray.modalities.text import CLEANERS
 
 METHODS = tuple(catalog.METHODS)
@@ -78,6 +78,8 @@ class Option:
         if isinstance(value, float) and not math.isfinite(value):
             allowed = ", ".join(filter(None, ("a finite number", self.allowed)))
             raise ConfigError(f"{self.name} is {value!r}; it must be {allowed}")
+        if isinstance(value, str) and not is_utf8(value):
+            raise ConfigError(f"{self.name} is {value!r}; a name must be UTF-8: rename the file")
         _require(self._holds(value), self.name, value, self.allowed)
 
     def _holds(self, value: Any) -> bool:
@@ -478,8 +480,8 @@ class RunConfig(Options):
 
     source: str = option(
         "",
-        "tar path, glob or brace range (local, s3://, gs://), flickr30k:ROOT, coco:ROOT, "
-        "or scenes:N[:SEED[:NOISE[:SHARD]]]",
+        "tar path, glob or brace range (local or on a store), a folder, parquet:PATTERN, "
+        "hf:ORG/NAME[:SPLIT], flickr30k:ROOT, coco:ROOT, or scenes:N[:SEED[:NOISE[:SHARD]]]",
         "source",
     )
     out: str = option("", "run folder", "out", free=True)
@@ -707,12 +709,18 @@ def _to_bool(value: Any, name: str) -> bool:
 
 
 def flatten(mapping: Mapping[str, Any], cls: type = RunConfig) -> dict[str, Any]:
-    """Return {"prune": {"ratio": 0.1}, "pairs": 5} as {"prune.ratio": 0.1, "pairs": 5}."""
+    """Return {"prune": {"ratio": 0.1}, "pairs": 5} as {"prune.ratio": 0.1, "pairs": 5}.
+
+    Raises ConfigError if an option is in it nested and dotted.
+    """
     flat: dict[str, Any] = {}
     known = sections(cls)
     for key, value in mapping.items():
         if key in known and isinstance(value, Mapping):
-            flat.update({f"{key}.{name}": item for name, item in value.items()})
+            named = {f"{key}.{name}": item for name, item in value.items()}
         else:
-            flat[str(key)] = value
+            named = {str(key): value}
+        for name in flat.keys() & named.keys():
+            raise ConfigError(f"{name} is given twice, with values {flat[name]} and {named[name]}")
+        flat |= named
     return flat

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-PLAIN_SETTINGS = ("region", "scheme", "endpoint_override")
+PLAIN_SETTINGS = ("region", "scheme", "endpoint_override", "account_name")
 """Settings of an object store that are part of its address; any other may be a secret."""
 
-_REMOTE = re.compile(r"(?<=://)(?:(?!::[\w+.-]+://)\S)*")
+_REMOTE = re.compile(r"([\w+.-]*)://((?:(?!::[\w+.-]+://)\S)*)")
+BUCKET_AT_HOST = ("abfs", "abfss", "wasb", "wasbs", "oci")
+"""Schemes that write `bucket@host`, which is no login."""
+_BUCKET = re.compile(r"[\w.-]+@(?=[^@]*$)")
 # secrets hold slashes that people forget to encode: all up to the @, or what a slash left of one
 _LOGIN = re.compile(r"^(?:[^/@]*(?::[^@]*)?@|[^/@?:]*:(?!\d{1,5}(?:[^\w+%=.~-]|$))[^/@?]*)")
 
@@ -33,12 +36,14 @@ def without_secrets(text: str) -> str:
 
     Users and passwords are left out, and all settings of a store but those in `PLAIN_SETTINGS`.
     """
-    return _REMOTE.sub(lambda uri: _without_secrets(uri[0]), text)
+    return _REMOTE.sub(lambda uri: f"{uri[1]}://{_without_secrets(*uri.groups())}", text)
 
 
-def _without_secrets(rest: str) -> str:
+def _without_secrets(scheme: str, rest: str) -> str:
     """Return the rest of a URI, after `://`, without its secrets."""
-    place, _, settings = _LOGIN.sub("", rest).partition("?")
+    bucket = _BUCKET.match(rest) if scheme in BUCKET_AT_HOST else None
+    kept = bucket[0] if bucket else ""
+    place, _, settings = (kept + _LOGIN.sub("", rest.removeprefix(kept))).partition("?")
     plain = [
         setting for setting in settings.split("&") if setting.partition("=")[0] in PLAIN_SETTINGS
     ]
@@ -48,6 +53,11 @@ def _without_secrets(rest: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return an error's message, or its kind, as one line without secrets that is safe to print."""
     return printable(without_secrets((str(error).strip() or type(error).__name__).splitlines()[0]))
+
+
+def is_utf8(text: str) -> bool:
+    """Return False for text, such as a file's name, made of bytes that are not UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def some_of(names: Sequence[str], shown: int = 3) -> str:
@@ -65,3 +75,11 @@ def printable(text: str) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text
     )
+
+
+def squashed(name: str) -> str:
+    """Return a name without case and separators: equal for all spellings of one name.
+
+    `ViT-L/14@336px`, `vit_l_14_336` and `ViT-L-14-336` are one.
+    """
+    return re.sub(r"[^a-z0-9]|(?<=\d)px\b", "", name.lower())

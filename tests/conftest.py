@@ -26,10 +26,10 @@ settings.load_profile("untimed")
 def local_ray() -> Iterator[None]:
     """One Ray of two CPUs for all tests of the session."""
     from pds_ray.config import RayConfig
-    from pds_ray.distributed import session
+    from pds_ray.distributed import lifetime, session
 
     session.start(RayConfig(num_cpus=2, object_store_gib=0.5))
-    with session._undo.pop_all():  # no other `session.stop` ends it
+    with lifetime.undo.pop_all():  # no other `session.stop` ends it
         yield
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import errno
+import io
 import json
 import logging
 import os
@@ -17,13 +19,14 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from pds_ray import catalog
 from pds_ray.cli.parser import EXIT_USER, build_parser
+from pds_ray.cli.publish import export_set, push_set
 from pds_ray.config import (
     ConfigError,
     EvaluateConfig,
@@ -32,7 +35,9 @@ from pds_ray.config import (
     replace,
     to_dict,
 )
-from pds_ray.errors import UserError, first_line
+from pds_ray.distributed.lifetime import session_kept
+from pds_ray.distributed.places import require_current_folder
+from pds_ray.errors import UserError, first_line, without_secrets
 from pds_ray.telemetry import log
 
 RUNS = ("distill", "select", "evaluate", "compare", "retry-failed")
@@ -70,29 +75,14 @@ def resolve(args: argparse.Namespace) -> RunConfig:
 
 def _written(args: argparse.Namespace) -> dict[str, Any]:
     """Return the dotted fields in the file of --config: of a run, an evaluation, or both."""
+    from pds_ray.cli.config_file import read_config
+
     path = vars(args).get("config")
-    return flatten(flatten(_read_yaml(path)), EvaluateConfig) if path else {}
+    return flatten(flatten(read_config(path)), EvaluateConfig) if path else {}
 
 
 def _in_evaluation(name: str) -> bool:
     return name.partition(".")[0] in EVALUATION_FIELDS
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as stream:
-            value = yaml.safe_load(stream)
-    except OSError as error:
-        raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(
-            f"--config {path} must hold fields such as 'pairs: 100', not {type(value).__name__}"
-        )
-    return value
 
 
 def _distill(args: argparse.Namespace) -> None:
@@ -125,9 +115,9 @@ def _report_at_the_end(path: str, verbose: bool) -> None:
         if verbose:
             traceback.print_exc()
         why = f"{type(error).__name__}: {first_line(error)}"
-        log.event(
-            "no_report", f"pds-ray: the run is done, but not its report: {why}", "warning", why=why
-        )
+        again = f"pds-ray report {without_secrets(path)}"
+        text = f"pds-ray: the run is done, but not its report: {why}; `{again}` makes it"
+        log.event("no_report", text, "warning", why=why)
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -249,7 +239,10 @@ def _show(args: argparse.Namespace) -> None:
         try:
             sheet.save(args.sheet)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot write --sheet {args.sheet}: {error}") from error
+            raise ConfigError(
+                f"cannot write --sheet {args.sheet}: {first_line(error)}; give a .png in a folder "
+                "that is there"
+            ) from error
         log.event("sheet", f"contact sheet {args.sheet}", path=args.sheet)
 
 
@@ -314,7 +307,7 @@ def _environment(pairs: list[str]) -> dict[str, str]:
 def _submit(args: argparse.Namespace) -> None:
     """Submit a command as a job and follow it; the exit code is that of the job."""
     command = args.job[1:] if args.job[:1] == ["--"] else args.job
-    if not command or command[0] in ("submit", "doctor"):
+    if not command or command[0] in ("submit", "doctor") or command[0].startswith("-"):
         raise ConfigError(
             "which command? "
             "pds-ray submit --address http://HEAD:8265 -- distill --source ... --out ..."
@@ -365,17 +358,35 @@ COMMANDS = {
     "status": _status,
     "submit": _submit,
     "report": _report,
+    "export": export_set,
+    "push": push_set,
     "retry-failed": _retry_failed,
     "verify": _verify,
     "doctor": _doctor,
 }
 
 
+def _usable_streams() -> None:
+    """Open the standard streams that are closed, as services close them.
+
+    A closed one is None, and its number would go to the next file that is opened: what C code
+    prints would end up in that.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # the lowest number first
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode))  # noqa: SIM115
+
+
 def _flush() -> None:
-    """Write what standard output holds back in files and pipes; nowhere, if its reader is gone."""
+    """Write what standard output holds back in files and pipes.
+
+    Nowhere, if its reader or its terminal is gone.
+    """
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -384,26 +395,36 @@ def main(argv: list[str] | None = None) -> None:
 
     It may be called several times in one process: signal handlers, warnings, logging and the form
     of events are afterwards as they were, and a Ray that runs already goes on. The environment
-    variables of QUIET stay set, since libraries read them on import. Ctrl-C and SIGTERM end the
-    whole process.
+    variables of QUIET stay set, since libraries read them on import, and what `_usable_streams`
+    did stays. Ctrl-C, SIGTERM and SIGHUP end the whole process.
     """
-    ray = sys.modules.get("ray")  # not imported for commands that do without
-    ray_ran = ray is not None and ray.is_initialized()
-    args = build_parser().parse_args(argv)
-    with _quiet(args.verbose), log.as_json(args.log == "json"), _interruptible():
-        code = _run(args)
-        if "ray" in sys.modules and not ray_ran:
-            from pds_ray.distributed import session
+    _usable_streams()
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        from pds_ray.cli.version import print_version
 
-            if _in_main_thread():
-                _ignore_interrupts()
-            session.stop()
+        print_version(args.verbose)
+        raise SystemExit(EXIT_OK)
+    if args.command is None:
+        parser.error("the following arguments are required: COMMAND")
+    with (
+        _quiet(args.verbose),
+        log.as_json(args.log == "json"),
+        _any_character(),
+        _interruptible(),
+        session_kept(),
+    ):
+        code = _run(args)
+        if _in_main_thread():
+            _ignore_interrupts()
     raise SystemExit(code)
 
 
 def _run(args: argparse.Namespace) -> int:
     """Run the command and report its outcome, in a last line; return the exit code."""
     try:
+        require_current_folder()
         COMMANDS[args.command](args)
         _flush()
         # the last line of a log tells the outcome; on a terminal the result does
@@ -414,7 +435,8 @@ def _run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         text = "\npds-ray: interrupted; the same command continues"
         _flush()
-        log.event("interrupted", text, "error", exit_code=EXIT_INTERRUPTED)
+        with suppress(OSError):  # the terminal may be gone
+            log.event("interrupted", text, "error", exit_code=EXIT_INTERRUPTED)
         # not through Ray's own shutdown: interrupted while it starts, it crashes; its processes
         # die with this one
         os._exit(EXIT_INTERRUPTED)
@@ -428,7 +450,8 @@ def _run(args: argparse.Namespace) -> int:
         if isinstance(error, UserError):
             code, text = EXIT_USER, f"pds-ray: {line}"
         else:
-            code, text = EXIT_BUG, f"pds-ray: {type(error).__name__}: {line} (-v shows where)"
+            advice = "-v shows where; a bug report needs pds-ray --version -v"
+            code, text = EXIT_BUG, f"pds-ray: {type(error).__name__}: {line} ({advice})"
         _flush()
         log.event("failed", text, "error", exit_code=code)
         return code
@@ -450,15 +473,33 @@ def _quiet(verbose: bool) -> Iterator[None]:
 
 
 @contextmanager
+def _any_character() -> Iterator[None]:
+    """Print characters that standard output cannot encode as escapes, as standard error does."""
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper):  # another program's, or closed
+        yield
+        return
+    before = stream.errors
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=before)
+
+
+@contextmanager
 def _interruptible() -> Iterator[None]:
     """Let SIGTERM interrupt the block as Ctrl-C does, in the background too.
 
-    A stopped job then ends like an interrupted one.
+    A stopped job then ends like an interrupted one, and so does one whose terminal is closed, if
+    nohup does not shield it.
     """
     if not _in_main_thread():  # only that one may set handlers
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         yield

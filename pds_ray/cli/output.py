@@ -157,6 +157,13 @@ def print_problems(files: int, problems: list[Problem]) -> None:
     )
 
 
+def print_sizes(sizes: dict[str, int]) -> None:
+    """Print files with their bytes, and the sum."""
+    rows = {**sizes, "together": sum(sizes.values())}
+    for name, size in rows.items():
+        say(f"{size:>15,}  {name}")
+
+
 def print_evaluation(result: dict[str, Any]) -> None:
     """Print an evaluation as a table: mean and deviation over the seeds, in percent."""
     about, test = result["set"], result["test"]

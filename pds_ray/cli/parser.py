@@ -7,10 +7,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from pds_ray import __version__, catalog
+from pds_ray import catalog
 from pds_ray.config import EvaluateConfig, Option, RunConfig, options, sections
 from pds_ray.errors import without_secrets
 from pds_ray.recipes import PROTOCOLS, RECIPES
+from pds_ray.store.export import FORMATS
 
 EXIT_USER = 2
 Commands = Any  # argparse has no public name for what add_subparsers returns
@@ -87,23 +88,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="pds-ray", description="Distil image-text data into a few image-caption pairs, on Ray."
     )
-    parser.add_argument("--version", action="version", version=f"pds-ray {__version__}")
-    commands = parser.add_subparsers(
-        dest="command", required=True, parser_class=_Parser, metavar="COMMAND"
+    parser.add_argument(
+        "--version", action="store_true", help="the version; with -v all that a bug report needs"
     )
+    parser.add_argument("-v", "--verbose", action="store_true", help="as with each command")
+    commands = parser.add_subparsers(dest="command", parser_class=_Parser, metavar="COMMAND")
     _add_distill_commands(commands)
     _add_evaluate_commands(commands)
     _add_bench(commands)
     _add_plan(commands)
     _add_viewers(commands)
     _add_upkeep(commands)
+    _add_publishing(commands)
     _add_cluster(commands)
     commands.add_parser(
         "doctor", help="hardware, versions, weights and paths found, and what is missing"
     )
     for command in commands.choices.values():
         command.add_argument(
-            "-v", "--verbose", action="store_true", help="show stack traces and library messages"
+            "-v",
+            "--verbose",
+            action="store_true",
+            default=argparse.SUPPRESS,  # else it would undo a -v before the command
+            help="show stack traces and library messages",
         )
         command.add_argument(
             "--log", choices=("text", "json"), default="text", help="form of standard error"
@@ -318,6 +325,42 @@ def _add_upkeep(commands: Commands) -> None:
         "--repair", action="store_true", help="redo what is missing or corrupt, and nothing else"
     )
     _add_config_options(verify, only=("source", "embed.store", "ray"))
+
+
+def _add_publishing(commands: Commands) -> None:
+    export = commands.add_parser(
+        "export",
+        help="a distilled set in one format, for other programs",
+        description="Writes a distilled set as Parquet with its images in the rows, as tars for "
+        "WebDataset, or as a folder of images, with a card that lets Hugging Face's `datasets` "
+        "load the folder. Its hashes are checked first.",
+    )
+    push = commands.add_parser(
+        "push",
+        help="publish a distilled set on the Hugging Face hub",
+        description="Exports a distilled set and uploads it in one commit, with the card. The "
+        "token is that of `hf auth login` or HF_TOKEN. The card is RUN/distilled/README.md as it "
+        "is, and names the source as it was given: read it before, and write the licence into it.",
+    )
+    for command in (export, push):
+        command.add_argument("set", metavar="RUN", help="run folder or distilled set")
+    push.add_argument("to", metavar="hf:ORG/NAME", help="data set, made if need be")
+    export.add_argument("--format", choices=FORMATS, required=True, help="of the files")
+    push.add_argument(
+        "--format", choices=FORMATS, default="parquet", help="of the files [%(default)s]"
+    )
+    export.add_argument(
+        "--to",
+        dest="out",
+        required=True,
+        metavar="FOLDER",
+        help="local or on an object store; an export that is there is replaced",
+    )
+    push.add_argument("--private", action="store_true", help="a new data set is private")
+    push.add_argument("--revision", metavar="BRANCH", help="made if need be [main]")
+    push.add_argument(
+        "--dry-run", action="store_true", help="list what would be uploaded; needs no network"
+    )
 
 
 def _add_cluster(commands: Commands) -> None:

@@ -48,11 +48,10 @@ class NearestDecoder:
         wanted: dict[str, set[str]] = {}
         for shard, key in batch.nearest:
             wanted.setdefault(shard, set()).add(key)
-        found = {
-            (shard, key): data
-            for shard, keys in wanted.items()
-            for key, data in self._look_up(shard, keys)
-        }
+        found: dict[tuple[str, str], bytes] = {}
+        for number, (shard, keys) in enumerate(wanted.items()):
+            batch.tell(number / len(wanted))
+            found |= {(shard, key): data for key, data in self._look_up(shard, keys)}
         return (_decode(place, found[place]) for place in batch.nearest)
 
     def _look_up(self, shard: str, keys: set[str]) -> Iterator[tuple[str, bytes]]:

@@ -7,6 +7,7 @@ embeddings stored with the checkpoint (docs/methods.md). Each image has a genera
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,21 @@ from PIL import Image
 
 from pds_ray.config import ConfigError, DecodeConfig
 from pds_ray.decoders.base import DecodeBatch, DecoderInfo
-from pds_ray.encoders.base import EncoderInfo
+from pds_ray.encoders.base import EncoderInfo, spaces
 from pds_ray.errors import first_line
 from pds_ray.sources.base import Source
 from pds_ray.store.hub import require_repository
 from pds_ray.store.storage import folder_sha256
+from pds_ray.store.weights import loading_reason, require_vocabulary, require_whole
 
-WEIGHTS = ("unet", "vae", "text_encoder", "image_normalizer")
+INDEX, NORMALIZER = "model_index.json", "image_normalizer"
+MODELS = {  # component with weights -> its class in diffusers or transformers, and their file
+    "unet": ("UNet2DConditionModel", "diffusion_pytorch_model.safetensors"),
+    "vae": ("AutoencoderKL", "diffusion_pytorch_model.safetensors"),
+    NORMALIZER: ("StableUnCLIPImageNormalizer", "diffusion_pytorch_model.safetensors"),
+    "text_encoder": ("CLIPTextModel", "model.safetensors"),
+    "image_encoder": ("CLIPVisionModelWithProjection", "model.safetensors"),
+}
 SPACE_FILE = "pds_ray.json"
 """{"space": ..., "dim": ...}, written beside checkpoints trained by our scripts."""
 
@@ -44,48 +53,78 @@ def demo_folder() -> Path:
 
 
 def describe(config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:
-    """Describe the checkpoint from its configuration files, checked against the encoder.
+    """Describe the checkpoint by its files, checked against the encoder.
 
-    Raises ConfigError in one line if it cannot be found, is no unCLIP, or takes other embeddings.
+    All but the built-in one are tried: every component is built without memory, and the names and
+    shapes of its weights held against it. That imports diffusers, which takes seconds. Raises
+    ConfigError in one line if it cannot be found, is no unCLIP, is damaged, or takes other
+    embeddings.
     """
     model = _choose(encoder) if config.model == "auto" else config.model
+    stated = KNOWN_SPACES.get(model.rstrip("/").rsplit("/", 1)[-1])
+    _check_space(model, stated, encoder)
     folder = demo_folder() if model == "demo" else Path(model).expanduser()
     if folder.is_dir():
-        dim, space, identity = _inspect(folder)
+        found = _inspect(folder, encoder)
         model = str(folder.resolve())
     else:
-        dim, space, identity = _inspect_hub(model, config.revision)
-    if dim != encoder.dim:
+        found = _inspect_hub(model, config.revision, encoder)
+    if found.dim != encoder.dim:
         raise ConfigError(
-            f"decoder {model} takes embeddings of width {dim}, encoder {encoder.name} gives "
-            f"{encoder.dim}; choose a matching pair, or --decoder nearest"
+            f"decoder {model} takes embeddings of width {found.dim}, encoder {encoder.name} gives "
+            f"{encoder.dim}; {_instead(model, encoder)}"
         )
-    notes: tuple[str, ...] = ()
-    known = KNOWN_SPACES.get(model.rstrip("/").rsplit("/", 1)[-1], space)
-    # a name and a file's hash cannot be compared
-    if known is None or _is_hash(known) != _is_hash(encoder.space):
-        notes = (
-            f"whether decoder {model} was trained on embeddings of {encoder.name} cannot be told; "
-            "check it",
-        )
-    elif known != encoder.space:
-        raise ConfigError(
-            f"decoder {model} was trained on the embeddings of {_short(known)}, not of "
-            f"{encoder.name} ({_short(encoder.space)}): same width, other space; "
-            "choose a matching pair, or --decoder nearest"
-        )
+    notes = _check_space(model, stated or found.space, encoder)
+    if found.folder and found.folder != demo_folder():
+        _try_loading(model, found.folder, found.dim)
     args = (("model", model), ("revision", config.revision))
-    return DecoderInfo(name="unclip", dim=dim, identity=identity, load_args=args, notes=notes)
+    return DecoderInfo("unclip", found.dim, found.identity, args, notes)
 
 
 def _choose(encoder: EncoderInfo) -> str:
-    if encoder.name == "demo" or _demo_space() == encoder.space:
+    fitting = _fitting(encoder)
+    if fitting is None:
+        raise ConfigError(
+            f"no unCLIP decoder is known for encoder {encoder.name}; known for: "
+            f"{', '.join(DEFAULT_MODELS)}. Name one with --decode.model, or use --decoder nearest"
+        )
+    return fitting
+
+
+def _fitting(encoder: EncoderInfo) -> str | None:
+    """Return the known decoder that takes the embeddings of an encoder."""
+    names = spaces(encoder)
+    if encoder.name == "demo" or _demo_space() in names:
         return "demo"
-    if encoder.space in DEFAULT_MODELS:
-        return DEFAULT_MODELS[encoder.space]
+    return next((DEFAULT_MODELS[name] for name in names if name in DEFAULT_MODELS), None)
+
+
+def _instead(model: str, encoder: EncoderInfo) -> str:
+    """Return what to give in place of a decoder that cannot be had or does not fit."""
+    fitting = _fitting(encoder)
+    if fitting and fitting != model:
+        return f"give --decode.model {fitting}, or use --decoder nearest"
+    return "give the folder of one that fits as --decode.model PATH, or use --decoder nearest"
+
+
+def _check_space(model: str, stated: str | None, encoder: EncoderInfo) -> tuple[str, ...]:
+    """Return a note if it is unknown whether a decoder takes the encoder's embeddings.
+
+    `stated` is the space it was trained on. Raises ConfigError if that is another.
+    """
+    names = spaces(encoder)
+    if stated in names:
+        return ()
+    # a name and a file's hash cannot be compared
+    if stated is None or _is_hash(stated) not in map(_is_hash, names):
+        return (
+            f"whether decoder {model} was trained on embeddings of {encoder.name} cannot be told; "
+            "check it",
+        )
     raise ConfigError(
-        f"no unCLIP decoder is known for encoder {encoder.name}; known for: "
-        f"{', '.join(DEFAULT_MODELS)}. Name one with --decode.model, or use --decoder nearest"
+        f"decoder {model} was trained on the embeddings of {_short(stated)}, not of "
+        f"{encoder.name} ({_short(encoder.space)}): same width, other space; "
+        f"{_instead(model, encoder)}"
     )
 
 
@@ -102,17 +141,24 @@ def _short(space: str) -> str:
     return f"weights {space[:12]}" if _is_hash(space) else space
 
 
-def _inspect(folder: Path) -> tuple[int, str | None, str]:
-    """Return the embedding width, the space if stated, and the identity of a diffusers folder."""
-    index = _read_json(folder / "model_index.json", folder)
-    if "image_normalizer" not in index:
-        kind = index.get("_class_name", "folder without a pipeline")
-        raise ConfigError(
-            f"decoder {folder}: is a {kind}, not an unCLIP image pipeline "
-            "(it has no image_normalizer)"
-        )
+@dataclass(frozen=True)
+class _Found:
+    """The files of a pipeline."""
+
+    dim: int
+    """Width of the embeddings that it takes."""
+    space: str | None
+    """None if no file states it."""
+    identity: str
+    folder: Path | None
+    """None while some of its weights are still on the hub."""
+
+
+def _inspect(folder: Path, encoder: EncoderInfo) -> _Found:
+    """Find the files of a diffusers folder. Raises ConfigError if they are no whole unCLIP."""
+    _check_pipeline(folder, encoder)
     try:
-        dim = int(_read_json(folder / "image_normalizer" / "config.json", folder)["embedding_dim"])
+        dim = int(_read_json(folder / NORMALIZER / "config.json", folder)["embedding_dim"])
         space_file = folder / SPACE_FILE
         space = _read_json(space_file, folder)["space"] if space_file.is_file() else None
     except ConfigError:
@@ -121,35 +167,77 @@ def _inspect(folder: Path) -> tuple[int, str | None, str]:
         raise ConfigError(
             f"decoder {folder}: its configuration files do not say the width ({error!r})"
         ) from None
-    for part in WEIGHTS:
-        if not list((folder / part).glob("*.safetensors")):
-            raise ConfigError(f"decoder {folder}: no .safetensors weights under {part}/")
-    files = ("*/*.safetensors", "*/*.json", "*/*.txt", "model_index.json")
-    return dim, space, folder_sha256(folder, files)[:16]
+    for part in MODELS:
+        for weights in _weights(folder, part):
+            require_whole(weights, f"decoder {folder}")
+    files = ("*/*.safetensors", "*/*.json", "*/*.txt", INDEX)
+    return _Found(dim, space, folder_sha256(folder, files)[:16], folder)
 
 
-def _inspect_hub(model: str, revision: str | None) -> tuple[int, str | None, str]:
-    """Return width, space (not stated) and identity of a repository of the hub."""
+def _check_pipeline(folder: Path, encoder: EncoderInfo) -> None:
+    """Raise ConfigError unless a folder holds an unCLIP image pipeline of diffusers."""
+    if not (folder / INDEX).is_file():
+        around = [folder.parent / INDEX, *sorted(folder.glob(f"snapshots/*/{INDEX}"))]
+        right = next((path.parent for path in reversed(around) if path.is_file()), None)
+        hint = f"give --decode.model {right}" if right else _instead(str(folder), encoder)
+        raise ConfigError(
+            f"decoder {folder}: has no {INDEX}, so it is no diffusers pipeline; {hint}"
+        )
+    index = _read_json(folder / INDEX, folder)
+    if any(index.get(part, [None])[0] is None for part in MODELS):
+        kind = index.get("_class_name", "folder without a pipeline")
+        raise ConfigError(
+            f"decoder {folder}: is a {kind}, not an unCLIP image pipeline "
+            f"(it has no {NORMALIZER} or image_encoder); {_instead(str(folder), encoder)}"
+        )
+
+
+def _weights(folder: Path, part: str) -> list[Path]:
+    """Return the files of a component's weights. Raises ConfigError if one is missing."""
+    _, name = MODELS[part]
+    index = folder / part / f"{name}.index.json"
+    if not (folder / part / name).is_file() and index.is_file():
+        shards = _read_json(index, folder).get("weight_map", {})
+        files = [folder / part / shard for shard in sorted(set(shards.values()))]
+    else:
+        files = [folder / part / name]
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing:
+        raise ConfigError(
+            f"decoder {folder}: no .safetensors weights {part}/{missing.name}, of which the "
+            "pipeline is made"
+        )
+    return files
+
+
+def _inspect_hub(model: str, revision: str | None, encoder: EncoderInfo) -> _Found:
+    """Find the files of a repository of the hub, in the cache as far as they are there.
+
+    Raises ConfigError if it cannot be had, is no unCLIP, or what is in the cache is damaged.
+    """
     from huggingface_hub import hf_hub_download
 
-    name = "image_normalizer/config.json"
-    instead = "give a local copy with --decode.model PATH, or use --decoder nearest"
-    cached = (
-        "unet/diffusion_pytorch_model.safetensors",
-        "unet/diffusion_pytorch_model.fp16.safetensors",
-    )
-    require_repository(model, revision, cached, f"decoder {model}", instead)
+    who, instead = f"decoder {model}", _instead(model, encoder)
+    if Path(model).expanduser().is_file():
+        raise ConfigError(f"{who}: is a file, not the folder of a diffusers pipeline; {instead}")
+    wanted = {part: f"{part}/{name}" for part, (_, name) in MODELS.items()}
+    choices = {part: (file, f"{file}.index.json") for part, file in wanted.items()}
+    there = [require_repository(model, revision, files, who, instead) for files in choices.values()]
     try:
-        path = Path(hf_hub_download(model, name, revision=revision))
+        path = Path(hf_hub_download(model, f"{NORMALIZER}/config.json", revision=revision))
         dim = int(json.loads(path.read_text())["embedding_dim"])
     except Exception as error:  # no such file (no unCLIP), gone offline, malformed: many kinds
         reason = first_line(error)
-        raise ConfigError(
-            f"decoder {model}: is no unCLIP image pipeline ({reason}); {instead}"
-        ) from error
+        raise ConfigError(f"{who}: is no unCLIP image pipeline ({reason}); {instead}") from error
     # .../snapshots/COMMIT/image_normalizer/config.json: branches move, commits do not
-    commit = path.parents[1].name
-    return dim, None, f"{model}@{commit}"
+    snapshot = path.parents[1]
+    identity = f"{model}@{snapshot.name}"
+    if None in there or not (snapshot / INDEX).is_file():
+        return _Found(dim, None, identity, None)
+    for part in MODELS:
+        for weights in _weights(snapshot, part):
+            require_whole(weights, who)
+    return _Found(dim, None, identity, snapshot)
 
 
 def _read_json(path: Path, folder: Path) -> dict[str, Any]:
@@ -164,6 +252,65 @@ def _read_json(path: Path, folder: Path) -> dict[str, Any]:
     return value
 
 
+def _try_loading(model: str, folder: Path, dim: int) -> None:
+    """Build the pipeline with its models on torch's meta device, from `folder`.
+
+    diffusers and transformers decide what fits, and no tensor is read. Raises ConfigError in one
+    line that names the component.
+    """
+    import diffusers
+
+    _silence_libraries()
+    parts, part = {}, ""
+    try:
+        for part in MODELS:
+            parts[part] = _on_meta_device(folder, part)
+        labels = parts["unet"].config.projection_class_embeddings_input_dim
+        if labels != 2 * dim:
+            part = "unet"
+            raise ValueError(f"its labels are {labels} wide, not twice the {dim} of {NORMALIZER}")
+        part = "tokenizer, scheduler or feature_extractor"
+        pipeline = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(folder, **parts)
+        require_vocabulary(lambda texts: pipeline.tokenizer(texts).input_ids)
+    # missing, of another version, of another model: diffusers and transformers raise many kinds
+    except Exception as error:
+        reason = loading_reason(error)
+        raise ConfigError(f"decoder {model}: its {part} does not load ({reason})") from error
+
+
+def _on_meta_device(folder: Path, part: str) -> Any:
+    """Return a component with weights of the right shapes, none of them read.
+
+    Raises ValueError if some are missing, which the libraries would fill with noise.
+    """
+    name, _ = MODELS[part]
+    model, report = _class(name).from_pretrained(
+        folder, subfolder=part, device_map="meta", output_loading_info=True, use_safetensors=True
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"{len(missing)} of its tensors are missing, such as {missing[0]}")
+    return model
+
+
+def _class(name: str) -> Any:
+    import diffusers
+    import transformers
+    from diffusers.pipelines.stable_diffusion import stable_unclip_image_normalizer as normalizer
+
+    places = (diffusers, transformers, normalizer)
+    return next(getattr(place, name) for place in places if hasattr(place, name))
+
+
+def _silence_libraries() -> None:
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def load(info: DecoderInfo, config: DecodeConfig, source: Source) -> UnClipDecoder:  # noqa: ARG001
     """Load the pipeline, onto the GPU if there is one; it needs no real images."""
     return UnClipDecoder(info, config)
@@ -175,11 +322,8 @@ class UnClipDecoder:
     def __init__(self, info: DecoderInfo, config: DecodeConfig) -> None:
         import diffusers
         import torch
-        import transformers
 
-        diffusers.utils.logging.set_verbosity_error()
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
+        _silence_libraries()
         args = dict(info.load_args)
         cuda = torch.cuda.is_available()
         precision = config.precision if config.precision != "auto" else ("fp16" if cuda else "fp32")
@@ -190,7 +334,7 @@ class UnClipDecoder:
             ).to("cuda" if cuda else "cpu")
         # missing, cut off, of another version: diffusers and safetensors raise many kinds
         except Exception as error:
-            reason = first_line(error)
+            reason = loading_reason(error)
             raise ConfigError(f"decoder {args['model']}: cannot load ({reason})") from error
         self.pipeline.set_progress_bar_config(disable=True)
         self.config = config

@@ -28,11 +28,11 @@ IMAGES = "images"
 def _embed(
     pairs: int, info: EncoderInfo, config: EmbedConfig, folder: RunFolder, in_flight: InFlight
 ) -> np.ndarray:
-    with in_flight.doing("loads the encoder"):
+    with in_flight.doing("the encoder to load"):
         encoder = process.load_model(catalog.load_encoder, info, config.precision)
     files = side_by_side(folder.images.read_bytes, map(folder.image_name, range(pairs)))
     images = (Image.open(io.BytesIO(file)) for file in files)
-    with in_flight.doing("encodes the images", IMAGES) as doing:
+    with in_flight.doing("the images to be encoded", IMAGES) as doing:
         return embed_images(
             images,
             encoder,

@@ -206,7 +206,7 @@ def _sample_share(run: Run, space: str) -> float:
 def _fit(
     parts: list[Parts], space: str, folder: RunFolder, config: RunConfig, in_flight: InFlight
 ) -> dict[str, Any]:
-    with in_flight.doing(f"gathers the {space} vectors", space) as doing:
+    with in_flight.doing(f"the {space} vectors to be gathered", space) as doing:
 
         def tell(what: str, iterations: int) -> None:
             if iterations != doing.done or what != doing.what:

@@ -21,13 +21,21 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import ray
 
 from pds_ray import catalog
 from pds_ray.config import ConfigError, EmbedConfig, RayConfig, ReadConfig, RunConfig
-from pds_ray.distributed import TASK_RETRIES, isolated, metrics, pools, process, tasks, watch
+from pds_ray.distributed import (
+    TASK_RETRIES,
+    isolated,
+    limits,
+    metrics,
+    pools,
+    process,
+    tasks,
+    watch,
+)
 from pds_ray.distributed.embed_workers import (
     FATAL,
     STORE,
@@ -269,7 +277,8 @@ class _Tally:
         totals = self.outcome.totals
         images = totals.images
         if self.finished:
-            self.bar.total = max(images, round(images * self.shards / self.finished))
+            expected = round(images * self.shards / self.finished)
+            self.bar.total = max(images, int(self.bar.n), expected)
         done = f"{self.finished}/{self.shards} shards"
         counts = f"{totals.pairs:,} pairs, {totals.bad:,} bad"
         self.bar.set_postfix_str(
@@ -372,7 +381,7 @@ def _stream(
     Yields shard and counts of each block, and whether its shard is committed; if not, once more
     when it is.
     """
-    commits = _Commits(work)
+    commits = _Commits(work, in_flight)
     with watch.LostBlocks() as lost:
         blocks = _dataset(shards, work, in_flight)
         for batch in blocks.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -434,15 +443,18 @@ def _raise_fault(row: dict[str, Any]) -> None:
 class _Commits:
     """The tasks that commit shards of several parts. A commit that fails raises where it is met."""
 
-    def __init__(self, work: _Work) -> None:
+    def __init__(self, work: _Work, in_flight: InFlight) -> None:
         self._work = work
+        self._in_flight = in_flight
         self._task = ray.remote(commit_parts).options(num_cpus=pools.DECODE_CPUS)
         self._shards: dict[ray.ObjectRef, str] = {}
 
     def start(self, shard: str, firsts: list[int]) -> None:
         """Start to commit a shard whose parts begin at these rows."""
         work = self._work
-        reference = self._task.remote(shard, firsts, work.store, work.files[shard], work.config)
+        reference = self._task.remote(
+            shard, firsts, work.store, work.files[shard], work.config, self._in_flight
+        )
         self._shards[reference] = shard
 
     def ended(self) -> list[str]:
@@ -485,18 +497,18 @@ def retry_lost_shards(
 def _embed_in_subprocess(shard: Shard, work: _Work, in_flight: InFlight) -> _Embedded | str:
     """Embed and commit a shard in a child process, or return why it cannot be read."""
     load = partial(process.load_model, catalog.load_encoder, work.info, work.config.precision)
-    limits = isolated.Limits(
-        work.ray.sample_timeout_s, min(MAX_GROWTH_BYTES, psutil.virtual_memory().available // 2)
+    allowed = isolated.Limits(
+        work.ray.sample_timeout_s, min(MAX_GROWTH_BYTES, limits.free_memory_bytes() // 2)
     )
     alone = isolated.Work(work.source, shard, work.info, load, work.read, work.config)
-    with in_flight.doing(f"starts a process for shard {shard.name}", shard.name) as doing:
+    with in_flight.doing(f"a process for shard {shard.name} to start", shard.name) as doing:
 
         def tell(step: str, images: float) -> None:
-            doing.now(f"is {step} for shard {shard.name}, alone")
+            doing.now(f"shard {shard.name}, alone in its process ({step})")
             doing.reach(images)
 
         try:
-            tables = isolated.embed_isolated(alone, limits, tell)
+            tables = isolated.embed_isolated(alone, allowed, tell)
         except SourceError as error:
             return first_line(error)
         work.store.commit(

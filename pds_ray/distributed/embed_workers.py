@@ -74,7 +74,7 @@ class ShardReader:
         try:
             while True:
                 # not while the block is handed over: then others are waited for
-                with self.in_flight.doing(f"reads shard {self.shard.name}"):
+                with self.in_flight.doing(f"shard {self.shard.name} to be read"):
                     block = next(blocks, None)
                 if block is None:
                     return
@@ -105,7 +105,7 @@ def decode(
     block: pa.Table, info: EncoderInfo, read: ReadConfig, seconds: float, in_flight: InFlight
 ) -> pa.Table:
     """Return `core.decode_block`; an image that takes more than `seconds` ends the process."""
-    doing = f"decodes images of shard {block.column('shard')[0]}"
+    doing = f"images of shard {block.column('shard')[0]} to be decoded"
     try:
         with in_flight.doing(doing), process.time_limit(seconds) as begin:
             return core.decode_block(block, info.preprocess, read, lambda _: begin())
@@ -130,8 +130,10 @@ class EmbedWorker:
         in_flight: InFlight,
     ) -> None:
         self.size = info.preprocess.size
-        with in_flight.doing("loads the encoder"):
-            self.encoder = process.load_model(catalog.load_encoder, info, config.precision)
+        with in_flight.doing("the encoder to load"):
+            self.encoder = process.keeping_error(
+                process.load_model, catalog.load_encoder, info, config.precision
+            )
         self.config = config
         self.store = store
         self.files = files
@@ -159,15 +161,15 @@ class EmbedWorker:
             return {"shard": shard, "fault": fault, "problem": rows.column("detail")[-1].as_py()}
         first = rows.column("ordinal")[0].as_py()
         with self.in_flight.doing(
-            f"waits to encode shard {shard}", block_name(shard, first)
+            f"the encoder to be free for shard {shard}", block_name(shard, first)
         ) as doing:
             with self.encoding:
-                doing.now(f"encodes shard {shard}")
+                doing.now(f"shard {shard} to be encoded")
                 began = time.monotonic()
-                part = core.embed_block(rows, self.encoder, self.size, self.config, doing.reach)
+                part = core.embed_block(rows, self.encoder(), self.size, self.config, doing.reach)
                 ended = time.monotonic()
                 idle_s, self.free_since = began - self.free_since, ended
-            doing.now(f"writes shard {shard}")
+            doing.now(f"shard {shard} to be written")
             whole = part.first == 0 and part.total == part.rows
             tables = (part.images, part.captions, part.errors)
             if whole:
@@ -247,17 +249,23 @@ def commit_info(
 
 
 def commit_parts(
-    shard: str, firsts: list[int], store: EmbeddingStore, file: ShardFile, config: EmbedConfig
+    shard: str,
+    firsts: list[int],
+    store: EmbeddingStore,
+    file: ShardFile,
+    config: EmbedConfig,
+    in_flight: InFlight,
 ) -> None:
     """Put a shard together from its parts and commit it. The parts stay: Ray may run this twice."""
-    parts = [
-        core.part_from_tables(
-            {
-                table: store.parts.read_table(store.part_name(shard, first, table))
-                for table in TABLES
-            }
-        )
-        for first in firsts
-    ]
-    tables = core.merge_parts(parts)
-    store.commit(shard, *tables, commit_info(*tables, file, config))
+    with in_flight.doing(f"shard {shard} to be put together"):
+        parts = [
+            core.part_from_tables(
+                {
+                    table: store.parts.read_table(store.part_name(shard, first, table))
+                    for table in TABLES
+                }
+            )
+            for first in firsts
+        ]
+        tables = core.merge_parts(parts)
+        store.commit(shard, *tables, commit_info(*tables, file, config))

@@ -33,11 +33,11 @@ def run_trials(
     use_gpu, room = trial_room(ray.cluster_resources(), config)
     inputs = ray.put(prepare(todo, sets, splits, config))
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    groups = ray.remote(trials.PlacementGroups).options(num_cpus=0, scheduling_strategy=here)
+    records = ray.remote(trials.QueueRecords).options(num_cpus=0, scheduling_strategy=here)
     parts = share_out(todo, min(config.trials or room, len(todo)))
     epochs = sum(trial.protocol.epochs for trial in todo)
     with InFlight() as in_flight, progress_bar("evaluate", epochs, "epochs") as bar:
-        shared = (inputs, results, groups.remote(), config, use_gpu, in_flight)
+        shared = (inputs, results, records.remote(), config, use_gpu, in_flight)
         _run_queues([Queue(part, *shared) for part in parts], results, bar)
     trials.delete_states(todo, results)
 

@@ -30,7 +30,7 @@ class Doing:
     """One thing that a process is doing. Whoever does it says how far it is."""
 
     what: str
-    """A verb and its object, for a person."""
+    """What is waited for meanwhile, for a person."""
     item: str = ""
     """The piece of work whose result the driver will count; "" if there is none."""
     done: float = 0.0
@@ -38,7 +38,7 @@ class Doing:
     since: float = field(default_factory=time.monotonic)
 
     def now(self, what: str) -> None:
-        """Go on to do something else with the same item."""
+        """Go on to something else with the same item."""
         self.what, self.since = what, time.monotonic()
 
     def reach(self, done: float) -> None:
@@ -65,7 +65,7 @@ class InFlight:
 
     @contextmanager
     def doing(self, what: str, item: str = "") -> Iterator[Doing]:
-        """Report that this process does `what`, as long as the block takes."""
+        """Report that `what` is waited for as long as the block takes, as "a model to load"."""
         doing = Doing(what, item)
         reporter = _reporter(self._prefix)
         reporter.begin(doing)
@@ -101,9 +101,9 @@ class _Reporter:
 
     def _run(self) -> None:
         """Put reports until nothing is done any more; what ends within REPORT_S is in none."""
-        told = False
+        told, never = False, threading.Event()
         while True:
-            time.sleep(REPORT_S)
+            never.wait(REPORT_S)
             now = time.monotonic()
             with self._lock:
                 doing = [

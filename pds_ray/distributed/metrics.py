@@ -1,18 +1,26 @@
 """Counters of a run for Prometheus, through Ray's metrics; each is named `ray_` and then as here.
 
 The driver counts what it records; rates (pairs/s, images/s, the idle share of GPUs) are Prometheus'
-to form. All carry the tag `run`, the run folder.
+to form. All carry the tag `run`, the run folder. A counter that fails is reported once and stops no
+work.
 """
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from urllib.parse import quote
 
 from ray.util.metrics import Counter
 
+from pds_ray.errors import first_line
+from pds_ray.telemetry import log
+
+MAX_LABEL = 255
+"""Characters of a label's value that Ray is sure to take."""
 COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     # name -> (description, tags besides the run)
     "pds_ray_images_embedded_total": ("Images embedded.", ()),
@@ -41,8 +49,27 @@ def count_for(run: str) -> None:
 
 def count(name: str, amount: float, **tags: str) -> None:
     """Add to a counter of `COUNTERS`."""
-    if amount > 0:  # Ray refuses zero
-        _counter(name).inc(amount, {"run": _run.get(), **tags})
+    if amount <= 0:  # Ray refuses zero
+        return
+    labels = {tag: label(value) for tag, value in {"run": _run.get(), **tags}.items()}
+    try:
+        _counter(name).inc(amount, labels)
+    except Exception as error:  # whatever it is: the work is worth more than its figures
+        _report(f"{type(error).__name__}: {first_line(error)}")
+
+
+def label(value: str) -> str:
+    """Return a label's value as Ray takes it: ASCII, other bytes as in a URL.
+
+    Of a long one the end is left, where run folders differ.
+    """
+    return quote(value, safe=string.punctuation + " ", errors="surrogateescape")[-MAX_LABEL:]
+
+
+@cache
+def _report(why: str) -> None:
+    """Report once per reason that a counter fails."""
+    log.event("no_metrics", f"pds-ray: the metrics are not complete: {why}", "warning", why=why)
 
 
 @dataclass

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from pds_ray.distributed import limits
+
 Result = TypeVar("Result")
 
 Model = TypeVar("Model")
@@ -49,20 +51,33 @@ def time_limit(seconds: float) -> Iterator[Callable[[], None]]:
 def load_model(load: Callable[..., Model], *args: Any) -> Model:
     """Give torch its threads and return `load(*args)`.
 
-    They are MODEL_THREADS, or fewer if this process may use fewer cores. With more threads than
+    They are MODEL_THREADS, or fewer if this job may use fewer CPUs. With more threads than
     cores, kernels wait for threads that have no core to run on: a ViT-B-32 takes tens of times as
     long.
     """
     with without_collections():
         import torch
 
-        cores = (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
-        torch.set_num_threads(min(MODEL_THREADS, cores))
+        torch.set_num_threads(min(MODEL_THREADS, limits.cpus()))
         return load(*args)
+
+
+def keeping_error(load: Callable[..., Model], *args: Any) -> Callable[[], Model]:
+    """Call `load(*args)` now; return a function that returns its result or raises its error.
+
+    For constructors of actors: Ray starts an actor whose constructor raises again and again, and
+    shows the trace each time, though weights that do not load will not load then either.
+    """
+    try:
+        model = load(*args)
+    except Exception as error:
+        kept = error
+
+        def fail() -> Model:
+            raise kept
+
+        return fail
+    return lambda: model
 
 
 @contextmanager

@@ -58,8 +58,10 @@ def prune(run: Run) -> Counts:
                 bar.update()
             low, before_low = core.find_bucket(lower, drop - 1 - before)
             threshold = core.Threshold((high << 16) | low, drop - before - before_low)
-            ties = list(tasks.map_in_order(count_ties, shards, store, threshold))
-            bar.update(len(shards))
+            ties = []
+            for tied in tasks.map_in_order(count_ties, shards, store, threshold):
+                ties.append(tied)
+                bar.update()
         starts = [int(start) for start in np.cumsum([0, *ties[:-1]])]
         kept = images = 0
         items = zip(shards, starts, strict=True)

@@ -21,9 +21,9 @@ from pds_ray.telemetry.progress import progress_bar
 def _pick(
     shards: list[str], dim: int, store: EmbeddingStore, config: RunConfig, in_flight: InFlight
 ) -> Iterator[int]:
-    with in_flight.doing("loads the embeddings") as doing:
+    with in_flight.doing("the embeddings to be loaded") as doing:
         candidates = core.load_candidates(shards, store, dim, doing.now)
-        doing.now(f"picks by {config.method}")
+        doing.now(f"the picks of {config.method}")
         yield from catalog.selector(config.method).select(
             candidates, config.pairs, config.seed, config.select
         )

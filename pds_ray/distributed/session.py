@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
-import psutil
 import ray
 
 from pds_ray.config import ConfigError, RayConfig
@@ -26,15 +26,20 @@ from pds_ray.distributed import (
     TASK_RETRIES,
     TRAIN,
     environment,
+    lifetime,
+    limits,
     metrics,
+    places,
     ray_private,
 )
+from pds_ray.distributed.address import Address, of_cluster
 from pds_ray.distributed.process import default_environment, without_collections
 from pds_ray.distributed.tasks import LOST
 from pds_ray.distributed.watch import no_space
 from pds_ray.errors import UserError, first_line
+from pds_ray.telemetry import log
 
-CONNECT_TIMEOUT_S = 10
+REFUSALS = (ray.exceptions.AuthenticationError, ray.exceptions.RpcError)
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -46,21 +51,21 @@ ENVIRONMENT = {
 }
 """Environment variables of this process during a session, unless they are set already."""
 
-# A process has one Ray, and so one session: what `start` did to the process, for `stop` to undo,
-# and the limits that Ray read from the environment because `start` began it.
-_undo = ExitStack()
+# A process has one Ray, and so one session: the limits that Ray read from the environment because
+# `start` began it.
 _limits_read: dict[str, str] = {}
 
 
 def start(config: RayConfig, run: str = "") -> dict[str, Any]:
-    """Connect to a cluster, or start a local Ray sized to the machine, and set all options.
+    """Connect to a cluster, or start a local Ray as large as the job may be, and set all options.
 
-    A Ray that is initialised already is used as it is. Returns the settings in force, for run.json;
-    `run` is the tag of this thread's metrics.
+    A Ray that is initialised already is used as it is. The session ends with the outermost
+    `lifetime.session_kept` block around the call; outside of any, `stop` ends it. Returns the
+    settings in force, for run.json; `run` is the tag of this thread's metrics.
 
     Raises ConfigError in one line if a given address does not answer.
     """
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = of_cluster(config.address)
     with without_collections(), ExitStack() as undo:
         undo.enter_context(default_environment(ENVIRONMENT))
         if not ray.is_initialized():
@@ -69,13 +74,14 @@ def start(config: RayConfig, run: str = "") -> dict[str, Any]:
             _limits_read.update(_limits_of_environment(local=address is None))
         undo.enter_context(_data_options())
         metrics.count_for(run)
-        _undo.callback(undo.pop_all().close)
+        lifetime.undo.callback(undo.pop_all().close)
     resources = ray.cluster_resources()
     return {
-        "address": address or "local",
+        "address": address.value if address else "local",
         "cpus": resources.get("CPU", 0),
         "gpus": resources.get("GPU", 0),
         "object_store_bytes": int(resources.get("object_store_memory", 0)),
+        "driver": limits.of_job_and_machine(),
         **_limits_in_force(),
     }
 
@@ -85,53 +91,88 @@ def stop() -> None:
 
     A Ray that was initialised before `start` stays.
     """
-    _undo.close()
+    lifetime.undo.close()
 
 
 @contextmanager
-def _ray(address: str | None, config: RayConfig) -> Iterator[None]:
-    """Be connected to a cluster, or to a local Ray that ends with the block."""
-    with _muffled(), _own_signals():
-        _connect(address) if address else _start_local(config)
+def _ray(address: Address | None, config: RayConfig) -> Iterator[None]:
+    """Be connected to a cluster, or to a local Ray that ends with the block.
+
+    Environment variables and the fault handler are afterwards as before.
+    """
+    before, traced = set(os.environ), faulthandler.is_enabled()
+    added: set[str] = set()
     try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _connect(address: str) -> None:
-    """Join a running cluster. Raises ConfigError in one line if none answers."""
-    advice = "start one or drop --address"
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdigit():  # asked first: Ray itself would try for minutes
         try:
-            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
-        except OSError as error:
-            raise ConfigError(
-                f"nothing answers at --address {address} ({error.strerror or error}); {advice}"
-            ) from None
+            with _muffled(), _own_signals():
+                if address:
+                    _connect(address)
+                else:
+                    with _interrupts_put_off():
+                        _start_local(config)
+        except BaseException as error:
+            # a start that failed may leave processes; in one that was interrupted, this crashes
+            if isinstance(error, Exception) or ray.is_initialized():
+                ray.shutdown()
+            raise
+        finally:
+            added = os.environ.keys() - before
+        try:
+            yield
+        finally:
+            ray.shutdown()
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+        if not traced:
+            faulthandler.disable()
+
+
+def _connect(address: Address) -> None:
+    """Join a running cluster. Raises ConfigError in one line if none answers."""
+    if address.value.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"{address} is where jobs are submitted, by `pds-ray submit --address "
+            f"{address.value}`; a run joins a cluster at HEAD:6379, or at auto on one of its nodes"
+        )
+    address.check_runs_ray()  # asked first: Ray itself would try for minutes
     try:
-        ray.init(address=address, **QUIET)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
-        first = first_line(error)
+        ray.init(address=address.value, **QUIET)
+    except (ConnectionError, RuntimeError, ValueError, *REFUSALS) as error:
         token = (
             ""
             if os.environ.get("RAY_AUTH_MODE")
             else "set RAY_AUTH_MODE=token and its token if it wants one, "
         )
         raise ConfigError(
-            f"no Ray cluster can be joined at {address} ({first}); {token}{advice}"
+            f"no Ray cluster can be joined at {address} ({first_line(error)}); {token}start one "
+            f"or {address.way_out}"
         ) from error
 
 
 def _start_local(config: RayConfig) -> None:
-    free = psutil.virtual_memory().available
+    """Start a Ray that is as large as the job may be. Raises ConfigError if it has no place."""
+    places.require_current_folder()
+    folders = places.ray_folders()
+    if folders.note:
+        log.event("other_place", f"pds-ray: {folders.note}", "warning", why=folders.note)
+    if folders.spilled:
+        _limits_read["object_spilling_directory"] = folders.spilled
+    if token := places.ray_token():
+        os.environ["RAY_AUTH_TOKEN"] = token
+    free = limits.free_memory_bytes()
     store = (
         int(config.object_store_gib * 2**30) if config.object_store_gib else min(free // 4, 8 << 30)
     )
-    cpus = config.num_cpus or os.cpu_count()
     ray.init(
-        address="local", num_cpus=cpus, object_store_memory=store, include_dashboard=False, **QUIET
+        address="local",
+        num_cpus=config.num_cpus or limits.cpus(),
+        object_store_memory=store,
+        _memory=max(1, free - store),  # for tasks that ask for memory; Ray would share the machine
+        include_dashboard=False,
+        _temp_dir=f"{folders.sockets}/ray",
+        object_spilling_directory=folders.spilled,
+        **QUIET,
     )
 
 
@@ -148,6 +189,32 @@ def _own_signals() -> Iterator[None]:
         for number, handler in handlers.items():
             if handler is not None:  # None: not set from Python
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _interrupts_put_off() -> Iterator[None]:
+    """Put off a first Ctrl-C to the end of the block: a Ray that half started would stay."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in found.items() if callable(handler)}
+    pressed: list[tuple[int, FrameType | None]] = []
+
+    def put_off(number: int, frame: FrameType | None) -> None:
+        if pressed:
+            handlers[signal.Signals(number)](number, frame)
+        pressed.append((number, frame))
+
+    for name in handlers:
+        signal.signal(name, put_off)
+    try:
+        yield
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+    for number, frame in pressed[:1]:
+        handlers[signal.Signals(number)](number, frame)
 
 
 @contextmanager
@@ -214,7 +281,7 @@ def _limits_in_force() -> dict[str, Any]:
     context = ray.data.DataContext.get_current()
     found: dict[str, Any] = dict(_limits_read)
     if NODES.keys() <= found.keys():  # a local Ray
-        found["object_spilling_directory"] = ray_private.session_folder()
+        found.setdefault("object_spilling_directory", ray_private.session_folder())
     found |= {name: getattr(context, name) for name in DATA}
     return {
         **found,
@@ -230,8 +297,6 @@ def _data_options() -> Iterator[None]:
 
     A data set keeps the options that it was made with.
     """
-    # the number of retries has no other name in the release that is pinned
-    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     context = ray.data.DataContext.get_current()
     options: dict[str, Any] = {
         "enable_progress_bars": False,
@@ -243,6 +308,11 @@ def _data_options() -> Iterator[None]:
     levels = {"ray": logging.ERROR, "ray.data": logging.CRITICAL}
     before = {name: getattr(context, name) for name in options}
     levels_before = {name: logging.getLogger(name).level for name in levels}
+    filters = cast(list[Any], warnings.filters)
+    filters_before = list(filters)
+    # the number of retries has no other name in the release that is pinned
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+    added = [entry for entry in filters if entry not in filters_before]
     detectors = context.issue_detectors_config.detectors
     context.issue_detectors_config.detectors = []  # their advice is for authors of pipelines
     _set(context, options, levels)
@@ -251,6 +321,9 @@ def _data_options() -> Iterator[None]:
     finally:
         context.issue_detectors_config.detectors = detectors
         _set(context, before, levels_before)
+        for entry in added:
+            if entry in filters:  # the program around may have taken it back by now
+                filters.remove(entry)
 
 
 def _set(context: Any, options: dict[str, Any], levels: dict[str, int]) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 
 import aiohttp
 import requests
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RpcError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from pds_ray.catalog import SOURCES
 from pds_ray.config import ConfigError
+from pds_ray.distributed.address import of_jobs
 from pds_ray.errors import first_line, without_secrets
 from pds_ray.store.storage import Folder, is_remote
 from pds_ray.telemetry import log
@@ -224,20 +225,24 @@ async def _info(client: JobSubmissionClient, job: str) -> JobDetails:
         await asyncio.sleep(FOLLOW_AGAIN_S)
 
 
-def _client(address: str | None) -> JobSubmissionClient:
+def _client(flag: str | None) -> JobSubmissionClient:
+    address = of_jobs(flag)
+    if address:
+        address.check_takes_jobs()
     try:
-        return JobSubmissionClient(address)
+        return JobSubmissionClient(flag)
     except (
         ConnectionError,
         requests.RequestException,
         RuntimeError,
         ValueError,
         AuthenticationError,
+        RpcError,
     ) as error:
         raise ConfigError(
             f"no Ray cluster takes jobs at {address or 'the default address'} ({_reason(error)}); "
-            "give --address http://HEAD:8265, and where it wants a token, RAY_AUTH_MODE=token and "
-            "the token in RAY_AUTH_TOKEN"
+            "give http://HEAD:8265, and where it wants a token, RAY_AUTH_MODE=token and the token "
+            "in RAY_AUTH_TOKEN"
         ) from error
 
 

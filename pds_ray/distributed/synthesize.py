@@ -38,8 +38,8 @@ class SynthesizeWorker:
         load = (
             partial(process.load_model, catalog.load_decoder) if is_model else catalog.load_decoder
         )
-        with in_flight.doing("loads the decoder"):
-            self.decoder = load(info, config.decode, source)
+        with in_flight.doing("the decoder to load"):
+            self.decoder = process.keeping_error(load, info, config.decode, source)
         self.config = config
         self.folder = folder
         self.in_flight = in_flight
@@ -48,7 +48,7 @@ class SynthesizeWorker:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (chunk,) = batch.to_pylist()
-        what = f"decodes the images from {RunFolder.image_name(chunk['start'])} on"
+        what = f"the images from {RunFolder.image_name(chunk['start'])} on"
         with self.in_flight.doing(what, str(chunk["start"])) as doing:
             written, busy_s = self._write(
                 range(chunk["start"], chunk["stop"]), chunk["lacks"], doing
@@ -75,7 +75,7 @@ class SynthesizeWorker:
             doing.reach(min(1.0, share) * lacks)
 
         request = core.make_batch(self.prototypes, pairs, self.config.seed, config, tell)
-        images = core.synthesize_chunk(self.decoder, request, config)
+        images = core.synthesize_chunk(self.decoder(), request, config)
         written, busy_s, began = 0, 0.0, time.monotonic()
         for pair, image in zip(pairs, images, strict=True):
             busy_s += time.monotonic() - began

@@ -18,6 +18,7 @@ from pds_ray import catalog
 from pds_ray.backbones.base import BackboneInfo
 from pds_ray.config import ConfigError, EvaluateConfig, FilesConfig
 from pds_ray.distributed import TASK_RETRIES, pools, process, session, tasks
+from pds_ray.distributed.in_flight import InFlight
 from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
 from pds_ray.modalities.text import CLEANERS
 from pds_ray.sources.base import SourceError
@@ -136,8 +137,10 @@ def prepare(
     encoders = {checked.encoder.identity: checked.encoder for checked in sets}
     actors = pools.pool(config.ray.embed_actors)
 
+    in_flight = InFlight()
+
     def encode(encoder: str, captions: list[str]) -> ray.ObjectRef:
-        return pools.start_model(actors, _encode, encoders[encoder], captions)
+        return pools.start_model(actors, _encode, encoders[encoder], captions, in_flight)
 
     inputs = TrialInputs()
     for name, split in splits.items():
@@ -150,7 +153,8 @@ def prepare(
                 inputs.held_out_text[name, rule, encoder] = encode(encoder, read.captions)
     for checked in sets:
         _start_set(inputs, checked, sizes, encode)
-    _await_inputs(inputs)
+    with in_flight:
+        _await_inputs(inputs, in_flight)
     return inputs
 
 
@@ -174,8 +178,16 @@ def build_backbone(info: BackboneInfo, image_size: int) -> torch.nn.Module:
         return catalog.build_backbone(info, image_size)
 
 
-def _encode(info: EncoderInfo | TextEncoderInfo, captions: list[str]) -> np.ndarray:
-    return core.encode(process.load_model(catalog.load_text_encoder, info, "fp32"), captions)
+def _encode(
+    info: EncoderInfo | TextEncoderInfo, captions: list[str], in_flight: InFlight
+) -> np.ndarray:
+    with in_flight.doing("the text encoder to load") as doing:
+        encoder = process.load_model(catalog.load_text_encoder, info, "fp32")
+
+        def tell(done: int) -> None:
+            doing.now(f"captions to be encoded, {done:,} of {len(captions):,} done")
+
+        return core.encode(encoder, captions, tell)
 
 
 def _start_set(
@@ -193,7 +205,7 @@ def _start_set(
         inputs.text[label] = encode(checked.text.encoder, captions)
 
 
-def _await_inputs(inputs: TrialInputs) -> None:
+def _await_inputs(inputs: TrialInputs, in_flight: InFlight) -> None:
     """Wait for all inputs, and raise the errors of their tasks in one line.
 
     Queues of trials start later: they would leave no CPU and no GPU to these tasks, and they would
@@ -205,6 +217,7 @@ def _await_inputs(inputs: TrialInputs) -> None:
         session.unwrapped_errors(),
         progress_bar("prepare", None, "inputs", delay_s=QUIET_S) as bar,
     ):
+        bar.follow(in_flight.reports())
         for key, reference in pending.items():
             tasks.wait_for(count.remote(reference), f"the inputs of {key}")
             bar.update()
@@ -241,7 +254,7 @@ def read_split(
         for shard, (_, captions, faults) in zip(split.shards, pending, strict=True):
             try:
                 with session.unwrapped_errors():
-                    texts += ray.get(captions)
+                    texts += tasks.wait_for(captions, f"shard {shard.name}")
                     bad.update(ray.get(faults))
             except tasks.LOST as error:
                 raise SourceError(

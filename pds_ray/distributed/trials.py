@@ -29,7 +29,7 @@ from pds_ray.config import ConfigError, EvaluateConfig
 from pds_ray.distributed import TRAIN, environment, process, tasks
 from pds_ray.distributed.in_flight import Doing, InFlight
 from pds_ray.distributed.trial_inputs import Loader, TrialInputs, build_backbone
-from pds_ray.errors import first_line
+from pds_ray.errors import UserError, first_line
 from pds_ray.stages import trial as core
 from pds_ray.store.evaluation_folder import (
     STATE_SUFFIX,
@@ -52,8 +52,8 @@ class Queue:
     inputs: ray.ObjectRef
     """To a TrialInputs."""
     results: Folder
-    groups: Any
-    """The actor of a PlacementGroups."""
+    records: Any
+    """The actor of a QueueRecords."""
     config: EvaluateConfig
     use_gpu: bool
     in_flight: InFlight
@@ -69,14 +69,16 @@ def unfinished(trials: list[core.Trial], results: Folder) -> list[core.Trial]:
     return [trial for trial in trials if trial.key not in finished]
 
 
-class PlacementGroups:
-    """An actor's state: the placement groups that the workers of each queue hold.
+class QueueRecords:
+    """An actor's state: of each queue, what its workers hold, and why it cannot go on.
 
-    Ray gives a group back with the job, not when the queue dies.
+    Ray gives a placement group back with the job, not when the queue dies; and Ray Train tries
+    again whatever a worker raises.
     """
 
     def __init__(self) -> None:
         self._of_queue: dict[str, list[PlacementGroup]] = {}
+        self._problems: dict[str, str] = {}
 
     def add(self, queue: str, group: PlacementGroup) -> None:
         self._of_queue.setdefault(queue, []).append(group)
@@ -84,10 +86,18 @@ class PlacementGroups:
     def take(self, queue: str) -> list[PlacementGroup]:
         return self._of_queue.pop(queue, [])
 
+    def fail(self, queue: str, problem: str) -> None:
+        """Record an error that the user can fix: it would come again."""
+        self._problems[queue] = problem
+
+    def problem(self, queue: str) -> str:
+        """Return why a queue cannot go on; empty if it can."""
+        return self._problems.get(queue, "")
+
 
 def release(queue: Queue) -> None:
     """End the workers of a queue whose process or controller has died, and free what they hold."""
-    for group in ray.get(queue.groups.take.remote(queue.name)):
+    for group in ray.get(queue.records.take.remote(queue.name)):
         remove_placement_group(group)
 
 
@@ -102,6 +112,7 @@ def run_queue(queue: Queue) -> None:
         _await_inputs(queue)
         try:
             _fit(queue)
+            _raise_problem(queue)
             return
         except ray.exceptions.RayActorError as error:  # Ray Train's own process
             now = _progress(queue)
@@ -115,6 +126,13 @@ def run_queue(queue: Queue) -> None:
             if now == before:
                 raise
             before = now
+
+
+def _raise_problem(queue: Queue) -> None:
+    """Raise what a worker found that the user can fix, as UserError."""
+    problem = ray.get(queue.records.problem.remote(queue.name))
+    if problem:
+        raise UserError(problem)
 
 
 def _await_inputs(queue: Queue) -> None:
@@ -160,13 +178,27 @@ def _hash(states: Folder, name: str) -> str:
 
 
 def _train_queue(config: dict[str, Any]) -> None:
-    """Run the trials of a queue; every worker of the queue calls this."""
+    """Run the trials of a queue; every worker of the queue calls this.
+
+    An error that the user can fix is recorded and ends them, as Ray Train would try it again.
+    """
     queue: Queue = config["queue"]
     workers = _this_worker()
+    if workers.broadcast(ray.get(queue.records.problem.remote(queue.name))):
+        return
+    try:
+        _run_trials(queue, workers)
+    except (UserError, torch.OutOfMemoryError) as error:
+        ray.get(queue.records.fail.remote(queue.name, first_line(error)))
+        if workers.count > 1:  # the others may wait for this one: only Ray Train can end them
+            raise
+
+
+def _run_trials(queue: Queue, workers: Workers) -> None:
     inputs: TrialInputs = tasks.fetch(queue.inputs)
     if workers.rank == 0:
         require_shared(queue.results)
-        ray.get(queue.groups.add.remote(queue.name, get_current_placement_group()))
+        ray.get(queue.records.add.remote(queue.name, get_current_placement_group()))
     # one worker's listing: all must go on with the same trial
     finished = workers.broadcast(finished_trials(queue.results))
     states = States(queue.results / STATES, workers, queue.config.save_every_s)
@@ -175,7 +207,7 @@ def _train_queue(config: dict[str, Any]) -> None:
         if trial.key in finished:
             continue
         began = time.monotonic()
-        with queue.in_flight.doing(f"loads the inputs of {trial}", trial.key) as doing:
+        with queue.in_flight.doing(f"the inputs of {trial}", trial.key) as doing:
             found = core.run_trial(
                 trial,
                 loader.load(trial),

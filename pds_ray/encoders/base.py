@@ -26,7 +26,7 @@ class EncoderInfo:
     dim: int
     """Width d of the embeddings."""
     space: str
-    """Identity of the embedding space: equal only if the vectors of two encoders may be mixed."""
+    """Name of the embedding space: equal only if the vectors of two encoders may be mixed."""
     identity: str
     """Weights, architecture, preprocessing and tokenizer.
 
@@ -35,6 +35,8 @@ class EncoderInfo:
     preprocess: Preprocess
     load_args: tuple[tuple[str, Any], ...]
     """Arguments that `load` needs beyond the name."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the same space: those of the same weights elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ class TextEncoderInfo:
     space: str
     identity: str
     load_args: tuple[tuple[str, Any], ...]
+    aliases: tuple[str, ...] = ()
+
+
+def spaces(encoder: EncoderInfo | TextEncoderInfo) -> tuple[str, ...]:
+    """Return all names of an encoder's space: the vectors of two that share one may be mixed."""
+    return (encoder.space, *encoder.aliases)
 
 
 class TextEncoder(Protocol):
@@ -76,7 +84,10 @@ class EncoderModule(Protocol):
     """A module that the catalog names as an encoder."""
 
     def describe(self, name: str) -> EncoderInfo:
-        """Describe `name` without its weights. Raises ConfigError in one line if it is nothing."""
+        """Describe `name` without loading its weights.
+
+        Raises ConfigError in one line if it is nothing, or its files are damaged or do not fit.
+        """
         ...
 
     def load(self, info: EncoderInfo, precision: str) -> Encoder:

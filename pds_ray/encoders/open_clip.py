@@ -7,12 +7,12 @@ Names: `MODEL:TAG` (ViT-L-14:openai), `MODEL:/path/to/checkpoint`, `local-dir:/p
 from __future__ import annotations
 
 import copy
-import difflib
-import importlib.util
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -22,22 +22,44 @@ import numpy as np
 
 from pds_ray.config import ConfigError
 from pds_ray.encoders.base import ROW_MULTIPLE, EncoderInfo
+from pds_ray.encoders.open_clip_names import (
+    CONFIG,
+    HUB,
+    HUB_WEIGHTS,
+    QUICK_GELU,
+    advice,
+    architecture,
+    names_of,
+    published_as,
+    tags,
+)
 from pds_ray.errors import first_line
 from pds_ray.modalities.image import Preprocess
-from pds_ray.store.hub import require_repository
+from pds_ray.store.hub import cached_sha256, require_repository
 from pds_ray.store.storage import file_sha256, folder_sha256
+from pds_ray.store.weights import loading_reason, require_vocabulary, require_whole
 
 if TYPE_CHECKING:
     import torch
     from open_clip import SimpleTokenizer
 
 DEFAULT_SIZE = 224
+ARRAYS = (".npz", ".npy")  # weights of NumPy, which are read whole or not at all
 SHORT_CONTEXTS = (16, 24, 32, 48)  # tokens; the mean caption has a dozen
 MAX_WORD_BYTES = 768
 """Bytes of a word that are read: 75 tokens, all that fit, would need 10 bytes each to go beyond."""
 MAX_WORDS_KNOWN = 1 << 17
 """Words whose tokens are kept."""
-HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The files behind a name."""
+
+    info: EncoderInfo
+    weights: Path | None
+    """None if they are still on the hub."""
+    repository: str = ""
 
 
 def demo_folder() -> Path:
@@ -46,25 +68,48 @@ def demo_folder() -> Path:
 
 
 def describe(name: str) -> EncoderInfo:
-    """Describe `name` from configuration files alone.
+    """Describe `name` by its files, of whose weights only names and shapes are looked at.
 
-    Raises ConfigError in one line if it is nothing.
+    All but the built-in model are tried, which imports open_clip and takes seconds. Raises
+    ConfigError in one line if it is nothing, or its files are damaged or do not fit each other.
     """
     if name == "demo":
-        return _describe_folder(name, demo_folder())
-    prefix, _, rest = name.partition(":")
-    if prefix == "local-dir":
-        return _describe_folder(name, Path(rest).expanduser())
-    if prefix == "hf-hub":
-        return _describe_hub(name)
-    return _describe_builtin(name, prefix, rest)
+        return _find_folder(name, demo_folder()).info
+    found = _find(name)
+    _try_loading(found.info, found.weights)
+    if found.repository:
+        sha256 = cached_sha256(found.weights) if found.weights else None
+    else:
+        sha256 = found.info.space
+    same = (*names_of(found.repository, sha256), sha256)
+    aliases = tuple(other for other in same if other and other != found.info.space)
+    return replace(found.info, aliases=aliases)
 
 
-def _describe_folder(name: str, folder: Path) -> EncoderInfo:
-    config_path = folder / "open_clip_config.json"
+def _find(name: str) -> _Found:
+    model, _, weights = name.partition(":")
+    if model == "local-dir":
+        return _find_folder(name, Path(weights).expanduser())
+    if model == "hf-hub":
+        return _find_on_hub(name)
+    config = None if Path(name).expanduser().exists() else architecture(model)
+    if config is None:
+        raise ConfigError(f"encoder {name}: there is no open_clip model {model!r}; {advice(name)}")
+    if not weights:
+        known = tags(model.replace("/", "-"))
+        published = f"{advice(name)} (tags: {', '.join(known)}) or" if known else "give"
+        raise ConfigError(f"encoder {name}: which weights? {published} {model}:FILE")
+    if Path(weights).expanduser().is_file():
+        return _find_checkpoint(name, model, config, Path(weights).expanduser().resolve())
+    return _find_tag(name, model, config, weights)
+
+
+def _find_folder(name: str, folder: Path) -> _Found:
+    config_path = folder / CONFIG
     if not config_path.is_file():
         raise ConfigError(
             f"encoder {name}: {config_path} does not exist; an open_clip folder must hold it"
+            f"{_hint(name)}"
         )
     try:
         config = json.loads(config_path.read_text())
@@ -77,18 +122,26 @@ def _describe_folder(name: str, folder: Path) -> EncoderInfo:
         raise ConfigError(
             f"encoder {name}: {config_path} is not an open_clip configuration ({error!r})"
         ) from None
-    weights = [path.name for path in folder.glob("*.safetensors")]
-    if not weights:
+    files = list(folder.glob("*.safetensors"))
+    if not files:
         raise ConfigError(f"encoder {name}: no .safetensors weights in {folder}")
-    loaded = min(weights, key=lambda file: (_preference(file), file))
-    return EncoderInfo(
+    weights = min(files, key=lambda file: (_preference(file.name), file.name))
+    require_whole(weights, f"encoder {name}")
+    info = EncoderInfo(
         name=name,
         dim=dim,
-        space=file_sha256(folder / loaded),
+        space=file_sha256(weights),
         identity=folder_sha256(folder, ("*.safetensors", "*.json", "*.txt")),
         preprocess=preprocess,
         load_args=(("model_name", f"local-dir:{folder.resolve()}"),),
     )
+    return _Found(info, weights)
+
+
+def _hint(name: str) -> str:
+    """Return the right name as the end of a message that says what is wrong; empty if unclear."""
+    hint = advice(name)
+    return f"; {hint}" if "give " in hint else ""
 
 
 def _preference(weights: str) -> int:
@@ -101,106 +154,83 @@ def _preference(weights: str) -> int:
     return preferred.index(weights) if weights in preferred else len(preferred)
 
 
-def _describe_hub(name: str) -> EncoderInfo:
+def _find_on_hub(name: str) -> _Found:
     from open_clip import factory
 
+    repository = name.removeprefix(HUB)
     try:
-        config = factory._get_hf_config(name.removeprefix("hf-hub:"))
+        config = factory._get_hf_config(repository)
+        info = EncoderInfo(
+            name=name,
+            dim=int(config["model_cfg"]["embed_dim"]),
+            space=name,
+            identity=f"{name} {json.dumps(config, sort_keys=True)}",
+            preprocess=_preprocess(config["model_cfg"], config.get("preprocess_cfg", {})),
+            load_args=(("model_name", name),),
+        )
     except Exception as error:  # the hub client raises many kinds, all meaning: cannot be had
         raise ConfigError(
-            f"encoder {name}: cannot be fetched or found in the cache ({first_line(error)})"
+            f"encoder {name}: no open_clip model of this name can be fetched or found in the cache "
+            f"({first_line(error)}); {advice(name)}"
         ) from error
-    return EncoderInfo(
+    return _Found(info, _cached_weights(name, repository, HUB_WEIGHTS), repository)
+
+
+def _cached_weights(name: str, repository: str, files: tuple[str, ...]) -> Path | None:
+    """Return the weights of a repository if they are in the cache, whole.
+
+    None if the hub has them. Raises ConfigError if they cannot be had.
+    """
+    who, instead = f"encoder {name}", "give a checkpoint as MODEL:FILE, or local-dir:PATH"
+    weights = require_repository(repository, None, files, who, instead)
+    if weights:
+        require_whole(weights, who)
+    return weights
+
+
+def _find_checkpoint(name: str, model: str, config: dict[str, Any], checkpoint: Path) -> _Found:
+    require_whole(checkpoint, f"encoder {name}")
+    info = EncoderInfo(
         name=name,
-        dim=int(config["model_cfg"]["embed_dim"]),
-        space=name,
-        identity=f"{name} {json.dumps(config, sort_keys=True)}",
-        preprocess=_preprocess(config["model_cfg"], config.get("preprocess_cfg", {})),
-        load_args=(("model_name", name),),
-    )
-
-
-def _describe_builtin(name: str, model: str, weights: str) -> EncoderInfo:
-    architecture = _architecture(model)
-    if architecture is None:
-        close = ", ".join(_close(model)) or "ViT-B-32, ViT-L-14, ViT-H-14"
-        raise ConfigError(
-            f"encoder {name}: no open_clip model {model!r}; near it: {close}; or local-dir:PATH"
-        )
-    if not weights:
-        raise ConfigError(
-            f"encoder {name}: which weights? give {model}:TAG (such as {model}:openai) "
-            f"or {model}:FILE"
-        )
-    if Path(weights).expanduser().is_file():
-        checkpoint = Path(weights).expanduser().resolve()
-        return _describe_checkpoint(name, model, architecture, checkpoint)
-    return _describe_tag(name, model, architecture, weights)
-
-
-def _describe_checkpoint(
-    name: str, model: str, architecture: dict[str, Any], checkpoint: Path
-) -> EncoderInfo:
-    return EncoderInfo(
-        name=name,
-        dim=int(architecture["embed_dim"]),
+        dim=int(config["embed_dim"]),
         space=file_sha256(checkpoint),
         identity=f"{model}:{file_sha256(checkpoint)}",
-        preprocess=_preprocess(architecture, {}),
+        preprocess=_preprocess(config, {}),
         load_args=(("model_name", model), ("pretrained", str(checkpoint))),
     )
+    return _Found(info, checkpoint)
 
 
-def _describe_tag(name: str, model: str, architecture: dict[str, Any], weights: str) -> EncoderInfo:
-    """Describe published weights, by their tag; raise ConfigError if they cannot be had."""
+def _find_tag(name: str, model: str, config: dict[str, Any], tag: str) -> _Found:
+    """Find published weights by their tag. Raises ConfigError if they cannot be had."""
     from open_clip import pretrained
 
-    tag = pretrained.get_pretrained_cfg(model, weights)
-    if not tag:
-        tags = ", ".join(pretrained.list_pretrained_tags_by_model(model)) or "none"
+    published = published_as(model, tag)
+    if published is None:
+        known = ", ".join(tags(model)) or "none"
         raise ConfigError(
-            f"encoder {name}: {weights!r} is neither a file nor a tag of {model}; its tags: {tags}"
+            f"encoder {name}: {tag!r} is neither a file nor a tag of {model}; its tags: {known}"
+            f"{_hint(name)}"
         )
-    repository, _, file = tag.get("hf_hub", "").rpartition("/")
+    entry = pretrained.get_pretrained_cfg(model, tag)
+    weights, repository = None, published.repository
     if repository:
-        instead = f"give a checkpoint as {model}:FILE, or local-dir:PATH"
-        files = (file,) if file else HUB_WEIGHTS
-        require_repository(repository, None, files, f"encoder {name}", instead)
-    identity = f"{model.removesuffix('-quickgelu')}:{weights}"
-    return EncoderInfo(
+        weights = _cached_weights(name, repository, published.files)
+    identity = f"{model.removesuffix(QUICK_GELU)}:{tag}"
+    info = EncoderInfo(
         name=name,
-        dim=int(architecture["embed_dim"]),
+        dim=int(config["embed_dim"]),
         space=identity,
         identity=identity,
-        preprocess=_preprocess(architecture, tag),
+        preprocess=_preprocess(config, entry),
         # open_clip only warns when weights trained with QuickGELU meet an architecture without it
         load_args=(
             ("model_name", model),
-            ("pretrained", weights),
-            ("force_quick_gelu", bool(tag.get("quick_gelu"))),
+            ("pretrained", tag),
+            ("force_quick_gelu", bool(entry.get("quick_gelu"))),
         ),
     )
-
-
-def _architectures() -> Path:
-    spec = importlib.util.find_spec("open_clip")
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("open_clip is not installed: pip install open_clip_torch")
-    return Path(spec.submodule_search_locations[0]) / "model_configs"
-
-
-def _architecture(model: str) -> dict[str, Any] | None:
-    """Read the configuration of an architecture, None if there is none.
-
-    The file is read directly, since importing open_clip takes seconds.
-    """
-    path = _architectures() / f"{model.replace('/', '-')}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _close(model: str) -> list[str]:
-    names = [path.stem for path in _architectures().glob("*.json")]
-    return difflib.get_close_matches(model, names, n=4, cutoff=0.5)
+    return _Found(info, weights, repository)
 
 
 def _preprocess(model_cfg: dict[str, Any], overrides: dict[str, Any]) -> Preprocess:
@@ -217,6 +247,39 @@ def _preprocess(model_cfg: dict[str, Any], overrides: dict[str, Any]) -> Preproc
         resize_mode=overrides.get("resize_mode") or "shortest",
         fill=int(overrides.get("fill_color") or 0),
     )
+
+
+def _try_loading(info: EncoderInfo, weights: Path | None) -> None:
+    """Build the model on torch's meta device, hold the weights against it, make the tokenizer.
+
+    open_clip's own code decides what fits, and no tensor is read. Raises ConfigError in one line.
+    """
+    import open_clip
+    import torch
+
+    args = {name: value for name, value in info.load_args if name != "pretrained"}
+    where, what = torch.device("meta"), "its configuration makes no model"
+    try:
+        # open_clip warns that no weights are loaded, torch that copies to that device copy nothing
+        with _quiet(logging.CRITICAL), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with where:
+                model = open_clip.create_model(
+                    **args,
+                    device=where,
+                    load_weights=False,
+                    pretrained_image=False,
+                    pretrained_text=False,
+                )
+            if weights and weights.suffix not in ARRAYS:
+                what = f"the weights {weights} do not fit"
+                # safetensors maps the file, and knows no meta device
+                device = "cpu" if weights.suffix == ".safetensors" else "meta"
+                open_clip.load_checkpoint(model, str(weights), device=device)
+            what = "its tokenizer cannot be loaded"
+            require_vocabulary(open_clip.get_tokenizer(args["model_name"]))
+    except Exception as error:  # open_clip, torch, transformers and the hub raise many kinds
+        raise ConfigError(f"encoder {info.name}: {what} ({loading_reason(error)})") from error
 
 
 def load(info: EncoderInfo, precision: str) -> OpenClipEncoder:
@@ -269,7 +332,7 @@ def _by_length(model: Any) -> dict[int, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(least: int = logging.WARNING) -> Iterator[None]:
     """Keep open_clip's reports off the terminal, and leave the root logger as it was.
 
     open_clip reports every step at INFO by `logging.info`, which gives a root logger without
@@ -277,7 +340,7 @@ def _quiet() -> Iterator[None]:
     """
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
-    root.setLevel(max(level, logging.WARNING))
+    root.setLevel(max(level, least))
     try:
         yield
     finally:
@@ -304,7 +367,7 @@ class OpenClipEncoder:
         # open_clip and the hub client raise many kinds: missing, corrupt, unreachable
         except Exception as error:
             raise ConfigError(
-                f"encoder {info.name}: cannot load the weights ({first_line(error)})"
+                f"encoder {info.name}: cannot load the weights ({loading_reason(error)})"
             ) from error
         if isinstance(self.tokenizer, open_clip.SimpleTokenizer):
             bound_words(self.tokenizer)

@@ -20,6 +20,7 @@ from typing import Any
 
 from pds_ray import catalog
 from pds_ray.config import METHODS, ConfigError, EvaluateConfig, RunConfig, replace
+from pds_ray.distributed.lifetime import session_kept
 from pds_ray.engine import evaluate as evaluation
 from pds_ray.engine.plan import make_run, relevant
 from pds_ray.engine.run import distill
@@ -35,6 +36,7 @@ from pds_ray.store.evaluation_folder import (
     set_name,
     store_name,
 )
+from pds_ray.store.manifest import fingerprint
 from pds_ray.store.storage import Folder
 
 SCHEMA_VERSION = 1
@@ -54,6 +56,8 @@ FIXED = ("source", "out", "method", "pairs", "embed.store")
 """Options that all rows of a comparison share."""
 UNSAFE = re.compile(r"[^\w.=+-]")
 """Characters that stay out of folder names."""
+MAX_NAME = 200
+"""Longest name of a method in that of a folder, in characters; file systems allow 255 bytes."""
 
 
 def ablations(config: RunConfig, judged: EvaluateConfig) -> list[str]:
@@ -90,13 +94,23 @@ def entries(
 ) -> list[Entry]:
     """Return every method at every size.
 
-    Raises ConfigError in one line for an unknown method, or a change that changes nothing.
+    Raises ConfigError in one line for an unknown method, a change that changes nothing, and two
+    methods whose sets would lie in one folder.
     """
-    return [
+    rows = [
         _entry(written, pairs, config, judged)
         for written in dict.fromkeys(methods)
         for pairs in dict.fromkeys(sizes)
     ]
+    first: dict[str, Entry] = {}
+    for row in rows:
+        other = first.setdefault(row.folder, row)
+        if other.run != row.run:
+            raise ConfigError(
+                f"methods {other.method!r} and {row.method!r} differ only in characters that the "
+                f"folder of a set cannot have ({row.folder}); compare them in two folders"
+            )
+    return rows
 
 
 def _entry(written: str, pairs: int, config: RunConfig, judged: EvaluateConfig) -> Entry:
@@ -105,7 +119,7 @@ def _entry(written: str, pairs: int, config: RunConfig, judged: EvaluateConfig) 
     of_protocol = {key: value for key, value in fields.items() if key.startswith("protocol.")}
     of_run = {key: value for key, value in fields.items() if key not in of_protocol}
     kept = [f"{key}={value}" for key, value in of_run.items()]
-    place = set_name(UNSAFE.sub("_", "+".join([name, *kept])), pairs)
+    place = set_name(_short(UNSAFE.sub("_", "+".join([name, *kept]))), pairs)
     fixed = {"method": name, "pairs": pairs, "out": (Folder(config.out) / place).path}
     run, plain = replace(config, {**of_run, **fixed}), replace(config, fixed)
     changed = replace(judged, of_protocol)
@@ -117,6 +131,13 @@ def _entry(written: str, pairs: int, config: RunConfig, judged: EvaluateConfig) 
         if given and same:
             raise ConfigError(f"method {written!r}: {' and '.join(given)} changes nothing here")
     return Entry(written, pairs, place, run, changed)
+
+
+def _short(name: str) -> str:
+    """Return a name that a folder can have: a long one is cut and ends in its digest."""
+    if len(name) <= MAX_NAME:
+        return name
+    return f"{name[:MAX_NAME]}-{fingerprint(name)[:12]}"
 
 
 def _parse(written: str) -> tuple[str, dict[str, str]]:
@@ -139,6 +160,7 @@ def _parse(written: str) -> tuple[str, dict[str, str]]:
     return name, fields
 
 
+@session_kept()
 def compare(
     config: RunConfig,
     methods: list[str],

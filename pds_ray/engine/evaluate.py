@@ -15,7 +15,8 @@ from typing import Any
 from pds_ray import catalog
 from pds_ray.backbones.base import BackboneInfo
 from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig, changed
-from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
+from pds_ray.distributed.lifetime import session_kept
+from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo, spaces
 from pds_ray.errors import UserError, without_secrets
 from pds_ray.modalities.text import CLEANERS
 from pds_ray.recipes import protocol_name
@@ -40,7 +41,7 @@ from pds_ray.store.evaluation_folder import (
     result_name,
 )
 from pds_ray.store.manifest import fingerprint
-from pds_ray.store.storage import Folder
+from pds_ray.store.storage import Folder, is_remote
 
 SCHEMA_VERSION = 1
 CAPTION_PROBE = 1_000  # samples searched for one with image and caption
@@ -92,6 +93,7 @@ def check(config: EvaluateConfig, protocols: list[ProtocolConfig], trained_on: l
         catalog.describe_backbone(name)
 
 
+@session_kept()
 def evaluate_all(
     candidates: Iterable[Candidate], config: EvaluateConfig, folder: Folder
 ) -> dict[str, dict[str, Any]]:
@@ -160,7 +162,7 @@ def _require_held_out(sets: list[CheckedSet], splits: dict[str, Split]) -> None:
     """Raise ConfigError if a set is known to come from images it would be measured on."""
     for uri in {str(checked.distilled.manifest["about"].get("source", "")) for checked in sets}:
         for name, split in splits.items():
-            if uri.partition(":")[0] != split.uri.partition(":")[0]:
+            if _kind(uri) != _kind(split.uri):
                 continue
             try:
                 source = catalog.make_source(uri).shards()
@@ -172,11 +174,22 @@ def _require_held_out(sets: list[CheckedSet], splits: dict[str, Split]) -> None:
                 )
 
 
+def _kind(uri: str) -> str:
+    """Return the scheme of a source, "" for shards on a disk."""
+    scheme = uri.partition(":")[0]
+    return scheme if scheme in catalog.SOURCES or is_remote(uri) else ""
+
+
 def overlap(some: list[Shard], others: list[Shard]) -> bool:
-    """Return whether two sources have a shard in common."""
-    return not {(s.name, s.version or s.size) for s in some}.isdisjoint(
-        (s.name, s.version or s.size) for s in others
-    )
+    """Return whether two sources have a shard in common, as far as their listings tell."""
+    return not set(map(_identity, some)).isdisjoint(map(_identity, others))
+
+
+def _identity(shard: Shard) -> tuple[str, str | int, int]:
+    """Return what a shard is known by wherever it lies."""
+    # files that were unpacked together may have one time; of drawn images a part is enough
+    size = shard.size if shard.version.isdecimal() else 0
+    return shard.name, shard.version or shard.size, size
 
 
 def _split(uri: str, source: Source) -> Split:
@@ -242,7 +255,8 @@ def text_encoder(
     if not name:
         raise ConfigError(f"{path} does not say which CLIP made it; give --protocol.text-encoder")
     encoder = catalog.describe_text_encoder(name)
-    if protocol.text == "prototypes" and (encoder.space, encoder.dim) != (space, dim):
+    fits = space in spaces(encoder) and encoder.dim == dim
+    if protocol.text == "prototypes" and not fits:
         raise ConfigError(
             f"the text prototypes of {path} are of {own} and do not fit the text encoder {name}; "
             "give --protocol.text captions"

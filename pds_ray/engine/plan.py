@@ -23,6 +23,7 @@ from pds_ray.sources.base import (
     Source,
     SourceError,
 )
+from pds_ray.stages.cluster import require_faiss
 from pds_ray.stages.embed import file_of, marker_damage
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import RunManifest, fingerprint
@@ -44,13 +45,15 @@ def make_run(config: RunConfig, redo: bool = False) -> Run:
     """
     if not config.source:
         raise ConfigError(
-            "no source: give --source (tar path, glob or brace range, flickr30k:ROOT, coco:ROOT "
-            "or scenes:N)"
+            "no source: give --source (tar path, glob or brace range, a folder, parquet:PATTERN, "
+            "hf:ORG/NAME, flickr30k:ROOT, coco:ROOT or scenes:N)"
         )
     if not config.out:
         raise ConfigError("no run folder: give --out FOLDER")
     method = catalog.method(config.method)
     config = relevant(config, method)
+    if "cluster" in method.names:
+        require_faiss()
     source = catalog.make_source(config.source, config.read)
     folder = RunFolder(Folder(config.out))
     shards, changed = _choose_shards(source, folder, config.embed.store, redo)

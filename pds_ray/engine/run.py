@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pds_ray.config import ConfigError, RunConfig, public
+from pds_ray.distributed.lifetime import session_kept
 from pds_ray.engine import state
 from pds_ray.engine.plan import make_run
 from pds_ray.methods.base import Run, Stage
@@ -24,14 +25,17 @@ def distill(config: RunConfig, redo: bool = False, only: Collection[str] = ()) -
     Interrupted at any instant and called again with the same configuration, it continues and ends
     with the same bytes. `redo` allows a run folder of another configuration: what depends on the
     change is done again. `only` names the stages to run, if any; stages before them must be done.
+    A Ray that it starts ends with the call; one that runs already is used and stays.
 
-    Raises ConfigError, SourceError, StorageError or ManifestError in one line for user errors.
+    Raises ConfigError, SourceError, StorageError or ManifestError in one line for user errors, and
+    UserError while another thread of the process is at work on a run.
     """
     run = make_run(config, redo)
     unknown = [name for name in only if name not in run.method.names]
     if unknown:
         known = ", ".join(run.method.names)
         raise ConfigError(f"--only names {unknown[0]!r}; stages of method {config.method}: {known}")
+    run.folder.check_ours()
     run.folder.folder.create()
     with _locked(run.folder):
         return _run_stages(state.open_run(run, redo), only)
@@ -61,6 +65,7 @@ def _locked(folder: RunFolder) -> Iterator[None]:
             yield
 
 
+@session_kept()
 def _run_stages(run: Run, only: Collection[str] = ()) -> dict[str, Any]:
     """Run what is not done up to the last wanted stage; return the content of run.json."""
     began = time.monotonic()

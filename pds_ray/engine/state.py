@@ -107,6 +107,8 @@ def _open_store(run: Run, redo: bool) -> None:
     if store.folder.exists(store.STORE):
         found = store.folder.read_json(store.STORE)
         if found.get("fingerprint") == wanted:
+            if shared and not store.shards():  # begun by an earlier version
+                store.save_shards(_rows(run.shards))
             return
         if shared or not redo:  # a shared store is never wiped: other runs stand on it
             begun = store.shards() if shared else run.folder.shards()

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import psutil
 import pyarrow as pa
 from PIL import Image
 from tqdm import tqdm
@@ -31,7 +30,8 @@ from tqdm import tqdm
 from pds_ray import catalog
 from pds_ray.config import ClusterConfig, RayConfig, RunConfig, replace
 from pds_ray.decoders.base import DecodeBatch, DecoderInfo
-from pds_ray.distributed import malloc_env
+from pds_ray.distributed import limits, malloc_env
+from pds_ray.distributed.lifetime import session_kept
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.engine.run import distill
 from pds_ray.errors import without_secrets
@@ -193,9 +193,9 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 def _machine(config: RunConfig) -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
-        "cpus": config.ray.num_cpus or os.cpu_count(),
+        "cpus": config.ray.num_cpus or limits.cpus(),
         "gpus": _gpus(),
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": limits.memory_bytes(),
     }
 
 
@@ -509,28 +509,23 @@ def _faiss_has_gpus() -> bool:
 # ---- Ray and whole runs ------------------------------------------------------------------------
 
 
+@session_kept()
 def _ray_figures(config: RayConfig) -> dict[str, Entry]:
     """Measure Ray's own work in the driver, on a local Ray."""
     from pds_ray.distributed import session
     from pds_ray.distributed.bench import block_seconds, task_seconds
 
     session.start(config)
-    try:
-        task_seconds(FEW)  # workers start
-        tasks = [TASKS / task_seconds(TASKS) for _ in range(REPEATS)]
-        blocks = [TASKS_PER_BLOCK * BLOCKS / block_seconds(BLOCKS) for _ in range(REPEATS)]
-    finally:
-        session.stop()
+    task_seconds(FEW)  # workers start
+    tasks = [TASKS / task_seconds(TASKS) for _ in range(REPEATS)]
+    blocks = [TASKS_PER_BLOCK * BLOCKS / block_seconds(BLOCKS) for _ in range(REPEATS)]
     return {"tasks": _entry(tasks, "tasks", "driver"), "blocks": _entry(blocks, "tasks", "driver")}
 
 
 def _whole_run(config: RunConfig) -> dict[str, float]:
     """Run the stages; return the seconds of each, and under "" those outside of all stages."""
-    from pds_ray.distributed import session
-
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
         manifest = distill(config)
-        session.stop()
     seconds = {stage: entry["seconds"] for stage, entry in manifest["stages"].items()}
     return {**seconds, "": manifest["last_run_seconds"] - sum(seconds.values())}
 

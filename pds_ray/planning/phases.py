@@ -17,7 +17,7 @@ from pds_ray.planning.figures import Estimate, Figures
 from pds_ray.planning.workload import Cluster, Workload
 from pds_ray.stages.cluster import sample_share
 from pds_ray.stages.match import DENSE_LIMIT
-from pds_ray.store.storage import CALLS_AT_ONCE, is_remote
+from pds_ray.store.calls import CALLS_AT_ONCE, is_remote
 
 QUEUED_BLOCKS = 4  # per actor: waiting for it, or in its hands
 # requests to an object store: is a file there, read it, write it

@@ -112,10 +112,9 @@ def survey(uri: str, read: FilesConfig | None = None) -> Workload:
         ) from error
     if not images:
         raise SourceError(f"the first shard of {uri} ({shards[0].name}) holds no captioned image")
+    remote = is_remote(shards[0].location)
     scale = sum(shard.size for shard in shards) / shards[0].size if shards[0].size else len(shards)
-    return Workload(
-        round(images * scale), round(pairs * scale), size * scale, len(shards), is_remote(uri)
-    )
+    return Workload(round(images * scale), round(pairs * scale), size * scale, len(shards), remote)
 
 
 def make_cluster(gpus: str | None, cpus: int | None, measured: Measured | None) -> Cluster:

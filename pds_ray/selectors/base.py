@@ -40,7 +40,7 @@ class Candidates:
     similarity: np.ndarray
     """float32 [N]: cosine of each pair's image and text."""
     tell: Callable[[str], object] = lambda _what: None
-    """Called now and then with what a selector does before its first pick."""
+    """Called now and then with what the first pick waits for."""
 
     def __len__(self) -> int:
         return len(self.owner)

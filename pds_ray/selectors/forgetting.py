@@ -70,7 +70,7 @@ def learning_history(candidates: Candidates, epochs: int, rng: np.random.Generat
 
     def loss(batch: tuple[int, np.ndarray]) -> torch.Tensor:
         epoch, rows = batch
-        candidates.tell(f"trains, epoch {epoch + 1:,} of {epochs:,}")
+        candidates.tell(f"training, epoch {epoch + 1:,} of {epochs:,}")
         logits = _logits(candidates, rows, heads)
         own = logits.diagonal()
         right = (own == logits.amax(dim=0)) & (own == logits.amax(dim=1))

@@ -78,7 +78,8 @@ class Fault:
 
 REASONS = (
     "not_a_tar",  # the shard is not a tar at all; key is ""
-    "truncated_shard",  # the tar ends early, all before the cut was read; key: sample cut, or ""
+    "not_a_parquet",  # nor a Parquet file, where one is expected; key is ""
+    "truncated_shard",  # damaged or cut, all before that was read; key: sample cut, or ""
     "missing_shard",  # listed, but gone or unreadable when it was opened; key is ""
     "missing_image",  # no file with a suffix of images, or the file is not there
     "missing_caption",  # no caption file gives a caption that is not blank
@@ -95,7 +96,7 @@ REASONS = (
 )
 """The closed list of reasons for which a sample is kept out; a summary counts by these."""
 
-SHARD_ENDS = ("not_a_tar", "truncated_shard")
+SHARD_ENDS = ("not_a_tar", "not_a_parquet", "truncated_shard")
 """Reasons that stand for the rest of a shard, whatever it held."""
 
 RETRYABLE = ("crashed_process", "timed_out", "out_of_memory")

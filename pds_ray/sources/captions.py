@@ -102,6 +102,10 @@ class CaptionReader:
         notes = dict.fromkeys(note for file in files.values() for note in file.notes)
         return Captions(_distinct(texts), tuple(notes)) if texts else None
 
+    def of_record(self, record: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the captions in a record, a row of a table, in any shape that JSON may have."""
+        return _distinct(map(_storable, self._strings(record)))
+
     def found(self, files: Mapping[str, bytes]) -> str:
         """Say what is in files without a caption."""
         entries = (name for suffix in files if is_json(suffix) for name in _entries(files[suffix]))
@@ -120,7 +124,7 @@ class CaptionReader:
         if isinstance(value, list):
             simple = (item for item in value if isinstance(item, str | dict))
             return [text for item in simple for text in self._strings(item, deeper)]
-        if isinstance(value, dict) and deeper:
+        if isinstance(value, Mapping) and deeper:
             return self.keys.pick(lambda name: self._strings(value.get(name), deeper - 1))
         return []
 

@@ -1,37 +1,52 @@
-"""Flickr30K and COCO captions in the Karpathy splits, as the published code lays them out.
+"""Flickr30K and COCO captions in the Karpathy splits, or as Karpathy and COCO publish them.
 
     Flickr30k/  flickr30k-images/  flickr30k_{train,val,test}.json
     COCO/       train2014/  val2014/  coco_karpathy_{train,val,test}.json
 
-An annotation file is one JSON list, plain or gzipped. A record is one image with a list of
-captions, or one caption as a string, in which case the image's further captions are in other
-records. Of more than MAX_CAPTIONS of an image the first ones count.
+This is how the published code lays them out. Where these annotation files are absent, the originals
+are read: Karpathy's dataset_flickr30k.json and dataset_coco.json, COCO's captions_train2014.json
+and the like. They lie in ROOT, ROOT/annotations or ROOT/karpathy; the images in one of `FOLDERS`.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
-import zlib
-from collections import defaultdict
 from collections.abc import Iterator
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from pds_ray.config import ReadConfig
-from pds_ray.modalities.text import MAX_CAPTIONS
+from pds_ray.config import FilesConfig
+from pds_ray.sources.annotations import SPLITS, Images, read_annotations
 from pds_ray.sources.base import Fault, Sample, Shard, SourceError
 
 SHARD_SIZE = 1000
-MAX_ANNOTATION_BYTES = 256 * 1024**2
-"""Largest annotation file, uncompressed; those of COCO have 70 MB."""
-SPLITS = ("train", "val", "test")
 ANNOTATIONS = {"flickr30k": "flickr30k_{split}.json", "coco": "coco_karpathy_{split}.json"}
-
-Images = tuple[tuple[str, tuple[str, ...]], ...]
-"""(path below the root, captions) of every image."""
+ORIGINALS = {
+    "flickr30k": ("dataset_flickr30k.json",),
+    "coco": ("dataset_coco.json", "captions_{split}2014.json", "captions_{split}2017.json"),
+}
+PUBLISHED = {
+    "flickr30k": "dataset_flickr30k.json (in Karpathy's caption_datasets.zip)",
+    "coco": "dataset_coco.json (in Karpathy's caption_datasets.zip) or captions_{split}2014.json "
+    "(in annotations_trainval2014.zip on COCO's download page)",
+}
+ANNOTATION_FOLDERS = ("", "annotations", "karpathy")
+FOLDERS = {
+    "flickr30k": (
+        "flickr30k-images",
+        "flickr30k_images",
+        "flickr30k_images/flickr30k_images",
+        "images",
+        "Images",
+    ),
+    "coco": (
+        *("train2014", "val2014", "train2017", "val2017"),
+        *("images/train2014", "images/val2014", "images/train2017", "images/val2017"),
+        "images",
+    ),
+}
+"""Folders in which images lie where they do not lie where the annotation file says."""
 
 
 class KarpathySource:
@@ -42,7 +57,7 @@ class KarpathySource:
     """
 
     def __init__(
-        self, uri: str, _: ReadConfig | None = None, max_image_bytes: int = 64 * 1024**2
+        self, uri: str, _read: FilesConfig | None = None, max_image_bytes: int = 64 * 1024**2
     ) -> None:
         self.uri = uri
         self.max_image_bytes = max_image_bytes
@@ -82,8 +97,9 @@ class KarpathySource:
         """
         start, stop = map(int, shard.location.split(":"))
         for key, captions in self._images()[start:stop]:
+            places = [os.path.join(self.root, place) for place in self._places(key)]
             try:
-                with open(os.path.join(self.root, key), "rb") as file:
+                with open(next(filter(os.path.exists, places), places[0]), "rb") as file:
                     image = file.read(self.max_image_bytes + 1)
             except (
                 FileNotFoundError,
@@ -101,25 +117,61 @@ class KarpathySource:
                 yield Sample(key, image, captions)
 
     def _images(self) -> Images:
-        plain = Path(self.root, ANNOTATIONS[self.dataset].format(split=self.split))
-        for path in (plain, plain.with_name(f"{plain.name}.gz")):
-            if path.is_file():
-                stat = path.stat()
-                return _parse_annotations(path, stat.st_mtime_ns, stat.st_size)
-        raise SourceError(f"{self.uri}: there is no annotation file {plain} (or {plain.name}.gz)")
+        """Return the images of the first annotation file whose images are there.
+
+        A folder may hold the annotations of other years, too.
+        """
+        files = self._annotation_files()
+        read = (read_annotations(path, self.split) for path in files)
+        there = (images for images in read if self._first_is_there(images))
+        return next(there, None) or read_annotations(files[0], self.split)
+
+    def _first_is_there(self, images: Images) -> bool:
+        places = self._places(images[0][0])
+        return any(os.path.exists(os.path.join(self.root, place)) for place in places)
+
+    def _places(self, key: str) -> list[str]:
+        """Return the paths below the root at which an image may lie, the likeliest first."""
+        name = key.rpartition("/")[2]
+        folders = FOLDERS[self.dataset]
+        return [key, f"images/{key}", *(f"{folder}/{name}" for folder in folders)]
+
+    def _annotation_files(self) -> list[Path]:
+        """Return the annotation files that are there, the preferred one first."""
+        names = [
+            name.format(split=self.split)
+            for name in (ANNOTATIONS[self.dataset], *ORIGINALS[self.dataset])
+        ]
+        places = [
+            Path(self.root, folder, name + packed)
+            for name in names
+            for folder in ANNOTATION_FOLDERS
+            for packed in ("", ".gz")
+        ]
+        found = [path for path in places if path.is_file()]
+        if not found:
+            raise SourceError(
+                f"{self.uri}: there is no annotation file {places[0]} (or {places[1].name}), nor "
+                f"{PUBLISHED[self.dataset].format(split=self.split)}, in {self.root} or its "
+                f"folder {' or '.join(ANNOTATION_FOLDERS[1:])}"
+            )
+        return found
 
     def _check_images_exist(self, images: Images) -> None:
         # each folder is listed once, far quicker than asking for every file
         present: dict[str, set[str]] = {}
-        absent = []
-        for key, _ in images:
-            folder, _, name = key.rpartition("/")
+
+        def there(place: str) -> bool:
+            folder, _, name = place.rpartition("/")
             if folder not in present:
                 present[folder] = _names_in(os.path.join(self.root, folder))
-            if name not in present[folder]:
-                absent.append(key)
+            return name in present[folder]
+
+        absent = [key for key, _ in images if not any(map(there, self._places(key)))]
         if absent:
             counts = f"{len(absent)} of {len(images)} images are not in {self.root}"
+            if len(absent) == len(images):
+                counts += f" (looked also in its folders {', '.join(FOLDERS[self.dataset])})"
             raise SourceError(f"{self.uri}: {counts}, the first: {', '.join(absent[:3])}")
 
 
@@ -129,49 +181,3 @@ def _names_in(folder: str) -> set[str]:
             return {entry.name for entry in entries}
     except (FileNotFoundError, NotADirectoryError):
         return set()
-
-
-# one parse per process, not per shard; time and size tell a rewritten file from the old one
-@lru_cache(maxsize=3)
-def _parse_annotations(path: Path, _mtime_ns: int, _size: int) -> Images:
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            data = file.read(MAX_ANNOTATION_BYTES + 1)
-        if len(data) > MAX_ANNOTATION_BYTES:
-            raise SourceError(f"{path} holds more than {MAX_ANNOTATION_BYTES} bytes")
-        records = json.loads(data)
-    except SourceError:
-        raise
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        raise SourceError(f"{path} cannot be read: {error}") from error
-    if not isinstance(records, list) or not records:
-        raise SourceError(f"{path} is not a JSON list of records")
-    images: defaultdict[str, list[str]] = defaultdict(list)
-    for index, record in enumerate(records):
-        problem = _problem(record)
-        if problem:
-            raise SourceError(f"{path}, record {index}: {problem}")
-        captions = record["caption"] if isinstance(record["caption"], list) else [record["caption"]]
-        images[record["image"]] += [_storable(caption) for caption in captions if caption.strip()]
-    return tuple((key, tuple(captions[:MAX_CAPTIONS])) for key, captions in images.items())
-
-
-def _problem(record: object) -> str:
-    """Say why a record cannot be used, "" if it can."""
-    if not isinstance(record, dict):
-        return "not a JSON object"
-    image, caption = record.get("image"), record.get("caption")
-    if not isinstance(image, str) or not image:
-        return "'image' is not a path"
-    if image.startswith("/") or ".." in PurePosixPath(image).parts or not image.isprintable():
-        return f"image path {image!r} leaves the folder or is not a plain path"
-    if not isinstance(caption, str) and not (
-        isinstance(caption, list) and all(isinstance(c, str) for c in caption)
-    ):
-        return "'caption' is neither a string nor a list of strings"
-    return ""
-
-
-def _storable(caption: str) -> str:
-    # JSON can spell lone surrogates, which UTF-8 cannot hold
-    return caption.encode("utf-8", "replace").decode("utf-8")

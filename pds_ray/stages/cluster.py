@@ -14,6 +14,7 @@ one label for both its sides, and matching has nothing left to decide.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -32,8 +33,15 @@ SEED_LIMIT, SEED_ROWS = 2_000, 20
 OBJECTIVE_ROWS = 16_384  # summed at once
 MIN_ROWS_PER_CLUSTER = 39  # the least that a fit needs, by FAISS's own rule
 COUNT_S = 0.5  # between two looks at how far a fit is
+FAISS_ADVICE = "pip install 'pds-ray[cpu]', or 'pds-ray[gpu]' for k-means on GPUs"
 
 Tell = Callable[[str, int], object]
+
+
+def require_faiss() -> None:
+    """Raise ConfigError if FAISS is not installed: one of two extras brings it, not the base."""
+    if importlib.util.find_spec("faiss") is None:
+        raise ConfigError(f"k-means needs FAISS, which is not installed: {FAISS_ADVICE}")
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ def fit(
     """Fit a weighted Lloyd k-means, on the GPU if FAISS has one; keep the best restart.
 
     vectors float32 [n, d], weights float32 [n]. The vectors are taken as they are, `normalize` or
-    not, and not copied. `tell` is called, in another thread, too, with what is being done and the
+    not, and not copied. `tell` is called, in another thread, too, with what is waited for and the
     iterations done so far. Raises ValueError if there are fewer vectors of positive weight than
     clusters.
     """
@@ -97,12 +105,12 @@ def fit(
 
     def attempt(restart: int) -> Fit:
         before = restart * config.iterations
-        tell(f"chooses {clusters:,} seeds", before)
+        tell(f"{clusters:,} seeds to be chosen", before)
         rng = np.random.default_rng([seed, restart])
         start = seeds(training, weights, clusters, rng) if clusters <= SEED_LIMIT else None
 
         def iterated(iterations: int) -> None:
-            tell(f"fits {clusters:,} clusters", before + iterations)
+            tell(f"{clusters:,} clusters to be fitted", before + iterations)
 
         return lloyd(training, weights, clusters, start, seed + 1 + restart, config, iterated)
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import IO, Any
+from collections.abc import Callable
+from typing import Any
 
 import pyarrow as pa
 from safetensors.numpy import save as save_safetensors
@@ -29,10 +26,9 @@ from pds_ray.store.distilled_set import (
 )
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import vectors
+from pds_ray.store.set_writer import Files, write, written
 from pds_ray.store.storage import Folder, side_by_side
 from pds_ray.telemetry.progress import QUIET_S, progress_bar
-
-Files = dict[str, dict[str, Any]]  # name in the set -> its size in bytes and SHA-256
 
 PAIRS_PER_TAR = 10_000
 
@@ -84,8 +80,9 @@ def about(run: Run) -> dict[str, Any]:
 
 def _fewer(run: Run) -> dict[str, str]:
     """Return why the set has fewer pairs than asked for, as the stage counted that found out."""
-    counts = [entry.get("counts", {}) for entry in run.manifest.stages.values()]
-    return {"fewer": each["fewer"] for each in counts if "fewer" in each}
+    counts = (entry.get("counts", {}) for entry in run.manifest.stages.values())
+    texts = [each["fewer"] for each in counts if "fewer" in each]
+    return {"fewer": texts[0]} if texts else {}
 
 
 def records(prototypes: pa.Table, captions: pa.Table | None = None) -> list[Record]:
@@ -126,14 +123,14 @@ def write_distilled(
     target.delete(MANIFEST)
     images, tars = _write_images(run.images, target, rows, step)
     metadata = "".join(_json_line(row) + "\n" for row in rows).encode()
-    _write(target, METADATA, metadata, images)
+    write(target, METADATA, metadata, images)
     tensors = {
         "image_prototypes": vectors(prototypes, "image_prototype"),
         "text_prototypes": vectors(prototypes, "text_prototype"),
     }
     others: Files = {}
-    _write(target, PROTOTYPES, save_safetensors(tensors), others)
-    _write(target, CARD, card(rows, about, text).encode(), others)
+    write(target, PROTOTYPES, save_safetensors(tensors), others)
+    write(target, CARD, card(rows, about, text).encode(), others)
     files = images | tars | others
     target.write_json(
         MANIFEST, {"schema": SET_SCHEMA_VERSION, "pairs": len(rows), "about": about, "files": files}
@@ -152,12 +149,12 @@ def _write_images(
 
     def copy(row: Record) -> tuple[bytes, Files]:
         image, listed = source.read_bytes(row["file_name"]), Files()
-        _write(target, image_path(row["file_name"]), image, listed)
+        write(target, image_path(row["file_name"]), image, listed)
         return image, listed
 
     for number, start in enumerate(range(0, len(rows), PAIRS_PER_TAR)):
         with (
-            _written(target, tar_path(number), tars) as stream,
+            written(target, tar_path(number), tars) as stream,
             # without times and owners: the same pairs give the same bytes
             TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False) as tar,
         ):
@@ -169,39 +166,6 @@ def _write_images(
                 tar.write({"__key__": key, "png": image, "txt": text, "json": record})
                 step()
     return images, tars
-
-
-class _Hashed(io.RawIOBase):
-    """A binary stream that counts and hashes what is written to it."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        super().__init__()
-        self._stream = stream
-        self._digest = hashlib.sha256()
-        self._bytes = 0
-
-    def write(self, data: Any, /) -> int:
-        self._digest.update(data)
-        self._bytes += len(data)
-        return self._stream.write(data)
-
-    def entry(self) -> dict[str, Any]:
-        """Return the manifest's entry of the file."""
-        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
-
-
-@contextmanager
-def _written(target: Folder, name: str, files: Files) -> Iterator[_Hashed]:
-    """Open a stream into a file of the set, which is entered in `files` when the block ends."""
-    with target.writer(name) as stream:
-        hashed = _Hashed(stream)
-        yield hashed
-    files[name] = hashed.entry()
-
-
-def _write(target: Folder, name: str, data: bytes, files: Files) -> None:
-    with _written(target, name, files) as stream:
-        stream.write(data)
 
 
 def _json_line(row: Record) -> str:

@@ -30,8 +30,8 @@ def load_candidates(
 ) -> Candidates:
     """Load all pairs of the shards, in their order.
 
-    Besides the result no more than one shard is held at a time. `tell` is called with what is being
-    done, here and by selectors.
+    Besides the result no more than one shard is held at a time. `tell` is called with what is
+    waited for, here and by selectors.
     """
     markers = store.committed()
     images, pairs = (sum(markers[shard][name] for shard in shards) for name in ("images", "pairs"))
@@ -44,7 +44,7 @@ def load_candidates(
     )
     image = pair = 0
     for shard in shards:
-        tell(f"loads the embeddings of shard {shard}")
+        tell(f"the embeddings of shard {shard} to be loaded")
         vectors = normalized(embeddings(store.images(shard, ["embedding"])))
         captions = store.captions(shard, ["image_row", "embedding", "similarity"])
         rows = slice(pair, pair + captions.num_rows)

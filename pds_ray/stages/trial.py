@@ -38,6 +38,7 @@ from pds_ray.training.data import Gallery, Pixels, TrainingPairs
 from pds_ray.training.recall import RECALLS
 from pds_ray.training.retrieval import (
     RetrievalTraining,
+    Step,
     embed_images,
     evaluate,
     make_optimizer,
@@ -184,11 +185,18 @@ def _stacked(rows: list[np.ndarray], size: int) -> np.ndarray:
     return np.stack(rows) if rows else np.zeros((0, 3, size, size), np.uint8)
 
 
-def encode(encoder: TextEncoder, captions: list[str]) -> np.ndarray:
-    """Return the vectors of m captions, not normalised, float32 [m, d]."""
-    starts = range(0, len(captions), ENCODE_CAPTIONS)
-    parts = [captions[start : start + ENCODE_CAPTIONS] for start in starts]
-    return np.concatenate([encoder.encode_captions(part) for part in parts])
+def encode(
+    encoder: TextEncoder, captions: list[str], step: Step = lambda _captions: None
+) -> np.ndarray:
+    """Return the vectors of m captions, not normalised, float32 [m, d].
+
+    `step` is called before each batch with the number of captions done.
+    """
+    parts = []
+    for start in range(0, len(captions), ENCODE_CAPTIONS):
+        step(start)
+        parts.append(encoder.encode_captions(captions[start : start + ENCODE_CAPTIONS]))
+    return np.concatenate(parts)
 
 
 def pixels_of(trial: Trial) -> Pixels:
@@ -232,7 +240,7 @@ class Progress:
 Report = Callable[[Progress, Callable[[], bytes]], None]
 """Called on every worker after each evaluation; the second argument returns the state then."""
 Tell = Callable[[str, float | None], object]
-"""Called now and then with what is being done and, in training, the epochs done."""
+"""Called now and then with what is waited for and, in training, the epochs done."""
 Build = Callable[[BackboneInfo, int], torch.nn.Module]
 Features = dict[tuple[str, ...], torch.Tensor]
 
@@ -292,7 +300,7 @@ def _with_features(
     )
 
     def embedded(images: int) -> None:
-        tell(f"embeds images for {trial}, {images:,} done", None)
+        tell(f"the features of {trial}, {images:,} images done", None)
 
     def features(images: torch.Tensor, *name: str) -> torch.Tensor:
         key = (*of_backbone, *name)
@@ -329,10 +337,10 @@ def train_model(
         return evaluate(model, gallery, pixels, workers, measured)
 
     def measured(images: int) -> None:
-        tell(f"measures {trial}, {images:,} images done", None)
+        tell(f"the measuring of {trial}, {images:,} images done", None)
 
     def trained(epochs: float) -> None:
-        tell(f"trains {trial}", epochs)
+        tell(f"the training of {trial}", epochs)
 
     def save() -> bytes:
         return loop.save_state(model, optimizer, dataclasses.asdict(progress))

@@ -11,13 +11,55 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
+import yaml
+
 from pds_ray.modalities.text import clean_basic
-from pds_ray.store.distilled_set import Record
+from pds_ray.store.distilled_set import IMAGES, TABLES, TARS, Record
 
 EXAMPLES = 10
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 """Exclusive upper bound on the number of pairs -> size category of Hugging Face."""
 FIELDS = ["license", "license_name", "task_categories", "size_categories", "tags", "configs"]
+USE = re.compile(r"(?<=## Use\n\n```python\n).*?(?=```)", re.DOTALL)
+"""The lines of a card that read the set."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One format of a set, as Hugging Face is told of it and as people read it."""
+
+    config: Mapping[str, Any]
+    """The entry of the card's `configs` that says which files are the data."""
+    columns: str
+    """Names of the columns that `datasets` makes of them."""
+    code: str = ""
+    """More lines that read it."""
+
+
+def _files(pattern: str) -> dict[str, Any]:
+    return {"config_name": "default", "data_files": [{"split": "train", "path": pattern}]}
+
+
+LAYOUTS = {
+    "parquet": Layout(_files(f"{TABLES}/train-*.parquet"), "image, text, ..."),
+    "webdataset": Layout(
+        _files(f"{TARS}/*.tar"),
+        "png, txt, json",
+        f"""
+import webdataset as wds
+pairs = wds.WebDataset("{TARS}/000000.tar", shardshuffle=False).decode("pil").to_tuple("png", "txt")
+""",
+    ),
+    "imagefolder": Layout(
+        {"config_name": "default", "data_dir": IMAGES},
+        "image, text, ...",
+        """
+from pds_ray import load_distilled
+pairs = load_distilled(".")                                # with both prototypes
+""",
+    ),
+}
+"""Format -> its layout."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +117,36 @@ def _front_matter(pairs: int, tags: list[str]) -> str:
         task_categories=["image-to-text", "text-to-image"],
         size_categories=[next((name for limit, name in SIZES if pairs < limit), "n>1M")],
         tags=tags,
-        configs=[{"config_name": "default", "data_dir": "imagefolder"}],
+        configs=[LAYOUTS["imagefolder"].config],
     )
     return data.to_yaml(line_break="\n", original_order=FIELDS)
+
+
+def card_of_export(text: str, format: str, place: str) -> str:
+    """Return the card of a set for an export: it names the files, and says how to read `place`.
+
+    All else stays as it is, also where a person wrote it. Raises ValueError if `text` has no front
+    matter in YAML.
+    """
+    from huggingface_hub import DatasetCardData
+
+    layout = LAYOUTS[format]
+    start, front, body = text.replace("\r\n", "\n").split("---\n", 2)
+    fields = yaml.safe_load(front)
+    if start.strip() or not isinstance(fields, dict):
+        raise ValueError("it does not begin with YAML fields between two lines of ---")
+    fields["configs"] = [layout.config]
+    front = DatasetCardData(**fields).to_yaml(line_break="\n", original_order=FIELDS)
+    code = f"""from datasets import load_dataset
+pairs = load_dataset("{place}", split="train")            # columns: {layout.columns}
+{layout.code}"""
+    return f"---\n{front}\n---\n{USE.sub(lambda _: code, body, count=1)}"
+
+
+def bare_card(pairs: int) -> str:
+    """Return a card for a set that has none."""
+    title = f"# {pairs} image-caption pairs"
+    return f"---\n{_front_matter(pairs, [])}\n---\n\n{title}\n\n## Use\n\n```python\n```\n"
 
 
 def _deviations(config: Mapping[str, Any], text: CardText) -> list[str]:

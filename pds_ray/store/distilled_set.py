@@ -7,6 +7,9 @@ distilled/
   imagefolder/000000.png ...   `imagefolder`
   webdataset/000000.tar ...    KEY.json, KEY.png, KEY.txt, for `webdataset`
   prototypes.safetensors       image_prototypes, text_prototypes float32 [B, d]
+
+An export (`store/export.py`) has the same files, in one format alone, which its manifest names:
+imagefolder/, webdataset/ or data/train-00000-of-00001.parquet ... with the images in the rows.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ MANIFEST, CARD, PROTOTYPES = "manifest.json", "README.md", "prototypes.safetenso
 IMAGES = "imagefolder"
 """Name of the folder of images and metadata below the set."""
 METADATA = f"{IMAGES}/metadata.jsonl"
+TARS, TABLES = "webdataset", "data"
+"""Names of the folders of tars, and of the Parquet files of an export."""
 
 
 def image_path(file_name: str) -> str:
@@ -41,7 +46,12 @@ def image_path(file_name: str) -> str:
 
 def tar_path(number: int) -> str:
     """Return the name of the number-th tar below the set."""
-    return f"webdataset/{number:06d}.tar"
+    return f"{TARS}/{number:06d}.tar"
+
+
+def table_path(number: int, count: int) -> str:
+    """Return the name of the number-th of `count` Parquet files below an export."""
+    return f"{TABLES}/train-{number:05d}-of-{count:05d}.parquet"
 
 
 class DistilledSetError(UserError, ValueError):
@@ -120,6 +130,14 @@ class DistilledSet:
 
         Raises DistilledSetError in one line if it is gone or not the one that was written.
         """
+        try:
+            return decode_image(self.image_bytes(pair), min_side=1)
+        except ImageError as error:
+            place = self.folder.full(image_path(self.records[pair]["file_name"]))
+            raise DistilledSetError(f"{place} is no usable image ({error})") from error
+
+    def image_bytes(self, pair: int) -> bytes:
+        """Return the encoded image of one pair. Raises DistilledSetError as `image` does."""
         name = image_path(self.records[pair]["file_name"])
         place = self.folder.full(name)
         try:
@@ -128,10 +146,7 @@ class DistilledSet:
             raise DistilledSetError(f"{place} cannot be read ({error.strerror})") from error
         if hashlib.sha256(data).hexdigest() != self.manifest["files"][name]["sha256"]:
             raise DistilledSetError(f"{place} is not the image that was written")
-        try:
-            return decode_image(data, min_side=1)
-        except ImageError as error:
-            raise DistilledSetError(f"{place} is no usable image ({error})") from error
+        return data
 
 
 def load_distilled(path: str) -> DistilledSet:
@@ -148,6 +163,8 @@ def load_distilled(path: str) -> DistilledSet:
         )
     try:
         return _read(folder)
+    except DistilledSetError:
+        raise
     except _DamageError as damage:
         raise DistilledSetError(f"{path} is a damaged distilled set: {damage}") from None
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -156,6 +173,11 @@ def load_distilled(path: str) -> DistilledSet:
 
 def _read(folder: Folder) -> DistilledSet:
     manifest = folder.read_json(MANIFEST)
+    if "format" in manifest and manifest["format"] != IMAGES:
+        raise DistilledSetError(
+            f"{folder.shown} is an export as {manifest['format']}, for other programs; give the "
+            f"run folder, or an export as {IMAGES}"
+        )
     metadata, prototypes = folder.read_bytes(METADATA), folder.read_bytes(PROTOTYPES)
     for name, data in ((METADATA, metadata), (PROTOTYPES, prototypes)):
         if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:

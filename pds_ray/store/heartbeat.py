@@ -1,15 +1,16 @@
 """Heartbeat file of the driver: while it lives, its progress lies in the run folder.
 
 `pds-ray status` reads it. On an object store, which has no locks, it also keeps a second driver out
-of the run folder: a driver that sees the heartbeat of another one that is alive interrupts its own
-main thread (`_thread.interrupt_main`), which raises KeyboardInterrupt there as Ctrl-C does, once
-the thread runs Python code again.
+of the run folder: a driver that sees the heartbeat of another one that is alive interrupts its run,
+as Ctrl-C does, once the run's thread runs Python code again.
 """
 
 from __future__ import annotations
 
 import _thread
+import ctypes
 import os
+import signal
 import socket
 import threading
 import time
@@ -38,23 +39,29 @@ def beating(run: RunFolder) -> Iterator[None]:
     """Write the heartbeat every `BEAT_S` seconds, and remove it when the block ends in any way.
 
     On an object store the heartbeat of another driver keeps this one out of the folder, at the
-    start by StorageError, and later by `interrupt_main()`: KeyboardInterrupt in the main thread.
+    start and later, when the block is interrupted.
 
     Raises StorageError in one line if another driver is at work.
     """
     if is_remote(run.folder.path):
         _claim(run)
     ended = threading.Event()
-    thread = start_thread(_beat, run, ended)
+    others: list[StorageError] = []
+    thread = start_thread(_beat, run, ended, threading.current_thread(), others)
     try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        with _warned():  # an error of the clean-up must not hide the one that ended the run
-            beat = read(run)
-            if beat is None or _is_mine(beat):
-                run.folder.delete(RunFolder.HEARTBEAT)
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            with _warned():  # an error of the clean-up must not hide the one that ended the run
+                beat = read(run)
+                if beat is None or _is_mine(beat):
+                    run.folder.delete(RunFolder.HEARTBEAT)
+    except KeyboardInterrupt:
+        if others:
+            raise others[0] from None
+        raise
 
 
 def _claim(run: RunFolder) -> None:
@@ -131,10 +138,13 @@ def _write(run: RunFolder) -> None:
     run.folder.write_json(RunFolder.HEARTBEAT, beat)
 
 
-def _beat(run: RunFolder, ended: threading.Event) -> None:
+def _beat(
+    run: RunFolder, ended: threading.Event, thread: threading.Thread, others: list[StorageError]
+) -> None:
     """Write heartbeats until `ended` is set, or until another driver is seen alive.
 
-    Then the main thread is interrupted: of two drivers, the first that sees the other ends.
+    Then the run's thread is interrupted: of two drivers, the first that sees the other ends. What
+    it is to raise is added to `others`.
     """
     other: dict[str, Any] | None = None
     while True:
@@ -142,14 +152,27 @@ def _beat(run: RunFolder, ended: threading.Event) -> None:
             beat = read(run) if is_remote(run.folder.path) else None
             if beat is not None and not _is_mine(beat):
                 if other is not None and beat != other:  # a stale heartbeat would not change
-                    text = f"pds-ray: {_occupied(run, beat)}"
-                    log.event("another_driver", text, "error", host=beat["host"])
-                    _thread.interrupt_main()
+                    others.append(_occupied(run, beat))
+                    log.event("another_driver", level="error", host=beat["host"])
+                    _interrupt(thread)
                     return
                 other = beat
             _write(run)
         if ended.wait(BEAT_S):
             return
+
+
+def _interrupt(thread: threading.Thread) -> None:
+    """Raise KeyboardInterrupt in a thread as soon as it runs Python code.
+
+    The program around a run may have other plans for a Ctrl-C, and another main thread.
+    """
+    own = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if own and thread is threading.main_thread():
+        _thread.interrupt_main()  # this one also ends calls in which Ray waits
+    else:
+        number, error = ctypes.c_ulong(thread.ident or 0), ctypes.py_object(KeyboardInterrupt)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(number, error)
 
 
 @contextmanager

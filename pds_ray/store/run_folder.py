@@ -103,6 +103,17 @@ class RunFolder:
     FITS = "fits.json"
     IMAGE_SUFFIX = ".png"
 
+    def check_ours(self) -> None:
+        """Raise StorageError if this is no run folder and a run would delete what lies in it."""
+        if self.folder.exists(self.MANIFEST):
+            return
+        for replaced in (self.distilled, self.images, self.clusters):
+            if not replaced.is_empty():
+                raise StorageError(
+                    f"{self.folder.shown} is no run folder, and a run would delete the "
+                    f"{replaced.name} in it; give another --out"
+                )
+
     def save_shards(self, shards: list[dict[str, Any]]) -> str:
         """Write the shards that the run begins with, in order; return the file's SHA-256."""
         return write_shards(self.folder, self.SHARDS, shards)

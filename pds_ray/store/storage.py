@@ -17,15 +17,11 @@ import hashlib
 import io
 import json
 import os
-import random
 import re
 import shutil
 import tempfile
-import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Concatenate, ParamSpec, TypeVar
@@ -34,90 +30,66 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pds_ray.errors import UserError, first_line, without_secrets
+from pds_ray.errors import first_line, without_secrets
+from pds_ray.store.calls import StorageError, is_remote, side_by_side, with_retries
+from pds_ray.store.filesystems import local_path, open_filesystem
 
 PART_SUFFIX = ".part"
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+# what `writer` calls its temporary files: browsers and others end theirs in .part as well
+_PART = re.compile(r".+\.[0-9a-f]{8}" + re.escape(PART_SUFFIX))
+DISK_FAULTS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,
+    # of disks that are mounted: a file larger than FAT holds, a server that is gone, a name or a
+    # flush that they do not know
+    errno.EFBIG,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ENAMETOOLONG,
+    errno.ENOTSUP,
+    errno.EINVAL,
+)
 LOCK = ".lock"
 # always the same name, so that the next run removes the file that a killed run left
 WRITE_TEST = f".write-test{PART_SUFFIX}"
-WAITS_S = (1.0, 4.0, 16.0)
-"""Mean waits before each retry, in seconds; the store's own client has retried before that."""
 STREAM_BUFFER_BYTES = 1024**2
 SPOOL_BYTES = 16 * 1024**2
 """Bytes of an object held in memory before its upload; a larger one waits on the local disk."""
-CALLS_AT_ONCE = 32
-"""Concurrent calls: one by one, 40,000 round trips to an object store take half an hour."""
-
-_FACTS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-_REFUSED = re.compile(  # errors that a retry does not change
-    r"AWS Error (ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH)"
-    r"|HTTP status (3|4(?!08|29))\d\d|Bucket '.*' not found"
-)
+PIECE_S = 60.0
+"""Seconds for STREAM_BUFFER_BYTES of an object, on the slowest line."""
+NO_FOLDERS = {
+    "http": "a web server takes no files",
+    "https": "a web server takes no files",
+    "hf": "every file written there is a commit; `pds-ray push` puts a finished set there",
+}
+"""Schemes of stores in which no folder can be made, and why."""
 
 Arguments = ParamSpec("Arguments")
-Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class StorageError(UserError):
-    """A folder or an object store cannot be used.
-
-    It is no OSError, so that nobody retries it: the retries are used up.
-    """
-
-
-def is_remote(path: str) -> bool:
-    """Return True if `path` names an object store (s3://, gs://, hdfs://), not a local path."""
-    return "://" in path and not path.startswith("file://")
-
-
-def with_retries(action: Callable[[], Result], where: str) -> Result:
-    """Call `action`, which works on `where`; retry errors of an object store with backoff.
-
-    On a local path it is called once. Raises FileNotFoundError at once if the object is missing,
-    and StorageError in one line if the store refuses or keeps failing.
-    """
-    if not is_remote(where):
-        return action()
-    for wait_s in (*WAITS_S, None):
-        try:
-            return action()
-        except _FACTS:
-            raise
-        except OSError as error:
-            if wait_s is None or _REFUSED.search(str(error)):
-                raise StorageError(
-                    f"the object store fails at {where} ({first_line(error)}); check its address "
-                    "and state and the credentials; the same command continues"
-                ) from None
-            time.sleep(wait_s * random.uniform(0.5, 1.5))  # jitter: many workers retry at once
-    raise AssertionError("unreachable")
-
-
-def side_by_side(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yield `function(item)` for each item, in order.
-
-    CALLS_AT_ONCE calls run at a time, in threads, and no more results than that are held.
-    """
-    pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(CALLS_AT_ONCE) as threads:
-        for item in items:
-            pending.append(threads.submit(function, item))
-            if len(pending) == CALLS_AT_ONCE:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
 
 
 def _retried(
     method: Callable[Concatenate[Folder, Arguments], Result],
 ) -> Callable[Concatenate[Folder, Arguments], Result]:
-    """Decorate a method of `Folder` so that it is called `with_retries`."""
+    """Decorate a method of `Folder`, which is one question, so that it is called `with_retries`."""
 
     @functools.wraps(method)
     def call(folder: Folder, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         return with_retries(lambda: method(folder, *args, **kwargs), folder.path)
+
+    return call
+
+
+def _retried_at_length(
+    method: Callable[Concatenate[Folder, Arguments], Result],
+) -> Callable[Concatenate[Folder, Arguments], Result]:
+    """Decorate a method of `Folder` that may take long, as it lists or moves much data."""
+
+    @functools.wraps(method)
+    def call(folder: Folder, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        return with_retries(lambda: method(folder, *args, **kwargs), folder.path, limit_s=None)
 
     return call
 
@@ -127,15 +99,19 @@ class Folder:
     """A folder given by its path or URI.
 
     It pickles small, as workers open their own connections. A local path is made absolute at once,
-    as workers have other working directories.
+    as workers have other working directories. Raises StorageError for one of NO_FOLDERS.
     """
 
     path: str
 
     def __post_init__(self) -> None:
         if not is_remote(self.path):
-            local = os.path.abspath(os.path.expanduser(self.path.removeprefix("file://")))
-            object.__setattr__(self, "path", local)
+            object.__setattr__(self, "path", local_path(self.path))
+        elif refusal := NO_FOLDERS.get(self.path.partition(":")[0]):
+            raise StorageError(
+                f"{self.path} cannot be a folder of results: {refusal}; give a local path or an "
+                "object store"
+            )
 
     def __repr__(self) -> str:
         return f"Folder({self.shown!r})"
@@ -198,7 +174,7 @@ class Folder:
         fs, root = self._fs
         return fs.get_file_info(f"{root}/{name}").type == pafs.FileType.File
 
-    @_retried
+    @_retried_at_length
     def names(self, suffix: str = "") -> list[str]:
         """Return the sorted names of the files directly in this folder that end in `suffix`.
 
@@ -213,6 +189,12 @@ class Folder:
         )
 
     @_retried
+    def is_empty(self) -> bool:
+        """Return whether nothing lies in this folder, or it is not there."""
+        fs, root = self._fs
+        return not fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+
+    @_retried
     def delete(self, name: str) -> None:
         """Remove a file; a missing one is no error. Raises what `writer` raises."""
         fs, root = self._fs
@@ -224,18 +206,23 @@ class Folder:
         for _ in side_by_side(self.delete, names):
             pass
 
-    @_retried
+    @_retried_at_length
     def delete_all(self) -> None:
         """Remove the folder with all it holds; a missing one is no error.
 
-        Raises what `writer` raises.
+        One that is a symbolic link, as to a larger disk, is emptied and stays. Raises what `writer`
+        raises.
         """
         fs, root = self._fs
+        linked = not is_remote(self.path) and os.path.islink(root)
         with _in_one_line(f"delete {self.shown}"), contextlib.suppress(FileNotFoundError):
-            fs.delete_dir(root)
+            if linked:
+                fs.delete_dir_contents(os.path.realpath(root))
+            else:
+                fs.delete_dir(root)
 
     def sweep(self, spare: str = "") -> None:
-        """Remove the temporary files of interrupted writers, here and below.
+        """Remove the temporary files of interrupted writers, here and below, and no other file.
 
         Only the holder of the lock may call it. The folder named `spare` directly in this one is
         left alone. On an object store nothing is visible: a lifecycle rule of the bucket removes
@@ -247,7 +234,7 @@ class Folder:
             if place == self.path and spare in folders:
                 folders.remove(spare)
             for name in files:
-                if name.endswith(PART_SUFFIX):
+                if _PART.fullmatch(name) or name == WRITE_TEST:
                     part = Path(place, name)
                     with _in_one_line(f"delete {part}"):
                         # orphaned workers of a killed driver may still rename it
@@ -269,7 +256,13 @@ class Folder:
             yield
             return
         with _in_one_line(f"write to {self.shown}"):
-            handle = open(self.full(LOCK), "a")  # noqa: SIM115 - closed below
+            try:
+                handle = open(self.full(LOCK), "a")  # noqa: SIM115 - closed below
+            except PermissionError as error:
+                raise StorageError(
+                    f"{self.shown} belongs to another user's run, whose files may not be changed; "
+                    "give another --out, or have its group write to it (umask 002)"
+                ) from error
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -320,19 +313,15 @@ class Folder:
                     part.unlink(missing_ok=True)
                 raise
 
-    @_retried
+    @_retried_at_length
     def _upload(self, name: str, data: IO[bytes]) -> None:
+        # `with_retries` runs this in a thread, which gets no signals: an interrupt in it would
+        # publish half an object
         fs, root = self._fs
         size = data.seek(0, os.SEEK_END)
-
-        def upload() -> None:
-            data.seek(0)
-            with fs.open_output_stream(f"{root}/{name}") as stream:
-                shutil.copyfileobj(data, stream, STREAM_BUFFER_BYTES)
-
-        # in a thread, as threads get no signals: an interrupt would publish half an object
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(upload).result()
+        data.seek(0)
+        with fs.open_output_stream(f"{root}/{name}") as stream:
+            shutil.copyfileobj(data, stream, STREAM_BUFFER_BYTES)
         seen = fs.get_file_info(f"{root}/{name}").size
         if seen != size:
             raise OSError(f"{name}: {size} bytes were written, {seen or 0} are there")
@@ -341,16 +330,20 @@ class Folder:
         with self.writer(name) as stream:
             stream.write(data)
 
-    @_retried
+    @_retried_at_length
     def read_bytes(self, name: str) -> bytes:
         fs, root = self._fs
         with fs.open_input_file(f"{root}/{name}") as file:
             return _read_at(file, 0, file.size())
 
+    def reader(self, name: str) -> io.BufferedReader:
+        """Open a file for reading forwards. Raises what `open_stream` raises."""
+        fs, root = self._fs
+        return open_stream(fs, f"{root}/{name}", self.full(name))
+
     def sha256(self, name: str) -> str:
         """Return the hex SHA-256 of a file. Raises what `open_stream` raises."""
-        fs, root = self._fs
-        with open_stream(fs, f"{root}/{name}", self.full(name)) as stream:
+        with self.reader(name) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def write_json(self, name: str, value: Any) -> None:
@@ -371,7 +364,7 @@ class Folder:
         self.write_bytes(name, buffer.getvalue())
         return hashlib.sha256(buffer.getbuffer()).hexdigest()
 
-    @_retried
+    @_retried_at_length
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         fs, root = self._fs
         return pq.read_table(f"{root}/{name}", columns=columns, filesystem=fs, partitioning=None)
@@ -389,26 +382,49 @@ def _in_one_line(what: str) -> Iterator[None]:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A forward reader of an object.
+    """A reader of an object.
 
     A transfer that breaks off is resumed where it stopped, and never mistaken for the end.
     """
 
     def __init__(self, file: pa.NativeFile, where: str) -> None:
         self._file = file
-        self._size = file.size()
         self._where = where
         self._position = 0
+        self._size: int | None = None
+        with contextlib.suppress(io.UnsupportedOperation):  # a server that does not tell it
+            self._size = file.size()
 
     def readable(self) -> bool:
         return True
 
+    def seekable(self) -> bool:
+        return self._size is not None
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if self._size is None:
+            raise io.UnsupportedOperation("the server does not tell the size of the file")
+        starts = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}
+        self._position = starts[whence] + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
     def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), self._size - self._position)
-        data = with_retries(lambda: _read_at(self._file, self._position, wanted), self._where)
-        buffer[:wanted] = data
-        self._position += wanted
-        return wanted
+        wanted = len(buffer)
+        if self._size is not None:
+            wanted = min(wanted, self._size - self._position)
+        data = with_retries(lambda: self._read(wanted), self._where, PIECE_S)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def _read(self, wanted: int) -> bytes:
+        data = self._file.read_at(wanted, self._position) if wanted else b""
+        if wanted and not data and self._size is not None:
+            raise OSError(f"the transfer ended after {self._position} of {self._size} bytes")
+        return data
 
     def close(self) -> None:
         if not self.closed:
@@ -434,25 +450,8 @@ def open_stream(filesystem: pafs.FileSystem, path: str, where: str) -> io.Buffer
         return io.BufferedReader(
             filesystem.open_input_stream(path, compression=None), STREAM_BUFFER_BYTES
         )
-    file = with_retries(lambda: filesystem.open_input_file(path), where)
-    return io.BufferedReader(_RemoteFile(file, where), STREAM_BUFFER_BYTES)
-
-
-@functools.lru_cache(maxsize=32)
-def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
-    """Return the file system of a path or URI, and the path inside it.
-
-    Raises StorageError if the scheme is unknown or the store cannot be set up.
-    """
-    if not is_remote(path):
-        return pafs.LocalFileSystem(), os.path.abspath(
-            os.path.expanduser(path.removeprefix("file://"))
-        )
-    try:
-        return with_retries(lambda: pafs.FileSystem.from_uri(path.rstrip("/")), path)
-    except pa.ArrowInvalid as error:
-        # from None: the cause shows the URI with its secrets
-        raise StorageError(f"cannot open {path}: {_reason(error)}") from None
+    file = with_retries(lambda: _RemoteFile(filesystem.open_input_file(path), where), where)
+    return io.BufferedReader(file, STREAM_BUFFER_BYTES)
 
 
 def _reason(error: BaseException) -> str:

@@ -52,7 +52,7 @@ def current() -> State | None:
 def _state(bar: tqdm) -> State:
     seconds = bar.format_dict["elapsed"]
     rate = (bar.n - bar.initial) / seconds if seconds and bar.n > bar.initial else None
-    eta = (bar.total - bar.n) / rate if rate and bar.total is not None else None
+    eta = max(0, bar.total - bar.n) / rate if rate and bar.total is not None else None
     return State(
         bar.desc.rstrip(" :"),
         bar.unit.strip(),
@@ -109,13 +109,15 @@ class Bar(tqdm):
 
     def look(self) -> None:
         """Read the reports anew; before anything is done, they are the bar's note."""
-        if self._reports is None:
+        reports = self._reports  # read once: another thread may take it back
+        if reports is None:
             return
-        self._reports.read()
+        reports.read()
         with self._moving:
             self._move()
-            if self._reports:
-                self._show_note(self._reports.describe() if self.n == self.initial else "")
+            if self._reports is reports:
+                named = reports.describe() if self.n == self.initial else ""
+                self._show_note(named and f"waiting for {named}")
 
     def progress(self) -> object:
         """Return a value that changes whenever any of the work gets on."""
@@ -131,9 +133,10 @@ class Bar(tqdm):
 
     def _show_note(self, note: str) -> None:
         """Show a note in place of the bar's own one, which comes back for an empty note."""
-        if self.postfix != self._note:
-            self._own_note = self.postfix
-        if note or self.postfix == self._note:
+        shown = str(self.postfix or "")
+        if shown != self._note:
+            self._own_note = shown
+        if note or shown == self._note:
             self._note = note
             self.set_postfix_str(note or self._own_note, refresh=False)
 
@@ -175,9 +178,13 @@ def progress_bar(
     `.update(n)` for work done, `.follow(reports)` to show what is done ahead of that, and
     `.set_postfix_str(text, refresh=False)` for a note.
     """
-    interactive = sys.stderr.isatty() and not log.is_json()
+    # the stream of a notebook or a test need be no file
+    interactive = getattr(sys.stderr, "isatty", bool)() and not log.is_json()
     with (
         (_JsonBar if log.is_json() else Bar)(
+            # whatever TQDM_DISABLE says: a bar that is disabled does not count, and its count is
+            # what the watchdog and the heartbeat go by
+            disable=False,
             total=total,
             initial=done,
             desc=f"{label:<12}",

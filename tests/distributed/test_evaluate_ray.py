@@ -366,7 +366,7 @@ def test_a_folder_that_the_workers_do_not_see_is_one_line(evaluated, tmp_path: P
     """Their results would be lost with their disks. The driver's lock shows that it is the
     folder.
     """
-    config = replace(CONFIG, seeds=1, max_failures=0)
+    config = replace(CONFIG, seeds=1, max_failures=1_000)  # such an error is not tried again
     plan = evaluation.make_evaluation([Candidate("x", str(evaluated[0]), config.protocol)], config)
     with pytest.raises(UserError, match=f"^{tmp_path} is not to be seen on all nodes") as caught:
         distributed.run_trials(plan.trials, plan.sets, plan.splits, Folder(str(tmp_path)), config)

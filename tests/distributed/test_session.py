@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import logging
 import os
+import re
+import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -18,7 +20,16 @@ import ray
 
 from pds_ray import distributed
 from pds_ray.config import ConfigError, RayConfig
-from pds_ray.distributed import metrics, session, tasks
+from pds_ray.distributed import (
+    lifetime,
+    limits,
+    metrics,
+    places,
+    ray_private,
+    session,
+    tasks,
+)
+from pds_ray.distributed.address import Address
 from pds_ray.errors import UserError
 from tests.support.ray_script import output_of
 
@@ -49,7 +60,56 @@ def test_an_address_without_a_cluster_is_refused_at_once() -> None:
     with socket.socket() as free:  # bound, not listening: nothing answers there
         free.bind(("127.0.0.1", 0))
         with pytest.raises(ConfigError, match="nothing answers at --address"):
-            session._connect(f"127.0.0.1:{free.getsockname()[1]}")
+            session._connect(Address(f"127.0.0.1:{free.getsockname()[1]}", "--address"))
+
+
+def test_a_local_ray_is_as_large_as_the_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(ray, "init", lambda **options: asked.update(options))
+    monkeypatch.setattr(limits, "cpus", lambda: 3)
+    monkeypatch.setattr(limits, "free_memory_bytes", lambda: 4 << 30)
+    monkeypatch.setattr(session, "_limits_read", {})
+    session._start_local(RayConfig())
+    assert (asked["num_cpus"], asked["object_store_memory"]) == (3, 1 << 30)
+    assert asked["_memory"] == 3 << 30
+    assert asked["object_spilling_directory"] is None
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/ü")
+    session._start_local(RayConfig(num_cpus=7, object_store_gib=0.5))
+    assert (asked["num_cpus"], asked["object_store_memory"]) == (7, 1 << 29)
+    assert (asked["_temp_dir"], asked["object_spilling_directory"]) == ("/tmp/ray", "/tmp/ü")
+    assert "pds-ray: RAY_TMPDIR /tmp/ü is not ASCII" in capsys.readouterr().err
+
+
+def test_rays_sockets_are_as_long_as_is_reckoned_with() -> None:
+    """Those of the Ray that runs here."""
+    (socket_path,) = Path(ray_private.session_folder(), "sockets").glob("plasma_store")
+    longest = f"/{places.RAY_SOCKET.format(pid=os.getpid())}"
+    below = str(socket_path).removeprefix(places.ray_folders().sockets)
+    assert len(below) == len(longest)
+    assert re.sub(r"\d", "0", below) == re.sub(r"\d", "0", longest)
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_an_interrupt_waits_until_a_ray_has_started(presses: int) -> None:
+    reached: list[int] = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def start() -> None:
+        with session._interrupts_put_off():
+            for press in range(presses):
+                signal.raise_signal(signal.SIGINT)
+                reached.append(press)
+            reached.append(-1)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert reached == ([0, -1] if presses == 1 else [0])
 
 
 def user_errors() -> list[str]:
@@ -136,7 +196,7 @@ def test_other_errors_stay_as_they_are() -> None:
 
 def test_a_ray_that_was_there_before_a_session_survives_it(monkeypatch) -> None:
     """Environment, Ray Data's options and log levels are as before, too."""
-    monkeypatch.setattr(session, "_undo", ExitStack())  # forget that `start` began this Ray
+    monkeypatch.setattr(lifetime, "undo", ExitStack())  # forget that `start` began this Ray
     monkeypatch.setattr(session, "_limits_read", {})
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setenv("RAY_DATA_DISABLE_PROGRESS_BARS", "0")
@@ -165,8 +225,10 @@ from pds_ray.config import RayConfig
 import ray
 print({name for name in os.environ.keys() - before.keys() if name.startswith(("RAY_", "OMP_"))})
 before = dict(os.environ)
-config = RayConfig(num_cpus=1, object_store_gib=0.1)
-print(session.start(config)["memory_usage_threshold"], ray.is_initialized())
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+config = RayConfig(object_store_gib=0.1)
+told = session.start(config)
+print(told["memory_usage_threshold"], told["cpus"], ray.is_initialized())
 session.stop()
 print(ray.is_initialized(), os.environ.keys() - before.keys())
 ray.init(num_cpus=1, include_dashboard=False)
@@ -178,7 +240,8 @@ print(ray.is_initialized())
 
 @pytest.mark.long
 def test_a_ray_that_a_session_began_ends_with_it() -> None:
-    assert output_of(OWN_RAY) == ["set()", "0.95 True", "False set()", "True"]
+    """And is as large as the affinity of its job."""
+    assert output_of(OWN_RAY) == ["set()", "0.95 1.0 True", "False set()", "True"]
 
 
 @pytest.mark.parametrize("package", ["pds_ray.distributed", "pds_ray.distributed.session"])

@@ -61,7 +61,7 @@ def test_images_are_made_once_and_remade_alike(run_folder: RunFolder) -> None:
         )
 
     (folder / run_folder.image_name(6)).unlink()
-    (folder / "000001.png.abcd.part").write_bytes(b"left behind by a killed worker")
+    (folder / "000001.png.0123abcd.part").write_bytes(b"left behind by a killed worker")
     kept = folder / run_folder.image_name(5)
     stamp = kept.stat().st_mtime_ns
     again = synthesize(run)

@@ -1,17 +1,15 @@
-"""Watching work: lost blocks and items in flight."""
+"""Watching work: lost blocks."""
 
 from __future__ import annotations
 
 import os
-import re
 import signal
-from typing import Any
 
 import numpy as np
 import pytest
 import ray
 
-from pds_ray.distributed import ray_private, watch
+from pds_ray.distributed import watch
 
 pytestmark = pytest.mark.ray
 
@@ -43,36 +41,3 @@ def test_lost_blocks_are_counted_by_cause(
     lost_blocks.check_space()
     assert (log.level, log.propagate, log.handlers) == before
     assert ray.data.DataContext.get_current().max_errored_blocks == 0
-
-
-def test_items_in_flight_are_named_until_they_end() -> None:
-    here = ray.get_runtime_context().get_node_id()[:8]
-    with watch.InFlight() as in_flight, watch.InFlight() as another:
-        another.begin("of another")
-        for name in ("b", "a/é"):  # told by other processes
-            ray.get(ray.remote(lambda told=name: in_flight.begin(told)).remote())
-        assert re.fullmatch(
-            rf"b \(for \d+ s, on node {here}\), a/é \(.*\)", in_flight.describe(set())
-        )
-        in_flight.begin("b")  # once more, as after a death
-        assert in_flight.describe(set()).startswith("a/é ")
-        assert in_flight.describe({"a/é"}).startswith("b ")
-        assert in_flight.describe({"a/é", "b"}) == "none"
-    assert in_flight.describe(set()) == "none"
-
-
-def test_a_report_that_is_lost_stops_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Gone:
-        def __getattr__(self, name: str) -> Any:
-            def fail(*_: object) -> None:
-                raise ray.exceptions.RpcError("unavailable")
-
-            return fail
-
-    for client, problem in ((Gone(), "RpcError"), (None, "RaySystemError")):
-        monkeypatch.setattr(
-            ray_private.internal_kv, "internal_kv_get_gcs_client", lambda client=client: client
-        )
-        with watch.InFlight() as in_flight:
-            in_flight.begin("a")
-            assert in_flight.describe(set()) == f"unknown ({problem})"

@@ -212,5 +212,7 @@ def test_dry_run_prints_a_configuration_that_can_be_used(pds_ray: Run, tmp_path:
 def test_doctor(pds_ray: Run) -> None:
     healthy = pds_ray("doctor")
     assert healthy.returncode == 0, healthy.stdout
-    for topic in ("cpus", "memory", "versions", "demo models", "weights"):
+    for topic in ("cpus", "memory", "disk", "ray's files", "home", "cache", "characters"):
+        assert f" {topic} " in healthy.stdout
+    for topic in ("open files", "versions", "demo models", "weights"):
         assert topic in healthy.stdout

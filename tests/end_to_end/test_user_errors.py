@@ -6,6 +6,8 @@ The bounds of each option are tried in tests/unit/test_config.py.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +188,64 @@ def test_encoder_and_decoder_of_different_spaces(
     line = fails(capsys, *base, "--encoder", f"local-dir:{folder}", "--decode.model", "demo")
     assert "same width, other space" in line
     assert "no unCLIP decoder is known" in fails(capsys, *base, "--encoder", f"local-dir:{folder}")
+
+
+def test_models_are_tried_before_work(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    import shutil
+
+    from pds_ray.decoders import unclip
+    from pds_ray.encoders import open_clip
+
+    clip = shutil.copytree(open_clip.demo_folder(), tmp_path / "clip")
+    maker = shutil.copytree(unclip.demo_folder(), tmp_path / "unclip")
+    weights = clip / "open_clip_model.safetensors"
+    unet = maker / "unet" / "diffusion_pytorch_model.safetensors"
+    for file in (weights, unet):
+        file.write_bytes(file.read_bytes()[:-9])
+    base = [*DEMO, "--source", "scenes:20", "--pairs", "5", "--out", str(tmp_path / "out")]
+    assert f"{weights} are cut off" in fails(capsys, *base, "--encoder", f"local-dir:{clip}")
+    assert f"{unet} are cut off" in fails(capsys, *base, "--decode.model", str(maker))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["encoder", "decoder"])
+def test_what_only_a_worker_finds_is_one_line_too(tmp_path: Path, model: str) -> None:
+    """Weights that went after the checks: no retries, and no trace of Ray's on the terminal."""
+    code = f"""
+import dataclasses
+from pds_ray import catalog
+from pds_ray.cli import main as cli
+describe = catalog.describe_{model}
+def gone(*args):
+    args_of_load = (("model_name", "local-dir:/gone"), ("model", "/gone"), ("revision", None))
+    kept = dict(describe(*args).load_args)
+    args_of_load = tuple((name, value) for name, value in args_of_load if name in kept)
+    return dataclasses.replace(describe(*args), load_args=args_of_load)
+catalog.describe_{model} = gone
+cli.main({
+        [
+            *DEMO,
+            "--source",
+            "scenes:40",
+            "--pairs",
+            "4",
+            "--out",
+            str(tmp_path / "out"),
+            "--ray.num-cpus",
+            "2",
+            "--ray.object-store-gib",
+            "0.2",
+        ]!r
+    })
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 2
+    about = [line for line in done.stderr.splitlines() if "it/s" not in line and "|" not in line]
+    assert "cannot load" in about[-1]
+    assert len(about) <= 2, done.stderr  # a bar of embedding without a total
 
 
 def test_not_a_run_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,8 @@ def test_values_at_the_edges(top: type, option: Option, by_file: Any) -> None:
         for make in (by_name, by_file, by_flag, by_constructor):
             assert option.name in refusal(make, top, option.name, value)
     for value in WRONG_TYPE[option.kind] + ([] if option.optional else [None]):
-        for make in (by_name, by_file):
+        as_text = option.kind is str and value is True  # a file holds text, as a flag does
+        for make in (by_name,) if as_text else (by_name, by_file):
             assert option.name in refusal(make, top, option.name, value)
 
 
@@ -435,3 +437,11 @@ def test_every_option_is_documented() -> None:
     for top in EDGES:
         assert all(group.__doc__ for group in (top, *sections(top).values()))
     assert all(option.doc for _, option in EVERY)
+
+
+@pytest.mark.parametrize("name", ["source", "out", "embed.store", "embed.encoder"])
+def test_a_name_that_is_not_utf_8_is_refused(name: str) -> None:
+    """Python hands out the bytes of such a file name as half characters, which no file can hold."""
+    with pytest.raises(ConfigError, match="a name must be UTF-8: rename the file"):
+        replace(RunConfig(), {name: os.fsdecode(b"/data/\xff")})
+    assert replace(RunConfig(), {"out": "/tmp/Jürgen 図"}).out == "/tmp/Jürgen 図"

@@ -34,6 +34,10 @@ from pds_ray.store.storage import StorageError
         ("gs://bucket/x?token=T", "gs://bucket/x"),
         ("hdfs://host:8020/x", "hdfs://host:8020/x"),
         ("s3://K:S@a/x.tar?token=T::s3://K:S@b/y.tar", "s3://a/x.tar::s3://b/y.tar"),
+        ("abfs://box@acc.dfs.core.windows.net/x", "abfs://box@acc.dfs.core.windows.net/x"),
+        ("abfs://K:S@acc.dfs.core.windows.net/x", "abfs://acc.dfs.core.windows.net/x"),
+        ("oci://bucket@space/x?token=T", "oci://bucket@space/x"),
+        ("https://u:p@h/x.tar?X-Amz-Signature=S", "https://h/x.tar"),
         ("no s3://K:S@a/x: gone; is it there?", "no s3://a/x: gone; is it there?"),
     ],
 )  # fmt: skip

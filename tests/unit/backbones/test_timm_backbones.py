@@ -115,6 +115,26 @@ def test_unknown_models_suggest_near_names():
     assert "timm.list_models()" in refusal("qqqqqqqqqqqqqq")
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("resnet-10t:scratch", "resnet10t:scratch"),
+        ("NF-ResNet50:scratch", "nf_resnet50:scratch"),
+        ("vit-tiny-patch16-224:scratch", "vit_tiny_patch16_224:scratch"),
+        ("efficientnet-b0:scratch", "efficientnet_b0:scratch"),
+        ("timm/resnet50.a1_in1k:scratch", "resnet50.a1_in1k:scratch"),
+        ("small-conv", "small_conv"),
+    ],
+)
+def test_spellings_that_people_type(typed: str, meant: str):
+    assert refusal(typed).endswith(f"give {meant}")
+    assert catalog.describe_backbone(meant).name == meant
+
+
+def test_an_unknown_tag_is_refused():
+    assert "unknown backbone 'resnet50.a9_in1k'" in refusal("resnet50.a9_in1k")
+
+
 def test_wrong_files_are_one_line(tmp_path: Path):
     assert "is no file" in refusal(f"resnet10t:{tmp_path}/none.safetensors")
     junk = tmp_path / "junk.safetensors"

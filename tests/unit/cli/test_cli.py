@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -18,7 +19,15 @@ import pytest
 import yaml
 
 from pds_ray.cli import main as cli
-from pds_ray.config import ConfigError, EvaluateConfig, RunConfig, options, sections
+from pds_ray.config import (
+    ConfigError,
+    EvaluateConfig,
+    RunConfig,
+    flatten,
+    options,
+    sections,
+    to_dict,
+)
 from pds_ray.recipes import protocol, recipe
 from pds_ray.telemetry import log
 
@@ -52,6 +61,49 @@ def written(folder: Path, **fields: Any) -> str:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(fields))
     return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "option", "value"),
+    [
+        ("out: 1.10", "out", "1.10"),  # YAML 1.1: 1.1
+        ("out: 0123", "out", "0123"),  # 83
+        ("seed: 010", "seed", 10),  # 8
+        ("out: no", "out", "no"),  # False
+        ("out: 2024-01-01", "out", "2024-01-01"),  # a date
+        ("cluster: {tolerance: 1e-3}", "cluster.tolerance", 1e-3),  # text
+        ("cluster: {normalize: yes}", "cluster.normalize", True),
+        ("prune: {<<: {ratio: 0.3}}", "prune.ratio", 0.3),
+        ("embed: {store: ~}", "embed.store", None),
+        ("pairs: 1_000", "pairs", 1000),
+    ],
+)
+def test_a_file_means_what_the_command_line_means(
+    tmp_path: Path, text: str, option: str, value: Any
+) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    args = cli.build_parser().parse_args(["distill", "--config", str(tmp_path / "run.yaml")])
+    assert flatten(to_dict(cli.resolve(args)))[option] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("pairs: 10\nout: a\npairs: 20", "'pairs' is given twice .*line 3"),
+        ("prune: {ratio: 0.1}\npairs: 1\nprune: {ratio: 0.3}", "'prune' is given twice .*line 3"),
+        ("prune.ratio: 0.1\nprune: {ratio: 0.3}", "prune.ratio is given twice"),
+        ("pairs: 1:30", "pairs is '1:30'; it must be of type int"),  # YAML 1.1: 90
+        ("out: ~", "out has no value"),
+        ("source: [a.tar, b.tar]", "source is .* it must be of type str"),
+        ("out: !!python/object/apply:os.getcwd []", "is not YAML"),
+        ("? [a]\n: 1", "is not YAML"),
+    ],
+)
+def test_a_file_that_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    args = cli.build_parser().parse_args(["distill", "--config", str(tmp_path / "run.yaml")])
+    with pytest.raises(ConfigError, match=said):
+        cli.resolve(args)
 
 
 EVALUATION = {
@@ -280,13 +332,14 @@ def test_a_command_leaves_the_process_as_it_was(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Several run in one process: handlers of signals, warnings, logging and the form of events."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def state() -> list[Any]:
-        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        handlers = [signal.getsignal(number) for number in signals]
         return [handlers, list(warnings.filters), logging.root.manager.disable, log.is_json()]
 
     def command(args: argparse.Namespace) -> None:
-        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+        assert {signal.getsignal(number) for number in signals} == {signal.default_int_handler}
         logging.disable(logging.INFO)
         log.event("working", "at work")
         warnings.warn("of a library", stacklevel=1)
@@ -294,7 +347,6 @@ def test_a_command_leaves_the_process_as_it_was(
             raise ConfigError("no such thing")
 
     monkeypatch.setitem(cli.COMMANDS, "distill", command)
-    monkeypatch.delitem(sys.modules, "ray", raising=False)
     for name in cli.QUIET:
         monkeypatch.setenv(name, "")
     before = state()
@@ -311,6 +363,59 @@ def test_a_command_leaves_the_process_as_it_was(
     with pytest.warns(UserWarning, match="of a library"), pytest.raises(ConfigError):
         cli.main(["distill", "-v", "--only", "x"])
     assert state() == before
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("ascii", rb"/tmp/J\xfcrgen \udcff"),
+        ("latin-1", b"/tmp/J\xfcrgen \\udcff"),
+        ("utf-8", "/tmp/Jürgen \\udcff".encode()),
+    ],
+)
+def test_what_standard_output_cannot_encode_ends_no_command(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, shown: bytes
+) -> None:
+    output = io.TextIOWrapper(buffer := io.BytesIO(), encoding, errors="strict")
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setitem(cli.COMMANDS, "show", lambda _: print("/tmp/Jürgen \udcff", end=""))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["show", "run"])
+    assert (ended.value.code, buffer.getvalue()) == (0, shown)
+    assert output.errors == "strict"
+
+
+def test_a_command_in_a_deleted_folder_says_so(tmp_path: Path) -> None:
+    script = (
+        "import os\nfrom pds_ray.cli import main as cli\n"
+        f"os.chdir({str(tmp_path)!r})\nos.rmdir({str(tmp_path)!r})\ncli.main(['doctor'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    message = b"pds-ray: the current folder was deleted; change to one that exists, as by `cd`\n"
+    assert (done.returncode, done.stderr) == (2, message)
+
+
+def test_nohup_keeps_a_command_alive() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with cli._interruptible():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_closed_streams_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As services and schedulers close them."""
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    cli._usable_streams()
+    print("nowhere")
+    print("nowhere", file=sys.stderr)
+    assert sys.stdin.read() == ""
+    assert not sys.stderr.isatty()
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.close()
 
 
 @pytest.mark.parametrize(("command", "top"), [("distill", RunConfig), ("evaluate", EvaluateConfig)])

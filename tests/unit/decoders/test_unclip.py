@@ -10,6 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pds_ray.config import ConfigError, DecodeConfig
 from pds_ray.decoders import unclip
@@ -118,6 +119,29 @@ def test_other_pipelines_are_refused(copy, clip_info):
     assert "StableDiffusionPipeline" in refusal(copy, clip_info)
 
 
+def test_paths_that_people_type(copy, clip_info, tmp_path):
+    """The advice names the folder, which works."""
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0"
+    shutil.copytree(copy, snapshot)
+    for typed, meant in ((copy / "unet", copy), (snapshot.parents[1], snapshot)):
+        message = refusal(typed, clip_info)
+        assert message.endswith(f"give --decode.model {meant}")
+        assert unclip.describe(config(meant), clip_info).dim == 16
+    assert "is a file" in refusal(copy / "vae" / "config.json", clip_info)
+
+
+@pytest.mark.parametrize("space", unclip.DEFAULT_MODELS)
+def test_published_names_lead_to_the_one_that_fits(clip_info, space):
+    """Under withdrawn names, for another encoder, or an ordinary text-to-image model."""
+    encoder = replace(clip_info, space=space, name=space)
+    for name in (
+        "stabilityai/stable-diffusion-2-1-unclip",
+        "stabilityai/stable-diffusion-2-1-unclip-small",
+        "runwayml/stable-diffusion-v1-5",
+    ):
+        assert f"give --decode.model {unclip.DEFAULT_MODELS[space]}," in refusal(name, encoder)
+
+
 @pytest.mark.parametrize(
     "model", ["/no/such/folder", "./no/such", "no-such-org/no-such-model", "no such name", ""]
 )
@@ -145,18 +169,45 @@ def test_broken_configurations_are_refused(copy, clip_info, name, text):
     refusal(copy, clip_info)
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_weights_that_do_not_load_cost_one_line(copy, clip_info, damage):
-    if damage == "cut":
-        weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:5000])
-    else:
-        shutil.rmtree(copy / "scheduler")
-    asked = config(copy)
-    info = unclip.describe(asked, clip_info)
-    with pytest.raises(ConfigError) as caught:
-        unclip.load(info, asked, None)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("part", unclip.MODELS)
+def test_damaged_weights_are_named_before_they_are_loaded(copy, clip_info, part):
+    weights = copy / part / unclip.MODELS[part][1]
+    weights.write_bytes(weights.read_bytes()[:-1])
+    message = refusal(copy, clip_info)
+    assert str(weights) in message
+    assert "cut off or damaged" in message
+
+
+@pytest.mark.parametrize("part", ["scheduler", "tokenizer", "feature_extractor"])
+def test_parts_without_weights_are_tried_too(copy, clip_info, part):
+    shutil.rmtree(copy / part)
+    assert part in refusal(copy, clip_info)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "image_encoder"])
+def test_weights_that_lack_tensors_are_refused(copy, clip_info, part):
+    """The libraries would fill them with noise."""
+    file = copy / part / unclip.MODELS[part][1]
+    tensors = load_file(file)
+    del tensors[min(tensors)]
+    save_file(tensors, file, metadata={"format": "pt"})
+    message = refusal(copy, clip_info)
+    assert f"its {part} does not load" in message
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "value"),
+    [
+        ("unet", "cross_attention_dim", 24),
+        ("vae", "latent_channels", 8),
+        ("text_encoder", "hidden_size", 32),
+        ("image_encoder", "projection_dim", 8),
+    ],
+)
+def test_weights_of_another_model_are_refused(copy, clip_info, part, option, value):
+    file = copy / part / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), option: value}))
+    assert f"its {part} does not load" in refusal(copy, clip_info)
 
 
 def test_an_image_depends_on_its_row_alone(decoder):

@@ -41,3 +41,13 @@ def test_loading_a_model_leaves_garbage_collection_as_it_was(collecting):
     finally:
         gc.enable()
         torch.set_num_threads(threads)
+
+
+def test_an_error_while_loading_is_raised_when_the_model_is_used():
+    """In a constructor it would start the actor again."""
+    loaded = process.keeping_error(divmod, 7, 2)
+    assert loaded() == (3, 1)
+    failed = process.keeping_error(divmod, 1, 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            failed()

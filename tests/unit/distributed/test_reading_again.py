@@ -11,11 +11,12 @@ import pyarrow as pa
 import pytest
 
 from pds_ray.distributed import embed_workers
+from pds_ray.distributed.in_flight import InFlight
 from pds_ray.sources import base
 from pds_ray.sources.base import READ_RETRY_WAITS_S, Fault, Sample, Shard
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.stages import embed as core
-from pds_ray.store import storage
+from pds_ray.store import calls
 from pds_ray.store.storage import StorageError
 from tests.support.object_store import BUCKET, Faults, client, proxy, uri
 
@@ -39,13 +40,6 @@ class FailingSource:
             yield Sample(f"{shard.name}{number}", b"image", (f"caption {number}",))
 
 
-class Nobody:
-    """An `InFlight` that ignores reports."""
-
-    def begin(self, name: str) -> None:
-        pass
-
-
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Make blocks of three samples; return the waits between reads, which take no time here."""
@@ -56,7 +50,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_a_shard_is_read_again_and_no_sample_comes_twice(waits: list[float]) -> None:
-    reader = embed_workers.ShardReader(FailingSource(4, 0, 8), Shard("s", "s"), Nobody())
+    reader = embed_workers.ShardReader(FailingSource(4, 0, 8), Shard("s", "s"), InFlight())
     table = pa.concat_tables(list(reader()))
     assert table.column("key").to_pylist() == [*(f"s{number}" for number in range(10)), ""]
     assert table.column("ordinal").to_pylist() == list(range(11))
@@ -65,7 +59,7 @@ def test_a_shard_is_read_again_and_no_sample_comes_twice(waits: list[float]) -> 
 
 def test_a_disk_that_goes_on_failing_ends_the_shard(waits: list[float]) -> None:
     reader = embed_workers.ShardReader(
-        FailingSource(*[5] * 99), Shard("s", "/data/s.tar"), Nobody()
+        FailingSource(*[5] * 99), Shard("s", "/data/s.tar"), InFlight()
     )
     rows = pa.concat_tables(list(reader())).to_pylist()
     assert [row["key"] for row in rows[:-1]] == ["s0", "s1", "s2"]
@@ -83,7 +77,7 @@ class BrokenSource(FailingSource):
 
 def test_what_is_no_fault_of_the_shard_ends_the_run() -> None:
     (row,) = pa.concat_tables(
-        list(embed_workers.ShardReader(BrokenSource(), Shard("s", "s"), Nobody())())
+        list(embed_workers.ShardReader(BrokenSource(), Shard("s", "s"), InFlight())())
     ).to_pylist()
     assert (row["shard"], row["reason"], row["detail"]) == (
         "",
@@ -101,7 +95,7 @@ class RefusedSource(FailingSource):
 
 def test_an_object_that_is_refused_for_good_costs_its_shard(waits: list[float]) -> None:
     (row,) = pa.concat_tables(
-        list(embed_workers.ShardReader(RefusedSource(), Shard("s", "s3://b/s.tar"), Nobody())())
+        list(embed_workers.ShardReader(RefusedSource(), Shard("s", "s3://b/s.tar"), InFlight())())
     ).to_pylist()
     assert (row["shard"], row["reason"]) == ("s", embed_workers.UNREADABLE)
     assert "403" in row["detail"]
@@ -112,7 +106,7 @@ def test_an_object_that_is_refused_for_good_costs_its_shard(waits: list[float]) 
 def test_one_bad_object_of_a_store_costs_its_shard(
     s3_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "WAITS_S", ())
+    monkeypatch.setattr(calls, "WAITS_S", ())
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as tar:
         for name in ("k.jpg", "k.txt"):
@@ -125,7 +119,7 @@ def test_one_bad_object_of_a_store_costs_its_shard(
         source = WebDatasetSource(uri(port, "again/*.tar"))
         read = {
             shard.name: pa.concat_tables(
-                list(embed_workers.ShardReader(source, shard, Nobody())())
+                list(embed_workers.ShardReader(source, shard, InFlight())())
             ).to_pylist()
             for shard in source.shards()
         }

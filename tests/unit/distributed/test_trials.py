@@ -151,6 +151,7 @@ def test_a_queue_whose_controller_dies_starts_again(
     monkeypatch.setattr(trials, "_fit", fit)
     monkeypatch.setattr(trials, "_await_inputs", lambda _: calls.append("wait"))
     monkeypatch.setattr(trials, "release", lambda _: calls.append("release"))
+    monkeypatch.setattr(trials, "_raise_problem", lambda _: None)
     monkeypatch.setattr(trials.tasks, "TASK_RETRIES", 2)
     trials.run_queue(make_queue("24x", Folder(str(tmp_path))))
     assert calls == ["wait", "fit", "release"] * 5 + ["wait", "fit"]
@@ -158,6 +159,12 @@ def test_a_queue_whose_controller_dies_starts_again(
     with pytest.raises(ray.exceptions.RayActorError):
         trials.run_queue(make_queue("x", Folder(str(tmp_path))))
     assert calls.count("fit") == 3
+
+
+def test_what_the_user_can_fix_is_recorded_by_queue():
+    records = trials.QueueRecords()
+    records.fail("a", "no such weights")
+    assert (records.problem("a"), records.problem("b")) == ("no such weights", "")
 
 
 def test_a_folder_without_the_drivers_lock_is_not_the_same_folder(tmp_path: Path):

@@ -9,6 +9,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -78,9 +79,7 @@ def test_the_preprocessing_of_a_folder_is_its_own(tmp_path):
     ],
 )
 def test_pretrained_names_agree_with_open_clip(name, dim, size, monkeypatch):
-    monkeypatch.setattr(
-        encoders, "require_repository", lambda *_: None, raising=False
-    )  # would ask the hub
+    monkeypatch.setattr(encoders, "require_repository", lambda *_: None)  # would ask the hub
     info = encoders.describe(name)
     config = open_clip.get_model_config(name.partition(":")[0])
     assert (info.dim, info.preprocess.size) == (dim, size)
@@ -89,28 +88,31 @@ def test_pretrained_names_agree_with_open_clip(name, dim, size, monkeypatch):
 
 
 def test_a_tag_brings_its_own_preprocessing(monkeypatch):
-    monkeypatch.setattr(encoders, "require_repository", lambda *_: None, raising=False)
+    monkeypatch.setattr(encoders, "require_repository", lambda *_: None)
+    monkeypatch.setattr(encoders, "_try_loading", lambda *_: None)  # its tokenizer is on the hub
     info = encoders.describe("ViT-B-16-SigLIP:webli")
     assert info.preprocess.resize_mode == "squash"
     assert open_clip.get_pretrained_cfg("ViT-B-16-SigLIP", "webli")["resize_mode"] == "squash"
 
 
-def test_a_checkpoint_file_of_a_known_model(tmp_path):
-    checkpoint = tmp_path / "weights.pt"
-    checkpoint.write_bytes(b"anything: it is not loaded yet")
-    info = encoders.describe(f"ViT-B-32:{checkpoint}")
-    assert info.dim == 512
-    assert info.space == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    with pytest.raises(ConfigError) as caught:
-        encoders.load(info, "fp32")
-    assert "\n" not in str(caught.value)
+def small_architecture(monkeypatch, model: str) -> None:
+    """Put a small architecture in the place of a known one."""
+    monkeypatch.setattr(encoders, "architecture", lambda name: CLIP if name == model else None)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, model, CLIP)
+
+
+def test_a_checkpoint_file_of_a_known_model(clip_folder, monkeypatch):
+    weights = clip_folder / "open_clip_model.safetensors"
+    assert "do not fit" in refusal(f"ViT-B-32:{weights}")
+    small_architecture(monkeypatch, "RN50")
+    info = encoders.describe(f"RN50:{weights}")
+    assert info.dim == CLIP["embed_dim"]
+    assert info.space == hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 def test_a_checkpoint_file_is_what_is_loaded(tmp_path, monkeypatch):
-    """With a small architecture put in the place of a known one."""
     model = "RN50"
-    monkeypatch.setattr(encoders, "_architecture", lambda name: CLIP if name == model else None)
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, model, CLIP)
+    small_architecture(monkeypatch, model)
     with torch.random.fork_rng():
         torch.manual_seed(3)
         made = open_clip.create_model(model, None)
@@ -122,18 +124,18 @@ def test_a_checkpoint_file_is_what_is_loaded(tmp_path, monkeypatch):
     np.testing.assert_allclose(encoder.encode_captions(CAPTIONS), expected, atol=1e-5)
 
 
-def test_describing_files_does_not_import_the_models(clip_folder, tmp_path):
-    (tmp_path / "weights.pt").write_bytes(b"1")
+def test_describing_the_built_in_model_and_no_model_is_quick(clip_folder):
+    """Neither imports the libraries, which takes seconds."""
     code = f"""
 import sys
 from pds_ray.config import ConfigError
 from pds_ray.encoders import open_clip
-open_clip.describe("local-dir:{clip_folder}")
-open_clip.describe("ViT-B-32:{tmp_path / "weights.pt"}")
-try:
-    open_clip.describe("ViT-B-23:openai")
-except ConfigError:
-    pass
+open_clip.describe("demo")
+for name in ("{clip_folder}", "local-dir:{clip_folder.parent}"):
+    try:
+        open_clip.describe(name)
+    except ConfigError:
+        pass
 print([m for m in ("torch", "open_clip", "transformers") if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -183,19 +185,70 @@ def test_a_folder_without_weights(tmp_path, clip_folder):
     assert "no .safetensors weights" in refusal(f"local-dir:{tmp_path}")
 
 
-@pytest.mark.parametrize("damage", ["cut", "other model"])
-def test_weights_that_do_not_load_cost_one_line(tmp_path, clip_folder, damage):
+DAMAGES = {  # what became of the weights -> what the message says
+    "cut": (lambda data: data[:1000], "cut off or damaged"),
+    "cut at the end": (lambda data: data[:-1], "cut off or damaged"),
+    "zeros": (lambda data: bytes(len(data)), "cut off or damaged"),
+    "empty": (lambda _: b"", "cut off or damaged"),
+    "pointer": (lambda _: b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    "page": (lambda _: b"<!doctype html>" + bytes(99), "it is a web page"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_weights_are_named_before_they_are_loaded(tmp_path, clip_folder, damage):
     shutil.copytree(clip_folder, tmp_path, dirs_exist_ok=True)
-    if damage == "cut":
-        weights = tmp_path / "open_clip_model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:1000])
-    else:
-        config = {"model_cfg": {**CLIP, "embed_dim": 8}}
-        (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    info = encoders.describe(f"local-dir:{tmp_path}")
-    with pytest.raises(ConfigError) as caught:
-        encoders.load(info, "fp32")
-    assert "\n" not in str(caught.value)
+    change, words = DAMAGES[damage]
+    weights = tmp_path / "open_clip_model.safetensors"
+    weights.write_bytes(change(weights.read_bytes()))
+    message = refusal(f"local-dir:{tmp_path}")
+    assert words in message
+    assert str(weights) in message
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "words"),
+    [
+        ("", "embed_dim", 8, "size mismatch for text_projection"),
+        ("vision_cfg", "width", 48, "size mismatch"),
+        ("vision_cfg", "layers", 3, "Missing key(s)"),
+        ("text_cfg", "layers", 1, "Unexpected key(s)"),
+        ("text_cfg", "heads", 5, "makes no model"),
+    ],
+)
+def test_weights_of_another_model_are_refused(tmp_path, clip_folder, section, name, value, words):
+    shutil.copytree(clip_folder, tmp_path, dirs_exist_ok=True)
+    model = json.loads(json.dumps(CLIP))
+    (model[section] if section else model)[name] = value
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+    assert words in refusal(f"local-dir:{tmp_path}")
+
+
+def test_a_cut_or_foreign_checkpoint_is_refused(tmp_path):
+    file = tmp_path / "epoch.pt"
+    torch.save({"state_dict": {"a": torch.zeros(1000)}}, file)
+    assert "do not fit" in refusal(f"RN50:{file}")
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "cut off or damaged" in refusal(f"RN50:{file}")
+    file.write_bytes(b"no weights at all")
+    assert "cut off or damaged" in refusal(f"RN50:{file}")
+
+
+def test_a_pickle_that_does_something_is_not_loaded(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "touched",))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
+    assert "do not fit" in refusal(f"RN50:{tmp_path / 'evil.pt'}")
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(tmp_path):
+    shutil.copytree(encoders.demo_folder(), tmp_path, dirs_exist_ok=True)
+    encoders.describe(f"local-dir:{tmp_path}")
+    (tmp_path / "tokenizer.json").unlink()
+    assert "tokenizer" in refusal(f"local-dir:{tmp_path}")
 
 
 def test_embeddings_are_open_clips_own(clip_folder, clip_info, clip):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pds_ray.config import ConfigError, EvaluateConfig, replace
@@ -53,6 +55,17 @@ def test_ablations_that_change_nothing_are_left_out() -> None:
     left = set(ABLATIONS) - set(ablations(paper, by_prototypes))
     assert left == {"pds+caption.nearest_to=prototype", "pds+protocol.text=prototypes"}
     assert ablations(CONFIG, JUDGED) == list(ABLATIONS)
+
+
+def test_every_set_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    long = [f"pds+decode.negative_prompt={'x' * 300}{end}" for end in "ab"]
+    folders = {row.folder for row in entries(CONFIG, long, [10], JUDGED)}
+    assert len(folders) == 2
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+    alike = ["pds+decode.negative_prompt=a/b", "pds+decode.negative_prompt=a:b"]
+    with pytest.raises(ConfigError, match=r"a/b.* and .*a:b.*in two folders"):
+        entries(CONFIG, alike, [10], JUDGED)
 
 
 def test_nothing_secret_is_in_a_place() -> None:

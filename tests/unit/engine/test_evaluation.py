@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pds_ray import catalog
 from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig
@@ -13,6 +16,7 @@ from pds_ray.engine import evaluate as evaluation
 from pds_ray.stages.trial import MEASURES, Candidate, TextInput, Trial, check_shared
 from pds_ray.store.storage import Folder
 from tests.support.hand_made_set import scenes_set
+from tests.support.hostile import encoded, tar_bytes
 
 CONFIG = EvaluateConfig(test="scenes:60:7", backbones="small_conv", seeds=1)
 
@@ -38,6 +42,47 @@ def test_images_of_the_source_are_no_test(tmp_path: Path, split: str) -> None:
     shards = catalog.make_source("scenes:10000").shards()
     with pytest.raises(ConfigError, match=f"--{split} .* holds images of the source"):
         evaluation.check(replace(CONFIG, **{split: "scenes:60"}), [CONFIG.protocol], shards)
+
+
+@pytest.mark.parametrize(
+    ("made_from", "test", "refused"),
+    [
+        ("train/*.tar", "train/00001.tar", True),
+        ("train/{00000..00001}.tar", "train/*.tar", True),
+        ("train/*.tar", "moved/00001.tar", True),  # its time came along
+        ("train/*.tar", "test/*.tar", False),  # other images under the same name and time
+        ("gone/*.tar", "train/*.tar", False),  # tells nothing
+    ],
+)
+def test_shards_of_the_source_are_no_test(
+    tmp_path: Path, made_from: str, test: str, refused: bool
+) -> None:
+    image = encoded(Image.new("RGB", (8, 8)), "PNG")
+    for name, count in (
+        ("train/00000", 1),
+        ("train/00001", 2),
+        ("moved/00001", 2),
+        ("test/00000", 20),
+    ):
+        members = [
+            (f"{i}.{kind}", data)
+            for i in range(count)
+            for kind, data in (("png", image), ("txt", b"a"))
+        ]
+        path = tmp_path / f"{name}.tar"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(tar_bytes(members))
+        os.utime(path, (1e9, 1e9))
+    made = scenes_set(tmp_path / "set") / "manifest.json"
+    manifest = json.loads(made.read_text())
+    manifest["about"]["source"] = f"{tmp_path}/{made_from}"
+    made.write_text(json.dumps(manifest))
+    config = replace(CONFIG, test=f"{tmp_path}/{test}")
+    if refused:
+        with pytest.raises(ConfigError, match="holds images of"):
+            plan(made.parent, config)
+    else:
+        plan(made.parent, config)
 
 
 def test_a_key_is_of_what_training_sees(tmp_path: Path) -> None:

@@ -20,9 +20,11 @@ from pds_ray.methods.selection import SELECTION
 from pds_ray.recipes import recipe
 from pds_ray.sources.base import Sample, Shard, SourceError
 from pds_ray.sources.webdataset import WebDatasetSource
+from pds_ray.stages.embed import file_of
 from pds_ray.stages.materialize import about
 from pds_ray.store.manifest import ManifestError, RunManifest, fingerprint
 from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.schemas import ERROR_SCHEMA, caption_schema, image_schema
 from pds_ray.store.storage import StorageError
 from tests.support.poisoned import write_shard
 
@@ -187,8 +189,8 @@ def test_every_option_is_judged() -> None:
         "source", "out", "method", "pairs", "seed", "select.epochs", "select.forgotten",
         "read.captions", "read.min_side", "read.max_pixels", "read.image_suffixes",
         "read.caption_suffixes", "read.caption_keys", "read.caption_lines", "embed.encoder",
-        "embed.precision",
-        "embed.batch_size", "embed.store", "embed.store_dtype", "prune.ratio", "cluster.iterations",
+        "embed.precision", "embed.batch_size", "embed.store", "embed.store_dtype", "prune.ratio",
+        "cluster.iterations",
         "cluster.tolerance", "cluster.restarts", "cluster.normalize", "cluster.memory_gib",
         "cluster.modality", "match.solver", "match.pairless", "match.filter", "decode.decoder",
         "decode.model", "decode.revision", "decode.condition", "decode.steps", "decode.guidance",
@@ -310,8 +312,15 @@ def begun(tmp_path: Path) -> tuple[RunConfig, Run]:
     config = replace(recipe("demo"), {"decode.decoder": "nearest", **changes})
     first = make_run(config)
     state.open_run(first, redo=False)
-    first.store.folder.write_json("0.json", {})
+    write_marker(first, "0")
     return config, first
+
+
+def write_marker(run: Run, shard: str, **info: Any) -> None:
+    """Commit a shard without an image to the store of a run; `info` goes into its marker."""
+    counts = {"images": 0, "pairs": 0, "bad": 0, "reasons": {}, "precision": "fp32"}
+    schemas = image_schema(1, "float16"), caption_schema(1, "float16"), ERROR_SCHEMA
+    run.store.commit(shard, *(schema.empty_table() for schema in schemas), counts | info)
 
 
 @pytest.mark.parametrize("form", ["{0..2}.tar", "*.tar"])
@@ -327,7 +336,7 @@ def test_a_run_goes_on_though_shards_are_gone_or_newer(
     os.utime(tmp_path / "1.tar", ns=(1, 1))
     write_shard(tmp_path / "2.tar", {}, samples=8)  # mended before it was embedded
     again = make_run(config)
-    assert "1 are gone and 2 are newer" in capsys.readouterr().err
+    assert "1 are gone (0) and 2 are newer (1, 2)" in capsys.readouterr().err
     assert again.fingerprints == first.fingerprints
     assert again.shards == first.shards
     RunManifest(again.folder).update(config=public(config))
@@ -352,8 +361,50 @@ def test_new_shards_and_other_ones_are_another_source(
     write_shard(tmp_path / ("3.tar" if what == "a new shard" else "0.tar"), {}, samples=30)
     again = make_run(replace(config, {"source": f"{tmp_path}/*.tar"}))
     assert again.fingerprints != first.fingerprints
-    with pytest.raises(ManifestError, match="other data"):
+    named = (
+        "1 shards new: 3" if what == "a new shard" else r"1 shards of another size: 0: [\d,]+, now"
+    )
+    with pytest.raises(ManifestError, match=f"other data.*{named}"):
         state.open_run(again, redo=False)
+
+
+def test_a_mended_shard_is_one_of_the_same_source(
+    begun: tuple[RunConfig, Run], tmp_path: Path
+) -> None:
+    """Before it is read again, after that, and after another change: only the last is another."""
+    config, first = begun
+    damaged = {"damage": "not_a_tar: a web page", "file": file_of(first.shards[0])}
+    write_marker(first, "0", **damaged)
+    write_shard(tmp_path / "0.tar", {}, samples=9)  # mended
+    again = make_run(config)
+    assert again.fingerprints == first.fingerprints
+    assert again.changed.keys() == {"0"}
+    assert again.changed["0"].size == (tmp_path / "0.tar").stat().st_size
+    write_marker(first, "0", file=file_of(again.changed["0"]))  # read again
+    assert make_run(config).fingerprints == first.fingerprints
+    write_shard(tmp_path / "0.tar", {}, samples=30)
+    assert make_run(config).fingerprints != first.fingerprints
+
+
+@pytest.mark.parametrize("state_of_store", ["damaged", "mended", "whole"])
+def test_a_new_run_on_a_shared_store_takes_what_was_mended_for_the_same_source(
+    begun: tuple[RunConfig, Run], tmp_path: Path, state_of_store: str
+) -> None:
+    config = replace(begun[0], {"embed.store": str(tmp_path / "store")})
+    first = make_run(replace(config, {"out": str(tmp_path / "first")}))
+    state.open_run(first, redo=False)
+    info = {"damage": "not_a_tar: a web page", "file": file_of(first.shards[0])}
+    write_shard(tmp_path / "0.tar", {}, samples=9)
+    if state_of_store == "mended":
+        info = {"file": file_of(WebDatasetSource(config.source).shards()[0])}
+    write_marker(first, "0", **(info if state_of_store != "whole" else {}))
+    second = make_run(replace(config, {"out": str(tmp_path / "second")}))
+    if state_of_store != "whole":
+        state.open_run(second, redo=False)
+        assert second.fingerprints == first.fingerprints
+        return
+    with pytest.raises(ManifestError, match=r"1 shards of another size: 0"):
+        state.open_run(second, redo=False)
 
 
 def test_no_secret_is_kept_with_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

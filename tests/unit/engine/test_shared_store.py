@@ -33,12 +33,11 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def in_turn(function: Callable[..., Any], items: Iterable[Any], *shared: Any) -> Iterator[Any]:
         return (function(item, *shared) for item in items)
 
-    def in_vain(
-        todo: list[Any], work: object, reused: dict[str, Any], *_: object
-    ) -> tuple[dict[str, Any], dict[str, str]]:
+    def in_vain(todo: list[Any], work: Any, outcome: Any, *_: object) -> Any:
         for shard in todo:
             work.store.fail(shard.name, "is still away")
-        return reused, {shard.name: "is still away" for shard in todo}
+            outcome.failed[shard.name] = "is still away"
+        return outcome
 
     monkeypatch.setattr(scenes, "SHARD_SIZE", 10)
     monkeypatch.setattr(session, "start", lambda *_: {})

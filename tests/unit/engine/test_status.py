@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -289,9 +290,14 @@ def test_one_that_was_killed_is_waited_for_and_then_forgotten(
     assert heartbeat.read(remote) is None
 
 
-def test_a_driver_that_finds_another_alive_ends(
-    remote: RunFolder, capsys: pytest.CaptureFixture[str]
-) -> None:
+def in_a_thread(work: Callable[[], None]) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(work).result()
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_a_driver_that_finds_another_alive_ends(remote: RunFolder, main: bool) -> None:
+    """In its thread alone: the main thread of a program around it does not notice."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     ended = threading.Event()
 
@@ -309,13 +315,12 @@ def test_a_driver_that_finds_another_alive_ends(
                 time.sleep(0.01)
 
     try:
-        with pytest.raises(KeyboardInterrupt):
-            work()
+        with pytest.raises(StorageError, match=r"another driver \(process 1 on elsewhere\) is at"):
+            work() if main else in_a_thread(work)
     finally:
         ended.set()
         other.join()
         signal.signal(signal.SIGINT, before)
-    assert "another driver (process 1 on elsewhere) is at work" in capsys.readouterr().err
     sign = heartbeat.read(remote)
     assert sign is not None
     assert sign["host"] == "elsewhere"

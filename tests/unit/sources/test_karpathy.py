@@ -13,7 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from pds_ray.sources import karpathy
+from pds_ray.sources import annotations, karpathy
 from pds_ray.sources.base import Fault, Sample, SourceError
 from pds_ray.sources.karpathy import KarpathySource
 
@@ -107,7 +107,7 @@ def test_instances_pickle_small_and_the_annotations_are_parsed_once(
     source = KarpathySource(
         coco(tmp_path, [{"image": f"val2014/{n}.jpg", "caption": "x"} for n in range(2500)])
     )
-    karpathy._parse_annotations.cache_clear()
+    annotations._parse.cache_clear()
     parser = Mock(side_effect=json.loads)
     monkeypatch.setattr(json, "loads", parser)
     shards = source.shards()

@@ -23,12 +23,13 @@ from webdataset.tariterators import base_plus_ext
 
 from pds_ray.distributed.embed_workers import TABLES
 from pds_ray.modalities.image import ImageError, decode_image
-from pds_ray.sources import shard_patterns
-from pds_ray.sources.base import Fault, Sample, SourceError
+from pds_ray.sources.base import Fault, MissingShardsError, Sample, SourceError
 from pds_ray.sources.captions import IMAGE_SUFFIXES
 from pds_ray.sources.tar import MAX_HEADER_BYTES
 from pds_ray.sources.webdataset import WebDatasetSource
+from pds_ray.store import filesystems
 from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
 from tests.fuzz.targets import check_outcomes
 from tests.support.hostile import (
@@ -595,7 +596,8 @@ def test_names_are_unique_and_stay_the_same(tree: Path) -> None:
         ("{tree}/a/notes.txt/x.tar", r"^no tar shard matches"),
         (
             "{tree}/a/{{00000..00041}}.tar",
-            r"^40 of 42 shard patterns match nothing, the first is \S+/00002\.tar ",
+            r"^40 of 42 shard patterns match nothing, the first is \S+/00002\.tar \(.*\); "
+            r"2 match: to take those, give '\S+/a/\[0-9\]\*\.tar'$",
         ),
         ("{tree}/a/notes.txt", r"is not a tar shard \(\.tar, .*\.tar\.zst\)$"),
         ("{tree}/a", r"is a folder; name the shards in it, as in \S+/a/\*\.tar$"),
@@ -612,19 +614,52 @@ def test_nothing_found(tree: Path, uri: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("pattern", ["**/*.tar", "**", "*/*/*/*.tar", "r*/*/*/*.tar"])
+def test_the_results_of_a_run_are_no_data(
+    tmp_path: Path, pattern: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder(Folder(str(tmp_path / "runs" / "first")))
+    names = ["first/distilled/webdataset/000000.tar", "first/embeddings/parts/x.tar"]
+    for name in [*names, "../data/a/b/000000.tar", "other/x/000001.tar"]:
+        path = tmp_path / "runs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    run.folder.write_json(run.MANIFEST, {})
+    found = {shard.location for shard in WebDatasetSource(f"{tmp_path}/{pattern}").shards()}
+    own = {f"{tmp_path}/runs/{name}" for name in names}
+    assert found
+    assert not found & own
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith(f"pds-ray: {tmp_path}/runs/first is the folder of a run and passed over")
+    literal = WebDatasetSource(f"{run.folder.path}/**").shards()
+    assert {shard.location for shard in literal} == own
+
+
+def test_the_way_out_of_a_gap_works(tree: Path) -> None:
+    with pytest.raises(MissingShardsError) as caught:
+        WebDatasetSource(f"{tree}/a/{{00000..00009}}.tar").shards()
+    advice = str(caught.value).rpartition("give ")[2].strip("'")
+    assert WebDatasetSource(advice).shards() == caught.value.found
+    with pytest.raises(
+        MissingShardsError, match="2 match: to take those, name them alone, in a list, @FILE"
+    ):
+        WebDatasetSource(f"{tree}/a/00000.tar {tree}/a/00001.tar {tree}/a/7.tar").shards()
+
+
 @pytest.fixture
 def bucket(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """`s3://bucket` served from `tree`; the roots opened."""
     opened: list[str] = []
 
-    def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-        opened.append(uri)
+    def open_store(root: str, settings: str) -> tuple[pafs.FileSystem, str]:
+        opened.append(root + settings)
         return pafs.SubTreeFileSystem(str(tree.parent.resolve()), pafs.LocalFileSystem()), "my data"
 
-    monkeypatch.setattr(shard_patterns, "open_filesystem", open_filesystem)
-    shard_patterns._open_store.cache_clear()
+    monkeypatch.setattr(filesystems, "_open_arrow", open_store)
+    filesystems._open_root.cache_clear()
     yield opened
-    shard_patterns._open_store.cache_clear()
+    filesystems._open_root.cache_clear()
 
 
 @pytest.mark.parametrize("query", ["", "?region=eu-west-1"])
@@ -634,7 +669,7 @@ def test_object_store(tree: Path, bucket: list[str], query: str) -> None:
         f"s3://bucket/a/{{00000..00001}}.tar{query}::s3://bucket/**/*.t*{query}"
     )
     shards = source.shards()
-    assert bucket == [f"s3://bucket{query}"]  # set up once, for listing and for reading
+    assert bucket == [f"s3://bucket/{query}"]  # set up once, for listing and for reading
     assert [shard.location for shard in shards] == [
         f"s3://bucket/{name}{query}"
         for name in [
@@ -647,7 +682,7 @@ def test_object_store(tree: Path, bucket: list[str], query: str) -> None:
     ]
     assert shards[0].name == "00_41__x_"
     assert brief(list(source.read(shards[0]))) == [("a", "")]
-    assert bucket == [f"s3://bucket{query}"]
+    assert bucket == [f"s3://bucket/{query}"]
     (tree / "list.txt").write_text("a/*.gz\n")
     if not query:
         assert [shard.name for shard in WebDatasetSource("@s3://bucket/list.txt").shards()] == [

@@ -12,7 +12,7 @@ import pytest
 
 from pds_ray.sources.base import Fault, Sample, SourceError
 from pds_ray.sources.webdataset import WebDatasetSource
-from pds_ray.store import storage
+from pds_ray.store import calls, storage
 from tests.support.object_store import BUCKET, Faults, client, proxy, uri
 
 pytestmark = pytest.mark.usefixtures("s3_login")
@@ -64,7 +64,7 @@ def test_a_transfer_that_never_ends_well_is_no_truncated_shard(
     s3_port: int, shards: dict[str, list[Sample]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first half of each answer arrives, over and over: an error, not an end."""
-    monkeypatch.setattr(storage, "WAITS_S", ())
+    monkeypatch.setattr(calls, "WAITS_S", ())
     with proxy(s3_port, Faults(cut_downloads=1.0, only=r"\.tar")) as port:
         source = WebDatasetSource(uri(port, "tars/00000.tar"))
         (shard,) = source.shards()
@@ -90,7 +90,7 @@ def test_a_shard_that_was_stored_cut_is_truncated(
 def test_a_shard_that_goes_after_it_was_listed(
     s3_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "WAITS_S", (0.01,))
+    monkeypatch.setattr(calls, "WAITS_S", (0.01,))
     client(s3_port).put_object(Bucket=BUCKET, Key="gone/0.tar", Body=b"x")
     source = WebDatasetSource(uri(s3_port, "gone/*.tar"))
     (shard,) = source.shards()

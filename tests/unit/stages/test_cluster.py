@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import faiss
 import numpy as np
 import pytest
@@ -411,3 +413,60 @@ def test_a_weighted_fit_does_not_end_by_an_unweighted_objective(seed: int) -> No
         for tolerance in (0, 1e-2)
     )
     assert ended == whole
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_a_fit_that_is_counted_is_faiss_s_own(start):
+    data, ones = blobs(5), np.ones(480, np.float32)
+    begin = data[:8].copy() if start else None
+    config = ClusterConfig(iterations=12, tolerance=0)
+    ours = cluster.lloyd(data, ones, 8, begin, 3, config)
+    theirs = faiss.Kmeans(
+        data.shape[1], 8, niter=12, seed=3, min_points_per_centroid=1, max_points_per_centroid=60,
+        init_method=faiss.ClusteringInitMethod_AFK_MC2,
+    )  # fmt: skip
+    theirs.train(data, weights=ones, init_centroids=begin)
+    assert ours.centroids.tobytes() == theirs.centroids.tobytes()
+
+
+def test_a_fit_tells_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(cluster, "COUNT_S", 0.001)
+    rows = np.random.default_rng(0).random((20_000, 32)).astype(np.float32)
+    told: list[tuple[str, int]] = []
+    config = ClusterConfig(iterations=30, tolerance=0, restarts=2)
+    cluster.fit(
+        rows, np.ones(len(rows), np.float32), 50, 0, config, lambda *what: told.append(what)
+    )
+    done = [iterations for _, iterations in told]
+    assert done == sorted(done)
+    assert {("50 seeds to be chosen", 0), ("50 seeds to be chosen", 30)} <= set(told)
+    assert any(0 < iterations < 30 for iterations in done)
+    assert all(0 <= iterations <= 60 for iterations in done)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 5))
+def test_different_rows_are_counted_up_to_the_clusters(values, most):
+    rows = np.asarray(values, np.float32)[:, None].repeat(2, axis=1)
+    weights = (np.arange(len(rows)) % 2 == 0).astype(np.float32)
+    assert cluster.count_distinct(rows, weights, most) == min(most, len(set(values[::2])))
+
+
+def test_equal_rows_are_one():
+    rows = np.ones((60, 4), np.float32)
+    fitted = cluster.fit(rows, np.ones(60, np.float32), 10, 0, ClusterConfig())
+    assert fitted.distinct == 1
+
+
+def test_an_installation_without_faiss_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    """Before a run reads anything; a selection needs none."""
+    from pds_ray import ConfigError, configure, plan, recipe
+
+    config = configure(
+        recipe("demo"), {"source": "scenes:5", "pairs": 2, "out": str(tmp_path / "run")}
+    )
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ConfigError, match=r"k-means needs FAISS.*pip install 'pds-ray\[cpu\]'"):
+        plan(config)
+    plan(configure(config, {"method": "random"}))

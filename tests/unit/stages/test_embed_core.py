@@ -369,3 +369,35 @@ def test_the_batch_size_changes_no_byte(clip, clip_info):
     assert found[0][0].num_rows == 70
     for one, other in zip(*found, strict=True):
         assert one.equals(other, check_metadata=True)
+
+
+def test_a_damaged_shard_is_read_again_once_its_file_has_changed() -> None:
+    """A whole one never is: what is embedded of it stands."""
+    errors = pa.table(
+        {"key": ["a", ""], "reason": ["missing_image", "truncated_shard"], "detail": ["", "cut"]}
+    )
+    assert embed.damage(errors) == "truncated_shard: cut"
+    assert embed.damage(errors.slice(0, 1)) == ""
+    shard, whole = Shard("s", "s.tar", 7, "monday"), {"reasons": {"missing_image": 1}}
+    other = [Shard("s", "s.tar", 8, "monday"), Shard("s", "s.tar", 7, "tuesday")]
+    damaged = {"reasons": {}, "damage": "truncated_shard: cut", "file": embed.file_of(shard)}
+    mended = {**whole, "file": embed.file_of(other[0])}
+    assert embed.needs_reading(shard, {})
+    assert not embed.needs_reading(shard, damaged)
+    assert [embed.needs_reading(each, damaged) for each in other] == [True, True]
+    assert not any(embed.needs_reading(shard, marker) for marker in (whole, mended))
+    assert embed.marker_damage(damaged) == "truncated_shard: cut"
+    assert embed.marker_damage({"reasons": {"not_a_tar": 1}}) == "not_a_tar", (
+        "of an earlier version"
+    )
+    assert embed.marker_damage(mended) == ""
+
+
+def test_a_block_tells_how_many_images_it_has_done():
+    """Images and captions count alike, so that the end of both is all the images."""
+    samples = ListSource([Sample(str(n), picture(n)[1], ("a", "b")) for n in range(20)])
+    (raw,) = embed.read_blocks(samples, SHARD)
+    block = embed.decode_block(raw, PREPROCESS, READ)
+    told: list[float] = []
+    embed.embed_block(block, Toy(), SIZE, CONFIG, told.append)
+    assert told == pytest.approx([16 / 3, 20 / 3, 36 / 3, 52 / 3, 20])

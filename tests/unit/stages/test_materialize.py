@@ -22,10 +22,11 @@ from pds_ray import load_distilled
 from pds_ray.methods.pds import PDS_CARD
 from pds_ray.stages import materialize
 from pds_ray.stages.materialize import write_distilled
+from pds_ray.store.calls import CALLS_AT_ONCE
 from pds_ray.store.distilled_set import DistilledSetError
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import prototype_schema, vector_array
-from pds_ray.store.storage import CALLS_AT_ONCE, Folder
+from pds_ray.store.storage import Folder
 
 CAPTIONS = [
     "a red circle above a blue square",

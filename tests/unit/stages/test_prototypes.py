@@ -301,3 +301,15 @@ def test_whole_matches_take_their_two_clusters_though_they_share_pairs():
             made.image[place], image_vectors[on_image].mean(axis=0), atol=1e-6
         )
         np.testing.assert_allclose(made.text[place], text_vectors[on_text].mean(axis=0), atol=1e-6)
+
+
+def test_a_set_that_is_smaller_than_asked_for_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    kept = {"clusters": 10, "couples": 10}
+    why = core.why_fewer({"image": {"distinct": 1}, "text": {"distinct": 2}}, kept, 9)
+    data = "the data hold only 1 different images and 2 different captions"
+    assert why == f"9 matches have an empty cluster: {data}"
+    dropped = core.why_fewer({"image": {}, "text": {}}, {"clusters": 10, "couples": 7}, 0)
+    assert dropped == "3 matches share no pair and were dropped"
+    assert core.fewer(10, 10, "") == {}
+    assert core.fewer(10, 1, why) == {"fewer": f"1 of the 10 pairs asked for: {why}"}
+    assert capsys.readouterr().err == f"pds-ray: 1 of the 10 pairs asked for: {why}\n"

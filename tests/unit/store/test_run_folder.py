@@ -11,12 +11,23 @@ import pytest
 from pds_ray.store import schemas
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import vector_array
-from pds_ray.store.storage import Folder
+from pds_ray.store.storage import Folder, StorageError
 
 
 @pytest.fixture
 def run(tmp_path):
     return RunFolder(Folder(str(tmp_path)))
+
+
+@pytest.mark.parametrize("own", ["distilled/a/thesis.txt", "images/holiday.jpg", "clusters/x"])
+def test_what_a_run_would_delete_is_not_taken_from_a_folder_of_the_user(run, tmp_path, own):
+    run.check_ours()
+    (tmp_path / own).parent.mkdir(parents=True)
+    (tmp_path / own).write_text("mine")
+    with pytest.raises(StorageError, match=f"no run folder, .* {own.split('/')[0]} in it"):
+        run.check_ours()
+    run.folder.write_json(run.MANIFEST, {})
+    run.check_ours()
 
 
 def test_centroids(run):

@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pds_ray.cli import main as cli
-from pds_ray.store import heartbeat, storage
+from pds_ray.store import calls, heartbeat, storage
+from pds_ray.store.calls import CALLS_AT_ONCE
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import (
-    CALLS_AT_ONCE,
     PART_SUFFIX,
     Folder,
     StorageError,
@@ -33,13 +33,16 @@ from pds_ray.store.storage import (
     with_retries,
 )
 
+LEFT = f"x.0123abcd{PART_SUFFIX}"
+"""The name of a temporary file that a killed writer left."""
+
 
 @pytest.fixture(params=["local", "object store"])
 def folder(request, tmp_path, monkeypatch):
     """A folder on disk, and one on an object store, for which a sub-tree of the disk stands in."""
     if request.param == "local":
         return Folder(str(tmp_path))
-    monkeypatch.setattr(storage, "WAITS_S", (0.01,))
+    monkeypatch.setattr(calls, "WAITS_S", (0.01,))
     bucket = pafs.SubTreeFileSystem(str(tmp_path.parent), pafs.LocalFileSystem())
     monkeypatch.setattr(
         storage, "open_filesystem", lambda path: (bucket, path.removeprefix("s3://bucket/"))
@@ -110,6 +113,16 @@ def test_sweep_removes_what_a_killed_writer_left(tmp_path):
     assert folder.names() == ["good"]
 
 
+def test_sweep_takes_only_what_is_ours(tmp_path):
+    """Browsers, curl and torrent programs call unfinished downloads so as well."""
+    folder = Folder(str(tmp_path))
+    foreign = ["film.mkv.part", "00012.tar.part", "x.0123ABCD.part", "y.0123abcde.part", ".part"]
+    for name in (*foreign, LEFT):
+        (folder / "sub").write_bytes(name, b"")
+    folder.sweep()
+    assert files(tmp_path) == sorted(f"sub/{name}" for name in foreign)
+
+
 @pytest.mark.parametrize(
     ("number", "said"), [(errno.EAGAIN, "another run"), (errno.ENOLCK, "cannot be locked")]
 )
@@ -122,12 +135,36 @@ def test_a_lock_that_is_taken_is_not_one_that_cannot_be_had(tmp_path, monkeypatc
         pass
 
 
+def test_the_lock_of_another_user_is_one_line(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(StorageError, match="another user"), Folder(str(tmp_path)).lock():
+        pass
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EFBIG, errno.ESTALE, errno.ENOTCONN, errno.ENOTSUP, errno.EINVAL]
+)
+def test_what_a_mounted_disk_refuses_is_one_line(tmp_path, monkeypatch, number):
+    """FAT has no file of 4 GiB, some FUSE file systems no flush, a server may be gone."""
+
+    def refuse(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StorageError, match=f"^cannot write .*x: {os.strerror(number)}$"):
+        Folder(str(tmp_path)).write_bytes("x", b"1")
+    assert files(tmp_path) == []
+
+
 def test_sweep_spares_a_folder_that_has_a_lock_of_its_own(tmp_path):
     folder = Folder(str(tmp_path))
     for place in ("embeddings", "embeddings/parts", "images", "images/embeddings"):
-        (folder / place).write_bytes(f"x{PART_SUFFIX}", b"")
+        (folder / place).write_bytes(LEFT, b"")
     folder.sweep(spare="embeddings")
-    assert files(tmp_path) == [f"embeddings/parts/x{PART_SUFFIX}", f"embeddings/x{PART_SUFFIX}"]
+    assert files(tmp_path) == [f"embeddings/parts/{LEFT}", f"embeddings/{LEFT}"]
     folder.sweep()
     assert files(tmp_path) == []
 
@@ -176,7 +213,7 @@ def test_a_read_only_disk_is_one_line_whatever_is_done(disk):
     path, close = disk
     folder = Folder(str(path))
     (folder / "sub").write_bytes("x", b"1")
-    folder.write_bytes(f"left{PART_SUFFIX}", b"")
+    folder.write_bytes(LEFT, b"")
     close()
 
     def locked():
@@ -239,6 +276,25 @@ def test_a_trial_that_was_killed_is_taken_away_by_the_next(folder, tmp_path, mon
     assert len(files(tmp_path)) == 1
     folder.create()
     assert files(tmp_path) == []
+
+
+def test_a_folder_that_is_a_link_is_emptied_and_stays_one(tmp_path):
+    """People link the large folders of a run to another disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    folder = Folder(str(tmp_path / "link"))
+    (folder / "sub").write_bytes("x", b"1")
+    folder.delete_all()
+    assert (tmp_path / "link").is_symlink()
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_an_empty_folder(folder):
+    assert (folder / "not there").is_empty()
+    (folder / "sub").create()
+    assert (folder / "sub").is_empty()
+    (folder / "sub" / "deep").create()
+    assert not (folder / "sub").is_empty()
 
 
 def test_names_are_sorted_files_of_this_folder(folder):
@@ -329,10 +385,10 @@ def test_file_uris_and_home(tmp_path, monkeypatch):
 
 def test_an_unknown_scheme_is_one_line():
     with pytest.raises(StorageError) as caught:
-        open_filesystem("ftp://host/x")
+        open_filesystem("nosuch://host/x")
     assert "\n" not in str(caught.value)
     with pytest.raises(StorageError):
-        Folder("ftp://host/x").create()
+        Folder("nosuch://host/x").create()
 
 
 class Flaky:
@@ -352,7 +408,7 @@ class Flaky:
 def waits(monkeypatch):
     """The waits between tries, which take no time here."""
     found = []
-    monkeypatch.setattr(storage.time, "sleep", found.append)
+    monkeypatch.setattr(calls.time, "sleep", found.append)
     return found
 
 
@@ -363,7 +419,7 @@ def test_a_store_that_fails_is_asked_again(waits):
     assert with_retries(action, "s3://b/x") == "done"
     assert len(waits) == 3
     assert all(
-        mean / 2 <= wait <= mean * 3 / 2 for wait, mean in zip(waits, storage.WAITS_S, strict=True)
+        mean / 2 <= wait <= mean * 3 / 2 for wait, mean in zip(waits, calls.WAITS_S, strict=True)
     )
 
 
@@ -371,7 +427,7 @@ def test_a_store_that_goes_on_failing_is_left(waits):
     action = Flaky(*[OSError("AWS Error SLOW_DOWN\nmore")] * 99)
     with pytest.raises(StorageError) as caught:
         with_retries(action, "s3://KEY:SE/CRET@b/x?region=r&token=TOKEN")
-    assert action.calls == len(waits) + 1 == len(storage.WAITS_S) + 1
+    assert action.calls == len(waits) + 1 == len(calls.WAITS_S) + 1
     message = str(caught.value)
     assert message.startswith(
         "the object store fails at s3://b/x?region=r (AWS Error SLOW_DOWN); check "

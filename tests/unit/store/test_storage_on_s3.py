@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pds_ray.store import storage
+from pds_ray.store import calls, storage
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder, StorageError
@@ -30,7 +30,7 @@ def place(request):
 @pytest.fixture
 def unretried(monkeypatch):
     """Retries nothing: the client itself retries for six seconds."""
-    monkeypatch.setattr(storage, "WAITS_S", ())
+    monkeypatch.setattr(calls, "WAITS_S", ())
 
 
 def test_what_is_written_is_there(s3_port, place):
@@ -64,7 +64,7 @@ def test_what_is_written_is_there(s3_port, place):
 
 def test_a_network_that_fails_changes_nothing(s3_port, place, monkeypatch):
     """Every fault at a fifth of the requests; both we and boto3 read what was written."""
-    monkeypatch.setattr(storage, "WAITS_S", (0.05,) * len(storage.WAITS_S))
+    monkeypatch.setattr(calls, "WAITS_S", (0.05,) * len(calls.WAITS_S))
     faults = Faults(
         seed=7, errors=0.2, cut_downloads=0.2, cut_uploads=0.2, delayed=0.2, delay_s=0.05
     )
@@ -175,7 +175,7 @@ def test_a_large_object_is_not_held_in_memory(s3_port, place):
 
 
 def test_an_upload_in_pieces_is_repeated_whole(s3_port, place, monkeypatch):
-    monkeypatch.setattr(storage, "WAITS_S", (0.05,) * 8)
+    monkeypatch.setattr(calls, "WAITS_S", (0.05,) * 8)
     monkeypatch.setattr(storage, "SPOOL_BYTES", 1000)
     data = random.Random(1).randbytes(3 * 2**20 + 17)
     faults = Faults(seed=2, errors=0.3, cut_uploads=0.3, limit=6)
