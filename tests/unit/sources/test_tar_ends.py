@@ -77,7 +77,7 @@ def test_files_of_zeros(tmp_path: Path, zeros: int, reasons: list[str]) -> None:
     path = tmp_path / "x.tar"
     with path.open("wb") as file:
         file.truncate(zeros)
-    with memory(MIB):
+    with memory(8 * MIB):
         found = read(path)
     assert [reason for _, reason in brief(found)] == reasons
 
