@@ -156,9 +156,8 @@ class _Group:
 
     @property
     def is_part(self) -> bool:
-        """It may belong to a sample with a shorter key: its name has more dots than one."""
-        file = self.first
-        return file.key != file.begins if file.known else "." in file.suffix
+        """It may belong to a sample with a shorter key, or the same if no file of it is known."""
+        return not self.suffixes or self.key != self.first.begins
 
     def takes(self, file: _File) -> bool:
         """Say if a file belongs here."""
@@ -168,8 +167,8 @@ class _Group:
 
     def belongs(self, other: _Group) -> bool:
         """Say if its key extends that of another sample by a dot."""
-        is_sample = bool(other.suffixes) or not other.is_part
-        return self.key != other.key and is_sample and self.extends(other.key)
+        is_sample = bool(other.suffixes) or "." not in other.first.suffix
+        return self is not other and is_sample and self.extends(other.key)
 
     def extends(self, key: str) -> bool:
         """Say if its first file's name goes on where `key` and a dot end."""
@@ -289,9 +288,13 @@ class _Samples:
                 file.key == first.key or first.first.name.startswith(f"{file.key}.")
             )
             is_image = file.known and file.suffix in self._files.images
-            stays = not ends and (not is_image or coming.belongs(first))
-            yield from self._close(self._open[stays:])
-        if self._parts and self._parts[0][0].first.begins != coming.first.begins:
+            if any(coming.belongs(second) for second in self._open[1:]):
+                yield from self._close([first])
+            else:
+                stays = not ends and (not is_image or coming.belongs(first))
+                yield from self._close(self._open[stays:])
+        begins = {group.first.begins for group in (*self._open, coming)}
+        if self._parts and self._parts[0][0].first.begins not in begins:
             yield from self._release()
 
     def _close(self, groups: list[_Group]) -> Iterator[Sample | Fault]:
@@ -301,7 +304,8 @@ class _Samples:
             if group.has_image:
                 self._parts = [part for part in self._parts if not part[0].belongs(group)]
             if not isinstance(outcome, Fault) or not _lacks(outcome):
-                yield from self._release()
+                if self._parts and self._parts[0][0].first.begins == group.first.begins:
+                    yield from self._release()
                 yield outcome
             elif any(owner.has_image and group.belongs(owner) for owner in self._open):
                 continue

@@ -11,11 +11,19 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pds_ray.config import ConfigError, RunConfig, public, replace
+from pds_ray.config import (
+    ConfigError,
+    FilesConfig,
+    ReadConfig,
+    RunConfig,
+    changed,
+    public,
+    replace,
+)
 from pds_ray.engine import plan, state
 from pds_ray.engine.plan import make_run
 from pds_ray.methods.base import Run
-from pds_ray.methods.pds import PDS
+from pds_ray.methods.pds import PDS, _reading
 from pds_ray.methods.selection import SELECTION
 from pds_ray.recipes import recipe
 from pds_ray.sources.base import Sample, Shard, SourceError
@@ -279,6 +287,46 @@ def test_a_source_without_samples_says_why(tmp_path: Path) -> None:
         ConfigError, match=r"no sample of .* has an image and a caption \(not_a_tar: 2; an HTML .*"
     ):
         plan._check_enough(source, source.shards(), config)
+
+
+class Noted:
+    """One shard of captioned samples with notes of the source."""
+
+    uri, validation = "noted", None
+
+    def __init__(self, *notes: tuple[str, ...]) -> None:
+        self.notes = notes
+
+    def read(self, _: Shard) -> Iterator[Sample]:
+        for number, notes in enumerate(self.notes):
+            yield Sample(str(number), b"", ("a caption",), notes)
+
+
+@pytest.mark.parametrize(
+    ("notes", "option", "told"),
+    [
+        ([(), ()], "auto", []),
+        ([("cp1252",), ("utf-16",), ()], "auto", ["first 3 images looked at", "1 as cp1252"]),
+        ([("lines",), ("lines",), ()], "auto", ["2 of the first 3", "--read.caption-lines each"]),
+        ([("lines",), ()], "auto", []),
+        ([("lines",)], "whole", []),
+    ],
+)
+def test_how_captions_were_read_is_said_once(
+    capsys: pytest.CaptureFixture[str], notes: list[tuple[str, ...]], option: str, told: list[str]
+) -> None:
+    config = replace(RunConfig(source="x.tar", pairs=len(notes)), {"read.caption_lines": option})
+    plan._check_enough(Noted(*notes), [Shard("0", "")], config)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(told)
+    assert all(part in lines[0] for part in told)
+
+
+def test_options_of_reading_at_their_defaults_change_no_earlier_fingerprint() -> None:
+    first = {"captions": "basic", "max_pixels": 64_000_000, "min_side": 2}
+    assert _reading(ReadConfig()) == first
+    assert _reading(ReadConfig(caption_keys="alt")) == {**first, "caption_keys": "alt"}
+    assert changed(FilesConfig()) == {}
 
 
 def check_enough(source: Refusing, shards: int, pairs: int) -> None:

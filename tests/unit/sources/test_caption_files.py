@@ -1,0 +1,116 @@
+"""Captions in files of any encoding and shape."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pds_ray.config import FilesConfig
+from pds_ray.modalities.text import decode_text
+from pds_ray.sources.captions import CaptionReader
+
+TEXT = "a café with “smart” quotes – and more"
+
+
+def captions(files: dict[str, bytes], each_line: bool = False, **options: str) -> tuple[str, ...]:
+    return CaptionReader.of(FilesConfig(**options)).read(files, each_line).texts
+
+
+@pytest.mark.parametrize(
+    ("encoding", "found"),
+    [
+        ("utf-8", "utf-8"),
+        ("utf-8-sig", "utf-8-sig"),
+        ("utf-16", "utf-16"),
+        ("utf-32", "utf-32"),
+        ("utf-16-le", "utf-16-le"),
+        ("utf-16-be", "utf-16-be"),
+        ("cp1252", "cp1252"),
+    ],
+)
+def test_encodings(encoding: str, found: str) -> None:
+    assert decode_text(TEXT.encode(encoding)) == (TEXT, found)
+    read = CaptionReader.of(FilesConfig()).read({"txt": TEXT.encode(encoding)})
+    assert read.texts == (TEXT,)
+    assert read.notes == (() if found.startswith("utf-8") else (found,))
+
+
+@pytest.mark.parametrize("mark", [b"\xfe\xff", b"\0\0\xfe\xff"])
+def test_marks_of_the_other_byte_order(mark: bytes) -> None:
+    encoding = "utf-16-be" if len(mark) == 2 else "utf-32-be"
+    assert decode_text(mark + TEXT.encode(encoding))[0] == TEXT
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff")))
+def test_any_text_in_utf_8_is_read_as_it_is(text: str) -> None:
+    assert decode_text(text.encode()) == (text, "utf-8")
+
+
+@given(st.binary())
+def test_any_bytes_are_a_text_that_can_be_stored(data: bytes) -> None:
+    text, _ = decode_text(data)
+    assert text.encode().decode() == text
+
+
+def test_bytes_that_cp1252_leaves_open_are_read_as_latin_1() -> None:
+    every = bytes(range(128, 256))
+    text, encoding = decode_text(every)
+    assert encoding == "cp1252"
+    for byte, character in zip(every, text, strict=True):
+        is_open = byte in b"\x81\x8d\x8f\x90\x9d"
+        assert character == bytes([byte]).decode("latin-1" if is_open else "cp1252")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"TEXT": "x"}, ("x",)),
+        ({"text": "x", "url": "u"}, ("x",)),
+        ({"alt": "x"}, ("x",)),
+        ({"alt_text": ["x", "y"]}, ("x", "y")),
+        ("x", ("x",)),
+        (["x", "y", "x"], ("x", "y")),
+        ([{"caption": "x"}, {"raw": "y"}], ("x", "y")),
+        ({"captions": [{"caption": "x"}, {"raw": "y"}]}, ("x", "y")),
+        ({"sentences": [{"raw": "x", "tokens": ["x"]}]}, ("x",)),
+        ({"raw_caption": "X!", "caption": "x"}, ("x",)),  # further names are no further captions
+        ({"caption": "x", "TEXT": "y", "alt": "z"}, ("x",)),
+        ({"TEXT": " ", "alt": "z"}, ("z",)),
+        ({"captions": ["x"], "caption": "y"}, ("x", "y")),
+        ({"url": "u", "caption": None}, ()),
+        (7, ()),
+    ],
+)
+def test_shapes_of_json(value: Any, expected: tuple[str, ...]) -> None:
+    assert captions({"json": json.dumps(value).encode()}) == expected
+
+
+def test_keys_that_are_chosen_all_count() -> None:
+    data = json.dumps({"b": "2", "caption": "no", "a b": ["1"]}).encode()
+    assert captions({"json": data}, caption_keys="a b, b") == ("1", "2")
+
+
+def test_json_in_cp1252_counts_where_no_other_file_does() -> None:
+    data = b'{"caption": "caf\xe9"}'
+    assert captions({"json": data}) == ("café",)
+    assert captions({"json": data, "txt": b"coffee"}) == ("coffee",)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_caption_per_line(end: str) -> None:
+    data = f"one{end}{end} two {end}one{end}".encode()
+    assert captions({"txt": data}, each_line=True) == ("one", " two ")
+    read = CaptionReader.of(FilesConfig()).read({"txt": data})
+    assert (read.texts, read.notes) == ((data.decode(),), ("lines",))
+    assert CaptionReader.of(FilesConfig()).read({"txt": b"one\n"}).notes == ()
+
+
+def test_what_was_found_is_said() -> None:
+    reader = CaptionReader.of(FilesConfig())
+    data = json.dumps({"url": "u", "title": "x"}).encode()
+    assert reader.found({"json": data}) == "no caption in .json, which has url, title"
+    assert reader.found({"txt": b" "}) == "no caption in .txt"
