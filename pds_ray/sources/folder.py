@@ -67,7 +67,7 @@ class FolderSource:
             raise SourceError(f"there is no folder {root!r}; write folder:ROOT")
         # absolute, because instances travel to workers that run in another folder
         self.root = os.path.abspath(root)
-        files = LocalFiles(self.root)
+        files = LocalFiles(os.path.realpath(root))
         images = suffixes(options.image_suffixes, IMAGE_SUFFIXES)
         known = Files(images, CaptionReader.of(options), max_image_bytes, max_text_bytes)
         self.beside = Beside(files, known, each_line=options.caption_lines == "each")
