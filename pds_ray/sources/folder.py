@@ -72,7 +72,7 @@ class FolderSource:
         known = Files(images, CaptionReader.of(options), max_image_bytes, max_text_bytes)
         self.beside = Beside(files, known, each_line=options.caption_lines == "each")
         self.named = Named(files, tuple(images), column_reader(options), max_image_bytes)
-        tars = any(name.lower().endswith(SHARD_SUFFIXES) for name in os.listdir(root))
+        tars = files.names("", lambda name: name.lower().endswith(SHARD_SUFFIXES))
         pattern = f"{glob.escape(self.root)}/*"
         self.tars = catalog.make_source(pattern, options) if tars else None
 
