@@ -67,12 +67,12 @@ class FolderSource:
             raise SourceError(f"there is no folder {root!r}; write folder:ROOT")
         # absolute, because instances travel to workers that run in another folder
         self.root = os.path.abspath(root)
-        files = LocalFiles(self.root)
+        files = LocalFiles(os.path.realpath(root))
         images = suffixes(options.image_suffixes, IMAGE_SUFFIXES)
         known = Files(images, CaptionReader.of(options), max_image_bytes, max_text_bytes)
         self.beside = Beside(files, known, each_line=options.caption_lines == "each")
         self.named = Named(files, tuple(images), column_reader(options), max_image_bytes)
-        tars = any(name.lower().endswith(SHARD_SUFFIXES) for name in os.listdir(root))
+        tars = files.names("", lambda name: name.lower().endswith(SHARD_SUFFIXES))
         pattern = f"{glob.escape(self.root)}/*"
         self.tars = catalog.make_source(pattern, options) if tars else None
 

@@ -114,7 +114,7 @@ class HubSource:
         """Return the path of a file in the cache of this machine or, without it, its URI."""
         from huggingface_hub import try_to_load_from_cache
 
-        commit, _, path = shard.location.rpartition("@")[2].partition("/")
+        commit, _, path = shard.location.partition("@")[2].partition("/")
         cached = try_to_load_from_cache(self.name, path, revision=commit, repo_type="dataset")
         return cached if isinstance(cached, str) else shard.location
 

@@ -5,6 +5,7 @@ Hidden files and folders are passed over. Memory holds the names of one folder a
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,15 @@ from pds_ray.store.run_folder import RunFolder
 
 SHARD_SIZE = 1000
 """Images per shard."""
+OF_THE_DATA = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
+"""Errors that say what a file is, and not how the disk fares."""
 PASSED_OVER = ("__MACOSX",)
 RUN_FILES = {RunFolder.MANIFEST, RunFolder.SHARDS}
 """Files by which the folder of a run is known; one alone may belong to an image called run."""
@@ -26,7 +36,7 @@ RUN_FILES = {RunFolder.MANIFEST, RunFolder.SHARDS}
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """The files below the folder `root`, an absolute path."""
+    """The files below the folder `root`, an absolute path without links."""
 
     root: str
 
@@ -63,7 +73,7 @@ class LocalFiles:
                 for entry in entries:
                     if entry.name.startswith(".") or entry.name in PASSED_OVER:
                         continue
-                    if not entry.is_dir():
+                    if not _is_folder(entry):
                         if wanted(entry.name):
                             files.add(entry.name)
                     elif self._is_own(entry):
@@ -88,7 +98,7 @@ class LocalFiles:
         """Return the bytes of the file at a path below the root, -1 if it cannot be asked."""
         try:
             return os.stat(os.path.join(self.root, path)).st_size
-        except OSError:
+        except (OSError, ValueError):  # ValueError: no path at all, as a table may have it
             return -1
 
     def read(self, path: str, key: str, limit: int) -> bytes | Fault:
@@ -96,29 +106,43 @@ class LocalFiles:
 
         Raises OSError if the disk fails, which says nothing about the data.
         """
-        full = os.path.join(self.root, path)
+        full, shown = os.path.join(self.root, path), storable(path)
         if not self._holds(full):
-            place = os.path.realpath(full)
-            return Fault(key, "unsafe_member", f"{path} is a link and leaves the folder: {place}")
+            place = storable(os.path.realpath(full))
+            return Fault(key, "unsafe_member", f"{shown} is a link and leaves the folder: {place}")
         try:
             if not stat.S_ISREG(os.stat(full).st_mode):  # a named pipe would be waited for
-                return Fault(key, "missing_image", f"{path}: not a regular file")
+                return Fault(key, "missing_image", f"{shown}: not a regular file")
             with open(full, "rb") as file:
                 data = file.read(limit + 1)
-        except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
-            return Fault(key, "missing_image", f"{path}: {error.strerror}")
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno not in OF_THE_DATA:
+                raise
+            return Fault(key, "missing_image", f"{shown}: {getattr(error, 'strerror', error)}")
         if len(data) > limit:
-            return Fault(key, "member_too_large", f"{path}: more than {limit} bytes")
+            return Fault(key, "member_too_large", f"{shown}: more than {limit} bytes")
         return data
 
     def _holds(self, full: str) -> bool:
-        root = os.path.realpath(self.root)
-        return os.path.commonpath((root, os.path.realpath(full))) == root
+        """Say if a path below the root leads nowhere else."""
+        above = full
+        while len(above) > len(self.root) and not os.path.islink(above):
+            above = os.path.dirname(above)
+        if len(above) <= len(self.root):  # no link on the way, which is asked quickly
+            return True
+        return os.path.commonpath((self.root, os.path.realpath(full))) == self.root
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle
+        return False
 
 
 def storable(path: str) -> str:
     """Return a path as text that UTF-8 can hold: other bytes are spelled out."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    return path.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @dataclass

@@ -59,7 +59,9 @@ class Named:
             path = os.path.join(base, image)
             key = storable(path)
             if _leaves(image):
-                yield Fault(key, "unsafe_member", f"the path in {table} leaves its folder")
+                yield Fault(
+                    key, "unsafe_member", f"the path in {storable(table)} leaves the folder"
+                )
                 continue
             data = self.files.read(path, key, self.max_image_bytes)
             if isinstance(data, Fault):
@@ -67,7 +69,7 @@ class Named:
             elif captions:
                 yield Sample(key, data, captions)
             else:
-                yield Fault(key, "missing_caption", f"every caption in {table} is blank")
+                yield Fault(key, "missing_caption", f"every caption in {storable(table)} is blank")
 
     def _base(self, own: str, images: Images, folders: list[str]) -> str:
         """Return the folder in which the paths of a table begin."""

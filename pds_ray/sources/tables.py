@@ -110,7 +110,11 @@ def _image(record: Record) -> str | None:
 
 def _records(path: Path, suffixes: tuple[str, ...]) -> Iterator[Record]:
     if path.suffix == ".parquet":
-        return iter(pq.read_table(path).to_pylist())
+        file = pq.ParquetFile(path)
+        groups = (file.metadata.row_group(number) for number in range(file.num_row_groups))
+        if sum(group.total_byte_size for group in groups) > MAX_TABLE_BYTES:
+            raise SourceError(f"{path} unpacks to more than {MAX_TABLE_BYTES} bytes")
+        return iter(file.read().to_pylist())
     text, _ = decode_text(path.read_bytes())
     if path.suffix == ".jsonl":
         return _json_lines(text)

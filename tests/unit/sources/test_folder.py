@@ -165,6 +165,7 @@ def test_what_cannot_be_read_is_a_fault(tmp_path: Path) -> None:
     (root / "link.jpg").symlink_to(outside / "secret.jpg")
     (root / "told.txt").symlink_to(outside / "secret.txt")
     (root / "own.jpg").symlink_to(root / "own_target.jpg")
+    (root / "circle.jpg").symlink_to(root / "circle.jpg")
     os.mkfifo(root / "pipe.jpg")
     source = FolderSource(f"folder:{root}", max_image_bytes=100, max_text_bytes=50)
     (shard,) = source.shards()
@@ -172,6 +173,7 @@ def test_what_cannot_be_read_is_a_fault(tmp_path: Path) -> None:
     assert found == {
         "big.jpg": "member_too_large",
         "blank.jpg": "missing_caption",
+        "circle.jpg": "missing_image",
         "dangling.jpg": "unsafe_member",
         "link.jpg": "unsafe_member",
         "long.jpg": "member_too_large",
@@ -200,7 +202,7 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
     write(tmp_path, {"a.jpg": "x", "a.txt": "a"})
     for name in (b"\xff.jpg", b"\xff.txt"):
         (tmp_path / os.fsdecode(name)).write_text("odd")
-    assert captions(tmp_path) == {"a.jpg": ("a",), "\\xff.jpg": ("odd",)}
+    assert captions(tmp_path) == {"a.jpg": ("a",), "\\udcff.jpg": ("odd",)}
 
 
 def test_options_of_reading(tmp_path: Path) -> None:
@@ -295,7 +297,7 @@ def test_any_text_comes_back_from_a_csv(tmp_path: Path) -> None:
 
 
 def test_images_of_a_table_that_cannot_be_used(tmp_path: Path) -> None:
-    names = ["a.jpg", "../secret.jpg", "/etc/passwd", "gone.jpg", "sub\\b.jpg"]
+    names = ["a.jpg", "../secret.jpg", "/etc/passwd", "gone.jpg", "sub\\b.jpg", "\0", "\ud83d"]
     lines = [{"file_name": name, "text": "x"} for name in names]
     lines.append({"file_name": "blank.jpg", "text": " "})
     root = write(
@@ -313,6 +315,8 @@ def test_images_of_a_table_that_cannot_be_used(tmp_path: Path) -> None:
         "/etc/passwd": "unsafe_member",
         "blank.jpg": "missing_caption",
         "gone.jpg": "missing_image",
+        "\0": "missing_image",
+        "\\ud83d": "missing_image",
     }
     assert {item.key for item in read(root) if isinstance(item, Sample)} == {"a.jpg", "sub/b.jpg"}
 
