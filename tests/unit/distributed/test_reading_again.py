@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from pds_ray.distributed import embed_workers
+from pds_ray.distributed.embed_workers import ShardFile
 from pds_ray.distributed.in_flight import InFlight
 from pds_ray.sources import base
 from pds_ray.sources.base import READ_RETRY_WAITS_S, Fault, Sample, Shard
@@ -21,8 +22,8 @@ from pds_ray.store.storage import StorageError
 from tests.support.object_store import BUCKET, Faults, client, proxy, uri
 
 
-def shard_file(location: str) -> embed_workers.ShardFile:
-    return embed_workers.ShardFile(Shard("s", location), changed=False)
+def shard_file(location: str) -> ShardFile:
+    return ShardFile(Shard("s", location), changed=False)
 
 
 class FailingSource:
@@ -123,7 +124,9 @@ def test_one_bad_object_of_a_store_costs_its_shard(
         source = WebDatasetSource(uri(port, "again/*.tar"))
         read = {
             shard.name: pa.concat_tables(
-                list(embed_workers.ShardReader(source, shard, InFlight())())
+                list(
+                    embed_workers.ShardReader(source, ShardFile(shard, changed=False), InFlight())()
+                )
             ).to_pylist()
             for shard in source.shards()
         }
