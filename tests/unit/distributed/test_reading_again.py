@@ -122,14 +122,10 @@ def test_one_bad_object_of_a_store_costs_its_shard(
         client(s3_port).put_object(Bucket=BUCKET, Key=f"again/{name}.tar", Body=stream.getvalue())
     with proxy(s3_port, Faults(errors=1.0, only=r"bad\.tar")) as port:
         source = WebDatasetSource(uri(port, "again/*.tar"))
-        read = {
-            shard.name: pa.concat_tables(
-                list(
-                    embed_workers.ShardReader(source, ShardFile(shard, changed=False), InFlight())()
-                )
-            ).to_pylist()
-            for shard in source.shards()
-        }
+        read = {}
+        for shard in source.shards():
+            reader = embed_workers.ShardReader(source, ShardFile(shard, changed=False), InFlight())
+            read[shard.name] = pa.concat_tables(list(reader())).to_pylist()
     assert [(row["key"], row["image"], row["reason"]) for row in read["good"]] == [
         ("k", b"data", None),
         ("", None, core.END),
