@@ -65,8 +65,8 @@ report.html
 
 Pairs are numbered from 0 by falling prototype cosine. Real pairs that a selection chose are
 numbered in the order of the picks, and their own embeddings are their prototypes. Everything but
-run.json, report.html, shards.parquet and the two files of embeddings/store (which record versions of
-files) is a function of configuration, data and seed, byte for byte.
+run.json, report.html, and shards.parquet and the two files of embeddings/store, which record
+versions of files, is a function of configuration, data and seed, byte for byte.
 """
 
 from __future__ import annotations
