@@ -1,8 +1,8 @@
 """docs/troubleshooting.md has a row for each message of the code, and no row for one that is gone.
 
 Messages are found by their syntax: what is raised as a UserError, or as an error of a module's own
-that becomes one; what is logged as a warning or an error; what `doctor` says of what is not well. Of each, the longest part without variables must stand in
-the first column of a table of the page.
+that becomes one; what is logged as a warning or an error; what `doctor` says is not well. Of each,
+the longest part without variables must stand in the first column of a table of the page.
 """
 
 from __future__ import annotations
