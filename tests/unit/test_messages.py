@@ -106,12 +106,17 @@ def functions(module: ast.Module, name: str = "") -> Iterator[ast.FunctionDef]:
             yield node
 
 
-def messages(path: Path) -> Iterator[str]:
-    """Yield the longest fixed part of each message of a module."""
-    for function in functions(tree(path)):
-        for node in ast.walk(function):
-            if isinstance(node, ast.Call) and (text := said(node)):
-                yield from filter(None, texts(text, tree(path), function))
+@functools.cache
+def messages(path: Path) -> list[str]:
+    """Return the longest fixed part of each message of a module."""
+    return [
+        text
+        for function in functions(tree(path))
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and (argument := said(node))
+        for text in texts(argument, tree(path), function)
+        if text
+    ]
 
 
 def plain(text: str) -> str:
@@ -127,7 +132,7 @@ def first_cells() -> list[str]:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in FILES if any(messages(path))],
+    [path for path in FILES if messages(path)],
     ids=lambda path: str(path.relative_to(ROOT / "pds_ray")),
 )
 def test_the_page_has_the_messages(path: Path) -> None:
