@@ -25,6 +25,8 @@ ADVICE = (  # (reason or "", part of the detail, what to do)
     ("truncated_shard", "", "download or pack it again"),
     ("missing_image", "no image (", "name the suffix of images with --read.image-suffixes"),
     ("missing_caption", "no caption file", "name their suffix with --read.caption-suffixes"),
+    ("missing_caption", ", which is no JSON", "write the file with a JSON library"),
+    ("missing_caption", "(no text)", "a caption is a text, in quotes"),
     ("missing_caption", ", which has ", "name the entry with --read.caption-keys"),
 )
 
