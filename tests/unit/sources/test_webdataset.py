@@ -25,6 +25,7 @@ from pds_ray.distributed.embed_workers import TABLES
 from pds_ray.modalities.image import ImageError, decode_image
 from pds_ray.sources.base import Fault, MissingShardsError, Sample, SourceError
 from pds_ray.sources.captions import IMAGE_SUFFIXES
+from pds_ray.sources.shard_patterns import shard_names
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.store import filesystems
 from pds_ray.store.embeddings import EmbeddingStore
@@ -571,6 +572,14 @@ def test_names_are_unique_and_stay_the_same(tree: Path) -> None:
     assert names[1:3] == ["00001", "00002"]
     assert re.fullmatch(r"00000-[0-9a-f]{8}", names[0])
     assert re.fullmatch(r"00000-[0-9a-f]{8}", names[3])
+
+
+def test_names_are_unique_where_capitals_do_not_count() -> None:
+    names = shard_names(["/d/Train-0.tar", "/d/Train-1.tar", "/d/train-0.tar"])
+    first, second, third = names.values()
+    assert second == "Train-1"
+    assert len({first.lower(), third.lower()}) == 2
+    assert [first[:8], third[:8]] == ["Train-0-", "train-0-"]
 
 
 @pytest.mark.parametrize(
