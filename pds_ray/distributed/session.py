@@ -141,7 +141,7 @@ def _connect(address: Address) -> None:
         )
     address.check_runs_ray()  # asked first: Ray itself would try for minutes
     try:
-        ray.init(address=address.value, **QUIET)
+        ray.init(address=address.value, job_config=ray_private.job_config(), **QUIET)
     except (ConnectionError, RuntimeError, ValueError, *REFUSALS) as error:
         token = (
             ""
@@ -176,6 +176,7 @@ def _start_local(config: RayConfig) -> None:
         include_dashboard=False,
         _temp_dir=f"{folders.sockets}/ray",
         object_spilling_directory=folders.spilled,
+        job_config=ray_private.job_config(),
         **QUIET,
     )
 

@@ -75,6 +75,7 @@ def test_a_local_ray_is_as_large_as_the_job(
     assert (asked["num_cpus"], asked["object_store_memory"]) == (3, 1 << 30)
     assert asked["_memory"] == 3 << 30
     assert asked["object_spilling_directory"] is None
+    assert type(asked["job_config"]) is type(ray_private.job_config())
     monkeypatch.setenv("RAY_TMPDIR", "/tmp/ü")
     session._start_local(RayConfig(num_cpus=7, object_store_gib=0.5))
     assert (asked["num_cpus"], asked["object_store_memory"]) == (7, 1 << 29)
