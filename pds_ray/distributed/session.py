@@ -157,6 +157,7 @@ def _connect(address: Address) -> None:
 def _start_local(config: RayConfig) -> None:
     """Start a Ray that is as large as the job may be. Raises ConfigError if it has no place."""
     places.require_current_folder()
+    places.require_loopback()
     folders = places.ray_folders()
     if folders.note:
         log.event("other_place", f"pds-ray: {folders.note}", "warning", why=folders.note)
