@@ -83,6 +83,15 @@ def test_a_local_ray_is_as_large_as_the_job(
     assert "pds-ray: RAY_TMPDIR /tmp/ü is not ASCII" in capsys.readouterr().err
 
 
+def test_a_ray_that_does_not_start_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nA trace")
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(ConfigError, match=r"^Ray does not start \(The current .*logs has more$"):
+        session._start_local(RayConfig())
+
+
 def test_rays_sockets_are_as_long_as_is_reckoned_with() -> None:
     """Those of the Ray that runs here."""
     (socket_path,) = Path(ray_private.session_folder(), "sockets").glob("plasma_store")
