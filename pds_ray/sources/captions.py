@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from pds_ray.config import FilesConfig, listed
 from pds_ray.errors import first_line
-from pds_ray.modalities.text import MAX_CAPTIONS, decode_text
+from pds_ray.modalities.text import MAX_CAPTIONS, decode_text, storable
 from pds_ray.sources.base import CAPTION_LINES
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
@@ -105,7 +105,7 @@ class CaptionReader:
 
     def of_record(self, record: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the captions in a record, a row of a table, in any shape that JSON may have."""
-        return _distinct(map(_storable, self._strings(record)))
+        return _distinct(map(storable, self._strings(record)))
 
     def found(self, files: Mapping[str, bytes]) -> str:
         """Say what is in files without a caption."""
@@ -126,7 +126,7 @@ class CaptionReader:
 
     def _json(self, data: bytes) -> _Text:
         file = _parsed(data)
-        return _Text(list(map(_storable, self._strings(file.value))), file.certain)
+        return _Text(list(map(storable, self._strings(file.value))), file.certain)
 
     def _strings(self, value: Any, deeper: int = 2) -> list[str]:
         """Return the captions in a JSON value: a text, a list of such, or an object's entries."""
@@ -186,11 +186,6 @@ def _parsed(data: bytes) -> _Json:
             return _Json(json.loads(decode_text(data)[0], strict=False), certain=False)
     except (ValueError, RecursionError) as error:  # not JSON, not text, or nested too deep
         return _Json(None, problem=first_line(error))
-
-
-def _storable(caption: str) -> str:
-    # JSON can spell lone surrogates, which no UTF-8 file can hold
-    return caption.encode("utf-8", "replace").decode("utf-8")
 
 
 def _distinct(captions: Iterable[str]) -> tuple[str, ...]:
