@@ -93,8 +93,8 @@ class CaptionReader:
     def read(self, files: Mapping[str, bytes], each_line: bool = False) -> Captions:
         """Return the captions in the files of one sample, given by their suffix.
 
-        With `each_line` each line of a text file is a caption. Files of a lower rank count alone, if
-        they give any. Raises nothing, whatever the bytes are.
+        With `each_line` each line of a text file is a caption. The files of the first rank that
+        gives any count alone. Raises nothing, whatever the bytes are.
         """
         parsed = {
             suffix: self._json(data) if is_json(suffix) else _File.of_text(data, each_line)

@@ -28,6 +28,8 @@ from braceexpand import braceexpand
 from pds_ray.errors import first_line, without_secrets
 from pds_ray.sources.base import SourceError
 from pds_ray.store.calls import (
+    FACTS,
+    REFUSED,
     UNLIMITED,
     StorageError,
     await_answer,
@@ -202,11 +204,15 @@ def _safe_stem(location: str) -> str:
 
 
 def for_retrieval(locations: Iterable[str]) -> set[str]:
-    """Return those shards whose DATASET_TYPE says retrieval: each line of a text is a caption."""
+    """Return those shards whose DATASET_TYPE says retrieval: each line of a text is a caption.
+
+    Raises SourceError if a store fails.
+    """
     said: dict[str, bool] = {}
     found = set()
     for location in locations:
-        prefix, path, query = split_address(location)
+        prefix, path, settings = split_address(location)
+        query = "" if location.startswith(WEB) else settings  # a signature is for one file
         folder = path.rpartition("/")[0]
         for place in (folder, folder.rpartition("/")[0]):
             file = prefix + "/".join(filter(None, (place, DATASET_TYPE))) + query
@@ -220,12 +226,16 @@ def for_retrieval(locations: Iterable[str]) -> set[str]:
 def _says_retrieval(location: str) -> bool:
     filesystem, path = open_filesystem(location)
     try:
-        if not filesystem.get_file_info(path).is_file:
+        if not with_retries(lambda: filesystem.get_file_info(path), location).is_file:
             return False
         with open_shard(location) as stream:
             return stream.read(64).strip().lower() == b"retrieval"
-    except (OSError, StorageError):  # some stores refuse to say that a file is not there
+    except FACTS:  # some stores refuse to say that a file is not there
         return False
+    except (OSError, StorageError) as error:
+        if REFUSED.search(str(error)):
+            return False
+        raise SourceError(f"cannot look for {location}: {first_line(error)}") from error
 
 
 # ---- patterns ------------------------------------------------------------------------------------
@@ -236,23 +246,29 @@ def _expand(uri: str, kind: Kind) -> Iterator[str]:
 
     `::` separates patterns. So does white space, unless the pattern around it matches shards.
     """
-    for pattern in [uri] if _is_file(uri) else map(str.strip, uri.split("::")):
+    for pattern in [uri] if _is_there(uri) else map(str.strip, uri.split("::")):
         for token in (
-            [pattern] if _is_file(pattern) or _has_spaces(pattern, kind) else pattern.split()
+            [pattern] if _is_there(pattern) or _has_spaces(pattern, kind) else pattern.split()
         ):
             _refuse_commands(token)
             if token.startswith("@"):
                 for line in _read_list(_absolute(token[1:])):
                     _refuse_commands(line)
                     yield from _expand_braces(line)
-            elif _is_file(token):  # taken to the letter: it may hold spaces or braces
-                yield glob.escape(_absolute(token))
+            elif _is_there(token):  # taken to the letter: it may hold spaces or braces
+                folder = token.removesuffix("/*")
+                yield glob.escape(_absolute(folder)) + token[len(folder) :]
             else:
                 yield from _expand_braces(token)
 
 
-def _is_file(pattern: str) -> bool:
-    return os.path.isfile(_absolute(pattern.removeprefix("@")))
+def _is_there(pattern: str) -> bool:
+    """Return whether a pattern is a file that exists, or all in a folder that does."""
+    path = pattern.removeprefix("@")
+    folder = path.removesuffix("/*")
+    if folder and folder != path:
+        return os.path.isdir(_absolute(folder))
+    return os.path.isfile(_absolute(path))
 
 
 def _has_spaces(text: str, kind: Kind) -> bool:
