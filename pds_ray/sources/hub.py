@@ -65,10 +65,9 @@ class HubSource:
     def validation(self) -> str | None:
         """The validation split of the data set, unless this is it. Raises what `shards` raises."""
         split, splits = self._split()
-        validation = find_split(splits, "validation")
-        if validation in ("", split):
+        if find_split(splits, "validation") in ("", split):
             return None
-        return f"hf:{self.name}{f'@{self.revision}' if self.revision else ''}:{validation}"
+        return f"hf:{self.name}{f'@{self.revision}' if self.revision else ''}:validation"
 
     def shards(self) -> list[Shard]:
         """Return the files of the split, each a shard.

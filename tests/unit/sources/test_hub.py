@@ -239,7 +239,7 @@ def test_a_data_set_on_the_hub(tmp_path: Path) -> None:
     card = declared({"config_name": "default", "data_files": sets})
     with running_hub(NAME, FILES, card, token="hf_secret") as (address, requests):
         validation, versions, found = run(address, f"hf:{NAME}", "hf_secret")
-        assert (validation, found) == (f"hf:{NAME}:val", ["a", "b", "c"])
+        assert (validation, found) == (f"hf:{NAME}:validation", ["a", "b", "c"])
         assert any(f"/resolve/{COMMIT}/data/train-00001" in request for request in requests)
         refused = run(address, f"hf:{NAME}", "hf_wrong")
         assert refused.startswith(

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from pds_ray.sources.base import Fault, MissingShardsError, Sample, SourceError, read_shard
-from pds_ray.sources.shard_patterns import for_retrieval, open_shard
+from pds_ray.sources.listing import open_shard
+from pds_ray.sources.shard_patterns import for_retrieval
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.store import calls
 from pds_ray.store.calls import StorageError
