@@ -21,6 +21,7 @@ ADVICE = (  # (reason or "", part of the detail, what to do)
     ("not_a_tar", "HTML or XML page", "an error page was saved; download it again"),
     ("not_a_tar", "bytes of zeros", "download it again"),
     ("not_a_parquet", "Git LFS pointer", "fetch the files with git lfs pull"),
+    ("not_a_parquet", "column", "leave the file out, or write it as the others are"),
     ("not_a_parquet", "", "download it again"),
     ("truncated_shard", "", "download or pack it again"),
     ("missing_image", "no image (", "name the suffix of images with --read.image-suffixes"),

@@ -51,7 +51,10 @@ def read_annotations(path: Path, split: str) -> Images:
 
     Raises SourceError in one line if the file cannot be used.
     """
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
     return _parse(path, split, stat.st_mtime_ns, stat.st_size)
 
 

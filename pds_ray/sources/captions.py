@@ -22,6 +22,13 @@ from pds_ray.sources.base import CAPTION_LINES
 _LINE_END = re.compile(r"\r\n|\n|\r")
 SHOWN = 8  # names that a message about a sample shows
 
+USUAL, GUESSED, OTHERWISE = range(3)
+"""Ranks of a caption file: UTF text, or JSON that has texts under names that always count; text in
+an encoding that is a guess; JSON of any other shape.
+
+A sample that has captions of one rank keeps them, whatever further shapes are learned.
+"""
+
 
 @dataclass(frozen=True)
 class Names:
@@ -87,17 +94,20 @@ class CaptionReader:
     def read(self, files: Mapping[str, bytes], each_line: bool = False) -> Captions:
         """Return the captions in the files of one sample, given by their suffix.
 
-        With `each_line` each line of a text file is a caption. A file in an encoding that is a
-        guess counts only where no other gives a caption. Raises nothing, whatever the bytes are.
+        With `each_line` each line of a text file is a caption. The files of the first rank that
+        gives any count alone. Raises nothing, whatever the bytes are.
         """
         parsed = {
-            suffix: self._json(data) if is_json(suffix) else _Text.of(data, each_line)
+            suffix: self._json(data) if is_json(suffix) else _File.of_text(data, each_line)
             for suffix, data in files.items()
         }
-        certain = {suffix: file for suffix, file in parsed.items() if file.certain}
-        return self._choose(certain) or self._choose(parsed) or Captions(())
+        for rank in sorted({file.rank for file in parsed.values()}):
+            alike = {suffix: file for suffix, file in parsed.items() if file.rank == rank}
+            if captions := self._choose(alike):
+                return captions
+        return Captions(())
 
-    def _choose(self, files: Mapping[str, _Text]) -> Captions | None:
+    def _choose(self, files: Mapping[str, _File]) -> Captions | None:
         """Return the captions of those files that count, None if they have none."""
         texts = self.suffixes.pick(lambda suffix: files[suffix].captions if suffix in files else [])
         notes = dict.fromkeys(note for file in files.values() for note in file.notes)
@@ -124,9 +134,17 @@ class CaptionReader:
             is_number = name in self.keys and isinstance(entry, int | float)
             yield f"{name[:40]} = {json.dumps(entry)[:40]} (no text)" if is_number else name[:40]
 
-    def _json(self, data: bytes) -> _Text:
+    def _json(self, data: bytes) -> _File:
         file = _parsed(data)
-        return _Text(list(map(storable, self._strings(file.value))), file.certain)
+        usual = self._usual(file.value) if file.certain else []
+        captions = usual or self._strings(file.value)
+        return _File(list(map(storable, captions)), USUAL if usual else OTHERWISE)
+
+    def _usual(self, value: Any) -> list[str]:
+        """Return the texts of a JSON object under names that always count, alone or in a list."""
+        entries = [value.get(name) for name in self.keys.always] if isinstance(value, dict) else []
+        items = (item for each in entries for item in (each if isinstance(each, list) else [each]))
+        return [item for item in items if isinstance(item, str) and item.strip()]
 
     def _strings(self, value: Any, deeper: int = 2) -> list[str]:
         """Return the captions in a JSON value: a text, a list of such, or an object's entries."""
@@ -146,24 +164,23 @@ def is_json(suffix: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Text:
+class _File:
     """The captions of one file."""
 
     captions: list[str]
     """Not blank."""
-    certain: bool
-    """The encoding is not a guess."""
+    rank: int
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, data: bytes, each_line: bool) -> _Text:
+    def of_text(cls, data: bytes, each_line: bool) -> _File:
         text, encoding = decode_text(data)
         lines = [line for line in _LINE_END.split(text) if line.strip()]
         notes = [] if encoding in ("utf-8", "utf-8-sig") else [encoding]
         if len(lines) > 1 and not each_line:
             notes.append(CAPTION_LINES)
         captions = lines if each_line else [text] if lines else []
-        return cls(captions, encoding != "cp1252", notes)
+        return cls(captions, GUESSED if encoding == "cp1252" else USUAL, notes)
 
 
 class _Json(NamedTuple):
@@ -172,7 +189,7 @@ class _Json(NamedTuple):
     value: Any
     """None if it holds no JSON."""
     certain: bool = True
-    """The encoding is not a guess."""
+    """It is JSON to the letter, in UTF-8 or UTF-16."""
     problem: str = ""
     """Why it is no JSON, "" if it is."""
 
@@ -180,10 +197,11 @@ class _Json(NamedTuple):
 def _parsed(data: bytes) -> _Json:
     """Return what a JSON file holds; texts in it may have raw tabs and line breaks."""
     try:
-        try:
-            return _Json(json.loads(data, strict=False))
-        except UnicodeDecodeError:
-            return _Json(json.loads(decode_text(data)[0], strict=False), certain=False)
+        return _Json(json.loads(data))
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return _Json(json.loads(decode_text(data)[0], strict=False), certain=False)
     except (ValueError, RecursionError) as error:  # not JSON, not text, or nested too deep
         return _Json(None, problem=first_line(error))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pds_ray.sources.base import Fault, Shard, SourceError
-from pds_ray.sources.shard_patterns import say_passed_over
+from pds_ray.sources.listing import say_passed_over
 from pds_ray.store.run_folder import RunFolder
 
 SHARD_SIZE = 1000

@@ -38,7 +38,7 @@ CALLS_AT_ONCE = 32
 
 FACTS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 """Errors that tell how things are, and that a retry does not change."""
-_REFUSED = re.compile(  # others that a retry does not change
+REFUSED = re.compile(  # others that a retry does not change, by their message
     r"AWS Error (ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH)"
     r"|(HTTP status |Client error ')(3|4(?!08|29))\d\d|Bucket '.*' not found"
     r"|offline mode is enabled"
@@ -89,7 +89,7 @@ def with_retries(action: Callable[[], Result], where: str, limit_s: float | None
             if not isinstance(error, OSError) and type(error) is not pa.ArrowException:
                 raise  # of what was read, not of the store
             in_vain_s += time.monotonic() - tried
-            if wait_s is None or in_vain_s > PATIENCE_S or _REFUSED.search(str(error)):
+            if wait_s is None or in_vain_s > PATIENCE_S or REFUSED.search(str(error)):
                 raise StorageError(_failure(where, error)) from None
             pause_s = wait_s * random.uniform(0.5, 1.5)  # jitter: many workers retry at once
             if isinstance(error, BusyError):

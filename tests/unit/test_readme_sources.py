@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import HfFileSystem, constants
+from tests.support.hub_set import cache
 
 from pds_ray import catalog
 from pds_ray.sources import hub
@@ -20,7 +21,6 @@ from pds_ray.sources.base import Sample, read_shard
 from tests.support import hub_files, object_store
 from tests.support.docs_pages import ROOT
 from tests.support.hostile import tar_bytes
-from tests.support.hub_set import cache
 from tests.support.web_server import Web, serving
 
 IMAGE, CAPTION = b"an image", "a caption"

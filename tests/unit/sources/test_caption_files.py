@@ -109,6 +109,27 @@ def test_json_may_have_raw_control_characters_in_texts(control: str) -> None:
     assert captions({"json": f'{{"caption": "é{text}"}}'.encode("cp1252")}) == (f"é{text}",)
 
 
+@pytest.mark.parametrize(
+    ("text", "value", "expected"),
+    [
+        ("x", {"caption": "y", "captions": ["z"]}, ("x", "z", "y")),
+        ("x", {"TEXT": "y"}, ("x",)),
+        ("x", ["y"], ("x",)),
+        ("x", "y", ("x",)),
+        ("x", {"captions": [{"raw": "y"}]}, ("x",)),
+        ("x", {"caption": {"text": "y"}}, ("x",)),
+        ("caf\xe9", {"TEXT": "y"}, ("café",)),
+        ("caf\xe9", {"caption": "y"}, ("y",)),
+        (" ", {"TEXT": "y"}, ("y",)),
+    ],
+)
+def test_further_shapes_add_nothing_to_what_always_counted(
+    text: str, value: Any, expected: tuple[str, ...]
+) -> None:
+    files = {"txt": text.encode("latin-1"), "json": json.dumps(value).encode()}
+    assert captions(files) == expected
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_a_caption_per_line(end: str) -> None:
     data = f"one{end}{end} two {end}one{end}".encode()

@@ -13,7 +13,8 @@ import pytest
 from huggingface_hub import HfFileSystem, constants
 
 from pds_ray.sources.base import MissingShardsError, SourceError
-from pds_ray.sources.shard_patterns import find_shards, open_shard
+from pds_ray.sources.listing import open_shard
+from pds_ray.sources.shard_patterns import find_shards
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.store import calls, filesystems
 from pds_ray.store.filesystems import open_filesystem
