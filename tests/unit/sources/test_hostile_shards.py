@@ -329,7 +329,6 @@ def test_annotations_with_many_captions(tmp_path: Path) -> None:
 # ---- whatever the bytes are ----------------------------------------------------------------------
 
 
-@settings(max_examples=200)
 @given(mangled(any_tar.map(BEFORE.__add__), start=len(BEFORE)), packings)
 def test_any_tar_is_read_to_samples_and_faults(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, pack: Callable[[bytes], bytes]
