@@ -12,10 +12,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from pds_ray.config import FilesConfig, listed
-from pds_ray.modalities.text import MAX_CAPTIONS, decode_text
+from pds_ray.errors import first_line
+from pds_ray.modalities.text import MAX_CAPTIONS, decode_text, storable
 from pds_ray.sources.base import CAPTION_LINES
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
@@ -114,20 +115,30 @@ class CaptionReader:
 
     def of_record(self, record: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the captions in a record, a row of a table, in any shape that JSON may have."""
-        return _distinct(map(_storable, self._strings(record)))
+        return _distinct(map(storable, self._strings(record)))
 
     def found(self, files: Mapping[str, bytes]) -> str:
         """Say what is in files without a caption."""
-        entries = (name for suffix in files if is_json(suffix) for name in _entries(files[suffix]))
-        shown = ", ".join(name[:40] for name in islice(entries, SHOWN))
         where = " and ".join(f".{suffix}" for suffix in files)
-        return f"no caption in {where}" + (f", which has {shown}" if shown else "")
+        parsed = [_parsed(data) for suffix, data in files.items() if is_json(suffix)]
+        entries = (entry for file in parsed for entry in self._entries(file.value))
+        shown = ", ".join(islice(entries, SHOWN))
+        no_json = next(
+            (f", which is no JSON ({file.problem})" for file in parsed if file.problem), ""
+        )
+        return f"no caption in {where}" + (f", which has {shown}" if shown else no_json)
+
+    def _entries(self, value: Any) -> Iterator[str]:
+        """Yield the names in an object, and the values that would be captions if they were text."""
+        for name, entry in value.items() if isinstance(value, Mapping) else ():
+            is_number = name in self.keys and isinstance(entry, int | float)
+            yield f"{name[:40]} = {json.dumps(entry)[:40]} (no text)" if is_number else name[:40]
 
     def _json(self, data: bytes) -> _File:
-        value, certain = _parsed(data)
-        usual = self._usual(value) if certain else []
-        captions = usual or self._strings(value)
-        return _File(list(map(_storable, captions)), USUAL if usual else OTHERWISE)
+        file = _parsed(data)
+        usual = self._usual(file.value) if file.valid else []
+        captions = usual or self._strings(file.value)
+        return _File(list(map(storable, captions)), USUAL if usual else OTHERWISE)
 
     def _usual(self, value: Any) -> list[str]:
         """Return the texts of a JSON object under names that always count, alone or in a list."""
@@ -172,25 +183,27 @@ class _File:
         return cls(captions, GUESSED if encoding == "cp1252" else USUAL, notes)
 
 
-def _parsed(data: bytes) -> tuple[Any, bool]:
-    """Return the value of a JSON file, None if there is none, and whether its encoding is known."""
+class _Json(NamedTuple):
+    """The content of a JSON file."""
+
+    value: Any
+    """None if it holds no JSON."""
+    valid: bool = True
+    """It is as JSON should be, in UTF and without raw control characters in texts."""
+    problem: str = ""
+    """Why it is no JSON, "" if it is."""
+
+
+def _parsed(data: bytes) -> _Json:
+    """Return what a JSON file holds, in any encoding; texts in it may have raw line breaks."""
     try:
-        try:
-            return json.loads(data), True
-        except UnicodeDecodeError:
-            return json.loads(decode_text(data)[0]), False
-    except (ValueError, RecursionError):  # not JSON, not text, or nested too deep
-        return None, True
-
-
-def _entries(data: bytes) -> list[str]:
-    value, _ = _parsed(data)
-    return list(value) if isinstance(value, dict) else []
-
-
-def _storable(caption: str) -> str:
-    # JSON can spell lone surrogates, which no UTF-8 file can hold
-    return caption.encode("utf-8", "replace").decode("utf-8")
+        return _Json(json.loads(data))
+    except (ValueError, RecursionError):
+        pass  # it is read once more, with what is often wrong in it
+    try:
+        return _Json(json.loads(decode_text(data)[0], strict=False), valid=False)
+    except (ValueError, RecursionError) as error:  # not JSON, not text, or nested too deep
+        return _Json(None, problem=first_line(error))
 
 
 def _distinct(captions: Iterable[str]) -> tuple[str, ...]:
