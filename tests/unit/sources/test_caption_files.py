@@ -128,6 +128,8 @@ def test_json_may_have_raw_control_characters_in_texts(control: str) -> None:
     text = f"a red{control}circle"
     assert captions({"json": f'{{"caption": "{text}"}}'.encode()}) == (text,)
     assert captions({"json": f'{{"caption": "é{text}"}}'.encode("cp1252")}) == (f"é{text}",)
+    both = {"txt": b"x", "json": f'{{"caption": "{text}"}}'.encode()}
+    assert captions(both) == ("x",)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
