@@ -136,7 +136,7 @@ class CaptionReader:
 
     def _json(self, data: bytes) -> _File:
         file = _parsed(data)
-        usual = self._usual(file.value) if file.certain else []
+        usual = self._usual(file.value) if file.valid else []
         captions = usual or self._strings(file.value)
         return _File(list(map(storable, captions)), USUAL if usual else OTHERWISE)
 
@@ -188,20 +188,20 @@ class _Json(NamedTuple):
 
     value: Any
     """None if it holds no JSON."""
-    certain: bool = True
-    """It is JSON to the letter, in UTF-8 or UTF-16."""
+    valid: bool = True
+    """It is as JSON should be, in UTF and without raw control characters in texts."""
     problem: str = ""
     """Why it is no JSON, "" if it is."""
 
 
 def _parsed(data: bytes) -> _Json:
-    """Return what a JSON file holds; texts in it may have raw tabs and line breaks."""
+    """Return what a JSON file holds, in any encoding; texts in it may have raw line breaks."""
     try:
         return _Json(json.loads(data))
     except (ValueError, RecursionError):
-        pass
+        pass  # it is read once more, with what is often wrong in it
     try:
-        return _Json(json.loads(decode_text(data)[0], strict=False), certain=False)
+        return _Json(json.loads(decode_text(data)[0], strict=False), valid=False)
     except (ValueError, RecursionError) as error:  # not JSON, not text, or nested too deep
         return _Json(None, problem=first_line(error))
 

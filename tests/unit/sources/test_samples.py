@@ -125,7 +125,7 @@ KEYS = st.lists(st.text("ab.1 é", min_size=1, max_size=8), unique=True, min_siz
 PLAIN = st.lists(st.text("abc1é", min_size=1, max_size=5), unique=True, min_size=1, max_size=5)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(KEYS, st.booleans())
 def test_samples_of_any_keys_are_all_read(
     tmp_path: Path, keys: list[str], image_first: bool
@@ -138,7 +138,7 @@ def test_samples_of_any_keys_are_all_read(
     assert good(found) == {key: (f"{key}.jpg", f"{key}.txt") for key in keys}
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(PLAIN, st.data())
 def test_other_files_of_a_sample_change_nothing(
     tmp_path: Path, keys: list[str], data: st.DataObject
@@ -155,7 +155,7 @@ def test_other_files_of_a_sample_change_nothing(
     assert good(found) == {key: (f"{key}.jpg", f"{key}.txt") for key in keys}
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=66, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text("ab.1", min_size=1, max_size=6), unique=True, min_size=1), st.data())
 def test_nothing_is_lost(tmp_path: Path, keys: list[str], data: st.DataObject) -> None:
     """Each image, in whatever order, is a sample's, a fault's, or another file of a sample."""

@@ -429,7 +429,7 @@ def whole_samples(data: bytes, length: int) -> list[str]:
     return [key for key, end in ends.items() if end <= length]
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(good_tars(), st.floats(0, 1), st.booleans())
 def test_truncated_anywhere(tmp_path: Path, data: bytes, place: float, compress: bool) -> None:
     packed = gzip.compress(data) if compress else data
@@ -455,7 +455,7 @@ def test_truncated_anywhere(tmp_path: Path, data: bytes, place: float, compress:
     )
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.text("a./_é ", min_size=1, max_size=12)
     | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\0"), min_size=1)
