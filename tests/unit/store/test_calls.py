@@ -102,3 +102,17 @@ def test_results_come_in_order_from_threads_that_hold_nobody() -> None:
     assert next(results) == 1
     results.close()
     never.set()
+
+
+def test_an_error_comes_when_no_call_is_under_way() -> None:
+    ended: list[int] = []
+
+    def call(n: int) -> None:
+        if n == 0:
+            raise OSError("the first")
+        time.sleep(0.05)
+        ended.append(n)
+
+    with pytest.raises(OSError, match="the first"):
+        list(side_by_side(call, range(4)))
+    assert sorted(ended) == [1, 2, 3]
