@@ -36,7 +36,7 @@ from pds_ray.store.calls import (
     with_retries,
 )
 from pds_ray.store.filesystems import local_path, open_filesystem, split_address
-from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.run_folder import result_in
 from pds_ray.store.storage import open_stream
 from pds_ray.telemetry import log
 
@@ -343,7 +343,7 @@ class _Store:
     def walk(self, folder: str, parts: list[str]) -> Iterator[pafs.FileInfo]:
         """Yield the files and folders that match the path `parts` below `folder`.
 
-        Wildcards pass over hidden names and over run folders, whose tars are results.
+        Wildcards pass over hidden names and over runs and distilled sets, whose tars are results.
         """
         head, *rest = parts
         if rest and not _is_magic(head):  # not listed: the folders on the way may be closed or huge
@@ -368,14 +368,14 @@ class _Store:
                 yield from self.walk(info.path, rest)
 
     def _passes_over(self, folder: str) -> bool:
-        """Return whether a folder holds a run, and say so."""
+        """Return True, and say it, for a folder that is a result."""
         try:
-            is_run = RunFolder.MANIFEST in self._list(folder)
+            result = result_in(self._list(folder).keys())
         except PermissionError:  # a folder on the way that may be closed
             return False
-        if is_run:
-            say_passed_over(self.location(folder))
-        return is_run
+        if result:
+            say_passed_over(self.location(folder), result)
+        return bool(result)
 
     def _list(self, folder: str) -> dict[str, pafs.FileInfo]:
         if folder not in self._listings:
@@ -419,10 +419,10 @@ def open_shard(location: str) -> io.BufferedReader:
 
 
 @cache  # the shards of a source are looked for more than once
-def say_passed_over(folder: str) -> None:
-    """Say that the folder of a run is no part of a source."""
+def say_passed_over(folder: str, result: str) -> None:
+    """Say that a folder is no part of a source; `result` is what it is."""
     text = (
-        f"pds-ray: {without_secrets(folder)} is the folder of a run and passed over; name it in "
-        "full, without a wildcard, to read what is in it"
+        f"pds-ray: {without_secrets(folder)} is {result} and passed over; name it in full, without "
+        "a wildcard, to read what is in it"
     )
-    log.event("run_passed_over", text, "warning", folder=without_secrets(folder))
+    log.event("result_passed_over", text, "warning", folder=without_secrets(folder))
