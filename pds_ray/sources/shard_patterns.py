@@ -425,4 +425,4 @@ def say_passed_over(folder: str, result: str) -> None:
         f"pds-ray: {without_secrets(folder)} is {result} and passed over; name it in full, without "
         "a wildcard, to read what is in it"
     )
-    log.event("result_passed_over", text, "warning", folder=without_secrets(folder))
+    log.event("run_passed_over", text, "warning", folder=without_secrets(folder))
