@@ -37,7 +37,7 @@ from pds_ray.store.calls import (
 )
 from pds_ray.store.filesystems import local_path, open_filesystem, split_address
 from pds_ray.store.run_folder import result_in
-from pds_ray.store.storage import open_stream
+from pds_ray.store.streams import open_stream
 from pds_ray.telemetry import log
 
 WEB = ("http://", "https://")

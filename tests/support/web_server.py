@@ -138,7 +138,7 @@ def serving(web: Web) -> Iterator[str]:
         request_queue_size = 64
 
         def handle_error(self, *_: object) -> None:
-            """Ignores clients that hang up."""
+            """Ignore clients that hang up."""
 
     server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
