@@ -141,7 +141,7 @@ def _connect(address: Address) -> None:
         )
     address.check_runs_ray()  # asked first: Ray itself would try for minutes
     try:
-        ray.init(address=address.value, **QUIET)
+        ray.init(address=address.value, job_config=ray_private.job_config(), **QUIET)
     except (ConnectionError, RuntimeError, ValueError, *REFUSALS) as error:
         token = (
             ""
@@ -155,8 +155,12 @@ def _connect(address: Address) -> None:
 
 
 def _start_local(config: RayConfig) -> None:
-    """Start a Ray that is as large as the job may be. Raises ConfigError if it has no place."""
+    """Start a Ray that is as large as the job may be.
+
+    Raises ConfigError in one line if it cannot start here.
+    """
     places.require_current_folder()
+    places.require_loopback()
     folders = places.ray_folders()
     if folders.note:
         log.event("other_place", f"pds-ray: {folders.note}", "warning", why=folders.note)
@@ -164,6 +168,16 @@ def _start_local(config: RayConfig) -> None:
         _limits_read["object_spilling_directory"] = folders.spilled
     if token := places.ray_token():
         os.environ["RAY_AUTH_TOKEN"] = token
+    try:
+        _init_local(config, folders)
+    except Exception as error:  # Ray raises no narrower one where a process of its own fails
+        raise ConfigError(
+            f"Ray does not start ({first_line(error)}); often a limit of the shell is too low, see "
+            f"ulimit -a; {folders.sockets}/ray/session_latest/logs has more"
+        ) from error
+
+
+def _init_local(config: RayConfig, folders: places.RayFolders) -> None:
     free = limits.free_memory_bytes()
     store = (
         int(config.object_store_gib * 2**30) if config.object_store_gib else min(free // 4, 8 << 30)
@@ -176,6 +190,7 @@ def _start_local(config: RayConfig) -> None:
         include_dashboard=False,
         _temp_dir=f"{folders.sockets}/ray",
         object_spilling_directory=folders.spilled,
+        job_config=ray_private.job_config(),
         **QUIET,
     )
 

@@ -12,10 +12,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from pds_ray.config import FilesConfig, listed
-from pds_ray.modalities.text import MAX_CAPTIONS, decode_text
+from pds_ray.errors import first_line
+from pds_ray.modalities.text import MAX_CAPTIONS, decode_text, storable
 from pds_ray.sources.base import CAPTION_LINES
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
@@ -104,18 +105,28 @@ class CaptionReader:
 
     def of_record(self, record: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the captions in a record, a row of a table, in any shape that JSON may have."""
-        return _distinct(map(_storable, self._strings(record)))
+        return _distinct(map(storable, self._strings(record)))
 
     def found(self, files: Mapping[str, bytes]) -> str:
         """Say what is in files without a caption."""
-        entries = (name for suffix in files if is_json(suffix) for name in _entries(files[suffix]))
-        shown = ", ".join(name[:40] for name in islice(entries, SHOWN))
         where = " and ".join(f".{suffix}" for suffix in files)
-        return f"no caption in {where}" + (f", which has {shown}" if shown else "")
+        parsed = [_parsed(data) for suffix, data in files.items() if is_json(suffix)]
+        entries = (entry for file in parsed for entry in self._entries(file.value))
+        shown = ", ".join(islice(entries, SHOWN))
+        no_json = next(
+            (f", which is no JSON ({file.problem})" for file in parsed if file.problem), ""
+        )
+        return f"no caption in {where}" + (f", which has {shown}" if shown else no_json)
+
+    def _entries(self, value: Any) -> Iterator[str]:
+        """Yield the names in an object, and the values that would be captions if they were text."""
+        for name, entry in value.items() if isinstance(value, Mapping) else ():
+            is_number = name in self.keys and isinstance(entry, int | float)
+            yield f"{name[:40]} = {json.dumps(entry)[:40]} (no text)" if is_number else name[:40]
 
     def _json(self, data: bytes) -> _Text:
-        value, certain = _parsed(data)
-        return _Text(list(map(_storable, self._strings(value))), certain)
+        file = _parsed(data)
+        return _Text(list(map(storable, self._strings(file.value))), file.certain)
 
     def _strings(self, value: Any, deeper: int = 2) -> list[str]:
         """Return the captions in a JSON value: a text, a list of such, or an object's entries."""
@@ -155,25 +166,26 @@ class _Text:
         return cls(captions, encoding != "cp1252", notes)
 
 
-def _parsed(data: bytes) -> tuple[Any, bool]:
-    """Return the value of a JSON file, None if there is none, and whether its encoding is known."""
+class _Json(NamedTuple):
+    """The content of a JSON file."""
+
+    value: Any
+    """None if it holds no JSON."""
+    certain: bool = True
+    """The encoding is not a guess."""
+    problem: str = ""
+    """Why it is no JSON, "" if it is."""
+
+
+def _parsed(data: bytes) -> _Json:
+    """Return what a JSON file holds; texts in it may have raw tabs and line breaks."""
     try:
         try:
-            return json.loads(data), True
+            return _Json(json.loads(data, strict=False))
         except UnicodeDecodeError:
-            return json.loads(decode_text(data)[0]), False
-    except (ValueError, RecursionError):  # not JSON, not text, or nested too deep
-        return None, True
-
-
-def _entries(data: bytes) -> list[str]:
-    value, _ = _parsed(data)
-    return list(value) if isinstance(value, dict) else []
-
-
-def _storable(caption: str) -> str:
-    # JSON can spell lone surrogates, which no UTF-8 file can hold
-    return caption.encode("utf-8", "replace").decode("utf-8")
+            return _Json(json.loads(decode_text(data)[0], strict=False), certain=False)
+    except (ValueError, RecursionError) as error:  # not JSON, not text, or nested too deep
+        return _Json(None, problem=first_line(error))
 
 
 def _distinct(captions: Iterable[str]) -> tuple[str, ...]:

@@ -145,7 +145,7 @@ class RowReader:
             )
         raise SourceError(
             f"{location} holds no images: none of its columns, {column_names(schema.names)}, is of "
-            "bytes or of structs {bytes, path}"
+            "bytes or of structs {bytes, path}; write images as one of these"
         )
 
 

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from pds_ray.sources.advice import APART, TWO_KEYS
+from pds_ray.sources.advice import APART, HOLES, TWO_KEYS
 from pds_ray.sources.base import Fault, Sample
 from pds_ray.sources.captions import CaptionReader, Names
-from pds_ray.sources.tar import TarReader
+from pds_ray.sources.tar import Member, TarReader
 from pds_ray.sources.unpack import DAMAGE
 
 MAX_NAME = 4096
@@ -99,7 +99,7 @@ class _File:
         return f"{folder}{slash}{base.partition('.')[0]}"
 
 
-def _identify(member: tarfile.TarInfo, files: Files) -> _File | None:
+def _identify(member: Member, files: Files) -> _File | None:
     """Return a member as a file; None if it has nothing to do with samples."""
     name = member.name
     if len(name) > MAX_NAME:
@@ -116,13 +116,15 @@ def _identify(member: tarfile.TarInfo, files: Files) -> _File | None:
         return None
     elif member.issym() or member.islnk():
         unsafe = f"link to {member.linkname}"
-    elif member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
+    elif not member.isreg():
         unsafe = f"not a regular file (type {member.type!r})"
     else:
-        unsafe = ""
+        unsafe = member.problem
     base = name.rpartition("/")[2]
     known = files.suffix(base)
     if known:
+        if member.type == tarfile.GNUTYPE_SPARSE:  # what stands in the archive is not the file
+            unsafe = unsafe or HOLES
         return _File(name, name[: -len(known) - 1], known, True, unsafe)
     stem, dot, suffix = base.partition(".")
     if stem and dot:

@@ -180,13 +180,14 @@ def _only_shards(pattern: str, kind: Kind, infos: list[pafs.FileInfo]) -> list[p
 def shard_names(locations: list[str]) -> dict[str, str]:
     """Return location -> name: the file's stem in safe characters.
 
-    A hash of the location is added where two names would be the same, and where one is cut at
-    NAME_LENGTH. The query of a web address, which may be a signature, is no part of it.
+    A hash of the location is added where two names would be the same, in capitals or not, as some
+    file systems see them, and where one is cut at NAME_LENGTH. The query of a web address, which
+    may be a signature, is no part of it.
     """
     names = {location: _safe_stem(location) for location in locations}
-    uses = Counter(names.values())
+    uses = Counter(name.lower() for name in names.values())
     for location, name in names.items():
-        if uses[name] > 1 or len(name) > NAME_LENGTH:
+        if uses[name.lower()] > 1 or len(name) > NAME_LENGTH:
             place = without_secrets(location) if location.startswith(WEB) else location
             digest = hashlib.blake2b(place.encode(), digest_size=4).hexdigest()
             names[location] = f"{name[:NAME_LENGTH]}-{digest}"

@@ -124,6 +124,8 @@ COSTS = {  # reasons of the faults; "cut" if what lies behind it is lost
     "fifo": ["unsafe_member"],
     "unknown type": ["unsafe_member"],
     "sparse": ["unsafe_member"],
+    "sparse, more to come": ["unsafe_member"],
+    "pax sparse": ["unsafe_member"],
     "name of 60,000 characters": ["unsafe_member"],
 }
 

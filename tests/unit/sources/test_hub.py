@@ -19,7 +19,7 @@ from pds_ray.config import ReadConfig
 from pds_ray.sources import hub
 from pds_ray.sources.base import Sample, SourceError
 from pds_ray.sources.splits import find_splits, missing_parts
-from tests.support.hub_set import COMMIT, cache, running_hub
+from tests.support.hub import COMMIT, TOKEN, cache, running_hub
 
 NAME = "someone/pictures"
 
@@ -209,11 +209,13 @@ def test_a_data_set_on_the_hub(tmp_path: Path) -> None:
 
     sets = [{"split": name, "path": f"data/{name}*"} for name in ("train", "val")]
     card = declared({"config_name": "default", "data_files": sets})
-    with running_hub(NAME, FILES, card, token="hf_secret") as (address, requests):
-        validation, versions, found = run(address, f"hf:{NAME}", "hf_secret")
+    with running_hub() as served:
+        served.create(NAME, private=True, **FILES)
+        served.cards[NAME] = card
+        validation, versions, found = run(served.url, f"hf:{NAME}", TOKEN)
         assert (validation, found) == (f"hf:{NAME}:validation", ["a", "b", "c"])
-        assert any(f"/resolve/{COMMIT}/data/train-00001" in request for request in requests)
-        refused = run(address, f"hf:{NAME}", "hf_wrong")
+        assert any(f"/resolve/{COMMIT}/data/train-00001" in request for request in served.requests)
+        refused = run(served.url, f"hf:{NAME}", "hf_wrong")
         assert refused.startswith(
             f"SourceError: hf:{NAME} is not in the cache, and the hub does not"
         )

@@ -25,7 +25,7 @@ from pds_ray.distributed.embed_workers import TABLES
 from pds_ray.modalities.image import ImageError, decode_image
 from pds_ray.sources.base import Fault, MissingShardsError, Sample, SourceError
 from pds_ray.sources.captions import IMAGE_SUFFIXES
-from pds_ray.sources.tar import MAX_HEADER_BYTES
+from pds_ray.sources.shard_patterns import shard_names
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.store import filesystems
 from pds_ray.store.embeddings import EmbeddingStore
@@ -354,20 +354,6 @@ def test_everything_before_the_damage_is_kept(tmp_path: Path, rest: bytes, key: 
     assert brief(read_bytes(tmp_path, GOOD + rest)) == [("a", ""), (key, "truncated_shard")]
 
 
-@pytest.mark.parametrize(
-    "kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK]
-)
-def test_huge_extension_headers_are_not_read(tmp_path: Path, kind: bytes) -> None:
-    # 64 MB of zeros behind the header, in a gzip of 64 KB.
-    packer = zlib.compressobj(wbits=31)
-    parts = [packer.compress(GOOD + header("././@LongLink", 64 * 1000**2, kind))]
-    parts += [packer.compress(bytes(1000**2)) for _ in range(64)]
-    with memory(10 * 1000**2):
-        found = read_bytes(tmp_path, b"".join(parts) + packer.flush())
-    assert brief(found) == [("a", ""), ("", "truncated_shard")]
-    assert f"at most {MAX_HEADER_BYTES}" in found[1].detail  # type: ignore[union-attr]
-
-
 def test_missing_end_mark_is_named(tmp_path: Path) -> None:
     fault = read_bytes(tmp_path, GOOD)[-1]
     assert isinstance(fault, Fault)
@@ -586,6 +572,14 @@ def test_names_are_unique_and_stay_the_same(tree: Path) -> None:
     assert names[1:3] == ["00001", "00002"]
     assert re.fullmatch(r"00000-[0-9a-f]{8}", names[0])
     assert re.fullmatch(r"00000-[0-9a-f]{8}", names[3])
+
+
+def test_names_are_unique_where_capitals_do_not_count() -> None:
+    names = shard_names(["/d/Train-0.tar", "/d/Train-1.tar", "/d/train-0.tar"])
+    first, second, third = names.values()
+    assert second == "Train-1"
+    assert len({first.lower(), third.lower()}) == 2
+    assert [first[:8], third[:8]] == ["Train-0-", "train-0-"]
 
 
 @pytest.mark.parametrize(
