@@ -126,7 +126,7 @@ def read_shard(source: Source, shard: Shard) -> Iterator[Sample | Fault]:
     """Yield what `source.read` yields for a shard that must be there.
 
     A disk that fails is read again, as it says nothing about the data; object stores are asked
-    again where they are read (`storage.open_stream`). Raises SourceError naming the shard if it is
+    again where they are read (`streams.open_stream`). Raises SourceError naming the shard if it is
     gone or cannot be read to its end.
     """
     done = 0

@@ -20,8 +20,8 @@ import pyarrow.fs as pafs
 from pds_ray.errors import without_secrets
 from pds_ray.store.calls import UNLIMITED, await_answer, is_remote, with_retries
 from pds_ray.store.filesystems import open_filesystem
-from pds_ray.store.run_folder import RunFolder
-from pds_ray.store.storage import open_stream
+from pds_ray.store.run_folder import result_in
+from pds_ray.store.streams import open_stream
 from pds_ray.telemetry import log
 
 
@@ -51,7 +51,7 @@ class Listing:
     def walk(self, folder: str, parts: list[str]) -> Iterator[pafs.FileInfo]:
         """Yield the files and folders that match the path `parts` below `folder`.
 
-        Wildcards pass over hidden names and over run folders, whose tars are results.
+        Wildcards pass over hidden names and over runs and distilled sets, whose tars are results.
         """
         head, *rest = parts
         if rest and not is_magic(head):  # not listed: the folders on the way may be closed or huge
@@ -76,14 +76,14 @@ class Listing:
                 yield from self.walk(info.path, rest)
 
     def _passes_over(self, folder: str) -> bool:
-        """Return whether a folder holds a run, and say so."""
+        """Return True, and say it, for a folder that is a result."""
         try:
-            is_run = RunFolder.MANIFEST in self._list(folder)
+            result = result_in(self._list(folder).keys())
         except PermissionError:  # a folder on the way that may be closed
             return False
-        if is_run:
-            say_passed_over(self.location(folder))
-        return is_run
+        if result:
+            say_passed_over(self.location(folder), result)
+        return bool(result)
 
     def _list(self, folder: str) -> dict[str, pafs.FileInfo]:
         if folder not in self._listings:
@@ -127,10 +127,10 @@ def open_shard(location: str) -> io.BufferedReader:
 
 
 @cache  # the shards of a source are looked for more than once
-def say_passed_over(folder: str) -> None:
-    """Say that the folder of a run is no part of a source."""
+def say_passed_over(folder: str, result: str) -> None:
+    """Say that a folder is no part of a source; `result` is what it is."""
     text = (
-        f"pds-ray: {without_secrets(folder)} is the folder of a run and passed over; name it in "
-        "full, without a wildcard, to read what is in it"
+        f"pds-ray: {without_secrets(folder)} is {result} and passed over; name it in full, without "
+        "a wildcard, to read what is in it"
     )
     log.event("run_passed_over", text, "warning", folder=without_secrets(folder))

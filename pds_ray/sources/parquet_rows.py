@@ -24,7 +24,7 @@ from pds_ray.sources.tables import column_names, column_reader
 from pds_ray.sources.unpack import describe
 from pds_ray.store.calls import is_remote
 from pds_ray.store.filesystems import open_filesystem
-from pds_ray.store.storage import open_stream
+from pds_ray.store.streams import open_stream
 
 ROWS_AT_ONCE = 16
 BUFFER_BYTES = 4 * 1024**2

@@ -167,12 +167,18 @@ def _say(where: str, detail: str) -> None:
 def side_by_side(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Yield `function(item)` for each item, in order.
 
-    CALLS_AT_ONCE calls run at a time, in threads, and no more results than that are held.
+    CALLS_AT_ONCE calls run at a time, in threads, and no more results than that are held. An error
+    of one is raised when those under way have ended: none writes any more when its caller cleans up
+    or begins again. An interrupt waits for none.
     """
     pending: deque[Future[Result]] = deque()
-    for item in items:
-        pending.append(_started(partial(function, item)))
-        if len(pending) == CALLS_AT_ONCE:
+    try:
+        for item in items:
+            pending.append(_started(partial(function, item)))
+            if len(pending) == CALLS_AT_ONCE:
+                yield pending.popleft().result()
+        while pending:
             yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+    except Exception:
+        wait(pending)
+        raise

@@ -146,7 +146,7 @@ def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
         request_queue_size = 64
 
         def handle_error(self, *_: object) -> None:
-            """Ignores clients that hang up."""
+            """Ignore clients that hang up."""
 
     server = Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)

@@ -141,9 +141,11 @@ def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
     assert captions(tmp_path) == {"a.jpg": ("a",)}
 
 
-def test_results_of_a_run_are_no_data(tmp_path: Path) -> None:
+def test_results_are_no_data(tmp_path: Path) -> None:
     results = {"run.json": "{}", "shards.parquet": "", "distilled/imagefolder/metadata.jsonl": "{}"}
     write(tmp_path / "runs" / "first", results)
+    export = {"manifest.json": "{}", "prototypes.safetensors": "", "imagefolder/x.jpg": "x"}
+    write(tmp_path / "export", export | {"imagefolder/x.txt": "x"})
     write(tmp_path, {"a.jpg": "x", "a.txt": "a", "run.jpg": "x", "run.json": '{"caption": "b"}'})
     assert captions(tmp_path) == {"a.jpg": ("a",), "run.jpg": ("b",)}
 

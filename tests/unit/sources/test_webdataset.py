@@ -609,7 +609,7 @@ def test_nothing_found(tree: Path, uri: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["**/*.tar", "**", "*/*/*/*.tar", "r*/*/*/*.tar"])
-def test_the_results_of_a_run_are_no_data(
+def test_results_are_no_data(
     tmp_path: Path, pattern: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = RunFolder(Folder(str(tmp_path / "runs" / "first")))
@@ -619,13 +619,22 @@ def test_the_results_of_a_run_are_no_data(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
     run.folder.write_json(run.MANIFEST, {})
+    run.save_shards([])
+    (tmp_path / "runs/other/run.json").write_text("of an image called run")
+    export = tmp_path / "export"
+    (export / "webdataset").mkdir(parents=True)
+    for name in ("manifest.json", "prototypes.safetensors", "webdataset/000000.tar"):
+        (export / name).write_bytes(b"")
     found = {shard.location for shard in WebDatasetSource(f"{tmp_path}/{pattern}").shards()}
     own = {f"{tmp_path}/runs/{name}" for name in names}
     assert found
-    assert not found & own
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert said.startswith(f"pds-ray: {tmp_path}/runs/first is the folder of a run and passed over")
+    assert not found & {*own, f"{export}/webdataset/000000.tar"}
+    said = capsys.readouterr().err.splitlines()
+    passed = {line.partition(" and passed over; ")[0] for line in said}
+    assert len(passed) == len(said)
+    assert passed - {f"pds-ray: {export} is a distilled set"} == {
+        f"pds-ray: {tmp_path}/runs/first is the folder of a run"
+    }
     literal = WebDatasetSource(f"{run.folder.path}/**").shards()
     assert {shard.location for shard in literal} == own
 
