@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -51,13 +50,13 @@ from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import UserError, first_line
 from pds_ray.methods.base import Counts, Run
 from pds_ray.sources.advice import Tally, advised
-from pds_ray.sources.base import Shard, Source, SourceError
+from pds_ray.sources.base import Source, SourceError
 from pds_ray.stages import embed as core
 from pds_ray.stages.embed import ShardCounts
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.storage import StorageError
 from pds_ray.telemetry import log
-from pds_ray.telemetry.progress import QUIET_S, Bar, progress_bar
+from pds_ray.telemetry.progress import QUIET_S, Bar, on_terminal, progress_bar
 
 _Embedded = tuple[ShardCounts, str]
 """Counts of a shard, and how its file is damaged, "" if it is whole."""
@@ -77,6 +76,7 @@ class EmbedError(UserError, OSError):
 class _Progress:
     """The blocks of a shard that arrived in this session."""
 
+    file: ShardFile
     rows: dict[int, int] = field(default_factory=dict)
     """Ordinal of a part's first row -> its rows."""
     total: int | None = None
@@ -117,7 +117,6 @@ class _Work:
     """With its precision resolved."""
     ray: RayConfig
     store: EmbeddingStore
-    files: Mapping[str, ShardFile]
 
 
 @dataclass
@@ -175,9 +174,9 @@ def fill_store(run: Run) -> Counts:
     if todo:
         embed_config = _resolve_precision(config, done, store)
         store.parts.delete_all()
-        files = {shard.name: ShardFile(shard, shard.name in run.changed) for shard in todo}
-        work = _Work(run.source, run.encoder, config.read, embed_config, config.ray, store, files)
-        outcome = _embed(todo, work, outcome, before, len(shards), encoders)
+        files = [ShardFile(shard, shard.name in run.changed) for shard in todo]
+        work = _Work(run.source, run.encoder, config.read, embed_config, config.ray, store)
+        outcome = _embed(files, work, outcome, before, len(shards), encoders)
         store.parts.delete_all()
         store.folder.sweep()  # actors that were killed may have left parts of files
     totals, problems = outcome.totals, outcome.problems
@@ -281,14 +280,12 @@ class _Tally:
             self.bar.total = max(images, int(self.bar.n), expected)
         done = f"{self.finished}/{self.shards} shards"
         counts = f"{totals.pairs:,} pairs, {totals.bad:,} bad"
-        self.bar.set_postfix_str(
-            f"{done}, {counts}{state}", refresh=bool(state) and sys.stderr.isatty()
-        )
+        self.bar.set_postfix_str(f"{done}, {counts}{state}", refresh=bool(state) and on_terminal())
         self.bar.update(images - self.bar.finished)
 
 
 def _embed(
-    todo: list[Shard],
+    todo: list[ShardFile],
     work: _Work,
     outcome: _Outcome,
     before: dict[str, dict[str, Any]],
@@ -301,7 +298,7 @@ def _embed(
     which stand if that fails.
     """
     reused = outcome.totals
-    arrived = {shard.name: _Progress() for shard in todo}
+    arrived = {file.shard.name: _Progress(file) for file in todo}
     with (
         InFlight() as in_flight,
         progress_bar("embed", None, "images", reused.images) as bar,
@@ -313,7 +310,7 @@ def _embed(
             group = todo[start : start + SHARDS_TOGETHER]
             for name, counts, committed in _stream(group, work, arrived, in_flight, encoders):
                 _count(name, counts, committed, arrived[name], tally)
-        lost = [shard for shard in todo if not arrived[shard.name].closed]
+        lost = [shard.file for shard in arrived.values() if not shard.closed]
         if lost:
             closed = (shard.counts for shard in arrived.values() if shard.closed)
             outcome.totals = sum(closed, reused)
@@ -347,7 +344,7 @@ def _count(
 
 
 def _retry(
-    lost: list[Shard],
+    lost: list[ShardFile],
     work: _Work,
     before: dict[str, dict[str, Any]],
     arrived: dict[str, _Progress],
@@ -370,7 +367,7 @@ def _retry(
 
 
 def _stream(
-    shards: list[Shard],
+    files: list[ShardFile],
     work: _Work,
     arrived: dict[str, _Progress],
     in_flight: InFlight,
@@ -383,7 +380,7 @@ def _stream(
     """
     commits = _Commits(work, in_flight)
     with watch.LostBlocks() as lost:
-        blocks = _dataset(shards, work, in_flight)
+        blocks = _dataset(files, work, in_flight)
         for batch in blocks.iter_batches(batch_size=None, batch_format="pyarrow"):
             lost.check_space()
             for row in pa.table(batch).to_pylist():
@@ -392,7 +389,7 @@ def _stream(
                 shard = arrived[row["shard"]]
                 shard.add(row)
                 if shard.closed and not row["committed"]:
-                    commits.start(row["shard"], sorted(shard.rows))
+                    commits.start(shard)
                 yield row["shard"], _row_counts(row), bool(row["committed"])
             for name in commits.ended():
                 yield name, ShardCounts(), True
@@ -408,13 +405,12 @@ def _stream(
     gc.collect()
 
 
-def _dataset(shards: list[Shard], work: _Work, in_flight: InFlight) -> ray.data.Dataset:
-    """Return the data set of the summary rows of `shards`, embedded when it is read."""
-    files = [work.files[shard.name] for shard in shards]
+def _dataset(files: list[ShardFile], work: _Work, in_flight: InFlight) -> ray.data.Dataset:
+    """Return the data set of the summary rows of shards, embedded when it is read."""
     with watch.lost_blocks_allowed():
         decoded = ray.data.read_datasource(
             ShardDatasource(work.source, files, in_flight),
-            override_num_blocks=len(shards),
+            override_num_blocks=len(files),
             num_cpus=pools.READ_CPUS,
             resources=work.ray.reader_resources,
             ray_remote_args={"max_retries": TASK_RETRIES},
@@ -449,13 +445,13 @@ class _Commits:
         self._task = ray.remote(commit_parts).options(num_cpus=pools.DECODE_CPUS)
         self._shards: dict[ray.ObjectRef, str] = {}
 
-    def start(self, shard: str, firsts: list[int]) -> None:
-        """Start to commit a shard whose parts begin at these rows."""
-        work = self._work
+    def start(self, shard: _Progress) -> None:
+        """Start to commit a shard whose parts have arrived."""
+        name, note, work = shard.file.shard.name, shard.file.note(), self._work
         reference = self._task.remote(
-            shard, firsts, work.store, work.files[shard].note(), work.config, self._in_flight
+            name, sorted(shard.rows), work.store, note, work.config, self._in_flight
         )
-        self._shards[reference] = shard
+        self._shards[reference] = name
 
     def ended(self) -> list[str]:
         """Return the shards committed since the last call; does not wait."""
@@ -473,29 +469,28 @@ class _Commits:
 
 
 def retry_lost_shards(
-    shards: list[Shard], work: _Work, in_flight: InFlight
+    files: list[ShardFile], work: _Work, in_flight: InFlight
 ) -> Iterator[tuple[str, _Embedded | str]]:
     """Re-embed lost shards in isolated subprocesses; yield each, or why it failed."""
     actors = pools.pool(work.ray.embed_actors)
     remote = ray.remote(_embed_in_subprocess).options(**actors.options(), max_retries=0)
-    pending = {
-        remote.remote(shard, work, in_flight): (shard, tasks.RetryBudget()) for shard in shards
-    }
+    pending = {remote.remote(file, work, in_flight): (file, tasks.RetryBudget()) for file in files}
     while pending:
         (ready,), _ = ray.wait(list(pending))
-        shard, budget = pending.pop(ready)
+        file, budget = pending.pop(ready)
         try:
-            yield shard.name, ray.get(ready)
+            yield file.shard.name, ray.get(ready)
         except tasks.LOST as error:
             if budget.spend(error):
-                pending[remote.remote(shard, work, in_flight)] = shard, budget
+                pending[remote.remote(file, work, in_flight)] = file, budget
                 continue
             last = type(error).__name__
-            yield shard.name, f"whatever embeds it is lost ({budget}, the last by {last})"
+            yield file.shard.name, f"whatever embeds it is lost ({budget}, the last by {last})"
 
 
-def _embed_in_subprocess(shard: Shard, work: _Work, in_flight: InFlight) -> _Embedded | str:
+def _embed_in_subprocess(file: ShardFile, work: _Work, in_flight: InFlight) -> _Embedded | str:
     """Embed and commit a shard in a child process, or return why it cannot be read."""
+    shard = file.shard
     load = partial(process.load_model, catalog.load_encoder, work.info, work.config.precision)
     allowed = isolated.Limits(
         work.ray.sample_timeout_s, min(MAX_GROWTH_BYTES, limits.free_memory_bytes() // 2)
@@ -511,9 +506,7 @@ def _embed_in_subprocess(shard: Shard, work: _Work, in_flight: InFlight) -> _Emb
             tables = isolated.embed_isolated(alone, allowed, tell)
         except SourceError as error:
             return first_line(error)
-        work.store.commit(
-            shard.name, *tables, commit_info(*tables, work.files[shard.name].note(), work.config)
-        )
+        work.store.commit(shard.name, *tables, commit_info(*tables, file.note(), work.config))
     return core.shard_counts(*tables), core.damage(tables[-1])
 
 

@@ -76,7 +76,7 @@ def start(config: RayConfig, run: str = "") -> dict[str, Any]:
             _limits_read.update(_limits_of_environment(local=address is None))
         undo.enter_context(_data_options())
         metrics.count_for(run)
-        lifetime.undo.callback(undo.pop_all().close)
+        lifetime.undo().callback(undo.pop_all().close)
     resources = ray.cluster_resources()
     return {
         "address": address.value if address else "local",
@@ -93,7 +93,7 @@ def stop() -> None:
 
     A Ray that was initialised before `start` stays.
     """
-    lifetime.undo.close()
+    lifetime.undo().close()
 
 
 @contextmanager

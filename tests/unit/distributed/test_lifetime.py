@@ -12,14 +12,14 @@ from pds_ray.errors import UserError
 
 def test_the_outermost_block_ends_what_began_in_it() -> None:
     ended: list[str] = []
-    lifetime.undo.callback(ended.append, "before")
+    lifetime.undo().callback(ended.append, "before")
     with lifetime.session_kept():
-        lifetime.undo.callback(ended.append, "first")
+        lifetime.undo().callback(ended.append, "first")
         with lifetime.session_kept():
-            lifetime.undo.callback(ended.append, "second")
+            lifetime.undo().callback(ended.append, "second")
         assert ended == []
     assert ended == ["second", "first"]
-    lifetime.undo.close()
+    lifetime.undo().close()
     assert ended == ["second", "first", "before"]
 
 
@@ -29,7 +29,7 @@ def test_an_error_ends_the_session_and_passes(error: type[BaseException]) -> Non
 
     @lifetime.session_kept()
     def fail() -> None:
-        lifetime.undo.callback(ended.append, "first")
+        lifetime.undo().callback(ended.append, "first")
         raise error
 
     with pytest.raises(error):
