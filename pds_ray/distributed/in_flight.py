@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import ray
 
@@ -123,11 +124,10 @@ class _Reporter:
                 return
 
 
-_reporters: dict[str, _Reporter] = {}  # of this process, by the prefix of their keys
-
-
+@lru_cache(maxsize=32)  # callers hold theirs: one that is dropped or made twice does no harm
 def _reporter(prefix: str) -> _Reporter:
-    return _reporters.setdefault(prefix, _Reporter(prefix))
+    """Return the reporter of this process for the keys with a prefix."""
+    return _Reporter(prefix)
 
 
 @dataclass(frozen=True)

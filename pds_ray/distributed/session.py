@@ -42,6 +42,8 @@ from pds_ray.telemetry import log
 REFUSALS = (ray.exceptions.AuthenticationError, ray.exceptions.RpcError)
 STDERR = 2
 """The descriptor of standard error, whatever `sys.stderr` is."""
+LEAST_STORE, MOST_STORE = 75 << 20, 8 << 30
+"""Bytes of an object store by default; Ray refuses a smaller one."""
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -165,9 +167,7 @@ def _start_local(config: RayConfig) -> None:
     if token := places.ray_token():
         os.environ["RAY_AUTH_TOKEN"] = token
     free = limits.free_memory_bytes()
-    store = (
-        int(config.object_store_gib * 2**30) if config.object_store_gib else min(free // 4, 8 << 30)
-    )
+    store = _object_store_bytes(config, free)
     ray.init(
         address="local",
         num_cpus=config.num_cpus or limits.cpus(),
@@ -178,6 +178,13 @@ def _start_local(config: RayConfig) -> None:
         object_spilling_directory=folders.spilled,
         **QUIET,
     )
+
+
+def _object_store_bytes(config: RayConfig, free: int) -> int:
+    """Return the size of a local Ray's object store where `free` bytes of memory are free."""
+    if config.object_store_gib:
+        return int(config.object_store_gib * 2**30)
+    return max(LEAST_STORE, min(free // 4, MOST_STORE))
 
 
 @contextmanager
