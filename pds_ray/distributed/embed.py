@@ -15,7 +15,7 @@ from __future__ import annotations
 import gc
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -35,6 +35,13 @@ from pds_ray.distributed import (
     tasks,
     watch,
 )
+from pds_ray.distributed.embed_account import (
+    Account,
+    Outcome,
+    check_bad_share,
+    check_failed_share,
+    examples_of,
+)
 from pds_ray.distributed.embed_workers import (
     FATAL,
     STORE,
@@ -49,22 +56,19 @@ from pds_ray.distributed.in_flight import InFlight
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import UserError, first_line
 from pds_ray.methods.base import Counts, Run
-from pds_ray.sources.advice import Tally, advised
+from pds_ray.sources.advice import Tally
 from pds_ray.sources.base import Source, SourceError
 from pds_ray.stages import embed as core
 from pds_ray.stages.embed import ShardCounts
 from pds_ray.store.embeddings import EmbeddingStore
-from pds_ray.store.storage import StorageError
 from pds_ray.telemetry import log
-from pds_ray.telemetry.progress import QUIET_S, Bar, on_terminal, progress_bar
+from pds_ray.telemetry.progress import QUIET_S, progress_bar
 
 _Embedded = tuple[ShardCounts, str]
 """Counts of a shard, and how its file is damaged, "" if it is whole."""
-MIN_SAMPLES_TO_JUDGE = 100
 MAX_GROWTH_BYTES = 4 << 30  # a process may grow by so much while it decodes one image
 # Shards of one data set: the driver keeps a kilobyte per block until its data set ends.
 SHARDS_TOGETHER = 2_000
-EXAMPLE_SHARDS = 20  # shards that are searched for an example of each reason
 FAILED_SHOWN = 20  # failed shards that run.json names, with the reason
 
 
@@ -119,23 +123,6 @@ class _Work:
     store: EmbeddingStore
 
 
-@dataclass
-class _Outcome:
-    """The shards of a run so far."""
-
-    totals: ShardCounts
-    """Of all that are committed."""
-    damaged: dict[str, str]
-    """Committed shard -> how its file is damaged."""
-    failed: dict[str, str] = field(default_factory=dict)
-    """Shard -> why it could not be read."""
-
-    @property
-    def problems(self) -> dict[str, str]:
-        """Shard -> what is wrong with it."""
-        return {**self.damaged, **self.failed}
-
-
 def embed(run: Run) -> Counts:
     """Embed the shards that are not committed yet; return the counts of all that are then.
 
@@ -170,7 +157,7 @@ def fill_store(run: Run) -> Counts:
     before = {shard.name: markers.pop(shard.name) for shard in todo if shard.name in markers}
     damaged = {name: text for name in markers if (text := core.marker_damage(markers[name]))}
     reused = core.sum_counts(markers.values())
-    outcome, encoders = _Outcome(reused, damaged), metrics.ActorTime("embed")
+    outcome, encoders = Outcome(reused, damaged), metrics.ActorTime("embed")
     if todo:
         embed_config = _resolve_precision(config, done, store)
         store.parts.delete_all()
@@ -180,7 +167,7 @@ def fill_store(run: Run) -> Counts:
         store.parts.delete_all()
         store.folder.sweep()  # actors that were killed may have left parts of files
     totals, problems = outcome.totals, outcome.problems
-    examples = _examples(store, [shard.name for shard in shards], totals)
+    examples = examples_of(store, [shard.name for shard in shards], totals)
     check_bad_share(totals, config.ray.max_bad_share, True, lambda: examples)
     check_failed_share(problems, len(shards), config.ray.max_failed_share)
     return {
@@ -215,83 +202,14 @@ def _resolve_precision(
     return replace(config.embed, precision=precision)
 
 
-@dataclass
-class _Tally:
-    """Counts of all shards of a run so far: shown on a bar, held against the run's limits."""
-
-    shards: int
-    finished: int
-    """Shards that are committed."""
-    outcome: _Outcome
-    limits: RayConfig
-    bar: Bar
-    store: EmbeddingStore
-    committed: list[str] = field(default_factory=list)
-    """The shards of this session that are committed."""
-
-    def commit(self, shard: str, counts: ShardCounts, damage: str) -> None:
-        """Count a shard that is committed; its `counts` are among the totals already."""
-        self.finished += 1
-        self.committed.append(shard)
-        metrics.count("pds_ray_shards_committed_total", 1)
-        metrics.count("pds_ray_images_embedded_total", counts.images)
-        metrics.count("pds_ray_pairs_embedded_total", counts.pairs)
-        for reason, bad in counts.reasons.items():
-            metrics.count("pds_ray_bad_samples_total", bad, reason=reason)
-        log.event("shard_committed", shard=shard, **asdict(counts))
-        if damage:
-            self.outcome.damaged[shard] = damage
-            self._warn(shard, damage, "is damaged")
-
-    def fail(self, shard: str, problem: str) -> None:
-        """Count a shard that is set aside. Raises ConfigError if these are too many."""
-        self.outcome.failed[shard] = problem
-        self._warn(shard, problem, "is set aside")
-        self.check_failed()
-
-    def stand(self, shard: str, marker: dict[str, Any]) -> None:
-        """Count a shard that was tried again in vain as its marker has it."""
-        self.outcome.totals += core.marker_counts(marker)
-        if damage := core.marker_damage(marker):
-            self.outcome.damaged[shard] = damage
-
-    def _warn(self, shard: str, problem: str, what: str) -> None:
-        metrics.count("pds_ray_shards_failed_total", 1)
-        text = f"pds-ray: shard {shard} {what}: {advised(problem)}"
-        log.event("shard_failed", text, "warning", shard=shard, reason=problem)
-
-    def check_failed(self) -> None:
-        """Raise ConfigError if too many shards cannot be read."""
-        check_failed_share(self.outcome.problems, self.shards, self.limits.max_failed_share)
-
-    def check(self) -> None:
-        """Raise ConfigError if too many samples are bad or too many shards cannot be read."""
-        totals = self.outcome.totals
-        examples = partial(_examples, self.store, self.committed, totals)
-        check_bad_share(totals, self.limits.max_bad_share, False, examples)
-        self.check_failed()
-
-    def show(self, state: str = "") -> None:
-        """Bring the bar up to date; its length is estimated from the shards so far."""
-        totals = self.outcome.totals
-        images = totals.images
-        if self.finished:
-            expected = round(images * self.shards / self.finished)
-            self.bar.total = max(images, int(self.bar.n), expected)
-        done = f"{self.finished}/{self.shards} shards"
-        counts = f"{totals.pairs:,} pairs, {totals.bad:,} bad"
-        self.bar.set_postfix_str(f"{done}, {counts}{state}", refresh=bool(state) and on_terminal())
-        self.bar.update(images - self.bar.finished)
-
-
 def _embed(
     todo: list[ShardFile],
     work: _Work,
-    outcome: _Outcome,
+    outcome: Outcome,
     before: dict[str, dict[str, Any]],
     shards: int,
     encoders: metrics.ActorTime,
-) -> _Outcome:
+) -> Outcome:
     """Embed some of `shards` shards; return the outcome of all.
 
     `outcome` is that of the other shards; `before` are the markers of shards that are tried again,
@@ -304,19 +222,19 @@ def _embed(
         progress_bar("embed", None, "images", reused.images) as bar,
     ):
         bar.follow(in_flight.reports(partial(_has_arrived, arrived)))
-        tally = _Tally(shards, shards - len(todo), outcome, work.ray, bar, work.store)
-        tally.show(", starting")
+        account = Account(shards, shards - len(todo), outcome, work.ray, bar, work.store)
+        account.show(", starting")
         for start in range(0, len(todo), SHARDS_TOGETHER):
             group = todo[start : start + SHARDS_TOGETHER]
             for name, counts, committed in _stream(group, work, arrived, in_flight, encoders):
-                _count(name, counts, committed, arrived[name], tally)
+                _count(name, counts, committed, arrived[name], account)
         lost = [shard.file for shard in arrived.values() if not shard.closed]
         if lost:
             closed = (shard.counts for shard in arrived.values() if shard.closed)
             outcome.totals = sum(closed, reused)
             outcome.failed.clear()
-            tally.show(f", {len(lost)} shards once more")
-            _retry(lost, work, before, arrived, in_flight, tally)
+            account.show(f", {len(lost)} shards once more")
+            _retry(lost, work, before, arrived, in_flight, account)
     for name in outcome.failed.keys() & before.keys():
         del outcome.failed[name]
     return outcome
@@ -330,17 +248,17 @@ def _has_arrived(arrived: Mapping[str, _Progress], item: str) -> bool:
 
 
 def _count(
-    name: str, counts: ShardCounts, committed: bool, shard: _Progress, tally: _Tally
+    name: str, counts: ShardCounts, committed: bool, shard: _Progress, account: Account
 ) -> None:
     """Count a block of the shard `name` that has arrived."""
-    tally.outcome.totals += counts
+    account.outcome.totals += counts
     if committed:
         shard.ended = True
-        tally.commit(name, shard.counts, shard.damage)
+        account.commit(name, shard.counts, shard.damage)
     if shard.problem:
-        tally.outcome.failed[name] = shard.problem
-    tally.check()
-    tally.show()
+        account.outcome.failed[name] = shard.problem
+    account.check()
+    account.show()
 
 
 def _retry(
@@ -349,21 +267,21 @@ def _retry(
     before: dict[str, dict[str, Any]],
     arrived: dict[str, _Progress],
     in_flight: InFlight,
-    tally: _Tally,
+    account: Account,
 ) -> None:
     """Embed lost shards again and count them, or set them aside."""
     for name, outcome in retry_lost_shards(lost, work, in_flight):
         if isinstance(outcome, str):
             work.store.fail(name, outcome)
-            tally.fail(name, outcome)
+            account.fail(name, outcome)
             if name in before:  # what was embedded of it stands
-                tally.stand(name, before[name])
+                account.stand(name, before[name])
         else:
             counts, damage = outcome
-            tally.outcome.totals += counts
-            tally.commit(name, counts, damage)
+            account.outcome.totals += counts
+            account.commit(name, counts, damage)
         arrived[name].ended = True
-        tally.show()
+        account.show()
 
 
 def _stream(
@@ -508,55 +426,3 @@ def _embed_in_subprocess(file: ShardFile, work: _Work, in_flight: InFlight) -> _
             return first_line(error)
         work.store.commit(shard.name, *tables, commit_info(*tables, file.note(), work.config))
     return core.shard_counts(*tables), core.damage(tables[-1])
-
-
-def _examples(
-    store: EmbeddingStore, shards: list[str], totals: ShardCounts
-) -> dict[str, tuple[str, str]]:
-    """Return reason -> key and detail of a bad sample of the first EXAMPLE_SHARDS shards."""
-    found: dict[str, tuple[str, str]] = {}
-    for shard in shards[:EXAMPLE_SHARDS]:
-        if totals.reasons.keys() <= found.keys():
-            break
-        try:
-            rows = store.errors(shard).to_pylist()
-        except (OSError, StorageError):  # it has no embeddings
-            continue
-        for row in rows:
-            found.setdefault(row["reason"], (row["key"], row["detail"]))
-    return found
-
-
-def check_bad_share(
-    totals: ShardCounts,
-    limit: float,
-    final: bool,
-    examples: Callable[[], dict[str, tuple[str, str]]] = dict,
-) -> None:
-    """Stop a run that would distil garbage.
-
-    Raises ConfigError naming the most frequent reason, with one of the `examples`.
-    """
-    seen = totals.images + totals.bad
-    too_few = seen < MIN_SAMPLES_TO_JUDGE and not final
-    if not totals.bad or too_few or totals.bad <= limit * seen:
-        return
-    reason, count = max(totals.reasons.items(), key=lambda item: item[1])
-    example = Tally(Counter(totals.reasons), examples()).example()
-    raise ConfigError(
-        f"{totals.bad:,} of {seen:,} samples are bad (mostly {reason}: {count:,}), more than the "
-        f"allowed share {limit}; {example and f'{example}; '}see the .errors.parquet files of the "
-        "embedding store, or raise --ray.max-bad-share"
-    )
-
-
-def check_failed_share(failed: Mapping[str, str], shards: int, limit: float) -> None:
-    """Stop a run that cannot read its source. Raises ConfigError; `failed`: shard -> why."""
-    if len(failed) <= limit * shards:
-        return
-    name, problem = next(iter(failed.items()))
-    raise ConfigError(
-        f"{len(failed):,} of {shards:,} shards cannot be read ({name}: {advised(problem)}), more "
-        f"than the allowed share {limit}; mend them and repeat the command, which reads them "
-        "again, or raise --ray.max-failed-share"
-    )

@@ -17,7 +17,8 @@ import ray
 from pds_ray import catalog
 from pds_ray.config import ConfigError, EmbedConfig, RayConfig, RunConfig
 from pds_ray.distributed import embed as embed_module
-from pds_ray.distributed.embed import check_bad_share, check_failed_share, fill_store
+from pds_ray.distributed.embed import fill_store
+from pds_ray.distributed.embed_account import check_bad_share, check_failed_share
 from pds_ray.distributed.embed_workers import EmbedWorker, ShardDatasource, ShardFile
 from pds_ray.distributed.in_flight import InFlight
 from pds_ray.distributed.session import unwrapped_errors
