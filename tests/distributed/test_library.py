@@ -56,6 +56,7 @@ def check(what):
     changed = [name for name, value in state().items() if value != before[name]]
     said[what] = [changed, rays(), ray.is_initialized()]
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start jobs that ignore it
 known = set(logging.root.manager.loggerDict)
 before = state()
 
