@@ -124,7 +124,7 @@ def _text_encoder_module(name: str) -> TextEncoderModule:
     prefix = name.partition(":")[0]
     parts = re.split(r"[-_.]", name.rstrip("/").rpartition("/")[2].lower())
     meant = next((part for part in parts if part in TEXT_ENCODERS and part), "")
-    if meant and ":" not in name:
+    if meant not in ("", name) and ":" not in name:
         raise ConfigError(f"text encoder {name}: its kind comes first; give {meant}:{name}")
     entry = TEXT_ENCODERS[prefix if prefix in TEXT_ENCODERS else ""]
     return cast("TextEncoderModule", import_module(entry))

@@ -104,15 +104,12 @@ def _open_store(run: Run, redo: bool) -> None:
     store, wanted = run.store, run.fingerprints["embed"]
     shared = run.config.embed.store is not None
     store.folder.create()
-    if store.folder.exists(store.STORE):
-        found = store.folder.read_json(store.STORE)
+    if found := store.about():
         if found.get("fingerprint") == wanted:
-            if shared and not store.shards():  # begun by an earlier version
-                store.save_shards(_rows(run.shards))
             return
         if shared or not redo:  # a shared store is never wiped: other runs stand on it
-            begun = store.shards() if shared else run.folder.shards()
-            shards = _shards_that_differ(begun, run.shards)
+            # stores of earlier versions do not list their shards
+            shards = _shards_that_differ(store.shards() or run.folder.shards(), run.shards)
             raise ManifestError(
                 f"the embeddings in {store.folder.shown} were made from other data, by another "
                 f"encoder or by another version of pds-ray ({found.get('source')}, "
@@ -121,15 +118,20 @@ def _open_store(run: Run, redo: bool) -> None:
             )
         store.folder.delete_all()
         store.folder.create()
+    begin_store(run)
+
+
+def begin_store(run: Run) -> None:
+    """Write what the embedding store of a run is made from, and its shards."""
     about = {
         "source": without_secrets(run.config.source),
         "encoder": run.encoder.name,
         "space": run.encoder.space,
+        "dim": run.encoder.dim,
     }
-    if shared:  # a run that begins later knows by them what was mended since
-        store.save_shards(_rows(run.shards))
-    sizes = {"dim": run.encoder.dim, "shards": len(run.shards)}
-    store.folder.write_json(store.STORE, {"fingerprint": wanted, **about, **sizes})
+    # without their places, which other runs need not share
+    shards = [{**asdict(shard), "location": ""} for shard in run.shards]
+    run.store.begin(about, shards)
 
 
 def is_done(run: Run, stage: Stage) -> bool:

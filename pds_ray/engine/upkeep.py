@@ -10,6 +10,7 @@ from pds_ray import catalog
 from pds_ray.config import ConfigError, RunConfig, flatten, replace
 from pds_ray.engine import run as engine
 from pds_ray.engine.plan import make_run
+from pds_ray.engine.state import begin_store
 from pds_ray.errors import first_line, some_of
 from pds_ray.methods.base import Run
 from pds_ray.sources.base import RETRYABLE
@@ -114,6 +115,8 @@ def _promised(run: _Run, markers: dict[str, dict[str, Any]]) -> Iterator[_Promis
     folder = run.folder.folder
     if recorded := run.manifest.data.get("shards_sha256"):
         yield _Promise("embed", folder, RunFolder.SHARDS, recorded)
+    if "embed" in run.done and (recorded := run.store.about().get("shards_sha256")):
+        yield _Promise("embed", run.store.folder, EmbeddingStore.SHARDS, recorded)
     for shard, marker in markers.items():
         for name, sha256 in marker["sha256"].items():
             yield _Promise("embed", run.store.folder, name, sha256, shard)
@@ -191,7 +194,9 @@ def repair(path: str, problems: list[Problem], changes: Mapping[str, Any]) -> di
 
     def prepare(run: Run) -> None:
         for problem in problems:
-            if problem.shard:
+            if problem.name == EmbeddingStore.SHARDS:
+                begin_store(run)
+            elif problem.shard:
                 run.store.forget(problem.shard)
             elif problem.stage not in ("embed", "materialize"):
                 run.folder.folder.delete(problem.name)  # a file that is there is taken for good

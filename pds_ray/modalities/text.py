@@ -26,11 +26,13 @@ PAPER_MAX_WORDS = 30
 
 # Characters that show nothing but change what is tokenised or displayed: controls that are not
 # white space, lone surrogates (which cannot be stored as UTF-8), zero-width and invisible
-# operators, bidi controls, tag characters.
+# operators, bidi controls, tag characters. The joiners U+200C and U+200D are spelling inside of
+# words (Persian, Hindi) and of emoji; elsewhere they show nothing either.
 _INVISIBLE = re.compile(
-    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f"
-    "\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
+    "\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
+_STRAY_JOINERS = re.compile(r"(?<!\S)[\u200c\u200d]+|[\u200c\u200d]+(?!\S)")
 _PAPER_PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
 _WHITE_RUN = re.compile(r"\s{2,}")
 
@@ -78,7 +80,7 @@ def _wide(data: bytes) -> tuple[str, ...]:
 
 def clean_basic(text: str) -> str:
     """Return one line of visible text, white space collapsed, cut at a word end."""
-    line = " ".join(_INVISIBLE.sub("", text).split())
+    line = " ".join(_STRAY_JOINERS.sub("", _INVISIBLE.sub("", text)).split())
     if len(line) <= MAX_CHARACTERS:
         return line
     word_end = line.rfind(" ", 0, MAX_CHARACTERS + 1)

@@ -45,18 +45,28 @@ class EmbeddingStore:
     MARKER = ".json"
     FAILED = ".failed"
     STORE = "store"
-    SHARDS = "shards.parquet"
+    SHARDS = "store.parquet"
 
-    def save_shards(self, shards: list[dict[str, Any]]) -> None:
-        """Write the shards that a shared store is begun with, for the runs that follow."""
-        write_shards(self.folder, self.SHARDS, shards)
+    def begin(self, about: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+        """Write the shards that the store is begun with, then what it is made from."""
+        listed = write_shards(self.folder, self.SHARDS, shards)
+        made_from = {"fingerprint": self.fingerprint, **about}
+        content = {"shards": len(shards), "shards_sha256": listed}
+        self.folder.write_json(self.STORE, made_from | content)
+
+    def about(self) -> dict[str, Any]:
+        """Return what `begin` wrote, fingerprint included; empty if the store is not begun.
+
+        A store of an earlier version has no shards_sha256.
+        """
+        return self.folder.read_json(self.STORE) if self.folder.exists(self.STORE) else {}
 
     def shards(self) -> list[dict[str, Any]]:
         """Return the shards that the store was begun with, empty if that is not recorded.
 
         Raises StorageError in one line if the file cannot be read.
         """
-        return read_shards(self.folder, self.SHARDS, "without it the store still serves its runs")
+        return read_shards(self.folder, self.SHARDS, "verify --repair makes it anew")
 
     @property
     def parts(self) -> Folder:

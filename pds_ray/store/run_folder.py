@@ -32,8 +32,8 @@ embeddings/S.json
     whose file is damaged or not the one that the store began with, also that
 embeddings/S.failed
     JSON: why shard S could not be read
-embeddings/shards.parquet
-    in a store that several runs share: the shards that it began with, as above
+embeddings/store, embeddings/store.parquet
+    JSON: what the embeddings are made from; the shards that the store began with, as above
 embeddings/parts/
     the parts of shards that are not committed yet
 
@@ -65,8 +65,8 @@ report.html
 
 Pairs are numbered from 0 by falling prototype cosine. Real pairs that a selection chose are
 numbered in the order of the picks, and their own embeddings are their prototypes. Everything but
-run.json, report.html and shards.parquet (which records versions of files) is a function of
-configuration, data and seed, byte for byte.
+run.json, report.html, and shards.parquet and the two files of embeddings/store, which record
+versions of files, is a function of configuration, data and seed, byte for byte.
 """
 
 from __future__ import annotations

@@ -62,7 +62,8 @@ def test_verify_names_every_missing_file_and_every_flipped_bit(copy: Path) -> No
 
 def test_repair_makes_the_broken_files_alone(copy: Path, finished: Finished, pds_ray: Run) -> None:
     broken = [
-        "shards.parquet", "pruning/scenes-00000.keep.parquet", "clusters/text.safetensors",
+        "shards.parquet", "embeddings/store.parquet", "pruning/scenes-00000.keep.parquet",
+        "clusters/text.safetensors",
         "images/000003.png", "prototypes.parquet", "distilled/webdataset/000000.tar",
     ]  # fmt: skip
     for name in broken:

@@ -143,7 +143,7 @@ def test_source_without_captions(capsys: pytest.CaptureFixture[str], tmp_path: P
         str(tmp_path / "out"),
     )
     assert "no sample of" in line
-    assert "(missing_caption: 20)" in line
+    assert "(missing_caption: 20; such as " in line
     assert "caption" in line
 
 

@@ -60,6 +60,8 @@ def test_paper_rule_on_real_captions(shared_data: Path, name: str, longer_than_3
         ("lone \ud800 surrogate", "lone surrogate"),
         ("naïve café 犬 🐕", "naïve café 犬 🐕"),
         ("\u200b \n", ""),
+        ("می\u200cخواهم \U0001f468\u200d\U0001f469", "می\u200cخواهم \U0001f468\u200d\U0001f469"),
+        ("\u200d a\u200c \u200d\u200c b\u200d", "a b"),
     ],
 )
 def test_basic_rule(raw: str, cleaned: str) -> None:
