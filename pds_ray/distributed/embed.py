@@ -66,7 +66,8 @@ from pds_ray.telemetry.progress import QUIET_S, progress_bar
 
 _Embedded = tuple[ShardCounts, str]
 """Counts of a shard, and how its file is damaged, "" if it is whole."""
-MAX_GROWTH_BYTES = 4 << 30  # a process may grow by so much while it decodes one image
+# A process may grow by so much while it decodes one image: half of what is free, within these.
+LEAST_GROWTH_BYTES, MOST_GROWTH_BYTES = 512 << 20, 4 << 30
 # Shards of one data set: the driver keeps a kilobyte per block until its data set ends.
 SHARDS_TOGETHER = 2_000
 FAILED_SHOWN = 20  # failed shards that run.json names, with the reason
@@ -410,9 +411,8 @@ def _embed_in_subprocess(file: ShardFile, work: _Work, in_flight: InFlight) -> _
     """Embed and commit a shard in a child process, or return why it cannot be read."""
     shard = file.shard
     load = partial(process.load_model, catalog.load_encoder, work.info, work.config.precision)
-    allowed = isolated.Limits(
-        work.ray.sample_timeout_s, min(MAX_GROWTH_BYTES, limits.free_memory_bytes() // 2)
-    )
+    growth = min(MOST_GROWTH_BYTES, limits.free_memory_bytes() // 2)
+    allowed = isolated.Limits(work.ray.sample_timeout_s, max(LEAST_GROWTH_BYTES, growth))
     alone = isolated.Work(work.source, shard, work.info, load, work.read, work.config)
     with in_flight.doing(f"a process for shard {shard.name} to start", shard.name) as doing:
 

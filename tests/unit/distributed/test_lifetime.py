@@ -23,6 +23,13 @@ def test_the_outermost_block_ends_what_began_in_it() -> None:
     assert ended == ["second", "first", "before"]
 
 
+def test_many_sessions_one_after_the_other_leave_nothing_behind() -> None:
+    for _ in range(2_000):  # more than Python nests calls
+        with lifetime.session_kept():
+            pass
+    lifetime.undo().close()
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_an_error_ends_the_session_and_passes(error: type[BaseException]) -> None:
     ended: list[str] = []
