@@ -93,7 +93,7 @@ class _Progress:
     problem: str = ""
     """Why it cannot be read."""
     damage: str = ""
-    """How its file is damaged."""
+    """Reason and detail if its file is damaged."""
 
     def add(self, row: dict[str, Any]) -> None:
         """Add a summary row of an EmbedWorker."""

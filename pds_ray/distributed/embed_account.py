@@ -27,7 +27,7 @@ class Outcome:
     """The shards of a run so far."""
 
     totals: ShardCounts
-    """Of all that are committed."""
+    """Counts of all that are committed."""
     damaged: dict[str, str]
     """Committed shard -> how its file is damaged."""
     failed: dict[str, str] = field(default_factory=dict)

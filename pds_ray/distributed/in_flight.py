@@ -31,7 +31,7 @@ class Doing:
     """One thing that a process is doing. Whoever does it says how far it is."""
 
     what: str
-    """What is waited for meanwhile, for a person."""
+    """The thing waited for meanwhile, for a person."""
     item: str = ""
     """The piece of work whose result the driver will count; "" if there is none."""
     done: float = 0.0
@@ -81,7 +81,7 @@ class InFlight:
 
 
 class _Reporter:
-    """What this process does for one `InFlight`, and the thread that puts it into the store."""
+    """The work of this process for one `InFlight`, and the thread that puts it into the store."""
 
     def __init__(self, prefix: str) -> None:
         self._key = f"{prefix}{uuid.uuid4().hex}".encode()
@@ -138,7 +138,7 @@ class _Report:
     item: str
     done: float
     seconds: float
-    """How long it has been doing it, by its own clock."""
+    """Since it began with that, by its own clock."""
     node: str
 
     def __str__(self) -> str:

@@ -17,7 +17,7 @@ import psutil
 
 @dataclass(frozen=True)
 class ControlGroups:
-    """Where the kernel shows the control groups of this process, version 1 or 2."""
+    """The places where the kernel shows the control groups of this process, version 1 or 2."""
 
     root: Path = Path("/sys/fs/cgroup")
     membership: Path = Path("/proc/self/cgroup")

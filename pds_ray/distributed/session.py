@@ -81,7 +81,7 @@ def start(config: RayConfig, run: str = "") -> dict[str, Any]:
         lifetime.undo().callback(undo.pop_all().close)
     resources = ray.cluster_resources()
     return {
-        "address": address.value if address else "local",
+        "address": address.shown if address else "local",
         "cpus": resources.get("CPU", 0),
         "gpus": resources.get("GPU", 0),
         "object_store_bytes": int(resources.get("object_store_memory", 0)),
@@ -139,7 +139,7 @@ def _connect(address: Address) -> None:
     if address.value.startswith(("http://", "https://")):
         raise ConfigError(
             f"{address} is where jobs are submitted, by `pds-ray submit --address "
-            f"{address.value}`; a run joins a cluster at HEAD:6379, or at auto on one of its nodes"
+            f"{address.shown}`; a run joins a cluster at HEAD:6379, or at auto on one of its nodes"
         )
     address.check_runs_ray()  # asked first: Ray itself would try for minutes
     try:

@@ -65,7 +65,7 @@ def _state(bar: tqdm) -> State:
 
 
 class Reports(Protocol):
-    """What workers report of work whose results are still to come."""
+    """Reports of workers on work whose results are still to come."""
 
     def read(self) -> None:
         """Read the reports anew; may take seconds."""

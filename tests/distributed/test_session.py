@@ -83,7 +83,7 @@ def test_a_local_ray_is_as_large_as_the_job(
 
 
 def test_rays_sockets_are_as_long_as_is_reckoned_with() -> None:
-    """Those of the Ray that runs here."""
+    """They are those of the Ray that runs here."""
     (socket_path,) = Path(ray_private.session_folder(), "sockets").glob("plasma_store")
     longest = f"/{places.RAY_SOCKET.format(pid=os.getpid())}"
     below = str(socket_path).removeprefix(places.ray_folders().sockets)

@@ -1,4 +1,4 @@
-"""What a job may use, against trees of control groups as the kernel shows them."""
+"""Limits of a job, against trees of control groups as the kernel shows them."""
 
 from __future__ import annotations
 
