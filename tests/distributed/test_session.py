@@ -194,9 +194,8 @@ def test_other_errors_stay_as_they_are() -> None:
 
 def test_a_ray_that_was_there_before_a_session_survives_it(monkeypatch) -> None:
     """Environment, Ray Data's options and log levels are as before, too."""
-    monkeypatch.setattr(
-        lifetime, "undo", ExitStack().__enter__
-    )  # forget that `start` began this Ray
+    undo = ExitStack()
+    monkeypatch.setattr(lifetime, "undo", lambda: undo)  # forget that `start` began this Ray
     monkeypatch.setattr(session, "_limits_read", {})
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setenv("RAY_DATA_DISABLE_PROGRESS_BARS", "0")
