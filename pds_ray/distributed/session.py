@@ -102,9 +102,10 @@ def stop() -> None:
 def _ray(address: Address | None, config: RayConfig) -> Iterator[None]:
     """Be connected to a cluster, or to a local Ray that ends with the block.
 
-    Environment variables and the fault handler are afterwards as before.
+    Environment variables, Ray's log level and the fault handler are afterwards as before.
     """
     before, traced = set(os.environ), faulthandler.is_enabled()
+    level = logging.getLogger("ray").level
     if not traced:  # Ray would, and fails where sys.stderr is no file, as in some notebooks
         faulthandler.enable(STDERR, all_threads=False)
     added: set[str] = set()
@@ -130,6 +131,7 @@ def _ray(address: Address | None, config: RayConfig) -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
+        logging.getLogger("ray").setLevel(level)
         if not traced:
             faulthandler.disable()
 

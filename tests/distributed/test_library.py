@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.long]
 HOST = """
 import asyncio, faulthandler, hashlib, io, json, logging, os, pathlib, signal, sys, threading, time
 import warnings
-import psutil, torch, ray, ray.data, scipy.special, aiohttp.web
+import psutil, torch, ray, ray.data, scipy.sparse, aiohttp.web  # which add filters
 from pds_ray import configure, distill, load_distilled, recipe
 from pds_ray.distributed import session
 from pds_ray.errors import UserError
