@@ -369,7 +369,7 @@ class RayConfig(Options, section="ray"):
     object_store_gib: float | None = option(
         None,
         "object store of the local Ray; default a quarter of free memory, at most 8 GiB",
-        above=0,
+        at_least=0.08,
     )
     read_resources: str = option(
         "",

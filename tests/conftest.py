@@ -29,7 +29,7 @@ def local_ray() -> Iterator[None]:
     from pds_ray.distributed import lifetime, session
 
     session.start(RayConfig(num_cpus=2, object_store_gib=0.5))
-    with lifetime.undo.pop_all():  # no other `session.stop` ends it
+    with lifetime.undo().pop_all():  # no other `session.stop` ends it
         yield
         session.stop()  # those that tests began on it
 

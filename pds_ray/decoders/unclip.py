@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def describe(config: DecodeConfig, encoder: EncoderInfo) -> DecoderInfo:
         )
     notes = _check_space(model, stated or found.space, encoder)
     if found.folder and found.folder != demo_folder():
-        _try_loading(model, found.folder, found.dim)
+        _try_loading(model, found)
     args = (("model", model), ("revision", config.revision))
     return DecoderInfo("unclip", found.dim, found.identity, args, notes)
 
@@ -262,8 +263,9 @@ def _read_json(path: Path, folder: Path) -> dict[str, Any]:
     return value
 
 
-def _try_loading(model: str, folder: Path, dim: int) -> None:
-    """Build the pipeline with its models on torch's meta device, from `folder`.
+@cache  # a comparison describes the decoder of every row
+def _try_loading(model: str, found: _Found) -> None:
+    """Build the pipeline with its models on torch's meta device.
 
     diffusers and transformers decide what fits, and no tensor is read. Raises ConfigError in one
     line that names the component.
@@ -271,6 +273,8 @@ def _try_loading(model: str, folder: Path, dim: int) -> None:
     import diffusers
 
     _silence_libraries()
+    folder, dim = found.folder, found.dim
+    assert folder is not None
     parts, part = {}, ""
     try:
         for part in MODELS:

@@ -13,7 +13,7 @@ from http import HTTPStatus
 import requests
 
 from pds_ray.config import ConfigError
-from pds_ray.errors import first_line
+from pds_ray.errors import first_line, without_secrets
 
 ANSWER_S = 8.0
 """Seconds for a connection, and as many for its answer."""
@@ -30,12 +30,17 @@ class Address:
     value: str
     origin: str
 
+    @property
+    def shown(self) -> str:
+        """The address without a password."""
+        return without_secrets(self.value)
+
     def __str__(self) -> str:
-        return f"{self.origin} {self.value}"
+        return f"{self.origin} {self.shown}"
 
     @property
     def way_out(self) -> str:
-        """How to do without it."""
+        """The way to do without it."""
         return f"drop {self.origin}" if self.origin.startswith("-") else f"unset {self.origin}"
 
     def check_runs_ray(self) -> None:

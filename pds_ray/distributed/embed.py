@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -36,6 +35,13 @@ from pds_ray.distributed import (
     tasks,
     watch,
 )
+from pds_ray.distributed.embed_account import (
+    Account,
+    Outcome,
+    check_bad_share,
+    check_failed_share,
+    examples_of,
+)
 from pds_ray.distributed.embed_workers import (
     FATAL,
     STORE,
@@ -50,22 +56,20 @@ from pds_ray.distributed.in_flight import InFlight
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import UserError, first_line
 from pds_ray.methods.base import Counts, Run
-from pds_ray.sources.advice import Tally, advised
-from pds_ray.sources.base import Shard, Source, SourceError
+from pds_ray.sources.advice import Tally
+from pds_ray.sources.base import Source, SourceError
 from pds_ray.stages import embed as core
 from pds_ray.stages.embed import ShardCounts
 from pds_ray.store.embeddings import EmbeddingStore
-from pds_ray.store.storage import StorageError
 from pds_ray.telemetry import log
-from pds_ray.telemetry.progress import QUIET_S, Bar, progress_bar
+from pds_ray.telemetry.progress import QUIET_S, progress_bar
 
 _Embedded = tuple[ShardCounts, str]
 """Counts of a shard, and how its file is damaged, "" if it is whole."""
-MIN_SAMPLES_TO_JUDGE = 100
-MAX_GROWTH_BYTES = 4 << 30  # a process may grow by so much while it decodes one image
+# A process may grow by so much while it decodes one image: half of what is free, within these.
+LEAST_GROWTH_BYTES, MOST_GROWTH_BYTES = 512 << 20, 4 << 30
 # Shards of one data set: the driver keeps a kilobyte per block until its data set ends.
 SHARDS_TOGETHER = 2_000
-EXAMPLE_SHARDS = 20  # shards that are searched for an example of each reason
 FAILED_SHOWN = 20  # failed shards that run.json names, with the reason
 
 
@@ -77,6 +81,7 @@ class EmbedError(UserError, OSError):
 class _Progress:
     """The blocks of a shard that arrived in this session."""
 
+    file: ShardFile
     rows: dict[int, int] = field(default_factory=dict)
     """Ordinal of a part's first row -> its rows."""
     total: int | None = None
@@ -88,7 +93,7 @@ class _Progress:
     problem: str = ""
     """Why it cannot be read."""
     damage: str = ""
-    """How its file is damaged."""
+    """Reason and detail if its file is damaged."""
 
     def add(self, row: dict[str, Any]) -> None:
         """Add a summary row of an EmbedWorker."""
@@ -117,24 +122,6 @@ class _Work:
     """With its precision resolved."""
     ray: RayConfig
     store: EmbeddingStore
-    files: Mapping[str, ShardFile]
-
-
-@dataclass
-class _Outcome:
-    """The shards of a run so far."""
-
-    totals: ShardCounts
-    """Of all that are committed."""
-    damaged: dict[str, str]
-    """Committed shard -> how its file is damaged."""
-    failed: dict[str, str] = field(default_factory=dict)
-    """Shard -> why it could not be read."""
-
-    @property
-    def problems(self) -> dict[str, str]:
-        """Shard -> what is wrong with it."""
-        return {**self.damaged, **self.failed}
 
 
 def embed(run: Run) -> Counts:
@@ -171,17 +158,17 @@ def fill_store(run: Run) -> Counts:
     before = {shard.name: markers.pop(shard.name) for shard in todo if shard.name in markers}
     damaged = {name: text for name in markers if (text := core.marker_damage(markers[name]))}
     reused = core.sum_counts(markers.values())
-    outcome, encoders = _Outcome(reused, damaged), metrics.ActorTime("embed")
+    outcome, encoders = Outcome(reused, damaged), metrics.ActorTime("embed")
     if todo:
         embed_config = _resolve_precision(config, done, store)
         store.parts.delete_all()
-        files = {shard.name: ShardFile(shard, shard.name in run.changed) for shard in todo}
-        work = _Work(run.source, run.encoder, config.read, embed_config, config.ray, store, files)
-        outcome = _embed(todo, work, outcome, before, len(shards), encoders)
+        files = [ShardFile(shard, shard.name in run.changed) for shard in todo]
+        work = _Work(run.source, run.encoder, config.read, embed_config, config.ray, store)
+        outcome = _embed(files, work, outcome, before, len(shards), encoders)
         store.parts.delete_all()
         store.folder.sweep()  # actors that were killed may have left parts of files
     totals, problems = outcome.totals, outcome.problems
-    examples = _examples(store, [shard.name for shard in shards], totals)
+    examples = examples_of(store, [shard.name for shard in shards], totals)
     check_bad_share(totals, config.ray.max_bad_share, True, lambda: examples)
     check_failed_share(problems, len(shards), config.ray.max_failed_share)
     return {
@@ -216,110 +203,39 @@ def _resolve_precision(
     return replace(config.embed, precision=precision)
 
 
-@dataclass
-class _Tally:
-    """Counts of all shards of a run so far: shown on a bar, held against the run's limits."""
-
-    shards: int
-    finished: int
-    """Shards that are committed."""
-    outcome: _Outcome
-    limits: RayConfig
-    bar: Bar
-    store: EmbeddingStore
-    committed: list[str] = field(default_factory=list)
-    """The shards of this session that are committed."""
-
-    def commit(self, shard: str, counts: ShardCounts, damage: str) -> None:
-        """Count a shard that is committed; its `counts` are among the totals already."""
-        self.finished += 1
-        self.committed.append(shard)
-        metrics.count("pds_ray_shards_committed_total", 1)
-        metrics.count("pds_ray_images_embedded_total", counts.images)
-        metrics.count("pds_ray_pairs_embedded_total", counts.pairs)
-        for reason, bad in counts.reasons.items():
-            metrics.count("pds_ray_bad_samples_total", bad, reason=reason)
-        log.event("shard_committed", shard=shard, **asdict(counts))
-        if damage:
-            self.outcome.damaged[shard] = damage
-            self._warn(shard, damage, "is damaged")
-
-    def fail(self, shard: str, problem: str) -> None:
-        """Count a shard that is set aside. Raises ConfigError if these are too many."""
-        self.outcome.failed[shard] = problem
-        self._warn(shard, problem, "is set aside")
-        self.check_failed()
-
-    def stand(self, shard: str, marker: dict[str, Any]) -> None:
-        """Count a shard that was tried again in vain as its marker has it."""
-        self.outcome.totals += core.marker_counts(marker)
-        if damage := core.marker_damage(marker):
-            self.outcome.damaged[shard] = damage
-
-    def _warn(self, shard: str, problem: str, what: str) -> None:
-        metrics.count("pds_ray_shards_failed_total", 1)
-        text = f"pds-ray: shard {shard} {what}: {advised(problem)}"
-        log.event("shard_failed", text, "warning", shard=shard, reason=problem)
-
-    def check_failed(self) -> None:
-        """Raise ConfigError if too many shards cannot be read."""
-        check_failed_share(self.outcome.problems, self.shards, self.limits.max_failed_share)
-
-    def check(self) -> None:
-        """Raise ConfigError if too many samples are bad or too many shards cannot be read."""
-        totals = self.outcome.totals
-        examples = partial(_examples, self.store, self.committed, totals)
-        check_bad_share(totals, self.limits.max_bad_share, False, examples)
-        self.check_failed()
-
-    def show(self, state: str = "") -> None:
-        """Bring the bar up to date; its length is estimated from the shards so far."""
-        totals = self.outcome.totals
-        images = totals.images
-        if self.finished:
-            expected = round(images * self.shards / self.finished)
-            self.bar.total = max(images, int(self.bar.n), expected)
-        done = f"{self.finished}/{self.shards} shards"
-        counts = f"{totals.pairs:,} pairs, {totals.bad:,} bad"
-        self.bar.set_postfix_str(
-            f"{done}, {counts}{state}", refresh=bool(state) and sys.stderr.isatty()
-        )
-        self.bar.update(images - self.bar.finished)
-
-
 def _embed(
-    todo: list[Shard],
+    todo: list[ShardFile],
     work: _Work,
-    outcome: _Outcome,
+    outcome: Outcome,
     before: dict[str, dict[str, Any]],
     shards: int,
     encoders: metrics.ActorTime,
-) -> _Outcome:
+) -> Outcome:
     """Embed some of `shards` shards; return the outcome of all.
 
     `outcome` is that of the other shards; `before` are the markers of shards that are tried again,
     which stand if that fails.
     """
     reused = outcome.totals
-    arrived = {shard.name: _Progress() for shard in todo}
+    arrived = {file.shard.name: _Progress(file) for file in todo}
     with (
         InFlight() as in_flight,
         progress_bar("embed", None, "images", reused.images) as bar,
     ):
         bar.follow(in_flight.reports(partial(_has_arrived, arrived)))
-        tally = _Tally(shards, shards - len(todo), outcome, work.ray, bar, work.store)
-        tally.show(", starting")
+        account = Account(shards, shards - len(todo), outcome, work.ray, bar, work.store)
+        account.show(", starting")
         for start in range(0, len(todo), SHARDS_TOGETHER):
             group = todo[start : start + SHARDS_TOGETHER]
             for name, counts, committed in _stream(group, work, arrived, in_flight, encoders):
-                _count(name, counts, committed, arrived[name], tally)
-        lost = [shard for shard in todo if not arrived[shard.name].closed]
+                _count(name, counts, committed, arrived[name], account)
+        lost = [shard.file for shard in arrived.values() if not shard.closed]
         if lost:
             closed = (shard.counts for shard in arrived.values() if shard.closed)
             outcome.totals = sum(closed, reused)
             outcome.failed.clear()
-            tally.show(f", {len(lost)} shards once more")
-            _retry(lost, work, before, arrived, in_flight, tally)
+            account.show(f", {len(lost)} shards once more")
+            _retry(lost, work, before, arrived, in_flight, account)
     for name in outcome.failed.keys() & before.keys():
         del outcome.failed[name]
     return outcome
@@ -333,44 +249,44 @@ def _has_arrived(arrived: Mapping[str, _Progress], item: str) -> bool:
 
 
 def _count(
-    name: str, counts: ShardCounts, committed: bool, shard: _Progress, tally: _Tally
+    name: str, counts: ShardCounts, committed: bool, shard: _Progress, account: Account
 ) -> None:
     """Count a block of the shard `name` that has arrived."""
-    tally.outcome.totals += counts
+    account.outcome.totals += counts
     if committed:
         shard.ended = True
-        tally.commit(name, shard.counts, shard.damage)
+        account.commit(name, shard.counts, shard.damage)
     if shard.problem:
-        tally.outcome.failed[name] = shard.problem
-    tally.check()
-    tally.show()
+        account.outcome.failed[name] = shard.problem
+    account.check()
+    account.show()
 
 
 def _retry(
-    lost: list[Shard],
+    lost: list[ShardFile],
     work: _Work,
     before: dict[str, dict[str, Any]],
     arrived: dict[str, _Progress],
     in_flight: InFlight,
-    tally: _Tally,
+    account: Account,
 ) -> None:
     """Embed lost shards again and count them, or set them aside."""
     for name, outcome in retry_lost_shards(lost, work, in_flight):
         if isinstance(outcome, str):
             work.store.fail(name, outcome)
-            tally.fail(name, outcome)
+            account.fail(name, outcome)
             if name in before:  # what was embedded of it stands
-                tally.stand(name, before[name])
+                account.stand(name, before[name])
         else:
             counts, damage = outcome
-            tally.outcome.totals += counts
-            tally.commit(name, counts, damage)
+            account.outcome.totals += counts
+            account.commit(name, counts, damage)
         arrived[name].ended = True
-        tally.show()
+        account.show()
 
 
 def _stream(
-    shards: list[Shard],
+    files: list[ShardFile],
     work: _Work,
     arrived: dict[str, _Progress],
     in_flight: InFlight,
@@ -383,7 +299,7 @@ def _stream(
     """
     commits = _Commits(work, in_flight)
     with watch.LostBlocks() as lost:
-        blocks = _dataset(shards, work, in_flight)
+        blocks = _dataset(files, work, in_flight)
         for batch in blocks.iter_batches(batch_size=None, batch_format="pyarrow"):
             lost.check_space()
             for row in pa.table(batch).to_pylist():
@@ -392,7 +308,7 @@ def _stream(
                 shard = arrived[row["shard"]]
                 shard.add(row)
                 if shard.closed and not row["committed"]:
-                    commits.start(row["shard"], sorted(shard.rows))
+                    commits.start(shard)
                 yield row["shard"], _row_counts(row), bool(row["committed"])
             for name in commits.ended():
                 yield name, ShardCounts(), True
@@ -408,13 +324,12 @@ def _stream(
     gc.collect()
 
 
-def _dataset(shards: list[Shard], work: _Work, in_flight: InFlight) -> ray.data.Dataset:
-    """Return the data set of the summary rows of `shards`, embedded when it is read."""
-    files = [work.files[shard.name] for shard in shards]
+def _dataset(files: list[ShardFile], work: _Work, in_flight: InFlight) -> ray.data.Dataset:
+    """Return the data set of the summary rows of shards, embedded when it is read."""
     with watch.lost_blocks_allowed():
         decoded = ray.data.read_datasource(
             ShardDatasource(work.source, files, in_flight),
-            override_num_blocks=len(shards),
+            override_num_blocks=len(files),
             num_cpus=pools.READ_CPUS,
             resources=work.ray.reader_resources,
             ray_remote_args={"max_retries": TASK_RETRIES},
@@ -449,13 +364,13 @@ class _Commits:
         self._task = ray.remote(commit_parts).options(num_cpus=pools.DECODE_CPUS)
         self._shards: dict[ray.ObjectRef, str] = {}
 
-    def start(self, shard: str, firsts: list[int]) -> None:
-        """Start to commit a shard whose parts begin at these rows."""
-        work = self._work
+    def start(self, shard: _Progress) -> None:
+        """Start to commit a shard whose parts have arrived."""
+        name, note, work = shard.file.shard.name, shard.file.note(), self._work
         reference = self._task.remote(
-            shard, firsts, work.store, work.files[shard].note(), work.config, self._in_flight
+            name, sorted(shard.rows), work.store, note, work.config, self._in_flight
         )
-        self._shards[reference] = shard
+        self._shards[reference] = name
 
     def ended(self) -> list[str]:
         """Return the shards committed since the last call; does not wait."""
@@ -473,33 +388,31 @@ class _Commits:
 
 
 def retry_lost_shards(
-    shards: list[Shard], work: _Work, in_flight: InFlight
+    files: list[ShardFile], work: _Work, in_flight: InFlight
 ) -> Iterator[tuple[str, _Embedded | str]]:
     """Re-embed lost shards in isolated subprocesses; yield each, or why it failed."""
     actors = pools.pool(work.ray.embed_actors)
     remote = ray.remote(_embed_in_subprocess).options(**actors.options(), max_retries=0)
-    pending = {
-        remote.remote(shard, work, in_flight): (shard, tasks.RetryBudget()) for shard in shards
-    }
+    pending = {remote.remote(file, work, in_flight): (file, tasks.RetryBudget()) for file in files}
     while pending:
         (ready,), _ = ray.wait(list(pending))
-        shard, budget = pending.pop(ready)
+        file, budget = pending.pop(ready)
         try:
-            yield shard.name, ray.get(ready)
+            yield file.shard.name, ray.get(ready)
         except tasks.LOST as error:
             if budget.spend(error):
-                pending[remote.remote(shard, work, in_flight)] = shard, budget
+                pending[remote.remote(file, work, in_flight)] = file, budget
                 continue
             last = type(error).__name__
-            yield shard.name, f"whatever embeds it is lost ({budget}, the last by {last})"
+            yield file.shard.name, f"whatever embeds it is lost ({budget}, the last by {last})"
 
 
-def _embed_in_subprocess(shard: Shard, work: _Work, in_flight: InFlight) -> _Embedded | str:
+def _embed_in_subprocess(file: ShardFile, work: _Work, in_flight: InFlight) -> _Embedded | str:
     """Embed and commit a shard in a child process, or return why it cannot be read."""
+    shard = file.shard
     load = partial(process.load_model, catalog.load_encoder, work.info, work.config.precision)
-    allowed = isolated.Limits(
-        work.ray.sample_timeout_s, min(MAX_GROWTH_BYTES, limits.free_memory_bytes() // 2)
-    )
+    growth = min(MOST_GROWTH_BYTES, limits.free_memory_bytes() // 2)
+    allowed = isolated.Limits(work.ray.sample_timeout_s, max(LEAST_GROWTH_BYTES, growth))
     alone = isolated.Work(work.source, shard, work.info, load, work.read, work.config)
     with in_flight.doing(f"a process for shard {shard.name} to start", shard.name) as doing:
 
@@ -511,59 +424,5 @@ def _embed_in_subprocess(shard: Shard, work: _Work, in_flight: InFlight) -> _Emb
             tables = isolated.embed_isolated(alone, allowed, tell)
         except SourceError as error:
             return first_line(error)
-        work.store.commit(
-            shard.name, *tables, commit_info(*tables, work.files[shard.name].note(), work.config)
-        )
+        work.store.commit(shard.name, *tables, commit_info(*tables, file.note(), work.config))
     return core.shard_counts(*tables), core.damage(tables[-1])
-
-
-def _examples(
-    store: EmbeddingStore, shards: list[str], totals: ShardCounts
-) -> dict[str, tuple[str, str]]:
-    """Return reason -> key and detail of a bad sample of the first EXAMPLE_SHARDS shards."""
-    found: dict[str, tuple[str, str]] = {}
-    for shard in shards[:EXAMPLE_SHARDS]:
-        if totals.reasons.keys() <= found.keys():
-            break
-        try:
-            rows = store.errors(shard).to_pylist()
-        except (OSError, StorageError):  # it has no embeddings
-            continue
-        for row in rows:
-            found.setdefault(row["reason"], (row["key"], row["detail"]))
-    return found
-
-
-def check_bad_share(
-    totals: ShardCounts,
-    limit: float,
-    final: bool,
-    examples: Callable[[], dict[str, tuple[str, str]]] = dict,
-) -> None:
-    """Stop a run that would distil garbage.
-
-    Raises ConfigError naming the most frequent reason, with one of the `examples`.
-    """
-    seen = totals.images + totals.bad
-    too_few = seen < MIN_SAMPLES_TO_JUDGE and not final
-    if not totals.bad or too_few or totals.bad <= limit * seen:
-        return
-    reason, count = max(totals.reasons.items(), key=lambda item: item[1])
-    example = Tally(Counter(totals.reasons), examples()).example()
-    raise ConfigError(
-        f"{totals.bad:,} of {seen:,} samples are bad (mostly {reason}: {count:,}), more than the "
-        f"allowed share {limit}; {example and f'{example}; '}see the .errors.parquet files of the "
-        "embedding store, or raise --ray.max-bad-share"
-    )
-
-
-def check_failed_share(failed: Mapping[str, str], shards: int, limit: float) -> None:
-    """Stop a run that cannot read its source. Raises ConfigError; `failed`: shard -> why."""
-    if len(failed) <= limit * shards:
-        return
-    name, problem = next(iter(failed.items()))
-    raise ConfigError(
-        f"{len(failed):,} of {shards:,} shards cannot be read ({name}: {advised(problem)}), more "
-        f"than the allowed share {limit}; mend them and repeat the command, which reads them "
-        "again, or raise --ray.max-failed-share"
-    )

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import ray
 
@@ -30,7 +31,7 @@ class Doing:
     """One thing that a process is doing. Whoever does it says how far it is."""
 
     what: str
-    """What is waited for meanwhile, for a person."""
+    """The thing waited for meanwhile, for a person."""
     item: str = ""
     """The piece of work whose result the driver will count; "" if there is none."""
     done: float = 0.0
@@ -80,7 +81,7 @@ class InFlight:
 
 
 class _Reporter:
-    """What this process does for one `InFlight`, and the thread that puts it into the store."""
+    """The work of this process for one `InFlight`, and the thread that puts it into the store."""
 
     def __init__(self, prefix: str) -> None:
         self._key = f"{prefix}{uuid.uuid4().hex}".encode()
@@ -123,11 +124,10 @@ class _Reporter:
                 return
 
 
-_reporters: dict[str, _Reporter] = {}  # of this process, by the prefix of their keys
-
-
+@lru_cache(maxsize=32)  # callers hold theirs: one that is dropped or made twice does no harm
 def _reporter(prefix: str) -> _Reporter:
-    return _reporters.setdefault(prefix, _Reporter(prefix))
+    """Return the reporter of this process for the keys with a prefix."""
+    return _Reporter(prefix)
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class _Report:
     item: str
     done: float
     seconds: float
-    """How long it has been doing it, by its own clock."""
+    """Since it began with that, by its own clock."""
     node: str
 
     def __str__(self) -> str:

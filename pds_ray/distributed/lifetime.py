@@ -9,11 +9,14 @@ from contextvars import ContextVar
 
 from pds_ray.errors import UserError
 
-undo = ExitStack()
-"""What `session.start` did to this process, for the end of the session to undo."""
-
+_outside = ExitStack()
+_session: ContextVar[ExitStack] = ContextVar("session", default=_outside)
 _one = threading.Lock()
-_inside: ContextVar[bool] = ContextVar("inside", default=False)
+
+
+def undo() -> ExitStack:
+    """Return what `session.start` did to this process, for the end of the session to undo."""
+    return _session.get()
 
 
 @contextmanager
@@ -26,7 +29,7 @@ def session_kept() -> Iterator[None]:
     Raises UserError if another thread is in such a block: a process has one set of options of Ray
     Data, and those of a run differ from stage to stage.
     """
-    if _inside.get():
+    if undo() is not _outside:
         yield
         return
     if not _one.acquire(blocking=False):
@@ -34,13 +37,12 @@ def session_kept() -> Iterator[None]:
             "another thread of this process is at work on a run; wait for its end, or use a "
             "process for each"
         )
-    token, before = _inside.set(True), undo.pop_all()
     try:
-        yield
+        with ExitStack() as session:
+            token = _session.set(session)
+            try:
+                yield
+            finally:
+                _session.reset(token)
     finally:
-        try:
-            undo.close()
-        finally:
-            undo.push(before)
-            _inside.reset(token)
-            _one.release()
+        _one.release()

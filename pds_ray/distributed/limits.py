@@ -17,7 +17,7 @@ import psutil
 
 @dataclass(frozen=True)
 class ControlGroups:
-    """Where the kernel shows the control groups of this process, version 1 or 2."""
+    """The places where the kernel shows the control groups of this process, version 1 or 2."""
 
     root: Path = Path("/sys/fs/cgroup")
     membership: Path = Path("/proc/self/cgroup")
@@ -93,20 +93,21 @@ def _memory_limits(groups: ControlGroups) -> Iterator[tuple[int, int]]:
     Version 1 shows a limit for all, of exabytes where there is none.
     """
     for folder in groups.around("memory"):
-        for limit, used, cached in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        for limit, used, prefix in (
+            ("memory.max", "memory.current", ""),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
         ):
             most = _count(folder / limit)
             if most is not None:
-                yield most, max(0, (_count(folder / used) or 0) - _stat(folder, cached))
+                yield most, max(0, (_count(folder / used) or 0) - _cached(folder, prefix))
 
 
-def _stat(folder: Path, name: str) -> int:
-    """Return a figure of a group's memory.stat, 0 if it is not there."""
+def _cached(folder: Path, prefix: str) -> int:
+    """Return the bytes of a group that cache files, which the kernel takes back when it must."""
     lines = (_read(folder / "memory.stat") or "").splitlines()
     figures = dict(line.split(" ", 1) for line in lines if " " in line)
-    return _number(figures.get(name, "")) or 0
+    kinds = (f"{prefix}{kind}_file" for kind in ("active", "inactive"))
+    return sum(_number(figures.get(kind, "")) or 0 for kind in kinds)
 
 
 def _count(path: Path) -> int | None:

@@ -23,7 +23,7 @@ LOOPBACK_S = 10.0
 
 @dataclass(frozen=True)
 class RayFolders:
-    """Where a local Ray keeps its files."""
+    """The folders of the files of a local Ray."""
 
     sockets: str
     """Sockets and logs, in `ray/`."""
@@ -68,14 +68,14 @@ def _most_bytes() -> int:
 
 
 def _why_no_sockets(folder: str) -> str:
-    """Say why Ray cannot have its sockets in a folder, "" if it can."""
+    """Return why Ray cannot have its sockets in a folder, "" if it can."""
     if len(os.fsencode(folder)) > _most_bytes():
         return f"is too long for sockets, which have at most {_most_bytes()} bytes here"
     return "" if folder.isascii() else "is not ASCII, and Ray takes no other sockets"
 
 
 def why_closed(folder: str) -> str:
-    """Say why a folder, there or still to be made, cannot be written to, "" if it can."""
+    """Return why a folder, there or still to be made, cannot be written to, "" if it can."""
     try:
         # what `os.access` says of root is not what holds
         with tempfile.TemporaryFile(dir=existing(folder)):

@@ -42,6 +42,8 @@ from pds_ray.telemetry import log
 REFUSALS = (ray.exceptions.AuthenticationError, ray.exceptions.RpcError)
 STDERR = 2
 """The descriptor of standard error, whatever `sys.stderr` is."""
+LEAST_STORE, MOST_STORE = 75 << 20, 8 << 30
+"""Bytes of an object store by default; Ray refuses a smaller one."""
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -76,10 +78,10 @@ def start(config: RayConfig, run: str = "") -> dict[str, Any]:
             _limits_read.update(_limits_of_environment(local=address is None))
         undo.enter_context(_data_options())
         metrics.count_for(run)
-        lifetime.undo.callback(undo.pop_all().close)
+        lifetime.undo().callback(undo.pop_all().close)
     resources = ray.cluster_resources()
     return {
-        "address": address.value if address else "local",
+        "address": address.shown if address else "local",
         "cpus": resources.get("CPU", 0),
         "gpus": resources.get("GPU", 0),
         "object_store_bytes": int(resources.get("object_store_memory", 0)),
@@ -93,16 +95,17 @@ def stop() -> None:
 
     A Ray that was initialised before `start` stays.
     """
-    lifetime.undo.close()
+    lifetime.undo().close()
 
 
 @contextmanager
 def _ray(address: Address | None, config: RayConfig) -> Iterator[None]:
     """Be connected to a cluster, or to a local Ray that ends with the block.
 
-    Environment variables and the fault handler are afterwards as before.
+    Environment variables, Ray's log level and the fault handler are afterwards as before.
     """
     before, traced = set(os.environ), faulthandler.is_enabled()
+    level = logging.getLogger("ray").level
     if not traced:  # Ray would, and fails where sys.stderr is no file, as in some notebooks
         faulthandler.enable(STDERR, all_threads=False)
     added: set[str] = set()
@@ -128,6 +131,7 @@ def _ray(address: Address | None, config: RayConfig) -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
+        logging.getLogger("ray").setLevel(level)
         if not traced:
             faulthandler.disable()
 
@@ -137,7 +141,7 @@ def _connect(address: Address) -> None:
     if address.value.startswith(("http://", "https://")):
         raise ConfigError(
             f"{address} is where jobs are submitted, by `pds-ray submit --address "
-            f"{address.value}`; a run joins a cluster at HEAD:6379, or at auto on one of its nodes"
+            f"{address.shown}`; a run joins a cluster at HEAD:6379, or at auto on one of its nodes"
         )
     address.check_runs_ray()  # asked first: Ray itself would try for minutes
     try:
@@ -179,9 +183,7 @@ def _start_local(config: RayConfig) -> None:
 
 def _init_local(config: RayConfig, folders: places.RayFolders) -> None:
     free = limits.free_memory_bytes()
-    store = (
-        int(config.object_store_gib * 2**30) if config.object_store_gib else min(free // 4, 8 << 30)
-    )
+    store = _object_store_bytes(config, free)
     ray.init(
         address="local",
         num_cpus=config.num_cpus or limits.cpus(),
@@ -193,6 +195,13 @@ def _init_local(config: RayConfig, folders: places.RayFolders) -> None:
         job_config=ray_private.job_config(),
         **QUIET,
     )
+
+
+def _object_store_bytes(config: RayConfig, free: int) -> int:
+    """Return the size of a local Ray's object store where `free` bytes of memory are free."""
+    if config.object_store_gib:
+        return int(config.object_store_gib * 2**30)
+    return max(LEAST_STORE, min(free // 4, MOST_STORE))
 
 
 @contextmanager

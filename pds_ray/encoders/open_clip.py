@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -239,6 +239,7 @@ def _preprocess(model_cfg: dict[str, Any], overrides: dict[str, Any]) -> Preproc
     )
 
 
+@cache  # a comparison describes the encoder of every row
 def _try_loading(info: EncoderInfo, weights: Path | None) -> None:
     """Build the model on torch's meta device, hold the weights against it, make the tokenizer.
 

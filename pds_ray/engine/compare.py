@@ -57,7 +57,7 @@ FIXED = ("source", "out", "method", "pairs", "embed.store")
 UNSAFE = re.compile(r"[^\w.=+-]")
 """Characters that stay out of folder names."""
 MAX_NAME = 200
-"""Longest name of a method in that of a folder, in characters; file systems allow 255 bytes."""
+"""Longest name of a method in that of a folder, in bytes; file systems allow 255."""
 
 
 def ablations(config: RunConfig, judged: EvaluateConfig) -> list[str]:
@@ -135,9 +135,10 @@ def _entry(written: str, pairs: int, config: RunConfig, judged: EvaluateConfig) 
 
 def _short(name: str) -> str:
     """Return a name that a folder can have: a long one is cut and ends in its digest."""
-    if len(name) <= MAX_NAME:
+    whole = name.encode()
+    if len(whole) <= MAX_NAME:
         return name
-    return f"{name[:MAX_NAME]}-{fingerprint(name)[:12]}"
+    return f"{whole[:MAX_NAME].decode(errors='ignore')}-{fingerprint(name)[:12]}"
 
 
 def _parse(written: str) -> tuple[str, dict[str, str]]:

@@ -123,7 +123,7 @@ def count_distinct(vectors: np.ndarray, weights: np.ndarray, most: int) -> int:
     """Count the different rows of [n, d] that have a weight, up to `most`: soon, in real data."""
     seen: set[bytes] = set()
     for row in np.flatnonzero(weights):
-        seen.add(vectors[row].tobytes())
+        seen.add(hashlib.blake2b(vectors[row].tobytes(), digest_size=16).digest())
         if len(seen) == most:
             break
     return len(seen)
@@ -163,7 +163,7 @@ def lloyd(
     clustering = faiss.Clustering(vectors.shape[1], clusters, kmeans.cp)
     if start is not None:
         faiss.copy_array_to_vector(start.ravel(), clustering.centroids)
-    with _counted(clustering.iteration_stats, iterated):
+    with _counted(clustering.iteration_stats, config.iterations, iterated):
         clustering.train(vectors, kmeans.index, weights)
     centroids = faiss.vector_float_to_array(clustering.centroids).reshape(clusters, -1)
     kmeans.centroids = centroids
@@ -172,13 +172,13 @@ def lloyd(
 
 
 @contextmanager
-def _counted(stats: Any, iterated: Callable[[int], object]) -> Iterator[None]:
+def _counted(stats: Any, most: int, iterated: Callable[[int], object]) -> Iterator[None]:
     """Tell the length of FAISS's list of iterations now and then while the block fills it."""
     ended = threading.Event()
 
     def count() -> None:
         while not ended.wait(COUNT_S):
-            iterated(stats.size())
+            iterated(min(stats.size(), most))  # FAISS may be moving the list just now
 
     counter = threading.Thread(target=count, daemon=True)
     counter.start()

@@ -239,7 +239,7 @@ def by_shard(nearest: Nearest) -> list[tuple[int, np.ndarray, np.ndarray]]:
 
 
 def why_fewer(cluster: Mapping[str, Any], match: Mapping[str, Any], empty: int) -> str:
-    """Say why there are fewer prototypes than clusters.
+    """Return why there are fewer prototypes than clusters.
 
     `cluster` and `match` are the counts of these stages, `empty` the matches that average nothing.
     """

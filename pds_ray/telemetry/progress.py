@@ -65,7 +65,7 @@ def _state(bar: tqdm) -> State:
 
 
 class Reports(Protocol):
-    """What workers report of work whose results are still to come."""
+    """Reports of workers on work whose results are still to come."""
 
     def read(self) -> None:
         """Read the reports anew; may take seconds."""
@@ -167,6 +167,11 @@ class _Lines(io.TextIOBase):
         return len(text)
 
 
+def on_terminal() -> bool:
+    """Return whether bars are written to a terminal; the stream of a notebook need be no file."""
+    return getattr(sys.stderr, "isatty", bool)()
+
+
 @contextmanager
 def progress_bar(
     label: str, total: int | None, unit: str, done: int = 0, delay_s: float = 0.0
@@ -178,8 +183,7 @@ def progress_bar(
     `.update(n)` for work done, `.follow(reports)` to show what is done ahead of that, and
     `.set_postfix_str(text, refresh=False)` for a note.
     """
-    # the stream of a notebook or a test need be no file
-    interactive = getattr(sys.stderr, "isatty", bool)() and not log.is_json()
+    interactive = on_terminal() and not log.is_json()
     with (
         (_JsonBar if log.is_json() else Bar)(
             # whatever TQDM_DISABLE says: a bar that is disabled does not count, and its count is

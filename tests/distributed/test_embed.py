@@ -17,7 +17,8 @@ import ray
 from pds_ray import catalog
 from pds_ray.config import ConfigError, EmbedConfig, RayConfig, RunConfig
 from pds_ray.distributed import embed as embed_module
-from pds_ray.distributed.embed import check_bad_share, check_failed_share, fill_store
+from pds_ray.distributed.embed import fill_store
+from pds_ray.distributed.embed_account import check_bad_share, check_failed_share
 from pds_ray.distributed.embed_workers import EmbedWorker, ShardDatasource, ShardFile
 from pds_ray.distributed.in_flight import InFlight
 from pds_ray.distributed.session import unwrapped_errors
@@ -144,8 +145,8 @@ def test_a_shard_that_cannot_be_opened_is_no_bad_sample(tmp_path: Path, shared_d
 def test_a_shard_that_loses_every_process_is_set_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def alone(shard, *_):
-        if shard.name.endswith("1"):
+    def alone(file, *_):
+        if file.shard.name.endswith("1"):
             os.kill(os.getpid(), signal.SIGKILL)
         return ShardCounts(images=7), ""
 
@@ -154,9 +155,10 @@ def test_a_shard_that_loses_every_process_is_set_aside(
     source = ScenesSource("scenes:2000")
     info = catalog.describe_encoder(CONFIG.embed)
     work = embed_module._Work(
-        source, info, CONFIG.read, CONFIG.embed, CONFIG.ray, open_store(tmp_path), {}
+        source, info, CONFIG.read, CONFIG.embed, CONFIG.ray, open_store(tmp_path)
     )
-    outcomes = dict(embed_module.retry_lost_shards(source.shards(), work, InFlight()))
+    files = [ShardFile(shard, changed=False) for shard in source.shards()]
+    outcomes = dict(embed_module.retry_lost_shards(files, work, InFlight()))
     assert outcomes["scenes-00000"] == (ShardCounts(images=7), "")
     assert outcomes["scenes-00001"].startswith("whatever embeds it is lost (processes lost: 2,")
 

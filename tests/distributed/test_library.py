@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.long]
 HOST = """
 import asyncio, faulthandler, hashlib, io, json, logging, os, pathlib, signal, sys, threading, time
 import warnings
-import psutil, torch, ray, ray.data, scipy.special, aiohttp.web
+import psutil, torch, ray, ray.data, scipy.sparse, aiohttp.web  # which add filters
 from pds_ray import configure, distill, load_distilled, recipe
 from pds_ray.distributed import session
 from pds_ray.errors import UserError
@@ -56,6 +56,7 @@ def check(what):
     changed = [name for name, value in state().items() if value != before[name]]
     said[what] = [changed, rays(), ray.is_initialized()]
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start jobs that ignore it
 known = set(logging.root.manager.loggerDict)
 before = state()
 

@@ -93,7 +93,7 @@ def test_a_ray_that_does_not_start_is_told_in_one_line(monkeypatch: pytest.Monke
 
 
 def test_rays_sockets_are_as_long_as_is_reckoned_with() -> None:
-    """Those of the Ray that runs here."""
+    """They are those of the Ray that runs here."""
     (socket_path,) = Path(ray_private.session_folder(), "sockets").glob("plasma_store")
     longest = f"/{places.RAY_SOCKET.format(pid=os.getpid())}"
     below = str(socket_path).removeprefix(places.ray_folders().sockets)
@@ -204,7 +204,8 @@ def test_other_errors_stay_as_they_are() -> None:
 
 def test_a_ray_that_was_there_before_a_session_survives_it(monkeypatch) -> None:
     """Environment, Ray Data's options and log levels are as before, too."""
-    monkeypatch.setattr(lifetime, "undo", ExitStack())  # forget that `start` began this Ray
+    undo = ExitStack()
+    monkeypatch.setattr(lifetime, "undo", lambda: undo)  # forget that `start` began this Ray
     monkeypatch.setattr(session, "_limits_read", {})
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setenv("RAY_DATA_DISABLE_PROGRESS_BARS", "0")

@@ -147,3 +147,9 @@ def test_the_variable_is_named_when_jobs_cannot_be_submitted(
         monkeypatch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{port}")
         with pytest.raises(ConfigError, match="jobs at RAY_API_SERVER_ADDRESS http://"):
             jobs._client("http://elsewhere:8265")
+
+
+def test_a_password_in_an_address_is_not_shown() -> None:
+    with nobody() as port, pytest.raises(ConfigError) as caught:
+        jobs._client(f"http://me:secret@127.0.0.1:{port}")
+    assert f"--address http://127.0.0.1:{port} (" in str(caught.value)

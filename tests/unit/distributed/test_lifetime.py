@@ -12,15 +12,22 @@ from pds_ray.errors import UserError
 
 def test_the_outermost_block_ends_what_began_in_it() -> None:
     ended: list[str] = []
-    lifetime.undo.callback(ended.append, "before")
+    lifetime.undo().callback(ended.append, "before")
     with lifetime.session_kept():
-        lifetime.undo.callback(ended.append, "first")
+        lifetime.undo().callback(ended.append, "first")
         with lifetime.session_kept():
-            lifetime.undo.callback(ended.append, "second")
+            lifetime.undo().callback(ended.append, "second")
         assert ended == []
     assert ended == ["second", "first"]
-    lifetime.undo.close()
+    lifetime.undo().close()
     assert ended == ["second", "first", "before"]
+
+
+def test_many_sessions_one_after_the_other_leave_nothing_behind() -> None:
+    for _ in range(2_000):  # more than Python nests calls
+        with lifetime.session_kept():
+            pass
+    lifetime.undo().close()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
@@ -29,7 +36,7 @@ def test_an_error_ends_the_session_and_passes(error: type[BaseException]) -> Non
 
     @lifetime.session_kept()
     def fail() -> None:
-        lifetime.undo.callback(ended.append, "first")
+        lifetime.undo().callback(ended.append, "first")
         raise error
 
     with pytest.raises(error):

@@ -1,4 +1,4 @@
-"""What a job may use, against trees of control groups as the kernel shows them."""
+"""Limits of a job, against trees of control groups as the kernel shows them."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ def test_cpus(tmp_path: Path, membership: str, files: dict[str, str], cpus: int)
             {
                 "job/memory.max": f"{512 * MIB}",
                 "job/memory.current": f"{500 * MIB}",
-                "job/memory.stat": f"anon 1\ninactive_file {300 * MIB}\nactive_file 5",
+                "job/memory.stat": f"anon 1\ninactive_file {300 * MIB}\nactive_file {9 * MIB}",
             },
             512,
-            312,
+            321,
         ),
         (V2, {"job/memory.max": f"{2000 * MIB}", "job/memory.current": "0"}, 1024, 900),
         (V2, {"job/memory.max": f"{64 * MIB}", "job/memory.current": f"{65 * MIB}"}, 64, 0),

@@ -58,9 +58,10 @@ def test_ablations_that_change_nothing_are_left_out() -> None:
 
 
 def test_every_set_has_a_folder_of_its_own(tmp_path: Path) -> None:
-    long = [f"pds+decode.negative_prompt={'x' * 300}{end}" for end in "ab"]
+    texts = (letters + end for letters in ("x" * 300, "ü" * 180) for end in "ab")
+    long = [f"pds+decode.negative_prompt={text}" for text in texts]
     folders = {row.folder for row in entries(CONFIG, long, [10], JUDGED)}
-    assert len(folders) == 2
+    assert len(folders) == 4
     for folder in folders:
         (tmp_path / folder).mkdir(parents=True)
     alike = ["pds+decode.negative_prompt=a/b", "pds+decode.negative_prompt=a:b"]

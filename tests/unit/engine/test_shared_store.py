@@ -34,9 +34,9 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         return (function(item, *shared) for item in items)
 
     def in_vain(todo: list[Any], work: Any, outcome: Any, *_: object) -> Any:
-        for shard in todo:
-            work.store.fail(shard.name, "is still away")
-            outcome.failed[shard.name] = "is still away"
+        for file in todo:
+            work.store.fail(file.shard.name, "is still away")
+            outcome.failed[file.shard.name] = "is still away"
         return outcome
 
     monkeypatch.setattr(scenes, "SHARD_SIZE", 10)
