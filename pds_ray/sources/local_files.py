@@ -45,8 +45,8 @@ class LocalFiles:
 
         A folder comes before those in it, and these come in the order of their names. The folder of
         a run is passed over, as its images are results; so is a link to a folder in the root, whose
-        files are met where they lie. Raises SourceError
-        in one line for a link to a folder outside, and for a folder that cannot be listed.
+        files are met where they lie. Raises SourceError in one line for a link to a folder outside,
+        and for a folder that cannot be listed.
         """
         pending = [""]
         while pending:
@@ -124,7 +124,7 @@ class LocalFiles:
         return data
 
     def _holds(self, full: str) -> bool:
-        """Say if a path below the root leads nowhere else."""
+        """Return whether a path below the root leads nowhere else."""
         above = full
         while len(above) > len(self.root) and not os.path.islink(above):
             above = os.path.dirname(above)
