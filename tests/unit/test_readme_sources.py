@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import HfFileSystem, constants
-from tests.support.hub_set import cache
 
 from pds_ray import catalog
 from pds_ray.sources import hub
 from pds_ray.sources.base import Sample, read_shard
-from tests.support import hub_files, object_store
+from tests.support import object_store
 from tests.support.docs_pages import ROOT
 from tests.support.hostile import tar_bytes
+from tests.support.hub import TOKEN, cache, running_hub
 from tests.support.web_server import Web, serving
 
 IMAGE, CAPTION = b"an image", "a caption"
@@ -71,8 +71,10 @@ def tar_on_the_hub(place: Place) -> str:
     place.patch.setattr(constants, "HF_HUB_OFFLINE", False)
     HfFileSystem.clear_instance_cache()
     place.stack.callback(HfFileSystem.clear_instance_cache)
-    address = place.stack.enter_context(hub_files.hub("org/name", {"00000.tar": TAR}))
-    return f"hf://datasets/org/name/*.tar?endpoint={address}"
+    place.patch.setenv("HF_TOKEN", TOKEN)
+    server = place.stack.enter_context(running_hub())
+    server.create("org/name", **{"00000.tar": TAR})
+    return f"hf://datasets/org/name/*.tar?endpoint={server.url}"
 
 
 def folder(place: Place) -> str:
