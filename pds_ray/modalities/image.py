@@ -110,7 +110,7 @@ def _without_ballast(png: bytes) -> bytes:
 
 
 def _has_all_pixels(jpeg: bytes) -> bool:
-    """Say if a JPEG lacks its end mark alone: its pixels are the same whatever follows."""
+    """Return whether a JPEG lacks its end mark alone: its pixels are the same whatever follows."""
     pixels = set()
     for rest in (b"", b"\x55" * 16, b"\xaa" * 16):
         try:

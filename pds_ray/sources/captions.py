@@ -159,7 +159,7 @@ class CaptionReader:
 
 
 def is_json(suffix: str) -> bool:
-    """Say if files of a suffix hold JSON."""
+    """Return whether files of a suffix hold JSON."""
     return suffix.rpartition(".")[2] == "json"
 
 

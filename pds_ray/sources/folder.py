@@ -35,7 +35,7 @@ VALIDATION = dict.fromkeys(("train", "test"), ("validation", "valid", "val", "de
 
 @dataclass
 class _Found:
-    """What a look through the folder finds."""
+    """The finds of a look through the folder."""
 
     folders: list[str] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)

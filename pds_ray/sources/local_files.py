@@ -43,10 +43,8 @@ class LocalFiles:
 
         A folder comes before those in it, and these come in the order of their names. Runs and
         distilled sets are passed over, as their images are results; so is a link to a folder in the
-        root, whose files are met where they lie.
-
-        Raises SourceError in one line for a link to a folder outside, and for a folder that cannot
-        be listed.
+        root, whose files are met where they lie. Raises SourceError in one line for a link to a
+        folder outside, and for a folder that cannot be listed.
         """
         pending = [""]
         while pending:
@@ -124,7 +122,7 @@ class LocalFiles:
         return data
 
     def _holds(self, full: str) -> bool:
-        """Say if a path below the root leads nowhere else."""
+        """Return whether a path below the root leads nowhere else."""
         above = full
         while len(above) > len(self.root) and not os.path.islink(above):
             above = os.path.dirname(above)

@@ -184,7 +184,7 @@ def _open(location: str) -> pq.ParquetFile:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Say if an error is of the data: one of the disk has a number."""
+    """Return whether an error is of the data: one of the disk has a number."""
     return isinstance(error, pa.ArrowInvalid | pa.ArrowNotImplementedError) or (
         type(error) in (OSError, pa.ArrowException) and getattr(error, "errno", None) is None
     )

@@ -150,7 +150,7 @@ class _Group:
     """Suffix and data."""
     texts: dict[str, bytes] = field(default_factory=dict)
     found: list[str] = field(default_factory=list)
-    """What its files add to the key."""
+    """The parts that its files add to the key."""
     reading: bool = False
     """A file is being read; still set afterwards if the archive ended inside it."""
 
@@ -164,18 +164,18 @@ class _Group:
         return not self.suffixes or self.key != self.first.begins
 
     def takes(self, file: _File) -> bool:
-        """Say if a file belongs here."""
+        """Return whether a file belongs here."""
         if file.known:
             return file.key == self.key and file.suffix not in self.suffixes
         return file.key == self.key or file.name.startswith(f"{self.key}.")
 
     def belongs(self, other: _Group) -> bool:
-        """Say if its key extends that of another sample by a dot."""
+        """Return whether its key extends that of another sample by a dot."""
         is_sample = bool(other.suffixes) or "." not in other.first.suffix
         return self is not other and is_sample and self.extends(other.key)
 
     def extends(self, key: str) -> bool:
-        """Say if its first file's name goes on where `key` and a dot end."""
+        """Return whether its first file's name goes on where `key` and a dot end."""
         return self.first.name.startswith(f"{key}.")
 
     def refuse(self, reason: str, detail: str) -> None:
@@ -211,7 +211,7 @@ class _Group:
             self.texts[file.suffix] = data
 
     def _better(self, suffix: str, images: Names) -> bool:
-        """Say if an image with this suffix is to be taken: the first, the usual ones before all."""
+        """Return whether to take an image: the first counts, one of a usual suffix before all."""
         return self.image is None or (suffix in images.always and self.image[0] in images.otherwise)
 
     def outcome(self, files: Files, each_line: bool) -> Sample | Fault:

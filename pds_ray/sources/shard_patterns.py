@@ -60,7 +60,7 @@ PARQUET = Kind("Parquet file", (".parquet", ".parq", ".pq"))
 
 
 class _Match(NamedTuple):
-    """What a pattern names: location -> size and version of each shard, or why there is none."""
+    """The shards of a pattern, location -> size and version, or why there is none."""
 
     shards: dict[str, pafs.FileInfo]
     why_not: str = ""

@@ -51,7 +51,7 @@ Images = list[tuple[str, tuple[str, ...]]]
 
 
 def is_table(name: str) -> bool:
-    """Say if a file is, by its name, a table of whatever kind."""
+    """Return whether a file is, by its name, a table of whatever kind."""
     lower = name.lower()
     return lower.endswith((".csv", ".tsv", ".token", ".token.txt")) or lower == "captions.txt"
 
@@ -165,7 +165,7 @@ def _csv_records(text: str, suffixes: tuple[str, ...]) -> Iterator[Record]:
 
 
 def _splits(line: str, delimiter: str, suffixes: tuple[str, ...]) -> bool:
-    """Say if a delimiter cuts the first line of a table so that one part is the images'."""
+    """Return whether a delimiter cuts the first line of a table so that one part is the images'."""
     first, *others = line.split(delimiter)
     names = {name.strip(' "\r').lower() for name in (first, *others)}
     return bool(others) and (_is_image(first, suffixes) or not names.isdisjoint(IMAGE_COLUMNS))

@@ -62,7 +62,7 @@ class TarReader:
         self._stream = unpacked(stream)
         self._offset = 0
         self._begin = 0
-        """Offset at which the current archive begins."""
+        """The offset at which the current archive begins."""
         self._unread = 0
         self._padding = 0
         self.started = False

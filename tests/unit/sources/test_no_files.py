@@ -1,4 +1,4 @@
-"""What a pattern takes for a shard and is no file: a shard that cannot be read."""
+"""Names that a pattern takes for shards and that are no files: shards that cannot be read."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ def test_a_file_with_other_columns_costs_itself(tmp_path: Path) -> None:
 
 
 def test_damage_costs_the_rest_of_a_file(tmp_path: Path) -> None:
-    """Whatever bytes are damaged: all rows before that page are there, and one fault."""
+    """All rows before a damaged page are there, and one fault, whatever bytes it has."""
     images = [random.Random(n).randbytes(3000) for n in range(40)]
     table = pa.table({"image": struct(*images), "text": [f"caption {n}" for n in range(40)]})
     whole = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Which files make a sample: keys with dots, files of one sample beside those of others."""
+"""The files that make a sample: keys with dots, files of one sample beside those of others."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def content(source: WebDatasetSource) -> list[Sample | Fault]:
 
 @pytest.fixture
 def truth(tmp_path: Path) -> list[Sample | Fault]:
-    """What the same shards hold on a disk."""
+    """The content of the same shards on a disk."""
     for name, data in SHARDS.items():
         (tmp_path / name.rpartition("/")[2]).write_bytes(data)
     return content(WebDatasetSource(f"{tmp_path}/*.tar"))
