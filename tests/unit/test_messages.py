@@ -170,8 +170,7 @@ def test_messages_are_found() -> None:
     found = {text for path in FILES for text in messages(path)}
     assert {
         "no run folder: give --out FOLDER",
-        "is the folder of a run and passed over; name it in full, without a wildcard, to read "
-        "what is in it",
+        "and passed over; name it in full, without a wildcard, to read what is in it",
         "check its address and state and the credentials; the same command continues",
         "leave the one that names the images, or call it metadata.csv",
         "faiss-cpu and faiss-gpu overwrite each other: pip uninstall both, then install one",

@@ -350,6 +350,7 @@ def test_a_command_leaves_the_process_as_it_was(
     monkeypatch.setitem(cli.COMMANDS, "distill", command)
     for name in QUIET:
         monkeypatch.setenv(name, "")
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
     before = state()
     for flags, code, lines in (
         (["--log", "json"], 0, ["working", "done"]),
@@ -364,6 +365,7 @@ def test_a_command_leaves_the_process_as_it_was(
     with pytest.warns(UserWarning, match="of a library"), pytest.raises(ConfigError):
         cli.main(["distill", "-v", "--only", "x"])
     assert state() == before
+    signal.signal(signal.SIGHUP, hang_up)
 
 
 @pytest.mark.parametrize(
