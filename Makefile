@@ -7,10 +7,11 @@
 # make test-long  the long ones alone
 # make bench      every row of benchmarks/RESULTS.md beside its baseline (hours, on an idle machine)
 # make fuzz       coverage-guided fuzzing of the parsers of untrusted bytes, FUZZ_SECONDS per target
-# KIND=gpu        with any of them: an environment whose k-means runs on GPUs (Linux on x86-64)
+# KIND=gpu        with any of them: in .venv-gpu, whose k-means runs on GPUs (Linux on x86-64)
 PYTHON ?= python3
 KIND ?= cpu
-VENV := .venv
+# an environment per kind: what is installed stays, and the two FAISS overwrite each other
+VENV := .venv$(patsubst %,-%,$(filter-out cpu,$(KIND)))
 BIN := $(VENV)/bin
 RUN := runs/demo
 FUZZ_SECONDS := 300

@@ -76,8 +76,8 @@ def _places() -> bool:
         _space("shared mem", "/dev/shm", "in /dev/shm (Ray's object store)", ENOUGH_SHARED)
     home = os.path.expanduser("~")
     for topic, folder, advice in (
-        ("home", home, "set HOME to a folder that can be, or HF_HOME for models from the hub"),
-        ("cache", str(_cache()), "set HF_HOME to a folder that can be, for models from the hub"),
+        ("home", home, "set HOME to one that can be, or HF_HOME for models from the hub"),
+        ("cache", str(_cache()), "set HF_HOME to one that can be, for models from the hub"),
     ):
         closed = places.why_closed(folder)
         say(LOW if closed else OK, topic, f"{folder} {closed}; {advice}" if closed else folder)

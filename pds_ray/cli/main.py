@@ -6,26 +6,28 @@ Exit codes: 0 done, 1 an internal error, 2 an error that the user can fix, 130 i
 from __future__ import annotations
 
 import argparse
-import atexit
-import errno
-import io
 import json
 import logging
 import os
-import signal
 import sys
-import threading
 import time
 import traceback
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from pds_ray import catalog
 from pds_ray.cli.parser import EXIT_USER, build_parser
+from pds_ray.cli.process import (
+    any_character,
+    flush,
+    ignore_interrupts,
+    in_main_thread,
+    interruptible,
+    quiet,
+    usable_streams,
+)
 from pds_ray.cli.publish import export_set, push_set
 from pds_ray.config import (
     ConfigError,
@@ -48,16 +50,6 @@ EXIT_OK, EXIT_BUG, EXIT_INTERRUPTED = 0, 1, 130
 _RUN_FIELDS = {field.name for field in fields(RunConfig)}
 EVALUATION_FIELDS = {field.name for field in fields(EvaluateConfig)} - _RUN_FIELDS
 """Fields and sections of an evaluation that a run does not have."""
-QUIET = {  # for libraries that print on import or on load; they stay set when `main` ends
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-}
 
 
 def resolve(args: argparse.Namespace) -> RunConfig:
@@ -366,39 +358,15 @@ COMMANDS = {
 }
 
 
-def _usable_streams() -> None:
-    """Open the standard streams that are closed, as services close them.
-
-    A closed one is None, and its number would go to the next file that is opened: what C code
-    prints would end up in that.
-    """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # the lowest number first
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode))  # noqa: SIM115
-
-
-def _flush() -> None:
-    """Write what standard output holds back in files and pipes.
-
-    Nowhere, if its reader or its terminal is gone.
-    """
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EIO):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run one command and raise SystemExit with its exit code: the entry point of `pds-ray`.
 
     It may be called several times in one process: signal handlers, warnings, logging and the form
     of events are afterwards as they were, and a Ray that runs already goes on. The environment
-    variables of QUIET stay set, since libraries read them on import, and what `_usable_streams`
+    variables of QUIET stay set, since libraries read them on import, and what `usable_streams`
     did stays. Ctrl-C, SIGTERM and SIGHUP end the whole process.
     """
-    _usable_streams()
+    usable_streams()
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.version:
@@ -409,15 +377,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.command is None:
         parser.error("the following arguments are required: COMMAND")
     with (
-        _quiet(args.verbose),
+        quiet(args.verbose),
         log.as_json(args.log == "json"),
-        _any_character(),
-        _interruptible(),
+        any_character(),
+        interruptible(),
         session_kept(),
     ):
         code = _run(args)
-        if _in_main_thread():
-            _ignore_interrupts()
+        if in_main_thread():
+            ignore_interrupts()
     raise SystemExit(code)
 
 
@@ -426,7 +394,7 @@ def _run(args: argparse.Namespace) -> int:
     try:
         require_current_folder()
         COMMANDS[args.command](args)
-        _flush()
+        flush()
         # the last line of a log tells the outcome; on a terminal the result does
         if args.command in RUNS:
             quiet = sys.stderr.isatty() or getattr(args, "dry_run", False)
@@ -434,14 +402,14 @@ def _run(args: argparse.Namespace) -> int:
         return EXIT_OK
     except KeyboardInterrupt:
         text = "\npds-ray: interrupted; the same command continues"
-        _flush()
+        flush()
         with suppress(OSError):  # the terminal may be gone
             log.event("interrupted", text, "error", exit_code=EXIT_INTERRUPTED)
         # not through Ray's own shutdown: interrupted while it starts, it crashes; its processes
         # die with this one
         os._exit(EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output is gone
-        _flush()
+        flush()
         return EXIT_OK
     except Exception as error:
         if args.verbose:
@@ -452,68 +420,6 @@ def _run(args: argparse.Namespace) -> int:
         else:
             advice = "-v shows where; a bug report needs pds-ray --version -v"
             code, text = EXIT_BUG, f"pds-ray: {type(error).__name__}: {line} ({advice})"
-        _flush()
+        flush()
         log.event("failed", text, "error", exit_code=code)
         return code
-
-
-@contextmanager
-def _quiet(verbose: bool) -> Iterator[None]:
-    """Silence libraries in the block, unless the command is verbose."""
-    disabled = logging.root.manager.disable
-    try:
-        with warnings.catch_warnings():
-            if not verbose:
-                for name, value in QUIET.items():
-                    os.environ.setdefault(name, value)
-                warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-
-
-@contextmanager
-def _any_character() -> Iterator[None]:
-    """Print characters that standard output cannot encode as escapes, as standard error does."""
-    stream = sys.stdout
-    if not isinstance(stream, io.TextIOWrapper):  # another program's, or closed
-        yield
-        return
-    before = stream.errors
-    stream.reconfigure(errors="backslashreplace")
-    try:
-        yield
-    finally:
-        stream.reconfigure(errors=before)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let SIGTERM interrupt the block as Ctrl-C does, in the background too.
-
-    A stopped job then ends like an interrupted one, and so does one whose terminal is closed, if
-    nohup does not shield it.
-    """
-    if not _in_main_thread():  # only that one may set handlers
-        yield
-        return
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        atexit.unregister(_ignore_interrupts)
-        atexit.register(_ignore_interrupts)  # again: the last registered is the first called
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
-
-
-def _ignore_interrupts() -> None:
-    """Ignore Ctrl-C: all is done, and an interrupt would only spoil the exit code."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pds_ray.errors import ConfigError
+from pds_ray.errors import ConfigError, first_line
 
 SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
 """Longest path of a Unix socket."""
 RAY_SOCKET = "ray/session_2026-11-29_12-24-46_039886_{pid}/sockets/plasma_store"
 """The longest path of Ray's sockets below its temporary folder, for one date."""
 TEMPORARY = "/tmp"
+LOOPBACK_S = 10.0
+"""Seconds after which a machine does not reach itself."""
 
 
 @dataclass(frozen=True)
@@ -97,3 +100,15 @@ def require_current_folder() -> None:
         raise ConfigError(
             "the current folder was deleted; change to one that exists, as by `cd`"
         ) from None
+
+
+def require_loopback() -> None:
+    """Raise ConfigError in one line if this machine does not reach itself, as Ray has to."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), LOOPBACK_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"this machine does not reach itself at 127.0.0.1 ({first_line(error)}), where Ray's "
+            "processes meet; switch its network interface lo on: ip link set lo up"
+        ) from error

@@ -6,10 +6,14 @@ test in tests/distributed/test_ray_private.py.
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 import ray
 from ray.experimental import internal_kv
+from ray.job_config import JobConfig
 
 DATA_LOG = "ray.data._internal.execution.streaming_executor_state"
 """Name of the log in which Ray Data reports each block that it goes on without.
@@ -18,6 +22,25 @@ A name, because importing the module, and with it `ray.data`, costs every proces
 """
 
 KEYS_NAMESPACE, KEYS_TIMEOUT_S = b"pds_ray", 5.0
+
+
+class _WorkersPath(list[str]):
+    """The folders that workers import from first: of those that Ray adds, this process's own.
+
+    Ray always adds the current folder: workers would take a `random.py` beside the command for
+    Python's.
+    """
+
+    def extend(self, folders: Iterable[str]) -> None:
+        own = {os.path.abspath(folder) for folder in sys.path}
+        super().extend(folder for folder in folders if folder in own)
+
+
+def job_config() -> JobConfig:
+    """Return what `ray.init` is told so that workers import from where this process does."""
+    config: Any = JobConfig()
+    config._py_driver_sys_path = _WorkersPath()
+    return config
 
 
 def session_folder() -> str:

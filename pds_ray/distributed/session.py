@@ -145,7 +145,7 @@ def _connect(address: Address) -> None:
         )
     address.check_runs_ray()  # asked first: Ray itself would try for minutes
     try:
-        ray.init(address=address.value, **QUIET)
+        ray.init(address=address.value, job_config=ray_private.job_config(), **QUIET)
     except (ConnectionError, RuntimeError, ValueError, *REFUSALS) as error:
         token = (
             ""
@@ -159,8 +159,12 @@ def _connect(address: Address) -> None:
 
 
 def _start_local(config: RayConfig) -> None:
-    """Start a Ray that is as large as the job may be. Raises ConfigError if it has no place."""
+    """Start a Ray that is as large as the job may be.
+
+    Raises ConfigError in one line if it cannot start here.
+    """
     places.require_current_folder()
+    places.require_loopback()
     folders = places.ray_folders()
     if folders.note:
         log.event("other_place", f"pds-ray: {folders.note}", "warning", why=folders.note)
@@ -168,6 +172,16 @@ def _start_local(config: RayConfig) -> None:
         _limits_read["object_spilling_directory"] = folders.spilled
     if token := places.ray_token():
         os.environ["RAY_AUTH_TOKEN"] = token
+    try:
+        _init_local(config, folders)
+    except Exception as error:  # Ray raises no narrower one where a process of its own fails
+        raise ConfigError(
+            f"Ray does not start ({first_line(error)}); often a limit of the shell is too low, see "
+            f"ulimit -a; {folders.sockets}/ray/session_latest/logs has more"
+        ) from error
+
+
+def _init_local(config: RayConfig, folders: places.RayFolders) -> None:
     free = limits.free_memory_bytes()
     store = _object_store_bytes(config, free)
     ray.init(
@@ -178,6 +192,7 @@ def _start_local(config: RayConfig) -> None:
         include_dashboard=False,
         _temp_dir=f"{folders.sockets}/ray",
         object_spilling_directory=folders.spilled,
+        job_config=ray_private.job_config(),
         **QUIET,
     )
 

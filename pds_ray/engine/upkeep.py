@@ -202,8 +202,11 @@ def repair(path: str, problems: list[Problem], changes: Mapping[str, Any]) -> di
                 run.folder.folder.delete(problem.name)  # a file that is there is taken for good
 
     run = _open(path, changes)
-    if any(problem.name == RunFolder.SHARDS for problem in problems):
+    names = {problem.name for problem in problems}
+    if RunFolder.SHARDS in names:
         run.folder.folder.delete(RunFolder.SHARDS)  # written again from the source
+    if EmbeddingStore.SHARDS in names:
+        run.store.folder.delete(EmbeddingStore.SHARDS)
     stages = {problem.stage for problem in problems}
     return engine.redo(make_run(run.config), stages, prepare)
 

@@ -78,6 +78,11 @@ def _wide(data: bytes) -> tuple[str, ...]:
     return ()
 
 
+def storable(text: str) -> str:
+    """Return a text without the lone surrogates that JSON can spell and no UTF-8 file can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def clean_basic(text: str) -> str:
     """Return one line of visible text, white space collapsed, cut at a word end."""
     line = " ".join(_STRAY_JOINERS.sub("", _INVISIBLE.sub("", text)).split())

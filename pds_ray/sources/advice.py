@@ -9,20 +9,25 @@ APART = "the files of a sample do not lie side by side"
 """Ends the detail of a duplicate key that has only the image, or only the captions."""
 TWO_KEYS = "no image and caption under one key"
 """Begins the detail of a sample whose image and caption have different names."""
+HOLES = "a file with holes"
 
 ADVICE = (  # (reason or "", part of the detail, what to do)
     ("", APART, "pack them again with tar --sort=name"),
     ("", TWO_KEYS, "name the suffixes with --read.image-suffixes and --read.caption-suffixes"),
     ("unsafe_member", ": link to ", "pack the files themselves: tar --dereference"),
     ("unsafe_member", "leaves the folder", "copy the files there: cp --recursive --dereference"),
+    ("unsafe_member", HOLES, "pack the shard without --sparse"),
     ("not_a_tar", "Git LFS pointer", "fetch the files with git lfs pull"),
     ("not_a_tar", "HTML or XML page", "an error page was saved; download it again"),
     ("not_a_tar", "bytes of zeros", "download it again"),
     ("not_a_parquet", "Git LFS pointer", "fetch the files with git lfs pull"),
+    ("not_a_parquet", "column", "leave the file out, or write it as the others are"),
     ("not_a_parquet", "", "download it again"),
     ("truncated_shard", "", "download or pack it again"),
     ("missing_image", "no image (", "name the suffix of images with --read.image-suffixes"),
     ("missing_caption", "no caption file", "name their suffix with --read.caption-suffixes"),
+    ("missing_caption", ", which is no JSON", "write the file with a JSON library"),
+    ("missing_caption", "(no text)", "a caption is a text, in quotes"),
     ("missing_caption", ", which has ", "name the entry with --read.caption-keys"),
 )
 

@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pds_ray.modalities.text import MAX_CAPTIONS
+from pds_ray.modalities.text import MAX_CAPTIONS, storable
 from pds_ray.sources.base import SourceError
 
 MAX_ANNOTATION_BYTES = 256 * 1024**2
@@ -51,7 +51,10 @@ def read_annotations(path: Path, split: str) -> Images:
 
     Raises SourceError in one line if the file cannot be used.
     """
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
     return _parse(path, split, stat.st_mtime_ns, stat.st_size)
 
 
@@ -61,7 +64,7 @@ def _parse(path: Path, split: str, _mtime_ns: int, _size: int) -> Images:
     images: defaultdict[str, list[str]] = defaultdict(list)
     try:
         for image, captions in _records(_load(path), split):
-            images[image] += [_storable(caption) for caption in captions if caption.strip()]
+            images[image] += [storable(caption) for caption in captions if caption.strip()]
     except _RecordError as error:
         raise SourceError(f"{path}, {error}") from None
     if not images:
@@ -161,8 +164,3 @@ def _path(value: Any, name: str, where: str) -> str:
             f"{where}: image path {value!r} leaves the folder or is not a plain path"
         )
     return path
-
-
-def _storable(caption: str) -> str:
-    # JSON can spell lone surrogates, which UTF-8 cannot hold
-    return caption.encode("utf-8", "replace").decode("utf-8")

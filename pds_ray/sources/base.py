@@ -78,7 +78,7 @@ class Fault:
 
 REASONS = (
     "not_a_tar",  # the shard is not a tar at all; key is ""
-    "not_a_parquet",  # nor a Parquet file, where one is expected; key is ""
+    "not_a_parquet",  # nor a Parquet file with images and captions; key is ""
     "truncated_shard",  # damaged or cut, all before that was read; key: sample cut, or ""
     "missing_shard",  # listed, but gone or unreadable when it was opened; key is ""
     "missing_image",  # no file with a suffix of images, or the file is not there
@@ -126,7 +126,7 @@ def read_shard(source: Source, shard: Shard) -> Iterator[Sample | Fault]:
     """Yield what `source.read` yields for a shard that must be there.
 
     A disk that fails is read again, as it says nothing about the data; object stores are asked
-    again where they are read (`storage.open_stream`). Raises SourceError naming the shard if it is
+    again where they are read (`streams.open_stream`). Raises SourceError naming the shard if it is
     gone or cannot be read to its end.
     """
     done = 0

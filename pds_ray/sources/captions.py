@@ -12,14 +12,22 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from pds_ray.config import FilesConfig, listed
-from pds_ray.modalities.text import MAX_CAPTIONS, decode_text
+from pds_ray.errors import first_line
+from pds_ray.modalities.text import MAX_CAPTIONS, decode_text, storable
 from pds_ray.sources.base import CAPTION_LINES
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
 SHOWN = 8  # names that a message about a sample shows
+
+USUAL, GUESSED, OTHERWISE = range(3)
+"""Ranks of a caption file: UTF text, or JSON that has texts under names that always count; text in
+an encoding that is a guess; JSON of any other shape.
+
+A sample that has captions of one rank keeps them, whatever further shapes are learned.
+"""
 
 
 @dataclass(frozen=True)
@@ -86,17 +94,20 @@ class CaptionReader:
     def read(self, files: Mapping[str, bytes], each_line: bool = False) -> Captions:
         """Return the captions in the files of one sample, given by their suffix.
 
-        With `each_line` each line of a text file is a caption. A file in an encoding that is a
-        guess counts only where no other gives a caption. Raises nothing, whatever the bytes are.
+        With `each_line` each line of a text file is a caption. The files of the first rank that
+        gives any count alone. Raises nothing, whatever the bytes are.
         """
         parsed = {
-            suffix: self._json(data) if is_json(suffix) else _Text.of(data, each_line)
+            suffix: self._json(data) if is_json(suffix) else _File.of_text(data, each_line)
             for suffix, data in files.items()
         }
-        certain = {suffix: file for suffix, file in parsed.items() if file.certain}
-        return self._choose(certain) or self._choose(parsed) or Captions(())
+        for rank in sorted({file.rank for file in parsed.values()}):
+            alike = {suffix: file for suffix, file in parsed.items() if file.rank == rank}
+            if captions := self._choose(alike):
+                return captions
+        return Captions(())
 
-    def _choose(self, files: Mapping[str, _Text]) -> Captions | None:
+    def _choose(self, files: Mapping[str, _File]) -> Captions | None:
         """Return the captions of those files that count, None if they have none."""
         texts = self.suffixes.pick(lambda suffix: files[suffix].captions if suffix in files else [])
         notes = dict.fromkeys(note for file in files.values() for note in file.notes)
@@ -104,18 +115,36 @@ class CaptionReader:
 
     def of_record(self, record: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the captions in a record, a row of a table, in any shape that JSON may have."""
-        return _distinct(map(_storable, self._strings(record)))
+        return _distinct(map(storable, self._strings(record)))
 
     def found(self, files: Mapping[str, bytes]) -> str:
         """Say what is in files without a caption."""
-        entries = (name for suffix in files if is_json(suffix) for name in _entries(files[suffix]))
-        shown = ", ".join(name[:40] for name in islice(entries, SHOWN))
         where = " and ".join(f".{suffix}" for suffix in files)
-        return f"no caption in {where}" + (f", which has {shown}" if shown else "")
+        parsed = [_parsed(data) for suffix, data in files.items() if is_json(suffix)]
+        entries = (entry for file in parsed for entry in self._entries(file.value))
+        shown = ", ".join(islice(entries, SHOWN))
+        no_json = next(
+            (f", which is no JSON ({file.problem})" for file in parsed if file.problem), ""
+        )
+        return f"no caption in {where}" + (f", which has {shown}" if shown else no_json)
 
-    def _json(self, data: bytes) -> _Text:
-        value, certain = _parsed(data)
-        return _Text(list(map(_storable, self._strings(value))), certain)
+    def _entries(self, value: Any) -> Iterator[str]:
+        """Yield the names in an object, and the values that would be captions if they were text."""
+        for name, entry in value.items() if isinstance(value, Mapping) else ():
+            is_number = name in self.keys and isinstance(entry, int | float)
+            yield f"{name[:40]} = {json.dumps(entry)[:40]} (no text)" if is_number else name[:40]
+
+    def _json(self, data: bytes) -> _File:
+        file = _parsed(data)
+        usual = self._usual(file.value) if file.valid else []
+        captions = usual or self._strings(file.value)
+        return _File(list(map(storable, captions)), USUAL if usual else OTHERWISE)
+
+    def _usual(self, value: Any) -> list[str]:
+        """Return the texts of a JSON object under names that always count, alone or in a list."""
+        entries = [value.get(name) for name in self.keys.always] if isinstance(value, dict) else []
+        items = (item for each in entries for item in (each if isinstance(each, list) else [each]))
+        return [item for item in items if isinstance(item, str) and item.strip()]
 
     def _strings(self, value: Any, deeper: int = 2) -> list[str]:
         """Return the captions in a JSON value: a text, a list of such, or an object's entries."""
@@ -135,45 +164,46 @@ def is_json(suffix: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Text:
+class _File:
     """The captions of one file."""
 
     captions: list[str]
     """Not blank."""
-    certain: bool
-    """The encoding is not a guess."""
+    rank: int
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, data: bytes, each_line: bool) -> _Text:
+    def of_text(cls, data: bytes, each_line: bool) -> _File:
         text, encoding = decode_text(data)
         lines = [line for line in _LINE_END.split(text) if line.strip()]
         notes = [] if encoding in ("utf-8", "utf-8-sig") else [encoding]
         if len(lines) > 1 and not each_line:
             notes.append(CAPTION_LINES)
         captions = lines if each_line else [text] if lines else []
-        return cls(captions, encoding != "cp1252", notes)
+        return cls(captions, GUESSED if encoding == "cp1252" else USUAL, notes)
 
 
-def _parsed(data: bytes) -> tuple[Any, bool]:
-    """Return the value of a JSON file, None if there is none, and whether its encoding is known."""
+class _Json(NamedTuple):
+    """The content of a JSON file."""
+
+    value: Any
+    """None if it holds no JSON."""
+    valid: bool = True
+    """It is as JSON should be, in UTF and without raw control characters in texts."""
+    problem: str = ""
+    """Why it is no JSON, "" if it is."""
+
+
+def _parsed(data: bytes) -> _Json:
+    """Return what a JSON file holds, in any encoding; texts in it may have raw line breaks."""
     try:
-        try:
-            return json.loads(data), True
-        except UnicodeDecodeError:
-            return json.loads(decode_text(data)[0]), False
-    except (ValueError, RecursionError):  # not JSON, not text, or nested too deep
-        return None, True
-
-
-def _entries(data: bytes) -> list[str]:
-    value, _ = _parsed(data)
-    return list(value) if isinstance(value, dict) else []
-
-
-def _storable(caption: str) -> str:
-    # JSON can spell lone surrogates, which no UTF-8 file can hold
-    return caption.encode("utf-8", "replace").decode("utf-8")
+        return _Json(json.loads(data))
+    except (ValueError, RecursionError):
+        pass  # it is read once more, with what is often wrong in it
+    try:
+        return _Json(json.loads(decode_text(data)[0], strict=False), valid=False)
+    except (ValueError, RecursionError) as error:  # not JSON, not text, or nested too deep
+        return _Json(None, problem=first_line(error))
 
 
 def _distinct(captions: Iterable[str]) -> tuple[str, ...]:

@@ -13,7 +13,6 @@ that neither driver nor workers hold a list of all files.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -41,6 +40,8 @@ class _Found:
     folders: list[str] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
+    tars: bool = False
+    """A folder below has a tar."""
     images: Cutter = field(default_factory=Cutter)
     captioned: bool = False
     """An image has a caption file."""
@@ -73,8 +74,7 @@ class FolderSource:
         self.beside = Beside(files, known, each_line=options.caption_lines == "each")
         self.named = Named(files, tuple(images), column_reader(options), max_image_bytes)
         tars = files.names("", lambda name: name.lower().endswith(SHARD_SUFFIXES))
-        pattern = f"{glob.escape(self.root)}/*"
-        self.tars = catalog.make_source(pattern, options) if tars else None
+        self.tars = catalog.make_source(f"{self.root}/*", options) if tars else None
 
     @property
     def validation(self) -> str | None:
@@ -106,6 +106,7 @@ class FolderSource:
         files = self.beside.files
         for folder, names in files.walk():
             found.folders.append(folder)
+            found.tars |= any(name.lower().endswith(SHARD_SUFFIXES) for name in names)
             metadata = next((name for name in METADATA if name in names), None)
             if metadata:
                 found.metadata.append(os.path.join(folder, metadata))
@@ -127,6 +128,8 @@ class FolderSource:
                 "leave the one that names the images, or call it metadata.csv"
             )
         known = self.beside.known
+        if found.tars:
+            return f"{self.root} has tars only in the folders below it; give {self.root}/**/*.tar"
         if not found.images.shards:
             return f"{self.root} has no tar and no image ({', '.join(known.images)})"
         return (

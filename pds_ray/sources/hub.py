@@ -19,7 +19,7 @@ from pds_ray.errors import first_line
 from pds_ray.sources.base import Fault, Sample, Shard, SourceError
 from pds_ray.sources.parquet_rows import RowReader
 from pds_ray.sources.shard_patterns import SHARD_SUFFIXES, shard_names
-from pds_ray.sources.splits import canonical, find_splits, missing_parts
+from pds_ray.sources.splits import find_split, find_splits, missing_parts
 from pds_ray.telemetry import log
 
 TIMEOUT_S = 10
@@ -65,7 +65,7 @@ class HubSource:
     def validation(self) -> str | None:
         """The validation split of the data set, unless this is it. Raises what `shards` raises."""
         split, splits = self._split()
-        if split == "validation" or "validation" not in splits:
+        if find_split(splits, "validation") in ("", split):
             return None
         return f"hf:{self.name}{f'@{self.revision}' if self.revision else ''}:validation"
 
@@ -102,10 +102,10 @@ class HubSource:
         splits = find_splits(paths, _look_up(self.name, self.revision).card, self.name)
         if not splits:
             raise SourceError(f"{self.name} has no Parquet files; {_instead(self.name, paths)}")
-        split = canonical(self.split) if self.split else "train" if "train" in splits else ""
-        if not split and len(splits) == 1:
+        split = find_split(splits, self.split or "train")
+        if not (split or self.split) and len(splits) == 1:
             split = next(iter(splits))
-        if split not in splits:
+        if not split:
             wrong = f"no split {self.split}" if self.split else "several splits"
             raise SourceError(f"{self.name} has {wrong}; give one of {', '.join(splits)}: {FORM}")
         return split, splits

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 from pds_ray.config import FilesConfig
@@ -21,6 +22,8 @@ from pds_ray.sources.annotations import SPLITS, Images, read_annotations
 from pds_ray.sources.base import Fault, Sample, Shard, SourceError
 
 SHARD_SIZE = 1000
+PROBE = 10
+"""Images of which one has to be there for an annotation file to be that of the folder."""
 ANNOTATIONS = {"flickr30k": "flickr30k_{split}.json", "coco": "coco_karpathy_{split}.json"}
 ORIGINALS = {
     "flickr30k": ("dataset_flickr30k.json",),
@@ -117,17 +120,21 @@ class KarpathySource:
                 yield Sample(key, image, captions)
 
     def _images(self) -> Images:
-        """Return the images of the first annotation file whose images are there.
+        return read_annotations(self._annotations, self.split)
 
-        A folder may hold the annotations of other years, too.
+    @cached_property
+    def _annotations(self) -> Path:
+        """The first annotation file whose images are there.
+
+        A folder may hold the annotations of other years, too. It is chosen once, for all shards,
+        and travels with the instance.
         """
         files = self._annotation_files()
-        read = (read_annotations(path, self.split) for path in files)
-        there = (images for images in read if self._first_is_there(images))
-        return next(there, None) or read_annotations(files[0], self.split)
+        there = (path for path in files if self._are_there(read_annotations(path, self.split)))
+        return next(there, files[0])
 
-    def _first_is_there(self, images: Images) -> bool:
-        places = self._places(images[0][0])
+    def _are_there(self, images: Images) -> bool:
+        places = (place for key, _ in images[:PROBE] for place in self._places(key))
         return any(os.path.exists(os.path.join(self.root, place)) for place in places)
 
     def _places(self, key: str) -> list[str]:

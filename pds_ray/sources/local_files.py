@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pds_ray.sources.base import Fault, Shard, SourceError
-from pds_ray.sources.shard_patterns import say_passed_over
-from pds_ray.store.run_folder import RunFolder
+from pds_ray.sources.listing import say_passed_over
+from pds_ray.store.run_folder import result_in
 
 SHARD_SIZE = 1000
 """Images per shard."""
@@ -30,8 +30,6 @@ OF_THE_DATA = (
 )
 """Errors that say what a file is, and not how the disk fares."""
 PASSED_OVER = ("__MACOSX",)
-RUN_FILES = {RunFolder.MANIFEST, RunFolder.SHARDS}
-"""Files by which the folder of a run is known; one alone may belong to an image called run."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +41,19 @@ class LocalFiles:
     def walk(self) -> Iterator[tuple[str, set[str]]]:
         """Yield each folder, as a path below the root, with the names of its files.
 
-        A folder comes before those in it, and these come in the order of their names. The folder of
-        a run is passed over, as its images are results; so is a link to a folder in the root, whose
-        files are met where they lie. Raises SourceError
-        in one line for a link to a folder outside, and for a folder that cannot be listed.
+        A folder comes before those in it, and these come in the order of their names. Runs and
+        distilled sets are passed over, as their images are results; so is a link to a folder in the
+        root, whose files are met where they lie.
+
+        Raises SourceError in one line for a link to a folder outside, and for a folder that cannot
+        be listed.
         """
         pending = [""]
         while pending:
             folder = pending.pop()
             files, folders = self._list(folder, lambda _: True)
-            if folder and files >= RUN_FILES:
-                say_passed_over(os.path.join(self.root, folder))
+            if folder and (result := result_in(files)):
+                say_passed_over(os.path.join(self.root, folder), result)
                 continue
             yield folder, files
             pending += sorted((os.path.join(folder, name) for name in folders), reverse=True)

@@ -46,7 +46,8 @@ class Named:
         if not there:
             first = self._images(tables[0])[0][0]
             raise SourceError(
-                f"no image that {tables[0]} names is in {self.files.root}, the first: {first}"
+                f"no image that {tables[0]} names is in {self.files.root}, the first: {first}; "
+                "put the table and its images into one folder"
             )
         return cut.shards
 

@@ -24,7 +24,7 @@ from pds_ray.sources.tables import column_names, column_reader
 from pds_ray.sources.unpack import describe
 from pds_ray.store.calls import is_remote
 from pds_ray.store.filesystems import open_filesystem
-from pds_ray.store.storage import open_stream
+from pds_ray.store.streams import open_stream
 
 ROWS_AT_ONCE = 16
 BUFFER_BYTES = 4 * 1024**2
@@ -63,7 +63,7 @@ class RowReader:
         """Yield the samples and faults of the file at a path or URI; damage is a fault and the end.
 
         A sample's key is the number of its row. Raises OSError or StorageError if disk or store
-        fail, which says nothing about the data, and SourceError as `check` does.
+        fail, which says nothing about the data.
         """
         try:
             file = _open(location)
@@ -74,7 +74,11 @@ class RowReader:
             yield Fault("", "not_a_parquet", str(error))
             return
         with file:
-            image, captions = self._columns(file.schema_arrow, location)
+            try:
+                image, captions = self._columns(file.schema_arrow, location)
+            except SourceError as error:  # others may have them: `check` looks at the first
+                yield Fault("", "not_a_parquet", str(error))
+                return
             batches = file.iter_batches(ROWS_AT_ONCE, columns=[image, *captions], use_threads=False)
             row = 0
             try:
@@ -90,7 +94,10 @@ class RowReader:
     def _sample(
         self, key: str, batch: pa.RecordBatch, place: int, image: str, captions: list[str]
     ) -> Sample | Fault:
-        value = batch.column(image)[place].as_py()
+        try:
+            value = batch.column(image)[place].as_py()
+        except UnicodeDecodeError as error:
+            return Fault(key, "missing_image", f"its path is not UTF-8: {error}")
         path = value.get("path") if isinstance(value, dict) else None
         data = value["bytes"] if isinstance(value, dict) else value
         if not data:
@@ -145,13 +152,17 @@ class RowReader:
             )
         raise SourceError(
             f"{location} holds no images: none of its columns, {column_names(schema.names)}, is of "
-            "bytes or of structs {bytes, path}"
+            "bytes or of structs {bytes, path}; write images as one of these"
         )
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pt.is_struct(kind):
-        return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
+        return any(field.name == "bytes" and _is_binary(field.type) for field in kind)
+    return _is_binary(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
     return pt.is_binary(kind) or pt.is_large_binary(kind) or pt.is_binary_view(kind)
 
 

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from pds_ray.sources.advice import APART, TWO_KEYS
+from pds_ray.sources.advice import APART, HOLES, TWO_KEYS
 from pds_ray.sources.base import Fault, Sample
 from pds_ray.sources.captions import CaptionReader, Names
-from pds_ray.sources.tar import TarReader
+from pds_ray.sources.tar import Member, TarReader
 from pds_ray.sources.unpack import DAMAGE
 
 MAX_NAME = 4096
@@ -99,7 +99,7 @@ class _File:
         return f"{folder}{slash}{base.partition('.')[0]}"
 
 
-def _identify(member: tarfile.TarInfo, files: Files) -> _File | None:
+def _identify(member: Member, files: Files) -> _File | None:
     """Return a member as a file; None if it has nothing to do with samples."""
     name = member.name
     if len(name) > MAX_NAME:
@@ -116,13 +116,15 @@ def _identify(member: tarfile.TarInfo, files: Files) -> _File | None:
         return None
     elif member.issym() or member.islnk():
         unsafe = f"link to {member.linkname}"
-    elif member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
+    elif not member.isreg():
         unsafe = f"not a regular file (type {member.type!r})"
     else:
-        unsafe = ""
+        unsafe = member.problem
     base = name.rpartition("/")[2]
     known = files.suffix(base)
     if known:
+        if member.type == tarfile.GNUTYPE_SPARSE:  # what stands in the archive is not the file
+            unsafe = unsafe or HOLES
         return _File(name, name[: -len(known) - 1], known, True, unsafe)
     stem, dot, suffix = base.partition(".")
     if stem and dot:
@@ -136,6 +138,8 @@ class _Group:
 
     first: _File
     fault: Fault | None = None
+    too_large: Fault | None = None
+    """A file that is too large, and needed only where no file of a usual name is there."""
     again: str | None = None
     """The first known file's name if the key was there before, "" if not; None without such a file.
     """
@@ -191,7 +195,11 @@ class _Group:
         self.suffixes.add(file.suffix)
         limit = files.max_image_bytes if is_image else files.max_text_bytes
         if size > limit:
-            self.refuse("member_too_large", f"{file.name}: {size} bytes, at most {limit}")
+            detail = f"{file.name}: {size} bytes, at most {limit}"
+            if file.suffix not in (files.images if is_image else files.captions.suffixes).always:
+                self.too_large = self.too_large or Fault(self.key, "member_too_large", detail)
+                return
+            self.refuse("member_too_large", detail)
         if self.fault or self.again or (is_image and not self._better(file.suffix, files.images)):
             return
         self.reading = True
@@ -214,14 +222,18 @@ class _Group:
             return Fault(self.key, "duplicate_key", detail if whole else f"{detail}: {APART}")
         if self.fault is not None:
             return self.fault
+        captions = files.captions.read(self.texts, each_line)
+        if self.image is not None and captions.texts:
+            return Sample(self.key, self.image[1], captions.texts, captions.notes)
+        return self.too_large or self._lacking(files)
+
+    def _lacking(self, files: Files) -> Fault:
+        """Return the fault of a sample without an image or without a caption."""
         found = f"found {', '.join(self.found)}"
         if self.image is None:
             return Fault(
                 self.key, "missing_image", f"no image ({', '.join(files.images)}); {found}"
             )
-        captions = files.captions.read(self.texts, each_line)
-        if captions.texts:
-            return Sample(self.key, self.image[1], captions.texts, captions.notes)
         wanted = ", ".join(files.captions.suffixes)
         nothing = f"no caption file ({wanted}); {found}"
         detail = files.captions.found(self.texts) if self.texts else nothing
@@ -303,7 +315,7 @@ class _Samples:
             outcome = group.outcome(self._files, self._each_line)
             if group.has_image:
                 self._parts = [part for part in self._parts if not part[0].belongs(group)]
-            if not isinstance(outcome, Fault) or not _lacks(outcome):
+            if not (_lacks(outcome) or _is_too_large(outcome)):
                 if self._parts and self._parts[0][0].first.begins == group.first.begins:
                     yield from self._release()
                 yield outcome
@@ -311,6 +323,7 @@ class _Samples:
                 continue
             elif group.is_part:
                 group.image, group.texts = None, {}
+                assert isinstance(outcome, Fault)
                 self._parts.append((group, outcome))
                 if len(self._parts) > MAX_PARTS:
                     yield from self._release()
@@ -337,3 +350,7 @@ class _Samples:
 
 def _lacks(outcome: Sample | Fault) -> bool:
     return isinstance(outcome, Fault) and outcome.reason.startswith("missing_")
+
+
+def _is_too_large(outcome: Sample | Fault) -> bool:
+    return isinstance(outcome, Fault) and outcome.reason == "member_too_large"

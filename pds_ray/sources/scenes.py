@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from pds_ray.config import ReadConfig
+from pds_ray.config import FilesConfig
 from pds_ray.sources.base import Fault, Sample, Shard, SourceError
 
 IMAGE_SIZE = 64
@@ -215,7 +215,7 @@ class ScenesSource:
     any other text, for no images, for more than 100 percent of noise and for empty shards.
     """
 
-    def __init__(self, uri: str, _: ReadConfig | None = None) -> None:
+    def __init__(self, uri: str, _: FilesConfig | None = None) -> None:
         scheme, *numbers = uri.split(":")
         given = [int(number) for number in numbers if number.isascii() and number.isdecimal()]
         if scheme != "scenes" or not 1 <= len(numbers) <= 4 or len(given) < len(numbers):

@@ -1,24 +1,18 @@
 """Shards named by patterns: a path, a glob, a brace range, several of these, or a list file.
 
-Patterns are local paths or URIs of stores. Globbing is our own, so that each folder is listed once,
-local and remote names follow one rule, odd names (spaces, `%`, braces) are taken to the letter, and
-the results of a run are never taken for data. A web server lists nothing: each of its shards is
-asked for.
+Patterns are local paths or URIs of stores, in which `sources.listing` looks. A web server lists
+nothing: each of its shards is asked for.
 """
 
 from __future__ import annotations
 
 import codecs
-import errno
 import glob
 import hashlib
-import io
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from fnmatch import fnmatchcase
-from functools import cache
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -27,18 +21,16 @@ from braceexpand import braceexpand
 
 from pds_ray.errors import first_line, without_secrets
 from pds_ray.sources.base import SourceError
+from pds_ray.sources.listing import Listing, is_magic, open_shard
 from pds_ray.store.calls import (
-    UNLIMITED,
+    FACTS,
+    REFUSED,
     StorageError,
-    await_answer,
     is_remote,
     side_by_side,
     with_retries,
 )
 from pds_ray.store.filesystems import local_path, open_filesystem, split_address
-from pds_ray.store.run_folder import RunFolder
-from pds_ray.store.storage import open_stream
-from pds_ray.telemetry import log
 
 WEB = ("http://", "https://")
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -88,7 +80,7 @@ def find_shards(uri: str, kind: Kind = TARS) -> tuple[dict[str, pafs.FileInfo], 
         raise SourceError(f"{patterns[0]} names no tar; Parquet files are read as parquet:PATTERN")
     on_web = [pattern for pattern in patterns if pattern.startswith(WEB)]
     matches = dict(zip(on_web, side_by_side(_ask, on_web), strict=True))
-    stores: dict[tuple[str, str], _Store] = {}
+    stores: dict[tuple[str, str], Listing] = {}
     for pattern in patterns:
         if pattern not in matches:
             matches[pattern] = _look_for(pattern, kind, stores)
@@ -96,12 +88,12 @@ def find_shards(uri: str, kind: Kind = TARS) -> tuple[dict[str, pafs.FileInfo], 
     return found, _complaint(uri, kind, matches)
 
 
-def _look_for(pattern: str, kind: Kind, stores: dict[tuple[str, str], _Store]) -> _Match:
+def _look_for(pattern: str, kind: Kind, stores: dict[tuple[str, str], Listing]) -> _Match:
     """Look for a pattern where files can be listed. Raises SourceError."""
     prefix, path, query = split_address(pattern)
     try:
         if (prefix, query) not in stores:
-            stores[prefix, query] = _Store(prefix, query)
+            stores[prefix, query] = Listing(prefix, query)
         store = stores[prefix, query]
         shards = _only_shards(pattern, kind, list(store.walk(store.root, path.split("/"))))
     except (OSError, StorageError) as error:
@@ -120,7 +112,7 @@ def _look_for(pattern: str, kind: Kind, stores: dict[tuple[str, str], _Store]) -
 
 def _ask(location: str) -> _Match:
     """Ask a web server for a shard. Raises SourceError."""
-    if _is_magic(split_address(location)[1]):
+    if is_magic(split_address(location)[1]):
         raise SourceError(
             f"{location}: a web server lists no files; name them, as in {{00000..00041}}.tar or "
             "in a list, @FILE"
@@ -166,10 +158,10 @@ def _only_shards(pattern: str, kind: Kind, infos: list[pafs.FileInfo]) -> list[p
         info
         for info in infos
         # what a wildcard takes for a shard and is none is counted as a failed shard
-        if (info.is_file or info.type == pafs.FileType.NotFound or _is_magic(pattern))
+        if (info.is_file or info.type == pafs.FileType.NotFound or is_magic(pattern))
         and info.path.lower().endswith(kind.suffixes)
     ]
-    if infos and not shards and not _is_magic(pattern):
+    if infos and not shards and not is_magic(pattern):
         if infos[0].is_file:
             raise SourceError(f"{pattern} is not a {kind.noun} ({', '.join(kind.suffixes)})")
         example = f"{pattern}/*{kind.suffixes[0]}"
@@ -180,13 +172,14 @@ def _only_shards(pattern: str, kind: Kind, infos: list[pafs.FileInfo]) -> list[p
 def shard_names(locations: list[str]) -> dict[str, str]:
     """Return location -> name: the file's stem in safe characters.
 
-    A hash of the location is added where two names would be the same, and where one is cut at
-    NAME_LENGTH. The query of a web address, which may be a signature, is no part of it.
+    A hash of the location is added where two names would be the same, in capitals or not, as some
+    file systems see them, and where one is cut at NAME_LENGTH. The query of a web address, which
+    may be a signature, is no part of it.
     """
     names = {location: _safe_stem(location) for location in locations}
-    uses = Counter(names.values())
+    uses = Counter(name.lower() for name in names.values())
     for location, name in names.items():
-        if uses[name] > 1 or len(name) > NAME_LENGTH:
+        if uses[name.lower()] > 1 or len(name) > NAME_LENGTH:
             place = without_secrets(location) if location.startswith(WEB) else location
             digest = hashlib.blake2b(place.encode(), digest_size=4).hexdigest()
             names[location] = f"{name[:NAME_LENGTH]}-{digest}"
@@ -202,11 +195,15 @@ def _safe_stem(location: str) -> str:
 
 
 def for_retrieval(locations: Iterable[str]) -> set[str]:
-    """Return those shards whose DATASET_TYPE says retrieval: each line of a text is a caption."""
+    """Return those shards whose DATASET_TYPE says retrieval: each line of a text is a caption.
+
+    Raises SourceError if a store fails.
+    """
     said: dict[str, bool] = {}
     found = set()
     for location in locations:
-        prefix, path, query = split_address(location)
+        prefix, path, settings = split_address(location)
+        query = "" if location.startswith(WEB) else settings  # a signature is for one file
         folder = path.rpartition("/")[0]
         for place in (folder, folder.rpartition("/")[0]):
             file = prefix + "/".join(filter(None, (place, DATASET_TYPE))) + query
@@ -214,18 +211,23 @@ def for_retrieval(locations: Iterable[str]) -> set[str]:
                 said[file] = _says_retrieval(file)
             if said[file]:
                 found.add(location)
+                break
     return found
 
 
 def _says_retrieval(location: str) -> bool:
     filesystem, path = open_filesystem(location)
     try:
-        if not filesystem.get_file_info(path).is_file:
+        if not with_retries(lambda: filesystem.get_file_info(path), location).is_file:
             return False
         with open_shard(location) as stream:
             return stream.read(64).strip().lower() == b"retrieval"
-    except (OSError, StorageError):  # some stores refuse to say that a file is not there
+    except FACTS:  # some stores refuse to say that a file is not there
         return False
+    except (OSError, StorageError) as error:
+        if REFUSED.search(str(error)):
+            return False
+        raise SourceError(f"cannot look for {location}: {first_line(error)}") from error
 
 
 # ---- patterns ------------------------------------------------------------------------------------
@@ -236,23 +238,29 @@ def _expand(uri: str, kind: Kind) -> Iterator[str]:
 
     `::` separates patterns. So does white space, unless the pattern around it matches shards.
     """
-    for pattern in [uri] if _is_file(uri) else map(str.strip, uri.split("::")):
+    for pattern in [uri] if _is_there(uri) else map(str.strip, uri.split("::")):
         for token in (
-            [pattern] if _is_file(pattern) or _has_spaces(pattern, kind) else pattern.split()
+            [pattern] if _is_there(pattern) or _has_spaces(pattern, kind) else pattern.split()
         ):
             _refuse_commands(token)
             if token.startswith("@"):
                 for line in _read_list(_absolute(token[1:])):
                     _refuse_commands(line)
                     yield from _expand_braces(line)
-            elif _is_file(token):  # taken to the letter: it may hold spaces or braces
-                yield glob.escape(_absolute(token))
+            elif _is_there(token):  # taken to the letter: it may hold spaces or braces
+                folder = token.removesuffix("/*")
+                yield glob.escape(_absolute(folder)) + token[len(folder) :]
             else:
                 yield from _expand_braces(token)
 
 
-def _is_file(pattern: str) -> bool:
-    return os.path.isfile(_absolute(pattern.removeprefix("@")))
+def _is_there(pattern: str) -> bool:
+    """Return whether a pattern is a file that exists, or all in a folder that does."""
+    path = pattern.removeprefix("@")
+    folder = path.removesuffix("/*")
+    if folder and folder != path:
+        return os.path.isdir(_absolute(folder))
+    return os.path.isfile(_absolute(path))
 
 
 def _has_spaces(text: str, kind: Kind) -> bool:
@@ -260,7 +268,7 @@ def _has_spaces(text: str, kind: Kind) -> bool:
     others = text.split()[1:]
     if not others or text.startswith(("@", *WEB)) or any("://" in other for other in others):
         return False
-    stores: dict[tuple[str, str], _Store] = {}
+    stores: dict[tuple[str, str], Listing] = {}
     try:
         return any(
             _look_for(pattern, kind, stores).shards
@@ -310,119 +318,6 @@ def _absolute(path: str) -> str:
     return local_path(path)
 
 
-def _is_magic(pattern: str) -> bool:
-    return re.search(r"[*?\[]", pattern) is not None
-
-
 def _fixed_folder(pattern: str) -> str:
     prefix, path, _ = split_address(pattern)
-    return prefix + "/".join(takewhile(lambda part: not _is_magic(part), path.split("/")[:-1]))
-
-
-# ---- file systems --------------------------------------------------------------------------------
-
-
-class _Store:
-    """A file system to look for files in.
-
-    Each folder is listed once: on object stores it is the listing that costs.
-    """
-
-    def __init__(self, prefix: str, query: str) -> None:
-        self._prefix = prefix
-        self._query = query
-        self._filesystem, self.root = open_filesystem(prefix + query)
-        if is_remote(prefix):
-            await_answer(lambda: self._filesystem.get_file_info(self.root), prefix)
-        self._listings: dict[str, dict[str, pafs.FileInfo]] = {}
-
-    def location(self, path: str) -> str:
-        """Return the location of a path that `walk` found."""
-        return self._prefix + path.removeprefix(self.root).lstrip("/") + self._query
-
-    def walk(self, folder: str, parts: list[str]) -> Iterator[pafs.FileInfo]:
-        """Yield the files and folders that match the path `parts` below `folder`.
-
-        Wildcards pass over hidden names and over run folders, whose tars are results.
-        """
-        head, *rest = parts
-        if rest and not _is_magic(head):  # not listed: the folders on the way may be closed or huge
-            yield from self.walk(f"{folder.rstrip('/')}/{head}", rest)
-            return
-        entries = self._list(folder)
-        visible = {name: info for name, info in entries.items() if not name.startswith(".")}
-        if head == "**":
-            yield from self.walk(folder, rest or ["*"])
-            matches = list(visible.values())
-            rest = parts
-        elif _is_magic(head):
-            matches = [info for name, info in visible.items() if fnmatchcase(name, head)]
-        else:
-            matches = [entries[head]] if head in entries else []
-        for info in matches:
-            if not rest:
-                yield info
-            elif info.type == pafs.FileType.Directory and not (
-                _is_magic(head) and self._passes_over(info.path)
-            ):
-                yield from self.walk(info.path, rest)
-
-    def _passes_over(self, folder: str) -> bool:
-        """Return whether a folder holds a run, and say so."""
-        try:
-            is_run = RunFolder.MANIFEST in self._list(folder)
-        except PermissionError:  # a folder on the way that may be closed
-            return False
-        if is_run:
-            say_passed_over(self.location(folder))
-        return is_run
-
-    def _list(self, folder: str) -> dict[str, pafs.FileInfo]:
-        if folder not in self._listings:
-            selector = pafs.FileSelector(folder, allow_not_found=True)
-            try:
-                infos = with_retries(
-                    lambda: self._filesystem.get_file_info(selector),
-                    self.location(folder),
-                    UNLIMITED,
-                )
-                infos += self._dangling(folder) if self.root == "/" else []
-            except NotADirectoryError:
-                infos = []
-            self._listings[folder] = {_base_name(info): info for info in infos}
-        return self._listings[folder]
-
-    @staticmethod
-    def _dangling(folder: str) -> list[pafs.FileInfo]:
-        """Return the links of a local folder that lead nowhere: no listing of pyarrow has them."""
-        if not os.path.isdir(folder):
-            return []
-        with os.scandir(folder) as entries:
-            lost = [each.path for each in entries if each.is_symlink() and not os.path.exists(each)]
-        return [pafs.FileInfo(path, pafs.FileType.NotFound) for path in sorted(lost)]
-
-
-def _base_name(info: pafs.FileInfo) -> str:
-    """Return the name of a file; one that is not UTF-8 matches wildcards, and is then refused."""
-    try:
-        return info.base_name
-    except UnicodeDecodeError as error:
-        return os.fsdecode(error.object)
-
-
-def open_shard(location: str) -> io.BufferedReader:
-    """Open the file at a location that `find_shards` returned."""
-    filesystem, path = open_filesystem(location)
-    if not is_remote(location) and os.path.isdir(path):  # pyarrow's error does not tell its kind
-        raise IsADirectoryError(errno.EISDIR, "it is a folder", path)
-    return open_stream(filesystem, path, location)
-
-
-@cache  # the shards of a source are looked for more than once
-def say_passed_over(folder: str) -> None:
-    """Say that the folder of a run is no part of a source."""
-    text = (
-        f"pds-ray: {without_secrets(folder)} is the folder of a run and passed over; name it in "
-        "full, without a wildcard, to read what is in it"
-    )
-    log.event("run_passed_over", text, "warning", folder=without_secrets(folder))
+    return prefix + "/".join(takewhile(lambda part: not is_magic(part), path.split("/")[:-1]))

@@ -6,7 +6,7 @@ The rules are those of the library `datasets`, as far as Parquet files go.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -33,11 +33,17 @@ def find_splits(paths: Sequence[str], card: Mapping[str, Any], name: str) -> dic
     for split, patterns in _declared(card, name):
         matching = [path for path in files if any(fnmatchcase(path, each) for each in patterns)]
         if matching:
-            found[canonical(split)] = matching
+            found[split] = matching
     if not found:
         for path in files:
             found.setdefault(_told_by_name(path), []).append(path)
     return found
+
+
+def find_split(splits: Iterable[str], wanted: str) -> str:
+    """Return the split of that name or, without it, of that meaning; "" if there is none."""
+    alike = [split for split in splits if canonical(split) == canonical(wanted)]
+    return wanted if wanted in alike else next(iter(alike), "")
 
 
 def canonical(split: str) -> str:

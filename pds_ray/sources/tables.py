@@ -139,16 +139,29 @@ def _csv_records(text: str, suffixes: tuple[str, ...]) -> Iterator[Record]:
     delimiter = next((mark for mark in DELIMITERS if _splits(first, mark, suffixes)), ",")
     headless = _is_image(first.partition(delimiter)[0], suffixes)
     # in these two a quotation mark is one, and would swallow rows up to the next
-    plain = headless or delimiter == "|"
+    plain = delimiter == "|" or (headless and delimiter == "\t")
     rows = csv.reader(
         io.StringIO(text, newline=""),
         delimiter=delimiter,
         quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL,
     )
-    names = ["file_name", "caption"] if headless else [name.strip() for name in next(rows, [])]
+    columns: list[str] = []
     for row in filter(any, rows):
-        cells = [_SENTENCE_NUMBER.sub("", row[0]), row[-1]] if headless else row
-        yield dict(zip(names, (cell.strip() for cell in cells), strict=False))
+        if not columns:
+            columns = [name.strip() for name in row]
+            if not headless:
+                continue
+            columns = ["file_name", *[""] * (len(row) - 2), "caption"]
+        last = len(columns) - 1
+        cells = [*row[:last], delimiter.join(row[last:])] if plain and row[last:] else row
+        if len(cells) > len(columns) or (headless and not plain and len(cells) < len(columns)):
+            raise ValueError(
+                f"line {rows.line_num}: {len(cells)} cells, but the first line has {len(columns)}; "
+                f"a text that holds {delimiter!r} needs quotation marks"
+            )
+        if headless:
+            cells[0] = _SENTENCE_NUMBER.sub("", cells[0])
+        yield dict(zip(columns, map(str.strip, cells), strict=False))
 
 
 def _splits(line: str, delimiter: str, suffixes: tuple[str, ...]) -> bool:
@@ -159,5 +172,5 @@ def _splits(line: str, delimiter: str, suffixes: tuple[str, ...]) -> bool:
 
 
 def _is_image(cell: str, suffixes: tuple[str, ...]) -> bool:
-    name = _SENTENCE_NUMBER.sub("", cell.strip()).lower()
+    name = _SENTENCE_NUMBER.sub("", cell.strip(' "\r')).lower()
     return name.endswith(tuple(f".{suffix}" for suffix in suffixes))

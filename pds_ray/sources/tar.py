@@ -19,8 +19,8 @@ from collections.abc import Iterator
 
 from pds_ray.sources.unpack import describe, unpacked
 
-MAX_HEADER_BYTES = 64 * 1024
-"""Largest extension header (PAX, GNU long name) that is read: a path and a few attributes."""
+MAX_HEADER_BYTES = 1024**2
+"""Largest extension header (PAX, GNU long name) that is read: a path, and what systems note."""
 
 RECORDS = (20 * tarfile.BLOCKSIZE, *(tarfile.BLOCKSIZE << power for power in range(12)))
 """Multiples of bytes to which tar fills up the end of an archive.
@@ -30,6 +30,23 @@ megabyte of tape drives.
 """
 
 _PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
+_EXTENSIONS = (
+    tarfile.XHDTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_HOLES = frozenset({"GNU.sparse.size", "GNU.sparse.major"})
+"""Keywords of which every file with holes has one, by the version of its format."""
+_KEYWORDS = frozenset({"path", "linkpath", "size", "GNU.sparse.name"}) | _HOLES
+"""Keywords that count; of others the values, which may be large, are not kept."""
+
+
+class Member(tarfile.TarInfo):
+    """A member of a tar. One with holes has the type GNUTYPE_SPARSE, whatever the format."""
+
+    problem = ""
+    """Why it must not be read, "" if it may."""
 
 
 class TarReader:
@@ -51,25 +68,24 @@ class TarReader:
         self.started = False
         """A valid header has been found, so this is a tar."""
 
-    def __iter__(self) -> Iterator[tarfile.TarInfo]:
+    def __iter__(self) -> Iterator[Member]:
         overrides: dict[str, str] = {}
+        problem = ""
         while (member := self._next_header()) is not None:
-            if member.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
-                attribute = "path" if member.type == tarfile.GNUTYPE_LONGNAME else "linkpath"
-                overrides[attribute] = _decode(self._read_extension(member).rstrip(b"\0"))
-            elif member.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-                records = _parse_pax(self._read_extension(member))
-                for keyword in records.keys() & {"path", "linkpath", "size"}:
-                    overrides[keyword] = records[keyword]
-            elif member.type == tarfile.XGLTYPE:
+            if member.type == tarfile.XGLTYPE:
                 # defaults for all members: comments in practice, never a name
-                self._read_extension(member)
+                self._expect(member.size)
+            elif member.type in _EXTENSIONS and member.size > MAX_HEADER_BYTES:
+                # stepped over; the name and the size of the member may be in it
+                self._expect(member.size)
+                problem = f"a header of {member.size:,} bytes, at most {MAX_HEADER_BYTES:,}"
+            elif member.type in _EXTENSIONS:
+                self._expect(member.size)
+                overrides |= _parse_extension(member.type, self.read())
             else:
-                member.name = overrides.get("path", member.name)
-                member.linkname = overrides.get("linkpath", member.linkname)
-                if "size" in overrides:
-                    member.size = _parse_size(overrides["size"])
-                overrides = {}
+                _override(member, overrides)
+                member.problem = problem
+                overrides, problem = {}, ""
                 if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES:
                     self._expect(member.size)
                 yield member
@@ -80,8 +96,8 @@ class TarReader:
         self._unread = 0
         return data
 
-    def _next_header(self) -> tarfile.TarInfo | None:
-        """Return the next header block, None at the end of the file."""
+    def _next_header(self) -> Member | None:
+        """Return the next header, None at the end of the file."""
         self._skip(self._unread + self._padding)
         self._expect(0)
         block = self._get(tarfile.BLOCKSIZE)
@@ -96,13 +112,23 @@ class TarReader:
         if not block:
             raise tarfile.ReadError("the file ends without an end-of-archive mark")
         try:
-            member = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
+            member = Member.frombuf(block, "utf-8", "backslashreplace")
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(self._no_header(str(error), zeros)) from error
         if member.size < 0:
             raise tarfile.ReadError("negative size in header")
         self.started = True
+        if member.type == tarfile.GNUTYPE_SPARSE:
+            self._skip_map(goes_on=block[482] != 0)
         return member
+
+    def _skip_map(self, goes_on: bool) -> None:
+        """Step over the blocks in which the map of a file with holes goes on.
+
+        The size of the member leaves them out.
+        """
+        while goes_on:
+            goes_on = self._take(tarfile.BLOCKSIZE)[504] != 0
 
     def _count_zeros(self) -> tuple[int, bytes]:
         """Return the length of a run of zeros whose first block is read, and the block behind it.
@@ -137,14 +163,6 @@ class TarReader:
             return f"{zeros:,} bytes of zeros, and data behind them that begin no archive"
         return problem
 
-    def _read_extension(self, member: tarfile.TarInfo) -> bytes:
-        if member.size > MAX_HEADER_BYTES:
-            raise tarfile.ReadError(
-                f"extension header of {member.size} bytes, at most {MAX_HEADER_BYTES}"
-            )
-        self._expect(member.size)
-        return self.read()
-
     def _expect(self, size: int) -> None:
         self._unread = size
         self._padding = -size % tarfile.BLOCKSIZE
@@ -170,6 +188,25 @@ def _decode(raw: bytes) -> str:
     return raw.decode("utf-8", "backslashreplace")
 
 
+def _override(member: Member, records: dict[str, str]) -> None:
+    """Give a member what the headers in front of it say of it."""
+    member.name = records.get("GNU.sparse.name", records.get("path", member.name))
+    member.linkname = records.get("linkpath", member.linkname)
+    if "size" in records:
+        member.size = _parse_size(records["size"])
+    if member.isreg() and records.keys() & _HOLES:
+        member.type = tarfile.GNUTYPE_SPARSE
+
+
+def _parse_extension(kind: bytes, data: bytes) -> dict[str, str]:
+    """Return what an extension header says of the member behind it, by the PAX keyword."""
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        return {"path": _decode(data.rstrip(b"\0"))}
+    if kind == tarfile.GNUTYPE_LONGLINK:
+        return {"linkpath": _decode(data.rstrip(b"\0"))}
+    return _parse_pax(data)
+
+
 def _parse_pax(data: bytes) -> dict[str, str]:
     """Parse PAX records, each `LENGTH KEYWORD=VALUE\\n`; LENGTH counts the whole record's bytes."""
     records: dict[str, str] = {}
@@ -179,7 +216,8 @@ def _parse_pax(data: bytes) -> dict[str, str]:
         end = start + int(match[1]) if match else 0
         if match is None or not match.end() < end <= len(data):
             raise tarfile.ReadError("damaged PAX header")
-        records[_decode(match[2])] = _decode(data[match.end() : end - 1])
+        if (keyword := _decode(match[2])) in _KEYWORDS:
+            records[keyword] = _decode(data[match.end() : end - 1])
         start = end
     return records
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pds_ray.config import FilesConfig
 from pds_ray.sources.base import Fault, MissingShardsError, Sample, Shard
 from pds_ray.sources.captions import IMAGE_SUFFIXES, CaptionReader, suffixes
+from pds_ray.sources.listing import open_shard
 from pds_ray.sources.samples import Files, read_samples
-from pds_ray.sources.shard_patterns import find_shards, for_retrieval, open_shard, shard_names
+from pds_ray.sources.shard_patterns import find_shards, for_retrieval, shard_names
 from pds_ray.sources.tar import TarReader
 
 RETRIEVAL = " retrieval"

@@ -98,9 +98,19 @@ class Split:
     """"test" or "val" where one source serves as both."""
 
     def chosen(self, images: int) -> np.ndarray:
-        """Return a mask of the source's images that belong to the split, bool [images]."""
+        """Return a mask of the source's images that belong to the split, bool [images].
+
+        Raises ConfigError if none does.
+        """
         for_val = np.arange(images) % VALIDATION_EVERY == 0
-        return {"": np.ones(images, bool), "val": for_val, "test": ~for_val}[self.part]
+        mask = {"": np.ones(images, bool), "val": for_val, "test": ~for_val}[self.part]
+        if not mask.any():
+            raise ConfigError(
+                f"{images} image of {self.uri} can be used: too few to choose the epoch by every "
+                f"{VALIDATION_EVERY}th and test on the others; give --val SOURCE, or "
+                "--protocol.select last"
+            )
+        return mask
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ CALLS_AT_ONCE = 32
 
 FACTS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 """Errors that tell how things are, and that a retry does not change."""
-_REFUSED = re.compile(  # others that a retry does not change
+REFUSED = re.compile(  # others that a retry does not change, by their message
     r"AWS Error (ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH)"
     r"|(HTTP status |Client error ')(3|4(?!08|29))\d\d|Bucket '.*' not found"
     r"|offline mode is enabled"
@@ -89,7 +89,7 @@ def with_retries(action: Callable[[], Result], where: str, limit_s: float | None
             if not isinstance(error, OSError) and type(error) is not pa.ArrowException:
                 raise  # of what was read, not of the store
             in_vain_s += time.monotonic() - tried
-            if wait_s is None or in_vain_s > PATIENCE_S or _REFUSED.search(str(error)):
+            if wait_s is None or in_vain_s > PATIENCE_S or REFUSED.search(str(error)):
                 raise StorageError(_failure(where, error)) from None
             pause_s = wait_s * random.uniform(0.5, 1.5)  # jitter: many workers retry at once
             if isinstance(error, BusyError):
@@ -167,12 +167,18 @@ def _say(where: str, detail: str) -> None:
 def side_by_side(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Yield `function(item)` for each item, in order.
 
-    CALLS_AT_ONCE calls run at a time, in threads, and no more results than that are held.
+    CALLS_AT_ONCE calls run at a time, in threads, and no more results than that are held. An error
+    of one is raised when those under way have ended: none writes any more when its caller cleans up
+    or begins again. An interrupt waits for none.
     """
     pending: deque[Future[Result]] = deque()
-    for item in items:
-        pending.append(_started(partial(function, item)))
-        if len(pending) == CALLS_AT_ONCE:
+    try:
+        for item in items:
+            pending.append(_started(partial(function, item)))
+            if len(pending) == CALLS_AT_ONCE:
+                yield pending.popleft().result()
+        while pending:
             yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+    except Exception:
+        wait(pending)
+        raise

@@ -1,7 +1,8 @@
 """Exporting a distilled set in one format, for other programs: Parquet, tars or loose images.
 
 `distilled_set.py` names the files. The manifest comes last, so that a folder without it is no
-export, and the same set gives the same bytes.
+export, and the same set gives the same bytes. One that is interrupted leaves what it wrote, with
+UNFINISHED beside it, and the next one replaces that.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from pds_ray.store.storage import Folder
 from pds_ray.telemetry.progress import QUIET_S, progress_bar
 
 FORMATS = tuple(LAYOUTS)
+UNFINISHED = ".unfinished-export"
+"""Name of an empty file that is there while an export is written."""
 ROWS_PER_GROUP = 100
 """Rows of Parquet that are in memory at a time, and that a reader gets at once."""
 BYTES_PER_TABLE = 500 * 10**6
@@ -66,19 +69,17 @@ def export(path: str, format: str, to: str, place: str = ".") -> dict[str, Any]:
     _require_room(target, pairs)
     target.create()
     _check(pairs, names)
+    target.write_bytes(UNFINISHED, b"")
     _clear(target)
     files: Files = {}
-    try:
-        if format == "parquet":
-            _write_tables(pairs, target, files)
-            names = [PROTOTYPES]
-        _copy_files(pairs, names, target, files)
-        write(target, CARD, card.encode(), files)
-        manifest = {**pairs.manifest, "format": format, "files": files}
-        target.write_json(MANIFEST, manifest)
-    except BaseException:
-        _clear(target)  # without a manifest they would be in the way of the next export
-        raise
+    if format == "parquet":
+        _write_tables(pairs, target, files)
+        names = [PROTOTYPES]
+    _copy_files(pairs, names, target, files)
+    write(target, CARD, card.encode(), files)
+    manifest = {**pairs.manifest, "format": format, "files": files}
+    target.write_json(MANIFEST, manifest)
+    target.delete(UNFINISHED)
     return manifest
 
 
@@ -118,7 +119,7 @@ def _require_room(target: Folder, pairs: DistilledSet) -> None:
         raise StorageError(f"{target.shown} is {what}; give another --to")
     earlier = files_of_export(target)
     foreign = [name for name in _there(target) if name not in earlier]
-    if foreign:
+    if foreign and not target.exists(UNFINISHED):
         raise StorageError(
             f"{target.full(foreign[0])} is in the way, and no export wrote it; give another --to"
         )

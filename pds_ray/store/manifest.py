@@ -105,7 +105,9 @@ class RunManifest:
         """
         run = RunFolder(Folder(path))
         if not run.folder.exists(RunFolder.MANIFEST):
-            raise ManifestError(f"{path} is no run folder: it has no {RunFolder.MANIFEST}")
+            raise ManifestError(
+                f"{path} is no run folder: it has no {RunFolder.MANIFEST}; give the --out of a run"
+            )
         return cls(run)
 
     def forget(self, *stages: str) -> None:

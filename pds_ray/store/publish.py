@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pds_ray.errors import ConfigError, UserError, first_line
-from pds_ray.store.distilled_set import CARD, MANIFEST
+from pds_ray.store.distilled_set import CARD, IMAGES, MANIFEST, load_distilled
 from pds_ray.store.export import export, files_of_export
 from pds_ray.store.storage import Folder
 from pds_ray.telemetry import log
@@ -71,16 +71,17 @@ def push(
     if found is None:
         raise ConfigError(f"push to {to!r}? give hf:ORG/NAME, such as hf:my-group/my-pairs")
     place = _Place(found[1], revision)
+    # before the hub is asked and anything is written; the metadata are one file more
+    if len(load_distilled(path)) >= FILES_PER_FOLDER and format == IMAGES:
+        raise ConfigError(
+            f"the hub takes {FILES_PER_FOLDER:,} files per folder, this set has more; "
+            "give --format parquet"
+        )
     earlier = set() if dry_run else _earlier_push(place, private)
     with tempfile.TemporaryDirectory(prefix="pds-ray-push-") as folder:
         files = export(path, format, folder, place=place.name)["files"]
         sizes = {name: file["bytes"] for name, file in files.items()}
         sizes[MANIFEST] = Path(folder, MANIFEST).stat().st_size
-        if format == "imagefolder" and len(sizes) > FILES_PER_FOLDER:
-            raise ConfigError(
-                f"the hub takes {FILES_PER_FOLDER:,} files per folder, this set has more images; "
-                "give --format parquet"
-            )
         if not dry_run:
             size = f"{len(sizes):,} files, {sum(sizes.values()):,} bytes"
             log.event("uploading", f"pds-ray: uploading {size}", to=place.url, bytes=sizes)

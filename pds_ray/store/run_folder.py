@@ -71,7 +71,7 @@ versions of files, is a function of configuration, data and seed, byte for byte.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from pds_ray.errors import first_line
-from pds_ray.store.distilled_set import DISTILLED
+from pds_ray.store.distilled_set import DISTILLED, PROTOTYPES
 from pds_ray.store.distilled_set import MANIFEST as SET_MANIFEST
 from pds_ray.store.embeddings import EmbeddingStore, read_shards, write_shards
 from pds_ray.store.schemas import KEEP_SCHEMA, LABEL_SCHEMA
@@ -290,3 +290,13 @@ class RunFolder:
     @staticmethod
     def image_name(pair: int) -> str:
         return f"{pair:06d}{RunFolder.IMAGE_SUFFIX}"
+
+
+def result_in(names: Set[str]) -> str:
+    """Return what a folder with files of these names is, if it is a result, and "" if it is none.
+
+    Two files tell it, as one alone may belong to somebody's image called run.
+    """
+    if names >= {RunFolder.MANIFEST, RunFolder.SHARDS}:
+        return "the folder of a run"
+    return "a distilled set" if names >= {SET_MANIFEST, PROTOTYPES} else ""

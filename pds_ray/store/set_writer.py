@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
-from pds_ray.store.storage import STREAM_BUFFER_BYTES, Folder
+from pds_ray.store.storage import Folder
+from pds_ray.store.streams import STREAM_BUFFER_BYTES
 
 Files = dict[str, dict[str, Any]]
 """Name below the set -> its size in bytes and SHA-256."""

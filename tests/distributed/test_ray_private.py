@@ -26,6 +26,16 @@ def ray_worker() -> str:
     return ray.get_runtime_context().get_worker_id()
 
 
+def test_workers_import_from_where_the_driver_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray adds the folder of the script and, whatever the driver does, the current one."""
+    added = ray_private.job_config()._py_driver_sys_path
+    monkeypatch.setattr("sys.path", ["/of/script", ""])
+    added.extend(["/of/script", str(tmp_path), os.getcwd()])
+    assert added == ["/of/script", os.getcwd()]
+
+
 def test_free_resources_are_reported_node_by_node() -> None:
     """While an actor holds a CPU, it is not free on its node."""
 

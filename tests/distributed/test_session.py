@@ -75,11 +75,21 @@ def test_a_local_ray_is_as_large_as_the_job(
     assert (asked["num_cpus"], asked["object_store_memory"]) == (3, 1 << 30)
     assert asked["_memory"] == 3 << 30
     assert asked["object_spilling_directory"] is None
+    assert type(asked["job_config"]) is type(ray_private.job_config())
     monkeypatch.setenv("RAY_TMPDIR", "/tmp/ü")
     session._start_local(RayConfig(num_cpus=7, object_store_gib=0.5))
     assert (asked["num_cpus"], asked["object_store_memory"]) == (7, 1 << 29)
     assert (asked["_temp_dir"], asked["object_spilling_directory"]) == ("/tmp/ray", "/tmp/ü")
     assert "pds-ray: RAY_TMPDIR /tmp/ü is not ASCII" in capsys.readouterr().err
+
+
+def test_a_ray_that_does_not_start_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nA trace")
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(ConfigError, match=r"^Ray does not start \(The current .*logs has more$"):
+        session._start_local(RayConfig())
 
 
 def test_rays_sockets_are_as_long_as_is_reckoned_with() -> None:

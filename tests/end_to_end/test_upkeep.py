@@ -28,7 +28,7 @@ def promised(run: Path) -> list[str]:
     return sorted(
         name
         for name in content(run)
-        if not name.startswith(("hashes/", "embeddings/store")) and ".lock" not in name
+        if not name.startswith("hashes/") and name != "embeddings/store" and ".lock" not in name
     )
 
 

@@ -1,4 +1,4 @@
-"""An encoder that takes its time: a second to load, and a tenth of a second per image.
+"""An encoder that takes its time: four seconds to load, and a tenth of a second per image.
 
 Workers register it by unpickling its description, which imports this module.
 """

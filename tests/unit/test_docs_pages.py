@@ -51,7 +51,7 @@ def test_links_lead_somewhere(path: Path) -> None:
         place, _, anchor = target.partition("#")
         if place.startswith("https://"):
             continue
-        file = path.parent / place
+        file = path.parent / place if place else path
         assert file.exists(), target
         if anchor:
             titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)

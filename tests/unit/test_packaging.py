@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -87,11 +89,11 @@ def test_the_version_is_said_once() -> None:
     assert PROJECT["version"] == pds_ray.__version__
 
 
-def test_make_installs_one_kind() -> None:
-    text = (ROOT / "Makefile").read_text("utf-8")
-    assert "\nKIND ?= cpu\n" in text
-    assert [line.partition("-e ")[2] for line in text.splitlines() if "$(PIP) -e" in line] == [
-        "'.[$(KIND)]'",
-        "'.[$(KIND),dev]'",
-        "'.[fuzz]'",
-    ]
+@pytest.mark.parametrize(
+    ("args", "folder", "kind"), [([], ".venv", "cpu"), (["KIND=gpu"], ".venv-gpu", "gpu")]
+)
+def test_make_has_an_environment_per_kind(args: list[str], folder: str, kind: str) -> None:
+    make = ["make", "--dry-run", "--always-make", *args, "develop"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
+    installed = re.findall(r"(\S+)/bin/python -m pip install .* -e '(.+)'", done.stdout)
+    assert installed == [(folder, f".[{kind}]"), (folder, f".[{kind},dev]")]

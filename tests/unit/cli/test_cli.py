@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from pds_ray.cli import main as cli
+from pds_ray.cli.process import QUIET, interruptible, usable_streams
 from pds_ray.config import (
     ConfigError,
     EvaluateConfig,
@@ -347,7 +348,7 @@ def test_a_command_leaves_the_process_as_it_was(
             raise ConfigError("no such thing")
 
     monkeypatch.setitem(cli.COMMANDS, "distill", command)
-    for name in cli.QUIET:
+    for name in QUIET:
         monkeypatch.setenv(name, "")
     before = state()
     for flags, code, lines in (
@@ -398,7 +399,7 @@ def test_a_command_in_a_deleted_folder_says_so(tmp_path: Path) -> None:
 def test_nohup_keeps_a_command_alive() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with cli._interruptible():
+        with interruptible():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
     finally:
@@ -409,7 +410,7 @@ def test_closed_streams_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     """As services and schedulers close them."""
     for name in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
-    cli._usable_streams()
+    usable_streams()
     print("nowhere")
     print("nowhere", file=sys.stderr)
     assert sys.stdin.read() == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -90,3 +91,14 @@ def test_a_token_is_made_where_ray_cannot_keep_its_own(
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # a user without a home
     assert places.ray_token() is not None
+
+
+def test_a_machine_without_a_network_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    places.require_loopback()
+
+    def unreachable(*_: object) -> None:
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    with pytest.raises(ConfigError, match=r"does not reach itself .*unreachable\), .* set lo up$"):
+        places.require_loopback()

@@ -76,7 +76,7 @@ def test_basic_rule_cuts_at_a_word_end() -> None:
     assert clean_basic("a" * 5000) == "a" * MAX_CHARACTERS
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(any_text)
 def test_any_text_is_cleaned_and_shown_without_harm(text: str) -> None:
     targets.caption(text.encode("utf-8", "surrogatepass"))

@@ -128,6 +128,7 @@ READ: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
+@pytest.mark.long
 def test_images_that_lie_cost_little_memory(tmp_path: Path) -> None:
     # 96 MB beyond what the interpreter has: the largest of these would take from 256 MB to 16 GB if
     # it were believed.
@@ -138,6 +139,7 @@ def test_images_that_lie_cost_little_memory(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.long
 def test_the_largest_image_there_may_be_takes_bounded_memory(tmp_path: Path) -> None:
     # 64 million pixels with transparency, at most 20 bytes a pixel; one pixel more is refused in no
     # memory at all

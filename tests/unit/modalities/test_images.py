@@ -245,7 +245,7 @@ MAGIC = [
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-@settings(max_examples=600)
+@settings(max_examples=200)
 @given(
     mangled(
         st.sampled_from(list(targets.seeds("image")))

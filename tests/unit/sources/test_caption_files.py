@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pds_ray.config import FilesConfig
 from pds_ray.modalities.text import decode_text
+from pds_ray.sources.advice import advice
 from pds_ray.sources.captions import CaptionReader
 
 TEXT = "a café with “smart” quotes – and more"
@@ -83,6 +84,7 @@ def test_bytes_that_cp1252_leaves_open_are_read_as_latin_1() -> None:
         ({"captions": ["x"], "caption": "y"}, ("x", "y")),
         ({"url": "u", "caption": None}, ()),
         (7, ()),
+        ({"caption": 2012}, ()),
     ],
 )
 def test_shapes_of_json(value: Any, expected: tuple[str, ...]) -> None:
@@ -100,6 +102,36 @@ def test_json_in_cp1252_counts_where_no_other_file_does() -> None:
     assert captions({"json": data, "txt": b"coffee"}) == ("coffee",)
 
 
+@pytest.mark.parametrize(
+    ("text", "value", "expected"),
+    [
+        ("x", {"caption": "y", "captions": ["z"]}, ("x", "z", "y")),
+        ("x", {"TEXT": "y"}, ("x",)),
+        ("x", ["y"], ("x",)),
+        ("x", "y", ("x",)),
+        ("x", {"captions": [{"raw": "y"}]}, ("x",)),
+        ("x", {"caption": {"text": "y"}}, ("x",)),
+        ("caf\xe9", {"TEXT": "y"}, ("café",)),
+        ("caf\xe9", {"caption": "y"}, ("y",)),
+        (" ", {"TEXT": "y"}, ("y",)),
+    ],
+)
+def test_further_shapes_add_nothing_to_what_always_counted(
+    text: str, value: Any, expected: tuple[str, ...]
+) -> None:
+    files = {"txt": text.encode("latin-1"), "json": json.dumps(value).encode()}
+    assert captions(files) == expected
+
+
+@pytest.mark.parametrize("control", ["\t", "\n", "\r", "\x01"])
+def test_json_may_have_raw_control_characters_in_texts(control: str) -> None:
+    text = f"a red{control}circle"
+    assert captions({"json": f'{{"caption": "{text}"}}'.encode()}) == (text,)
+    assert captions({"json": f'{{"caption": "é{text}"}}'.encode("cp1252")}) == (f"é{text}",)
+    both = {"txt": b"x", "json": f'{{"caption": "{text}"}}'.encode()}
+    assert captions(both) == ("x",)
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_a_caption_per_line(end: str) -> None:
     data = f"one{end}{end} two {end}one{end}".encode()
@@ -114,3 +146,25 @@ def test_what_was_found_is_said() -> None:
     data = json.dumps({"url": "u", "title": "x"}).encode()
     assert reader.found({"json": data}) == "no caption in .json, which has url, title"
     assert reader.found({"txt": b" "}) == "no caption in .txt"
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b'{"caption": 2012, "url": 7}', "has caption = 2012 (no text), url"),
+        (b'{"caption": NaN}', "has caption = NaN (no text)"),
+        (
+            b"{'caption': 'x'}",
+            "is no JSON (Expecting property name enclosed in double quotes: "
+            "line 1 column 2 (char 1))",
+        ),
+        (
+            b'{"caption": "x"}\n{"caption": "y"}',
+            "is no JSON (Extra data: line 2 column 1 (char 17))",
+        ),
+    ],
+)
+def test_why_json_gives_no_caption_is_said(data: bytes, found: str) -> None:
+    detail = CaptionReader.of(FilesConfig()).found({"json": data})
+    assert detail == f"no caption in .json, which {found}"
+    assert advice("missing_caption", detail) not in ("", advice("missing_caption", ", which has "))

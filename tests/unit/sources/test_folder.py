@@ -21,6 +21,7 @@ from pds_ray.config import ReadConfig
 from pds_ray.sources import local_files, tables
 from pds_ray.sources.base import Fault, Sample, SourceError
 from pds_ray.sources.folder import FolderSource
+from tests.support.hostile import tar_bytes
 
 
 def write(root: Path, files: dict[str, str | bytes]) -> Path:
@@ -140,9 +141,11 @@ def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
     assert captions(tmp_path) == {"a.jpg": ("a",)}
 
 
-def test_results_of_a_run_are_no_data(tmp_path: Path) -> None:
+def test_results_are_no_data(tmp_path: Path) -> None:
     results = {"run.json": "{}", "shards.parquet": "", "distilled/imagefolder/metadata.jsonl": "{}"}
     write(tmp_path / "runs" / "first", results)
+    export = {"manifest.json": "{}", "prototypes.safetensors": "", "imagefolder/x.jpg": "x"}
+    write(tmp_path / "export", export | {"imagefolder/x.txt": "x"})
     write(tmp_path, {"a.jpg": "x", "a.txt": "a", "run.jpg": "x", "run.json": '{"caption": "b"}'})
     assert captions(tmp_path) == {"a.jpg": ("a",), "run.jpg": ("b",)}
 
@@ -268,6 +271,7 @@ TOKENS = '2.jpg#0\tA child, in pink\n2.jpg#1\tA girl\n1.jpg#0\tA "dog"\n'
             "",
             "\ufeff" + FLICKR8K.replace("image", "file_name").replace("\n", "\r\n"),
         ),
+        ("headless.csv", "", FLICKR8K.partition("\n")[2]),
         ("german.csv", "", FLICKR8K.replace(",", ";").replace("child; in", "child, in")),
     ],
 )
@@ -349,6 +353,13 @@ def test_tables_are_cut_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # ---- what else a folder may be -------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["a b", "a{1,2}", "a::b", "a[1]", "@a", "a*?"])
+def test_a_folder_of_tars_may_have_any_name(tmp_path: Path, name: str) -> None:
+    write(tmp_path, {f"{name}/0.tar": tar_bytes([("a.jpg", b"A"), ("a.txt", b"x")])})
+    source = catalog.make_source(f"{tmp_path}/{name}")
+    assert [list(source.read(shard)) for shard in source.shards()] == [[Sample("a", b"A", ("x",))]]
+
+
 def test_tars_come_first(tmp_path: Path) -> None:
     write(tmp_path, {"a.jpg": "x", "a.txt": "beside"})
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
@@ -392,6 +403,16 @@ def test_the_validation_split_lies_beside(tmp_path: Path, name: str, validation:
             r"a\.csv has no captions; it has image, label; name the",
         ),
         ({"a.csv": ""}, r"a\.csv has no captions; it has no row"),
+        (
+            {"a.csv": "image,caption\na.jpg,a dog, running"},
+            "a.csv cannot be read: line 2: 3 cells, but the first line has 2; a text that "
+            "holds ',' needs quotation marks",
+        ),
+        (
+            {"a.csv": "a.jpg,a dog, running\nb.jpg,a cat"},
+            "line 2: 2 cells, but the first line has 3",
+        ),
+        ({"sub/0.tar": ""}, r"has tars only in the folders below it; give .*/\*\*/\*\.tar$"),
         (
             {"a.csv": "url,caption\nx,y"},
             r"a\.csv, row 1: it names no image .*; it has url, caption",

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pds_ray.modalities.text import MAX_CAPTIONS
+from pds_ray.sources import unpack
 from pds_ray.sources.base import REASONS, Fault, Sample, Shard, SourceError
 from pds_ray.sources.karpathy import KarpathySource
 from pds_ray.sources.samples import MAX_NAME
@@ -124,6 +125,8 @@ COSTS = {  # reasons of the faults; "cut" if what lies behind it is lost
     "fifo": ["unsafe_member"],
     "unknown type": ["unsafe_member"],
     "sparse": ["unsafe_member"],
+    "sparse, more to come": ["unsafe_member"],
+    "pax sparse": ["unsafe_member"],
     "name of 60,000 characters": ["unsafe_member"],
 }
 
@@ -158,6 +161,7 @@ def test_names_of_strangers_come_through_as_they_are(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.long
 def test_long_names_are_cut_and_many_do_not_add_up(tmp_path: Path) -> None:
     with open(tmp_path / "x.tar", "wb") as file:
         for number in range(5_000):
@@ -174,6 +178,7 @@ def test_long_names_are_cut_and_many_do_not_add_up(tmp_path: Path) -> None:
     assert kept == 5_000
 
 
+@pytest.mark.long
 def test_pax_headers_of_many_records(tmp_path: Path) -> None:
     records = pax(*[(b"a", b"")] * 12_000)
     assert brief(read_bytes(tmp_path, records * 100 + GOOD + END_MARK)) == [("good", "")]
@@ -223,16 +228,19 @@ def test_the_work_on_a_compressed_shard_is_bounded(
     assert given <= max(EXPANSION_FREE, MAX_EXPANSION * path.stat().st_size) + MIB < 1 << 27
 
 
-def test_a_shard_that_compresses_well_is_read(tmp_path: Path) -> None:
+def test_a_shard_that_compresses_well_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Below EXPANSION_FREE anything goes, beyond it what a tar of small samples reaches.
-    packed(tmp_path / "x.tar.gz", BEFORE + header("zeros", 32 * MIB), 32 * MIB, AFTER + END_MARK)
+    monkeypatch.setattr(unpack, "EXPANSION_FREE", 2 * MIB)
+    packed(tmp_path / "x.tar.gz", BEFORE + header("zeros", MIB), MIB, AFTER + END_MARK)
     assert brief(read(tmp_path / "x.tar.gz")) == [("before", ""), ("after", "")]
-    samples = b"".join(sample(f"{n:06d}", b"%d" % n * 3, b"caption %d" % n) for n in range(33_000))
-    assert len(samples) > EXPANSION_FREE
+    samples = b"".join(sample(f"{n:06d}", b"%d" % n * 3, b"caption %d" % n) for n in range(1_100))
+    assert len(samples) > unpack.EXPANSION_FREE
     with gzip.open(tmp_path / "y.tar.gz", "wb", compresslevel=6) as file:
         file.write(samples + END_MARK)
     assert len(samples) > 15 * (tmp_path / "y.tar.gz").stat().st_size
-    assert len(read(tmp_path / "y.tar.gz")) == 33_000
+    assert len(read(tmp_path / "y.tar.gz")) == 1_100
 
 
 def test_gzip_in_gzip_is_no_tar(tmp_path: Path) -> None:
@@ -303,6 +311,7 @@ def test_samples_of_many_captions_make_small_blocks() -> None:
     assert max(held) < embed.BLOCK_CAPTIONS + MAX_CAPTIONS
 
 
+@pytest.mark.long
 def test_annotations_that_expand_are_refused(tmp_path: Path) -> None:
     packed(tmp_path / "flickr30k_train.json.gz", b"", 257 * MIB, b"")
     with memory(600 * MIB), pytest.raises(SourceError, match="holds more than 268435456 bytes"):
@@ -322,7 +331,6 @@ def test_annotations_with_many_captions(tmp_path: Path) -> None:
 # ---- whatever the bytes are ----------------------------------------------------------------------
 
 
-@settings(max_examples=600)
 @given(mangled(any_tar.map(BEFORE.__add__), start=len(BEFORE)), packings)
 def test_any_tar_is_read_to_samples_and_faults(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, pack: Callable[[bytes], bytes]
@@ -334,19 +342,19 @@ def test_any_tar_is_read_to_samples_and_faults(
     assert len(found) <= len(data) // 512 + 1
 
 
-@settings(max_examples=200)
+@settings(max_examples=66)
 @given(mangled(any_tar), packings)
 def test_any_bytes_are_read_without_an_error(data: bytes, pack: Callable[[bytes], bytes]) -> None:
     targets.tar(pack(data))
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(mangled(good_tars().map(gzip.compress)))
 def test_flipped_bytes_of_a_compressed_shard_are_read_without_an_error(data: bytes) -> None:
     targets.tar(data)
 
 
-@settings(max_examples=100)
+@settings(max_examples=33)
 @given(
     st.lists(
         st.sampled_from([key for key, cost in COSTS.items() if key != "pax path"]), max_size=5
@@ -380,10 +388,11 @@ def leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
         yield path, value
 
 
+USUAL_PATH = re.compile(r"\.captions?(\[\])?")
 CAPTION_PATH = re.compile(r"(\[\])?(\.captions?(\[\])?){0,2}")
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(any_json)
 def test_any_json_gives_captions_that_can_be_stored(
     tmp_path_factory: pytest.TempPathFactory, value: object
@@ -391,10 +400,16 @@ def test_any_json_gives_captions_that_can_be_stored(
     data = member("a.jpg", b"p") + member("a.json", json.dumps(value).encode()) + END_MARK
     (item,) = read_bytes(tmp_path_factory.getbasetemp(), data)
     # by another reading: all strings, by where they stand
-    strings = [leaf for path, leaf in leaves(value) if CAPTION_PATH.fullmatch(path)]
-    expected = {
-        s.encode("utf-8", "replace").decode().strip() for s in strings if isinstance(s, str)
-    } - {""}
+    usual, others = (
+        {
+            leaf.encode("utf-8", "replace").decode().strip()
+            for path, leaf in leaves(value)
+            if isinstance(leaf, str) and place.fullmatch(path)
+        }
+        - {""}
+        for place in (USUAL_PATH, CAPTION_PATH)
+    )
+    expected = usual or others
     if expected:
         assert isinstance(item, Sample)
         assert {caption.strip() for caption in item.captions} == expected

@@ -18,8 +18,8 @@ from pds_ray import catalog
 from pds_ray.config import ReadConfig
 from pds_ray.sources import hub
 from pds_ray.sources.base import Sample, SourceError
-from pds_ray.sources.splits import find_splits, missing_parts
-from tests.support.hub_set import COMMIT, cache, running_hub
+from pds_ray.sources.splits import find_split, find_splits, missing_parts
+from tests.support.hub import COMMIT, TOKEN, cache, running_hub
 
 NAME = "someone/pictures"
 
@@ -146,12 +146,25 @@ SETS = {"split": "train", "path": "en/t-*"}, {"split": "val", "path": ["en/v.par
         (
             ["en/t-1.parquet", "en/v.parquet", "fr/t-1.parquet"],
             declared({"config_name": "default", "data_files": list(SETS)}, {"config_name": "fr"}),
-            {"train": [0], "validation": [1]},
+            {"train": [0], "val": [1]},
         ),
         (
             ["en/t-1.parquet", "fr/t-1.parquet"],
             declared({"config_name": "all", "data_files": "*/t-*.parquet"}),
             {"train": [0, 1]},
+        ),
+        (  # names that a card declares are taken to the letter
+            ["a.parquet", "b.parquet", "c.parquet"],
+            declared(
+                {
+                    "config_name": "x",
+                    "data_files": [
+                        {"split": split, "path": f"{file}.parquet"}
+                        for split, file in (("test", "a"), ("eval", "b"), ("dev", "c"))
+                    ],
+                }
+            ),
+            {"test": [0], "eval": [1], "dev": [2]},
         ),
         (["train.parquet"], declared({"config_name": "x", "data_files": "*.json"}), {"train": [0]}),
     ],
@@ -161,6 +174,21 @@ def test_splits(paths: list[str], card: dict[str, Any], expected: dict[str, list
     assert found == {
         split: sorted(paths[n] for n in numbers) for split, numbers in expected.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("splits", "wanted", "found"),
+    [
+        (["test", "eval"], "eval", "eval"),
+        (["test", "eval"], "testing", "test"),
+        (["train", "dev"], "validation", "dev"),
+        (["train", "validation"], "val", "validation"),
+        (["train"], "validation", ""),
+        (["Own"], "Own", "Own"),
+    ],
+)
+def test_the_split_that_is_meant(splits: list[str], wanted: str, found: str) -> None:
+    assert find_split(splits, wanted) == found
 
 
 def test_several_configurations() -> None:
@@ -209,11 +237,13 @@ def test_a_data_set_on_the_hub(tmp_path: Path) -> None:
 
     sets = [{"split": name, "path": f"data/{name}*"} for name in ("train", "val")]
     card = declared({"config_name": "default", "data_files": sets})
-    with running_hub(NAME, FILES, card, token="hf_secret") as (address, requests):
-        validation, versions, found = run(address, f"hf:{NAME}", "hf_secret")
+    with running_hub() as served:
+        served.create(NAME, private=True, **FILES)
+        served.cards[NAME] = card
+        validation, versions, found = run(served.url, f"hf:{NAME}", TOKEN)
         assert (validation, found) == (f"hf:{NAME}:validation", ["a", "b", "c"])
-        assert any(f"/resolve/{COMMIT}/data/train-00001" in request for request in requests)
-        refused = run(address, f"hf:{NAME}", "hf_wrong")
+        assert any(f"/resolve/{COMMIT}/data/train-00001" in request for request in served.requests)
+        refused = run(served.url, f"hf:{NAME}", "hf_wrong")
         assert refused.startswith(
             f"SourceError: hf:{NAME} is not in the cache, and the hub does not"
         )

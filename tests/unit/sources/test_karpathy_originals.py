@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,24 @@ def test_the_year_whose_images_are_there_is_read(tmp_path: Path) -> None:
         },
     )
     assert samples(f"coco:{tmp_path}") == {"000.jpg": ("x",)}
+
+
+def test_images_that_are_lost_do_not_change_the_annotation_file(tmp_path: Path) -> None:
+    records = [{"image": f"train2014/{name}.jpg", "caption": name} for name in "ab"]
+    published = {"coco_karpathy_train.json": records, "train2014/b.jpg": ""}
+    write(tmp_path, {**published, "annotations/captions_train2014.json": COCO})
+    with pytest.raises(SourceError, match=r"1 of 2 images .*, the first: train2014/a\.jpg$"):
+        KarpathySource(f"coco:{tmp_path}").shards()
+    write(tmp_path, {"train2014/a.jpg": ""})
+    source = KarpathySource(f"coco:{tmp_path}")
+    (shard,) = source.shards()
+    for name in "ab":
+        (tmp_path / f"train2014/{name}.jpg").unlink()
+    lost = list(pickle.loads(pickle.dumps(source)).read(shard))  # noqa: S301 - as it travels
+    assert [(item.key, type(item)) for item in lost] == [
+        ("train2014/a.jpg", Fault),
+        ("train2014/b.jpg", Fault),
+    ]
 
 
 def test_the_files_of_the_published_code_come_first(tmp_path: Path) -> None:

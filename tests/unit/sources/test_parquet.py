@@ -16,6 +16,7 @@ from PIL import Image
 from pds_ray import catalog
 from pds_ray.config import ReadConfig
 from pds_ray.sources import parquet_rows
+from pds_ray.sources.advice import advice
 from pds_ray.sources.base import Fault, MissingShardsError, Sample, SourceError
 from pds_ray.sources.parquet import ParquetSource
 from tests.support import object_store
@@ -122,8 +123,11 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
 
 
 def test_bad_rows_are_faults(tmp_path: Path) -> None:
-    not_utf8 = pa.array([b"x", b"\xff", b"x", b"x", b" "], pa.binary()).view(pa.string())
-    images = struct(PNG, PNG, None, PNG * 99, PNG)
+    not_utf8 = pa.array([b"x", b"\xff", b"x", b"x", b" ", b"x"], pa.binary()).view(pa.string())
+    paths = pa.array([b"a", b"b", b"c", b"d", b"e", b"\xff"], pa.binary()).view(pa.string())
+    images = pa.StructArray.from_arrays(
+        [pa.array([PNG, PNG, None, PNG * 99, PNG, PNG]), paths], ["bytes", "path"]
+    )
     write(tmp_path / "a.parquet", image=images, text=not_utf8)
     source = ParquetSource(f"parquet:{tmp_path}/a.parquet", max_image_bytes=100)
     (shard,) = source.shards()
@@ -133,6 +137,7 @@ def test_bad_rows_are_faults(tmp_path: Path) -> None:
         "missing_image",
         "member_too_large",
         "missing_caption",
+        "missing_image",
     ]
 
 
@@ -196,6 +201,20 @@ def test_a_file_that_is_none_costs_itself(tmp_path: Path, content: bytes, messag
     assert (fault.key, fault.reason) == ("", "not_a_parquet")
     assert message in fault.detail
     assert isinstance(sample, Sample)
+
+
+def test_a_file_with_other_columns_costs_itself(tmp_path: Path) -> None:
+    uri = write(tmp_path / "a.parquet", image=struct(PNG), text=["x"])
+    write(tmp_path / "b.parquet", image=struct(PNG), label=[1])
+    sample, fault = read(uri.replace("a.parquet", "*.parquet"))
+    assert isinstance(sample, Sample)
+    assert isinstance(fault, Fault)
+    assert (fault.key, fault.reason) == ("", "not_a_parquet")
+    assert fault.detail.endswith(
+        "b.parquet has no captions; its columns are image, label; name those of captions with "
+        "--read.caption-keys"
+    )
+    assert advice(fault.reason, fault.detail).startswith("leave the file out")
 
 
 def test_damage_costs_the_rest_of_a_file(tmp_path: Path) -> None:

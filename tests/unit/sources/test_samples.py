@@ -87,6 +87,31 @@ def test_usual_names_come_before_others(tmp_path: Path) -> None:
     assert good(found) == {"a": ("a.jpg", "a.txt"), "b": ("b.tif", "b.cap")}
 
 
+@pytest.mark.parametrize(
+    ("names", "outcome"),
+    [
+        ("a.jpg a.txt a.LARGE.tif", "a"),
+        ("a.LARGE.tif a.jpg a.txt", "a"),
+        ("a.jpg a.txt a.LARGE.cap", "a"),
+        ("a.LARGE.bmp a.txt b.jpg b.txt", "a:member_too_large b"),
+        ("a.jpg a.LARGE.text b.jpg b.txt", "a:member_too_large b"),
+        ("a.jpg a.txt a.mask.LARGE.png b.jpg b.txt", "a b"),
+        ("a.mask.LARGE.png a.jpg a.txt b.jpg b.txt", "a b"),
+        ("a.mask.LARGE.png b.jpg b.txt", "a.mask:member_too_large b"),
+    ],
+)
+def test_a_large_file_that_is_not_needed_costs_nothing(
+    tmp_path: Path, names: str, outcome: str
+) -> None:
+    members = [
+        (name.replace(".LARGE", ""), b"x" * (9 if "LARGE" in name else 1)) for name in names.split()
+    ]
+    (tmp_path / "x.tar").write_bytes(tar_bytes(members))
+    source = WebDatasetSource("x", max_image_bytes=8, max_text_bytes=8)
+    found = list(source.read(Shard("x", str(tmp_path / "x.tar"))))
+    assert [f"{key}:{reason}".rstrip(":") for key, reason in brief(found)] == outcome.split()
+
+
 def test_suffixes_are_chosen(tmp_path: Path) -> None:
     names = ["w.a.input.jpg", "w.a.jpg", "w.a.out.json", "w.b.INPUT.jpg", "w.b.out.json"]
     found = read(tmp_path, names, image_suffixes=".Input.JPG", caption_suffixes="out.json, cap")
@@ -100,7 +125,7 @@ KEYS = st.lists(st.text("ab.1 é", min_size=1, max_size=8), unique=True, min_siz
 PLAIN = st.lists(st.text("abc1é", min_size=1, max_size=5), unique=True, min_size=1, max_size=5)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(KEYS, st.booleans())
 def test_samples_of_any_keys_are_all_read(
     tmp_path: Path, keys: list[str], image_first: bool
@@ -113,7 +138,7 @@ def test_samples_of_any_keys_are_all_read(
     assert good(found) == {key: (f"{key}.jpg", f"{key}.txt") for key in keys}
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(PLAIN, st.data())
 def test_other_files_of_a_sample_change_nothing(
     tmp_path: Path, keys: list[str], data: st.DataObject
@@ -130,7 +155,7 @@ def test_other_files_of_a_sample_change_nothing(
     assert good(found) == {key: (f"{key}.jpg", f"{key}.txt") for key in keys}
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=66, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text("ab.1", min_size=1, max_size=6), unique=True, min_size=1), st.data())
 def test_nothing_is_lost(tmp_path: Path, keys: list[str], data: st.DataObject) -> None:
     """Each image, in whatever order, is a sample's, a fault's, or another file of a sample."""

@@ -49,6 +49,7 @@ def shards(s3_port: int) -> dict[str, list[Sample]]:
     return found
 
 
+@pytest.mark.long
 def test_a_network_that_fails_costs_no_sample(
     s3_port: int, shards: dict[str, list[Sample]]
 ) -> None:

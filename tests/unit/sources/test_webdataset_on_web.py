@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from pds_ray.sources.base import Fault, MissingShardsError, Sample, SourceError, read_shard
-from pds_ray.sources.shard_patterns import open_shard
+from pds_ray.sources.listing import open_shard
+from pds_ray.sources.shard_patterns import for_retrieval
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.store import calls
 from pds_ray.store.calls import StorageError
@@ -213,6 +214,27 @@ def test_a_signature_is_used_and_shown_nowhere(
     with pytest.raises(SourceError, match="HTTP status 500") as failed:
         WebDatasetSource(f"{host}/set/00000.tar{query}").shards()
     assert "S3CR3T" not in str(failed.value)
+
+
+def test_a_folder_of_signed_shards_is_asked_once_what_it_is_for(web: Web, host: str) -> None:
+    web.files["/set/dataset_type.txt"] = b"retrieval"
+    uri = " ".join(f"{host}{path}?sig={number}" for number, path in enumerate(SHARDS))
+    assert all(shard.version.endswith(" retrieval") for shard in WebDatasetSource(uri).shards())
+    asked = [path for _, path, _ in web.requests if "dataset_type" in path]
+    assert set(asked) == {"/set/dataset_type.txt"}
+    assert len(asked) <= 3  # asked for, opened, read
+
+
+def test_a_server_that_fails_does_not_say_what_shards_are_for(web: Web, host: str) -> None:
+    shard = f"{host}/set/00000.tar"
+    web.files["/set/dataset_type.txt"] = b"retrieval\n"
+    web.refusals = [(500, {})] * 9
+    with pytest.raises(SourceError, match=r"cannot look for .*dataset_type\.txt: .*status 500"):
+        for_retrieval([shard])
+    web.refusals = [(500, {})]
+    assert for_retrieval([shard]) == {shard}
+    web.signature = "needed"
+    assert for_retrieval([shard]) == set()
 
 
 def test_names_do_not_depend_on_the_signature(web: Web, host: str) -> None:

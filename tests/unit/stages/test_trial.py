@@ -17,7 +17,7 @@ from PIL import Image
 
 from pds_ray import catalog, load_distilled
 from pds_ray.backbones.base import BackboneInfo
-from pds_ray.config import EvaluateConfig, ProtocolConfig
+from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig
 from pds_ray.engine import evaluate as evaluation
 from pds_ray.recipes import protocol
 from pds_ray.sources.base import SourceError
@@ -146,7 +146,7 @@ def test_images_of_a_set_are_squashed_the_same_way(tmp_path: Path):
     assert np.array_equal(found, np.stack(expected))
 
 
-@given(st.integers(0, 60))
+@given(st.integers(2, 60))
 def test_val_and_test_of_one_source_share_no_image(images):
     whole, val, test = (
         Split("x", ScenesSource("scenes:1"), [], part).chosen(images)
@@ -156,6 +156,13 @@ def test_val_and_test_of_one_source_share_no_image(images):
     assert len(whole) == len(val) == len(test) == images
     assert (val ^ test).all(), "each image in exactly one"
     assert val.sum() == -(-images // 5)
+
+
+def test_one_image_cannot_choose_the_epoch_and_be_the_test():
+    source = ScenesSource("scenes:1")
+    assert Split("x", source, []).chosen(1).all()
+    with pytest.raises(ConfigError, match=r"^1 image of x can be used: .* give --val SOURCE, or"):
+        Split("x", source, [], "test").chosen(1)
 
 
 def test_pixels_are_normalised_as_the_protocol_says():

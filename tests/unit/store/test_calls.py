@@ -68,22 +68,15 @@ from pds_ray.store import calls
 calls.SAY_AFTER_S = 0.0
 never = threading.Event()
 try:
-    {call}
+    list(calls.side_by_side(lambda n: calls.with_retries(never.wait, "s3://b/x"), [1, 2]))
 except KeyboardInterrupt:
     print("left", flush=True)
 """
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        "calls.with_retries(never.wait, 's3://b/x', calls.UNLIMITED)",
-        "list(calls.side_by_side(lambda n: calls.with_retries(never.wait, 's3://b/x'), [1, 2]))",
-    ],
-)
-def test_an_interrupt_ends_a_wait_and_the_process(call: str) -> None:
+def test_an_interrupt_ends_a_wait_and_the_process() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED.format(call=call)],
+        [sys.executable, "-c", INTERRUPTED],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -102,3 +95,17 @@ def test_results_come_in_order_from_threads_that_hold_nobody() -> None:
     assert next(results) == 1
     results.close()
     never.set()
+
+
+def test_an_error_comes_when_no_call_is_under_way() -> None:
+    ended: list[int] = []
+
+    def call(n: int) -> None:
+        if n == 0:
+            raise OSError("the first")
+        time.sleep(0.05)
+        ended.append(n)
+
+    with pytest.raises(OSError, match="the first"):
+        list(side_by_side(call, range(4)))
+    assert sorted(ended) == [1, 2, 3]

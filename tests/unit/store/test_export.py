@@ -219,15 +219,21 @@ def test_a_damaged_set_is_not_exported(tmp_path: Path, form: str, damaged: str) 
     assert content(tmp_path / "out") == before
 
 
-def test_a_failure_leaves_nothing_in_the_way(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_export_that_ends_half_way_is_replaced(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
+    out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(exporting, "write", lambda *_: 1 / 0)
+        patch.setattr(exporting, "write", lambda *_: 1 / 0)  # of the card, the last file but one
         with pytest.raises(ZeroDivisionError):
-            export(str(run), "imagefolder", str(tmp_path))
-    assert content(tmp_path) == {}
-    export(str(run), "imagefolder", str(tmp_path))
+            export(str(run), form, str(out))
+    assert content(out)
+    with pytest.raises(DistilledSetError, match="it has no manifest"):
+        load_distilled(str(out))
+    export(str(run), "imagefolder", str(out))
+    export(str(run), "imagefolder", str(tmp_path / "other"))
+    assert content(out) == content(tmp_path / "other")
 
 
 def test_a_set_without_card_and_tars(tmp_path: Path) -> None:

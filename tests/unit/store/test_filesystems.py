@@ -13,14 +13,14 @@ import pytest
 from huggingface_hub import HfFileSystem, constants
 
 from pds_ray.sources.base import MissingShardsError, SourceError
-from pds_ray.sources.shard_patterns import find_shards, open_shard
+from pds_ray.sources.listing import open_shard
+from pds_ray.sources.shard_patterns import find_shards
 from pds_ray.sources.webdataset import WebDatasetSource
 from pds_ray.store import calls, filesystems
 from pds_ray.store.filesystems import open_filesystem
 from pds_ray.store.storage import Folder, StorageError
-from tests.support.hub_files import hub
+from tests.support.hub import TOKEN, running_hub
 
-TOKEN = "hf_S3CR3T"
 FILES = {"data/00000.tar": bytes(range(256)) * 9000, "data/00001.tar": b"b", "README.md": b"r"}
 
 
@@ -146,8 +146,9 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     HfFileSystem.clear_instance_cache()
-    with hub("org/name", FILES, TOKEN) as address:
-        yield f"?endpoint={address}"
+    with running_hub() as hub:
+        hub.create("org/name", private=True, **FILES)
+        yield f"?endpoint={hub.url}"
     HfFileSystem.clear_instance_cache()
 
 

@@ -157,9 +157,18 @@ def test_where_to_is_said_plainly(run: str, to: str) -> None:
 
 
 def test_a_folder_of_too_many_images(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publish, "FILES_PER_FOLDER", 4)  # three images and their metadata
+    push(run, f"hf:{NAME}", "imagefolder", dry_run=True)
     monkeypatch.setattr(publish, "FILES_PER_FOLDER", 3)
+    push(run, f"hf:{NAME}", "parquet", dry_run=True)
     with pytest.raises(ConfigError, match="give --format parquet"):
-        push(run, f"hf:{NAME}", "imagefolder", dry_run=True)
+        push(run, f"hf:{NAME}", "imagefolder")
+
+
+def test_no_set_is_said_before_the_hub_is_asked(hub: Hub, tmp_path: Path) -> None:
+    hub.refuses = 500
+    with pytest.raises(DistilledSetError, match="is no distilled set"):
+        push(str(tmp_path), f"hf:{NAME}")
 
 
 @pytest.mark.parametrize("form", FORMATS)

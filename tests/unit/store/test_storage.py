@@ -183,7 +183,7 @@ def test_sweep_and_writers_that_finish_meanwhile(tmp_path):
 
     writer = threading.Thread(target=write)
     writer.start()
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + 1
     try:
         while time.monotonic() < deadline:
             folder.sweep()

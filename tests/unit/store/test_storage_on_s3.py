@@ -119,20 +119,22 @@ def test_a_bucket_that_is_not_there_is_said_at_once(s3_port):
         Folder(uri(s3_port, "x").replace(f"//{BUCKET}/", "//nobucket/")).create()
 
 
-def test_markers_are_read_together_and_a_damaged_one_is_none(s3_port, place):
-    store = EmbeddingStore(Folder(uri(s3_port, place)), "mine")
+def test_markers_are_read_together_and_a_damaged_one_is_none(s3_port, place, tmp_path):
+    store = EmbeddingStore(Folder(str(tmp_path)), "mine")
     tables = [pa.table({"n": [1]})] * 3
     rest = {"pairs": 1, "bad": 0, "reasons": {}, "precision": "fp32"}
     for number in range(40):
         store.commit(f"s{number:02d}", *tables, {"images": number, **rest})
-    broken = {
+    markers = {path.stem: path.read_bytes() for path in tmp_path.glob("*.json")}
+    markers |= {
         "half": b'{"shard": "half", "fing',
         "list": b"[]",
         "other": b'{"fingerprint": "theirs"}',
         "none": b"",
     }
-    for name, data in broken.items():
-        client(s3_port).put_object(Bucket=BUCKET, Key=f"{place}/{name}.json", Body=data)
+    s3 = client(s3_port)
+    for name, data in markers.items():
+        s3.put_object(Bucket=BUCKET, Key=f"{place}/{name}.json", Body=data)
     faults = Faults(delayed=1.0, delay_s=0.2)
     with proxy(s3_port, faults) as port:
         found = EmbeddingStore(Folder(uri(port, place)), "mine").committed()
