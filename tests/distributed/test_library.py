@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.long]
 HOST = """
 import asyncio, faulthandler, hashlib, io, json, logging, os, pathlib, signal, sys, threading, time
 import warnings
-import psutil, torch, ray, ray.data, scipy.sparse, aiohttp.web  # which add filters
+import psutil, torch, ray, ray.data, scipy.optimize, scipy.sparse, aiohttp.web
 from pds_ray import configure, distill, load_distilled, recipe
 from pds_ray.distributed import session
 from pds_ray.errors import UserError
@@ -32,7 +32,8 @@ def state():
     return {
         "environment": dict(os.environ), "folder": os.getcwd(), "threads": torch.get_num_threads(),
         "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
-        "filters": list(warnings.filters), "traces": faulthandler.is_enabled(),
+        "filters": sorted(map(str, warnings.filters)),  # a library that is imported moves its own
+        "traces": faulthandler.is_enabled(),
         "levels": {name: (log.level, list(log.handlers))
                    for name, log in logging.root.manager.loggerDict.items()
                    if isinstance(log, logging.Logger) and name in known},
