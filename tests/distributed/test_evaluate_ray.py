@@ -153,6 +153,7 @@ def test_two_workers_share_a_trial(evaluated, tmp_path: Path):
         assert mine["recalls"]["r_mean"] == pytest.approx(alone["recalls"]["r_mean"], abs=1)
 
 
+@pytest.mark.long
 def test_sets_of_one_call(evaluated, tmp_path: Path):
     """The same trial under two labels runs once, and another encoder has a gallery of its own.
 

@@ -102,6 +102,7 @@ def arguments(port: int) -> list[str]:
     return [*SMALL, "--source", source, "--out", out, "--embed.store", store, "-v"]
 
 
+@pytest.mark.long
 def test_a_run_on_a_good_network(
     network: tuple[int, Faults], reference: Path, s3_port: int, pds_ray: Run
 ) -> None:
