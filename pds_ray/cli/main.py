@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import traceback
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -381,18 +381,23 @@ def main(argv: list[str] | None = None) -> None:
         log.as_json(args.log == "json"),
         any_character(),
         interruptible(),
-        session_kept(),
+        ExitStack() as session,
     ):
-        code = _run(args)
+        code = _run(args, session)
         if in_main_thread():
             ignore_interrupts()
     raise SystemExit(code)
 
 
-def _run(args: argparse.Namespace) -> int:
-    """Run the command and report its outcome, in a last line; return the exit code."""
+def _run(args: argparse.Namespace, session: ExitStack) -> int:
+    """Run the command and report its outcome, in a last line; return the exit code.
+
+    A session that it starts ends with `session`.
+    """
     try:
         require_current_folder()
+        if args.command in RUNS:
+            session.enter_context(session_kept())
         COMMANDS[args.command](args)
         flush()
         # the last line of a log tells the outcome; on a terminal the result does

@@ -264,7 +264,8 @@ def read_split(
                 ) from error
             bar.update()
     if not texts:
-        raise ConfigError(f"no sample of {split.uri} can be used: {dict(bad)}")
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in bad.items())
+        raise ConfigError(f"no sample of {split.uri} can be used ({reasons})")
     return SplitInputs(
         images={size: [pick.remote(images, size) for images, _, _ in pending] for size in sizes},
         captions=[caption for captions in texts for caption in captions],

@@ -127,7 +127,7 @@ def _check_models(method: str, stages: Sequence[Stage]) -> None:
     """Raise ConfigError if a stage has no cost model."""
     missing = [stage.name for stage in stages if not stage.plan]
     if missing and method != "pds":
-        raise ConfigError(f"method is {method!r}; only runs of pds can be planned")
+        raise ConfigError(f"method is {method!r}; only runs of pds can be planned; leave it out")
     if missing:
         raise ConfigError(
             f"method is 'pds'; its stage {missing[0]} has no cost model, so it cannot be planned"

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from pds_ray.config import (
     sections,
     to_dict,
 )
+from pds_ray.distributed.lifetime import session_kept
 from pds_ray.recipes import protocol, recipe
 from pds_ray.telemetry import log
 
@@ -443,3 +445,26 @@ def test_help_shows_what_is_allowed_and_the_default(
                 assert "default" in option.doc or option.name in ("source", "out", "test")
             else:
                 assert about.lower().endswith(f" [{option.default}]".lower())
+
+
+def test_a_command_beside_a_run_of_another_thread(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run is refused in one line; commands that run nothing go on."""
+    monkeypatch.setitem(cli.COMMANDS, "distill", lambda _: None)
+    monkeypatch.setitem(cli.COMMANDS, "status", lambda _: None)
+    codes = []
+
+    def command(*argv: str) -> None:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*argv])
+        codes.append(ended.value.code)
+
+    with session_kept():
+        for argv in (["distill", "--out", "run"], ["status", "run"]):
+            thread = threading.Thread(target=command, args=argv)
+            thread.start()
+            thread.join()
+    assert codes == [2, 0]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pds-ray: another thread of this process is at work on a run")
