@@ -61,6 +61,16 @@ def test_every_sample_is_read(cases: Path, case: str, count: int) -> None:
         assert decode_image(sample.image).mode == "RGB"
 
 
+@pytest.mark.parametrize(
+    ("case", "count", "images"),
+    [("html_some/00000", 10, 10), ("html_some/00012", 10, 10), ("same/all", 60, 1)],
+)
+def test_whole_shards_with_other_captions(cases: Path, case: str, count: int, images: int) -> None:
+    samples, bad = read(cases / f"{case}.tar")
+    assert not bad.counts
+    assert (len(samples), len({sample.image for sample in samples})) == (count, images)
+
+
 def test_a_bare_list_of_captions(cases: Path) -> None:
     samples, bad = read(cases / "json" / "bare_list.tar")
     assert (len(samples), bad.line()) == (40, "")
