@@ -61,7 +61,7 @@ def test_mended_shards_alone_are_embedded_again(tmp_path: Path, pds_ray: Run) ->
     assert pds_ray("distill", *options, "--out", str(run)).returncode == 0
     whole = ["--source", f"{source}/{{0..3}}.tar", "--out", str(fresh)]
     assert pds_ray("distill", *OPTIONS, *whole).returncode == 0
-    tables = [path.name for path in (fresh / "embeddings").glob("*.parquet")]
+    tables = [path.name for path in (fresh / "embeddings").glob("?.*.parquet")]
     assert len(tables) == 12
     for name in tables:
         mended, found = run / "embeddings" / name, fresh / "embeddings" / name
