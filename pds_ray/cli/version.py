@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, platform, limits. No values of variables, no paths."""
+"""The facts for a bug report: versions, platform, limits. No values of variables, no paths."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class Plan:
     """Price of the machines, idle ones included."""
     storage_usd_month: float
     egress_usd: float
-    """If the source lies in another region; part of no other figure."""
+    """Cost if the source lies in another region; part of no other figure."""
     prices: str
     """Their origin."""
 

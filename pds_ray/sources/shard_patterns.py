@@ -39,7 +39,7 @@ DATASET_TYPE = "dataset_type.txt"
 """The file beside the shards, or a folder above, by which clip-benchmark says what they are for."""
 
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-"""How a list begins that an editor or a shell of Windows wrote."""
+"""First bytes of a list that an editor or a shell of Windows wrote."""
 
 NAME_LENGTH = 150
 """Longest name of a shard, in characters.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # it costs a quarter of a second
     from huggingface_hub import HfApi
 
 KIND = "dataset"
-"""What the hub calls a repository of data."""
+"""The hub's name for a repository of data."""
 TIMEOUT_S = 10
 FILES_PER_FOLDER = 10_000
 """Maximum that the hub takes."""

@@ -23,7 +23,7 @@ LARGE_SUFFIXES = (".parquet", ".tar", ".png", ".safetensors")
 
 @dataclass
 class Hub:
-    """What the stand-in holds, and what was asked of it."""
+    """The content of the stand-in, and the requests to it."""
 
     url: str = ""
     branches: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)

@@ -29,7 +29,7 @@ class Web:
     cut_after: int | None = None
     """Bytes after which a transfer breaks off."""
     cuts: int = 10**9
-    """How many transfers do."""
+    """Number of transfers that do."""
     too_long: int = 0
     """Bytes by which Content-Length is more than there are."""
     refusals: list[tuple[int, dict[str, str]]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What pip is told: every kind of installation has one FAISS, and every requirement its pin."""
+"""The requirements for pip: one FAISS per kind of installation, a pin per requirement."""
 
 from __future__ import annotations
 

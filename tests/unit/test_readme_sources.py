@@ -29,7 +29,7 @@ TAR = tar_bytes([("7.jpg", IMAGE), ("7.txt", CAPTION.encode())])
 
 @dataclass
 class Place:
-    """What a test may use to put the sample somewhere; closed after the test."""
+    """The means by which a test puts the sample somewhere; closed after the test."""
 
     root: Path
     request: pytest.FixtureRequest
