@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 from pds_ray.modalities.text import MAX_CAPTIONS, storable
 from pds_ray.sources.base import SourceError
@@ -129,7 +129,8 @@ def _karpathy_records(images: list[Any], names: tuple[str, ...]) -> Iterator[tup
         ]
         if not all(isinstance(sentence, str) for sentence in raw):
             raise _RecordError(f"{where}: 'sentences' is not a list of objects with a text 'raw'")
-        yield f"{_path(folder, 'filepath', where)}/{name}" if folder else name, raw  # type: ignore[misc]
+        place = f"{_path(folder, 'filepath', where)}/{name}" if folder else name
+        yield place, cast("list[str]", raw)
 
 
 def _coco_records(images: list[Any], annotations: list[Any]) -> Iterator[tuple[str, list[str]]]:

@@ -45,7 +45,7 @@ def storable(text: str) -> bool:
 
 
 def has_commands(text: str) -> bool:
-    """Say if a text holds what a terminal or a line-based format acts on, or turns the writing."""
+    """Return whether a terminal or a line-based format acts on a text, or its writing turns."""
     return any(
         unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
         or unicodedata.bidirectional(character)

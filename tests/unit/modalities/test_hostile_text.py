@@ -46,7 +46,7 @@ from tests.support.strategies import texts
 
 
 def acts(text: str) -> bool:
-    """Say if a text does something to a terminal or a reader; a line feed does not."""
+    """Return whether a text does something to a terminal or a reader; a line feed does not."""
     return has_commands(text.replace("\n", ""))
 
 
