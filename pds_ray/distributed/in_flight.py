@@ -110,8 +110,10 @@ class _Reporter:
                 doing = [
                     (each.what, each.item, each.done, now - each.since) for each in self._doing
                 ]
-                self._running = bool(doing)
-            if not ray.is_initialized():  # called without a cluster, as by a test
+                # without a cluster, as in a test, nobody listens; the next work looks again
+                connected = ray.is_initialized()
+                self._running = bool(doing) and connected
+            if not connected:
                 return
             with suppress(ray.exceptions.RayError):
                 if doing:

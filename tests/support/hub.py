@@ -36,7 +36,7 @@ class Hub:
     refuses: int = 0
     """Status with which every commit is answered."""
     objects: dict[str, bytes] = field(default_factory=dict)
-    """What was uploaded by Git LFS, by its SHA-256."""
+    """Uploads by Git LFS, by their SHA-256."""
     commits: list[list[str]] = field(default_factory=list)
     """Names that each commit added or deleted (-name)."""
     requests: list[str] = field(default_factory=list)
@@ -92,7 +92,8 @@ def running_hub() -> Iterator[Hub]:
                     return
             self.answer(404, {"error": f"{self.command} {path}"}, X_Error_Code="RepoNotFound")
 
-        do_GET = do_HEAD = do_POST = do_PUT = _serve  # noqa: N815 - names that the base class asks for
+        # names that the base class asks for
+        do_GET = do_HEAD = do_POST = do_PUT = _serve  # noqa: N815
 
         def _has_token(self) -> bool:
             return self.headers.get("Authorization") == f"Bearer {TOKEN}"
