@@ -92,7 +92,7 @@ def _print_counts(out: str, method: str, counts: dict[str, dict[str, Any]]) -> N
         duplicates = {**prototypes, **counts.get("caption", {})}["duplicate_captions"]
         made = f"{prototypes['prototypes']:,} pairs"
         say(f"method        {method}")
-        say(f"out           {made}, {duplicates:,} with a caption of another")
+        say(f"out           {made}, {duplicates:,} with the caption of another")
         if "fewer" in prototypes:
             say(f"fewer         {prototypes['fewer']}")
 
@@ -159,7 +159,7 @@ def print_problems(files: int, problems: list[Problem]) -> None:
 
 def print_sizes(sizes: dict[str, int]) -> None:
     """Print files with their bytes, and the sum."""
-    rows = {**sizes, "together": sum(sizes.values())}
+    rows = {**sizes, "bytes together": sum(sizes.values())}
     for name, size in rows.items():
         say(f"{size:>15,}  {name}")
 
