@@ -132,11 +132,9 @@ class Bar(tqdm):
             return named or "a free worker: none is at work"
         return str(named or self.postfix or "its first result")
 
-    @staticmethod
-    def format_meter(*args: Any, unit: str = "", **settings: Any) -> str:
+    def __str__(self) -> str:
         """Return the text of the bar; a slow rate, tqdm's `1.30s/ pairs`, is `1.30 s per pair`."""
-        text = tqdm.format_meter(*args, unit=unit, **settings)
-        return text.replace(f"s/{unit}", f" s per{unit.removesuffix('s')}")
+        return super().__str__().replace(f"s/{self.unit}", f" s per{self.unit.removesuffix('s')}")
 
     def _show_note(self, note: str) -> None:
         """Show a note in place of the bar's own one, which comes back for an empty note."""
