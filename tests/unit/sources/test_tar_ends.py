@@ -47,6 +47,12 @@ def test_archives_that_are_joined(tmp_path: Path, end: int) -> None:
     assert brief(again) == [("a", ""), ("b", ""), ("a", "duplicate_key")]
 
 
+@pytest.mark.parametrize("record", [512, RECORD, 64 * 512, 1 << 16, MIB])
+def test_archives_of_any_record_that_are_joined(tmp_path: Path, record: int) -> None:
+    found = read_bytes(tmp_path, filled(ONE, record) + filled(TWO, record))
+    assert brief(found) == [("a", ""), ("b", "")]
+
+
 @pytest.mark.parametrize("records", [2, 7, 1000])
 def test_a_tail_of_zeros_is_a_hole(tmp_path: Path, records: int) -> None:
     whole = filled(ONE, RECORD)

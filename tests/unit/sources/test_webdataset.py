@@ -515,6 +515,27 @@ def test_patterns(tree: Path, pattern: str, found: list[str]) -> None:
     assert [shard.size for shard in shards] == [len(name) for name in found]
 
 
+def test_links_to_folders_below_a_wildcard(tree: Path) -> None:
+    """`**` reads each folder once: links lead in circles, 2^40 ways in a tree of two of them."""
+    (tree / "a" / "up").symlink_to("..")
+    (tree / "a" / "b").symlink_to(tree / "b")
+    (tree / "a" / "itself").symlink_to(".")
+    outside = tree.parent / "outside"
+    outside.mkdir()
+    (outside / "back").symlink_to(tree)
+    (outside / "1.tar").write_bytes(b"")
+    (tree / "link").symlink_to(outside)
+    everything = ["a/00000.tar", "a/00001.tar", "a/00002.tar.gz", "a/b/00000.tgz", "link/1.tar"]
+    for pattern, found in [
+        ("**", everything),
+        ("**/*.tar", [name for name in everything if name.endswith(".tar")]),
+        ("link/**/*.tar", ["link/1.tar", "link/back/a/00000.tar", "link/back/a/00001.tar"]),
+        ("*/b/*", ["a/b/00000.tgz"]),
+    ]:
+        shards = WebDatasetSource(f"{tree}/{pattern}").shards()
+        assert [shard.location for shard in shards] == [f"{tree}/{name}" for name in found]
+
+
 @pytest.mark.parametrize("separator", [" ", "\n", "::"])
 def test_several_patterns_make_one_sorted_set(tree: Path, separator: str) -> None:
     uri = separator.join([f"{tree}/b/*", f"file://{tree}/a/00001.tar", f"{tree}/a/*.tar"])
