@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from pds_ray.sources.advice import APART, HOLES, TWO_KEYS
+from pds_ray.sources.advice import APART, HARD_LINK, HOLES, TWO_KEYS
 from pds_ray.sources.base import Fault, Sample
 from pds_ray.sources.captions import CaptionReader, Names
 from pds_ray.sources.tar import Member, TarReader
@@ -114,8 +114,10 @@ def _identify(member: Member, files: Files) -> _File | None:
         unsafe = "leaves the folder"
     elif any(part == "__MACOSX" or (part.startswith(".") and part != ".") for part in parts):
         return None
-    elif member.issym() or member.islnk():
+    elif member.issym():
         unsafe = f"link to {member.linkname}"
+    elif member.islnk():
+        unsafe = f"{HARD_LINK}{member.linkname}"
     elif not member.isreg():
         unsafe = f"not a regular file (type {member.type!r})"
     else:

@@ -145,7 +145,7 @@ class TarReader:
     def _check_end(self, zeros: int, length: int) -> None:
         """Raise tarfile.ReadError if so many zeros are no end of an archive but a hole.
 
-        `length` is that of the archive, with the zeros. An end is two blocks, filled up to a record.
+        `length` is that of the archive with the zeros. An end is two blocks, filled up to a record.
         Records other than that of every tar have to divide the archive; one without members is
         filled up to that alone.
         """

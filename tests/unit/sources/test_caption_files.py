@@ -146,6 +146,7 @@ def test_what_was_found_is_said() -> None:
     data = json.dumps({"url": "u", "title": "x"}).encode()
     assert reader.found({"json": data}) == "no caption in .json, which has url, title"
     assert reader.found({"txt": b" "}) == "no caption in .txt"
+    assert reader.found({"json": b'{"\\ud800": 1}'}) == "no caption in .json, which has ?"
 
 
 @pytest.mark.parametrize(
