@@ -291,7 +291,7 @@ def test_a_table_in_parquet(tmp_path: Path) -> None:
 
 
 def test_any_text_comes_back_from_a_csv(tmp_path: Path) -> None:
-    texts = ["a, b", 'say "no"', "two\nlines", "tab\there", "é|ü", "#hash"]
+    texts = ["a, b", 'say "no"', "two\nlines", "1.jpg\n2.jpg", "tab\there", "é|ü", "#hash"]
     file = io.StringIO()
     rows = csv.writer(file)
     rows.writerow(["image", "caption"])
@@ -411,6 +411,14 @@ def test_the_validation_split_lies_beside(tmp_path: Path, name: str, validation:
         (
             {"a.csv": "a.jpg,a dog, running\nb.jpg,a cat"},
             "line 2: 2 cells, but the first line has 3",
+        ),
+        (
+            {"a.csv": 'image,caption\na.jpg,"A dog\nb.jpg,a cat\nc.jpg,a 5" ruler\nd.jpg,x'},
+            "line 4: a text holds the row of b.jpg, because of a quotation mark that is not closed",
+        ),
+        (
+            {"a.tsv": 'id\tfile_name\ttext\n1\ta.jpg\t"A dog\n2\tb.jpg\ta cat'},
+            "line 3: a text holds the row of b.jpg",
         ),
         ({"sub/0.tar": ""}, r"has tars only in the folders below it; give .*/\*\*/\*\.tar$"),
         (
