@@ -164,8 +164,8 @@ def _csv_records(text: str, suffixes: tuple[str, ...]) -> Iterator[Record]:
         record = dict(zip(columns, map(str.strip, cells), strict=False))
         if swallowed := _swallowed(record, delimiter, suffixes):
             raise ValueError(
-                f"line {rows.line_num}: a text holds the row of {swallowed}, because of a quotation "
-                "mark that is not closed; write one within a text twice"
+                f"line {rows.line_num}: a text holds the row of {swallowed}, because of a "
+                "quotation mark that is not closed; write one within a text twice"
             )
         yield record
 
@@ -173,10 +173,9 @@ def _csv_records(text: str, suffixes: tuple[str, ...]) -> Iterator[Record]:
 def _swallowed(record: Record, delimiter: str, suffixes: tuple[str, ...]) -> str:
     """Return an image whose row is part of a text in another one, "" if there is none."""
     lines = (line for cell in record.values() for line in cell.splitlines()[1:])
-    rows = (
-        dict(zip(record, map(str.strip, line.split(delimiter)), strict=False)) for line in lines
-    )
-    images = (_image(row) for row in rows if len(row) == len(record))
+    rows = (map(str.strip, line.split(delimiter)) for line in lines)
+    records = (dict(zip(record, row, strict=False)) for row in rows)
+    images = (_image(each) for each in records if len(each) == len(record))
     return next((image for image in images if image and _is_image(image, suffixes)), "")
 
 

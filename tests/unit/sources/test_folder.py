@@ -10,6 +10,7 @@ import pickle
 import random
 import shutil
 import tarfile
+import unicodedata
 from pathlib import Path
 
 import pyarrow as pa
@@ -206,6 +207,25 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
     for name in (b"\xff.jpg", b"\xff.txt"):
         (tmp_path / os.fsdecode(name)).write_text("odd")
     assert captions(tmp_path) == {"a.jpg": ("a",), "\\udcff.jpg": ("odd",)}
+
+
+COMPOSED, APART = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize(("of_image", "of_text"), [(COMPOSED, APART), (APART, COMPOSED)])
+def test_accents_are_spelled_in_two_ways(tmp_path: Path, of_image: str, of_text: str) -> None:
+    """As where images came from a Mac, and captions or a table from elsewhere."""
+    write(tmp_path / "a", {f"{of_image}.1.jpg": "x", f"{of_text}.1.txt": "coffee"})
+    assert captions(tmp_path / "a") == {f"{of_image}.1.jpg": ("coffee",)}
+    table = f"file_name,caption\n{of_text}/1.jpg,coffee\n"
+    write(tmp_path / "b", {f"{of_image}/1.jpg": "x", "metadata.csv": table})
+    assert captions(tmp_path / "b") == {f"{of_text}/1.jpg": ("coffee",)}
+
+
+def test_names_that_differ_in_spelling_alone(tmp_path: Path) -> None:
+    for name in (COMPOSED, APART):
+        write(tmp_path, {f"{name}.jpg": "x", f"{name}.txt": ascii(name)})
+    assert captions(tmp_path) == {f"{name}.jpg": (ascii(name),) for name in (COMPOSED, APART)}
 
 
 def test_options_of_reading(tmp_path: Path) -> None:
