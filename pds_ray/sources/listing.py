@@ -11,6 +11,7 @@ import errno
 import io
 import os
 import re
+import stat
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import cache
@@ -139,9 +140,27 @@ def _base_name(info: pafs.FileInfo) -> str:
 def open_shard(location: str) -> io.BufferedReader:
     """Open the file at a location that `find_shards` returned."""
     filesystem, path = open_filesystem(location)
-    if not is_remote(location) and os.path.isdir(path):  # pyarrow's error does not tell its kind
-        raise IsADirectoryError(errno.EISDIR, "it is a folder", path)
+    if not is_remote(location):
+        require_file(path)
     return open_stream(filesystem, path, location)
+
+
+def require_file(path: str) -> None:
+    """Raise OSError if a local path is no file: a pipe would be waited for without an end.
+
+    Its kind is IsADirectoryError for a folder, PermissionError for a pipe or a device,
+    FileNotFoundError for nothing, also where links lead in a circle.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise FileNotFoundError(error.errno, error.strerror, path) from error
+        raise
+    if stat.S_ISDIR(mode):  # pyarrow's error does not tell its kind
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", path)
+    if not stat.S_ISREG(mode):
+        raise PermissionError(errno.EACCES, "it is a pipe or a device, not a file", path)
 
 
 @cache  # the shards of a source are looked for more than once

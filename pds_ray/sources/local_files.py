@@ -143,8 +143,10 @@ def spellings(name: str) -> list[str]:
 
     macOS takes names apart that other systems, and the programs that write tables, compose.
     """
-    forms = () if name.isascii() else ("NFC", "NFD")
-    return list(dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in forms)]))
+    if name.isascii():
+        return [name]
+    forms = unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)
+    return list(dict.fromkeys([name, *forms]))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -22,6 +22,7 @@ from pds_ray.errors import first_line
 from pds_ray.modalities.text import decode_text
 from pds_ray.sources.base import Fault, Sample, SourceError
 from pds_ray.sources.captions import IMAGE_SUFFIXES, CaptionReader
+from pds_ray.sources.listing import require_file
 from pds_ray.sources.tables import column_names, column_reader
 from pds_ray.sources.unpack import describe
 from pds_ray.store.calls import is_remote
@@ -191,8 +192,11 @@ def _is_binary(kind: pa.DataType) -> bool:
 def _open(location: str) -> pq.ParquetFile:
     """Open a Parquet file. Raises _NoParquetError, an error of `_GONE`, OSError or StorageError."""
     filesystem, path = open_filesystem(location)
-    local = not is_remote(location)
-    file = filesystem.open_input_file(path) if local else open_stream(filesystem, path, location)
+    if is_remote(location):
+        file = open_stream(filesystem, path, location)
+    else:
+        require_file(path)
+        file = filesystem.open_input_file(path)
     try:
         return pq.ParquetFile(
             file, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True

@@ -162,7 +162,7 @@ def _only_shards(pattern: str, kind: Kind, infos: list[pafs.FileInfo]) -> list[p
         and info.path.lower().endswith(kind.suffixes)
     ]
     if infos and not shards and not is_magic(pattern):
-        if infos[0].is_file:
+        if infos[0].type != pafs.FileType.Directory:
             raise SourceError(f"{pattern} is not a {kind.noun} ({', '.join(kind.suffixes)})")
         example = f"{pattern}/*{kind.suffixes[0]}"
         raise SourceError(f"{pattern} is a folder; name the shards in it, as in {example}")
