@@ -42,6 +42,8 @@ class _Found:
     tables: list[str] = field(default_factory=list)
     tars: bool = False
     """A folder below has a tar."""
+    parquet: str = ""
+    """The path of a Parquet file below, if there is one."""
     images: Cutter = field(default_factory=Cutter)
     captioned: bool = False
     """An image has a caption file."""
@@ -107,6 +109,8 @@ class FolderSource:
         for folder, names in files.walk():
             found.folders.append(folder)
             found.tars |= any(name.lower().endswith(SHARD_SUFFIXES) for name in names)
+            parquet = min((each for each in names if each.lower().endswith(".parquet")), default="")
+            found.parquet = found.parquet or (parquet and os.path.join(folder, parquet))
             metadata = next((name for name in METADATA if name in names), None)
             if metadata:
                 found.metadata.append(os.path.join(folder, metadata))
@@ -130,6 +134,9 @@ class FolderSource:
         known = self.beside.known
         if found.tars:
             return f"{self.root} has tars only in the folders below it; give {self.root}/**/*.tar"
+        if found.parquet and not found.images.shards:
+            place = os.path.join(self.root, os.path.dirname(found.parquet), "*.parquet")
+            return f"{self.root} has no image but Parquet files; give parquet:{place}"
         if not found.images.shards:
             return f"{self.root} has no tar and no image ({', '.join(known.images)})"
         return (

@@ -70,7 +70,8 @@ class Named:
             elif captions:
                 yield Sample(key, data, captions)
             else:
-                yield Fault(key, "missing_caption", f"every caption in {storable(table)} is blank")
+                detail = f"no caption in {storable(table)} is a text that is not blank"
+                yield Fault(key, "missing_caption", detail)
 
     def _base(self, own: str, images: Images, folders: list[str]) -> str:
         """Return the folder in which the paths of a table begin."""

@@ -440,6 +440,10 @@ def test_the_validation_split_lies_beside(tmp_path: Path, name: str, validation:
             {"a.tsv": 'id\tfile_name\ttext\n1\ta.jpg\t"A dog\n2\tb.jpg\ta cat'},
             "line 3: a text holds the row of b.jpg",
         ),
+        (
+            {"data/train-0.parquet": "", "README.md": ""},
+            r"has no image but Parquet files; give parquet:/.*/data/\*\.parquet$",
+        ),
         ({"sub/0.tar": ""}, r"has tars only in the folders below it; give .*/\*\*/\*\.tar$"),
         (
             {"a.csv": "url,caption\nx,y"},
