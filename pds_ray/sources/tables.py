@@ -16,7 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -85,7 +85,8 @@ def read_table(path: Path, suffixes: tuple[str, ...], captions: CaptionReader) -
                     f"{path}, row {number}: it names no image (as file_name); "
                     f"it has {column_names(list(record)) or 'nothing'}"
                 )
-            images[image.replace("\\", "/")] += captions.of_record(record)
+            path_of_image = PurePosixPath(image.replace("\\", "/")).as_posix()  # without ./
+            images[path_of_image] += captions.of_record(record)
     except SourceError:
         raise
     except (OSError, ValueError, pa.ArrowException, csv.Error) as error:

@@ -310,6 +310,28 @@ def test_a_table_in_parquet(tmp_path: Path) -> None:
     assert captions(tmp_path) == {"a.png": ("one", "two")}
 
 
+def test_a_path_with_a_dot_in_front_is_the_same_image(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": "x", "metadata.csv": "file_name,text\n./a.png,one\na.png,two\n"})
+    assert captions(tmp_path) == {"a.png": ("one", "two")}
+
+
+def test_an_image_is_not_read_by_two_tables(tmp_path: Path) -> None:
+    own = {
+        f"{split}/{name}": content
+        for split in ("train", "test")
+        for name, content in {"a.png": "x", "metadata.csv": "file_name,text\na.png,one\n"}.items()
+    }
+    assert len(captions(write(tmp_path / "own", own))) == 2
+    elsewhere = {"b.png": "x", "metadata.csv": "file_name,text\nb.png,b\n"}
+    assert len(captions(write(tmp_path / "besides", own | elsewhere))) == 3
+    of_all = {"metadata.csv": "file_name,text\ntrain/a.png,one\ntest/a.png,two\n"}
+    with pytest.raises(
+        SourceError,
+        match=r"^test/a\.png is named by metadata\.csv and lies beside test/metadata\.csv, .* take",
+    ):
+        read(write(tmp_path / "all", own | of_all))
+
+
 def test_any_text_comes_back_from_a_csv(tmp_path: Path) -> None:
     texts = ["a, b", 'say "no"', "two\nlines", "1.jpg\n2.jpg", "tab\there", "é|ü", "#hash"]
     file = io.StringIO()
