@@ -332,6 +332,20 @@ def test_an_image_is_not_read_by_two_tables(tmp_path: Path) -> None:
         read(write(tmp_path / "all", own | of_all))
 
 
+@pytest.mark.parametrize("place", ["a", "z"])
+def test_images_that_no_table_is_for_are_said(
+    tmp_path: Path, place: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table = {"m/a.png": "x", "m/a.txt": "x", "m/metadata.csv": "file_name,text\na.png,one\n"}
+    write(tmp_path, table | {f"{place}/b.png": "x", f"{place}/b.txt": "x", f"{place}/c.png": "x"})
+    assert captions(tmp_path) == {"m/a.png": ("one",)}
+    assert (
+        f"1 images in {tmp_path} have captions beside them and are left" in capfd.readouterr().err
+    )
+    assert captions(tmp_path / "m") == {"a.png": ("one",)}
+    assert "left out" not in capfd.readouterr().err
+
+
 def test_any_text_comes_back_from_a_csv(tmp_path: Path) -> None:
     texts = ["a, b", 'say "no"', "two\nlines", "1.jpg\n2.jpg", "tab\there", "é|ü", "#hash"]
     file = io.StringIO()
