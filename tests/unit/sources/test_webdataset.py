@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import pickle
@@ -601,6 +602,30 @@ def test_names_are_unique_where_capitals_do_not_count() -> None:
     assert second == "Train-1"
     assert len({first.lower(), third.lower()}) == 2
     assert [first[:8], third[:8]] == ["Train-0-", "train-0-"]
+
+
+def test_addresses_that_differ_in_their_query_alone_have_names_of_their_own() -> None:
+    """As those of archives of data and of drives: of one name they would be one shard."""
+    places = [f"https://host/download?file={n:05d}.tar" for n in range(20_000)]
+    names = shard_names([*places, "https://host/download?file=00000.tar&sig=x", "https://host/a"])
+    assert len(set(names.values())) == len(names) == 20_002
+    assert names["https://host/a"] == "a"
+
+
+def test_digests_of_four_bytes_that_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 40,000 folders of a shard each there may be two of them."""
+    make = hashlib.blake2b
+    monkeypatch.setattr(
+        hashlib,
+        "blake2b",
+        lambda data, digest_size: (
+            make(data[:2], digest_size=digest_size)
+            if digest_size == 4
+            else make(data, digest_size=digest_size)
+        ),
+    )
+    names = shard_names(["/d/a/x.tar", "/d/b/x.tar", "/d/y.tar"])
+    assert len(set(names.values())) == 3
 
 
 @pytest.mark.parametrize(
