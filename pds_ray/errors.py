@@ -13,7 +13,11 @@ BUCKET_AT_HOST = ("abfs", "abfss", "wasb", "wasbs", "oci")
 """Schemes that write `bucket@host`, which is no login."""
 _BUCKET = re.compile(r"[\w.-]+@(?=[^@]*$)")
 # secrets hold slashes that people forget to encode: all up to the @, or what a slash left of one
-_LOGIN = re.compile(r"^(?:[^/@]*(?::[^@]*)?@|[^/@?:]*:(?!\d{1,5}(?:[^\w+%=.~-]|$))[^/@?]*)")
+_LOGIN = re.compile(
+    r"^(?:[^/@]*(?::[^@]*)?@"
+    r"|(?!\[[\da-fA-F:.]+\](?::\d{1,5})?(?:[^\w+%=.~:-]|$))"  # but the address of a host
+    r"[^/@?:]*:(?!\d{1,5}(?:[^\w+%=.~-]|$))[^/@?]*)"
+)
 
 
 class UserError(Exception):

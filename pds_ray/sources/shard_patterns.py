@@ -41,6 +41,9 @@ DATASET_TYPE = "dataset_type.txt"
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 """First bytes of a list that an editor or a shell of Windows wrote."""
 
+_BETWEEN = re.compile(r"::(?![^\[\]]*\])")
+"""What separates patterns; within brackets it is of an address, as in http://[::1]/0.tar."""
+
 NAME_LENGTH = 150
 """Longest name of a shard, in characters.
 
@@ -250,7 +253,7 @@ def _expand(uri: str, kind: Kind) -> Iterator[str]:
 
     `::` separates patterns. So does white space, unless the pattern around it matches shards.
     """
-    for pattern in [uri] if _is_there(uri) else map(str.strip, uri.split("::")):
+    for pattern in [uri] if _is_there(uri) else map(str.strip, _BETWEEN.split(uri)):
         for token in (
             [pattern] if _is_there(pattern) or _has_spaces(pattern, kind) else pattern.split()
         ):

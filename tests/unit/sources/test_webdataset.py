@@ -28,7 +28,7 @@ from pds_ray.sources.base import Fault, MissingShardsError, Sample, SourceError
 from pds_ray.sources.captions import IMAGE_SUFFIXES
 from pds_ray.sources.shard_patterns import shard_names
 from pds_ray.sources.webdataset import WebDatasetSource
-from pds_ray.store import filesystems
+from pds_ray.store import calls, filesystems
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
@@ -610,6 +610,15 @@ def test_addresses_that_differ_in_their_query_alone_have_names_of_their_own() ->
     names = shard_names([*places, "https://host/download?file=00000.tar&sig=x", "https://host/a"])
     assert len(set(names.values())) == len(names) == 20_002
     assert names["https://host/a"] == "a"
+
+
+def test_addresses_with_numbers_in_brackets(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "WAITS_S", ())
+    with pytest.raises(SourceError, match=r"cannot look for http://\[::1\]:9/0\.tar: "):
+        WebDatasetSource("http://[::1]:9/0.tar").shards()
+    uri = f"{tree}/a/0000[0-1].tar::{tree}/b/[0-9]*.tgz"
+    found = [shard.location for shard in WebDatasetSource(uri).shards()]
+    assert found == [f"{tree}/{name}" for name in ["a/00000.tar", "a/00001.tar", "b/00000.tgz"]]
 
 
 def test_digests_of_four_bytes_that_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
