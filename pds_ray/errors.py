@@ -59,6 +59,16 @@ def first_line(error: BaseException) -> str:
     return printable(without_secrets((str(error).strip() or type(error).__name__).splitlines()[0]))
 
 
+def cause(error: BaseException) -> str:
+    """Return why a file's content could not be used, in words and as `first_line` does.
+
+    A missing entry is all that a KeyError says of itself.
+    """
+    if isinstance(error, KeyError):
+        return printable(f"it has no {error.args[0]!r}" if error.args else "an entry is missing")
+    return first_line(error)
+
+
 def is_utf8(text: str) -> bool:
     """Return False for text, such as a file's name, made of bytes that are not UTF-8."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
