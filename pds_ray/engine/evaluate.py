@@ -45,6 +45,8 @@ from pds_ray.store.storage import Folder, is_remote
 
 SCHEMA_VERSION = 1
 CAPTION_PROBE = 1_000  # samples searched for one with image and caption
+LATER = ("fit", "subjects", "targets", "captions_per_image")
+"""Options of a protocol that came after trials were keyed without them."""
 MIN_PAIRS = 2  # a pair needs another to differ from
 
 
@@ -278,7 +280,7 @@ def _trials(
         if name == "test" or protocol.select == "val"
     }
     # the encoder by its identity, which holds all that its name says
-    about_protocol = {**dataclasses.asdict(protocol), "text_encoder": checked.encoder.identity}
+    about_protocol = {**_of_key(protocol), "text_encoder": checked.encoder.identity}
     content = _content(checked.distilled)
     depends_on = [SCHEMA_VERSION, content, about_protocol, held_out]
     if reading := changed(config.read):  # at their defaults these options change no earlier key
@@ -297,6 +299,16 @@ def _trials(
         for backbone in backbones
         for seed in range(config.seeds)
     ]
+
+
+def _of_key(protocol: ProtocolConfig) -> dict[str, Any]:
+    """Return the options of a protocol that a trial's key holds.
+
+    Those that came later count where they are not at their default: so earlier trials stand.
+    """
+    given = changed(protocol)
+    fields = dataclasses.asdict(protocol).items()
+    return {name: value for name, value in fields if name not in LATER or name in given}
 
 
 def _content(distilled: DistilledSet) -> list[Any]:

@@ -37,6 +37,8 @@ class Gallery:
     """float32 [m, t]."""
     owner: torch.Tensor
     """int64 [m]: the row of each caption's image."""
+    subject: torch.Tensor | None = None
+    """int64 [n]: numbers from 0 that images of one subject share; None where each has its own."""
 
 
 @dataclass(frozen=True)

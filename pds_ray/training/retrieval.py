@@ -181,4 +181,5 @@ def evaluate(
     image = embed_images(model.embed_images, gallery.images, pixels, workers, step)
     text = [model.embed_text(part.to(workers.device)) for part in gallery.text.split(ENCODE_TEXTS)]
     model.train(training)
-    return recalls(image, torch.cat(text), gallery.owner.to(workers.device))
+    subject = None if gallery.subject is None else gallery.subject.to(workers.device)
+    return recalls(image, torch.cat(text), gallery.owner.to(workers.device), subject)

@@ -32,6 +32,7 @@ from pds_ray.distributed.trial_inputs import TrialInputs
 from pds_ray.distributed.trials import Queue
 from pds_ray.engine import evaluate as evaluation
 from pds_ray.errors import UserError
+from pds_ray.modalities.image import Preprocess
 from pds_ray.sources.scenes import ScenesSource
 from pds_ray.stages.trial import Candidate, Split, Trial, TrialData, run_trial
 from pds_ray.store.storage import Folder
@@ -297,7 +298,9 @@ def test_a_held_out_image_that_hangs_is_one_line(monkeypatch: pytest.MonkeyPatch
         UserError,
         match=r"image of shard scenes-00000 of there .* too much memory or more than 1 s \(--ray",
     ) as caught:
-        trial_inputs.read_split("test", Split("there", source, source.shards()), [8], "none", 1.0)
+        trial_inputs.read_split(
+            "test", Split("there", source, source.shards()), [Preprocess(8)], "none", 1.0
+        )
     assert "\n" not in str(caught.value)
 
 
