@@ -361,6 +361,17 @@ class ExtrasConfig(Options, section="extras"):
         0.3, "share of the soft part in each target, beside the own caption", above=0, below=1
     )
 
+    @property
+    def used(self) -> dict[str, Any]:
+        """The options that a set depends on, with their values; none where it has no extras."""
+        unused = {"temperature"} if self.similarity == "table" else set()
+        if self.similarity == "off":
+            unused = {"similarity", "temperature", "share"}
+        if not self.captions:
+            unused.add("captions")
+        names = options(type(self))  # type: ignore[arg-type]  # classes can be hashed
+        return {name: getattr(self, name) for name in names if name not in unused}
+
 
 @dataclass(frozen=True)
 class Actors:

@@ -69,7 +69,11 @@ class TrialInputs:
     images: dict[tuple[str, Preprocess], ray.ObjectRef] = field(default_factory=dict)
     """(set, kind of squares) -> uint8 [B, 3, S, S]."""
     text: dict[str, ray.ObjectRef] = field(default_factory=dict)
-    """Set -> float32 [B, t]."""
+    """Set -> float32 [B, t], or [C, t] where images have several captions."""
+    owner: dict[str, np.ndarray] = field(default_factory=dict)
+    """Set whose images have several captions -> the image of each, int64 [C]."""
+    similarity: dict[str, ray.ObjectRef] = field(default_factory=dict)
+    """Set with soft targets -> float32 [B, B]."""
     splits: dict[tuple[str, str], SplitInputs] = field(default_factory=dict)
     """(test or val, rule of cleaning) -> split."""
     held_out_text: dict[tuple[str, str, str], ray.ObjectRef] = field(default_factory=dict)
@@ -77,8 +81,8 @@ class TrialInputs:
 
     def references(self) -> list[ray.ObjectRef]:
         splits = [shards for split in self.splits.values() for shards in split.images.values()]
-        sets = (self.images.values(), self.text.values(), self.held_out_text.values())
-        return [*chain(*sets), *chain(*splits)]
+        sets = (self.images, self.text, self.similarity, self.held_out_text)
+        return [*chain(*(inputs.values() for inputs in sets)), *chain(*splits)]
 
     def counts(self, rule: str) -> dict[str, Any]:
         """Return the counts of each split under a rule of cleaning."""
@@ -102,7 +106,16 @@ class Loader:
         assert test is not None
         images = tasks.fetch(self._inputs.images[trial.label, trial.square])
         text = tasks.fetch(self._inputs.text[trial.label])
-        return core.TrialData(TrainingPairs(_tensor(images), _tensor(text)), val, test)
+        owner, similarity = self._inputs.owner.get(trial.label), None
+        if trial.label in self._inputs.similarity:
+            similarity = _tensor(tasks.fetch(self._inputs.similarity[trial.label]))
+        pairs = TrainingPairs(
+            _tensor(images),
+            _tensor(text),
+            None if owner is None else torch.tensor(owner),
+            similarity,
+        )
+        return core.TrialData(pairs, val, test)
 
     def _gallery(self, name: str, trial: core.Trial) -> Gallery | None:
         """Return the gallery of a split as the trial wants it; None if there is no such split."""
@@ -214,7 +227,13 @@ def _start_set(
     else:
         clean = CLEANERS[checked.text.cleaning]
         captions = [clean(caption) for caption in distilled.captions]
+        if checked.candidate.protocol.captions_per_image == "all":
+            lists = [[c for c in map(clean, texts) if c] for texts in distilled.caption_lists]
+            captions = list(chain(*lists))
+            inputs.owner[label] = np.repeat(np.arange(len(lists)), list(map(len, lists)))
         inputs.text[label] = encode(checked.text.encoder, captions)
+    if checked.candidate.protocol.targets == "soft":
+        inputs.similarity[label] = ray.put(distilled.similarity)
 
 
 def _await_inputs(inputs: TrialInputs, in_flight: InFlight) -> None:

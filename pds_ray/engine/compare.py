@@ -210,6 +210,13 @@ def compare(
     for entry in entries(config, methods, sizes, judged, set_seeds):
         run = make_run(entry.run)
         encoder, shards = run.encoder, run.shards
+        extras = entry.run.extras
+        evaluation.require_extras(
+            entry.evaluation.protocol,
+            entry.label,
+            similarity=extras.similarity != "off",
+            several_captions=extras.captions > 0,
+        )
         evaluation.text_encoder(
             entry.evaluation.protocol, entry.label, encoder.name, encoder.space, encoder.dim
         )

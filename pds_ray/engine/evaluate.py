@@ -231,6 +231,8 @@ def _check(candidate: Candidate) -> CheckedSet:
         raise ConfigError(
             f"{candidate.path} has {len(distilled)} pairs; training needs at least {MIN_PAIRS}"
         )
+    several = any(len(captions) > 1 for captions in distilled.caption_lists)
+    require_extras(protocol, candidate.path, distilled.similarity is not None, several)
     own, space, dim = about.get("encoder"), about.get("space"), distilled.text_prototypes.shape[1]
     encoder = text_encoder(protocol, candidate.path, own, space, dim)
     name = encoder.name
@@ -243,6 +245,29 @@ def _check(candidate: Candidate) -> CheckedSet:
         )
     text = TextInput(protocol.text, encoder.identity, protocol.captions)
     return CheckedSet(candidate, distilled, encoder, text)
+
+
+def require_extras(
+    protocol: ProtocolConfig, path: str, similarity: bool, several_captions: bool
+) -> None:
+    """Raise ConfigError unless the set at `path` has the extra parts that its protocol needs."""
+    if protocol.targets == "soft" and not similarity:
+        raise ConfigError(
+            f"{path} has no soft targets; make it with --extras.similarity clip or table, or give "
+            "--protocol.targets hard"
+        )
+    if protocol.captions_per_image == "one":
+        return
+    if protocol.text == "prototypes":
+        raise ConfigError(
+            "--protocol.captions-per-image all needs --protocol.text captions: a pair has one text "
+            "prototype"
+        )
+    if not several_captions:
+        raise ConfigError(
+            f"{path} has one caption per image; make it with --extras.captions, or give "
+            "--protocol.captions-per-image one"
+        )
 
 
 def text_encoder(
@@ -281,7 +306,7 @@ def _trials(
     }
     # the encoder by its identity, which holds all that its name says
     about_protocol = {**_of_key(protocol), "text_encoder": checked.encoder.identity}
-    content = _content(checked.distilled)
+    content = _content(checked.distilled, protocol)
     depends_on = [SCHEMA_VERSION, content, about_protocol, held_out]
     if reading := changed(config.read):  # at their defaults these options change no earlier key
         depends_on.append(reading)
@@ -311,11 +336,14 @@ def _of_key(protocol: ProtocolConfig) -> dict[str, Any]:
     return {name: value for name, value in fields if name not in LATER or name in given}
 
 
-def _content(distilled: DistilledSet) -> list[Any]:
+def _content(distilled: DistilledSet, protocol: ProtocolConfig) -> list[Any]:
     """Return what training sees of a set: equal for two that differ in their cards alone."""
     files = distilled.manifest["files"]
     trained_on = [*(image_path(row["file_name"]) for row in distilled.records), PROTOTYPES]
-    return [[files[name]["sha256"] for name in trained_on], distilled.captions]
+    captions: list[Any] = [distilled.captions]
+    if protocol.captions_per_image == "all":
+        captions.append(distilled.caption_lists)
+    return [[files[name]["sha256"] for name in trained_on], *captions]
 
 
 def _result(checked: CheckedSet, evaluation: Evaluation, results: Folder) -> dict[str, Any]:
