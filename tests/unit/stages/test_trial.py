@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -145,7 +146,7 @@ def test_each_image_has_a_limit_of_its_own():
 def test_images_of_a_set_are_squashed_the_same_way(tmp_path: Path):
     images = [png(50, 20, seed)[0] for seed in range(3)]
     distilled = load_distilled(str(save_set(tmp_path, images, ["a", "b", "c"], np.eye(3))))
-    found = core.set_images(distilled, 40)
+    found = core.set_images(distilled, squashed(40))
     expected = [
         np.asarray(image.resize((40, 40), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         for image in images
@@ -360,3 +361,25 @@ def test_a_cropped_split_keeps_the_aspect(tmp_path: Path):
     images, _, _ = read_split(source, source.shards()[0], [square], "none")
     expected = np.asarray(wide)[:, 30:60].transpose(2, 0, 1)
     assert np.array_equal(images[square][0], expected)
+
+
+def test_keys_are_those_of_before_an_option_came(tmp_path: Path):
+    """An option of a protocol that came later, at its default, is no part of a trial's key."""
+    later = ("fit", "subjects", "targets", "captions_per_image")
+    (trial, *_) = planned(scenes_set(tmp_path)).trials
+    known = evaluation._of_key(trial.protocol)
+    assert {*later} == {*dataclasses.asdict(trial.protocol)} - {*known}
+    assert [*evaluation._of_key(ProtocolConfig(fit="crop"))] == [*known, "fit"]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "line"),
+    [
+        ({"targets": "soft"}, "has no soft targets; make it with --extras.similarity"),
+        ({"captions_per_image": "all"}, "has one caption per image; make it with --extras.capt"),
+        ({"captions_per_image": "all", "text": "prototypes"}, "a pair has one text prototype"),
+    ],
+)
+def test_what_a_set_does_not_hold_is_not_trained_on(tmp_path: Path, protocol: dict, line: str):
+    with pytest.raises(ConfigError, match=line):
+        planned(scenes_set(tmp_path), **protocol)
