@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pds_ray import catalog
-from pds_ray.backbones.base import BackboneInfo
-from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig, changed
+from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig
 from pds_ray.distributed.lifetime import session_kept
 from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo, spaces
+from pds_ray.engine.trial_keys import SCHEMA_VERSION, make_trials
 from pds_ray.errors import UserError, without_secrets
 from pds_ray.modalities.text import CLEANERS
 from pds_ray.recipes import protocol_name
@@ -32,7 +32,7 @@ from pds_ray.stages.trial import (
     average,
     summarize,
 )
-from pds_ray.store.distilled_set import PROTOTYPES, DistilledSet, image_path, load_distilled
+from pds_ray.store.distilled_set import load_distilled
 from pds_ray.store.evaluation_folder import (
     EVALUATION,
     TRIALS,
@@ -43,10 +43,7 @@ from pds_ray.store.evaluation_folder import (
 from pds_ray.store.manifest import fingerprint
 from pds_ray.store.storage import Folder, is_remote
 
-SCHEMA_VERSION = 1
 CAPTION_PROBE = 1_000  # samples searched for one with image and caption
-LATER = ("fit", "subjects", "targets", "captions_per_image")
-"""Options of a protocol that came after trials were keyed without them."""
 MIN_PAIRS = 2  # a pair needs another to differ from
 
 
@@ -133,8 +130,9 @@ def make_evaluation(candidates: Iterable[Candidate], config: EvaluateConfig) -> 
     backbones = [catalog.describe_backbone(name) for name in config.backbone_names]
     sets = [_check(candidate) for candidate in candidates]
     _require_held_out(sets, splits)
-    trials = [trial for checked in sets for trial in _trials(checked, backbones, splits, config)]
-    return Evaluation(config, splits, sets, trials)
+    trials = [
+        trial for checked in sets for trial in make_trials(checked, backbones, splits, config)
+    ]
 
 
 def _splits(config: EvaluateConfig, protocols: list[ProtocolConfig]) -> dict[str, Split]:
@@ -289,61 +287,6 @@ def text_encoder(
             "give --protocol.text captions"
         )
     return encoder
-
-
-def _trials(
-    checked: CheckedSet,
-    backbones: list[BackboneInfo],
-    splits: dict[str, Split],
-    config: EvaluateConfig,
-) -> list[Trial]:
-    """Return the trials of a set: one per backbone and seed, each keyed by all it depends on."""
-    candidate, protocol = checked.candidate, checked.candidate.protocol
-    held_out = {
-        name: [split.part, [(shard.name, shard.size, shard.version) for shard in split.shards]]
-        for name, split in splits.items()
-        if name == "test" or protocol.select == "val"
-    }
-    # the encoder by its identity, which holds all that its name says
-    about_protocol = {**_of_key(protocol), "text_encoder": checked.encoder.identity}
-    content = _content(checked.distilled, protocol)
-    depends_on = [SCHEMA_VERSION, content, about_protocol, held_out]
-    if reading := changed(config.read):  # at their defaults these options change no earlier key
-        depends_on.append(reading)
-    return [
-        Trial(
-            key=fingerprint(*depends_on, backbone.identity, seed),
-            label=candidate.label,
-            backbone=backbone,
-            image_size=protocol.image_size or backbone.image_size,
-            seed=seed,
-            protocol=protocol,
-            text=checked.text,
-            pairs=len(checked.distilled),
-        )
-        for backbone in backbones
-        for seed in range(config.seeds)
-    ]
-
-
-def _of_key(protocol: ProtocolConfig) -> dict[str, Any]:
-    """Return the options of a protocol that a trial's key holds.
-
-    Those that came later count where they are not at their default: so earlier trials stand.
-    """
-    given = changed(protocol)
-    fields = dataclasses.asdict(protocol).items()
-    return {name: value for name, value in fields if name not in LATER or name in given}
-
-
-def _content(distilled: DistilledSet, protocol: ProtocolConfig) -> list[Any]:
-    """Return what training sees of a set: equal for two that differ in their cards alone."""
-    files = distilled.manifest["files"]
-    trained_on = [*(image_path(row["file_name"]) for row in distilled.records), PROTOTYPES]
-    captions: list[Any] = [distilled.captions]
-    if protocol.captions_per_image == "all":
-        captions.append(distilled.caption_lists)
-    return [[files[name]["sha256"] for name in trained_on], *captions]
 
 
 def _result(checked: CheckedSet, evaluation: Evaluation, results: Folder) -> dict[str, Any]:

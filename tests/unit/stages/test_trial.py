@@ -20,6 +20,7 @@ from pds_ray import catalog, load_distilled
 from pds_ray.backbones.base import BackboneInfo
 from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig
 from pds_ray.engine import evaluate as evaluation
+from pds_ray.engine import trial_keys
 from pds_ray.modalities.image import Preprocess
 from pds_ray.recipes import protocol
 from pds_ray.sources.base import SourceError
@@ -365,11 +366,10 @@ def test_a_cropped_split_keeps_the_aspect(tmp_path: Path):
 
 def test_keys_are_those_of_before_an_option_came(tmp_path: Path):
     """An option of a protocol that came later, at its default, is no part of a trial's key."""
-    later = ("fit", "subjects", "targets", "captions_per_image")
     (trial, *_) = planned(scenes_set(tmp_path)).trials
-    known = evaluation._of_key(trial.protocol)
-    assert {*later} == {*dataclasses.asdict(trial.protocol)} - {*known}
-    assert [*evaluation._of_key(ProtocolConfig(fit="crop"))] == [*known, "fit"]
+    known = trial_keys._of_key(trial.protocol)
+    assert {*trial_keys.LATER} == {*dataclasses.asdict(trial.protocol)} - {*known}
+    assert [*trial_keys._of_key(ProtocolConfig(fit="crop"))] == [*known, "fit"]
 
 
 @pytest.mark.parametrize(
