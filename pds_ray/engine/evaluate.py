@@ -130,9 +130,9 @@ def make_evaluation(candidates: Iterable[Candidate], config: EvaluateConfig) -> 
     backbones = [catalog.describe_backbone(name) for name in config.backbone_names]
     sets = [_check(candidate) for candidate in candidates]
     _require_held_out(sets, splits)
-    trials = [
-        trial for checked in sets for trial in make_trials(checked, backbones, splits, config)
-    ]
+    of_sets = (make_trials(checked, backbones, splits, config) for checked in sets)
+    trials = [trial for of_set in of_sets for trial in of_set]
+    return Evaluation(config, splits, sets, trials)
 
 
 def _splits(config: EvaluateConfig, protocols: list[ProtocolConfig]) -> dict[str, Split]:
