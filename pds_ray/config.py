@@ -358,7 +358,7 @@ class ExtrasConfig(Options, section="extras"):
         "soft targets: by the cosines of the pairs' embeddings (clip), or by the pairs that "
         "clusters share (table; method pds)",
     )
-    temperature: float = option(0.1, "extras.similarity clip: temperature of the softmax", above=0)
+    temperature: float = option(0.2, "extras.similarity clip: temperature of the softmax", above=0)
     share: float = option(
         0.5, "share of the soft part in each target, beside the own caption", above=0, below=1
     )
