@@ -343,6 +343,38 @@ class CaptionConfig(Options, section="caption"):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExtrasConfig(Options, section="extras"):
+    """Parts of a set besides one caption per image, for training that uses them."""
+
+    captions: int = option(
+        0,
+        "further captions per pair at most: of a real image its own, of a made one those of its "
+        "cluster nearest to the text prototype",
+        at_least=0,
+    )
+    similarity: Literal["off", "clip", "table"] = option(
+        "off",
+        "soft targets: by the cosines of the pairs' embeddings (clip), or by the pairs that "
+        "clusters share (table; method pds)",
+    )
+    temperature: float = option(0.2, "extras.similarity clip: temperature of the softmax", above=0)
+    share: float = option(
+        0.5, "share of the soft part in each target, beside the own caption", above=0, below=1
+    )
+
+    @property
+    def used(self) -> dict[str, Any]:
+        """The options that a set depends on, with their values; none where it has no extras."""
+        unused = {"temperature"} if self.similarity == "table" else set()
+        if self.similarity == "off":
+            unused = {"similarity", "temperature", "share"}
+        if not self.captions:
+            unused.add("captions")
+        names = options(type(self))  # type: ignore[arg-type]  # classes can be hashed
+        return {name: getattr(self, name) for name in names if name not in unused}
+
+
 @dataclass(frozen=True)
 class Actors:
     """Size and resources of a pool of actors."""
@@ -500,6 +532,7 @@ class RunConfig(Options):
     match: MatchConfig = field(default_factory=MatchConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     caption: CaptionConfig = field(default_factory=CaptionConfig)
+    extras: ExtrasConfig = field(default_factory=ExtrasConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
 
@@ -552,6 +585,21 @@ class ProtocolConfig(Options, section="protocol"):
     evaluate_every: int = option(20, "epochs between evaluations", above=0)
     select: Literal["val", "test", "last"] = option(
         "val", "the epoch reported: the best on val, the best on test, or the last"
+    )
+    fit: Literal["squash", "crop"] = option(
+        "squash",
+        "how images become squares: squash changes their aspect, crop takes the middle",
+    )
+    subjects: Literal["image", "caption"] = option(
+        "image",
+        "what counts as found: the image itself, or also any whose first caption is the same",
+    )
+    targets: Literal["hard", "soft"] = option(
+        "hard",
+        "an image's targets: its own caption alone (hard), or the similarity that the set holds",
+    )
+    captions_per_image: Literal["one", "all"] = option(
+        "one", "one trains on the caption of each image, all on one of its captions per visit"
     )
 
 

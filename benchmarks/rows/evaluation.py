@@ -58,22 +58,24 @@ def theirs(task: Task) -> Found:
     from benchmarks.baselines.evaluation import train_on_frozen
     from pds_ray import catalog, load_distilled
     from pds_ray.config import EmbedConfig
+    from pds_ray.modalities.image import Preprocess
     from pds_ray.stages import trial as core
     from pds_ray.training.data import Gallery, Pixels, TrainingPairs
 
     config = _config(task)
     distilled = load_distilled(str(task.data / "run"))
     info = catalog.describe_backbone(config.backbones)
+    square = Preprocess(SIDE, resize_mode="squash")
     pairs = TrainingPairs(
-        torch.from_numpy(core.set_images(distilled, SIDE)),
+        torch.from_numpy(core.set_images(distilled, square)),
         torch.from_numpy(distilled.text_prototypes),
     )
     source = catalog.make_source(config.test)
     shards = [
-        core.read_split(source, shard, [SIDE], config.protocol.captions)
+        core.read_split(source, shard, [square], config.protocol.captions)
         for shard in source.shards()
     ]
-    images = torch.cat([torch.from_numpy(found[SIDE]) for found, _, _ in shards])
+    images = torch.cat([torch.from_numpy(found[square]) for found, _, _ in shards])
     captions = [mine for _, texts, _ in shards for mine in texts]
     encoder = catalog.load_text_encoder(
         catalog.describe_encoder(EmbedConfig(encoder="demo")), "fp32"

@@ -163,7 +163,8 @@ def _compare(args: argparse.Namespace) -> None:
     args.pairs = sizes[0]  # the field of a run; each gets its own
     config, evaluation = resolve(args), resolve_evaluation(args)
     methods += ablations(config, evaluation) if args.ablations else []
-    table = compare(config, methods, [int(size) for size in sizes], evaluation, redo=args.redo)
+    numbers, redo, per_row = [int(size) for size in sizes], args.redo, args.set_seeds
+    table = compare(config, methods, numbers, evaluation, redo=redo, set_seeds=per_row)
     print_comparison(config.out, table)
     _report_at_the_end(config.out, args.verbose)
 

@@ -195,6 +195,8 @@ def print_comparison(out: str, table: dict[str, Any]) -> None:
     names = sorted({cell["backbone"] for cell in table["cells"]} - {AVERAGE})
     protocol, average = table["protocol"]["name"], ", ".join(names)
     say(f"protocol  {protocol}; average of {average}; seeds: {table['seeds']}")
+    if "set_seeds" in table:
+        say(f"sets      {table['set_seeds']} per row; deviations: over models / over sets")
     for note in table["notes"]:
         say(f"note      {note}")
     cells = [cell for cell in table["cells"] if cell["backbone"] == AVERAGE]
@@ -218,15 +220,18 @@ def _print_recalls(
             [text.ljust(width) for text, width in zip(left, widths, strict=True)] + right
         )
 
-    say("", line(titles, [title.rjust(11) for title in measures.values()]))
+    width = 11 + (6 if any("set_std" in part for _, part in rows) else 0)
+    say("", line(titles, [title.rjust(width) for title in measures.values()]))
     for cells, part in rows:
-        deviation = {name: f" ± {part['std'][name]:3.1f}" if seeds > 1 else "" for name in measures}
-        say(
-            line(
-                cells,
-                [f"{part['mean'][name]:5.1f}{deviation[name]}".rjust(11) for name in measures],
-            )
-        )
+        say(line(cells, [_recall(part, name, seeds).rjust(width) for name in measures]))
+
+
+def _recall(part: dict[str, Any], name: str, seeds: int) -> str:
+    """Return a mean with its deviations: over models, and over sets where there are several."""
+    deviations = [part["std"][name]] if seeds > 1 or "set_std" in part else []
+    deviations += [part["set_std"][name]] if "set_std" in part else []
+    spread = " / ".join(f"{deviation:3.1f}" for deviation in deviations)
+    return f"{part['mean'][name]:5.1f}" + (f" ± {spread}" if spread else "")
 
 
 def print_rates(path: str, rates: dict[str, Any]) -> None:

@@ -203,6 +203,9 @@ def _add_compare(commands: Commands) -> argparse.ArgumentParser:
     )
     compare.add_argument("--pairs", help="sizes by comma [100]")
     compare.add_argument(
+        "--set-seeds", type=int, default=1, metavar="N", help="sets per row, seeds from --seed [1]"
+    )
+    compare.add_argument(
         "--redo", action="store_true", help="redo what depends on a changed configuration"
     )
     return compare

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -20,6 +20,7 @@ from pds_ray.config import ConfigError, EvaluateConfig, FilesConfig
 from pds_ray.distributed import TASK_RETRIES, pools, process, session, tasks
 from pds_ray.distributed.in_flight import InFlight
 from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
+from pds_ray.modalities.image import Preprocess
 from pds_ray.modalities.text import CLEANERS
 from pds_ray.sources.base import SourceError
 from pds_ray.stages import trial as core
@@ -34,8 +35,8 @@ Encode = Callable[[str, list[str]], ray.ObjectRef]
 class SplitInputs:
     """A held-out split of n images and m captions; its images are in the object store."""
 
-    images: dict[int, list[ray.ObjectRef]]
-    """Size -> uint8 [n, 3, S, S] of each shard."""
+    images: dict[Preprocess, list[ray.ObjectRef]]
+    """Kind of squares -> uint8 [n, 3, S, S] of each shard."""
     captions: list[str]
     owner: np.ndarray
     """int64 [m]: the image of each caption."""
@@ -51,6 +52,12 @@ class SplitInputs:
         rows = np.flatnonzero(self.chosen[self.owner])
         return rows, (np.cumsum(self.chosen) - 1)[self.owner[rows]]
 
+    def subjects(self) -> np.ndarray:
+        """Return the subject of each chosen image by its first caption, int64 [chosen]."""
+        rows, owner = self.rows()
+        captions = [self.captions[row] for row in rows]
+        return core.subjects(captions, owner, int(self.chosen.sum()))
+
     def counts(self) -> dict[str, Any]:
         return {"images": int(self.chosen.sum()), "captions": len(self.rows()[0]), "bad": self.bad}
 
@@ -59,10 +66,14 @@ class SplitInputs:
 class TrialInputs:
     """The inputs of all trials, by reference."""
 
-    images: dict[tuple[str, int], ray.ObjectRef] = field(default_factory=dict)
-    """(set, size) -> uint8 [B, 3, S, S]."""
+    images: dict[tuple[str, Preprocess], ray.ObjectRef] = field(default_factory=dict)
+    """(set, kind of squares) -> uint8 [B, 3, S, S]."""
     text: dict[str, ray.ObjectRef] = field(default_factory=dict)
-    """Set -> float32 [B, t]."""
+    """Set -> float32 [B, t], or [C, t] where images have several captions."""
+    owner: dict[str, np.ndarray] = field(default_factory=dict)
+    """Set whose images have several captions -> the image of each, int64 [C]."""
+    similarity: dict[str, ray.ObjectRef] = field(default_factory=dict)
+    """Set with soft targets -> float32 [B, B]."""
     splits: dict[tuple[str, str], SplitInputs] = field(default_factory=dict)
     """(test or val, rule of cleaning) -> split."""
     held_out_text: dict[tuple[str, str, str], ray.ObjectRef] = field(default_factory=dict)
@@ -70,8 +81,8 @@ class TrialInputs:
 
     def references(self) -> list[ray.ObjectRef]:
         splits = [shards for split in self.splits.values() for shards in split.images.values()]
-        sets = (self.images.values(), self.text.values(), self.held_out_text.values())
-        return [*chain(*sets), *chain(*splits)]
+        sets = (self.images, self.text, self.similarity, self.held_out_text)
+        return [*chain(*(inputs.values() for inputs in sets)), *chain(*splits)]
 
     def counts(self, rule: str) -> dict[str, Any]:
         """Return the counts of each split under a rule of cleaning."""
@@ -87,15 +98,24 @@ class Loader:
 
     def __init__(self, inputs: TrialInputs) -> None:
         self._inputs = inputs
-        self._galleries: dict[tuple[str, int, str, str], Gallery] = {}
+        self._galleries: dict[tuple[str, Preprocess, str, str], Gallery] = {}
 
     def load(self, trial: core.Trial) -> core.TrialData:
         """Return the tensors of a trial. Raises GetTimeoutError as `tasks.fetch` does."""
         val, test = (self._gallery(name, trial) for name in ("val", "test"))
         assert test is not None
-        images = tasks.fetch(self._inputs.images[trial.label, trial.image_size])
+        images = tasks.fetch(self._inputs.images[trial.label, trial.square])
         text = tasks.fetch(self._inputs.text[trial.label])
-        return core.TrialData(TrainingPairs(_tensor(images), _tensor(text)), val, test)
+        owner, similarity = self._inputs.owner.get(trial.label), None
+        if trial.label in self._inputs.similarity:
+            similarity = _tensor(tasks.fetch(self._inputs.similarity[trial.label]))
+        pairs = TrainingPairs(
+            _tensor(images),
+            _tensor(text),
+            None if owner is None else torch.tensor(owner),
+            similarity,
+        )
+        return core.TrialData(pairs, val, test)
 
     def _gallery(self, name: str, trial: core.Trial) -> Gallery | None:
         """Return the gallery of a split as the trial wants it; None if there is no such split."""
@@ -103,9 +123,9 @@ class Loader:
         split = self._inputs.splits.get((name, rule))
         if split is None:
             return None
-        key = (name, trial.image_size, rule, encoder)
+        key = (name, trial.square, rule, encoder)
         if key not in self._galleries:
-            shards = [tasks.fetch(shard) for shard in split.images[trial.image_size]]
+            shards = [tasks.fetch(shard) for shard in split.images[trial.square]]
             # a single shard is not copied: it stays in memory that all workers share
             images = shards[0] if len(shards) == 1 else np.concatenate(shards)
             if not split.chosen.all():
@@ -114,7 +134,10 @@ class Loader:
             text = tasks.fetch(self._inputs.held_out_text[name, rule, encoder])[rows]
             gallery = Gallery(_tensor(images), _tensor(text), torch.from_numpy(owner))
             self._galleries[key] = gallery
-        return self._galleries[key]
+        gallery = self._galleries[key]
+        if trial.protocol.subjects == "image":
+            return gallery
+        return replace(gallery, subject=torch.from_numpy(split.subjects()))
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
@@ -131,7 +154,7 @@ def prepare(
 ) -> TrialInputs:
     """Read images and encode captions on the cluster, once every backbone has been built there."""
     _check_backbones(trials, config.workers)
-    sizes = sorted({trial.image_size for trial in trials})
+    squares = list(dict.fromkeys(trial.square for trial in trials))
     wanted = {trial.label for trial in trials}
     sets = [checked for checked in sets if checked.candidate.label in wanted]
     encoders = {checked.encoder.identity: checked.encoder for checked in sets}
@@ -146,13 +169,15 @@ def prepare(
     for name, split in splits.items():
         for rule in sorted({checked.text.cleaning for checked in sets}):
             seconds = config.ray.sample_timeout_s
-            read = read_split(name, split, sizes, rule, seconds, config.read)
+            read = read_split(name, split, squares, rule, seconds, config.read)
             inputs.splits[name, rule] = read
             of_rule = {c.text.encoder for c in sets if c.text.cleaning == rule}
             for encoder in sorted(of_rule):
                 inputs.held_out_text[name, rule, encoder] = encode(encoder, read.captions)
     for checked in sets:
-        _start_set(inputs, checked, sizes, encode)
+        label = checked.candidate.label
+        its_own = dict.fromkeys(trial.square for trial in trials if trial.label == label)
+        _start_set(inputs, checked, list(its_own), encode)
     with in_flight:
         _await_inputs(inputs, in_flight)
     return inputs
@@ -191,18 +216,24 @@ def _encode(
 
 
 def _start_set(
-    inputs: TrialInputs, checked: core.CheckedSet, sizes: list[int], encode: Encode
+    inputs: TrialInputs, checked: core.CheckedSet, squares: list[Preprocess], encode: Encode
 ) -> None:
     label, distilled = checked.candidate.label, checked.distilled
     task = ray.remote(core.set_images).options(num_cpus=pools.SMALL_TASK_CPUS)
-    for size in sizes:
-        inputs.images[label, size] = task.remote(distilled, size)
+    for square in squares:
+        inputs.images[label, square] = task.remote(distilled, square)
     if checked.text.of_set == "prototypes":
         inputs.text[label] = ray.put(distilled.text_prototypes)
     else:
         clean = CLEANERS[checked.text.cleaning]
         captions = [clean(caption) for caption in distilled.captions]
+        if checked.candidate.protocol.captions_per_image == "all":
+            lists = [[c for c in map(clean, texts) if c] for texts in distilled.caption_lists]
+            captions = list(chain(*lists))
+            inputs.owner[label] = np.repeat(np.arange(len(lists)), list(map(len, lists)))
         inputs.text[label] = encode(checked.text.encoder, captions)
+    if checked.candidate.protocol.targets == "soft":
+        inputs.similarity[label] = ray.put(distilled.similarity)
 
 
 def _await_inputs(inputs: TrialInputs, in_flight: InFlight) -> None:
@@ -230,7 +261,7 @@ def _count(rows: np.ndarray) -> int:
 def read_split(
     name: str,
     split: core.Split,
-    sizes: list[int],
+    squares: list[Preprocess],
     rule: str,
     seconds: float,
     read: FilesConfig | None = None,
@@ -246,7 +277,7 @@ def read_split(
     pick = ray.remote(_pick).options(num_cpus=0)
     limit = partial(process.time_limit, seconds)
     pending: list[Any] = [
-        task.remote(split.source, shard, sizes, rule, limit, read) for shard in split.shards
+        task.remote(split.source, shard, squares, rule, limit, read) for shard in split.shards
     ]
     texts: list[list[str]] = []
     bad: Counter[str] = Counter()
@@ -267,7 +298,9 @@ def read_split(
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in bad.items())
         raise ConfigError(f"no sample of {split.uri} can be used ({reasons})")
     return SplitInputs(
-        images={size: [pick.remote(images, size) for images, _, _ in pending] for size in sizes},
+        images={
+            square: [pick.remote(images, square) for images, _, _ in pending] for square in squares
+        },
         captions=[caption for captions in texts for caption in captions],
         owner=np.repeat(np.arange(len(texts)), [len(captions) for captions in texts]),
         chosen=split.chosen(len(texts)),
@@ -275,5 +308,5 @@ def read_split(
     )
 
 
-def _pick(images: dict[int, np.ndarray], size: int) -> np.ndarray:
-    return images[size]
+def _pick(images: dict[Preprocess, np.ndarray], square: Preprocess) -> np.ndarray:
+    return images[square]

@@ -1,7 +1,8 @@
 """The table of the literature in one call: methods x sizes x backbones, on one embedding store.
 
 A method is written `pds`, `random`, ..., or with changes of the configuration behind it, as in
-`pds+match.filter=false+protocol.text=captions`: such a row is an ablation. Layout of the folder:
+`pds+match.filter=false+protocol.text=captions`: such a row is an ablation. A row may have several
+sets, made with seeds that follow each other. Layout of the folder:
 
 comparison.json, comparison.csv    the cells: mean and deviation per method, size and backbone
 sets/METHOD-PAIRS/                 one run folder per set
@@ -27,7 +28,7 @@ from pds_ray.engine.run import distill
 from pds_ray.errors import without_secrets
 from pds_ray.methods.base import Run
 from pds_ray.recipes import protocol_name
-from pds_ray.stages.trial import MEASURES, Candidate
+from pds_ray.stages.trial import MEASURES, Candidate, over_sets
 from pds_ray.store.evaluation_folder import (
     AVERAGE,
     COMPARISON,
@@ -74,7 +75,7 @@ def ablations(config: RunConfig, judged: EvaluateConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table: a method with its changes, at one size."""
+    """A set of a row of the table, which is a method with its changes, at one size."""
 
     method: str
     """The method as the user wrote it."""
@@ -83,24 +84,36 @@ class Entry:
     """The folder of its set, below that of the comparison."""
     run: RunConfig
     evaluation: EvaluateConfig
+    further: int = 0
+    """How many sets of the row come before it: its seed is as much higher than the first's."""
+
+    @property
+    def row(self) -> str:
+        """The name of its row."""
+        return f"{self.method}-{self.pairs}"
 
     @property
     def label(self) -> str:
-        return f"{self.method}-{self.pairs}"
+        return self.row + (f", seed {self.run.seed}" if self.further else "")
 
 
 def entries(
-    config: RunConfig, methods: list[str], sizes: list[int], judged: EvaluateConfig
+    config: RunConfig,
+    methods: list[str],
+    sizes: list[int],
+    judged: EvaluateConfig,
+    set_seeds: int = 1,
 ) -> list[Entry]:
-    """Return every method at every size.
+    """Return every method at every size, `set_seeds` times: the sets of a row follow each other.
 
     Raises ConfigError in one line for an unknown method, a change that changes nothing, and two
     methods whose sets would lie in one folder.
     """
     rows = [
-        _entry(written, pairs, config, judged)
+        _entry(written, pairs, config, judged, further)
         for written in dict.fromkeys(methods)
         for pairs in dict.fromkeys(sizes)
+        for further in range(set_seeds)
     ]
     first: dict[str, Entry] = {}
     for row in rows:
@@ -113,11 +126,18 @@ def entries(
     return rows
 
 
-def _entry(written: str, pairs: int, config: RunConfig, judged: EvaluateConfig) -> Entry:
-    """Return the row of a method as written, at one size. Raises ConfigError in one line."""
+def _entry(
+    written: str, pairs: int, config: RunConfig, judged: EvaluateConfig, further: int
+) -> Entry:
+    """Return a set of a method as written, at one size. Raises ConfigError in one line.
+
+    A set with `further` seeds before it is that of the method with its seed as a change.
+    """
     name, fields = _parse(written)
     of_protocol = {key: value for key, value in fields.items() if key.startswith("protocol.")}
     of_run = {key: value for key, value in fields.items() if key not in of_protocol}
+    if further:
+        of_run["seed"] = str(replace(config, of_run).seed + further)
     kept = [f"{key}={value}" for key, value in of_run.items()]
     place = set_name(_short(UNSAFE.sub("_", "+".join([name, *kept]))), pairs)
     fixed = {"method": name, "pairs": pairs, "out": (Folder(config.out) / place).path}
@@ -130,7 +150,7 @@ def _entry(written: str, pairs: int, config: RunConfig, judged: EvaluateConfig) 
     ):
         if given and same:
             raise ConfigError(f"method {written!r}: {' and '.join(given)} changes nothing here")
-    return Entry(written, pairs, place, run, changed)
+    return Entry(written, pairs, place, run, changed, further)
 
 
 def _short(name: str) -> str:
@@ -168,24 +188,35 @@ def compare(
     sizes: list[int],
     judged: EvaluateConfig,
     redo: bool = False,
+    set_seeds: int = 1,
 ) -> dict[str, Any]:
     """Make the missing sets, run the missing trials, write the table and return it.
 
-    Interrupted and called again, it goes on. Raises UserError in one line for what the user can
-    fix, as far as possible before anything long starts.
+    Each row has `set_seeds` sets, made with the seeds from that of `config` on. Interrupted and
+    called again, it goes on. Raises UserError in one line for what the user can fix,
+    as far as possible before anything long starts.
     """
     if not config.out:
         raise ConfigError("no folder for the comparison: give --out FOLDER")
     if min(sizes) < 2:
         raise ConfigError(f"--pairs is {min(sizes)}; training needs at least 2")
+    if set_seeds < 1:
+        raise ConfigError(f"--set-seeds is {set_seeds}; it must be positive")
     if not methods:
         raise ConfigError(f"no methods to compare: give --methods, some of {', '.join(METHODS)}")
     root = Folder(config.out)
     judged = replace(judged, {"ray": config.ray, "read": config.read.files})
     rows, shards = [], []
-    for entry in entries(config, methods, sizes, judged):
+    for entry in entries(config, methods, sizes, judged, set_seeds):
         run = make_run(entry.run)
         encoder, shards = run.encoder, run.shards
+        extras = entry.run.extras
+        evaluation.require_extras(
+            entry.evaluation.protocol,
+            entry.label,
+            similarity=extras.similarity != "off",
+            several_captions=extras.captions > 0,
+        )
         evaluation.text_encoder(
             entry.evaluation.protocol, entry.label, encoder.name, encoder.space, encoder.dim
         )
@@ -210,6 +241,9 @@ def compare(
 def _table(
     rows: list[Entry], results: dict[str, Any], config: RunConfig, judged: EvaluateConfig
 ) -> dict[str, Any]:
+    by_row: dict[str, list[Entry]] = {}
+    for entry in rows:
+        by_row.setdefault(entry.row, []).append(entry)
     return {
         "schema": SCHEMA_VERSION,
         "source": without_secrets(config.source),
@@ -219,7 +253,8 @@ def _table(
             **dataclasses.asdict(judged.protocol),
         },
         "seeds": judged.seeds,
-        "cells": [cell for entry in rows for cell in _cells(entry, results[entry.label])],
+        **({"set_seeds": len(rows) // len(by_row)} if len(by_row) < len(rows) else {}),
+        "cells": [cell for sets in by_row.values() for cell in _cells(sets, results)],
         "notes": _notes(rows, results),
     }
 
@@ -233,7 +268,7 @@ def _on_shared_store(entry: Entry, run: Run, root: Folder) -> Entry:
 
 
 def _notes(rows: list[Entry], results: dict[str, dict[str, Any]]) -> list[str]:
-    """Return each note once: notes on the whole table plainly, others with the names of rows."""
+    """Return each note once: notes on the whole table plainly, others with the names of sets."""
     rows_of: dict[str, list[str]] = {}
     for entry in rows:
         for note in results[entry.label]["notes"]:
@@ -244,33 +279,38 @@ def _notes(rows: list[Entry], results: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
-def _cells(entry: Entry, result: dict[str, Any]) -> list[dict[str, Any]]:
+def _cells(sets: list[Entry], results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the cells of a row: one per backbone, then their average."""
-    about = {"method": entry.method, "pairs": entry.pairs}
-    parts = [
-        (backbone["name"], backbone, len(backbone["trials"])) for backbone in result["backbones"]
-    ]
-    parts.append((AVERAGE, result, sum(trials for _, _, trials in parts)))
+    first, found = sets[0], [results[entry.label] for entry in sets]
+    parts = {
+        backbone["name"]: [result["backbones"][number] for result in found]
+        for number, backbone in enumerate(found[0]["backbones"])
+    }
+    trials = {name: sum(len(part["trials"]) for part in of) for name, of in parts.items()}
+    folders = [entry.folder for entry in sets]
     return [
         {
-            **about,
+            "method": first.method,
+            "pairs": first.pairs,
             "backbone": name,
-            "mean": part["mean"],
-            "std": part["std"],
-            "trials": trials,
-            "set": entry.folder,
+            **over_sets(of_sets),
+            "trials": trials.get(name, sum(trials.values())),
+            "set": first.folder,
+            **({"sets": folders} if len(sets) > 1 else {}),
         }
-        for name, part, trials in parts
+        for name, of_sets in {**parts, AVERAGE: found}.items()
     ]
 
 
 def as_csv(cells: list[dict[str, Any]]) -> str:
-    """Return one line per cell: mean and deviation of every measure, in percent."""
+    """Return one line per cell: mean and deviations of every measure, in percent."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    measures = [f"{name} {kind}" for name in MEASURES for kind in ("mean", "std")]
-    writer.writerow(["method", "pairs", "backbone", "trials", *measures])
+    kinds = [kind for kind in ("mean", "std", "set_std") if kind in cells[0]]
+    measures = [(name, kind) for name in MEASURES for kind in kinds]
+    titles = [f"{name} {kind.replace('_', ' ')}" for name, kind in measures]
+    writer.writerow(["method", "pairs", "backbone", "trials", *titles])
     for cell in cells:
-        values = [f"{cell[kind][name]:.4f}" for name in MEASURES for kind in ("mean", "std")]
+        values = [f"{cell[kind][name]:.4f}" for name, kind in measures]
         writer.writerow([cell["method"], cell["pairs"], cell["backbone"], cell["trials"], *values])
     return stream.getvalue()

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pds_ray import catalog
-from pds_ray.backbones.base import BackboneInfo
-from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig, changed
+from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig
 from pds_ray.distributed.lifetime import session_kept
 from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo, spaces
+from pds_ray.engine.trial_keys import SCHEMA_VERSION, make_trials
 from pds_ray.errors import UserError, without_secrets
 from pds_ray.modalities.text import CLEANERS
 from pds_ray.recipes import protocol_name
@@ -32,7 +32,7 @@ from pds_ray.stages.trial import (
     average,
     summarize,
 )
-from pds_ray.store.distilled_set import PROTOTYPES, DistilledSet, image_path, load_distilled
+from pds_ray.store.distilled_set import load_distilled
 from pds_ray.store.evaluation_folder import (
     EVALUATION,
     TRIALS,
@@ -43,7 +43,6 @@ from pds_ray.store.evaluation_folder import (
 from pds_ray.store.manifest import fingerprint
 from pds_ray.store.storage import Folder, is_remote
 
-SCHEMA_VERSION = 1
 CAPTION_PROBE = 1_000  # samples searched for one with image and caption
 MIN_PAIRS = 2  # a pair needs another to differ from
 
@@ -131,7 +130,8 @@ def make_evaluation(candidates: Iterable[Candidate], config: EvaluateConfig) -> 
     backbones = [catalog.describe_backbone(name) for name in config.backbone_names]
     sets = [_check(candidate) for candidate in candidates]
     _require_held_out(sets, splits)
-    trials = [trial for checked in sets for trial in _trials(checked, backbones, splits, config)]
+    of_sets = (make_trials(checked, backbones, splits, config) for checked in sets)
+    trials = [trial for of_set in of_sets for trial in of_set]
     return Evaluation(config, splits, sets, trials)
 
 
@@ -229,6 +229,8 @@ def _check(candidate: Candidate) -> CheckedSet:
         raise ConfigError(
             f"{candidate.path} has {len(distilled)} pairs; training needs at least {MIN_PAIRS}"
         )
+    several = any(len(captions) > 1 for captions in distilled.caption_lists)
+    require_extras(protocol, candidate.path, distilled.similarity is not None, several)
     own, space, dim = about.get("encoder"), about.get("space"), distilled.text_prototypes.shape[1]
     encoder = text_encoder(protocol, candidate.path, own, space, dim)
     name = encoder.name
@@ -241,6 +243,29 @@ def _check(candidate: Candidate) -> CheckedSet:
         )
     text = TextInput(protocol.text, encoder.identity, protocol.captions)
     return CheckedSet(candidate, distilled, encoder, text)
+
+
+def require_extras(
+    protocol: ProtocolConfig, path: str, similarity: bool, several_captions: bool
+) -> None:
+    """Raise ConfigError unless the set at `path` has the extra parts that its protocol needs."""
+    if protocol.targets == "soft" and not similarity:
+        raise ConfigError(
+            f"{path} has no soft targets; make it with --extras.similarity clip or table, or give "
+            "--protocol.targets hard"
+        )
+    if protocol.captions_per_image == "one":
+        return
+    if protocol.text == "prototypes":
+        raise ConfigError(
+            "--protocol.captions-per-image all needs --protocol.text captions: a pair has one text "
+            "prototype"
+        )
+    if not several_captions:
+        raise ConfigError(
+            f"{path} has one caption per image; make it with --extras.captions, or give "
+            "--protocol.captions-per-image one"
+        )
 
 
 def text_encoder(
@@ -262,48 +287,6 @@ def text_encoder(
             "give --protocol.text captions"
         )
     return encoder
-
-
-def _trials(
-    checked: CheckedSet,
-    backbones: list[BackboneInfo],
-    splits: dict[str, Split],
-    config: EvaluateConfig,
-) -> list[Trial]:
-    """Return the trials of a set: one per backbone and seed, each keyed by all it depends on."""
-    candidate, protocol = checked.candidate, checked.candidate.protocol
-    held_out = {
-        name: [split.part, [(shard.name, shard.size, shard.version) for shard in split.shards]]
-        for name, split in splits.items()
-        if name == "test" or protocol.select == "val"
-    }
-    # the encoder by its identity, which holds all that its name says
-    about_protocol = {**dataclasses.asdict(protocol), "text_encoder": checked.encoder.identity}
-    content = _content(checked.distilled)
-    depends_on = [SCHEMA_VERSION, content, about_protocol, held_out]
-    if reading := changed(config.read):  # at their defaults these options change no earlier key
-        depends_on.append(reading)
-    return [
-        Trial(
-            key=fingerprint(*depends_on, backbone.identity, seed),
-            label=candidate.label,
-            backbone=backbone,
-            image_size=protocol.image_size or backbone.image_size,
-            seed=seed,
-            protocol=protocol,
-            text=checked.text,
-            pairs=len(checked.distilled),
-        )
-        for backbone in backbones
-        for seed in range(config.seeds)
-    ]
-
-
-def _content(distilled: DistilledSet) -> list[Any]:
-    """Return what training sees of a set: equal for two that differ in their cards alone."""
-    files = distilled.manifest["files"]
-    trained_on = [*(image_path(row["file_name"]) for row in distilled.records), PROTOTYPES]
-    return [[files[name]["sha256"] for name in trained_on], distilled.captions]
 
 
 def _result(checked: CheckedSet, evaluation: Evaluation, results: Folder) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from pds_ray.telemetry import log
 from pds_ray.telemetry.progress import QUIET_S, progress_bar
 
 PROBE = 10_000  # images looked at before a run; the rest is counted while it is embedded
+SOFT_TARGETS_LIMIT = 10_000  # pairs, whose similarity takes 400 MB
 CAPTIONLESS_PROBE = 1_000  # with so many samples in a row without a caption, the source has none
 UNREADABLE_PROBE = 10  # with so many unreadable shards at the start, no shard can be read
 
@@ -52,6 +53,7 @@ def make_run(config: RunConfig, redo: bool = False) -> Run:
         raise ConfigError("no run folder: give --out FOLDER")
     method = catalog.method(config.method)
     config = relevant(config, method)
+    _check_extras(config, method)
     if "cluster" in method.names:
         require_faiss()
     source = catalog.make_source(config.source, config.read)
@@ -77,6 +79,21 @@ def make_run(config: RunConfig, redo: bool = False) -> Run:
     return replace(
         run, fingerprints=hashes, store=folder.store(config.embed.store, hashes["embed"])
     )
+
+
+def _check_extras(config: RunConfig, method: Method) -> None:
+    """Raise ConfigError if soft targets are asked for that cannot be made or held."""
+    kind = config.extras.similarity
+    if kind == "table" and "match" not in method.names:
+        raise ConfigError(
+            f"--extras.similarity table counts pairs in clusters, and method {config.method} "
+            "matches none; give --extras.similarity clip"
+        )
+    if kind != "off" and config.pairs > SOFT_TARGETS_LIMIT:
+        raise ConfigError(
+            f"--extras.similarity {kind} holds a number per image and caption; {config.pairs:,} "
+            f"pairs are more than {SOFT_TARGETS_LIMIT:,}; give --extras.similarity off"
+        )
 
 
 def relevant(config: RunConfig, method: Method) -> RunConfig:

@@ -131,9 +131,11 @@ CAPTION = Stage(
 )
 MATERIALIZE = Stage(
     "materialize",
-    run="pds_ray.stages.materialize:materialize",
-    depends_on=lambda _: [],
+    run="pds_ray.distributed.materialize:materialize",
+    # nothing where there are no extras, which came later: so earlier sets stand
+    depends_on=lambda run: [run.config.extras.used] if run.config.extras.used else [],
     files=lambda run: [run.folder.SET_MANIFEST],  # which holds the hashes of the rest of the set
+    options=("extras",),
     unit="pairs",
     counted="pairs",
     plan="pds_ray.planning.phases:MATERIALIZE",

@@ -90,6 +90,7 @@ def read_comparison(folder: Folder) -> Json:
             "test": {name: test.get(name) for name in ("source", "images", "captions")},
             "protocol": str((value.get("protocol") or {}).get("name", "")),
             "seeds": value.get("seeds"),
+            "set_seeds": value.get("set_seeds"),
             "cells": [_cell(cell) for cell in value["cells"]],
             "notes": [str(note) for note in value.get("notes") or []],
         }
@@ -106,6 +107,7 @@ def _cell(cell: Any) -> Json:
         "backbone": str(cell["backbone"]),
         "mean": _recalls(cell["mean"]),
         "std": _recalls(cell.get("std")),
+        "set_std": _recalls(cell.get("set_std")),
         "trials": int(cell.get("trials") or 0),
         "set": str(cell.get("set") or ""),
     }

@@ -438,13 +438,16 @@ def _baselines(baselines: Json) -> Json:
     return _value_bars(names, means, stds, [0 if bar["own"] else 5 for bar in bars], label)
 
 
+def _spread(cell: Json) -> float | None:
+    """Return the deviation of a cell's r_mean over its sets, or over models if there is one set."""
+    of_sets = cell["set_std"]["r_mean"]
+    return cell["std"]["r_mean"] if of_sets is None else of_sets
+
+
 def _method_bars(cells: list[Json], methods: list[str]) -> Json:
     cells = sorted(cells, key=lambda cell: -(cell["mean"]["r_mean"] or 0))
     names = [cell["method"] for cell in cells]
-    means, stds = (
-        [cell["mean"]["r_mean"] for cell in cells],
-        [cell["std"]["r_mean"] for cell in cells],
-    )
+    means, stds = [cell["mean"]["r_mean"] for cell in cells], list(map(_spread, cells))
     label = "Bar chart of the mean recall of each method; the figures are in the table."
     return _value_bars(names, means, stds, [methods.index(name) for name in names], label)
 
@@ -457,7 +460,7 @@ def _line(cells: list[Json], method: str, number: int, several: bool) -> Any:
     return go.Scatter(
         x=[cell["pairs"] for cell in own],
         y=[cell["mean"]["r_mean"] for cell in own],
-        error_y={**_error([cell["std"]["r_mean"] for cell in own]), "color": color},
+        error_y={**_error(list(map(_spread, own))), "color": color},
         name=plain(method),
         mode="lines+markers" if several else "markers",
         line={"color": color, "width": 2, "dash": DASHES[turn % len(DASHES)]},

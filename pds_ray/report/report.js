@@ -396,7 +396,7 @@
 
   const NAMES = [["tr@1", "TR@1"], ["tr@5", "TR@5"], ["tr@10", "TR@10"], ["ir@1", "IR@1"], ["ir@5", "IR@5"], ["ir@10", "IR@10"], ["r_mean", "mean"]];
   const RECALLS = NAMES.map(([, name]) => ({ name, number: true }));
-  const recall = (mean, std) => (known(mean) ? [mean.toFixed(1), known(std) ? el("small", {}, ` ± ${std.toFixed(1)}`) : null].filter(Boolean) : "–");
+  const recall = (mean, std, ofSets) => (known(mean) ? [mean.toFixed(1), known(std) ? el("small", {}, ` ± ${std.toFixed(1)}${known(ofSets) ? ` / ${ofSets.toFixed(1)}` : ""}`) : null].filter(Boolean) : "–");
   const measured = ({ test, protocol }) => [protocol && `protocol ${protocol}`, test.source && `tested on ${test.source}`, known(test.images) && plural(test.images, "image", "images"), known(test.captions) && plural(test.captions, "caption", "captions")].filter(Boolean).join(", ");
 
   function evaluationSection() {
@@ -438,7 +438,7 @@
   function comparison() {
     const { methods, backbones, counts, cells } = data;
     const reading = `${plural(methods.length, "method", "methods")} at ${counts.map(count).join(", ")} pairs, judged by models trained on them${backbones.filter((name) => name !== "average").length ? ` (${backbones.filter((name) => name !== "average").join(", ")})` : ""}.`;
-    const facts = [["source", data.source], ["protocol", data.protocol], ["test", [data.test.source, known(data.test.images) && plural(data.test.images, "image", "images"), known(data.test.captions) && plural(data.test.captions, "caption", "captions")].filter(Boolean).join(", ")], ["seeds", known(data.seeds) ? String(data.seeds) : ""]];
+    const facts = [["source", data.source], ["protocol", data.protocol], ["test", [data.test.source, known(data.test.images) && plural(data.test.images, "image", "images"), known(data.test.captions) && plural(data.test.captions, "caption", "captions")].filter(Boolean).join(", ")], ["seeds", known(data.seeds) ? String(data.seeds) : ""], ["sets per row", known(data.set_seeds) ? String(data.set_seeds) : ""]];
     header(data.source ? `Methods compared on ${data.source}` : "Methods compared", reading, facts.filter(([, value]) => value).map(([name, value]) => ({ name, value })), [], data.notes);
 
     const backbone = el("select", { id: "backbone", on: { change: () => update() } }, backbones.map((name, at) => el("option", { value: at }, name === "average" ? "average of all" : name)));
@@ -454,20 +454,20 @@
         const best = Object.fromEntries(NAMES.map(([key]) => [key, Math.max(...own.map((cell) => cell.mean[key] ?? -1))]));
         return own.map((cell, at) => ({
           first: at === 0 && size !== wanted[0],
-          cells: [cell.method, count(size), ...NAMES.map(([key]) => (known(cell.mean[key]) && cell.mean[key] === best[key] ? el("strong", {}, recall(cell.mean[key], cell.std[key])) : recall(cell.mean[key], cell.std[key]))), count(cell.trials)],
+          cells: [cell.method, count(size), ...NAMES.map(([key]) => { const text = recall(cell.mean[key], cell.std[key], cell.set_std[key]); return known(cell.mean[key]) && cell.mean[key] === best[key] ? el("strong", {}, text) : text; }), count(cell.trials)],
         }));
       });
       results.replaceChildren(table("Recalls by method", [{ name: "method" }, { name: "pairs", number: true }, ...RECALLS, { name: "trials", number: true }], rows));
       plots.replaceChildren(
         el("div", { class: "charts" }, counts.length > 1 ? chart(`lines-${backbone.value}`, "Mean recall over pairs") : ""),
-        el("div", { class: "charts" }, wanted.map((size) => chart(`bars-${backbone.value}-${size}`, `${count(size)} pairs`, "Mean of the six recalls; bars show the standard deviation."))),
+        el("div", { class: "charts" }, wanted.map((size) => chart(`bars-${backbone.value}-${size}`, `${count(size)} pairs`, `Mean of the six recalls; bars show the standard deviation${known(data.set_seeds) ? " over sets" : ""}.`))),
       );
     }
 
     section(
       "results",
       "Recalls",
-      el("p", { class: "quiet" }, "In percent: TR finds the caption of an image, IR the image of a caption; ± is the standard deviation. The best of each number of pairs is bold."),
+      el("p", { class: "quiet" }, `In percent: TR finds the caption of an image, IR the image of a caption; ± is the standard deviation${known(data.set_seeds) ? ", over the seeds of the models / over sets" : ""}. The best of each number of pairs is bold.`),
       el("div", { class: "tools" }, el("label", {}, "Backbone", backbone), el("label", {}, "Pairs", pairs)),
       results,
       plots,

@@ -13,6 +13,7 @@ from safetensors.numpy import save as save_safetensors
 from pds_ray import catalog
 from pds_ray.config import FREE_FIELDS, public, sections
 from pds_ray.methods.base import Counts, Run
+from pds_ray.stages.extras import Extras
 from pds_ray.store.card import CardText, card
 from pds_ray.store.distilled_set import (
     CARD,
@@ -37,14 +38,32 @@ PAIRS_PER_TAR = 10_000
 _ACTIVE = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
-def materialize(run: Run) -> Counts:
-    """Write the distilled set of a run whose other stages are done."""
+def materialize(run: Run, extras: Extras) -> Counts:
+    """Write the distilled set of a run whose other stages are done; return its counts."""
     folder = run.folder
     folder.distilled.delete_all()
     captions = folder.captions() if "caption" in run.method.names else None
     pairs = run.counts("decode")["images"]
     with progress_bar("materialize", pairs, "pairs", delay_s=QUIET_S) as bar:
-        return write_distilled(folder, about(run), run.method.card, captions, bar.update)
+        about_set = {**about(run), **describe_extras(extras)}
+        text = run.method.card
+        return write_distilled(folder, about_set, text, captions, bar.update, extras)
+
+
+def describe_extras(extras: Extras) -> dict[str, str]:
+    """Return what the card says of the extra parts; nothing where there are none."""
+    parts = []
+    if extras.captions is not None:
+        parts.append(
+            f"{sum(map(len, extras.captions)):,} further captions, in the column `captions` after "
+            "the pair's own"
+        )
+    if extras.similarity is not None:
+        parts.append(
+            "soft targets, in `prototypes.safetensors` as `similarity`: a row per picture, a "
+            "column per caption"
+        )
+    return {"extras": "; ".join(parts)} if parts else {}
 
 
 def about(run: Run) -> dict[str, Any]:
@@ -57,6 +76,8 @@ def about(run: Run) -> dict[str, Any]:
     read = {option.partition(".")[0] for option in run.method.options}
     for section in sections().keys() - read - {"ray"}:
         del config[section]
+    if config.pop("extras", None) and run.config.extras.used:
+        config["extras"] = run.config.extras.used
     decoder, synthetic = run.decoder, run.decoder.dim is not None
     selected = config["method"] in catalog.SELECTORS
     described = {"selection": catalog.selector(config["method"]).DESCRIPTION} if selected else {}
@@ -85,11 +106,16 @@ def _fewer(run: Run) -> dict[str, str]:
     return {"fewer": texts[0]} if texts else {}
 
 
-def records(prototypes: pa.Table, captions: pa.Table | None = None) -> list[Record]:
+def records(
+    prototypes: pa.Table,
+    captions: pa.Table | None = None,
+    further: list[list[str]] | None = None,
+) -> list[Record]:
     """Return one JSON record per pair, from rows of prototypes.parquet.
 
     `captions` (rows of captions.parquet), if given, replace the captions retrieved there. The
-    retrieved caption, with which the image was decoded, is then the record's `prompt`.
+    retrieved caption, with which the image was decoded, is then the record's `prompt`. `further`,
+    if given, are more captions of each pair.
     """
     rows = prototypes.drop_columns(["image_prototype", "text_prototype"]).to_pylist()
     if captions is not None:
@@ -97,10 +123,13 @@ def records(prototypes: pa.Table, captions: pa.Table | None = None) -> list[Reco
         rows = [
             {**row, **own, "prompt": row["caption"]} for row, own in zip(rows, chosen, strict=True)
         ]
-    return [
+    found: list[Record] = [
         {"file_name": RunFolder.image_name(row["pair"]), "text": row.pop("caption"), **row}
         for row in rows
     ]
+    for record, more in zip(found, further or [], strict=False):
+        record["captions"] = [record["text"], *more]
+    return found
 
 
 def write_distilled(
@@ -109,16 +138,19 @@ def write_distilled(
     text: CardText,
     captions: pa.Table | None = None,
     step: Callable[[], object] = lambda: None,
+    extras: Extras | None = None,
 ) -> dict[str, Any]:
     """Write the distilled set of a finished run; return its counts.
 
     `about` is what card and manifest say of the making, `text` the method's part of the card.
     `captions` (rows of captions.parquet) replace those of the prototypes. `step` is called after
-    each pair. Few images are in memory at a time. The manifest comes last: a folder without it is
-    no distilled set. Raises FileNotFoundError if an image of the run is missing.
+    each pair, `extras` are more parts. Few images are in memory at a time. The manifest comes last:
+    a folder without it is no distilled set. Raises FileNotFoundError if an image of the run is
+    missing.
     """
     prototypes = run.prototypes()
-    rows = records(prototypes, captions)
+    extras = extras or Extras()
+    rows = records(prototypes, captions, extras.captions)
     target = run.distilled
     target.delete(MANIFEST)
     images, tars = _write_images(run.images, target, rows, step)
@@ -128,6 +160,8 @@ def write_distilled(
         "image_prototypes": vectors(prototypes, "image_prototype"),
         "text_prototypes": vectors(prototypes, "text_prototype"),
     }
+    if extras.similarity is not None:
+        tensors["similarity"] = extras.similarity
     others: Files = {}
     write(target, PROTOTYPES, save_safetensors(tensors), others)
     write(target, CARD, card(rows, about, text).encode(), others)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -128,6 +128,12 @@ class Trial:
     text: TextInput
     pairs: int
 
+    @property
+    def square(self) -> Preprocess:
+        """How its images become squares."""
+        modes: dict[str, Literal["squash", "shortest"]] = {"squash": "squash", "crop": "shortest"}
+        return Preprocess(self.image_size, resize_mode=modes[self.protocol.fit])
+
     def __str__(self) -> str:
         return f"{self.backbone.name} on {self.label}, seed {self.seed}"
 
@@ -135,21 +141,19 @@ class Trial:
 def read_split(
     source: Source,
     shard: Shard,
-    sizes: list[int],
+    squares: list[Preprocess],
     captions: str,
     limit: Callable[[], AbstractContextManager[Any]] = nullcontext,
     read: FilesConfig | None = None,
-) -> tuple[dict[int, np.ndarray], list[list[str]], dict[str, int]]:
-    """Return a shard's images at each size, their cleaned captions, and bad samples by reason.
+) -> tuple[dict[Preprocess, np.ndarray], list[list[str]], dict[str, int]]:
+    """Return a shard's images as squares, their cleaned captions, and bad samples by reason.
 
-    Images are resized to squares, their aspect not kept (PDS, B.4): uint8 [n, 3, S, S]. `captions`
-    names the rule of cleaning; `limit` is entered for each image that is decoded; `read` has the
-    sizes that images may have. Raises SourceError if the shard cannot be read to its end, because
-    recalls are over all images.
+    Each of `squares` gives uint8 [n, 3, S, S]. `captions` names the rule of cleaning; `limit` is
+    entered for each image that is decoded; `read` has the sizes that images may have. Raises
+    SourceError if the shard cannot be read to its end, because recalls are over all images.
     """
     clean, read = CLEANERS[captions], read or FilesConfig()
-    squares = {size: Preprocess(size, resize_mode="squash") for size in sizes}
-    images: dict[int, list[np.ndarray]] = {size: [] for size in sizes}
+    images: dict[Preprocess, list[np.ndarray]] = {square: [] for square in squares}
     texts: list[list[str]] = []
     bad: dict[str, int] = {}
     for item in read_shard(source, shard):
@@ -162,10 +166,10 @@ def read_split(
         if isinstance(found, str):
             bad[found] = bad.get(found, 0) + 1
             continue
-        for size, square in squares.items():
-            images[size].append(square(found[0]).transpose(2, 0, 1))
+        for square, rows in images.items():
+            rows.append(square(found[0]).transpose(2, 0, 1))
         texts.append(found[1])
-    return {size: _stacked(rows, size) for size, rows in images.items()}, texts, bad
+    return {square: _stacked(rows, square.size) for square, rows in images.items()}, texts, bad
 
 
 def _usable(
@@ -184,11 +188,21 @@ def _usable(
     return (image, captions) if captions else "missing_caption"
 
 
-def set_images(distilled: DistilledSet, size: int) -> np.ndarray:
-    """Return the images of a set as squares, uint8 [B, 3, size, size]."""
-    square = Preprocess(size, resize_mode="squash")
+def set_images(distilled: DistilledSet, square: Preprocess) -> np.ndarray:
+    """Return the images of a set as squares, uint8 [B, 3, S, S]."""
     rows = [square(distilled.image(pair)).transpose(2, 0, 1) for pair in range(len(distilled))]
-    return _stacked(rows, size)
+    return _stacked(rows, square.size)
+
+
+def subjects(captions: list[str], owner: np.ndarray, images: int) -> np.ndarray:
+    """Return the subject of each of n images, a number from 0, int64 [n].
+
+    Images whose first of the m `captions` are equal show one subject. `owner`, int64 [m], is the
+    image of each caption; every image has one.
+    """
+    first = np.full(images, len(captions))
+    np.minimum.at(first, owner, np.arange(len(captions)))
+    return np.unique([captions[row] for row in first], return_inverse=True)[1].reshape(-1)
 
 
 def _stacked(rows: list[np.ndarray], size: int) -> np.ndarray:
@@ -307,6 +321,7 @@ def _with_features(
         trial.backbone.identity,
         str(trial.image_size),
         trial.protocol.normalization,
+        trial.protocol.fit,
     )
 
     def embedded(images: int) -> None:
@@ -438,3 +453,22 @@ def average(backbones: list[list[dict[str, Any]]]) -> dict[str, dict[str, float]
         }
 
     return summarize([{"recalls": mean(trials)} for trials in zip(*backbones, strict=True)])
+
+
+def over_sets(sets: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return mean and deviations of sets that were made alike, each a result of `summarize`.
+
+    `std` is the deviation over the seeds of the models, a mean over the sets; `set_std`, only where
+    there are several sets, the population standard deviation of their means.
+    """
+
+    def values(kind: str, name: str) -> list[float]:
+        return [one[kind][name] for one in sets]
+
+    found = {
+        kind: {name: float(np.mean(values(kind, name))) for name in MEASURES}
+        for kind in ("mean", "std")
+    }
+    if len(sets) > 1:
+        found["set_std"] = {name: float(np.std(values("mean", name))) for name in MEASURES}
+    return found

@@ -86,11 +86,13 @@ def card(rows: Sequence[Record], about: Mapping[str, Any], text: CardText) -> st
     """Return the card: YAML front matter that Hugging Face reads, then prose and tables.
 
     `about` is what the manifest says of the making; its "selection", if there is one, describes how
-    real pairs were chosen, its "fewer" why there are fewer pairs than asked for.
+    real pairs were chosen, its "fewer" why there are fewer pairs than asked for, its "extras" more
+    parts of the set.
     """
     chosen = [f"Method: {about['selection']}."] if "selection" in about else []
     fewer = [f"The set has {about['fewer']}."] if "fewer" in about else []
-    making = [text.making, *_deviations(about["config"], text), *chosen, *fewer]
+    extras = [f"It also holds {about['extras']}."] if "extras" in about else []
+    making = [text.making, *_deviations(about["config"], text), *chosen, *fewer, *extras]
     template = Template((files("pds_ray.store") / "card.template").read_text("utf-8"))
     return template.substitute(
         front_matter=_front_matter(len(rows), [text.tag, about["method"]]),

@@ -6,7 +6,8 @@ distilled/
   imagefolder/metadata.jsonl   file_name, text and metadata of each pair, for Hugging Face
   imagefolder/000000.png ...   `imagefolder`
   webdataset/000000.tar ...    KEY.json, KEY.png, KEY.txt, for `webdataset`
-  prototypes.safetensors       image_prototypes, text_prototypes float32 [B, d]
+  prototypes.safetensors       image_prototypes, text_prototypes float32 [B, d]; with soft
+                               targets also similarity float32 [B, B]
 
 An export (`store/export.py`) has the same files, in one format alone, which its manifest names:
 imagefolder/, webdataset/ or data/train-00000-of-00001.parquet ... with the images in the rows.
@@ -70,6 +71,8 @@ class Record(TypedDict, total=False):
     text: str
     prompt: str
     """The caption that the image was decoded with, where `text` is another one."""
+    captions: list[str]
+    """All captions of the image, `text` first, where the set has further ones."""
     cosine: float
     """Cosine between the two prototypes; of a chosen pair, between its image and caption."""
     member_norm: float
@@ -116,6 +119,14 @@ class DistilledSet:
     records: list[Record]
     """The metadata of each pair."""
     manifest: dict[str, Any]
+    similarity: np.ndarray | None = None
+    """Soft targets, float32 [B, B], none negative: how much caption j is a target of image i."""
+
+    @property
+    def caption_lists(self) -> list[list[str]]:
+        """All captions of each pair, the one in `captions` first."""
+        rows = zip(self.captions, self.records, strict=True)
+        return [record.get("captions") or [own] for own, record in rows]
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -200,9 +211,31 @@ def _read(folder: Folder) -> DistilledSet:
         raise _DamageError("its files disagree on the number of pairs")
     if missing := file_names.difference((folder / IMAGES).names()):
         raise _DamageError(f"{len(missing)} images are gone ({min(missing)})")
+    if not all(_are_captions(row.get("captions")) for row in rows):
+        raise _DamageError("its further captions are no lists of texts")
+    similarity = tensors.get("similarity")
+    if similarity is not None and not _are_targets(similarity, len(rows)):
+        raise _DamageError("its similarity is no table of soft targets")
     if _is_selection(manifest):  # its rows hold the chosen pair in place of what it does not have
         rows = [{**row, **dict.fromkeys(PROTOTYPE_FIELDS)} for row in rows]
-    return DistilledSet(folder, captions, image, text, rows, manifest)
+    return DistilledSet(folder, captions, image, text, rows, manifest, similarity)
+
+
+def _are_captions(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, list) and all(isinstance(caption, str) for caption in value)
+    )
+
+
+def _are_targets(similarity: np.ndarray, pairs: int) -> bool:
+    """Return whether every image and every caption of B pairs has targets that can be weighed."""
+    return bool(
+        similarity.shape == (pairs, pairs)
+        and np.isfinite(similarity).all()
+        and (similarity >= 0).all()
+        and (similarity.sum(axis=0) > 0).all()
+        and (similarity.sum(axis=1) > 0).all()
+    )
 
 
 def _is_selection(manifest: dict[str, Any]) -> bool:

@@ -24,7 +24,11 @@ class TrainingPairs:
     images: torch.Tensor
     """uint8 [B, 3, S, S], or float32 [B, f]."""
     text: torch.Tensor
-    """float32 [B, t]."""
+    """float32 [B, t], or [C, t] where images have several captions."""
+    owner: torch.Tensor | None = None
+    """int64 [C], ascending: the image of each caption; None where each image has one, in order."""
+    similarity: torch.Tensor | None = None
+    """Soft targets, float32 [B, B]: how much caption j is a target of image i."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Gallery:
     """float32 [m, t]."""
     owner: torch.Tensor
     """int64 [m]: the row of each caption's image."""
+    subject: torch.Tensor | None = None
+    """int64 [n]: numbers from 0 that images of one subject share; None where each has its own."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,19 @@ def batches(pairs: int, size: int, sampling: str, seed: int, epoch: int) -> list
         return [torch.randperm(pairs, generator=draw)[:size] for _ in range(count)]
     order = torch.randperm(pairs, generator=draw)
     return [torch.from_numpy(part) for part in np.array_split(order.numpy(), count)]
+
+
+def caption_rows(pairs: TrainingPairs, rows: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """Return a row of `pairs.text` for each of some images, int64 [b] -> int64 [b].
+
+    It is one of the image's captions, each equally likely, drawn by `draw`.
+    """
+    if pairs.owner is None:
+        return rows
+    counts = pairs.owner.bincount(minlength=len(pairs.images))
+    first = (counts.cumsum(0) - counts)[rows]
+    drawn = (torch.rand(len(rows), generator=draw) * counts[rows]).long()
+    return first + drawn.minimum(counts[rows] - 1)  # a product may be rounded up
 
 
 def augment(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:

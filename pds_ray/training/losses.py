@@ -21,11 +21,27 @@ def contrastive(logits: torch.Tensor) -> torch.Tensor:
     return (of_images + of_captions) / 2
 
 
+def soft_contrastive(logits: torch.Tensor, similarity: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy to soft targets, as a mean of both directions.
+
+    logits float [n, n]; similarity float [n, n], not negative: its rows, scaled to a sum of 1, are
+    the targets of the images, its columns those of the captions. With the identity it is
+    `contrastive`.
+    """
+    of_images = F.cross_entropy(logits, similarity / similarity.sum(1, keepdim=True))
+    of_captions = F.cross_entropy(logits.T, (similarity / similarity.sum(0)).T)
+    return (of_images + of_captions) / 2
+
+
 def info_nce(
-    image: torch.Tensor, text: torch.Tensor, scale: float | torch.Tensor = SCALE
+    image: torch.Tensor,
+    text: torch.Tensor,
+    scale: float | torch.Tensor = SCALE,
+    similarity: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the symmetric InfoNCE of unit embeddings, image [n, d] and text [m, d].
 
-    With m > n as in `contrastive`.
+    With m > n as in `contrastive`; with `similarity` as in `soft_contrastive`.
     """
-    return contrastive(scale * image @ text.T)
+    logits = scale * image @ text.T
+    return contrastive(logits) if similarity is None else soft_contrastive(logits, similarity)

@@ -2,9 +2,10 @@
 
 TR@k: the share of images of which any caption is among the k captions nearest to the image. IR@k:
 the share of captions whose image is among the k images nearest to the caption. Both are in percent;
-r_mean is the mean of the six. Of equal scores the earlier item of the gallery ranks first, as in a
-stable sort. A score that is not a number (of a model that diverged) ranks last. Scores are float32
-products, which may tell equal rows apart in the last bit.
+r_mean is the mean of the six. Images may be said to show one subject: then a hit with any of them,
+or with any caption of any of them, is right. Of equal scores the earlier item of the gallery ranks
+first, as in a stable sort. A score that is not a number (of a model that diverged) ranks last.
+Scores are float32 products, which may tell equal rows apart in the last bit.
 """
 
 from __future__ import annotations
@@ -19,15 +20,23 @@ RECALLS = tuple(f"{direction}@{k}" for direction in ("tr", "ir") for k in CUTOFF
 BLOCK_ELEMENTS = 1 << 23  # scores of a block: 32 MiB, and a few times that while they are compared
 
 
-def recalls(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor) -> dict[str, float]:
+def recalls(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    owner: torch.Tensor,
+    subject: torch.Tensor | None = None,
+) -> dict[str, float]:
     """Return the six recalls and r_mean of unit embeddings, in percent.
 
-    image float32 [n, d], text float32 [m, d], owner int64 [m] (the row of each caption's image).
-    Exact for any number of captions per image, in blocks of bounded memory. Raises ValueError if
-    an image has none.
+    image float32 [n, d], text float32 [m, d], owner int64 [m] (the row of each caption's image),
+    subject int64 [n], numbers from 0 that images of one subject share (None: each its own). Exact
+    for any number of captions per image, in blocks of bounded memory. Raises ValueError if an image
+    has none.
     """
     if len(torch.unique(owner)) != len(image):
         raise ValueError("every image of a gallery needs a caption")
+    if subject is None:
+        subject = torch.arange(len(image), device=image.device)
     by_image: Iterable[torch.Tensor]
     by_caption: Iterable[torch.Tensor]
     if len(image) * len(text) <= BLOCK_ELEMENTS:  # one product serves both directions
@@ -35,7 +44,11 @@ def recalls(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor) -> dic
         by_image, by_caption = [scores], [scores.T]
     else:
         by_image, by_caption = _blocks(image, text), _blocks(text, image)
-    ranks = {"tr": _image_ranks(by_image, owner), "ir": _caption_ranks(by_caption, owner)}
+    of_captions = subject[owner]
+    ranks = {
+        "tr": _first_ranks(by_image, subject, of_captions),
+        "ir": _first_ranks(by_caption, of_captions, subject),
+    }
     found = {
         f"{direction}@{k}": 100.0 * (rank < k).double().mean().item()
         for direction, rank in ranks.items()
@@ -44,41 +57,30 @@ def recalls(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor) -> dic
     return {**found, "r_mean": sum(found.values()) / len(found)}
 
 
-def _image_ranks(blocks: Iterable[torch.Tensor], owner: torch.Tensor) -> torch.Tensor:
-    """Return the rank of each image's best caption among all captions, from 0, int64 [n].
+def _first_ranks(
+    blocks: Iterable[torch.Tensor], wanted: torch.Tensor, subject: torch.Tensor
+) -> torch.Tensor:
+    """Return the rank, from 0, of the best item of each query's subject, int64 [q].
 
-    `blocks` are the scores of the images in order, float32 [b, m] each.
+    `blocks` are the scores of the queries in order, float32 [b, g] each; `wanted` int64 [q] are the
+    subjects of the queries, `subject` int64 [g] those of the gallery, each wanted one among them.
     """
     ranks: list[torch.Tensor] = []
-    by_image = owner.argsort(stable=True)  # the captions of image 0, of image 1, ..., in order
-    counts = owner.bincount()
+    by_subject = subject.argsort(stable=True)  # the items of subject 0, of subject 1, ..., in order
+    counts = subject.bincount()
     starts = counts.cumsum(0) - counts
     done = 0
     for scores in blocks:
-        block = slice(done, done + len(scores))
-        begin, last = starts[block, None], counts[block, None] - 1
-        # As wide as the most captions of an image here, so never wider than the scores; an image
+        mine = wanted[done : done + len(scores)]
+        begin, last = starts[mine, None], counts[mine, None] - 1
+        # As wide as the most items of a subject here, so never wider than the scores; a subject
         # with fewer repeats its last one.
-        places = torch.arange(int(last.max()) + 1, device=owner.device).minimum(last)
-        captions = by_image[begin + places]
-        own = scores.gather(1, captions)
+        places = torch.arange(int(last.max()) + 1, device=subject.device).minimum(last)
+        items = by_subject[begin + places]
+        own = scores.gather(1, items)
         best = own.max(dim=1, keepdim=True).values
-        first = captions.masked_fill(own < best, len(owner)).min(dim=1, keepdim=True).values
+        first = items.masked_fill(own < best, len(subject)).min(dim=1, keepdim=True).values
         ranks.append(_ranks(scores, best, first))
-        done += len(scores)
-    return torch.cat(ranks)
-
-
-def _caption_ranks(blocks: Iterable[torch.Tensor], owner: torch.Tensor) -> torch.Tensor:
-    """Return the rank of each caption's image among all images, from 0, int64 [m].
-
-    `blocks` are the scores of the captions in order, float32 [b, n] each.
-    """
-    ranks: list[torch.Tensor] = []
-    done = 0
-    for scores in blocks:
-        mine = owner[done : done + len(scores), None]
-        ranks.append(_ranks(scores, scores.gather(1, mine), mine))
         done += len(scores)
     return torch.cat(ranks)
 

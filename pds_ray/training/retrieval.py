@@ -17,7 +17,14 @@ import torch
 
 from pds_ray.config import ProtocolConfig
 from pds_ray.training import loop
-from pds_ray.training.data import Gallery, Pixels, TrainingPairs, augment, batches
+from pds_ray.training.data import (
+    Gallery,
+    Pixels,
+    TrainingPairs,
+    augment,
+    batches,
+    caption_rows,
+)
 from pds_ray.training.loop import generator, seed_of
 from pds_ray.training.losses import info_nce
 from pds_ray.training.recall import recalls
@@ -39,8 +46,9 @@ class RetrievalTraining:
     protocol: ProtocolConfig
     seed: int
     workers: Workers = field(default_factory=Workers)
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = info_nce
-    """Takes the unit embeddings of a whole batch, image [b, d] and text [b, d]."""
+    loss: Callable[..., torch.Tensor] = info_nce
+    """Takes the unit embeddings of a whole batch, image [b, d] and text [b, d], and, where the
+    pairs have soft targets, those within the batch as `similarity` [b, b]."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,8 @@ class Batch:
     step: int
     rows: torch.Tensor
     """int64 [b]."""
+    texts: torch.Tensor
+    """int64 [b]: the rows of their text vectors."""
     moves: torch.Tensor | None
     """float32 [B, 3]: this epoch's augmentation of each of the B pairs; None for none."""
 
@@ -84,9 +94,13 @@ def train_two_towers(
         step = batch.epoch, batch.step
         torch.manual_seed(seed_of(training.seed, "backbone", *step, workers.rank))
         masks = dropout_masks(size, model.width, generator(training.seed, "dropout", *step))
-        text = pairs.text[mine].to(workers.device)
+        text = pairs.text[workers.mine(batch.texts)].to(workers.device)
         embedded = wrapped(images, text, workers.mine(masks).to(workers.device))
-        return training.loss(*(workers.gather(rows, size) for rows in embedded))
+        targets = {}
+        if pairs.similarity is not None:
+            within = pairs.similarity[batch.rows][:, batch.rows]
+            targets = {"similarity": within.to(workers.device)}
+        return training.loss(*(workers.gather(rows, size) for rows in embedded), **targets)
 
     factor = schedule(training.protocol)
 
@@ -105,11 +119,16 @@ def train_two_towers(
 
 
 def _batches(training: RetrievalTraining, augmented: bool, epoch: int) -> list[Batch]:
-    count, seed, protocol = len(training.pairs.text), training.seed, training.protocol
+    pairs, seed, protocol = training.pairs, training.seed, training.protocol
+    count = len(pairs.images)
     draw = generator(seed, "augment", epoch)
     moves = torch.rand(count, 3, generator=draw) if augmented else None
     steps = batches(count, protocol.batch_size, protocol.sampling, seed, epoch)
-    return [Batch(epoch, step, rows, moves) for step, rows in enumerate(steps)]
+
+    def texts(step: int, rows: torch.Tensor) -> torch.Tensor:
+        return caption_rows(pairs, rows, generator(seed, "captions", epoch, step))
+
+    return [Batch(epoch, step, rows, texts(step, rows), moves) for step, rows in enumerate(steps)]
 
 
 def schedule(protocol: ProtocolConfig) -> Callable[[float], float]:
@@ -181,4 +200,5 @@ def evaluate(
     image = embed_images(model.embed_images, gallery.images, pixels, workers, step)
     text = [model.embed_text(part.to(workers.device)) for part in gallery.text.split(ENCODE_TEXTS)]
     model.train(training)
-    return recalls(image, torch.cat(text), gallery.owner.to(workers.device))
+    subject = None if gallery.subject is None else gallery.subject.to(workers.device)
+    return recalls(image, torch.cat(text), gallery.owner.to(workers.device), subject)

@@ -32,8 +32,17 @@ from pds_ray.distributed.trial_inputs import TrialInputs
 from pds_ray.distributed.trials import Queue
 from pds_ray.engine import evaluate as evaluation
 from pds_ray.errors import UserError
+from pds_ray.modalities.image import Preprocess
 from pds_ray.sources.scenes import ScenesSource
-from pds_ray.stages.trial import Candidate, Split, Trial, TrialData, run_trial
+from pds_ray.stages.trial import (
+    Candidate,
+    CheckedSet,
+    Split,
+    TextInput,
+    Trial,
+    TrialData,
+    run_trial,
+)
 from pds_ray.store.storage import Folder
 from pds_ray.training.data import Gallery, TrainingPairs
 from pds_ray.training.loop import read_progress
@@ -151,6 +160,40 @@ def test_two_workers_share_a_trial(evaluated, tmp_path: Path):
     ):
         assert mine["recalls"] == pytest.approx(alone["recalls"], abs=2 * ONE_ITEM)
         assert mine["recalls"]["r_mean"] == pytest.approx(alone["recalls"]["r_mean"], abs=1)
+
+
+def test_a_trial_gets_the_parts_of_a_set_that_its_protocol_wants(tmp_path: Path):
+    """Captions one after the other with their images, soft targets, subjects, cropped squares."""
+    path = scenes_set(tmp_path / "set", 4)
+    distilled = load_distilled(str(path))
+    soft = np.eye(4, dtype=np.float32) + 0.5
+    records = [{**row, "captions": [row["text"], "one more", "  "]} for row in distilled.records]
+    distilled = replace(distilled, similarity=soft, records=[distilled.records[0], *records[1:]])
+    plain = ProtocolConfig(image_size=16)
+    wanted = replace(
+        plain, fit="crop", subjects="caption", targets="soft", captions_per_image="all"
+    )
+    sources = {"test": ScenesSource("scenes:6:7")}
+    splits = {name: Split(s.uri, s, s.shards()) for name, s in sources.items()}
+    encoder, text = catalog.describe_text_encoder("demo"), TextInput("captions", "", "basic")
+    text = replace(text, encoder=encoder.identity)
+    info = catalog.describe_backbone("small_mixer")
+    sets, planned = [], []
+    for label, protocol in (("plain", plain), ("all", wanted)):
+        candidate = Candidate(label, str(path), protocol)
+        sets.append(CheckedSet(candidate, distilled, encoder, text))
+        planned.append(Trial(label, label, info, 16, 0, protocol, text, 4))
+    inputs = trial_inputs.prepare(planned, sets, splits, CONFIG)
+    loader = trial_inputs.Loader(inputs)
+    before, data = (loader.load(trial) for trial in planned)
+    assert (before.pairs.owner, before.pairs.similarity, before.test.subject) == (None,) * 3
+    assert data.pairs.owner.tolist() == [0, 1, 1, 2, 2, 3, 3]
+    further = encoded(["one more"]).expand(3, -1)
+    torch.testing.assert_close(data.pairs.text[[2, 4, 6]], further, atol=1e-5, rtol=0)
+    torch.testing.assert_close(data.pairs.text[[0, 1, 3, 5]], before.pairs.text, atol=1e-5, rtol=0)
+    assert torch.equal(data.pairs.similarity, torch.from_numpy(soft))
+    assert sorted(data.test.subject.tolist()) == [*range(6)], "six scenes, six first captions"
+    assert torch.equal(data.test.images, before.test.images), "a square has nothing to crop"
 
 
 @pytest.mark.long
@@ -297,7 +340,9 @@ def test_a_held_out_image_that_hangs_is_one_line(monkeypatch: pytest.MonkeyPatch
         UserError,
         match=r"image of shard scenes-00000 of there .* too much memory or more than 1 s \(--ray",
     ) as caught:
-        trial_inputs.read_split("test", Split("there", source, source.shards()), [8], "none", 1.0)
+        trial_inputs.read_split(
+            "test", Split("there", source, source.shards()), [Preprocess(8)], "none", 1.0
+        )
     assert "\n" not in str(caught.value)
 
 

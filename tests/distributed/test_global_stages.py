@@ -12,7 +12,8 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from pds_ray.config import ClusterConfig, MatchConfig, RunConfig, replace
-from pds_ray.distributed import nearest
+from pds_ray.decoders.base import DecoderInfo
+from pds_ray.distributed import materialize, nearest
 from pds_ray.distributed.cluster import sampled
 from pds_ray.distributed.tasks import map_in_order
 from pds_ray.store.embeddings import EmbeddingStore
@@ -297,3 +298,36 @@ def test_without_filter_prototypes_are_means_of_whole_clusters(
         assert row["member_norm"] == pytest.approx(norms.mean(), rel=1e-5)
         whole += on_image.sum() > row["shared"] or on_text.sum() > row["shared"]
     assert whole > 0, "some match must have pairs that it does not share"
+
+
+def test_further_captions_and_soft_targets(finished: tuple[RunFolder, Gathered, dict]) -> None:
+    """Of members where images are made, of the images where they are real; counted for targets."""
+    folder, data, _ = finished
+    store = EmbeddingStore(Folder(f"{folder.folder.path}/../store"))
+    config = replace(CONFIG, {"extras.captions": 3, "extras.similarity": "table"})
+    table = folder.prototypes()
+    own = table.column("caption").to_pylist()
+    folder.save_captions(table.select(["pair", "caption"]))
+    made = DecoderInfo("made", DIM, "made")
+    run = stage_run(store, folder, config, DIM, decoder=made)
+    image, text = pair_labels(folder, data)
+    unit = data.text / np.linalg.norm(data.text, axis=1, keepdims=True)
+    clusters = [table.column(f"{side}_cluster").to_numpy() for side in ("image", "text")]
+    for pair, found in enumerate(materialize._captions(run)):
+        members = np.flatnonzero((image == clusters[0][pair]) & (text == clusters[1][pair]))
+        cosine = unit[members] @ vectors(table, "text_prototype")[pair]
+        best = [data.captions[row] for row in members[np.argsort(-cosine, kind="stable")]]
+        assert found == [caption for caption in best if caption != own[pair]][:3]
+    kept = np.concatenate([folder.keep(shard) for shard in data.shards])
+    keys = table.column("nearest_key").to_pylist()
+    real = stage_run(store, folder, config, DIM)
+    for pair, found in enumerate(materialize._captions(real)):
+        mine = [row for row in np.flatnonzero(kept) if data.keys[row] == keys[pair]]
+        best = [data.captions[row] for row in sorted(mine, key=lambda r: -data.similarity[r])]
+        assert found == [caption for caption in best if caption != own[pair]][:3]
+    shared = [[sum((image == i) & (text == j)) for j in clusters[1]] for i in clusters[0]]
+    expected = np.array(shared) / np.sum(shared, axis=1, keepdims=True)
+    share = config.extras.share
+    np.testing.assert_allclose(
+        materialize._similarity(run), (1 - share) * np.eye(len(own)) + share * expected, atol=1e-6
+    )

@@ -315,3 +315,70 @@ def test_more_workers_than_there_is_room_for(a_set: Path, pds_ray: Run):
     assert "3 workers" in line
     assert "--workers" in line
     assert times(a_set, ".lock") == before
+
+
+# --- several sets per row, and the parts of a set
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_several_sets_per_row(tmp_path: Path, pds_ray: Run):
+    """The row has the mean of its sets; a set alone, made with its seed, has the same figures."""
+    hard = "random+protocol.targets=hard"
+    common = ["--pairs", "12", "--extras.captions", "2", "--extras.similarity", "clip",
+              "--protocol.targets", "soft", "--protocol.captions-per-image", "all"]  # fmt: skip
+    command = [*COMPARE, *common, "--methods", f"random,{hard}", "--set-seeds", "2"]
+    done = pds_ray(*command, "--out", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / "two" / "comparison.json").read_text())
+    assert table["set_seeds"] == 2
+    names = ["random-12", "random+seed=1-12"]
+    assert sorted(path.name for path in (tmp_path / "two" / "sets").iterdir()) == sorted(names)
+    cells = {cell["method"]: cell for cell in table["cells"] if cell["backbone"] == "average"}
+    assert cells["random"]["sets"] == [f"sets/{name}" for name in names]
+    assert cells["random"]["mean"] != cells[hard]["mean"]
+    for name in names:
+        distilled = load_distilled(str(tmp_path / "two" / "sets" / name))
+        assert distilled.similarity is not None
+        assert {len(captions) for captions in distilled.caption_lists} == {3}
+    means = []
+    for seed in ("0", "1"):
+        out, alone = str(tmp_path / seed), ["--methods", "random", "--seed", seed]
+        assert pds_ray(*COMPARE, *common, *alone, "--out", out).returncode == 0
+        (cell, _) = json.loads((tmp_path / seed / "comparison.json").read_text())["cells"]
+        assert "set_std" not in cell
+        means.append(cell["mean"]["r_mean"])
+    assert cells["random"]["mean"]["r_mean"] == pytest.approx(np.mean(means), abs=0.5)
+    assert cells["random"]["set_std"]["r_mean"] == pytest.approx(np.std(means), abs=0.5)
+    with (tmp_path / "two" / "comparison.csv").open() as file:
+        row = next(iter(csv.DictReader(file)))
+    assert float(row["r_mean set std"]) == pytest.approx(
+        cells["random"]["set_std"]["r_mean"], abs=1e-4
+    )
+    assert "over models / over sets" in done.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_world_of_real_images(tmp_path: Path, pds_ray: Run, shared_data: Path):
+    """Real drawings and photographs, with a pretrained backbone that is kept frozen."""
+    clipart, models = shared_data / "clipart", shared_data / "models"
+    weights = models / "tf_efficientnet_lite0.safetensors"
+    done = pds_ray(
+        "compare", "--source", str(clipart / "val-*.tar"), "--test", str(clipart / "test-*.tar"),
+        "--encoder", f"local-dir:{models / 'clipart_clip'}", "--methods", "random,pds",
+        "--backbones", f"tf_efficientnet_lite0:{weights}", "--decode.decoder", "nearest",
+        "--decode.image-size", "0", "--protocol.train", "heads", "--protocol.fit", "crop",
+        "--protocol.subjects", "caption", "--protocol.select", "last", "--extras.captions", "4",
+        "--protocol.captions-per-image", "all", "--pairs", "40", "--seeds", "1",
+        "--out", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / "comparison.json").read_text())
+    assert (table["test"]["images"], table["test"]["bad"]) == (274, {})
+    by_chance = 100 * 10 / 274  # of subjects that share captions a little more
+    for cell in table["cells"]:
+        assert 2 * by_chance < cell["mean"]["ir@10"] < 100
+    distilled = load_distilled(str(tmp_path / "sets" / "random-40"))
+    assert len({distilled.image(pair).size for pair in range(40)}) > 5, "images as they are"
+    assert sum(map(len, distilled.caption_lists)) > 80

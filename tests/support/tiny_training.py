@@ -41,6 +41,16 @@ def make_data(seed: int = 0, pairs: int = 20, images: int = 15) -> tuple[Trainin
     ), held_out
 
 
+def with_extras(pairs: TrainingPairs, seed: int = 0) -> TrainingPairs:
+    """The same images with one to three captions each, and soft targets."""
+    draw = torch.Generator().manual_seed(seed)
+    count = len(pairs.images)
+    owner = torch.arange(count).repeat_interleave(torch.arange(count) % 3 + 1)
+    text = torch.randn(len(owner), TEXT_WIDTH, generator=draw)
+    similarity = torch.eye(count) + torch.rand(count, count, generator=draw)
+    return TrainingPairs(pairs.images, text, owner, similarity)
+
+
 def make_model(part: str = "all", seed: int = 0) -> TwoTowers:
     torch.manual_seed(seed)
     return TwoTowers(TinyBackbone(), FEATURES, TEXT_WIDTH, image_head=part in ("heads", "all"))

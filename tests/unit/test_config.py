@@ -95,6 +95,10 @@ RUN = {
     "decode.batch_size": ([1], [0]),
     "decode.image_size": ([0], [-1]),
     "caption.nearest_to": (["picture", "prototype"], ["image"]),
+    "extras.captions": ([0, 4], [-1]),
+    "extras.similarity": (["off", "clip", "table"], ["nothing"]),
+    "extras.temperature": ([1e-9], [0.0, -1.0]),
+    "extras.share": ([1e-9, 0.999], [0.0, 1.0]),
     **RAY,
 }
 EVALUATION = {
@@ -124,6 +128,10 @@ EVALUATION = {
     "protocol.sampling": (["epoch", "independent"], ["nothing"]),
     "protocol.evaluate_every": ([1], [0, -1]),
     "protocol.select": (["val", "test", "last"], ["nothing"]),
+    "protocol.fit": (["squash", "crop"], ["pad"]),
+    "protocol.subjects": (["image", "caption"], ["nothing"]),
+    "protocol.targets": (["hard", "soft"], ["nothing"]),
+    "protocol.captions_per_image": (["one", "all"], ["5"]),
     **RAY,
 }
 WRONG_TYPE = {

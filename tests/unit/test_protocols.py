@@ -29,6 +29,10 @@ PUBLISHED = {
     "sampling": "independent",
     "evaluate_every": 10,
     "select": "test",
+    "fit": "squash",
+    "subjects": "image",
+    "targets": "hard",
+    "captions_per_image": "one",
 }
 PAPER = {f"protocol.{field}": value for field, value in PROTOCOLS["paper"].items()}
 

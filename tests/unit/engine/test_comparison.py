@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
 
+from pds_ray.cli.output import _recall
 from pds_ray.config import ConfigError, EvaluateConfig, replace
-from pds_ray.engine.compare import ABLATIONS, ablations, entries
+from pds_ray.engine.compare import ABLATIONS, _cells, ablations, as_csv, entries
 from pds_ray.recipes import recipe
+from pds_ray.stages.trial import MEASURES
 
 CONFIG = replace(recipe("demo"), {"out": "runs/comparison"})
 JUDGED = EvaluateConfig(test="scenes:60:7")
@@ -24,6 +27,42 @@ def test_every_method_at_every_size() -> None:
         ("pds", 20),
     ]
     assert len({row.run.out for row in rows}) == 4
+
+
+def test_sets_of_a_row_differ_in_their_seed_alone() -> None:
+    methods = ["random", "random+seed=7", "random+seed=2"]
+    rows = entries(replace(CONFIG, {"seed": 1}), methods, [10, 20], JUDGED, set_seeds=3)
+    assert [row.run.seed for row in rows] == [1, 2, 3, 1, 2, 3, 7, 8, 9, 7, 8, 9, 2, 3, 4, 2, 3, 4]
+    assert len({row.label for row in rows}) == len(rows)
+    assert [row.row for row in rows[:4]] == [*["random-10"] * 3, "random-20"]
+    for one in rows:
+        for other in rows:
+            assert (one.folder == other.folder) == (one.run == other.run)
+    first = entries(replace(CONFIG, {"seed": 1}), methods, [10, 20], JUDGED)
+    assert [row.folder for row in first] == [row.folder for row in rows[::3]], "as with one set"
+
+
+def test_the_table_of_several_sets_shows_both_deviations() -> None:
+    rows = entries(CONFIG, ["random"], [10], JUDGED, set_seeds=2)
+    means = {row.label: mean for row, mean in zip(rows, (40.0, 44.0), strict=True)}
+    results = {label: result_of(mean, std=1.0) for label, mean in means.items()}
+    cells = _cells(rows, results)
+    assert [cell["backbone"] for cell in cells] == ["small_vit", "average"]
+    for cell in cells:
+        assert (cell["mean"]["r_mean"], cell["std"]["r_mean"]) == (42.0, 1.0)
+        assert (cell["set_std"]["r_mean"], cell["trials"]) == (2.0, 4)
+        assert cell["sets"] == ["sets/random-10", "sets/random+seed=1-10"]
+    titles, line, _ = csv.reader(as_csv(cells).splitlines())
+    assert dict(zip(titles, line, strict=True))["tr@1 set std"] == "2.0000"
+    assert _recall(cells[0], "r_mean", seeds=2) == " 42.0 ± 1.0 / 2.0"
+    (alone,) = {tuple(cell) for cell in _cells(rows[:1], results)}
+    assert alone == ("method", "pairs", "backbone", "mean", "std", "trials", "set")
+    assert _recall(_cells(rows[:1], results)[0], "r_mean", seeds=2) == " 40.0 ± 1.0"
+
+
+def result_of(mean: float, std: float) -> dict:
+    figures = {"mean": dict.fromkeys(MEASURES, mean), "std": dict.fromkeys(MEASURES, std)}
+    return {"backbones": [{"name": "small_vit", "trials": [{}, {}], **figures}], **figures}
 
 
 def test_a_change_reaches_the_run_or_the_protocol() -> None:

@@ -76,6 +76,9 @@ def reference() -> dict[str, str]:
         ({"decode__image_size": 32}, "decode"),
         ({"decode__rescale": True}, "decode"),
         ({"caption__nearest_to": "prototype"}, "caption"),
+        ({"extras__captions": 2}, "materialize"),
+        ({"extras__similarity": "clip"}, "materialize"),
+        ({"extras__similarity": "table"}, "materialize"),
     ],
 )
 def test_a_change_makes_stale_what_depends_on_it(
@@ -156,6 +159,8 @@ def test_methods_share_the_embeddings_and_nothing_else(
         ({"select__epochs": 3}, "select"),
         ({"select__forgotten": "most"}, "select"),
         ({"decode__image_size": 32}, "decode"),
+        ({"extras__captions": 2}, "materialize"),
+        ({"extras__similarity": "clip"}, "materialize"),
     ],
 )
 def test_a_change_makes_stale_what_of_a_selection_depends_on_it(
@@ -180,6 +185,8 @@ def test_a_change_makes_stale_what_of_a_selection_depends_on_it(
         {"decode__batch_size": 2},
         {"embed__store": "shared"},
         {"ray__num_cpus": 1},
+        {"extras__share": 0.3},
+        {"extras__temperature": 0.5},
     ],
 )
 def test_what_a_selection_has_no_use_for_changes_nothing(
@@ -187,6 +194,22 @@ def test_what_a_selection_has_no_use_for_changes_nothing(
 ) -> None:
     """Nor does planning fail: only the decoder that looks up images is described."""
     assert fingerprints(method="forgetting", **changes) == selection
+
+
+def test_soft_targets_depend_on_what_makes_them() -> None:
+    clip, table = ({"extras__similarity": name} for name in ("clip", "table"))
+    assert fingerprints(**clip) != fingerprints(**clip, extras__temperature=0.5)
+    assert fingerprints(**clip) != fingerprints(**clip, extras__share=0.3)
+    assert fingerprints(**table) != fingerprints(**table, extras__share=0.3)
+    assert fingerprints(**table) == fingerprints(**table, extras__temperature=0.5)
+
+
+def test_soft_targets_that_cannot_be_made_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"table counts pairs in clusters, and method random"):
+        fingerprints(method="random", extras__similarity="table")
+    monkeypatch.setattr(plan, "SOFT_TARGETS_LIMIT", 4)
+    with pytest.raises(ConfigError, match=r"5 pairs are more than 4; give --extras.similarity off"):
+        fingerprints(extras__similarity="clip")
 
 
 def test_every_option_is_judged() -> None:
@@ -203,7 +226,8 @@ def test_every_option_is_judged() -> None:
         "cluster.modality", "match.solver", "match.pairless", "match.filter", "decode.decoder",
         "decode.model", "decode.revision", "decode.condition", "decode.steps", "decode.guidance",
         "decode.noise_level", "decode.negative_prompt", "decode.rescale", "decode.precision",
-        "decode.batch_size", "decode.image_size", "caption.nearest_to",
+        "decode.batch_size", "decode.image_size", "caption.nearest_to", "extras.captions",
+        "extras.similarity", "extras.temperature", "extras.share",
     }  # fmt: skip
     assert {name for name in flatten(to_dict(RunConfig())) if not name.startswith("ray.")} == judged
 

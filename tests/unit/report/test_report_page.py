@@ -129,6 +129,26 @@ def test_a_comparison_has_charts_for_every_choice(tmp_path):
     assert "comparison" in render(report)
 
 
+def test_bars_of_several_sets_show_the_deviation_over_sets(tmp_path):
+    add_comparison(tmp_path, {("pds", 6): "a", ("random", 6): "b"})
+    path = tmp_path / "comparison.json"
+    table = json.loads(path.read_text())
+    for cell in table["cells"]:
+        cell["set_std"] = dict.fromkeys(cell["std"], 2.5)
+    path.write_text(json.dumps({**table, "set_seeds": 3}))
+    report = gather(str(tmp_path))
+    assert (report["set_seeds"], report["cells"][0]["set_std"]["r_mean"]) == (3, 2.5)
+    found = figures.comparison_figures(report)
+    assert [trace["error_x"]["array"] for trace in found["bars-0-6"]["figure"]["data"]] == [
+        [2.5],
+        [2.5],
+    ]
+    assert [trace["error_y"]["array"] for trace in found["lines-0"]["figure"]["data"]] == [
+        [2.5],
+        [2.5],
+    ]
+
+
 @pytest.mark.parametrize("path", ["nowhere", "."])
 def test_the_command_says_in_one_line_that_there_is_nothing(tmp_path, path):
     command = [sys.executable, "-m", "pds_ray.cli", "report", str(tmp_path / path)]

@@ -21,6 +21,7 @@ from PIL import Image
 from pds_ray import load_distilled
 from pds_ray.methods.pds import PDS_CARD
 from pds_ray.stages import materialize
+from pds_ray.stages.extras import Extras
 from pds_ray.stages.materialize import write_distilled
 from pds_ray.store.calls import CALLS_AT_ONCE
 from pds_ray.store.distilled_set import DistilledSetError
@@ -307,3 +308,38 @@ def test_an_image_missing_from_the_run_stops_it(tmp_path):
     run.images.delete(run.image_name(5))
     with pytest.raises(FileNotFoundError):
         write_distilled(run, ABOUT, PDS_CARD)
+
+
+def test_extra_parts_are_written_and_read(tmp_path):
+    count = len(CAPTIONS)
+    further = [[f"more {pair}"] * (pair % 3) for pair in range(count)]
+    soft = np.random.default_rng(0).uniform(0.1, 1, (count, count)).astype(np.float32)
+    extras = Extras(further, soft)
+    about = {**ABOUT, **materialize.describe_extras(extras)}
+    write_distilled(make_run(tmp_path), about, PDS_CARD, extras=extras)
+    found = load_distilled(str(tmp_path))
+    np.testing.assert_array_equal(found.similarity, soft)
+    assert found.captions == CAPTIONS
+    lists = zip(CAPTIONS, further, strict=True)
+    assert found.caption_lists == [[own, *more] for own, more in lists]
+    card = (tmp_path / "distilled" / "README.md").read_text()
+    assert f"{sum(map(len, further))} further captions" in card
+    assert "as `similarity`" in card
+
+
+def test_a_set_without_extra_parts_says_nothing_of_them(finished):
+    found = load_distilled(str(finished))
+    assert found.similarity is None
+    assert found.caption_lists == [[caption] for caption in CAPTIONS]
+    assert not any("captions" in record for record in found.records)
+    assert materialize.describe_extras(Extras()) == {}
+
+
+@pytest.mark.parametrize("damage", ["shape", "negative", "empty row", "no number"])
+def test_soft_targets_that_cannot_be_weighed_are_damage(tmp_path, damage):
+    soft = np.eye(len(CAPTIONS), dtype=np.float32)
+    soft = soft[1:] if damage == "shape" else soft
+    soft[2, 2] = {"negative": -1, "empty row": 0, "no number": np.nan}.get(damage, 1)
+    write_distilled(make_run(tmp_path), ABOUT, PDS_CARD, extras=Extras(None, soft))
+    with pytest.raises(DistilledSetError, match="its similarity is no table of soft targets"):
+        load_distilled(str(tmp_path))

@@ -33,6 +33,7 @@ from tests.support.tiny_training import (
     make_data,
     make_model,
     weights,
+    with_extras,
 )
 
 BRIEF = ProtocolConfig(epochs=5, batch_size=8, evaluate_every=2, select="test")
@@ -107,6 +108,19 @@ def test_a_resumed_trial_ends_with_the_same_bits(optimizer: str, sampling: str):
         model = make_model(seed=99)  # the weights that it begins with are replaced
         assert train(model, 5, config, state=state) == found
         assert equal(weights(model), end)
+
+
+def test_a_trial_with_several_captions_and_soft_targets_is_resumed_exactly():
+    pairs, test = make_data()
+    data = TrialData(with_extras(pairs), test, test)
+    states: list[bytes] = []
+    found, end = trained(5, data=data, report=lambda _, save: states.append(save()))
+    for state in states:
+        model = make_model(seed=99)
+        assert train(model, 5, data=data, state=state) == found
+        assert equal(weights(model), end)
+    one = replace(data.pairs, owner=None, text=pairs.text)
+    assert not equal(trained(5, data=TrialData(one, test, test))[1], end)
 
 
 def test_a_backbone_that_draws_by_itself_is_resumed_exactly():

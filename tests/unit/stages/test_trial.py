@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -19,6 +20,8 @@ from pds_ray import catalog, load_distilled
 from pds_ray.backbones.base import BackboneInfo
 from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig
 from pds_ray.engine import evaluate as evaluation
+from pds_ray.engine import trial_keys
+from pds_ray.modalities.image import Preprocess
 from pds_ray.recipes import protocol
 from pds_ray.sources.base import SourceError
 from pds_ray.sources.scenes import ScenesSource
@@ -29,8 +32,10 @@ from pds_ray.stages.trial import (
     TextInput,
     Trial,
     average,
+    over_sets,
     pixels_of,
     read_split,
+    subjects,
     summarize,
 )
 from tests.support.hand_made_set import save_set, scenes_set
@@ -45,16 +50,20 @@ def png(width: int, height: int, seed: int) -> tuple[Image.Image, bytes]:
     return Image.fromarray(pixels), stream.getvalue()
 
 
+def squashed(size: int) -> Preprocess:
+    return Preprocess(size, resize_mode="squash")
+
+
 def test_a_split_of_scenes():
     source = ScenesSource("scenes:9:3")
     (shard,) = source.shards()
-    images, captions, bad = read_split(source, shard, [32, 64], "none")
+    images, captions, bad = read_split(source, shard, list(map(squashed, (32, 64))), "none")
     samples = list(source.read(shard))
     assert captions == [list(sample.captions) for sample in samples]
     assert bad == {}
     assert {size: rows.shape for size, rows in images.items()} == {
-        32: (9, 3, 32, 32),
-        64: (9, 3, 64, 64),
+        squashed(32): (9, 3, 32, 32),
+        squashed(64): (9, 3, 64, 64),
     }
     for row, sample in enumerate(samples):
         image = Image.open(io.BytesIO(sample.image)).convert("RGB")
@@ -62,7 +71,7 @@ def test_a_split_of_scenes():
             expected = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)).transpose(
                 2, 0, 1
             )
-            assert np.array_equal(images[size][row], expected)
+            assert np.array_equal(images[squashed(size)][row], expected)
 
 
 def test_bad_samples_are_counted_and_left_out(tmp_path: Path):
@@ -84,7 +93,7 @@ def test_bad_samples_are_counted_and_left_out(tmp_path: Path):
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     source = catalog.make_source(str(tmp_path / "0.tar"))
-    images, captions, bad = read_split(source, source.shards()[0], [48], "paper")
+    images, captions, bad = read_split(source, source.shards()[0], [squashed(48)], "paper")
     assert captions == [["a wide one"], ["one", "two"]]
     assert bad == {
         "undecodable_image": 1,
@@ -94,9 +103,9 @@ def test_bad_samples_are_counted_and_left_out(tmp_path: Path):
     }
     for row, image in enumerate((wide, tall)):
         expected = np.asarray(image.resize((48, 48), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-        assert np.array_equal(images[48][row], expected), "squashed, not cropped"
-    images, captions, bad = read_split(source, source.shards()[0], [48], "none")
-    assert len(captions) == len(images[48]) == 3
+        assert np.array_equal(images[squashed(48)][row], expected), "squashed, not cropped"
+    images, captions, bad = read_split(source, source.shards()[0], [squashed(48)], "none")
+    assert len(captions) == len(images[squashed(48)]) == 3
 
 
 @pytest.mark.parametrize(("keep", "said"), [(0.6, "truncated_shard"), (None, "cannot be opened")])
@@ -118,7 +127,7 @@ def test_a_shard_that_is_not_whole_ends_the_evaluation(
     else:
         path.write_bytes(path.read_bytes()[: int(keep * 4 * 2048)])
     with pytest.raises(SourceError, match=said):
-        read_split(source, shard, [8], "none")
+        read_split(source, shard, [squashed(8)], "none")
 
 
 def test_each_image_has_a_limit_of_its_own():
@@ -131,14 +140,14 @@ def test_each_image_has_a_limit_of_its_own():
         entered.append("ended")
 
     source = ScenesSource("scenes:3:3")
-    read_split(source, source.shards()[0], [32], "none", limit)
+    read_split(source, source.shards()[0], [squashed(32)], "none", limit)
     assert entered == ["begun", "ended"] * 3
 
 
 def test_images_of_a_set_are_squashed_the_same_way(tmp_path: Path):
     images = [png(50, 20, seed)[0] for seed in range(3)]
     distilled = load_distilled(str(save_set(tmp_path, images, ["a", "b", "c"], np.eye(3))))
-    found = core.set_images(distilled, 40)
+    found = core.set_images(distilled, squashed(40))
     expected = [
         np.asarray(image.resize((40, 40), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         for image in images
@@ -267,7 +276,7 @@ def test_what_a_trial_depends_on_is_in_its_key(tmp_path: Path):
             for change in (
                 {"epochs": 3}, {"train": "heads"}, {"captions": "paper"}, {"image_size": 32},
                 {"learning_rate": 1e-4}, {"select": "test"}, {"text": "prototypes"},
-                {"augment": False}, {"batch_size": 4},
+                {"augment": False}, {"batch_size": 4}, {"fit": "crop"}, {"subjects": "caption"},
             )
         ],
     ]  # fmt: skip
@@ -315,3 +324,62 @@ def test_each_set_may_choose_its_epoch_its_own_way(tmp_path: Path):
     alone = keys(evaluation.make_evaluation([Candidate("a", folder, on_test.protocol)], on_test))
     assert [trial.key for trial in plan.trials if trial.label == "a"] == alone
     assert not set(alone) & {trial.key for trial in plan.trials if trial.label == "b"}
+
+
+def test_deviations_within_sets_and_between_them():
+    rng = np.random.default_rng(0)
+    values = rng.normal(40, 3, (3, 5))  # three sets, five seeds of each
+    sets = [
+        summarize([{"recalls": dict.fromkeys(RECALLS, v)} for v in of_set]) for of_set in values
+    ]
+    found = over_sets(sets)
+    assert found["mean"]["r_mean"] == pytest.approx(values.mean())
+    assert found["std"]["ir@5"] == pytest.approx(np.mean([np.std(row) for row in values]))
+    assert found["set_std"]["tr@1"] == pytest.approx(np.std(values.mean(axis=1)))
+    assert over_sets(sets[:1]) == sets[0], "one set: the figures of that set, bit for bit"
+
+
+def test_images_with_the_same_first_caption_show_one_subject():
+    owner = np.array([1, 0, 1, 2, 2, 3])
+    captions = ["a ball", "a cube", "red", "a ball", "blue", "A ball"]
+    first = ["a cube", "a ball", "a ball", "A ball"]
+    found = subjects(captions, owner, 4)
+    for one in range(4):
+        for other in range(4):
+            assert (found[one] == found[other]) == (first[one] == first[other])
+
+
+def test_a_cropped_split_keeps_the_aspect(tmp_path: Path):
+    """The middle square of the image, scaled."""
+    wide, wide_bytes = png(90, 30, 1)
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, data in (("a.png", wide_bytes), ("a.txt", b"one")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    source = catalog.make_source(str(tmp_path / "0.tar"))
+    square = planned(scenes_set(tmp_path / "set"), fit="crop", image_size=30).trials[0].square
+    images, _, _ = read_split(source, source.shards()[0], [square], "none")
+    expected = np.asarray(wide)[:, 30:60].transpose(2, 0, 1)
+    assert np.array_equal(images[square][0], expected)
+
+
+def test_keys_are_those_of_before_an_option_came(tmp_path: Path):
+    """An option of a protocol that came later, at its default, is no part of a trial's key."""
+    (trial, *_) = planned(scenes_set(tmp_path)).trials
+    known = trial_keys._of_key(trial.protocol)
+    assert {*trial_keys.LATER} == {*dataclasses.asdict(trial.protocol)} - {*known}
+    assert [*trial_keys._of_key(ProtocolConfig(fit="crop"))] == [*known, "fit"]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "line"),
+    [
+        ({"targets": "soft"}, "has no soft targets; make it with --extras.similarity"),
+        ({"captions_per_image": "all"}, "has one caption per image; make it with --extras.capt"),
+        ({"captions_per_image": "all", "text": "prototypes"}, "a pair has one text prototype"),
+    ],
+)
+def test_what_a_set_does_not_hold_is_not_trained_on(tmp_path: Path, protocol: dict, line: str):
+    with pytest.raises(ConfigError, match=line):
+        planned(scenes_set(tmp_path), **protocol)

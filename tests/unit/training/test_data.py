@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pds_ray.training.data import augment, batches
+from pds_ray.training.data import TrainingPairs, augment, batches, caption_rows
 from tests.support.tiny_training import PIXELS
 
 
@@ -102,3 +102,21 @@ def test_an_image_moves_by_at_most_a_twelfth(draws, left, right):
     assert (moved[right:] == 1).all()
     shift = 32 - (64 - moved.sum().item())
     assert abs(shift) == pytest.approx(0.08 * 64, abs=0.05)
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=20), st.integers(0, 99))
+def test_a_visit_draws_one_of_the_captions_of_its_image(counts, seed):
+    owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    pairs = TrainingPairs(torch.zeros(len(counts), 1), torch.zeros(len(owner), 1), owner)
+    rows = torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed))
+    drawn = caption_rows(pairs, rows, torch.Generator().manual_seed(seed))
+    assert torch.equal(owner[drawn], rows)
+
+
+def test_all_captions_of_an_image_are_drawn_alike():
+    pairs = TrainingPairs(torch.zeros(2, 1), torch.zeros(5, 1), torch.tensor([0, 0, 1, 1, 1]))
+    rows, draw = torch.tensor([0, 1]).repeat(3000), torch.Generator().manual_seed(0)
+    share = caption_rows(pairs, rows, draw).bincount(minlength=5) / 3000
+    np.testing.assert_allclose(share, [1 / 2, 1 / 2, 1 / 3, 1 / 3, 1 / 3], atol=0.05)
+    one = TrainingPairs(torch.zeros(2, 1), torch.zeros(2, 1))
+    assert caption_rows(one, rows, draw) is rows

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pds_ray.training.losses import contrastive, info_nce
+from pds_ray.training.losses import contrastive, info_nce, soft_contrastive
 
 
 @given(st.integers(1, 7), st.integers(1, 5), st.integers(0, 2**31))
@@ -36,3 +36,21 @@ def test_further_captions_are_negatives_of_the_images_alone(pairs, further, seed
         total -= logits[i, i] - math.log(sum(math.exp(logits[j, i]) for j in range(pairs)))
     found = contrastive(torch.from_numpy(logits))
     assert found.item() == pytest.approx(total / (2 * pairs), rel=1e-9, abs=1e-12)
+
+
+@given(st.integers(1, 6), st.integers(0, 2**31))
+def test_soft_targets_weigh_every_caption_and_every_image(pairs, seed):
+    rng = np.random.default_rng(seed)
+    logits, similarity = rng.normal(size=(pairs, pairs)), rng.uniform(0.1, 1, (pairs, pairs))
+    total = 0.0
+    for table, targets in ((logits, similarity), (logits.T, similarity.T)):
+        for row, weights in zip(table, targets, strict=True):
+            norm = math.log(sum(math.exp(value) for value in row))
+            total -= sum(
+                weight / weights.sum() * (value - norm)
+                for value, weight in zip(row, weights, strict=True)
+            )
+    found = soft_contrastive(torch.from_numpy(logits), torch.from_numpy(similarity))
+    assert found.item() == pytest.approx(total / (2 * pairs), rel=1e-9, abs=1e-12)
+    hard = soft_contrastive(torch.from_numpy(logits), torch.eye(pairs, dtype=torch.float64))
+    assert hard.item() == pytest.approx(contrastive(torch.from_numpy(logits)).item())

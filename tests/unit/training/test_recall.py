@@ -203,3 +203,49 @@ def _rows_at_once(
     with Products():
         assert 0 < recalls(image, text, owner)["r_mean"] < 100
     return rows
+
+
+def with_subjects(
+    image: np.ndarray, text: np.ndarray, owner: np.ndarray, subject: np.ndarray
+) -> dict[str, float]:
+    """The definition: the first place, in a stable sort, of anything of the query's subject."""
+    scores = np.where(np.isnan(image @ text.T), -np.inf, image @ text.T)
+    of_caption = subject[owner]
+
+    def ranks(scores: np.ndarray, wanted: np.ndarray, there: np.ndarray) -> list[int]:
+        orders = [np.argsort(-row, kind="stable") for row in scores]
+        return [
+            next(place for place, item in enumerate(order) if there[item] == want)
+            for order, want in zip(orders, wanted, strict=True)
+        ]
+
+    found = {
+        f"{name}@{k}": 100 * float(np.mean([rank < k for rank in of_query]))
+        for name, of_query in (
+            ("tr", ranks(scores, subject, of_caption)),
+            ("ir", ranks(scores.T, of_caption, subject)),
+        )
+        for k in (1, 5, 10)
+    }
+    return {**found, "r_mean": float(np.mean(list(found.values())))}
+
+
+@given(galleries(), st.data(), st.sampled_from([1, 40, 1 << 25]))
+def test_a_hit_with_any_image_of_the_subject_is_right(gallery, data, block):
+    """In both directions, with ties, however few scores are held at once."""
+    image, text, owner = gallery
+    numbers = st.lists(st.integers(0, len(image)), min_size=len(image), max_size=len(image))
+    subject = np.array(data.draw(numbers))
+    tensors = [torch.from_numpy(array) for array in (image, text, owner, subject)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "BLOCK_ELEMENTS", block)
+        found = recalls(*tensors)
+    assert found == pytest.approx(with_subjects(image, text, owner, subject), abs=1e-9)
+
+
+def test_an_image_that_stands_for_another_of_its_subject():
+    """Two images of one subject with each other's captions: wrong one by one, right together."""
+    image = torch.eye(4)
+    text, owner = image[[1, 0, 2, 3]], torch.arange(4)
+    assert recalls(image, text, owner)["ir@1"] == recalls(image, text, owner)["tr@1"] == 50
+    assert recalls(image, text, owner, torch.tensor([5, 5, 0, 1]))["r_mean"] == 100

@@ -17,7 +17,15 @@ from pds_ray.backbones.base import BackboneInfo
 from pds_ray.config import ProtocolConfig
 from pds_ray.stages.trial import TextInput, Trial, TrialData, run_trial, train_model
 from pds_ray.training.workers import Workers
-from tests.support.tiny_training import PIXELS, SIDE, TinyBackbone, make_data, make_model, weights
+from tests.support.tiny_training import (
+    PIXELS,
+    SIDE,
+    TinyBackbone,
+    make_data,
+    make_model,
+    weights,
+    with_extras,
+)
 
 INFO = BackboneInfo("tiny", "tiny 1", SIDE, PIXELS.mean, PIXELS.std, pretrained=True)
 TEXT = TextInput("prototypes", "x", "basic")
@@ -48,6 +56,10 @@ def run_cases(workers: Workers) -> dict[str, object]:
         trial = Trial("key", "set", INFO, SIDE, 3, config, TEXT, 20)
         best = train_model(trial, model, data, workers)
         found[name] = weights(model), best
+    model, trial = make_model(), Trial("key", "set", INFO, SIDE, 3, CASES["epoch"], TEXT, 20)
+    extras = TrialData(with_extras(pairs), None, test)
+    best = train_model(trial, model, extras, workers)
+    found["several captions, soft targets"] = weights(model), best
     broadcast = workers.broadcast
     found["broadcast"] = broadcast(workers.rank == 0), broadcast(workers.rank > 0)
     config = replace(CASES["epoch"], train="heads")

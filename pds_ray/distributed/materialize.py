@@ -1,0 +1,104 @@
+"""The distilled set: what `extras` asks for is gathered from the shards, the driver writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from pds_ray.distributed import tasks
+from pds_ray.distributed.match import count_pairs
+from pds_ray.methods.base import Counts, Run
+from pds_ray.stages import extras as core
+from pds_ray.stages import materialize as writing
+from pds_ray.stages.match import Counts as Counted
+from pds_ray.stages.match import sum_counts
+from pds_ray.store.embeddings import EmbeddingStore
+from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.schemas import embeddings, vectors
+from pds_ray.telemetry.progress import progress_bar
+
+
+def materialize(run: Run) -> Counts:
+    """Write the distilled set of a run whose other stages are done; return its counts."""
+    config = run.config.extras
+    captions = _captions(run) if config.captions else None
+    similarity = _similarity(run) if config.similarity != "off" else None
+    return writing.materialize(run, core.Extras(captions, similarity))
+
+
+def _similarity(run: Run) -> np.ndarray:
+    """Return the soft targets of the pairs, float32 [B, B]."""
+    config, prototypes = run.config.extras, run.folder.prototypes()
+    if config.similarity == "clip":
+        image, text = (vectors(prototypes, f"{side}_prototype") for side in ("image", "text"))
+        return core.clip_similarity(image, text, config.temperature, config.share)
+    shards, clusters = run.shard_names, run.config.pairs
+    with progress_bar("soft targets", len(shards), "shards") as bar:
+
+        def parts() -> Iterator[Counted]:
+            for part in tasks.map_in_order(count_pairs, shards, run.store, run.folder, clusters):
+                bar.update()
+                yield part
+
+        cells, counts, _ = sum_counts(parts())
+    image, text = (prototypes.column(f"{side}_cluster").to_numpy() for side in ("image", "text"))
+    return core.table_similarity(cells, counts, clusters, image, text, config.share)
+
+
+def _captions(run: Run) -> list[list[str]]:
+    """Return the further captions of each pair.
+
+    Those of its image where that is a real one, or where nothing was clustered; else those of the
+    pairs that its matched clusters share.
+    """
+    prototypes, limit = run.folder.prototypes(), run.config.extras.captions
+    has_captions = "caption" in run.method.names
+    own = (run.folder.captions() if has_captions else prototypes).column("caption").to_pylist()
+    of_images = run.decoder.dim is None or "cluster" not in run.method.names
+    images, shards = _by_shard(prototypes), run.shard_names
+    with progress_bar("captions", len(images if of_images else shards), "shards") as bar:
+        if of_images:
+            pruned = "prune" in run.method.names
+            parts = tasks.map_in_order(_of_images, images, run.store, run.folder, pruned)
+        else:
+            shared = run.store, run.folder, prototypes, limit + 1
+            parts = tasks.map_in_order(_of_members, shards, *shared)
+        found = []
+        for part in parts:
+            found.append(part)
+            bar.update()
+    return core.further_captions(found, own, limit)
+
+
+def _by_shard(prototypes: pa.Table) -> list[tuple[str, dict[str, list[int]]]]:
+    """Return the shards with the image of any pair, in order, and the pairs of each key in them."""
+    found: dict[str, dict[str, list[int]]] = {}
+    places = (prototypes.column(f"nearest_{name}").to_pylist() for name in ("shard", "key"))
+    for pair, (shard, key) in enumerate(zip(*places, strict=True)):
+        found.setdefault(shard, {}).setdefault(key, []).append(pair)
+    return sorted(found.items())
+
+
+def _of_images(
+    item: tuple[str, dict[str, list[int]]], store: EmbeddingStore, folder: RunFolder, pruned: bool
+) -> core.Found:
+    shard, keys = item
+    captions = store.captions(shard, ["key", "caption", "similarity"])
+    return core.image_captions(captions, keys, folder.keep(shard) if pruned else None)
+
+
+def _of_members(
+    shard: str, store: EmbeddingStore, folder: RunFolder, prototypes: pa.Table, limit: int
+) -> core.Found:
+    captions = store.captions(shard, ["caption", "embedding"])
+    clusters = [prototypes.column(f"{side}_cluster").to_numpy() for side in ("image", "text")]
+    cell, cells = _packed(*folder.labels(shard)), _packed(*clusters)
+    text = vectors(prototypes, "text_prototype")
+    return core.member_captions(captions, embeddings(captions), cell, cells, text, limit)
+
+
+def _packed(image_cluster: np.ndarray, text_cluster: np.ndarray) -> np.ndarray:
+    """Return one number per pair of clusters, int64 [n]; negative where pruned."""
+    return image_cluster.astype(np.int64) << 32 | text_cluster.astype(np.int64)
