@@ -123,7 +123,7 @@ def _entry(written: str, pairs: int, config: RunConfig, judged: EvaluateConfig) 
     fixed = {"method": name, "pairs": pairs, "out": (Folder(config.out) / place).path}
     run, plain = replace(config, {**of_run, **fixed}), replace(config, fixed)
     changed = replace(judged, of_protocol)
-    method = catalog.method(name)
+    method = catalog.method(name, run.budget)
     for given, same in (
         (of_run, relevant(run, method) == relevant(plain, method)),
         (of_protocol, changed == judged),

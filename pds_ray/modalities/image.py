@@ -24,6 +24,9 @@ MAX_JPEG_SCANS = 100
 Each costs as much as a whole image and may take 10 bytes.
 """
 
+SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+"""Format of a saved image -> suffix of its file."""
+
 PNG_START, JPEG_START, JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
 PNG_BALLAST = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 """Chunks of a PNG that hold texts and the colour profile."""
@@ -70,6 +73,26 @@ def decode_image(data: bytes, *, max_pixels: int = 64_000_000, min_side: int = 2
     # bytes must cost one sample, so everything is taken here.
     except Exception as error:
         raise ImageError("undecodable_image", _describe(error)) from error
+
+
+def resized(image: Image.Image, side: int) -> Image.Image:
+    """Return an image as a square of `side` pixels, by LANCZOS unless it is one."""
+    if image.size == (side, side):
+        return image
+    return image.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def encode_image(image: Image.Image, format: str, quality: int | None = None) -> bytes:
+    """Return an RGB image as a file of one of SUFFIXES.
+
+    `quality`, from 1 to 100, is of JPEG and WebP, which lose something; a PNG has none.
+    """
+    best = {"png": {}, "jpeg": {"optimize": True}, "webp": {"method": 6}}[format]
+    if quality is not None:
+        best = {**best, "quality": quality}
+    buffer = io.BytesIO()
+    image.save(buffer, format=format.upper(), **best)
+    return buffer.getvalue()
 
 
 def _decode(data: bytes, max_pixels: int, min_side: int) -> Image.Image:

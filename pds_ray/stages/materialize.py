@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
+from PIL import Image
 from safetensors.numpy import save as save_safetensors
 
 from pds_ray import catalog
-from pds_ray.config import FREE_FIELDS, public, sections
+from pds_ray.config import FREE_FIELDS, ConfigError, public, sections
 from pds_ray.methods.base import Counts, Run
+from pds_ray.stages.budget import fitting_pairs
 from pds_ray.store.card import CardText, card
 from pds_ray.store.distilled_set import (
     CARD,
@@ -21,6 +25,8 @@ from pds_ray.store.distilled_set import (
     PROTOTYPES,
     SET_SCHEMA_VERSION,
     Record,
+    SetSize,
+    caption_bytes,
     image_path,
     tar_path,
 )
@@ -39,12 +45,12 @@ _ACTIVE = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 def materialize(run: Run) -> Counts:
     """Write the distilled set of a run whose other stages are done."""
-    folder = run.folder
+    folder, budget = run.folder, run.config.budget_bytes
     folder.distilled.delete_all()
     captions = folder.captions() if "caption" in run.method.names else None
     pairs = run.counts("decode")["images"]
     with progress_bar("materialize", pairs, "pairs", delay_s=QUIET_S) as bar:
-        return write_distilled(folder, about(run), run.method.card, captions, bar.update)
+        return write_distilled(folder, about(run), run.method.card, captions, bar.update, budget)
 
 
 def about(run: Run) -> dict[str, Any]:
@@ -85,8 +91,8 @@ def _fewer(run: Run) -> dict[str, str]:
     return {"fewer": texts[0]} if texts else {}
 
 
-def records(prototypes: pa.Table, captions: pa.Table | None = None) -> list[Record]:
-    """Return one JSON record per pair, from rows of prototypes.parquet.
+def records(prototypes: pa.Table, run: RunFolder, captions: pa.Table | None = None) -> list[Record]:
+    """Return one JSON record per pair, from rows of prototypes.parquet; `run` names the images.
 
     `captions` (rows of captions.parquet), if given, replace the captions retrieved there. The
     retrieved caption, with which the image was decoded, is then the record's `prompt`.
@@ -98,7 +104,7 @@ def records(prototypes: pa.Table, captions: pa.Table | None = None) -> list[Reco
             {**row, **own, "prompt": row["caption"]} for row, own in zip(rows, chosen, strict=True)
         ]
     return [
-        {"file_name": RunFolder.image_name(row["pair"]), "text": row.pop("caption"), **row}
+        {"file_name": run.image_name(row["pair"]), "text": row.pop("caption"), **row}
         for row in rows
     ]
 
@@ -109,8 +115,11 @@ def write_distilled(
     text: CardText,
     captions: pa.Table | None = None,
     step: Callable[[], object] = lambda: None,
+    budget: int = 0,
 ) -> dict[str, Any]:
     """Write the distilled set of a finished run; return its counts.
+
+    With a `budget` of bytes the set ends before the first pair that does not fit.
 
     `about` is what card and manifest say of the making, `text` the method's part of the card.
     `captions` (rows of captions.parquet) replace those of the prototypes. `step` is called after
@@ -118,10 +127,20 @@ def write_distilled(
     no distilled set. Raises FileNotFoundError if an image of the run is missing.
     """
     prototypes = run.prototypes()
-    rows = records(prototypes, captions)
+    rows = records(prototypes, run, captions)
+    if budget:
+        rows = rows[: _fitting(run.images, rows, budget)]
+        prototypes = prototypes.slice(0, len(rows))
+        about = {**about, "counts": {**about["counts"], "distilled pairs": len(rows)}}
     target = run.distilled
     target.delete(MANIFEST)
-    images, tars = _write_images(run.images, target, rows, step)
+    images, tars, pixels = _write_images(run.images, target, rows, step)
+    size = SetSize(
+        pairs=len(rows),
+        image_bytes=sum(file["bytes"] for file in images.values()),
+        caption_bytes=sum(caption_bytes(row["text"]) for row in rows),
+        pixels=pixels,
+    )
     metadata = "".join(_json_line(row) + "\n" for row in rows).encode()
     write(target, METADATA, metadata, images)
     tensors = {
@@ -130,22 +149,50 @@ def write_distilled(
     }
     others: Files = {}
     write(target, PROTOTYPES, save_safetensors(tensors), others)
-    write(target, CARD, card(rows, about, text).encode(), others)
+    write(target, CARD, card(rows, _with_size(about, size), text).encode(), others)
     files = images | tars | others
-    target.write_json(
-        MANIFEST, {"schema": SET_SCHEMA_VERSION, "pairs": len(rows), "about": about, "files": files}
-    )
-    return {"pairs": len(rows), "bytes": sum(file["bytes"] for file in files.values())}
+    manifest = {"schema": SET_SCHEMA_VERSION, "pairs": len(rows), "size": size.to_json()}
+    target.write_json(MANIFEST, {**manifest, "about": about, "files": files})
+    together = sum(file["bytes"] for file in files.values())
+    return {"pairs": len(rows), "bytes": together, "size": size.to_json()}
+
+
+def _fitting(images: Folder, rows: list[Record], budget: int) -> int:
+    """Return how many of the first pairs fit into a budget. Raises ConfigError if none does."""
+    data = side_by_side(images.read_bytes, [row["file_name"] for row in rows])
+    sizes = [len(image) + caption_bytes(row["text"]) for image, row in zip(data, rows, strict=True)]
+    count = fitting_pairs(sizes, budget)
+    if not count:
+        raise ConfigError(
+            f"budget is {budget:,} bytes; the first pair alone has {sizes[0]:,}; give more"
+        )
+    return count
+
+
+def _with_size(about: dict[str, Any], size: SetSize) -> dict[str, Any]:
+    """Return the description of a set with its size among its counts, as the card has them."""
+    counted = {
+        "distilled pairs": size.pairs,
+        "bytes of images and captions": size.bytes,
+        "bytes of images": size.image_bytes,
+        "bytes of captions": size.caption_bytes,
+        "pixels": size.pixels,
+    }
+    return {**about, "counts": {**about["counts"], **counted}}
 
 
 def _write_images(
     source: Folder, target: Folder, rows: list[Record], step: Callable[[], object]
-) -> tuple[Files, Files]:
-    """Copy the images into the set, and write them into tars with text and metadata."""
+) -> tuple[Files, Files, int]:
+    """Copy the images into the set, and write them into tars with text and metadata.
+
+    Returns the files of both, and the pixels of all images.
+    """
     from webdataset import TarWriter
 
     images: Files = {}
     tars: Files = {}
+    pixels = 0
 
     def copy(row: Record) -> tuple[bytes, Files]:
         image, listed = source.read_bytes(row["file_name"]), Files()
@@ -162,10 +209,12 @@ def _write_images(
             for row, (image, listed) in zip(some, side_by_side(copy, some), strict=True):
                 images |= listed
                 text, record = row["text"].encode(), _json_line(row).encode()
-                key = f"{row['pair']:06d}"
-                tar.write({"__key__": key, "png": image, "txt": text, "json": record})
+                key, _, kind = row["file_name"].rpartition(".")
+                tar.write({"__key__": key, kind: image, "txt": text, "json": record})
+                with Image.open(io.BytesIO(image)) as opened:
+                    pixels += math.prod(opened.size)
                 step()
-    return images, tars
+    return images, tars, pixels
 
 
 def _json_line(row: Record) -> str:

@@ -1,0 +1,202 @@
+"""The choice for a budget of bytes: pairs, side, format and quality (docs/methods.md).
+
+The bytes of a set are those of its image files, and of its captions in UTF-8 with a line end each.
+A seeded sample of the source's images is saved in each way that the options leave open; the
+encoder tells how well it still finds the own captions of images saved so.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pds_ray.config import ConfigError, DecodeConfig
+from pds_ray.modalities.image import SUFFIXES, encode_image, resized
+
+SHARES = (1.0, 0.75, 0.5, 0.375, 0.25)
+"""Sides that are tried, as shares of the largest."""
+QUALITIES = (90, 75, 50)
+"""Qualities of JPEG and WebP that are tried."""
+KEPT = 0.9
+"""Share of the recall at the largest side, without loss, that a way of saving must keep."""
+SAMPLE, SAMPLE_SHARDS = 256, 16
+"""Images that are looked at, and shards of the source that they are taken from at most."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A way of saving an image."""
+
+    side: int
+    format: str
+    quality: int | None = None
+    """None for PNG, which has none."""
+
+    def __str__(self) -> str:
+        return f"{self.side} px {self.format}" + (f" {self.quality}" if self.quality else "")
+
+
+@dataclass(frozen=True)
+class Room:
+    """What is to be filled, and with what."""
+
+    budget: int
+    """Bytes."""
+    pairs: int
+    """Pairs that the set must have; 0 if as many as fit."""
+    there: int
+    """Pairs that the source can give at most."""
+    caption_bytes: float
+    """Mean bytes of a caption."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A number of pairs and a way of saving their images."""
+
+    pairs: int
+    saving: Saving
+    r_mean: Mapping[Saving, float] = field(default_factory=dict)
+    """Recalls that were measured on the way."""
+
+    def options(self) -> dict[str, Any]:
+        """Return it as options of a run, with dots."""
+        saving = self.saving
+        return {
+            "pairs": self.pairs,
+            "decode.image_size": saving.side,
+            "decode.format": saving.format,
+            "decode.quality": saving.quality,
+        }
+
+
+def draw(images: Mapping[str, int], seed: int) -> list[tuple[str, np.ndarray]]:
+    """Draw SAMPLE images, fewer if there are not so many, from SAMPLE_SHARDS shards.
+
+    `images` is shard -> number of its images. Returns shards and rows in them, ascending int64.
+    """
+    rng = np.random.default_rng([seed, 0xB7])  # apart from the draws of other stages
+    names = [name for name, count in images.items() if count]
+    some = sorted(rng.permutation(len(names))[:SAMPLE_SHARDS])
+    counts = [images[names[number]] for number in some]
+    total = sum(counts)
+    rows = np.sort(rng.choice(total, min(SAMPLE, total), replace=False))
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    of = np.searchsorted(starts, rows, side="right") - 1
+    return [(names[some[number]], rows[of == number] - starts[number]) for number in np.unique(of)]
+
+
+def savings(full: int, config: DecodeConfig) -> list[Saving]:
+    """Return the ways of saving that the options leave open, the largest side first."""
+    sides = dict.fromkeys(max(1, round(full * share)) for share in SHARES)
+    formats = SUFFIXES if config.format == "auto" else (config.format,)
+    qualities = QUALITIES if config.quality is None else (config.quality,)
+    return [
+        Saving(side, format, quality)
+        for side in sides
+        for format in formats
+        for quality in ((None,) if format == "png" else qualities)
+    ]
+
+
+def saved(image: Image.Image, saving: Saving) -> bytes:
+    """Return the file of an image saved so."""
+    return encode_image(resized(image, saving.side), saving.format, saving.quality)
+
+
+def mean_bytes(images: Iterable[Image.Image], saving: Saving) -> float:
+    """Return the mean bytes of the files of images saved so."""
+    return float(np.mean([len(saved(image, saving)) for image in images]))
+
+
+def seen(image: Image.Image, saving: Saving) -> Image.Image:
+    """Return an image as a reader of its file sees it."""
+    with Image.open(io.BytesIO(saved(image, saving))) as opened:
+        return opened.convert("RGB")
+
+
+def choose(room: Room, sizes: Mapping[Saving, float], r_mean: Callable[[Saving], float]) -> Choice:
+    """Choose pairs and a way of saving.
+
+    `sizes` holds the mean bytes of an image for each way that is open, `r_mean` measures how well
+    images saved so still find their captions. Without a number of pairs it is the way of fewest
+    bytes that keeps KEPT of the recall, and as many pairs as fit; if they, or the pairs that there
+    are, leave room, the way that finds most of those that fit. Raises ConfigError if nothing fits.
+    """
+    measured: dict[Saving, float] = {}
+
+    def measure(saving: Saving) -> float:
+        if saving not in measured:
+            measured[saving] = r_mean(saving)
+        return measured[saving]
+
+    def fitting(saving: Saving) -> int:
+        return int(room.budget / (sizes[saving] + room.caption_bytes))
+
+    pairs = room.pairs
+    if not pairs:
+        smallest = _smallest(sizes, measure)
+        pairs = fitting(smallest)
+        if pairs <= room.there:
+            _require_pairs(room, pairs, sizes)
+            return Choice(pairs, smallest, measured)
+        pairs = room.there
+    _require_pairs(room, pairs if any(fitting(s) >= pairs for s in sizes) else 0, sizes)
+    fit = [saving for saving in sizes if fitting(saving) >= pairs]
+    of_side = {side: [s for s in fit if s.side == side] for side in {s.side for s in fit}}
+    largest = [max(ways, key=lambda saving: sizes[saving]) for ways in of_side.values()]
+    best = max(largest, key=lambda saving: (measure(saving), saving.side))
+    return Choice(pairs, best, measured)
+
+
+def _smallest(sizes: Mapping[Saving, float], measure: Callable[[Saving], float]) -> Saving:
+    """Return the way of fewest bytes that keeps KEPT of the recall; if none, that of the most.
+
+    A side that does not keep it without loss is not tried with loss.
+    """
+    sides = {saving.side for saving in sizes}
+    whole = measure(Saving(max(sides), "png"))
+    keeping = {side for side in sides if measure(Saving(side, "png")) >= KEPT * whole}
+    candidates = sorted((s for s in sizes if s.side in keeping), key=lambda s: (sizes[s], s.side))
+    found = next((s for s in candidates if measure(s) >= KEPT * whole), None)
+    return found or max(candidates, key=lambda s: (measure(s), s.side))
+
+
+def _require_pairs(room: Room, pairs: int, sizes: Mapping[Saving, float]) -> None:
+    """Raise ConfigError if no pair fits."""
+    if pairs:
+        return
+    least = min(sizes.values()) + room.caption_bytes
+    wanted = f"{room.pairs:,} pairs need" if room.pairs else "a pair needs"
+    raise ConfigError(
+        f"budget is {room.budget:,} bytes; {wanted} about {least * max(room.pairs, 1):,.0f} at the "
+        "fewest bytes that the options leave open; give more"
+    )
+
+
+def fitting_pairs(sizes: Sequence[int], budget: int) -> int:
+    """Return how many of the first pairs fit; `sizes` are their bytes in order."""
+    return int(np.searchsorted(np.cumsum(sizes), budget, side="right"))
+
+
+def record(
+    room: Room, images: int, sizes: Mapping[Saving, float], choice: Choice
+) -> dict[str, Any]:
+    """Return the content of budget.json, from which the choice can be followed."""
+    return {
+        "budget": room.budget,
+        "bytes": "image files, and captions in UTF-8 with a line end each",
+        "sampled": images,
+        "caption_bytes": room.caption_bytes,
+        "measured": [
+            {**asdict(saving), "bytes": size, "r_mean": choice.r_mean.get(saving)}
+            for saving, size in sizes.items()
+        ],
+        "kept": KEPT,
+        "chosen": choice.options(),
+    }
