@@ -3,8 +3,9 @@
 A method is written `pds`, `random`, ..., or with changes of the configuration behind it, as in
 `pds+match.filter=false+protocol.text=captions`: such a row is an ablation. Layout of the folder:
 
-comparison.json, comparison.csv    the cells: mean and deviation per method, size and backbone
-sets/METHOD-PAIRS/                 one run folder per set
+comparison.json, comparison.csv    the cells: mean and deviation per method, size and backbone,
+                                   with the pairs, bytes and pixels of each set
+sets/METHOD-SIZE/                  one run folder per set, of so many pairs or such a budget
 embeddings/                        the embeddings they share, one store per way of making them
 evaluation/trials/                 one file per trained model
 """
@@ -15,6 +16,7 @@ import csv
 import dataclasses
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +54,12 @@ ABLATIONS = (
     "pds+protocol.text=prototypes",
 )
 """The variations of the paper, one at a time; another encoder is `pds+embed.encoder=NAME`."""
-FIXED = ("source", "out", "method", "pairs", "embed.store")
+FIXED = ("source", "out", "method", "pairs", "budget", "embed.store")
 """Options that all rows of a comparison share."""
 UNSAFE = re.compile(r"[^\w.=+-]")
 """Characters that stay out of folder names."""
+CONTROL = "random"
+"""The method that stands beside the others where bytes decide, lest fewer bytes look a merit."""
 MAX_NAME = 200
 """Longest name of a method in that of a folder, in bytes; file systems allow 255."""
 
@@ -79,6 +83,9 @@ class Entry:
     method: str
     """The method as the user wrote it."""
     pairs: int
+    """Pairs asked for; 0 if a budget decides."""
+    budget: str
+    """Bytes of the set at most, as the user wrote them; "" where the pairs decide."""
     folder: str
     """The folder of its set, below that of the comparison."""
     run: RunConfig
@@ -86,21 +93,21 @@ class Entry:
 
     @property
     def label(self) -> str:
-        return f"{self.method}-{self.pairs}"
+        return f"{self.method}-{self.budget or self.pairs}"
 
 
 def entries(
-    config: RunConfig, methods: list[str], sizes: list[int], judged: EvaluateConfig
+    config: RunConfig, methods: list[str], sizes: Sequence[int | str], judged: EvaluateConfig
 ) -> list[Entry]:
-    """Return every method at every size.
+    """Return every method at every size: a number of pairs, or a budget such as "2MB".
 
     Raises ConfigError in one line for an unknown method, a change that changes nothing, and two
     methods whose sets would lie in one folder.
     """
     rows = [
-        _entry(written, pairs, config, judged)
+        _entry(written, size, config, judged)
         for written in dict.fromkeys(methods)
-        for pairs in dict.fromkeys(sizes)
+        for size in dict.fromkeys(sizes)
     ]
     first: dict[str, Entry] = {}
     for row in rows:
@@ -113,14 +120,16 @@ def entries(
     return rows
 
 
-def _entry(written: str, pairs: int, config: RunConfig, judged: EvaluateConfig) -> Entry:
+def _entry(written: str, size: int | str, config: RunConfig, judged: EvaluateConfig) -> Entry:
     """Return the row of a method as written, at one size. Raises ConfigError in one line."""
     name, fields = _parse(written)
     of_protocol = {key: value for key, value in fields.items() if key.startswith("protocol.")}
     of_run = {key: value for key, value in fields.items() if key not in of_protocol}
     kept = [f"{key}={value}" for key, value in of_run.items()]
-    place = set_name(_short(UNSAFE.sub("_", "+".join([name, *kept]))), pairs)
-    fixed = {"method": name, "pairs": pairs, "out": (Folder(config.out) / place).path}
+    place = set_name(_short(UNSAFE.sub("_", "+".join([name, *kept]))), size)
+    pairs, budget = (0, size) if isinstance(size, str) else (size, "")
+    sized = {"pairs": pairs, "budget": budget}
+    fixed = {"method": name, **sized, "out": (Folder(config.out) / place).path}
     run, plain = replace(config, {**of_run, **fixed}), replace(config, fixed)
     changed = replace(judged, of_protocol)
     method = catalog.method(name, run.budget)
@@ -130,7 +139,7 @@ def _entry(written: str, pairs: int, config: RunConfig, judged: EvaluateConfig) 
     ):
         if given and same:
             raise ConfigError(f"method {written!r}: {' and '.join(given)} changes nothing here")
-    return Entry(written, pairs, place, run, changed)
+    return Entry(written, pairs, budget, place, run, changed)
 
 
 def _short(name: str) -> str:
@@ -165,21 +174,25 @@ def _parse(written: str) -> tuple[str, dict[str, str]]:
 def compare(
     config: RunConfig,
     methods: list[str],
-    sizes: list[int],
+    sizes: Sequence[int | str],
     judged: EvaluateConfig,
     redo: bool = False,
 ) -> dict[str, Any]:
     """Make the missing sets, run the missing trials, write the table and return it.
 
-    Interrupted and called again, it goes on. Raises UserError in one line for what the user can
-    fix, as far as possible before anything long starts.
+    `sizes` are numbers of pairs, or budgets such as "2MB"; with budgets the method CONTROL is one
+    of those compared. Interrupted and called again, it goes on. Raises UserError in one line for
+    what the user can fix, as far as possible before anything long starts.
     """
     if not config.out:
         raise ConfigError("no folder for the comparison: give --out FOLDER")
-    if min(sizes) < 2:
-        raise ConfigError(f"--pairs is {min(sizes)}; training needs at least 2")
+    few = [size for size in sizes if isinstance(size, int) and size < 2]
+    if few:
+        raise ConfigError(f"--pairs is {min(few)}; training needs at least 2")
     if not methods:
         raise ConfigError(f"no methods to compare: give --methods, some of {', '.join(METHODS)}")
+    if CONTROL not in methods and any(isinstance(size, str) for size in sizes):
+        methods = [*methods, CONTROL]
     root = Folder(config.out)
     judged = replace(judged, {"ray": config.ray, "read": config.read.files})
     rows, shards = [], []
@@ -246,7 +259,13 @@ def _notes(rows: list[Entry], results: dict[str, dict[str, Any]]) -> list[str]:
 
 def _cells(entry: Entry, result: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the cells of a row: one per backbone, then their average."""
-    about = {"method": entry.method, "pairs": entry.pairs}
+    size = result["set"]
+    about = {
+        "method": entry.method,
+        "pairs": entry.pairs or size["pairs"],
+        "budget": entry.run.budget_bytes or None,
+        **{name: size[name] for name in ("bytes", "image_bytes", "caption_bytes", "pixels")},
+    }
     parts = [
         (backbone["name"], backbone, len(backbone["trials"])) for backbone in result["backbones"]
     ]
@@ -255,6 +274,7 @@ def _cells(entry: Entry, result: dict[str, Any]) -> list[dict[str, Any]]:
         {
             **about,
             "backbone": name,
+            "pixels_per_epoch": part["pixels_per_epoch"],
             "mean": part["mean"],
             "std": part["std"],
             "trials": trials,
@@ -265,12 +285,14 @@ def _cells(entry: Entry, result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def as_csv(cells: list[dict[str, Any]]) -> str:
-    """Return one line per cell: mean and deviation of every measure, in percent."""
+    """Return one line per cell: mean and deviation of every measure, in percent; its sizes."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     measures = [f"{name} {kind}" for name in MEASURES for kind in ("mean", "std")]
-    writer.writerow(["method", "pairs", "backbone", "trials", *measures])
+    sizes = ("bytes", "pixels", "pixels_per_epoch")
+    writer.writerow(["method", "pairs", "backbone", "trials", *measures, *sizes])
     for cell in cells:
         values = [f"{cell[kind][name]:.4f}" for name in MEASURES for kind in ("mean", "std")]
+        values += [f"{cell[name]:.0f}" for name in sizes]
         writer.writerow([cell["method"], cell["pairs"], cell["backbone"], cell["trials"], *values])
     return stream.getvalue()

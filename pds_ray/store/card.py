@@ -124,7 +124,8 @@ def _front_matter(pairs: int, tags: list[str]) -> str:
 
 def image_kind(rows: Sequence[Record]) -> str:
     """Return the suffix of the images of a set, without its dot."""
-    return rows[0]["file_name"].rpartition(".")[2] if rows else "png"
+    named = [row["file_name"] for row in rows[:1] if "file_name" in row]
+    return named[0].rpartition(".")[2] if named else "png"
 
 
 def card_of_export(text: str, format: str, place: str, image: str) -> str:

@@ -335,7 +335,7 @@ def test_impossible_plans(changes: dict[str, Any], words: str) -> None:
 
 def test_a_stage_without_a_cost_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     method = PDS.replaced(replace(PDS.stage("match"), plan=""))
-    monkeypatch.setattr(catalog, "method", lambda _: method)
+    monkeypatch.setattr(catalog, "method", lambda *_: method)
     with pytest.raises(ConfigError) as error:
         forecast(1_000_000)
     assert str(error.value) == (
