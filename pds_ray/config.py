@@ -512,7 +512,7 @@ class RunConfig(Options):
     budget: str = option(
         "",
         "bytes of the images and captions of the set at most, such as 500kB, 2MB or 1.5MiB: pairs, "
-        "side and format of the images are chosen for it",
+        "side and format of the images are chosen for it; by default the pairs decide",
         "budget",
     )
     seed: int = option(0, "seed of all random draws", "seed", at_least=0, at_most=2**31 - 1)

@@ -126,7 +126,8 @@ def _entry(written: str, size: int | str, config: RunConfig, judged: EvaluateCon
     of_protocol = {key: value for key, value in fields.items() if key.startswith("protocol.")}
     of_run = {key: value for key, value in fields.items() if key not in of_protocol}
     kept = [f"{key}={value}" for key, value in of_run.items()]
-    place = set_name(_short(UNSAFE.sub("_", "+".join([name, *kept]))), size)
+    safe = UNSAFE.sub("_", "+".join([name, *kept]))
+    place = set_name(_short(safe), UNSAFE.sub("_", str(size)))
     pairs, budget = (0, size) if isinstance(size, str) else (size, "")
     sized = {"pairs": pairs, "budget": budget}
     fixed = {"method": name, **sized, "out": (Folder(config.out) / place).path}

@@ -65,7 +65,7 @@ def state_name(key: str) -> str:
     return f"{key}{STATE_SUFFIX}"
 
 
-def set_name(method: str, size: int | str) -> str:
+def set_name(method: str, size: str) -> str:
     """Return the name of a set's run folder below a comparison; `size` is pairs or a budget."""
     return f"sets/{method}-{size}"
 

@@ -173,6 +173,27 @@ def comparison(
     return run, judged, sizes
 
 
+def test_a_comparison_of_budgets(called: Any) -> None:
+    run, _, sizes, _ = called(
+        "compare", "--preset", "demo", "--budgets", "0.5MB, 2MB,500kB", "--out", "/x"
+    )
+    assert sizes == ["500kB", "2MB"], "one of two that are the same"
+    assert run.budget == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "pairs"),
+    [
+        (("--preset", "web_scale"), 10_000),
+        (("--preset", "web_scale", "--budget", "2MB"), 0),
+        (("--preset", "web_scale", "--budget", "2MB", "--pairs", "7"), 7),
+    ],
+)
+def test_a_budget_frees_the_pairs_of_a_preset(flags: tuple[str, ...], pairs: int) -> None:
+    config = cli.resolve(cli.build_parser().parse_args(["distill", *flags]))
+    assert config.pairs == pairs
+
+
 def test_a_comparison_is_shown_where_the_file_puts_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +237,9 @@ def test_a_comparison_is_shown_where_the_file_puts_it(
         ),
         (["compare"], {"backbone": "small_conv"}, "unknown option backbone; known: source"),
         (["compare"], {"pairs": "5,x"}, "--pairs is '5,x'"),
+        (["compare", "--budgets", "1MB,x"], {}, "--budgets is 'x'; it must be a size such as"),
+        (["compare", "--budgets", ","], {}, "--budgets is empty"),
+        (["compare", "--budgets", "1MB", "--pairs", "5"], {}, "--pairs and --budgets are given"),
         (["distill"], {"seeds": 2}, "unknown option seeds; known: source"),
     ],
 )
