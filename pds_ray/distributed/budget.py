@@ -12,7 +12,8 @@ from PIL import Image
 
 from pds_ray import catalog
 from pds_ray.config import DecodeConfig, EmbedConfig
-from pds_ray.decoders.base import DecodeBatch
+from pds_ray.config import replace as configure
+from pds_ray.decoders.base import DecodeBatch, DecoderInfo
 from pds_ray.distributed import pools, process, session, tasks
 from pds_ray.distributed.in_flight import InFlight
 from pds_ray.encoders.base import EncoderInfo
@@ -21,6 +22,7 @@ from pds_ray.modalities.image import resized
 from pds_ray.sources.base import Source
 from pds_ray.stages import budget as core
 from pds_ray.stages.embed import embed_images
+from pds_ray.stages.synthesize import pair_seed
 from pds_ray.stages.vectors import normalized
 from pds_ray.store.distilled_set import caption_bytes
 from pds_ray.store.embeddings import EmbeddingStore
@@ -41,8 +43,12 @@ class Sample:
     """Their embeddings at unit length, float32 [m, d]."""
     owner: np.ndarray
     """The image of each caption, int64 [m]."""
-    caption_bytes: np.ndarray
-    """Bytes of each caption with its line end, int64 [m]."""
+    texts: list[str]
+    """The captions."""
+    vectors: np.ndarray
+    """The images' embeddings, not normalised, float32 [n, d]."""
+    places: list[tuple[str, str]]
+    """Shard and key of each image."""
 
     def images(self) -> Iterator[Image.Image]:
         return map(Image.fromarray, self.pixels)
@@ -63,18 +69,19 @@ def budget(run: Run) -> Counts:
             bar.update(len(part.pixels))
         sample = _joined(parts)
         shared = ray.put(sample)
+        shown = sample.pixels if run.decoder.dim is None else _drawn(run, sample, full)
         sizes = {}
-        for way, size in zip(ways, tasks.map_in_order(_mean_bytes, ways, sample), strict=True):
+        for way, size in zip(ways, tasks.map_in_order(_mean_bytes, ways, shown), strict=True):
             sizes[way] = size
             bar.update(images)
         room = core.Room(
             budget=config.budget_bytes,
             pairs=config.pairs,
             there=_there(run),
-            caption_bytes=float(sample.caption_bytes.mean()),
+            caption_bytes=float(np.mean([caption_bytes(text) for text in sample.texts])),
         )
         choice = _choose(run, room, sizes, shared)
-    run.folder.save_budget(core.record(room, images, sizes, choice))
+    run.folder.save_budget(core.record(room, images, len(shown), sizes, choice))
     chosen = {name.rpartition(".")[2]: value for name, value in choice.options().items()}
     about = {"budget": room.budget, "sampled": images, "bytes_per_image": sizes[choice.saving]}
     return {**about, "bytes_per_caption": room.caption_bytes, **chosen}
@@ -97,21 +104,23 @@ def _read(
 ) -> Sample:
     """Read some images of a shard as squares, with what the store has of their captions."""
     shard, rows = place
-    keys = store.images(shard, ["key"]).column("key").take(rows).to_pylist()
+    table = store.images(shard, ["key", "embedding"]).take(rows)
+    places = [(shard, key) for key in table.column("key").to_pylist()]
     config = DecodeConfig(decoder="nearest")
     decoder = catalog.load_decoder(catalog.describe_decoder(config, encoder), config, source)
     nothing = np.zeros((len(rows), 0), np.float32)
-    batch = DecodeBatch(nothing, [], [], [(shard, key) for key in keys])
+    batch = DecodeBatch(nothing, [], [], places)
     pixels = [np.asarray(resized(image, side)) for image in decoder.decode(batch)]
     captions = store.captions(shard, ["image_row", "caption", "embedding"])
     image_row = captions.column("image_row").to_numpy()
     mine = np.flatnonzero(np.isin(image_row, rows))
-    texts = captions.column("caption").take(mine).to_pylist()
     return Sample(
         np.stack(pixels),
         normalized(embeddings(captions.take(mine))),
         np.searchsorted(rows, image_row[mine]),
-        np.array([caption_bytes(text) for text in texts], np.int64),
+        captions.column("caption").take(mine).to_pylist(),
+        embeddings(table),
+        places,
     )
 
 
@@ -121,12 +130,55 @@ def _joined(parts: list[Sample]) -> Sample:
         np.concatenate([part.pixels for part in parts]),
         np.concatenate([part.captions for part in parts]),
         np.concatenate([part.owner + start for part, start in zip(parts, starts, strict=False)]),
-        np.concatenate([part.caption_bytes for part in parts]),
+        [text for part in parts for text in part.texts],
+        np.concatenate([part.vectors for part in parts]),
+        [place for part in parts for place in part.places],
     )
 
 
-def _mean_bytes(way: core.Saving, sample: Sample) -> float:
-    return core.mean_bytes(sample.images(), way)
+def _drawn(run: Run, sample: Sample, side: int) -> np.ndarray:
+    """Return some images of the sample as the decoder draws them, uint8 [DRAWN, side, side, 3].
+
+    Their bytes may differ from those of real ones.
+    """
+    actors = pools.pool(run.config.ray.decode_actors)
+    precision = pools.precision(run.config.decode.precision, actors, "fp16")
+    config = configure(run.config, {"decode.precision": precision}).decode
+    rows = np.arange(len(sample.places))[:: max(1, len(sample.places) // core.DRAWN)][: core.DRAWN]
+    prompts = [sample.texts[int(np.argmax(sample.owner == row))] for row in rows]
+    seeds = [pair_seed(run.config.seed, int(row)) for row in rows]
+    size = config.batch_size
+    batches = [
+        DecodeBatch(
+            sample.vectors[rows[start : start + size]],
+            prompts[start : start + size],
+            seeds[start : start + size],
+            [sample.places[row] for row in rows[start : start + size]],
+        )
+        for start in range(0, len(rows), size)
+    ]
+    with InFlight() as in_flight, session.unwrapped_errors():
+        drawing = (_draw, run.decoder, config, run.source, batches, side, in_flight)
+        return ray.get(pools.start_model(actors, *drawing))
+
+
+def _draw(
+    info: DecoderInfo,
+    config: DecodeConfig,
+    source: Source,
+    batches: list[DecodeBatch],
+    side: int,
+    in_flight: InFlight,
+) -> np.ndarray:
+    with in_flight.doing("the decoder to load"):
+        decoder = process.load_model(catalog.load_decoder, info, config, source)
+    with in_flight.doing("some images to be drawn", IMAGES):
+        images = (image for batch in batches for image in decoder.decode(batch))
+        return np.stack([np.asarray(resized(image, side)) for image in images])
+
+
+def _mean_bytes(way: core.Saving, pixels: np.ndarray) -> float:
+    return core.mean_bytes(map(Image.fromarray, pixels), way)
 
 
 def _choose(

@@ -8,12 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 from pds_ray.methods.base import Method, Run, Stage
+from pds_ray.methods.pds import DECODE
 
 
 def _asked(run: Run) -> list[Any]:
     config, decode = run.config, run.config.decode
     asked = [config.budget_bytes, config.pairs, decode.image_size, decode.format, decode.quality]
-    return [config.seed, *asked]
+    # what a decoder draws has bytes of its own
+    drawn = [] if run.decoder.dim is None else DECODE.depends_on(run)
+    return [config.seed, *asked, drawn]
 
 
 BUDGET = Stage(

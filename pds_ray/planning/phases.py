@@ -15,7 +15,7 @@ from pds_ray.distributed.process import MODEL_THREADS
 from pds_ray.distributed.sizes import BLOCK_BYTES, QUERIES_PER_SHARD, pool_size
 from pds_ray.planning.figures import Estimate, Figures
 from pds_ray.planning.workload import Cluster, Workload
-from pds_ray.stages.budget import SAMPLE, SAMPLE_SHARDS, SHARES, savings
+from pds_ray.stages.budget import DRAWN, SAMPLE, SAMPLE_SHARDS, SHARES, savings
 from pds_ray.stages.cluster import sample_share
 from pds_ray.stages.match import DENSE_LIMIT
 from pds_ray.store.calls import CALLS_AT_ONCE, is_remote
@@ -194,8 +194,12 @@ def _budget(inputs: Inputs) -> list[Phase]:
     looked_at = inputs.demand(
         "encode images", 2 * len(SHARES) * images, "encode_images", processors
     )
+    drawn: Phase = ()
+    if inputs.config.decode.decoder == "unclip":
+        drawn = (inputs.demand("draw some", DRAWN, "draw", processors),)
     return [
         (inputs.demand("read the shards of the sample", read, "read", shards),),
+        drawn,
         (inputs.demand("save in each way", ways * images, "save"),),
         (looked_at,),
     ]

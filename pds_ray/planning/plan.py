@@ -97,8 +97,9 @@ def make_plan(
     _check_gpus(config, cluster)
     figures = choose_figures(config, cluster, measured)
     if not config.pairs:  # what fits in the budget is known only when the images have been seen
-        pairs = min(work.images, round(config.budget_bytes / figures["saved_pair"].value))
-        config = replace(config, {"pairs": max(1, pairs)})
+        pairs = config.budget_bytes / figures["saved_pair"].value
+        kept = (1 - config.prune.ratio) * work.images
+        config = replace(config, {"pairs": max(1, int(min(pairs, kept)))})
     dim, size = encoder_shape(config, measured)
 
     def stages(case: Case) -> Iterator[StagePlan]:

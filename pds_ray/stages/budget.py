@@ -1,8 +1,9 @@
 """The choice for a budget of bytes: pairs, side, format and quality (docs/methods.md).
 
 The bytes of a set are those of its image files, and of its captions in UTF-8 with a line end each.
-A seeded sample of the source's images is saved in each way that the options leave open; the
-encoder tells how well it still finds the own captions of images saved so.
+A seeded sample of the source's images, or of what the decoder makes of them, is saved in each way
+that the options leave open; the encoder tells how well it still finds the own captions of real
+images saved so.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ KEPT = 0.9
 """Share of the recall at the largest side, without loss, that a way of saving must keep."""
 SAMPLE, SAMPLE_SHARDS = 256, 16
 """Images that are looked at, and shards of the source that they are taken from at most."""
+DRAWN = 32
+"""Images of the sample that a decoder draws, where one makes the images of the set."""
 
 
 @dataclass(frozen=True)
@@ -185,13 +188,17 @@ def fitting_pairs(sizes: Sequence[int], budget: int) -> int:
 
 
 def record(
-    room: Room, images: int, sizes: Mapping[Saving, float], choice: Choice
+    room: Room, images: int, shown: int, sizes: Mapping[Saving, float], choice: Choice
 ) -> dict[str, Any]:
-    """Return the content of budget.json, from which the choice can be followed."""
+    """Return the content of budget.json, from which the choice can be followed.
+
+    Of the sample's `images`, the bytes of `shown` ones were measured.
+    """
     return {
         "budget": room.budget,
         "bytes": "image files, and captions in UTF-8 with a line end each",
         "sampled": images,
+        "measured_on": shown,
         "caption_bytes": room.caption_bytes,
         "measured": [
             {**asdict(saving), "bytes": size, "r_mean": choice.r_mean.get(saving)}

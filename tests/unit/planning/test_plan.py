@@ -343,6 +343,19 @@ def test_a_stage_without_a_cost_model_is_named(monkeypatch: pytest.MonkeyPatch) 
     )
 
 
+def test_a_budget_is_planned_with_the_pairs_that_it_may_hold() -> None:
+    """250 pairs of 8 kB, as assumed; the stage that chooses comes after pruning."""
+    plan = forecast(1_000_000, pairs=0, budget="2MB")
+    names = [stage.name for stage in plan.stages]
+    assert names == ["embed", "prune", "budget", *PDS.names[2:]]
+    assert demand(plan, "decode", "draw").work == 250
+    assert demand(plan, "budget", "save in each way").work == 256 * 5 * 7
+    given = forecast(1_000_000, pairs=300, budget="2MB")
+    assert demand(given, "decode", "draw").work == 300
+    few = forecast(100, pairs=0, budget="2MB")
+    assert demand(few, "decode", "draw").work == 80, "those that pruning keeps"
+
+
 # ---- the engine that it models -----------------------------------------------------------------
 
 

@@ -175,7 +175,7 @@ def test_the_record_holds_the_choice_as_options() -> None:
     sizes = {way: 10.0 * way.side for way in WAYS}
     room = Room(10_000, 0, MANY, 40.0)
     choice = choose(room, sizes, lambda _: 1.0)
-    written = record(room, 7, sizes, choice)
+    written = record(room, 7, 7, sizes, choice)
     assert written["chosen"] == {
         "pairs": 50,
         "decode.image_size": 16,
