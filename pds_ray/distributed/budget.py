@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import ray
-import torch
 from PIL import Image
 
 from pds_ray import catalog
@@ -28,7 +27,6 @@ from pds_ray.store.distilled_set import caption_bytes
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.schemas import embeddings
 from pds_ray.telemetry.progress import progress_bar
-from pds_ray.training.recall import recalls
 
 IMAGES = "images"
 
@@ -49,6 +47,10 @@ class Sample:
     """The images' embeddings, not normalised, float32 [n, d]."""
     places: list[tuple[str, str]]
     """Shard and key of each image."""
+    rival_images: np.ndarray
+    """Embeddings of other images at unit length, float32 [R, d]."""
+    rival_captions: np.ndarray
+    """Embeddings of a caption of each of these at unit length, float32 [R, d]."""
 
     def images(self) -> Iterator[Image.Image]:
         return map(Image.fromarray, self.pixels)
@@ -61,7 +63,7 @@ def budget(run: Run) -> Counts:
     counted = {shard: marker["images"] for shard, marker in run.embedded.items()}
     places = core.draw(counted, config.seed)
     ways = core.savings(full, config.decode)
-    images = sum(len(rows) for _, rows in places)
+    images = sum(len(rows) for _, rows, _ in places)
     with progress_bar("budget", images * (1 + len(ways)), "images") as bar:
         parts = []
         for part in tasks.map_in_order(_read, places, run.source, run.store, run.encoder, full):
@@ -96,15 +98,16 @@ def _there(run: Run) -> int:
 
 
 def _read(
-    place: tuple[str, np.ndarray],
+    place: tuple[str, np.ndarray, np.ndarray],
     source: Source,
     store: EmbeddingStore,
     encoder: EncoderInfo,
     side: int,
 ) -> Sample:
     """Read some images of a shard as squares, with what the store has of their captions."""
-    shard, rows = place
-    table = store.images(shard, ["key", "embedding"]).take(rows)
+    shard, rows, rivals = place
+    images = store.images(shard, ["key", "embedding"])
+    table = images.take(rows)
     places = [(shard, key) for key in table.column("key").to_pylist()]
     config = DecodeConfig(decoder="nearest")
     decoder = catalog.load_decoder(catalog.describe_decoder(config, encoder), config, source)
@@ -114,6 +117,7 @@ def _read(
     captions = store.captions(shard, ["image_row", "caption", "embedding"])
     image_row = captions.column("image_row").to_numpy()
     mine = np.flatnonzero(np.isin(image_row, rows))
+    _, first = np.unique(image_row, return_index=True)  # every image has a caption
     return Sample(
         np.stack(pixels),
         normalized(embeddings(captions.take(mine))),
@@ -121,6 +125,8 @@ def _read(
         captions.column("caption").take(mine).to_pylist(),
         embeddings(table),
         places,
+        normalized(embeddings(images.take(rivals))),
+        normalized(embeddings(captions.take(first[rivals]))),
     )
 
 
@@ -133,6 +139,8 @@ def _joined(parts: list[Sample]) -> Sample:
         [text for part in parts for text in part.texts],
         np.concatenate([part.vectors for part in parts]),
         [place for part in parts for place in part.places],
+        np.concatenate([part.rival_images for part in parts]),
+        np.concatenate([part.rival_captions for part in parts]),
     )
 
 
@@ -203,13 +211,12 @@ def _look(
 ) -> core.Choice:
     with in_flight.doing("the encoder to load"):
         encoder = process.load_model(catalog.load_encoder, info, config.precision)
-    # copies: arrays of the object store are read-only
-    captions, owner = (torch.tensor(each) for each in (sample.captions, sample.owner))
 
     def r_mean(way: core.Saving) -> float:
         with in_flight.doing(f"the images saved as {way} to be encoded", IMAGES):
             images = (core.seen(image, way) for image in sample.images())
-            rows = embed_images(images, encoder, info.preprocess, config.batch_size)
-        return recalls(torch.from_numpy(normalized(rows)), captions, owner)["r_mean"]
+            rows = normalized(embed_images(images, encoder, info.preprocess, config.batch_size))
+        rivals = (sample.rival_images, sample.rival_captions)
+        return core.found(rows, sample.captions, sample.owner, *rivals)
 
     return core.choose(room, sizes, r_mean)

@@ -18,6 +18,7 @@ from PIL import Image
 
 from pds_ray.config import ConfigError, DecodeConfig
 from pds_ray.modalities.image import SUFFIXES, encode_image, resized
+from pds_ray.training.recall import CUTOFFS
 
 SHARES = (1.0, 0.75, 0.5, 0.375, 0.25)
 """Sides that are tried, as shares of the largest."""
@@ -27,6 +28,8 @@ KEPT = 0.9
 """Share of the recall at the largest side, without loss, that a way of saving must keep."""
 SAMPLE, SAMPLE_SHARDS = 256, 16
 """Images that are looked at, and shards of the source that they are taken from at most."""
+RIVALS = 4096
+"""Other images of these shards, with a caption each, among which the sample is looked for."""
 DRAWN = 32
 """Images of the sample that a decoder draws, where one makes the images of the set."""
 
@@ -78,20 +81,24 @@ class Choice:
         }
 
 
-def draw(images: Mapping[str, int], seed: int) -> list[tuple[str, np.ndarray]]:
-    """Draw SAMPLE images, fewer if there are not so many, from SAMPLE_SHARDS shards.
+def draw(images: Mapping[str, int], seed: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Draw SAMPLE images and RIVALS others, fewer if there are not so many, from SAMPLE_SHARDS.
 
-    `images` is shard -> number of its images. Returns shards and rows in them, ascending int64.
+    `images` is shard -> number of its images. Returns shards, each with the rows of its images in
+    the sample and of its rivals, ascending int64.
     """
     rng = np.random.default_rng([seed, 0xB7])  # apart from the draws of other stages
     names = [name for name, count in images.items() if count]
     some = sorted(rng.permutation(len(names))[:SAMPLE_SHARDS])
-    counts = [images[names[number]] for number in some]
-    total = sum(counts)
-    rows = np.sort(rng.choice(total, min(SAMPLE, total), replace=False))
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    of = np.searchsorted(starts, rows, side="right") - 1
-    return [(names[some[number]], rows[of == number] - starts[number]) for number in np.unique(of)]
+    starts = np.cumsum([0, *(images[names[number]] for number in some)])
+    drawn = rng.permutation(starts[-1])[: SAMPLE + RIVALS]
+    parts = [np.sort(part) for part in (drawn[:SAMPLE], drawn[SAMPLE:])]
+    places = []
+    for number, start, end in zip(some, starts[:-1], starts[1:], strict=True):
+        own, rivals = (part[(part >= start) & (part < end)] - start for part in parts)
+        if len(own):
+            places.append((names[number], own, rivals))
+    return places
 
 
 def savings(full: int, config: DecodeConfig) -> list[Saving]:
@@ -121,6 +128,27 @@ def seen(image: Image.Image, saving: Saving) -> Image.Image:
     """Return an image as a reader of its file sees it."""
     with Image.open(io.BytesIO(saved(image, saving))) as opened:
         return opened.convert("RGB")
+
+
+def found(
+    images: np.ndarray,
+    captions: np.ndarray,
+    owner: np.ndarray,
+    rival_images: np.ndarray,
+    rival_captions: np.ndarray,
+) -> float:
+    """Return the mean of the six recalls of n images and their m captions among R rivals of each.
+
+    Unit vectors, float32: images [n, d], captions [m, d], rivals [R, d] twice; owner int64 [m].
+    Small galleries are found in whole however images are saved; hence the rivals.
+    """
+    scores = images @ captions.T
+    own = np.where(owner == np.arange(len(images))[:, None], scores, -np.inf).max(axis=1)
+    by_image = (np.hstack([scores, images @ rival_captions.T]) > own[:, None]).sum(axis=1)
+    of_captions = np.hstack([scores.T, captions @ rival_images.T])
+    by_caption = (of_captions > scores[owner, np.arange(len(owner))][:, None]).sum(axis=1)
+    shares = [np.mean(ranks < cutoff) for ranks in (by_image, by_caption) for cutoff in CUTOFFS]
+    return 100 * float(np.mean(shares))
 
 
 def choose(room: Room, sizes: Mapping[Saving, float], r_mean: Callable[[Saving], float]) -> Choice:

@@ -85,7 +85,7 @@ def test_bytes_are_measured_on_images_of_the_source(chosen: Path) -> None:
         for shard in source.shards()
     }
     places = draw({shard: len(found) for shard, found in samples.items()}, 0)
-    drawn = [samples[shard][row] for shard, rows in places for row in rows]
+    drawn = [samples[shard][row] for shard, rows, _ in places for row in rows]
     assert len(drawn) == SAMPLE
     written = json.loads((chosen / "budget.json").read_text())
     texts = [caption for sample in drawn for caption in sample.captions]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -14,6 +15,7 @@ from PIL import Image
 from pds_ray.config import ConfigError, DecodeConfig
 from pds_ray.stages.budget import (
     KEPT,
+    RIVALS,
     SAMPLE,
     SAMPLE_SHARDS,
     Room,
@@ -21,11 +23,13 @@ from pds_ray.stages.budget import (
     choose,
     draw,
     fitting_pairs,
+    found,
     mean_bytes,
     record,
     savings,
     seen,
 )
+from pds_ray.training.recall import recalls
 
 MANY = 10**9
 WAYS = savings(64, DecodeConfig())
@@ -129,20 +133,23 @@ def test_the_ways_that_the_options_leave_open() -> None:
 def test_the_sample_is_drawn_by_the_seed_alone(images: dict[str, int], seed: int) -> None:
     if not sum(images.values()):
         return
-    found = draw(images, seed)
+    drawn = draw(images, seed)
     again = draw(dict(images), seed)
-    assert [(shard, rows.tolist()) for shard, rows in found] == [
-        (shard, rows.tolist()) for shard, rows in again
+    assert [(shard, *map(list, rows)) for shard, *rows in drawn] == [
+        (shard, *map(list, rows)) for shard, *rows in again
     ]
-    assert 1 <= len(found) <= SAMPLE_SHARDS
-    for shard, rows in found:
-        assert (np.diff(rows) > 0).all()
-        assert rows[0] >= 0
-        assert rows[-1] < images[shard]
-    there = sorted(images.values(), reverse=True)[:SAMPLE_SHARDS]
-    assert sum(len(rows) for _, rows in found) <= min(SAMPLE, sum(there))
+    assert 1 <= len(drawn) <= SAMPLE_SHARDS
+    for shard, rows, rivals in drawn:
+        assert set(rows) | set(rivals) <= set(range(images[shard]))
+        assert not set(rows) & set(rivals)
+        for each in (rows, rivals):
+            assert (np.diff(each) > 0).all()
+    there, total = sorted(images.values(), reverse=True)[:SAMPLE_SHARDS], sum(images.values())
+    assert sum(len(rows) for _, rows, _ in drawn) <= min(SAMPLE, sum(there))
     if len([count for count in images.values() if count]) <= SAMPLE_SHARDS:
-        assert sum(len(rows) for _, rows in found) == min(SAMPLE, sum(images.values()))
+        assert sum(len(rows) for _, rows, _ in drawn) == min(SAMPLE, total)
+        rivals = sum(len(rivals) for _, _, rivals in drawn)
+        assert rivals <= min(RIVALS, total - min(SAMPLE, total))
 
 
 @pytest.mark.parametrize("way", [Saving(16, "png"), Saving(24, "jpeg", 75), Saving(12, "webp", 50)])
@@ -184,3 +191,33 @@ def test_the_record_holds_the_choice_as_options() -> None:
     }
     assert len(written["measured"]) == len(WAYS)
     assert sum(each["r_mean"] is not None for each in written["measured"]) == len(choice.r_mean)
+
+
+def ranks(query: np.ndarray, gallery: np.ndarray, own: list[int]) -> int:
+    """Return the rank of the best of `own` for a query, from 0, by sorting."""
+    order = sorted(range(len(gallery)), key=lambda item: -float(gallery[item] @ query))
+    return min(order.index(item) for item in own)
+
+
+@pytest.mark.parametrize("rivals", [0, 9])
+def test_recall_among_rivals_by_sorting(rivals: int) -> None:
+    rng = np.random.default_rng(rivals)
+
+    def units(count: int) -> np.ndarray:
+        rows = rng.standard_normal((count, 3)).astype(np.float32)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    owner = np.array([0, 0, 1, 2, 3, 3, 4, 5, 6, 7])
+    images, captions, others, texts = units(8), units(10), units(rivals), units(rivals)
+    by_image = [
+        ranks(row, np.vstack([captions, texts]), list(np.flatnonzero(owner == number)))
+        for number, row in enumerate(images)
+    ]
+    gallery = np.vstack([images, others])
+    by_caption = [ranks(row, gallery, [of]) for row, of in zip(captions, owner, strict=True)]
+    shares = [np.mean(np.array(each) < k) for each in (by_image, by_caption) for k in (1, 5, 10)]
+    measured = found(images, captions, owner, others, texts)
+    assert measured == pytest.approx(100 * np.mean(shares))
+    if not rivals:
+        tensors = map(torch.from_numpy, (images, captions, owner))
+        assert measured == pytest.approx(recalls(*tensors)["r_mean"])
