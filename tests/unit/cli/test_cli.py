@@ -33,6 +33,7 @@ from pds_ray.config import (
 from pds_ray.distributed.lifetime import session_kept
 from pds_ray.recipes import protocol, recipe
 from pds_ray.telemetry import log
+from tests.support.synthetic_run import add_comparison
 
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
@@ -179,6 +180,28 @@ def test_a_comparison_of_budgets(called: Any) -> None:
     )
     assert sizes == ["500kB", "2MB"], "one of two that are the same"
     assert run.budget == ""
+
+
+def test_show_prints_the_frontiers_of_a_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = {("pds", 6): "a", ("random", 7): "b", ("pds", 20): "c", ("herding", 5): "d"}
+    add_comparison(tmp_path, sets, pair_bytes=130, budgets=True)
+    cli.COMMANDS["show"](cli.build_parser().parse_args(["show", str(tmp_path)]))
+    shown = capsys.readouterr().out
+    lines = [line.split() for line in shown.splitlines()]
+    rows = [line for line in lines if line[:1] in (["5"], ["6"], ["7"], ["20"])]
+    assert [line[:3] for line in rows] == [
+        ["6", "780", "pds"],
+        ["7", "910", "random"],
+        ["5", "650", "herding"],
+        ["20", "2,600", "pds"],
+    ]
+    assert "650 bytes,       5 pairs" in shown
+    assert "910 bytes" not in shown, "fewer bytes have a higher recall"
+    assert "20,480 pixels per epoch,       5 pairs" in shown
+    cli.COMMANDS["show"](cli.build_parser().parse_args(["show", str(tmp_path), "--json"]))
+    assert json.loads(capsys.readouterr().out)["cells"][0]["budget"] == 1000
 
 
 @pytest.mark.parametrize(
