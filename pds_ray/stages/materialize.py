@@ -26,8 +26,8 @@ from pds_ray.store.distilled_set import (
     SET_SCHEMA_VERSION,
     Record,
     SetSize,
-    caption_bytes,
     image_path,
+    record_bytes,
     tar_path,
 )
 from pds_ray.store.run_folder import RunFolder
@@ -138,7 +138,7 @@ def write_distilled(
     size = SetSize(
         pairs=len(rows),
         image_bytes=sum(file["bytes"] for file in images.values()),
-        caption_bytes=sum(caption_bytes(row["text"]) for row in rows),
+        caption_bytes=sum(map(record_bytes, rows)),
         pixels=pixels,
     )
     metadata = "".join(_json_line(row) + "\n" for row in rows).encode()
@@ -160,7 +160,7 @@ def write_distilled(
 def _fitting(images: Folder, rows: list[Record], budget: int) -> int:
     """Return how many of the first pairs fit into a budget. Raises ConfigError if none does."""
     data = side_by_side(images.read_bytes, [row["file_name"] for row in rows])
-    sizes = [len(image) + caption_bytes(row["text"]) for image, row in zip(data, rows, strict=True)]
+    sizes = [len(image) + record_bytes(row) for image, row in zip(data, rows, strict=True)]
     count = fitting_pairs(sizes, budget)
     if not count:
         raise ConfigError(

@@ -60,6 +60,11 @@ def caption_bytes(text: str) -> int:
     return len(text.encode()) + 1
 
 
+def record_bytes(record: Record) -> int:
+    """Return the bytes that the captions of a pair count in a set."""
+    return caption_bytes(record.get("text") or "")
+
+
 class DistilledSetError(UserError, ValueError):
     """A folder is no distilled set, or a damaged one."""
 
@@ -168,7 +173,7 @@ class DistilledSet:
         )
         files = self.manifest["files"]
         images = sum(files[image_path(row["file_name"])]["bytes"] for row in self.records)
-        return SetSize(len(self), images, sum(map(caption_bytes, self.captions)), pixels)
+        return SetSize(len(self), images, sum(map(record_bytes, self.records)), pixels)
 
     def image(self, pair: int) -> Image.Image:
         """Return the RGB image of one pair.
