@@ -167,12 +167,13 @@ class DistilledSet:
         The images are read if an earlier version wrote the set, or another program: its manifest
         then lacks the pixels. Raises DistilledSetError as `image` does.
         """
-        recorded = self.manifest.get("size") or {}
+        # an image that several pairs share is one file
+        pair_of = {row["file_name"]: pair for pair, row in enumerate(self.records)}
+        recorded, files = self.manifest.get("size") or {}, self.manifest["files"]
         pixels = recorded.get("pixels") or sum(
-            math.prod(self.image(pair).size) for pair in range(len(self))
+            math.prod(self.image(pair).size) for pair in pair_of.values()
         )
-        files = self.manifest["files"]
-        images = sum(files[image_path(row["file_name"])]["bytes"] for row in self.records)
+        images = sum(files[image_path(name)]["bytes"] for name in pair_of)
         return SetSize(len(self), images, sum(map(record_bytes, self.records)), pixels)
 
     def image(self, pair: int) -> Image.Image:
