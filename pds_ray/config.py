@@ -26,6 +26,8 @@ METHODS = tuple(catalog.METHODS)
 PRECISIONS = ("fp32", "fp16", "bf16")
 PAIRS, QUALITY = 100, 90
 """Distilled pairs, and the quality of JPEG and WebP, of runs that do not say and have no budget."""
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+"""Types of options, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -754,11 +756,11 @@ def _convert(value: Any, known: Option) -> Any:
     if kind is bool:
         return _to_bool(value, name)
     if isinstance(value, bool | dict | list):
-        raise ConfigError(f"{name} is {value!r}; it must be of type {kind.__name__}")
+        raise ConfigError(f"{name} is {value!r}; it must be {KINDS[kind]}")
     try:
         converted = kind(value)
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{name} is {value!r}; it must be of type {kind.__name__}") from None
+        raise ConfigError(f"{name} is {value!r}; it must be {KINDS[kind]}") from None
     whole = kind is not int or not isinstance(value, float) or value == converted
     _require(whole, name, value, "a whole number")
     return converted

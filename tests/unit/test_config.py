@@ -299,7 +299,7 @@ MULTIPLE = "a positive multiple of 16 (so that results do not depend on it)"
         ("pairs", -1, "0 or positive"),
         ("budget", "much", "a size such as 500kB, 2MB or 1.5MiB"),
         ("budget", "0MB", "at least a byte"),
-        ("pairs", "ten", "of type int"),
+        ("pairs", "ten", "a whole number"),
         ("pairs", 2.5, "a whole number"),
         ("seed", -1, "from 0 to 2147483647"),
         ("read.captions", "shiny", "basic, paper or none"),

@@ -96,9 +96,9 @@ def test_a_file_means_what_the_command_line_means(
         ("pairs: 10\nout: a\npairs: 20", "'pairs' is given twice .*line 3"),
         ("prune: {ratio: 0.1}\npairs: 1\nprune: {ratio: 0.3}", "'prune' is given twice .*line 3"),
         ("prune.ratio: 0.1\nprune: {ratio: 0.3}", "prune.ratio is given twice"),
-        ("pairs: 1:30", "pairs is '1:30'; it must be of type int"),  # YAML 1.1: 90
+        ("pairs: 1:30", "pairs is '1:30'; it must be a whole number"),  # YAML 1.1: 90
         ("out: ~", "out has no value"),
-        ("source: [a.tar, b.tar]", "source is .* it must be of type str"),
+        ("source: [a.tar, b.tar]", "source is .* it must be text"),
         ("out: !!python/object/apply:os.getcwd []", "is not YAML"),
         ("? [a]\n: 1", "is not YAML"),
     ],
