@@ -24,10 +24,9 @@ MAX_JPEG_SCANS = 100
 Each costs as much as a whole image and may take 10 bytes.
 """
 
-SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
-"""Format of a saved image -> suffix of its file."""
 _BEST: dict[str, dict[str, int]] = {"png": {}, "jpeg": {"optimize": True}, "webp": {"method": 6}}
-"""Format -> options of Pillow: smaller files of the same pixels. A PNG is as in earlier sets."""
+"""Format of saved images -> options of Pillow: smaller files of the same pixels. A PNG is as in earlier sets."""
+SAVED_FORMATS = tuple(_BEST)
 
 PNG_START, JPEG_START, JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
 PNG_BALLAST = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
@@ -85,7 +84,7 @@ def resized(image: Image.Image, side: int) -> Image.Image:
 
 
 def encode_image(image: Image.Image, format: str, quality: int | None = None) -> bytes:
-    """Return an RGB image as a file of one of SUFFIXES.
+    """Return an RGB image as a file of one of SAVED_FORMATS.
 
     `quality`, from 1 to 100, is of JPEG and WebP, which lose something; a PNG has none.
     """

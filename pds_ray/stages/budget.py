@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from pds_ray.config import ConfigError, DecodeConfig
-from pds_ray.modalities.image import SUFFIXES, encode_image, resized
+from pds_ray.modalities.image import SAVED_FORMATS, encode_image, resized
 from pds_ray.training.recall import CUTOFFS
 
 SHARES = (1.0, 0.75, 0.5, 0.375, 0.25)
@@ -104,7 +104,7 @@ def draw(images: Mapping[str, int], seed: int) -> list[tuple[str, np.ndarray, np
 def savings(full: int, config: DecodeConfig) -> list[Saving]:
     """Return the ways of saving that the options leave open, the largest side first."""
     sides = dict.fromkeys(max(1, round(full * share)) for share in SHARES)
-    formats = SUFFIXES if config.format == "auto" else (config.format,)
+    formats = SAVED_FORMATS if config.format == "auto" else (config.format,)
     qualities = QUALITIES if config.quality is None else (config.quality,)
     return [
         Saving(side, format, quality)

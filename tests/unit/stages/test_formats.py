@@ -18,12 +18,12 @@ from PIL import Image
 
 from pds_ray.config import ConfigError
 from pds_ray.methods.pds import PDS_CARD
-from pds_ray.modalities.image import SUFFIXES, encode_image
+from pds_ray.modalities.image import encode_image
 from pds_ray.stages.materialize import write_distilled
 from pds_ray.stages.trial import set_images
 from pds_ray.store.distilled_set import load_distilled
 from pds_ray.store.export import export
-from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.run_folder import SUFFIXES, RunFolder
 from pds_ray.store.storage import Folder
 from tests.unit.stages.test_materialize import ABOUT, prototypes
 
