@@ -25,7 +25,7 @@ Each costs as much as a whole image and may take 10 bytes.
 """
 
 _BEST: dict[str, dict[str, int]] = {"png": {}, "jpeg": {"optimize": True}, "webp": {"method": 6}}
-"""Format of saved images -> options of Pillow: smaller files of the same pixels. A PNG is as in earlier sets."""
+"""Format of saved images -> options of Pillow, for smaller files; a PNG is as in earlier sets."""
 SAVED_FORMATS = tuple(_BEST)
 
 PNG_START, JPEG_START, JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
