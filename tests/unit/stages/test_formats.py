@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pds_ray.config import ConfigError
+from pds_ray.config import ConfigError, DecodeConfig, options
 from pds_ray.methods.pds import PDS_CARD
-from pds_ray.modalities.image import encode_image
+from pds_ray.modalities.image import SAVED_FORMATS, encode_image
 from pds_ray.stages.materialize import write_distilled
 from pds_ray.stages.trial import set_images
 from pds_ray.store.distilled_set import load_distilled
@@ -63,6 +63,11 @@ def test_a_lower_quality_has_fewer_bytes(format: str) -> None:
     sizes = [len(encode_image(Image.fromarray(noise), format, quality)) for quality in (90, 50, 10)]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 3
+
+
+def test_the_formats_of_options_files_and_pillow_are_the_same() -> None:
+    assert options(DecodeConfig)["format"].choices == ("auto", *SAVED_FORMATS)
+    assert tuple(SUFFIXES) == SAVED_FORMATS
 
 
 def test_a_png_is_that_of_earlier_versions() -> None:
