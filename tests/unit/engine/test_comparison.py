@@ -12,11 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pds_ray.config import ConfigError, EvaluateConfig, replace
-from pds_ray.engine.compare import ABLATIONS, ablations, as_csv, entries
+from pds_ray.engine.compare import ABLATIONS, _cells, ablations, as_csv, entries
+from pds_ray.engine.evaluate import _result, make_evaluation
 from pds_ray.recipes import recipe
-from pds_ray.stages.trial import MEASURES
+from pds_ray.stages.trial import MEASURES, Candidate
+from pds_ray.store.distilled_set import load_distilled
 from pds_ray.store.evaluation_folder import COMPARISON, frontier, read_table
 from pds_ray.store.storage import Folder
+from tests.support.hand_made_set import scenes_set
 
 CONFIG = replace(recipe("demo"), {"out": "runs/comparison"})
 JUDGED = EvaluateConfig(test="scenes:60:7")
@@ -160,3 +163,29 @@ def test_the_table_of_a_folder(tmp_path: Path) -> None:
     folder.write_bytes(COMPARISON, b"{")
     with pytest.raises(ConfigError, match="cannot be read as a comparison"):
         read_table(str(tmp_path))
+
+
+def test_cells_say_what_their_sets_and_their_training_cost(tmp_path: Path) -> None:
+    """Bytes are those of the files, an epoch reads every pair at the side of the backbone."""
+    path = scenes_set(tmp_path / "set", pairs=3)
+    judged = replace(JUDGED, {"backbones": "small_conv,small_vit", "seeds": 1})
+    entry = entries(CONFIG, ["random"], ["2MB"], judged)[0]
+    candidate = Candidate(entry.label, str(path), judged.protocol)
+    evaluation = make_evaluation([candidate], judged)
+    trials = Folder(str(tmp_path / "trials"))
+    for trial in evaluation.trials:
+        counts = {"images": 60, "captions": 300, "bad": {}}
+        found = {"seed": 0, "epoch": 1, "seconds": 1.0, "recalls": dict.fromkeys(MEASURES, 5.0)}
+        splits = dict.fromkeys(evaluation.splits, counts)
+        trials.write_json(f"{trial.key}.json", {**found, "splits": splits})
+    cells = _cells(entry, _result(evaluation.sets[0], evaluation, trials))
+    images = sum(file.stat().st_size for file in (path / "imagefolder").glob("*.png"))
+    captions = sum(len(text.encode()) + 1 for text in load_distilled(str(path)).captions)
+    assert [cell["backbone"] for cell in cells] == ["small_conv", "small_vit", "average"]
+    for found in cells:
+        assert (found["pairs"], found["budget"], found["bytes"]) == (
+            3,
+            2_000_000,
+            images + captions,
+        )
+        assert (found["pixels"], found["pixels_per_epoch"]) == (3 * 64**2, 3 * 64**2)
