@@ -18,7 +18,6 @@ from PIL import Image
 
 from pds_ray.config import ConfigError, DecodeConfig
 from pds_ray.modalities.image import SAVED_FORMATS, encode_image, resized
-from pds_ray.training.recall import CUTOFFS
 
 SHARES = (1.0, 0.75, 0.5, 0.375, 0.25)
 """Sides that are tried, as shares of the largest."""
@@ -142,6 +141,8 @@ def found(
     Unit vectors, float32: images [n, d], captions [m, d], rivals [R, d] twice; owner int64 [m].
     Small galleries are found in whole however images are saved; hence the rivals.
     """
+    from pds_ray.training.recall import CUTOFFS  # brings torch, which plans do without
+
     scores = images @ captions.T
     own = np.where(owner == np.arange(len(images))[:, None], scores, -np.inf).max(axis=1)
     by_image = (np.hstack([scores, images @ rival_captions.T]) > own[:, None]).sum(axis=1)
