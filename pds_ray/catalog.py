@@ -185,10 +185,14 @@ def _decoder_module(name: str) -> DecoderModule:
     return cast("DecoderModule", import_module(_known("decoder", DECODERS, name)))
 
 
-def method(name: str) -> Method:
-    """Return the method called `name`. Raises ConfigError listing the known names."""
+def method(name: str, budget: str = "") -> Method:
+    """Return the method called `name`, with the stage of a budget if there is one.
+
+    Raises ConfigError listing the known names.
+    """
     module, _, attribute = _known("method", METHODS, name).partition(":")
-    return getattr(import_module(module), attribute)
+    found = getattr(import_module(module), attribute)
+    return import_module("pds_ray.methods.budget").on_budget(found) if budget else found
 
 
 def selector(method: str) -> Selector:

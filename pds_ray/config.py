@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import cache
 from types import NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -22,6 +24,8 @@ from pds_ray.modalities.text import CLEANERS
 
 METHODS = tuple(catalog.METHODS)
 PRECISIONS = ("fp32", "fp16", "bf16")
+PAIRS, QUALITY = 100, 90
+"""Distilled pairs, and the quality of JPEG and WebP, of runs that do not say and have no budget."""
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 """Types of options, in words."""
 
@@ -330,6 +334,15 @@ class DecodeConfig(Options, section="decode"):
         "image_size",
         at_least=0,
     )
+    format: Literal["auto", "png", "jpeg", "webp"] = option(
+        "auto", "format of the saved images; auto is png, or what fits best in --budget"
+    )
+    quality: int | None = option(
+        None,
+        "quality of the saved images as jpeg or webp; default 90, or what fits best in --budget",
+        at_least=1,
+        at_most=100,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -522,7 +535,20 @@ class RunConfig(Options):
     method: str = option(
         "pds", "pds distils; the selectors choose real pairs", "method", choices=METHODS
     )
-    pairs: int = option(100, "distilled pairs", "pairs", "num-pairs", "num_pairs", above=0)
+    pairs: int = option(
+        0,
+        "distilled pairs; 0 is 100, or as many as fit in --budget",
+        "pairs",
+        "num-pairs",
+        "num_pairs",
+        at_least=0,
+    )
+    budget: str = option(
+        "",
+        "bytes of the images and captions of the set at most, such as 500kB, 2MB or 1.5MiB: pairs, "
+        "side and format of the images are chosen for it; by default the pairs decide",
+        "budget",
+    )
     seed: int = option(0, "seed of all random draws", "seed", at_least=0, at_most=2**31 - 1)
     read: ReadConfig = field(default_factory=ReadConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
@@ -534,6 +560,32 @@ class RunConfig(Options):
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     extras: ExtrasConfig = field(default_factory=ExtrasConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget:
+            parse_bytes(self.budget, "budget")
+
+    @property
+    def budget_bytes(self) -> int:
+        """The budget in bytes; 0 if there is none."""
+        return parse_bytes(self.budget, "budget") if self.budget else 0
+
+
+def parse_bytes(text: str, name: str) -> int:
+    """Parse "500kB", "2MB", "1.5MiB" or "4096" to bytes, rounded down. Raises ConfigError."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt]?)(i?)b?)\s*", text, re.IGNORECASE)
+    _require(
+        found is not None and not (found[3] and not found[2]),
+        name,
+        text,
+        "a size such as 500kB, 2MB or 1.5MiB",
+    )
+    assert found is not None
+    scale = (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " ")
+    size = int(Decimal(found[1]) * scale)
+    _require(size > 0, name, text, "at least a byte")
+    return size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -680,6 +732,19 @@ def changed(group: Options) -> dict[str, Any]:
 def to_dict(config: RunConfig | EvaluateConfig) -> dict[str, Any]:
     """Return the configuration as plain JSON values, sections nested."""
     return dataclasses.asdict(config)
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """Return the configuration of a run without a budget with what a budget would have chosen.
+
+    That of a run with a budget is returned as it is.
+    """
+    if config.budget:
+        return config
+    format = "png" if config.decode.format == "auto" else config.decode.format
+    quality = None if format == "png" else config.decode.quality or QUALITY
+    saved = {"decode.format": format, "decode.quality": quality}
+    return replace(config, {"pairs": config.pairs or PAIRS, **saved})
 
 
 def public(config: RunConfig) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def _config(task: Task) -> Any:
 
     files = {"source": f"flickr30k:{task.data / 'scenes'}", "out": str(task.out / "run")}
     small = {"pairs": 8, "decode.steps": 2} if task.quick else {}
-    return replace(recipe("demo"), {**files, **small})
+    return replace(recipe("demo"), {**files, "pairs": 100, **small})
 
 
 def prepare(task: Task) -> Found:

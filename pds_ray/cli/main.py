@@ -30,10 +30,13 @@ from pds_ray.cli.process import (
 )
 from pds_ray.cli.publish import export_set, push_set
 from pds_ray.config import (
+    PAIRS,
     ConfigError,
     EvaluateConfig,
     RunConfig,
     flatten,
+    listed,
+    parse_bytes,
     replace,
     to_dict,
 )
@@ -62,7 +65,10 @@ def resolve(args: argparse.Namespace) -> RunConfig:
     written = _written(args)
     if args.command == "compare":
         written = {name: value for name, value in written.items() if not _in_evaluation(name)}
-    return replace(recipe(args.preset), {**written, **_changes(args)})
+    given = {**written, **_changes(args)}
+    # pairs of a preset are no wish of a user who gives bytes
+    freed = {"pairs": 0} if given.get("budget") and "pairs" not in given else {}
+    return replace(recipe(args.preset), {**freed, **given})
 
 
 def _written(args: argparse.Namespace) -> dict[str, Any]:
@@ -153,20 +159,33 @@ def _compare(args: argparse.Namespace) -> None:
     from pds_ray.cli.output import print_comparison
     from pds_ray.engine.compare import ablations, compare
 
-    pairs = str(_written(args).get("pairs", 100) if args.pairs is None else args.pairs)
+    sizes = _sizes(args)
+    methods = [method.strip() for method in args.methods.split(",") if method.strip()]
+    args.pairs = PAIRS  # the field of a run; each gets its own
+    config, evaluation = resolve(args), resolve_evaluation(args)
+    methods += ablations(config, evaluation) if args.ablations else []
+    redo, per_row = args.redo, args.set_seeds
+    table = compare(config, methods, sizes, evaluation, redo=redo, set_seeds=per_row)
+    print_comparison(config.out, table)
+    _report_at_the_end(config.out, args.verbose)
+
+
+def _sizes(args: argparse.Namespace) -> list[int] | list[str]:
+    """Return the sizes of a comparison, budgets or numbers of pairs. Raises ConfigError."""
+    if args.budgets is not None:
+        if args.pairs is not None:
+            raise ConfigError("--pairs and --budgets are given; give one of them")
+        budgets = {parse_bytes(each, "--budgets"): each for each in listed(args.budgets)}
+        if not budgets:
+            raise ConfigError("--budgets is empty; give sizes by comma, such as 0.5MB,2MB")
+        return list(budgets.values())
+    pairs = str(_written(args).get("pairs", PAIRS) if args.pairs is None else args.pairs)
     sizes = [size.strip() for size in pairs.split(",")]
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise ConfigError(
             f"--pairs is {pairs!r}; it must be whole numbers by comma, such as 100,500"
         )
-    methods = [method.strip() for method in args.methods.split(",") if method.strip()]
-    args.pairs = sizes[0]  # the field of a run; each gets its own
-    config, evaluation = resolve(args), resolve_evaluation(args)
-    methods += ablations(config, evaluation) if args.ablations else []
-    numbers, redo, per_row = [int(size) for size in sizes], args.redo, args.set_seeds
-    table = compare(config, methods, numbers, evaluation, redo=redo, set_seeds=per_row)
-    print_comparison(config.out, table)
-    _report_at_the_end(config.out, args.verbose)
+    return [int(size) for size in sizes]
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -216,9 +235,16 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from pds_ray.cli.output import print_summary
+    from pds_ray.cli.output import print_comparison, print_summary
+    from pds_ray.store.evaluation_folder import read_table
     from pds_ray.store.manifest import RunManifest
 
+    if not args.sheet and (table := read_table(args.run)):
+        if args.json:
+            print(json.dumps(table, indent=2))
+        else:
+            print_comparison(args.run, table)
+        return
     manifest = RunManifest.open(args.run).data
     if args.json:
         print(json.dumps(manifest, indent=2))

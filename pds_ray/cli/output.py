@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pds_ray import catalog
-from pds_ray.config import public
+from pds_ray.config import RunConfig, public
 from pds_ray.engine.upkeep import Problem
 from pds_ray.errors import printable
 from pds_ray.methods.base import Run, Stage
-from pds_ray.store.evaluation_folder import AVERAGE, COMPARISON, RECALL_TITLES, TABLE
+from pds_ray.store.evaluation_folder import AVERAGE, COMPARISON, RECALL_TITLES, TABLE, frontier
 from pds_ray.store.manifest import rate
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
@@ -40,10 +40,18 @@ def print_plan(run: Run) -> None:
     say(f"# decoder   {dict(run.decoder.load_args).get('model', run.decoder.name)}")
     for note in run.decoder.notes:
         say(f"# note      {note}")
-    say(f"# result    {config.pairs:,} pairs in {run.folder.distilled.shown}")
+    say(f"# result    {_asked(config)} in {run.folder.distilled.shown}")
     say(f"# stages    {' -> '.join(run.method.names)}")
     say("", "# the resolved configuration: all of this is a file for --config")
     print(yaml.safe_dump(shown, sort_keys=False), end="")
+
+
+def _asked(config: RunConfig) -> str:
+    """Return the size of the set that a run is to make, in words."""
+    if not config.budget:
+        return f"{config.pairs:,} pairs"
+    pairs = f"{config.pairs:,} pairs" if config.pairs else "as many pairs as fit"
+    return f"{pairs} in {config.budget_bytes:,} bytes of images and captions"
 
 
 def print_summary(out: str, manifest: dict[str, Any]) -> None:
@@ -56,7 +64,8 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
     for note in manifest.get("notes", []):
         say(f"note          {note}")
     say("", f"{'stage':<12} {'status':<12} {'seconds':>8}  rate")
-    for stage in catalog.method(method).stages:
+    budget = manifest.get("config", {}).get("budget", "")
+    for stage in catalog.method(method, budget).stages:
         entry = entries.get(stage.name)
         if entry is None:
             say(f"{stage.name:<12} to do")
@@ -66,6 +75,13 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
     finished = entries.get("materialize", {}).get("status") == "done"
     run = RunFolder(Folder(out))
     where = f"{'result':<13} {run.distilled.shown}"
+    if size := counts.get("materialize", {}).get("size"):
+        parts = f"images {size['image_bytes']:,} and captions {size['caption_bytes']:,}"
+        say(
+            "",
+            f"{'size':<13} {size['pairs']:,} pairs, {size['bytes']:,} bytes ({parts}), "
+            f"{size['pixels']:,} pixels",
+        )
     say("", where if finished else f"{'run folder':<13} {run.folder.shown}")
 
 
@@ -82,6 +98,10 @@ def _print_counts(out: str, method: str, counts: dict[str, dict[str, Any]]) -> N
             key, detail = embed.get("examples", {}).get(reason, ("", ""))
             example = f"  such as {key}: {detail}" if key else f"  {detail}"
             say(f"  {reason:<20} {count:,}{example}".rstrip())
+    if chosen := counts.get("budget"):
+        saving = [f"{chosen['image_size']} px", chosen["format"], str(chosen["quality"] or "")]
+        asked = f"{chosen['budget']:,} bytes: {chosen['pairs']:,} pairs"
+        say(f"budget        {asked}, {' '.join(saving).strip()}")
     if prune:
         say(f"pruned        {prune['dropped']:,} pairs of lowest image-caption cosine")
     if match:
@@ -200,10 +220,24 @@ def print_comparison(out: str, table: dict[str, Any]) -> None:
     for note in table["notes"]:
         say(f"note      {note}")
     cells = [cell for cell in table["cells"] if cell["backbone"] == AVERAGE]
-    cells.sort(key=lambda cell: cell["pairs"])  # stable: methods stay in their order
-    rows = [([str(cell["pairs"]), cell["method"]], cell) for cell in cells]
-    _print_recalls(["pairs", "method"], rows, table["seeds"])
+    # stable: methods stay in their order
+    cells.sort(key=lambda cell: cell.get("budget") or cell["pairs"])
+    # earlier versions did not count bytes
+    counts = ["pairs", "bytes"] if all("bytes" in cell for cell in cells) else ["pairs"]
+    rows = [([*(f"{cell[name]:,}" for name in counts), cell["method"]], cell) for cell in cells]
+    _print_recalls([*counts, "method"], rows, table["seeds"])
+    if "bytes" in counts and len({cell["bytes"] for cell in cells}) > 1:
+        _print_frontiers(cells)
     say("", f"result    {Folder(out).shown}: {COMPARISON}, {TABLE}")
+
+
+def _print_frontiers(cells: list[dict[str, Any]]) -> None:
+    """Print which sets no smaller one reaches, by bytes and by what training costs."""
+    for cost, title in (("bytes", "bytes"), ("pixels_per_epoch", "pixels per epoch")):
+        say("", f"frontier  r_mean over {title}: no set of as many or fewer reaches it")
+        for cell in frontier(cells, cost):
+            size = f"{cell[cost]:>16,.0f} {title}, {cell['pairs']:>7,} pairs"
+            say(f"{size}  {cell['mean']['r_mean']:5.1f}  {cell['method']}")
 
 
 def _print_recalls(

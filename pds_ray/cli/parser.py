@@ -206,6 +206,10 @@ def _add_compare(commands: Commands) -> argparse.ArgumentParser:
         "--set-seeds", type=int, default=1, metavar="N", help="sets per row, seeds from --seed [1]"
     )
     compare.add_argument(
+        "--budgets",
+        help="sizes in bytes by comma instead, such as 0.5MB,2MB,8MB; random is compared too",
+    )
+    compare.add_argument(
         "--redo", action="store_true", help="redo what depends on a changed configuration"
     )
     return compare
@@ -291,13 +295,13 @@ def _add_plan(commands: Commands) -> None:
     )
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     workers = ("ray.embed_workers", "ray.decode_workers")
-    _add_config_options(plan, ("source", "pairs", *_read_by(("pds",)), *workers))
+    _add_config_options(plan, ("source", "pairs", "budget", *_read_by(("pds",)), *workers))
 
 
 def _add_viewers(commands: Commands) -> None:
-    show = commands.add_parser("show", help="summary of a run")
+    show = commands.add_parser("show", help="summary of a run, or of a comparison")
     show.add_argument("run", metavar="RUN")
-    show.add_argument("--json", action="store_true", help="run.json as it is")
+    show.add_argument("--json", action="store_true", help="run.json, or comparison.json, as it is")
     show.add_argument(
         "--sheet", metavar="FILE.png", help="also draw the distilled pairs as one image"
     )

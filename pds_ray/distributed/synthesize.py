@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from functools import partial
 
@@ -16,6 +15,7 @@ from pds_ray.decoders.base import DecoderInfo
 from pds_ray.distributed import metrics, pools, process
 from pds_ray.distributed.in_flight import Doing, InFlight
 from pds_ray.methods.base import Counts, Run
+from pds_ray.modalities.image import encode_image
 from pds_ray.sources.base import Source
 from pds_ray.stages import synthesize as core
 from pds_ray.store.manifest import fingerprint
@@ -48,7 +48,7 @@ class SynthesizeWorker:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (chunk,) = batch.to_pylist()
-        what = f"the images from {RunFolder.image_name(chunk['start'])} on"
+        what = f"the images from {self.folder.image_name(chunk['start'])} on"
         with self.in_flight.doing(what, str(chunk["start"])) as doing:
             written, busy_s = self._write(
                 range(chunk["start"], chunk["stop"]), chunk["lacks"], doing
@@ -81,9 +81,8 @@ class SynthesizeWorker:
             busy_s += time.monotonic() - began
             name = self.folder.image_name(pair)
             if not self.folder.images.exists(name):
-                buffer = io.BytesIO()
-                image.save(buffer, format="PNG")
-                self.folder.images.write_bytes(name, buffer.getvalue())
+                data = encode_image(image, config.format, config.quality)
+                self.folder.images.write_bytes(name, data)
                 written += 1
             doing.reach(max(written, doing.done))  # a decoder that works image by image
             began = time.monotonic()
@@ -152,7 +151,8 @@ def _keep_images_alike(run: Run, precision: str) -> None:
     """
     folder, manifest = run.folder, run.manifest
     before = run.method.before("decode").name
-    wanted = fingerprint(run.fingerprints["decode"], folder.hashes(before))
+    chosen = [folder.hashes(stage.name) for stage in run.method.stages if stage.settles]
+    wanted = fingerprint(run.fingerprints["decode"], folder.hashes(before), *chosen)
     batch = run.config.decode.batch_size
     made = f"{precision}, batches of {batch}" if run.decoder.dim is not None else "no model"
     if manifest.data.get("images_fingerprint") != wanted:

@@ -4,8 +4,9 @@ A method is written `pds`, `random`, ..., or with changes of the configuration b
 `pds+match.filter=false+protocol.text=captions`: such a row is an ablation. A row may have several
 sets, made with seeds that follow each other. Layout of the folder:
 
-comparison.json, comparison.csv    the cells: mean and deviation per method, size and backbone
-sets/METHOD-PAIRS/                 one run folder per set
+comparison.json, comparison.csv    the cells: mean and deviation per method, size and backbone,
+                                   with the pairs, bytes and pixels of each set
+sets/METHOD-SIZE/                  one run folder per set, of so many pairs or such a budget
 embeddings/                        the embeddings they share, one store per way of making them
 evaluation/trials/                 one file per trained model
 """
@@ -16,7 +17,9 @@ import csv
 import dataclasses
 import io
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from pds_ray import catalog
@@ -53,10 +56,14 @@ ABLATIONS = (
     "pds+protocol.text=prototypes",
 )
 """The variations of the paper, one at a time; another encoder is `pds+embed.encoder=NAME`."""
-FIXED = ("source", "out", "method", "pairs", "embed.store")
+FIXED = ("source", "out", "method", "pairs", "budget", "embed.store")
 """Options that all rows of a comparison share."""
 UNSAFE = re.compile(r"[^\w.=+-]")
 """Characters that stay out of folder names."""
+CONTROL = "random"
+"""The method that stands beside the others where bytes decide, lest fewer bytes look a merit."""
+SIZES = ("bytes", "image_bytes", "caption_bytes", "pixels")
+"""Counts of a set that its cells repeat."""
 MAX_NAME = 200
 """Longest name of a method in that of a folder, in bytes; file systems allow 255."""
 
@@ -80,6 +87,9 @@ class Entry:
     method: str
     """The method as the user wrote it."""
     pairs: int
+    """Pairs asked for; 0 if a budget decides."""
+    budget: str
+    """Bytes of the set at most, as the user wrote them; "" where the pairs decide."""
     folder: str
     """The folder of its set, below that of the comparison."""
     run: RunConfig
@@ -90,7 +100,7 @@ class Entry:
     @property
     def row(self) -> str:
         """The name of its row."""
-        return f"{self.method}-{self.pairs}"
+        return f"{self.method}-{self.budget or self.pairs}"
 
     @property
     def label(self) -> str:
@@ -100,19 +110,21 @@ class Entry:
 def entries(
     config: RunConfig,
     methods: list[str],
-    sizes: list[int],
+    sizes: Sequence[int | str],
     judged: EvaluateConfig,
     set_seeds: int = 1,
 ) -> list[Entry]:
-    """Return every method at every size, `set_seeds` times: the sets of a row follow each other.
+    """Return every method at every size: a number of pairs, or a budget such as "2MB".
+
+    Each has `set_seeds` sets: those of a row follow each other.
 
     Raises ConfigError in one line for an unknown method, a change that changes nothing, and two
     methods whose sets would lie in one folder.
     """
     rows = [
-        _entry(written, pairs, config, judged, further)
+        _entry(written, size, config, judged, further)
         for written in dict.fromkeys(methods)
-        for pairs in dict.fromkeys(sizes)
+        for size in dict.fromkeys(sizes)
         for further in range(set_seeds)
     ]
     first: dict[str, Entry] = {}
@@ -127,7 +139,7 @@ def entries(
 
 
 def _entry(
-    written: str, pairs: int, config: RunConfig, judged: EvaluateConfig, further: int
+    written: str, size: int | str, config: RunConfig, judged: EvaluateConfig, further: int
 ) -> Entry:
     """Return a set of a method as written, at one size. Raises ConfigError in one line.
 
@@ -139,18 +151,21 @@ def _entry(
     if further:
         of_run["seed"] = str(replace(config, of_run).seed + further)
     kept = [f"{key}={value}" for key, value in of_run.items()]
-    place = set_name(_short(UNSAFE.sub("_", "+".join([name, *kept]))), pairs)
-    fixed = {"method": name, "pairs": pairs, "out": (Folder(config.out) / place).path}
+    safe = UNSAFE.sub("_", "+".join([name, *kept]))
+    place = set_name(_short(safe), UNSAFE.sub("_", str(size)))
+    pairs, budget = (0, size) if isinstance(size, str) else (size, "")
+    sized = {"pairs": pairs, "budget": budget}
+    fixed = {"method": name, **sized, "out": (Folder(config.out) / place).path}
     run, plain = replace(config, {**of_run, **fixed}), replace(config, fixed)
     changed = replace(judged, of_protocol)
-    method = catalog.method(name)
+    method = catalog.method(name, run.budget)
     for given, same in (
         (of_run, relevant(run, method) == relevant(plain, method)),
         (of_protocol, changed == judged),
     ):
         if given and same:
             raise ConfigError(f"method {written!r}: {' and '.join(given)} changes nothing here")
-    return Entry(written, pairs, place, run, changed, further)
+    return Entry(written, pairs, budget, place, run, changed, further)
 
 
 def _short(name: str) -> str:
@@ -185,25 +200,29 @@ def _parse(written: str) -> tuple[str, dict[str, str]]:
 def compare(
     config: RunConfig,
     methods: list[str],
-    sizes: list[int],
+    sizes: Sequence[int | str],
     judged: EvaluateConfig,
     redo: bool = False,
     set_seeds: int = 1,
 ) -> dict[str, Any]:
     """Make the missing sets, run the missing trials, write the table and return it.
 
-    Each row has `set_seeds` sets, made with the seeds from that of `config` on. Interrupted and
-    called again, it goes on. Raises UserError in one line for what the user can fix,
-    as far as possible before anything long starts.
+    `sizes` are numbers of pairs, or budgets such as "2MB"; with budgets the method CONTROL is one
+    of those compared. Each row has `set_seeds` sets, made with the seeds from that of `config` on.
+    Interrupted and called again, it goes on. Raises UserError in one line for what the user can
+    fix, as far as possible before anything long starts.
     """
     if not config.out:
         raise ConfigError("no folder for the comparison: give --out FOLDER")
-    if min(sizes) < 2:
-        raise ConfigError(f"--pairs is {min(sizes)}; training needs at least 2")
+    few = [size for size in sizes if isinstance(size, int) and size < 2]
+    if few:
+        raise ConfigError(f"--pairs is {min(few)}; training needs at least 2")
     if set_seeds < 1:
         raise ConfigError(f"--set-seeds is {set_seeds}; it must be positive")
     if not methods:
         raise ConfigError(f"no methods to compare: give --methods, some of {', '.join(METHODS)}")
+    if CONTROL not in methods and any(isinstance(size, str) for size in sizes):
+        methods = [*methods, CONTROL]
     root = Folder(config.out)
     judged = replace(judged, {"ray": config.ray, "read": config.read.files})
     rows, shards = [], []
@@ -288,11 +307,18 @@ def _cells(sets: list[Entry], results: dict[str, dict[str, Any]]) -> list[dict[s
     }
     trials = {name: sum(len(part["trials"]) for part in of) for name, of in parts.items()}
     folders = [entry.folder for entry in sets]
+    sizes = [result["set"] for result in found]
+    about = {
+        "method": first.method,
+        "pairs": first.pairs or _mean(size["pairs"] for size in sizes),
+        "budget": first.run.budget_bytes or None,
+        **{name: _mean(size[name] for size in sizes) for name in SIZES},
+    }
     return [
         {
-            "method": first.method,
-            "pairs": first.pairs,
+            **about,
             "backbone": name,
+            "pixels_per_epoch": _mean(part["pixels_per_epoch"] for part in of_sets),
             **over_sets(of_sets),
             "trials": trials.get(name, sum(trials.values())),
             "set": first.folder,
@@ -302,15 +328,23 @@ def _cells(sets: list[Entry], results: dict[str, dict[str, Any]]) -> list[dict[s
     ]
 
 
+def _mean(values: Iterable[float]) -> float:
+    """Return the mean of what the sets of a row count; a whole number stays one."""
+    mean = fmean(values)
+    return int(mean) if mean.is_integer() else mean
+
+
 def as_csv(cells: list[dict[str, Any]]) -> str:
-    """Return one line per cell: mean and deviations of every measure, in percent."""
+    """Return one line per cell: mean and deviations of every measure, in percent; its sizes."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     kinds = [kind for kind in ("mean", "std", "set_std") if kind in cells[0]]
     measures = [(name, kind) for name in MEASURES for kind in kinds]
     titles = [f"{name} {kind.replace('_', ' ')}" for name, kind in measures]
-    writer.writerow(["method", "pairs", "backbone", "trials", *titles])
+    sizes = ("bytes", "pixels", "pixels_per_epoch")
+    writer.writerow(["method", "pairs", "backbone", "trials", *titles, *sizes])
     for cell in cells:
         values = [f"{cell[kind][name]:.4f}" for name, kind in measures]
+        values += [f"{cell[name]:.0f}" for name in sizes]
         writer.writerow([cell["method"], cell["pairs"], cell["backbone"], cell["trials"], *values])
     return stream.getvalue()

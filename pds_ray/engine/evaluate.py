@@ -302,6 +302,8 @@ def _result(checked: CheckedSet, evaluation: Evaluation, results: Folder) -> dic
         ]
         for name in config.backbone_names
     }
+    # what training reads, at the side that each backbone takes, whatever side is stored
+    cost = {trial.backbone.name: trial.pairs * trial.image_size**2 for trial in mine}
     about = checked.distilled.manifest["about"]
     counts = found[mine[0].key]["splits"]
     splits = {
@@ -314,7 +316,7 @@ def _result(checked: CheckedSet, evaluation: Evaluation, results: Folder) -> dic
         "fingerprint": fingerprint(sorted(found)),
         "set": {
             "path": without_secrets(checked.candidate.path),
-            "pairs": len(checked.distilled),
+            **checked.distilled.size().to_json(),
             **{name: about.get(name) for name in ("method", "source", "encoder", "decoder")},
         },
         "protocol": {
@@ -325,9 +327,10 @@ def _result(checked: CheckedSet, evaluation: Evaluation, results: Folder) -> dic
         "test": splits["test"],
         "val": splits.get("val"),
         "backbones": [
-            {"name": name, "trials": trials, **summarize(trials)}
+            {"name": name, "pixels_per_epoch": cost[name], "trials": trials, **summarize(trials)}
             for name, trials in backbones.items()
         ],
+        "pixels_per_epoch": sum(cost.values()) / len(cost),
         **average(list(backbones.values())),
         "notes": _notes(checked, evaluation),
     }

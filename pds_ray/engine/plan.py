@@ -9,7 +9,7 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from pds_ray import catalog
-from pds_ray.config import ConfigError, RunConfig, flatten, to_dict
+from pds_ray.config import ConfigError, RunConfig, flatten, settled, to_dict
 from pds_ray.config import replace as configure
 from pds_ray.errors import first_line, some_of, without_secrets
 from pds_ray.methods.base import Method, Run
@@ -51,13 +51,13 @@ def make_run(config: RunConfig, redo: bool = False) -> Run:
         )
     if not config.out:
         raise ConfigError("no run folder: give --out FOLDER")
-    method = catalog.method(config.method)
+    method = catalog.method(config.method, config.budget)
     config = relevant(config, method)
     _check_extras(config, method)
     if "cluster" in method.names:
         require_faiss()
     source = catalog.make_source(config.source, config.read)
-    folder = RunFolder(Folder(config.out))
+    folder = RunFolder(Folder(config.out)).of_format(config.decode.format)
     shards, changed = _choose_shards(source, folder, config.embed.store, redo)
     encoder = catalog.describe_encoder(config.embed)
     decoder = catalog.describe_decoder(config.decode, encoder)
@@ -99,7 +99,7 @@ def _check_extras(config: RunConfig, method: Method) -> None:
 def relevant(config: RunConfig, method: Method) -> RunConfig:
     """Return the configuration with every option that the method does not read at its default.
 
-    So nothing depends on such an option.
+    So nothing depends on such an option. What only a budget would choose is settled without one.
     """
     defaults = flatten(to_dict(RunConfig()))
     read = {*method.options, "ray"}
@@ -108,7 +108,7 @@ def relevant(config: RunConfig, method: Method) -> RunConfig:
         for name, value in defaults.items()
         if "." in name and name not in read and name.partition(".")[0] not in read
     }
-    return configure(config, {**unread, **method.settings})
+    return configure(settled(config), {**unread, **method.settings})
 
 
 def _fingerprints(run: Run) -> dict[str, str]:
@@ -193,7 +193,7 @@ def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> Non
     A shard that cannot be read is passed over, unless no shard can be read or none of the first
     UNREADABLE_PROBE. Raises ConfigError or SourceError.
     """
-    wanted = min(config.pairs, PROBE)
+    wanted = min(config.pairs or 1, PROBE)
     with progress_bar("check", wanted, "images", delay_s=QUIET_S) as bar:
         images, bad, notes = _count_captioned(wanted, source, shards, config, bar)
     _tell_of_captions(notes, images, config)

@@ -89,6 +89,7 @@ def _run_stages(run: Run, only: Collection[str] = ()) -> dict[str, Any]:
             _run_stage(run, stage)
         if stage.files is None:
             run = state.read_embeddings(run, stage)
+        run = run.after(stage)
     seconds = round(time.monotonic() - began, 3)
     run.manifest.update(finished=time.time(), last_run_seconds=seconds)
     return run.manifest.data

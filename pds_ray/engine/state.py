@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-from pds_ray.config import FREE_FIELDS, RunConfig, flatten, public, to_dict
+from pds_ray.config import FREE_FIELDS, RunConfig, flatten, public, settled, to_dict
 from pds_ray.errors import some_of, without_secrets
 from pds_ray.methods.base import Counts, Run, Stage
 from pds_ray.sources.base import Shard
@@ -92,7 +92,7 @@ def _shards_that_differ(before: list[dict[str, Any]], after: list[Shard]) -> str
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Return a text per option that differs and may not."""
     # an option that the recorded version did not have counts as its default
-    old, new = {**flatten(to_dict(RunConfig())), **flatten(before)}, flatten(after)
+    old, new = {**flatten(to_dict(settled(RunConfig()))), **flatten(before)}, flatten(after)
     return [
         f"{name}: {old.get(name)} -> {value}"
         for name, value in new.items()

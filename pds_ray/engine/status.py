@@ -25,10 +25,10 @@ def status(path: str) -> dict[str, Any]:
     # before the manifest: a driver removes its heartbeat after its last entry there
     sign = heartbeat.read(RunFolder(Folder(path)))
     manifest = RunManifest.open(path)
-    method = manifest.data.get("config", {}).get("method", "pds")
+    config = manifest.data.get("config", {})
+    method = catalog.method(config.get("method", "pds"), config.get("budget", ""))
     entries = {
-        stage: manifest.stages.get(stage, {}).get("status", "to do")
-        for stage in catalog.method(method).names
+        stage: manifest.stages.get(stage, {}).get("status", "to do") for stage in method.names
     }
     unfinished = [stage for stage, state in entries.items() if state != "done"]
     state = entries[unfinished[0]] if unfinished else "finished"

@@ -70,7 +70,8 @@ class _Run:
     @property
     def done(self) -> list[str]:
         """The names of the finished stages, in order."""
-        names, entries = catalog.method(self.config.method).names, self.manifest.stages
+        method = catalog.method(self.config.method, self.config.budget)
+        names, entries = method.names, self.manifest.stages
         return [name for name in names if entries.get(name, {}).get("status") == "done"]
 
     @property

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from pds_ray.config import RunConfig
+from pds_ray.config import replace as configure
 from pds_ray.decoders.base import DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.sources.base import Shard, Source
@@ -47,6 +48,8 @@ class Stage:
     """Lines of the data-set card: (label, entry of its counts)."""
     plan: str = ""
     """Its row of the cost model, as "module:attribute"; "" where it cannot be planned."""
+    settles: Callable[[Run], Mapping[str, Any]] | None = None
+    """Options, with dots, that it chose; the stages after it find them in the configuration."""
 
     def function(self) -> Callable[[Run], Counts]:
         """Import the function that does it, and Ray with it: not before the stage runs."""
@@ -82,6 +85,11 @@ class Method:
         """Return the method with the stage of the same name replaced by `row`: a variant."""
         stages = tuple(row if stage.name == row.name else stage for stage in self.stages)
         return replace(self, stages=stages)
+
+    def with_stage(self, row: Stage, after: str) -> Method:
+        """Return the method with the stage `row` after the one called `after`: a variant."""
+        place = self.names.index(after) + 1
+        return replace(self, stages=(*self.stages[:place], row, *self.stages[place:]))
 
     def before(self, name: str) -> Stage:
         """Return the stage before the one called `name`."""
@@ -121,3 +129,10 @@ class Run:
     def counts(self, stage: str) -> Counts:
         """Return what a finished stage counted."""
         return self.manifest.stages[stage]["counts"]
+
+    def after(self, stage: Stage) -> Run:
+        """Return the run as the stages after a finished one find it."""
+        if stage.settles is None:
+            return self
+        config = configure(self.config, stage.settles(self))
+        return replace(self, config=config, folder=self.folder.of_format(config.decode.format))

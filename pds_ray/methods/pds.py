@@ -50,6 +50,8 @@ def _images(run: Run) -> list[Any]:
     options = asdict(run.config.decode)
     for name in NOT_OF_IMAGES:
         del options[name]
+    if options["format"] in ("auto", "png"):  # earlier versions wrote nothing else
+        del options["format"], options["quality"]
     return [run.config.seed, options, run.decoder.identity]
 
 

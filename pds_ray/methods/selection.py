@@ -10,6 +10,9 @@ from pds_ray.store.card import CardText
 
 IMAGES_TOGETHER = 256  # chosen images looked up at once: each lookup reads the shards they are in
 
+SAVED = ("decode.image_size", "decode.format", "decode.quality")
+"""The options of decoding that real images have."""
+
 SELECT = Stage(
     "select",
     run="pds_ray.distributed.select:select",
@@ -36,7 +39,7 @@ SELECTION_CARD = CardText(
 )
 
 SELECTION = Method(
-    (EMBED, SELECT, replace(DECODE, options=("decode.image_size",)), MATERIALIZE),
+    (EMBED, SELECT, replace(DECODE, options=SAVED), MATERIALIZE),
     SELECTION_CARD,
     settings={"decode.decoder": "nearest", "decode.batch_size": IMAGES_TOGETHER},
 )

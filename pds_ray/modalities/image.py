@@ -24,6 +24,10 @@ MAX_JPEG_SCANS = 100
 Each costs as much as a whole image and may take 10 bytes.
 """
 
+_BEST: dict[str, dict[str, int]] = {"png": {}, "jpeg": {"optimize": True}, "webp": {"method": 6}}
+"""Format of saved images -> options of Pillow, for smaller files; a PNG is as in earlier sets."""
+SAVED_FORMATS = tuple(_BEST)
+
 PNG_START, JPEG_START, JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
 PNG_BALLAST = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 """Chunks of a PNG that hold texts and the colour profile."""
@@ -70,6 +74,26 @@ def decode_image(data: bytes, *, max_pixels: int = 64_000_000, min_side: int = 2
     # bytes must cost one sample, so everything is taken here.
     except Exception as error:
         raise ImageError("undecodable_image", _describe(error)) from error
+
+
+def resized(image: Image.Image, side: int) -> Image.Image:
+    """Return an image as a square of `side` pixels, by LANCZOS unless it is one."""
+    if image.size == (side, side):
+        return image
+    return image.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def encode_image(image: Image.Image, format: str, quality: int | None = None) -> bytes:
+    """Return an RGB image as a file of one of SAVED_FORMATS.
+
+    `quality`, from 1 to 100, is of JPEG and WebP, which lose something; a PNG has none.
+    """
+    options = dict(_BEST[format])
+    if quality is not None:
+        options["quality"] = quality
+    buffer = io.BytesIO()
+    image.save(buffer, format=format.upper(), **options)
+    return buffer.getvalue()
 
 
 def _decode(data: bytes, max_pixels: int, min_side: int) -> Image.Image:

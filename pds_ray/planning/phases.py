@@ -15,6 +15,7 @@ from pds_ray.distributed.process import MODEL_THREADS
 from pds_ray.distributed.sizes import BLOCK_BYTES, QUERIES_PER_SHARD, pool_size
 from pds_ray.planning.figures import Estimate, Figures
 from pds_ray.planning.workload import Cluster, Workload
+from pds_ray.stages.budget import DRAWN, SAMPLE, SAMPLE_SHARDS, SHARES, savings
 from pds_ray.stages.cluster import sample_share
 from pds_ray.stages.match import DENSE_LIMIT
 from pds_ray.store.calls import CALLS_AT_ONCE, is_remote
@@ -181,6 +182,27 @@ def _embed_store_bytes(inputs: Inputs) -> float:
     actors = inputs.actors(inputs.config.ray.embed_actors)
     blocks = inputs.cluster.cpus + QUEUED_BLOCKS * actors
     return min(blocks * BLOCK_BYTES, inputs.pixel_bytes + inputs.work.bytes)
+
+
+def _budget(inputs: Inputs) -> list[Phase]:
+    shards = min(SAMPLE_SHARDS, inputs.work.shards)
+    read = inputs.work.images * shards / inputs.work.shards
+    images = float(min(SAMPLE, inputs.work.images))
+    ways = len(savings(inputs.config.decode.image_size or inputs.size, inputs.config.decode))
+    processors = 1 if inputs.figures["encode_images"].per == "GPU" else MODEL_THREADS
+    # each side without loss, and as many ways with it: most often fewer
+    looked_at = inputs.demand(
+        "encode images", 2 * len(SHARES) * images, "encode_images", processors
+    )
+    drawn: Phase = ()
+    if inputs.config.decode.decoder == "unclip":
+        drawn = (inputs.demand("draw some", DRAWN, "draw", processors),)
+    return [
+        (inputs.demand("read the shards of the sample", read, "read", shards),),
+        drawn,
+        (inputs.demand("save in each way", ways * images, "save"),),
+        (looked_at,),
+    ]
 
 
 def _prune(inputs: Inputs) -> list[Phase]:
@@ -373,6 +395,7 @@ def _materialize_disk_bytes(inputs: Inputs) -> float:
 
 
 EMBED = StageModel(_embed, _embed_disk_bytes, _embed_store_bytes)
+BUDGET = StageModel(_budget, lambda _: 0.0)  # it writes a file of some kB
 PRUNE = StageModel(_prune, _prune_disk_bytes)
 CLUSTER = StageModel(_cluster, _cluster_disk_bytes, _cluster_store_bytes)
 MATCH = StageModel(_match, _match_disk_bytes)

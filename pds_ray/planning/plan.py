@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any
 
 from pds_ray import catalog
-from pds_ray.config import RunConfig
+from pds_ray.config import RunConfig, replace, settled
 from pds_ray.errors import ConfigError
 from pds_ray.methods.base import Stage
 from pds_ray.planning.choose import choose_figures, encoder_shape
@@ -86,7 +86,8 @@ def make_plan(
 
     Raises ConfigError in one line for a run that is impossible or depends on unknown figures.
     """
-    method_stages = catalog.method(config.method).stages
+    config = settled(config)
+    method_stages = catalog.method(config.method, config.budget).stages
     _check_models(config.method, method_stages)
     if config.pairs > work.images:
         raise ConfigError(
@@ -95,6 +96,10 @@ def make_plan(
         )
     _check_gpus(config, cluster)
     figures = choose_figures(config, cluster, measured)
+    if not config.pairs:  # what fits in the budget is known only when the images have been seen
+        pairs = config.budget_bytes / figures["saved_pair"].value
+        kept = (1 - config.prune.ratio) * work.images
+        config = replace(config, {"pairs": max(1, int(min(pairs, kept)))})
     dim, size = encoder_shape(config, measured)
 
     def stages(case: Case) -> Iterator[StagePlan]:

@@ -23,6 +23,8 @@ from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder, is_remote
 
 RECALLS = (*RECALL_TITLES, "r_mean")
+COSTS = ("bytes", "pixels", "pixels_per_epoch")
+"""Counts of a set, besides its pairs, that a cell has unless an earlier version made it."""
 STRIP = 8
 """Pairs shown of each set on the page of a comparison."""
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError)
@@ -92,6 +94,7 @@ def read_comparison(folder: Folder) -> Json:
             "seeds": value.get("seeds"),
             "set_seeds": value.get("set_seeds"),
             "cells": [_cell(cell) for cell in value["cells"]],
+            "budgets": any(cell.get("budget") for cell in value["cells"]),
             "notes": [str(note) for note in value.get("notes") or []],
         }
     except UNREADABLE as error:
@@ -104,6 +107,8 @@ def _cell(cell: Any) -> Json:
     return {
         "method": str(cell["method"]),
         "pairs": int(cell["pairs"]),
+        "size": int(cell.get("budget") or cell["pairs"]),
+        **{name: _number(cell.get(name)) for name in COSTS},
         "backbone": str(cell["backbone"]),
         "mean": _recalls(cell["mean"]),
         "std": _recalls(cell.get("std")),
@@ -168,13 +173,15 @@ def _first_pairs(folder: Folder, path: str) -> list[Json] | None:
 
 
 def baselines(beside: tuple[Json, str] | None, pairs: int, evaluations: list[Json]) -> Json | None:
-    """Return this run among the methods of its comparison, at the same number of pairs.
+    """Return this run among the methods of its comparison, at the same pairs or budget.
 
     `beside` is what `comparison_beside` returned. None if there is nothing to compare with.
     """
     if beside is None:
         return None
     comparison, own = beside
+    mine = [cell["size"] for cell in comparison["cells"] if own and cell["set"] == own]
+    size = mine[0] if mine else pairs
     bars = [
         {
             "method": cell["method"],
@@ -183,11 +190,13 @@ def baselines(beside: tuple[Json, str] | None, pairs: int, evaluations: list[Jso
             "own": bool(own) and cell["set"] == own,
         }
         for cell in comparison["cells"]
-        if cell["pairs"] == pairs and cell["backbone"] == AVERAGE
+        if cell["size"] == size and cell["backbone"] == AVERAGE
     ]
     if not bars:
         return None
     if not any(bar["own"] for bar in bars) and evaluations:
-        mine = evaluations[0]
-        bars.append({"method": "this run", "mean": mine["mean"], "std": mine["std"], "own": True})
-    return {"bars": bars, "pairs": pairs, "protocol": comparison["protocol"]}
+        ours = evaluations[0]
+        bars.append({"method": "this run", "mean": ours["mean"], "std": ours["std"], "own": True})
+    budget = size if mine and comparison["budgets"] else None
+    about = {"pairs": pairs, "budget": budget, "protocol": comparison["protocol"]}
+    return {"bars": bars, **about}

@@ -86,28 +86,37 @@ def run_figures(report: Json) -> Json:
 def comparison_figures(comparison: Json) -> Json:
     """Return the figures of a comparison, in the order of `comparison_axes`.
 
-    They are `lines-B` for backbone number B, and `bars-B-P` for it and P pairs.
+    They are `lines-B` for backbone number B, `bars-B-S` for it and size S, and, where the sets
+    differ in bytes and these are known, the frontiers `bytes-B` and `pixels-B`.
     """
-    methods, backbones, pairs = comparison_axes(comparison)
+    methods, backbones, sizes = comparison_axes(comparison)
     found: Json = {}
     for number, backbone in enumerate(backbones):
         cells = [cell for cell in comparison["cells"] if cell["backbone"] == backbone]
-        found[f"lines-{number}"] = _lines(cells, methods, len(pairs) > 1)
-        for count in pairs:
-            found[f"bars-{number}-{count}"] = _method_bars(
-                [c for c in cells if c["pairs"] == count], methods
+        found[f"lines-{number}"] = _lines(cells, methods, len(sizes) > 1)
+        for size in sizes:
+            found[f"bars-{number}-{size}"] = _method_bars(
+                [c for c in cells if c["size"] == size], methods
             )
+        if len(sizes) > 1 and all(cell["bytes"] for cell in cells):
+            found[f"bytes-{number}"] = _frontier(cells, methods, "bytes", "bytes")
+        if len(sizes) > 1 and all(cell["pixels_per_epoch"] for cell in cells):
+            title = "pixels per epoch of training"
+            found[f"pixels-{number}"] = _frontier(cells, methods, "pixels_per_epoch", title)
     return found
 
 
 def comparison_axes(comparison: Json) -> tuple[list[str], list[str], list[int]]:
-    """Return methods, backbones (the average first) and numbers of pairs (ascending)."""
+    """Return methods, backbones (the average first) and sizes (ascending).
+
+    A size is a number of pairs, or a budget in bytes where budgets decide.
+    """
     cells = comparison["cells"]
     methods = list(dict.fromkeys(cell["method"] for cell in cells))
     backbones = sorted(
         dict.fromkeys(cell["backbone"] for cell in cells), key=lambda name: name != AVERAGE
     )
-    return methods, backbones, sorted({cell["pairs"] for cell in cells})
+    return methods, backbones, sorted({cell["size"] for cell in cells})
 
 
 def _figure(traces: list[Any], label: str, height: int, **layout: Any) -> Json:
@@ -432,7 +441,10 @@ def _baselines(baselines: Json) -> Json:
         for bar in bars
     ]
     means, stds = [bar["mean"]["r_mean"] for bar in bars], [bar["std"]["r_mean"] for bar in bars]
-    label = f"Bar chart of the mean recall at {baselines['pairs']:,} pairs: " + ", ".join(
+    size = (
+        f"{baselines['budget']:,} bytes" if baselines["budget"] else f"{baselines['pairs']:,} pairs"
+    )
+    label = f"Bar chart of the mean recall at {size}: " + ", ".join(
         f"{name} {mean or 0:.1f} %" for name, mean in zip(names, means, strict=True)
     )
     return _value_bars(names, means, stds, [0 if bar["own"] else 5 for bar in bars], label)
@@ -452,21 +464,38 @@ def _method_bars(cells: list[Json], methods: list[str]) -> Json:
     return _value_bars(names, means, stds, [methods.index(name) for name in names], label)
 
 
-def _line(cells: list[Json], method: str, number: int, several: bool) -> Any:
-    """Return the trace of the number-th method, over `several` numbers of pairs or one."""
+def _line(cells: list[Json], method: str, number: int, several: bool, over: str = "pairs") -> Any:
+    """Return the trace of the number-th method `over` a count, at `several` sizes or one."""
     of_method = (cell for cell in cells if cell["method"] == method)
-    own = sorted(of_method, key=lambda cell: cell["pairs"])
+    own = sorted(of_method, key=lambda cell: cell[over])
     color, turn = SERIES[number % len(SERIES)], number // len(SERIES)
     return go.Scatter(
-        x=[cell["pairs"] for cell in own],
+        x=[cell[over] for cell in own],
         y=[cell["mean"]["r_mean"] for cell in own],
+        text=[f"{cell['pairs']:,} pairs" for cell in own],
         error_y={**_error(list(map(_spread, own))), "color": color},
         name=plain(method),
         mode="lines+markers" if several else "markers",
         line={"color": color, "width": 2, "dash": DASHES[turn % len(DASHES)]},
         marker={"symbol": SYMBOLS[(number + turn) % len(SYMBOLS)], "size": 9, "color": color},
-        hovertemplate="%{x:,} pairs: %{y:.1f} ± %{error_y.array:.1f} %"
-        "<extra>%{fullData.name}</extra>",
+        hovertemplate=("" if over == "pairs" else f"%{{x:,}} {over.replace('_', ' ')}, ")
+        + "%{text}: %{y:.1f} ± %{error_y.array:.1f} %<extra>%{fullData.name}</extra>",
+    )
+
+
+def _frontier(cells: list[Json], methods: list[str], over: str, title: str) -> Json:
+    """Return the chart of the mean recall of each method over what its sets cost."""
+    traces = [_line(cells, method, number, True, over) for number, method in enumerate(methods)]
+    label = (
+        f"Line chart of the mean recall of each method over {title}; the figures are in the table."
+    )
+    return _figure(
+        traces,
+        label,
+        400,
+        xaxis={"title": {"text": title}, "type": "log", "tickformat": "~s"},
+        yaxis={"title": {"text": "mean recall, %"}},
+        showlegend=True,
     )
 
 

@@ -77,6 +77,10 @@ def _size_tiles(run: OpenRun) -> list[Json]:
         tiles.append(_tile(label, f"{embed['pairs']:,}", images))
         if run.distilled:
             tiles.append(_tile("reduction", f"{embed['pairs'] / max(count, 1):,.0f}×", "in pairs"))
+    if run.distilled and (size := run.distilled.manifest.get("size")):
+        parts = f"images {size['image_bytes']:,}, captions {size['caption_bytes']:,}"
+        tiles.append(_tile("bytes", f"{size['bytes']:,}", parts))
+        tiles.append(_tile("pixels", f"{size['pixels']:,}", "of all images"))
     return tiles
 
 

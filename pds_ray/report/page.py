@@ -55,7 +55,7 @@ def render(report: dict[str, Any]) -> str:
             "fitted_on": {m: report["space"][m]["fitted_on"] for m in ("image", "text")}
         }
         shown["baselines"] = report["baselines"] and {
-            name: report["baselines"][name] for name in ("pairs", "protocol")
+            name: report["baselines"][name] for name in ("pairs", "budget", "protocol")
         }
     else:
         figures = comparison_figures(report)

@@ -410,7 +410,7 @@
         ...evaluation.notes.map((note) => el("p", { class: "quiet" }, note)),
       );
     }
-    if (data.baselines) parts.push(el("div", { class: "charts" }, chart("baselines", `Among other methods at ${count(data.baselines.pairs)} pairs`, "Mean of the six recalls, averaged over backbones.")));
+    if (data.baselines) parts.push(el("div", { class: "charts" }, chart("baselines", `Among other methods at ${data.baselines.budget ? `${count(data.baselines.budget)} bytes` : `${count(data.baselines.pairs)} pairs`}`, "Mean of the six recalls, averaged over backbones.")));
     section("evaluation", "Evaluation", ...parts);
   }
 
@@ -437,38 +437,44 @@
 
   function comparison() {
     const { methods, backbones, counts, cells } = data;
-    const reading = `${plural(methods.length, "method", "methods")} at ${counts.map(count).join(", ")} pairs, judged by models trained on them${backbones.filter((name) => name !== "average").length ? ` (${backbones.filter((name) => name !== "average").join(", ")})` : ""}.`;
+    const size = (value) => (data.budgets ? `${(value / 1e6).toLocaleString("en", { maximumSignificantDigits: 4 })} MB` : count(value));
+    const named = (value) => (data.budgets ? size(value) : `${size(value)} pairs`);
+    const cost = (value) => (known(value) ? count(value) : "");
+    const reading = `${plural(methods.length, "method", "methods")} at ${counts.map(size).join(", ")}${data.budgets ? " of images and captions" : " pairs"}, judged by models trained on them${backbones.filter((name) => name !== "average").length ? ` (${backbones.filter((name) => name !== "average").join(", ")})` : ""}.`;
     const facts = [["source", data.source], ["protocol", data.protocol], ["test", [data.test.source, known(data.test.images) && plural(data.test.images, "image", "images"), known(data.test.captions) && plural(data.test.captions, "caption", "captions")].filter(Boolean).join(", ")], ["seeds", known(data.seeds) ? String(data.seeds) : ""], ["sets per row", known(data.set_seeds) ? String(data.set_seeds) : ""]];
     header(data.source ? `Methods compared on ${data.source}` : "Methods compared", reading, facts.filter(([, value]) => value).map(([name, value]) => ({ name, value })), [], data.notes);
 
     const backbone = el("select", { id: "backbone", on: { change: () => update() } }, backbones.map((name, at) => el("option", { value: at }, name === "average" ? "average of all" : name)));
-    const pairs = el("select", { id: "counts", on: { change: () => update() } }, el("option", { value: "" }, "all"), counts.map((value) => el("option", { value }, count(value))));
+    const pairs = el("select", { id: "counts", on: { change: () => update() } }, el("option", { value: "" }, "all"), counts.map((value) => el("option", { value }, size(value))));
     const results = el("div", { id: "results" });
     const plots = el("div", {});
 
     function update() {
       const of = backbones[backbone.value];
       const wanted = pairs.value === "" ? counts : [Number(pairs.value)];
-      const rows = wanted.flatMap((size) => {
-        const own = cells.filter((cell) => cell.backbone === of && cell.pairs === size);
+      const rows = wanted.flatMap((value) => {
+        const own = cells.filter((cell) => cell.backbone === of && cell.size === value);
         const best = Object.fromEntries(NAMES.map(([key]) => [key, Math.max(...own.map((cell) => cell.mean[key] ?? -1))]));
         return own.map((cell, at) => ({
-          first: at === 0 && size !== wanted[0],
-          cells: [cell.method, count(size), ...NAMES.map(([key]) => { const text = recall(cell.mean[key], cell.std[key], cell.set_std[key]); return known(cell.mean[key]) && cell.mean[key] === best[key] ? el("strong", {}, text) : text; }), count(cell.trials)],
+          first: at === 0 && value !== wanted[0],
+          cells: [cell.method, count(cell.pairs), cost(cell.bytes), cost(cell.pixels_per_epoch), ...NAMES.map(([key]) => { const text = recall(cell.mean[key], cell.std[key], cell.set_std[key]); return known(cell.mean[key]) && cell.mean[key] === best[key] ? el("strong", {}, text) : text; }), count(cell.trials)],
         }));
       });
-      results.replaceChildren(table("Recalls by method", [{ name: "method" }, { name: "pairs", number: true }, ...RECALLS, { name: "trials", number: true }], rows));
+      results.replaceChildren(table("Recalls by method", [{ name: "method" }, { name: "pairs", number: true }, { name: "bytes", number: true }, { name: "pixels per epoch", number: true }, ...RECALLS, { name: "trials", number: true }], rows));
       plots.replaceChildren(
         el("div", { class: "charts" }, counts.length > 1 ? chart(`lines-${backbone.value}`, "Mean recall over pairs") : ""),
-        el("div", { class: "charts" }, wanted.map((size) => chart(`bars-${backbone.value}-${size}`, `${count(size)} pairs`, `Mean of the six recalls; bars show the standard deviation${known(data.set_seeds) ? " over sets" : ""}.`))),
+        el("div", { class: "charts" },
+          data.charts.includes(`bytes-${backbone.value}`) ? chart(`bytes-${backbone.value}`, "Mean recall over bytes", "Bytes of images and captions; what is higher at the same bytes is the better set.") : "",
+          data.charts.includes(`pixels-${backbone.value}`) ? chart(`pixels-${backbone.value}`, "Mean recall over the cost of training", "Pixels that an epoch of training reads, at the side that the model takes.") : ""),
+        el("div", { class: "charts" }, wanted.map((value) => chart(`bars-${backbone.value}-${value}`, named(value), `Mean of the six recalls; bars show the standard deviation${known(data.set_seeds) ? " over sets" : ""}.`))),
       );
     }
 
     section(
       "results",
       "Recalls",
-      el("p", { class: "quiet" }, `In percent: TR finds the caption of an image, IR the image of a caption; ± is the standard deviation${known(data.set_seeds) ? ", over the seeds of the models / over sets" : ""}. The best of each number of pairs is bold.`),
-      el("div", { class: "tools" }, el("label", {}, "Backbone", backbone), el("label", {}, "Pairs", pairs)),
+      el("p", { class: "quiet" }, `In percent: TR finds the caption of an image, IR the image of a caption; ± is the standard deviation${known(data.set_seeds) ? ", over the seeds of the models / over sets" : ""}. The best of each size is bold.`),
+      el("div", { class: "tools" }, el("label", {}, "Backbone", backbone), el("label", {}, data.budgets ? "Budget" : "Pairs", pairs)),
       results,
       plots,
     );

@@ -44,7 +44,7 @@ class OpenRun:
 
     @property
     def method(self) -> Method:
-        return catalog.method(self.method_name)
+        return catalog.method(self.method_name, self.config.get("budget", ""))
 
     @property
     def method_name(self) -> str:

@@ -25,6 +25,14 @@ class Extras:
     similarity: np.ndarray | None = None
     """float32 [B, B]: how much caption j is a target of image i."""
 
+    def first(self, pairs: int) -> Extras:
+        """Return the parts of the first pairs alone."""
+        captions, similarity = self.captions, self.similarity
+        return Extras(
+            None if captions is None else captions[:pairs],
+            None if similarity is None else np.ascontiguousarray(similarity[:pairs, :pairs]),
+        )
+
 
 def clip_similarity(
     image: np.ndarray, text: np.ndarray, temperature: float, share: float

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
+from PIL import Image
 from safetensors.numpy import save as save_safetensors
 
 from pds_ray import catalog
-from pds_ray.config import FREE_FIELDS, public, sections
+from pds_ray.config import FREE_FIELDS, ConfigError, public, sections
 from pds_ray.methods.base import Counts, Run
+from pds_ray.stages.budget import fitting_pairs
 from pds_ray.stages.extras import Extras
 from pds_ray.store.card import CardText, card
 from pds_ray.store.distilled_set import (
@@ -22,7 +26,9 @@ from pds_ray.store.distilled_set import (
     PROTOTYPES,
     SET_SCHEMA_VERSION,
     Record,
+    SetSize,
     image_path,
+    record_bytes,
     tar_path,
 )
 from pds_ray.store.run_folder import RunFolder
@@ -40,14 +46,14 @@ _ACTIVE = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 def materialize(run: Run, extras: Extras) -> Counts:
     """Write the distilled set of a run whose other stages are done; return its counts."""
-    folder = run.folder
+    folder, budget = run.folder, run.config.budget_bytes
     folder.distilled.delete_all()
     captions = folder.captions() if "caption" in run.method.names else None
     pairs = run.counts("decode")["images"]
     with progress_bar("materialize", pairs, "pairs", delay_s=QUIET_S) as bar:
         about_set = {**about(run), **describe_extras(extras)}
         text = run.method.card
-        return write_distilled(folder, about_set, text, captions, bar.update, extras)
+        return write_distilled(folder, about_set, text, captions, bar.update, extras, budget)
 
 
 def describe_extras(extras: Extras) -> dict[str, str]:
@@ -60,7 +66,7 @@ def describe_extras(extras: Extras) -> dict[str, str]:
         )
     if extras.similarity is not None:
         parts.append(
-            "soft targets, in `prototypes.safetensors` as `similarity`: a row per picture, a "
+            "soft targets, in `prototypes.safetensors` as `similarity`: a row per image, a "
             "column per caption"
         )
     return {"extras": "; ".join(parts)} if parts else {}
@@ -108,10 +114,11 @@ def _fewer(run: Run) -> dict[str, str]:
 
 def records(
     prototypes: pa.Table,
+    run: RunFolder,
     captions: pa.Table | None = None,
     further: list[list[str]] | None = None,
 ) -> list[Record]:
-    """Return one JSON record per pair, from rows of prototypes.parquet.
+    """Return one JSON record per pair, from rows of prototypes.parquet; `run` names the images.
 
     `captions` (rows of captions.parquet), if given, replace the captions retrieved there. The
     retrieved caption, with which the image was decoded, is then the record's `prompt`. `further`,
@@ -124,7 +131,7 @@ def records(
             {**row, **own, "prompt": row["caption"]} for row, own in zip(rows, chosen, strict=True)
         ]
     found: list[Record] = [
-        {"file_name": RunFolder.image_name(row["pair"]), "text": row.pop("caption"), **row}
+        {"file_name": run.image_name(row["pair"]), "text": row.pop("caption"), **row}
         for row in rows
     ]
     for record, more in zip(found, further or [], strict=False):
@@ -139,8 +146,11 @@ def write_distilled(
     captions: pa.Table | None = None,
     step: Callable[[], object] = lambda: None,
     extras: Extras | None = None,
+    budget: int = 0,
 ) -> dict[str, Any]:
     """Write the distilled set of a finished run; return its counts.
+
+    With a `budget` of bytes the set ends before the first pair that does not fit.
 
     `about` is what card and manifest say of the making, `text` the method's part of the card.
     `captions` (rows of captions.parquet) replace those of the prototypes. `step` is called after
@@ -150,10 +160,20 @@ def write_distilled(
     """
     prototypes = run.prototypes()
     extras = extras or Extras()
-    rows = records(prototypes, captions, extras.captions)
+    rows = records(prototypes, run, captions, extras.captions)
+    if budget:
+        rows = rows[: _fitting(run.images, rows, budget)]
+        prototypes, extras = prototypes.slice(0, len(rows)), extras.first(len(rows))
+        about = {**about, "counts": {**about["counts"], "distilled pairs": len(rows)}}
     target = run.distilled
     target.delete(MANIFEST)
-    images, tars = _write_images(run.images, target, rows, step)
+    images, tars, pixels = _write_images(run.images, target, rows, step)
+    size = SetSize(
+        pairs=len(rows),
+        image_bytes=sum(file["bytes"] for file in images.values()),
+        caption_bytes=sum(map(record_bytes, rows)),
+        pixels=pixels,
+    )
     metadata = "".join(_json_line(row) + "\n" for row in rows).encode()
     write(target, METADATA, metadata, images)
     tensors = {
@@ -164,22 +184,50 @@ def write_distilled(
         tensors["similarity"] = extras.similarity
     others: Files = {}
     write(target, PROTOTYPES, save_safetensors(tensors), others)
-    write(target, CARD, card(rows, about, text).encode(), others)
+    write(target, CARD, card(rows, _with_size(about, size), text).encode(), others)
     files = images | tars | others
-    target.write_json(
-        MANIFEST, {"schema": SET_SCHEMA_VERSION, "pairs": len(rows), "about": about, "files": files}
-    )
-    return {"pairs": len(rows), "bytes": sum(file["bytes"] for file in files.values())}
+    manifest = {"schema": SET_SCHEMA_VERSION, "pairs": len(rows), "size": size.to_json()}
+    target.write_json(MANIFEST, {**manifest, "about": about, "files": files})
+    together = sum(file["bytes"] for file in files.values())
+    return {"pairs": len(rows), "bytes": together, "size": size.to_json()}
+
+
+def _fitting(images: Folder, rows: list[Record], budget: int) -> int:
+    """Return how many of the first pairs fit into a budget. Raises ConfigError if none does."""
+    data = side_by_side(images.read_bytes, [row["file_name"] for row in rows])
+    sizes = [len(image) + record_bytes(row) for image, row in zip(data, rows, strict=True)]
+    count = fitting_pairs(sizes, budget)
+    if not count:
+        raise ConfigError(
+            f"budget is {budget:,} bytes; the first pair alone has {sizes[0]:,}; give more"
+        )
+    return count
+
+
+def _with_size(about: dict[str, Any], size: SetSize) -> dict[str, Any]:
+    """Return the description of a set with its size among its counts, as the card has them."""
+    counted = {
+        "distilled pairs": size.pairs,
+        "bytes of images and captions": size.bytes,
+        "bytes of images": size.image_bytes,
+        "bytes of captions": size.caption_bytes,
+        "pixels": size.pixels,
+    }
+    return {**about, "counts": {**about["counts"], **counted}}
 
 
 def _write_images(
     source: Folder, target: Folder, rows: list[Record], step: Callable[[], object]
-) -> tuple[Files, Files]:
-    """Copy the images into the set, and write them into tars with text and metadata."""
+) -> tuple[Files, Files, int]:
+    """Copy the images into the set, and write them into tars with text and metadata.
+
+    Returns the files of both, and the pixels of all images.
+    """
     from webdataset import TarWriter
 
     images: Files = {}
     tars: Files = {}
+    pixels = 0
 
     def copy(row: Record) -> tuple[bytes, Files]:
         image, listed = source.read_bytes(row["file_name"]), Files()
@@ -196,10 +244,12 @@ def _write_images(
             for row, (image, listed) in zip(some, side_by_side(copy, some), strict=True):
                 images |= listed
                 text, record = row["text"].encode(), _json_line(row).encode()
-                key = f"{row['pair']:06d}"
-                tar.write({"__key__": key, "png": image, "txt": text, "json": record})
+                key, _, kind = row["file_name"].rpartition(".")
+                tar.write({"__key__": key, kind: image, "txt": text, "json": record})
+                with Image.open(io.BytesIO(image)) as opened:
+                    pixels += math.prod(opened.size)
                 step()
-    return images, tars
+    return images, tars, pixels
 
 
 def _json_line(row: Record) -> str:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from pds_ray.config import DecodeConfig
 from pds_ray.decoders.base import DecodeBatch, Decoder
+from pds_ray.modalities.image import resized
 from pds_ray.store.schemas import vectors
 
 
@@ -72,10 +73,9 @@ def synthesize_chunk(
 
     An image is made when it is asked for, if the decoder allows.
     """
-    count, side = 0, (config.image_size, config.image_size)
+    count = 0
     for image in decoder.decode(batch):
         count += 1
-        fits = config.image_size == 0 or image.size == side
-        yield image if fits else image.resize(side, Image.Resampling.LANCZOS)
+        yield resized(image, config.image_size) if config.image_size else image
     if count != len(batch.captions):
         raise RuntimeError(f"the decoder gave {count} images for {len(batch.captions)} prototypes")

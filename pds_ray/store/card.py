@@ -31,9 +31,9 @@ class Layout:
     config: Mapping[str, Any]
     """The entry of the card's `configs` that says which files are the data."""
     columns: str
-    """Names of the columns that `datasets` makes of them."""
+    """Names of the columns that `datasets` makes of them; $image is the suffix of the images."""
     code: str = ""
-    """More lines that read it."""
+    """More lines that read it, with $image as above."""
 
 
 def _files(pattern: str) -> dict[str, Any]:
@@ -44,11 +44,10 @@ LAYOUTS = {
     "parquet": Layout(_files(f"{TABLES}/train-*.parquet"), "image, text, ..."),
     "webdataset": Layout(
         _files(f"{TARS}/*.tar"),
-        "png, txt, json",
-        f"""
-import webdataset as wds
-pairs = wds.WebDataset("{TARS}/000000.tar", shardshuffle=False).decode("pil").to_tuple("png", "txt")
-""",
+        "$image, txt, json",
+        "\nimport webdataset as wds\n"
+        f'pairs = wds.WebDataset("{TARS}/000000.tar", shardshuffle=False)'
+        '.decode("pil").to_tuple("$image", "txt")\n',
     ),
     "imagefolder": Layout(
         {"config_name": "default", "data_dir": IMAGES},
@@ -96,6 +95,7 @@ def card(rows: Sequence[Record], about: Mapping[str, Any], text: CardText) -> st
     template = Template((files("pds_ray.store") / "card.template").read_text("utf-8"))
     return template.substitute(
         front_matter=_front_matter(len(rows), [text.tag, about["method"]]),
+        image=image_kind(rows),
         pairs=len(rows),
         verb=text.verb,
         source=about["source"],
@@ -124,11 +124,17 @@ def _front_matter(pairs: int, tags: list[str]) -> str:
     return data.to_yaml(line_break="\n", original_order=FIELDS)
 
 
-def card_of_export(text: str, format: str, place: str) -> str:
+def image_kind(rows: Sequence[Record]) -> str:
+    """Return the suffix of the images of a set, without its dot."""
+    named = [row["file_name"] for row in rows[:1] if "file_name" in row]
+    return named[0].rpartition(".")[2] if named else "png"
+
+
+def card_of_export(text: str, format: str, place: str, image: str) -> str:
     """Return the card of a set for an export: it names the files, and says how to read `place`.
 
-    All else stays as it is, also where a person wrote it. Raises ValueError if `text` has no front
-    matter in YAML.
+    `image` is the suffix of the images. All else stays as it is, also where a person wrote it.
+    Raises ValueError if `text` has no front matter in YAML.
     """
     from huggingface_hub import DatasetCardData
 
@@ -139,9 +145,12 @@ def card_of_export(text: str, format: str, place: str) -> str:
         raise ValueError("it does not begin with YAML fields between two lines of ---")
     fields["configs"] = [layout.config]
     front = DatasetCardData(**fields).to_yaml(line_break="\n", original_order=FIELDS)
+    columns, more = (
+        Template(line).substitute(image=image) for line in (layout.columns, layout.code)
+    )
     code = f"""from datasets import load_dataset
-pairs = load_dataset("{place}", split="train")            # columns: {layout.columns}
-{layout.code}"""
+pairs = load_dataset("{place}", split="train")            # columns: {columns}
+{more}"""
     return f"---\n{front}\n---\n{USE.sub(lambda _: code, body, count=1)}"
 
 

@@ -4,8 +4,8 @@ distilled/
   README.md                    card: source, method, configuration, counts
   manifest.json                SHA-256 and size of every other file; written last
   imagefolder/metadata.jsonl   file_name, text and metadata of each pair, for Hugging Face
-  imagefolder/000000.png ...   `imagefolder`
-  webdataset/000000.tar ...    KEY.json, KEY.png, KEY.txt, for `webdataset`
+  imagefolder/000000.png ...   `imagefolder`; .jpg or .webp in other formats
+  webdataset/000000.tar ...    KEY.json, KEY.png (.jpg, .webp), KEY.txt, for `webdataset`
   prototypes.safetensors       image_prototypes, text_prototypes float32 [B, d]; with soft
                                targets also similarity float32 [B, B]
 
@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
 import numpy as np
@@ -53,6 +54,17 @@ def tar_path(number: int) -> str:
 def table_path(number: int, count: int) -> str:
     """Return the name of the number-th of `count` Parquet files below an export."""
     return f"{TABLES}/train-{number:05d}-of-{count:05d}.parquet"
+
+
+def caption_bytes(text: str) -> int:
+    """Return the bytes that a caption counts in a set: UTF-8, with a line end."""
+    return len(text.encode()) + 1
+
+
+def record_bytes(record: Record) -> int:
+    """Return the bytes that the captions of a pair count in a set."""
+    captions = record.get("captions") or [record.get("text") or ""]
+    return sum(map(caption_bytes, captions))
 
 
 class DistilledSetError(UserError, ValueError):
@@ -106,6 +118,31 @@ PROTOTYPE_FIELDS = (
 
 
 @dataclass(frozen=True)
+class SetSize:
+    """The size of a set as it is counted against a budget: its images and captions, no more.
+
+    Prototypes, metadata and the heads of archives are left out: training on the set needs none.
+    """
+
+    pairs: int
+    image_bytes: int
+    """Bytes of the image files."""
+    caption_bytes: int
+    """Bytes of the captions in UTF-8, with a line end each."""
+    pixels: int
+    """Pixels of the images as stored."""
+
+    @property
+    def bytes(self) -> int:
+        """All bytes that count."""
+        return self.image_bytes + self.caption_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values, as the manifest of a set holds it."""
+        return {"bytes": self.bytes, **asdict(self)}
+
+
+@dataclass(frozen=True)
 class DistilledSet:
     """A distilled set in memory, except for its images, which are read on demand."""
 
@@ -135,6 +172,21 @@ class DistilledSet:
     def is_selection(self) -> bool:
         """True if the pairs are real ones that were chosen, so that nothing was averaged."""
         return _is_selection(self.manifest)
+
+    def size(self) -> SetSize:
+        """Return the pairs, bytes and pixels of the set.
+
+        The images are read if an earlier version wrote the set, or another program: its manifest
+        then lacks the pixels. Raises DistilledSetError as `image` does.
+        """
+        # an image that several pairs share is one file
+        pair_of = {row["file_name"]: pair for pair, row in enumerate(self.records)}
+        recorded, files = self.manifest.get("size") or {}, self.manifest["files"]
+        pixels = recorded.get("pixels") or sum(
+            math.prod(self.image(pair).size) for pair in pair_of.values()
+        )
+        images = sum(files[image_path(name)]["bytes"] for name in pair_of)
+        return SetSize(len(self), images, sum(map(record_bytes, self.records)), pixels)
 
     def image(self, pair: int) -> Image.Image:
         """Return the RGB image of one pair.

@@ -8,14 +8,19 @@ evaluation/trials/state/KEY.safetensors
     the state of a trial that is not finished (see training/loop.py)
 comparison.json, comparison.csv
     the cells of a comparison: mean and deviation per method, size and backbone
-sets/METHOD-PAIRS/
-    one run folder per set of a comparison
+sets/METHOD-SIZE/
+    one run folder per set of a comparison; SIZE is its number of pairs, or its budget
 embeddings/FINGERPRINT/
     one embedding store per way of making embeddings, shared by the sets of a comparison
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+from pds_ray.errors import ConfigError, first_line
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
 
 EVALUATION, TRIALS, STATES = "evaluation", "trials", "state"
@@ -60,11 +65,40 @@ def state_name(key: str) -> str:
     return f"{key}{STATE_SUFFIX}"
 
 
-def set_name(method: str, pairs: int) -> str:
-    """Return the name of a set's run folder below a comparison."""
-    return f"sets/{method}-{pairs}"
+def set_name(method: str, size: str) -> str:
+    """Return the name of a set's run folder below a comparison; `size` is pairs or a budget."""
+    return f"sets/{method}-{size}"
 
 
 def store_name(fingerprint: str) -> str:
     """Return the name of a shared embedding store below a comparison."""
     return f"embeddings/{fingerprint[:12]}"
+
+
+def read_table(path: str) -> dict[str, Any] | None:
+    """Return the table of the comparison at `path`, None if it is none.
+
+    Raises ConfigError in one line if it is damaged.
+    """
+    folder = Folder(path)
+    if folder.exists(RunFolder.MANIFEST) or not folder.exists(COMPARISON):
+        return None
+    try:
+        return folder.read_json(COMPARISON)
+    except ValueError as error:
+        raise ConfigError(
+            f"{folder.full(COMPARISON)} cannot be read as a comparison ({first_line(error)})"
+        ) from error
+
+
+def frontier(cells: Sequence[dict[str, Any]], cost: str) -> list[dict[str, Any]]:
+    """Return the cells that no other matches at a smaller or equal `cost`, cheapest first.
+
+    `cost` is a count of the cells, such as bytes; they are of one backbone, or its average.
+    """
+    best, found = -1.0, []
+    for cell in sorted(cells, key=lambda cell: (cell[cost], -cell["mean"]["r_mean"])):
+        if cell["mean"]["r_mean"] > best:
+            best = cell["mean"]["r_mean"]
+            found.append(cell)
+    return found

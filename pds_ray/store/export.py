@@ -18,7 +18,7 @@ import yaml
 
 from pds_ray.errors import ConfigError, first_line
 from pds_ray.store.calls import StorageError, side_by_side
-from pds_ray.store.card import LAYOUTS, bare_card, card_of_export
+from pds_ray.store.card import LAYOUTS, bare_card, card_of_export, image_kind
 from pds_ray.store.distilled_set import (
     CARD,
     IMAGES,
@@ -104,7 +104,8 @@ def _card(pairs: DistilledSet, format: str, place: str) -> str:
     try:
         has_card = pairs.folder.exists(CARD)
         text = pairs.folder.read_bytes(CARD).decode("utf-8-sig") if has_card else ""
-        return card_of_export(text or bare_card(len(pairs)), format, place)
+        text = text or bare_card(len(pairs))
+        return card_of_export(text, format, place, image_kind(pairs.records))
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise DistilledSetError(
             f"{pairs.folder.full(CARD)} is no data-set card ({first_line(error)}); mend it"

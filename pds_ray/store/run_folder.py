@@ -37,6 +37,8 @@ embeddings/store, embeddings/store.parquet
 embeddings/parts/
     the parts of shards that are not committed yet
 
+budget.json, of a run with a budget
+    what was chosen for it, and what was measured to choose it (see stages/budget.py)
 pruning/S.keep.parquet, one row per pair of S: kept (bool)
     in the row order of S.captions
 clusters/image.safetensors, text.safetensors: centroids (f32 [K, d])
@@ -54,7 +56,7 @@ image_cluster, text_cluster (int32), shared (int64), pairless (bool), mean_cosin
 
 prototypes.parquet, B rows, see `prototype_schema`
     in the order of the distilled set
-images/P.png
+images/P.png, P.jpg or P.webp
     the decoded image of pair P
 captions.parquet, B rows, see `CHOSEN_CAPTION_SCHEMA`
     the caption that the distilled set gives each pair
@@ -72,7 +74,7 @@ versions of files, is a function of configuration, data and seed, byte for byte.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -87,12 +89,17 @@ from pds_ray.store.embeddings import EmbeddingStore, read_shards, write_shards
 from pds_ray.store.schemas import KEEP_SCHEMA, LABEL_SCHEMA
 from pds_ray.store.storage import Folder, StorageError, side_by_side
 
+SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+"""Format of saved images -> suffix of their files."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
     """The files of one run."""
 
     folder: Folder
+    image_suffix: str = SUFFIXES["png"]
+    """Suffix of its images."""
 
     MANIFEST = "run.json"
     HEARTBEAT = "heartbeat.json"
@@ -101,7 +108,11 @@ class RunFolder:
     COUPLES, PROTOTYPES = "matching/couples.parquet", "prototypes.parquet"
     CAPTIONS, SET_MANIFEST = "captions.parquet", f"{DISTILLED}/{SET_MANIFEST}"
     FITS = "fits.json"
-    IMAGE_SUFFIX = ".png"
+    BUDGET = "budget.json"
+
+    def of_format(self, format: str) -> RunFolder:
+        """Return the folder with images of a format, png while it is not chosen yet."""
+        return replace(self, image_suffix=SUFFIXES.get(format, SUFFIXES["png"]))
 
     def check_ours(self) -> None:
         """Raise StorageError if this is no run folder and a run would delete what lies in it."""
@@ -197,6 +208,13 @@ class RunFolder:
     def distilled(self) -> Folder:
         return self.folder / DISTILLED
 
+    def save_budget(self, choice: dict[str, Any]) -> None:
+        self.folder.write_json(self.BUDGET, choice)
+
+    def budget(self) -> dict[str, Any]:
+        """Return what was chosen for a budget, and what was measured to choose it."""
+        return self.folder.read_json(self.BUDGET)
+
     def save_keep(self, shard: str, kept: np.ndarray) -> None:
         self.pruning.write_table(
             self.keep_name(shard), pa.table({"kept": kept}, schema=KEEP_SCHEMA)
@@ -263,7 +281,7 @@ class RunFolder:
 
     def image_names(self) -> list[str]:
         """Return the names of the images that are decoded, in the order of pairs."""
-        return self.images.names(self.IMAGE_SUFFIX)
+        return self.images.names(self.image_suffix)
 
     def save_captions(self, captions: pa.Table) -> None:
         self.folder.write_table(self.CAPTIONS, captions)
@@ -287,9 +305,8 @@ class RunFolder:
     def labels_name(shard: str) -> str:
         return f"{shard}.labels.parquet"
 
-    @staticmethod
-    def image_name(pair: int) -> str:
-        return f"{pair:06d}{RunFolder.IMAGE_SUFFIX}"
+    def image_name(self, pair: int) -> str:
+        return f"{pair:06d}{self.image_suffix}"
 
 
 def result_in(names: Set[str]) -> str:

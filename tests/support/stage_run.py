@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from pds_ray import catalog
-from pds_ray.config import RunConfig
+from pds_ray.config import RunConfig, settled
 from pds_ray.decoders.base import DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.methods.base import Counts, Run
@@ -38,7 +38,7 @@ def stage_run(
     )
     manifest.stages["embed"] = {"counts": {"images": images, "pairs": pairs}}
     return Run(
-        config=config,
+        config=settled(config),
         method=method,
         source=cast(Any, source),
         shards=shards or [],

@@ -288,9 +288,23 @@ def add_evaluation(
 
 
 def add_comparison(
-    folder: Path, sets: dict[tuple[str, int], str], backbones: tuple[str, ...] = ("nfnet", "vit")
+    folder: Path,
+    sets: dict[tuple[str, int], str],
+    backbones: tuple[str, ...] = ("nfnet", "vit"),
+    pair_bytes: int = 0,
+    budgets: bool = False,
 ) -> None:
-    """comparison.json over the sets given as (method, pairs) -> path."""
+    """comparison.json over the sets given as (method, pairs) -> path.
+
+    Each pair has so many bytes; 0 is as an earlier version, which did not count them. With
+    `budgets` each set was made to the next full kilobyte.
+    """
+
+    def counts(pairs: int) -> dict[str, float]:
+        size = pairs * pair_bytes
+        counted = {"bytes": size, "pixels": pairs * 100, "pixels_per_epoch": pairs * 4096.0}
+        return (counted if size else {}) | ({"budget": -(-size // 1000) * 1000} if budgets else {})
+
     cells = [
         {
             "method": method,
@@ -300,6 +314,7 @@ def add_comparison(
             "std": dict.fromkeys(RECALLS, 0.5),
             "trials": 3,
             "set": path,
+            **counts(pairs),
         }
         for number, ((method, pairs), path) in enumerate(sets.items())
         for backbone in (*backbones, "average")

@@ -60,7 +60,8 @@ FILES = {
 RUN = {
     "source": (["scenes:10"], []),
     "out": (["runs/x"], []),
-    "pairs": ([1], [0, -5]),
+    "pairs": ([0, 1], [-5]),
+    "budget": (["2MB", "1.5MiB"], ["much", "0kB"]),
     "seed": ([0, 2**31 - 1], [-1, 2**31]),
     "method": (["random", "herding", "k_center", "forgetting", "clip_score"], ["magic"]),
     "read.captions": (["basic", "paper", "none"], ["shiny"]),
@@ -94,6 +95,8 @@ RUN = {
     "decode.precision": (["auto", "fp32", "fp16", "bf16"], ["fp8"]),
     "decode.batch_size": ([1], [0]),
     "decode.image_size": ([0], [-1]),
+    "decode.format": (["auto", "png", "jpeg", "webp"], ["gif"]),
+    "decode.quality": ([1, 100], [0, 101]),
     "caption.nearest_to": (["picture", "prototype"], ["image"]),
     "extras.captions": ([0, 4], [-1]),
     "extras.similarity": (["off", "clip", "table"], ["nothing"]),
@@ -301,7 +304,9 @@ MULTIPLE = "a positive multiple of 16 (so that results do not depend on it)"
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("pairs", 0, "positive"),
+        ("pairs", -1, "0 or positive"),
+        ("budget", "much", "a size such as 500kB, 2MB or 1.5MiB"),
+        ("budget", "0MB", "at least a byte"),
         ("pairs", "ten", "a whole number"),
         ("pairs", 2.5, "a whole number"),
         ("seed", -1, "from 0 to 2147483647"),

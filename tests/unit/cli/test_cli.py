@@ -33,6 +33,7 @@ from pds_ray.config import (
 from pds_ray.distributed.lifetime import session_kept
 from pds_ray.recipes import protocol, recipe
 from pds_ray.telemetry import log
+from tests.support.synthetic_run import add_comparison
 
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
@@ -199,6 +200,49 @@ def comparison(
     return run, judged, sizes
 
 
+def test_a_comparison_of_budgets(called: Any) -> None:
+    run, _, sizes, _ = called(
+        "compare", "--preset", "demo", "--budgets", "0.5MB, 2MB,500kB", "--out", "/x"
+    )
+    assert sizes == ["500kB", "2MB"], "one of two that are the same"
+    assert run.budget == ""
+
+
+def test_show_prints_the_frontiers_of_a_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = {("pds", 6): "a", ("random", 7): "b", ("pds", 20): "c", ("herding", 5): "d"}
+    add_comparison(tmp_path, sets, pair_bytes=130, budgets=True)
+    cli.COMMANDS["show"](cli.build_parser().parse_args(["show", str(tmp_path)]))
+    shown = capsys.readouterr().out
+    lines = [line.split() for line in shown.splitlines()]
+    rows = [line for line in lines if line[:1] in (["5"], ["6"], ["7"], ["20"])]
+    assert [line[:3] for line in rows] == [
+        ["6", "780", "pds"],
+        ["7", "910", "random"],
+        ["5", "650", "herding"],
+        ["20", "2,600", "pds"],
+    ]
+    assert "650 bytes,       5 pairs" in shown
+    assert "910 bytes" not in shown, "fewer bytes have a higher recall"
+    assert "20,480 pixels per epoch,       5 pairs" in shown
+    cli.COMMANDS["show"](cli.build_parser().parse_args(["show", str(tmp_path), "--json"]))
+    assert json.loads(capsys.readouterr().out)["cells"][0]["budget"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "pairs"),
+    [
+        (("--preset", "web_scale"), 10_000),
+        (("--preset", "web_scale", "--budget", "2MB"), 0),
+        (("--preset", "web_scale", "--budget", "2MB", "--pairs", "7"), 7),
+    ],
+)
+def test_a_budget_frees_the_pairs_of_a_preset(flags: tuple[str, ...], pairs: int) -> None:
+    config = cli.resolve(cli.build_parser().parse_args(["distill", *flags]))
+    assert config.pairs == pairs
+
+
 def test_a_comparison_is_shown_where_the_file_puts_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +286,9 @@ def test_a_comparison_is_shown_where_the_file_puts_it(
         ),
         (["compare"], {"backbone": "small_conv"}, "unknown option backbone; known: source"),
         (["compare"], {"pairs": "5,x"}, "--pairs is '5,x'"),
+        (["compare", "--budgets", "1MB,x"], {}, "--budgets is 'x'; it must be a size such as"),
+        (["compare", "--budgets", ","], {}, "--budgets is empty"),
+        (["compare", "--budgets", "1MB", "--pairs", "5"], {}, "--pairs and --budgets are given"),
         (["distill"], {"seeds": 2}, "unknown option seeds; known: source"),
     ],
 )

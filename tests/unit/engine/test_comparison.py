@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pds_ray.cli.output import _recall
 from pds_ray.config import ConfigError, EvaluateConfig, replace
 from pds_ray.engine.compare import ABLATIONS, _cells, ablations, as_csv, entries
+from pds_ray.engine.evaluate import _result, make_evaluation
 from pds_ray.recipes import recipe
-from pds_ray.stages.trial import MEASURES
+from pds_ray.stages.trial import MEASURES, Candidate
+from pds_ray.store.distilled_set import load_distilled
+from pds_ray.store.evaluation_folder import COMPARISON, frontier, read_table
+from pds_ray.store.storage import Folder
+from tests.support.hand_made_set import scenes_set
 
 CONFIG = replace(recipe("demo"), {"out": "runs/comparison"})
 JUDGED = EvaluateConfig(test="scenes:60:7")
@@ -122,6 +131,7 @@ def test_nothing_secret_is_in_a_place() -> None:
         ("pds+match.filter", "FIELD=VALUE"),
         ("pds+match.nothing=1", "unknown option match.nothing"),
         ("pds+pairs=500", "pairs is the same for all"),
+        ("pds+budget=1MB", "budget is the same for all"),
         ("pds+embed.store=x", "embed.store is the same for all"),
         ("herding+decode.steps=5", "changes nothing"),
         ("pds+match.filter=true", "changes nothing"),
@@ -132,3 +142,87 @@ def test_nothing_secret_is_in_a_place() -> None:
 def test_what_is_no_row_is_refused(method: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         entries(CONFIG, [method], [10], JUDGED)
+
+
+def test_a_budget_takes_the_place_of_pairs() -> None:
+    rows = entries(CONFIG, ["random", "pds+prune.ratio=0"], ["0.5MB", "2 MB"], JUDGED)
+    assert [row.label for row in rows[:2]] == ["random-0.5MB", "random-2 MB"]
+    assert [row.folder for row in rows] == [
+        "sets/random-0.5MB",
+        "sets/random-2_MB",
+        "sets/pds+prune.ratio=0-0.5MB",
+        "sets/pds+prune.ratio=0-2_MB",
+    ]
+    assert [(row.run.pairs, row.run.budget_bytes) for row in rows[:2]] == [
+        (0, 500_000),
+        (0, 2_000_000),
+    ]
+    (plain,) = entries(replace(CONFIG, {"budget": "1MB"}), ["random"], [10], JUDGED)
+    assert (plain.run.pairs, plain.run.budget) == (10, "")
+
+
+def cell(r_mean: float, **counts: float) -> dict[str, Any]:
+    return {"mean": {**dict.fromkeys(MEASURES, 0.0), "r_mean": r_mean}, **counts}
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), min_size=1, max_size=15))
+def test_the_frontier_is_what_nothing_smaller_reaches(points: list[tuple[int, int]]) -> None:
+    found = frontier([cell(float(r), bytes=size) for size, r in points], "bytes")
+    on_it = {(each["bytes"], each["mean"]["r_mean"]) for each in found}
+    expected = {
+        (size, r)
+        for size, r in points
+        if not any(
+            (other <= size and better > r) or (other < size and better >= r)
+            for other, better in points
+        )
+    }
+    assert on_it == expected
+    assert len(found) == len(expected)
+    assert [each["bytes"] for each in found] == sorted(size for size, _ in expected)
+
+
+def test_the_table_has_the_sizes_of_each_set() -> None:
+    deviation = dict.fromkeys(MEASURES, 0.5)
+    counts = {"bytes": 500, "pixels": 4096, "pixels_per_epoch": 8192.0}
+    row = {**cell(3.0, **counts), "std": deviation}
+    about = {"method": "pds", "pairs": 4, "backbone": "average", "trials": 2}
+    (found,) = csv.DictReader(io.StringIO(as_csv([{**row, **about}])))
+    names = ("pairs", "bytes", "pixels", "pixels_per_epoch", "r_mean mean")
+    assert [found[name] for name in names] == ["4", "500", "4096", "8192", "3.0000"]
+
+
+def test_the_table_of_a_folder(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    assert read_table(str(tmp_path)) is None
+    folder.write_json(COMPARISON, {"cells": []})
+    assert read_table(str(tmp_path)) == {"cells": []}
+    folder.write_bytes(COMPARISON, b"{")
+    with pytest.raises(ConfigError, match="cannot be read as a comparison"):
+        read_table(str(tmp_path))
+
+
+def test_cells_say_what_their_sets_and_their_training_cost(tmp_path: Path) -> None:
+    """Bytes are those of the files, an epoch reads every pair at the side of the backbone."""
+    path = scenes_set(tmp_path / "set", pairs=3)
+    judged = replace(JUDGED, {"backbones": "small_conv,small_vit", "seeds": 1})
+    entry = entries(CONFIG, ["random"], ["2MB"], judged)[0]
+    candidate = Candidate(entry.label, str(path), judged.protocol)
+    evaluation = make_evaluation([candidate], judged)
+    trials = Folder(str(tmp_path / "trials"))
+    for trial in evaluation.trials:
+        counts = {"images": 60, "captions": 300, "bad": {}}
+        found = {"seed": 0, "epoch": 1, "seconds": 1.0, "recalls": dict.fromkeys(MEASURES, 5.0)}
+        splits = dict.fromkeys(evaluation.splits, counts)
+        trials.write_json(f"{trial.key}.json", {**found, "splits": splits})
+    cells = _cells([entry], {entry.label: _result(evaluation.sets[0], evaluation, trials)})
+    images = sum(file.stat().st_size for file in (path / "imagefolder").glob("*.png"))
+    captions = sum(len(text.encode()) + 1 for text in load_distilled(str(path)).captions)
+    assert [cell["backbone"] for cell in cells] == ["small_conv", "small_vit", "average"]
+    for found in cells:
+        assert (found["pairs"], found["budget"], found["bytes"]) == (
+            3,
+            2_000_000,
+            images + captions,
+        )
+        assert (found["pixels"], found["pixels_per_epoch"]) == (3 * 64**2, 3 * 64**2)

@@ -74,6 +74,8 @@ def reference() -> dict[str, str]:
         ({"match__filter": False}, "match"),
         ({"decode__steps": 3}, "decode"),
         ({"decode__image_size": 32}, "decode"),
+        ({"decode__format": "webp"}, "decode"),
+        ({"decode__format": "jpeg", "decode__quality": 50}, "decode"),
         ({"decode__rescale": True}, "decode"),
         ({"caption__nearest_to": "prototype"}, "caption"),
         ({"extras__captions": 2}, "materialize"),
@@ -118,6 +120,8 @@ def test_clusters_of_two_levels_are_not_continued(pairs: int, continued: bool) -
         {"ray__max_bad_share": 0.1},
         {"ray__max_failed_share": 0.2},
         {"ray__sample_timeout_s": 5.0},
+        {"decode__format": "png"},  # as without it
+        {"decode__quality": 50},  # of other formats
         {"select__epochs": 3},  # of other methods
         {"select__forgotten": "most"},
     ],
@@ -161,6 +165,7 @@ def test_methods_share_the_embeddings_and_nothing_else(
         ({"decode__image_size": 32}, "decode"),
         ({"extras__captions": 2}, "materialize"),
         ({"extras__similarity": "clip"}, "materialize"),
+        ({"decode__format": "webp"}, "decode"),
     ],
 )
 def test_a_change_makes_stale_what_of_a_selection_depends_on_it(
@@ -212,6 +217,41 @@ def test_soft_targets_that_cannot_be_made_are_refused(monkeypatch: pytest.Monkey
         fingerprints(extras__similarity="clip")
 
 
+@pytest.mark.parametrize("method", ["pds", "random"])
+def test_a_budget_adds_a_stage_and_leaves_those_before_it(method: str) -> None:
+    plain, with_budget = (fingerprints(method=method, pairs=0, budget=size) for size in ("", "2MB"))
+    before = ["embed", "prune"] if method == "pds" else ["embed"]
+    assert [*with_budget][: len(before) + 1] == [*before, "budget"]
+    assert [name for name in with_budget if name != "budget"] == [*plain]
+    assert {name for name in plain if plain[name] == with_budget[name]} == set(before)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"budget": "2.5MB"},
+        {"pairs": 7},
+        {"seed": 1},
+        {"decode__image_size": 32},
+        {"decode__format": "png"},
+        {"decode__quality": 50},
+    ],
+)
+def test_what_a_budget_is_chosen_from_makes_it_stale(changes: dict[str, Any]) -> None:
+    base = {"method": "random", "pairs": 0, "budget": "2MB"}
+    first, changed = fingerprints(**base), fingerprints(**{**base, **changes})
+    assert {name for name in first if first[name] == changed[name]} == {"embed"}
+    assert fingerprints(**{**base, "budget": "2000 kB"}) == first
+
+
+def test_a_configuration_that_knew_no_budget_goes_on() -> None:
+    """Of options that came later the record of an earlier version holds nothing."""
+    run = make_run(replace(recipe("demo"), BASE))
+    recorded = public(run.config)
+    del recorded["budget"], recorded["decode"]["format"], recorded["decode"]["quality"]
+    assert state._differences(recorded, public(run.config)) == []
+
+
 def test_every_option_is_judged() -> None:
     """A new option must be put on one of the lists above."""
     from pds_ray.config import flatten, to_dict
@@ -226,8 +266,9 @@ def test_every_option_is_judged() -> None:
         "cluster.modality", "match.solver", "match.pairless", "match.filter", "decode.decoder",
         "decode.model", "decode.revision", "decode.condition", "decode.steps", "decode.guidance",
         "decode.noise_level", "decode.negative_prompt", "decode.rescale", "decode.precision",
-        "decode.batch_size", "decode.image_size", "caption.nearest_to", "extras.captions",
-        "extras.similarity", "extras.temperature", "extras.share",
+        "decode.batch_size", "decode.image_size", "decode.format", "decode.quality", "budget",
+        "caption.nearest_to", "extras.captions", "extras.similarity", "extras.temperature",
+        "extras.share",
     }  # fmt: skip
     assert {name for name in flatten(to_dict(RunConfig())) if not name.startswith("ray.")} == judged
 
@@ -411,7 +452,7 @@ def test_a_run_goes_on_though_shards_are_gone_or_newer(
     assert "1 are gone (0) and 2 are newer (1, 2)" in capsys.readouterr().err
     assert again.fingerprints == first.fingerprints
     assert again.shards == first.shards
-    RunManifest(again.folder).update(config=public(config))
+    RunManifest(again.folder).update(config=public(again.config))
     state.open_run(again, redo=False)
     now = make_run(replace(config, {"source": f"{tmp_path}/*.tar"}), redo=True)
     assert [shard.name for shard in now.shards] == ["1", "2"]

@@ -214,7 +214,7 @@ def distilled(folder: Path, captions: tuple[str, ...]) -> RunFolder:
             plain[field.name] = pa.array(np.ones(len(captions)), pa.float64()).cast(field.type)
     run.save_prototypes(pa.table(plain, schema=schema))
     for pair in range(len(captions)):
-        run.images.write_bytes(RunFolder.image_name(pair), encoded(Image.new("RGB", (4, 4)), "PNG"))
+        run.images.write_bytes(run.image_name(pair), encoded(Image.new("RGB", (4, 4)), "PNG"))
     write_distilled(run, ABOUT, PDS_CARD)
     return run
 

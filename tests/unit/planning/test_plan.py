@@ -335,12 +335,25 @@ def test_impossible_plans(changes: dict[str, Any], words: str) -> None:
 
 def test_a_stage_without_a_cost_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     method = PDS.replaced(replace(PDS.stage("match"), plan=""))
-    monkeypatch.setattr(catalog, "method", lambda _: method)
+    monkeypatch.setattr(catalog, "method", lambda *_: method)
     with pytest.raises(ConfigError) as error:
         forecast(1_000_000)
     assert str(error.value) == (
         "method is 'pds'; its stage match has no cost model, so it cannot be planned"
     )
+
+
+def test_a_budget_is_planned_with_the_pairs_that_it_may_hold() -> None:
+    """250 pairs of 8 kB, as assumed; the stage that chooses comes after pruning."""
+    plan = forecast(1_000_000, pairs=0, budget="2MB")
+    names = [stage.name for stage in plan.stages]
+    assert names == ["embed", "prune", "budget", *PDS.names[2:]]
+    assert demand(plan, "decode", "draw").work == 250
+    assert demand(plan, "budget", "save in each way").work == 256 * 5 * 7
+    given = forecast(1_000_000, pairs=300, budget="2MB")
+    assert demand(given, "decode", "draw").work == 300
+    few = forecast(100, pairs=0, budget="2MB")
+    assert demand(few, "decode", "draw").work == 80, "those that pruning keeps"
 
 
 # ---- the engine that it models -----------------------------------------------------------------

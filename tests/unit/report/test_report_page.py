@@ -149,6 +149,23 @@ def test_bars_of_several_sets_show_the_deviation_over_sets(tmp_path):
     ]
 
 
+def test_a_comparison_of_budgets_has_frontiers(tmp_path):
+    """One choice per budget, whatever the pairs; recall over bytes and over what training costs."""
+    sets = {("pds", 6): "a", ("random", 7): "b", ("pds", 20): "c", ("random", 19): "d"}
+    add_comparison(tmp_path, sets, backbones=("vit",), pair_bytes=130, budgets=True)
+    report = gather(str(tmp_path))
+    found = figures.comparison_figures(report)
+    kinds = ("lines-{}", "bars-{}-1000", "bars-{}-3000", "bytes-{}", "pixels-{}")
+    assert set(found) == {kind.format(b) for b in range(2) for kind in kinds}
+    for name, each in (("bytes-0", 130), ("pixels-0", 4096)):
+        traces = {trace["name"]: trace for trace in found[name]["figure"]["data"]}
+        assert traces["pds"]["x"] == [6 * each, 20 * each]
+        assert traces["random"]["x"] == [7 * each, 19 * each]
+        assert traces["pds"]["text"] == ["6 pairs", "20 pairs"]
+    assert [trace["y"] for trace in found["bars-0-1000"]["figure"]["data"]] == [["random"], ["pds"]]
+    assert '"budgets":true' in render(report)
+
+
 @pytest.mark.parametrize("path", ["nowhere", "."])
 def test_the_command_says_in_one_line_that_there_is_nothing(tmp_path, path):
     command = [sys.executable, "-m", "pds_ray.cli", "report", str(tmp_path / path)]

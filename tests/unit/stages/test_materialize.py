@@ -20,6 +20,7 @@ from PIL import Image
 
 from pds_ray import load_distilled
 from pds_ray.methods.pds import PDS_CARD
+from pds_ray.modalities.image import encode_image
 from pds_ray.stages import materialize
 from pds_ray.stages.extras import Extras
 from pds_ray.stages.materialize import write_distilled
@@ -199,7 +200,9 @@ def test_images_are_not_gathered(tmp_path, monkeypatch):
     monkeypatch.setattr(materialize, "PAIRS_PER_TAR", 80)
     run = RunFolder(Folder(str(tmp_path)))
     run.save_prototypes(prototypes([f"caption {number}" for number in range(160)]))
-    image = np.random.default_rng(0).bytes(256 * 1024)
+    noise = np.random.default_rng(0).integers(0, 256, (296, 296, 3), np.uint8)
+    image = encode_image(Image.fromarray(noise), "png")
+    assert len(image) > 256 * 1024
     for pair in range(160):
         run.images.write_bytes(run.image_name(pair), image)
     write_distilled(run, ABOUT, PDS_CARD)  # what is imported and cached on the way is not counted
