@@ -144,8 +144,10 @@ def _complaint(uri: str, kind: Kind, matches: dict[str, _Match]) -> str:
     text = (
         f"{len(unmatched):,} of {len(matches):,} shard patterns match nothing, the first is {first}"
     )
-    there = len(matches) - len(unmatched)
-    return f"{text}; {there:,} match: to take those, {_way_out(uri)}" if there else text
+    if there := len(matches) - len(unmatched):
+        return f"{text}; {there:,} match: to take those, {_way_out(uri)}"
+    is_split = len(uri.split()) > 1 and "::" not in uri
+    return f"{text}; spaces separate patterns, as no file matches the whole" if is_split else text
 
 
 def _way_out(uri: str) -> str:

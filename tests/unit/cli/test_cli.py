@@ -109,6 +109,32 @@ def test_a_file_that_is_refused(tmp_path: Path, text: str, said: str) -> None:
         cli.resolve(args)
 
 
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("distill --pair 10", "pds-ray distill --help; near --pair: --pairs"),
+        ("distill --num_pair=10", "pds-ray distill --help; near --num_pair: --num-pairs"),
+        ("distill --batch-size 9", "near --batch-size: --embed.batch-size, --decode.batch-size"),
+        ("distill --qqq 1", "pds-ray distill --help)"),
+        (
+            "distill --source a.tar b.tar",
+            "pds-ray distill --help; patterns of --source need quotes",
+        ),
+        ("evaluate runs/x --sead 1", "pds-ray evaluate --help; near --sead: --seed"),
+    ],
+)
+def test_words_that_a_command_does_not_know(
+    capsys: pytest.CaptureFixture[str], words: str, advice: str
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        cli.build_parser().parse_args(words.split())
+    error = capsys.readouterr().err
+    assert refused.value.code == 2
+    assert error.startswith("pds-ray: unrecognized arguments: ")
+    assert advice in error
+    assert error.count("\n") == 1
+
+
 EVALUATION = {
     "test": "scenes:50:7",
     "backbones": "small_conv",
