@@ -80,7 +80,8 @@ def budget(run: Run) -> Counts:
             budget=config.budget_bytes,
             pairs=config.pairs,
             there=_there(run),
-            caption_bytes=float(np.mean([caption_bytes(text) for text in sample.texts])),
+            caption_bytes=float(np.mean([caption_bytes(text) for text in sample.texts]))
+            * (1 + config.extras.captions),
         )
         choice = _choose(run, room, sizes, shared)
     run.folder.save_budget(core.record(room, images, len(shown), sizes, choice))

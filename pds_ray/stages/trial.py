@@ -130,7 +130,7 @@ class Trial:
 
     @property
     def square(self) -> Preprocess:
-        """How its images become squares."""
+        """The rule by which its images become squares."""
         modes: dict[str, Literal["squash", "shortest"]] = {"squash": "squash", "crop": "shortest"}
         return Preprocess(self.image_size, resize_mode=modes[self.protocol.fit])
 

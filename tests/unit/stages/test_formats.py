@@ -18,7 +18,7 @@ from PIL import Image
 
 from pds_ray.config import ConfigError, DecodeConfig, options
 from pds_ray.methods.pds import PDS_CARD
-from pds_ray.modalities.image import SAVED_FORMATS, encode_image
+from pds_ray.modalities.image import SAVED_FORMATS, Preprocess, encode_image
 from pds_ray.stages.materialize import write_distilled
 from pds_ray.stages.trial import set_images
 from pds_ray.store.distilled_set import load_distilled
@@ -124,7 +124,7 @@ def test_a_set_of_each_format_is_read_by_all(made, tmp_path: Path) -> None:
 def test_evaluation_scales_whatever_side_is_stored(made, size: int) -> None:
     """As Pillow does by bicubic interpolation, smaller and larger, square or not."""
     path, _, pixels = made
-    found = set_images(load_distilled(str(path)), size)
+    found = set_images(load_distilled(str(path)), Preprocess(size, resize_mode="squash"))
     for row, image in zip(found, pixels, strict=True):
         scaled = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
         np.testing.assert_array_equal(row.transpose(1, 2, 0), np.asarray(scaled))
