@@ -71,7 +71,7 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
 
 def _print_counts(out: str, method: str, counts: dict[str, dict[str, Any]]) -> None:
     embed, prune, match = counts.get("embed", {}), counts.get("prune", {}), counts.get("match", {})
-    prototypes = counts.get("prototypes") or counts.get("select", {})
+    prototypes = counts.get("prototypes") or counts.get("select") or counts.get("cover", {})
     if embed:
         images = f"{embed['images']:,} images, {embed['shards']:,} shards"
         say(f"in            {embed['pairs']:,} pairs of {images}")

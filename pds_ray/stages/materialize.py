@@ -58,8 +58,10 @@ def about(run: Run) -> dict[str, Any]:
     for section in sections().keys() - read - {"ray"}:
         del config[section]
     decoder, synthetic = run.decoder, run.decoder.dim is not None
-    selected = config["method"] in catalog.SELECTORS
-    described = {"selection": catalog.selector(config["method"]).DESCRIPTION} if selected else {}
+    chosen = run.method.chosen
+    if config["method"] in catalog.SELECTORS:
+        chosen = catalog.selector(config["method"]).DESCRIPTION
+    described = {"selection": chosen} if chosen else {}
     return {
         "source": config["source"],
         "method": config["method"],
