@@ -36,16 +36,16 @@ COVER = Stage(
 COVERAGE_CARD = CardText(
     making="Made with pds_ray by choosing pairs of the source: the pairs of lowest image-caption "
     "cosine are dropped, CLIP embeddings\nof images and captions are whitened, and pairs are taken "
-    "that together are nearest to all. Images and captions are real, and\nbelong together; no "
-    "image is chosen twice. The prototypes are the pairs' own embeddings.",
+    "that together are nearest to all; no image is chosen twice.\nThe prototypes are the pairs' "
+    "own embeddings.",
     verb="chosen",
     tag="coreset",
     cosine_of="image and caption",
     limits="A small set leaves out most of its source",
     deviations={
         ("decode", "decoder", "unclip"): (
-            "the images are not real: each was decoded from the embedding of the chosen one, with "
-            "its caption as prompt"
+            "the images are not those of the source: each was decoded from the embedding of the "
+            "chosen one, with its caption as prompt"
         ),
     },
 )

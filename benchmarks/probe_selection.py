@@ -1,0 +1,268 @@
+"""Try rules for the choice of real pairs: embed a source once, choose, train small models, print.
+
+    python -m benchmarks.probe_selection embed runs/probe --source scenes:10000 --encoder demo \\
+        --test scenes:1000:7 --val scenes:1000:1000000007 --size 64
+    python -m benchmarks.probe_selection try runs/probe --pairs 100 --rules random,cover,cover:power=2 \\
+        --set-seeds 3 --seeds 2 --backbones small_conv
+
+A rule is a name with options behind it, all of which are fields of `Rule`. A line of the result is
+the mean r_mean in percent, its deviation over sets (each the mean of its models), and that over
+models. With `--features BACKBONE`, which `embed` takes, a frozen pretrained backbone sees each
+image once, and heads alone are trained: seconds per rule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pds_ray import catalog
+from pds_ray.config import EmbedConfig, ProtocolConfig, ReadConfig
+from pds_ray.encoders.base import Encoder, EncoderInfo
+from pds_ray.modalities.image import Preprocess, decode_image
+from pds_ray.modalities.text import CLEANERS
+from pds_ray.sources.base import Fault
+from pds_ray.stages import cover, whiten
+from pds_ray.stages.trial import TextInput, Trial, TrialData, encode, run_trial, train_model
+from pds_ray.stages.vectors import normalized
+from pds_ray.training.data import Gallery, Pixels, TrainingPairs
+from pds_ray.training.retrieval import embed_images
+from pds_ray.training.two_towers import TwoTowers
+from pds_ray.training.workers import Workers
+
+TOGETHER = 256  # images encoded at once
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How pairs are chosen. The first field is the name; the others are options."""
+
+    name: str
+    """random, k_center, herding (product kernel), cover, or halves (herding, then cover)."""
+    prune: float = 0.2
+    """Share of pairs of lowest cosine that is dropped first."""
+    ridge: float = 0.1
+    """That of whitening."""
+    candidates: int = 10_000
+    """Images drawn by the seed of the choice."""
+    power: float = 1.0
+    """Of the distance 1 - cosine that `cover` makes small."""
+    kernel: str = "sum"
+    """Similarity of pairs: the sum of the two cosines, or their product."""
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """Parse `cover:power=2:prune=0.3`."""
+        name, *changes = text.split(":")
+        kinds = {field.name: type(field.default) for field in fields(cls)[1:]}
+        given = dict(change.split("=") for change in changes)
+        return cls(name, **{key: kinds[key](value) for key, value in given.items()})
+
+
+@dataclass(frozen=True)
+class World:
+    """An embedded source and what models are trained and measured on."""
+
+    inputs: np.ndarray
+    """uint8 [n, 3, S, S], or features float32 [n, f]."""
+    image: np.ndarray
+    """float32 [n, d]: embeddings at unit length."""
+    text: np.ndarray
+    """float32 [N, d]: raw embeddings."""
+    owner: np.ndarray
+    """int64 [N]."""
+    val: Gallery
+    test: Gallery
+
+    @classmethod
+    def load(cls, folder: Path) -> World:
+        train, val, test = (dict(np.load(folder / f"{name}.npz")) for name in SPLITS)
+        image = normalized(train["image"])
+        galleries = (
+            Gallery(*(torch.from_numpy(split[name]) for name in ("inputs", "text", "owner")))
+            for split in (val, test)
+        )
+        return cls(train["inputs"], image, train["text"], train["owner"], *galleries)
+
+
+SPLITS = ("train", "val", "test")
+
+
+def embed(folder: Path, args: argparse.Namespace) -> None:
+    """Write the three splits, each embedded; what is there is kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    info = catalog.describe_encoder(EmbedConfig(encoder=args.encoder))
+    encoder = catalog.load_encoder(info, "fp32")
+    for name, uri in zip(SPLITS, (args.source, args.val, args.test), strict=True):
+        if not (folder / f"{name}.npz").exists():
+            split = _embedded(uri, info, encoder, args)
+            np.savez(folder / f"{name}.npz", **split)
+            print(f"{name}: {len(split['inputs']):,} images, {len(split['text']):,} captions")
+
+
+def _embedded(
+    uri: str, info: EncoderInfo, encoder: Encoder, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Return the arrays of a split; images that cannot be used are left out."""
+    clean, square = CLEANERS["basic"], Preprocess(args.size, resize_mode="squash")
+    source = catalog.make_source(uri, ReadConfig())
+    owner, captions, images, inputs = list[int](), list[str](), [], []
+    pixels: list[tuple[np.ndarray, np.ndarray]] = []
+    to_features = _features(args.features, args.size) if args.features else np.asarray
+
+    def flush() -> None:
+        if pixels:
+            of_encoder, squares = map(np.stack, zip(*pixels, strict=True))
+            images.append(encoder.encode_images(of_encoder))
+            inputs.append(to_features(squares))
+            pixels.clear()
+
+    number = 0
+    for shard in source.shards():
+        for item in source.read(shard):
+            if isinstance(item, Fault):
+                continue
+            mine = [text for caption in item.captions if (text := clean(caption))]
+            if mine:
+                image = decode_image(item.image, max_pixels=1 << 26, min_side=2)
+                pixels.append((info.preprocess(image), square(image).transpose(2, 0, 1)))
+                owner += [number] * len(mine)
+                captions += mine
+                number += 1
+            if len(pixels) == TOGETHER:
+                flush()
+    flush()
+    return {
+        "image": np.concatenate(images),
+        "inputs": np.concatenate(inputs),
+        "text": encode(encoder, captions),
+        "owner": np.array(owner),
+    }
+
+
+def _features(backbone: str, size: int) -> Any:
+    """Return the function from uint8 [n, 3, S, S] to features of a frozen backbone."""
+    info = catalog.describe_backbone(backbone)
+    net = catalog.build_backbone(info, size).eval()
+    pixels = Pixels(info.mean, info.std)
+    return lambda squares: embed_images(net, torch.from_numpy(squares), pixels, Workers()).numpy()
+
+
+def choose(world: World, rule: Rule, pairs: int, seed: int) -> np.ndarray:
+    """Return the chosen pairs as rows of the captions, int64 [pairs]."""
+    rng = np.random.default_rng(seed)
+    if rule.name == "random":
+        rows = rng.permutation(len(world.owner))
+        _, first = np.unique(world.owner[rows], return_index=True)
+        return rows[np.sort(first)[:pairs]]
+    text = normalized(world.text)
+    cosine = np.einsum("nd,nd->n", world.image[world.owner], text)
+    kept = np.ones(len(cosine), bool)
+    kept[np.argsort(cosine, kind="stable")[: int(rule.prune * len(cosine))]] = False
+    best = cover.best_pairs(world.owner, cosine, kept)
+    drawn = rng.permutation(best)[: min(rule.candidates, int(SHARE * len(best)))]
+    times = np.bincount(world.owner[kept], minlength=len(world.image))
+    white_image = whiten.whitening(whiten.moments(world.image, times), rule.ridge)
+    white_text = whiten.whitening(whiten.moments(text, kept.astype(int)), rule.ridge)
+    candidates = cover.Candidates(
+        white_image(world.image[world.owner[drawn]]), white_text(text[drawn])
+    )
+    return drawn[CHOICES[rule.name](candidates, pairs, rule)]
+
+
+SHARE = 0.8
+"""Share of the images that is drawn at most, so that seeds differ in small sources too."""
+
+
+def _cover(candidates: cover.Candidates, pairs: int, rule: Rule) -> np.ndarray:
+    return np.array(list(cover.facility_location(candidates, pairs)))
+
+
+def _k_center(candidates: cover.Candidates, pairs: int, rule: Rule) -> np.ndarray:
+    """Take the first candidate, then always the one least like its nearest pick."""
+    picks = [0]
+    nearest = candidates.similarity(np.array([0]))[:, 0]
+    while len(picks) < pairs:
+        picks.append(int(nearest.argmin()))
+        np.maximum(nearest, candidates.similarity(np.array(picks[-1:]))[:, 0], out=nearest)
+        nearest[picks[-1]] = np.inf
+    return np.array(picks)
+
+
+def _herding(candidates: cover.Candidates, pairs: int, rule: Rule) -> np.ndarray:
+    """Follow the cross-covariance C: argmax of (t + 1) z'Cu - sum over picks of (z.z_s)(u.u_s)."""
+    image, text = candidates.image, candidates.text
+    wanted = np.einsum("nd,nd->n", image @ (image.T @ text / len(image)), text)
+    served, picks = np.zeros(len(image)), list[int]()
+    while len(picks) < pairs:
+        gain = (len(picks) + 1) * wanted - served
+        gain[picks] = -np.inf
+        picks.append(int(gain.argmax()))
+        served += (image @ image[picks[-1]]) * (text @ text[picks[-1]])
+    return np.array(picks)
+
+
+CHOICES = {"cover": _cover, "k_center": _k_center, "herding": _herding}
+
+
+def recall(world: World, rows: np.ndarray, backbone: str, seed: int) -> float:
+    """Train a model on chosen pairs by the standard protocol; return its r_mean on test."""
+    frozen = world.inputs.ndim == 2
+    inputs = torch.from_numpy(world.inputs[world.owner[rows]])
+    pairs = TrainingPairs(inputs, torch.from_numpy(world.text[rows]))
+    data = TrialData(pairs, world.val, world.test)
+    protocol = ProtocolConfig(train="heads" if frozen else "all")
+    info = catalog.describe_backbone(backbone)
+    text = TextInput("captions", "the encoder", "basic")
+    size = world.inputs.shape[-1]
+    trial = Trial("probe", "probe", info, size, seed, protocol, text, len(rows))
+    if not frozen:
+        return run_trial(trial, data, catalog.build_backbone)["recalls"]["r_mean"]
+    torch.manual_seed(seed)
+    model = TwoTowers(None, size, pairs.text.shape[1], image_head=True)
+    return train_model(trial, model, data, Workers())["recalls"]["r_mean"]
+
+
+def try_rules(folder: Path, args: argparse.Namespace) -> None:
+    """Print a line per rule: r_mean, its deviations over sets and over models, seconds."""
+    world = World.load(folder)
+    backbones = args.backbones.split(",")
+    print("| rule | pairs | r_mean | over sets | over models | seconds |\n" + "| --- " * 6 + "|")
+    for text in args.rules.split(","):
+        began, found = time.monotonic(), []
+        for seed in range(args.set_seeds):
+            rows = choose(world, Rule.parse(text), args.pairs, seed)
+            models = [(name, model) for model in range(args.seeds) for name in backbones]
+            found.append([recall(world, rows, name, model) for name, model in models])
+        by_model = np.reshape(found, (args.set_seeds, args.seeds, len(backbones))).mean(axis=2)
+        sets, models_std = by_model.mean(axis=1), by_model.std(axis=1).mean()
+        seconds = time.monotonic() - began
+        print(
+            f"| {text} | {args.pairs} | {sets.mean():.1f} | {sets.std():.1f} | {models_std:.1f} | "
+            f"{seconds:.0f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Run one of the two commands."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("command", choices=("embed", "try"))
+    parser.add_argument("folder", type=Path)
+    for name in ("source", "val", "test", "encoder", "features", "rules"):
+        parser.add_argument(f"--{name}", default="")
+    parser.add_argument("--backbones", default="small_conv")
+    for name, value in (("size", 64), ("pairs", 100), ("set-seeds", 3), ("seeds", 2)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args()
+    {"embed": embed, "try": try_rules}[args.command](args.folder, args)
+
+
+if __name__ == "__main__":
+    main()
