@@ -2,8 +2,8 @@
 
     python -m benchmarks.probe_selection embed runs/probe --source scenes:10000 --encoder demo \\
         --test scenes:1000:7 --val scenes:1000:1000000007 --size 64
-    python -m benchmarks.probe_selection try runs/probe --pairs 100 --rules random,cover,cover:power=2 \\
-        --set-seeds 3 --seeds 2 --backbones small_conv
+    python -m benchmarks.probe_selection try runs/probe --rules random,cover,cover:power=2 \\
+        --pairs 100 --set-seeds 3 --seeds 2 --backbones small_conv
 
 A rule is a name with options behind it, all of which are fields of `Rule`. A line of the result is
 the mean r_mean in percent, its deviation over sets (each the mean of its models), and that over
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ class Rule:
     """How pairs are chosen. The first field is the name; the others are options."""
 
     name: str
-    """random, k_center, herding (product kernel), cover, or halves (herding, then cover)."""
+    """random, k_center, herding (product kernel), cover, or halves (herding, then cover); all but
+    the first on pruned and whitened pairs."""
     prune: float = 0.2
     """Share of pairs of lowest cosine that is dropped first."""
     ridge: float = 0.1
@@ -60,9 +61,8 @@ class Rule:
     def parse(cls, text: str) -> Rule:
         """Parse `cover:power=2:prune=0.3`."""
         name, *changes = text.split(":")
-        kinds = {field.name: type(field.default) for field in fields(cls)[1:]}
-        given = dict(change.split("=") for change in changes)
-        return cls(name, **{key: kinds[key](value) for key, value in given.items()})
+        given, plain = dict(change.split("=") for change in changes), cls(name)
+        return replace(plain, **{key: type(getattr(plain, key))(given[key]) for key in given})
 
 
 @dataclass(frozen=True)
@@ -180,11 +180,44 @@ SHARE = 0.8
 """Share of the images that is drawn at most, so that seeds differ in small sources too."""
 
 
+@dataclass(frozen=True)
+class Varied(cover.Candidates):
+    """Candidates with another similarity, all of it still from -1 to 1."""
+
+    rule: Rule
+    floor: np.ndarray
+    """float32 [C]: the similarity that each candidate has to its nearest pick already."""
+
+    def similarity(self, rows: np.ndarray) -> np.ndarray:
+        """Return the similarity of all candidates and some rows, at least the floor."""
+        if self.rule.kernel == "product":
+            found = (self.image @ self.image[rows].T) * (self.text @ self.text[rows].T)
+        else:
+            found = super().similarity(rows)
+        power = self.rule.power
+        if power != 1:
+            found = 1 - np.maximum(1 - found, 0) ** np.float32(power) / 2 ** (power - 1)
+        return np.maximum(found, self.floor[:, None])
+
+
 def _cover(candidates: cover.Candidates, pairs: int, rule: Rule) -> np.ndarray:
-    return np.array(list(cover.facility_location(candidates, pairs)))
+    floor = np.full(len(candidates), -1, np.float32)
+    varied = Varied(candidates.image, candidates.text, rule, floor)
+    return np.array(list(cover.facility_location(varied, pairs)))
 
 
-def _k_center(candidates: cover.Candidates, pairs: int, rule: Rule) -> np.ndarray:
+def _halves(candidates: cover.Candidates, pairs: int, rule: Rule) -> np.ndarray:
+    """Take half of the pairs by herding; the others cover what those leave."""
+    first = _herding(candidates, pairs // 2, rule)
+    varied = Varied(
+        candidates.image, candidates.text, rule, np.full(len(candidates), -1, np.float32)
+    )
+    floor = varied.similarity(first).max(axis=1)
+    rest = cover.facility_location(replace(varied, floor=floor), pairs - len(first))
+    return np.concatenate([first, list(rest)])
+
+
+def _k_center(candidates: cover.Candidates, pairs: int, _: Rule) -> np.ndarray:
     """Take the first candidate, then always the one least like its nearest pick."""
     picks = [0]
     nearest = candidates.similarity(np.array([0]))[:, 0]
@@ -195,7 +228,7 @@ def _k_center(candidates: cover.Candidates, pairs: int, rule: Rule) -> np.ndarra
     return np.array(picks)
 
 
-def _herding(candidates: cover.Candidates, pairs: int, rule: Rule) -> np.ndarray:
+def _herding(candidates: cover.Candidates, pairs: int, _: Rule) -> np.ndarray:
     """Follow the cross-covariance C: argmax of (t + 1) z'Cu - sum over picks of (z.z_s)(u.u_s)."""
     image, text = candidates.image, candidates.text
     wanted = np.einsum("nd,nd->n", image @ (image.T @ text / len(image)), text)
@@ -208,7 +241,7 @@ def _herding(candidates: cover.Candidates, pairs: int, rule: Rule) -> np.ndarray
     return np.array(picks)
 
 
-CHOICES = {"cover": _cover, "k_center": _k_center, "herding": _herding}
+CHOICES = {"cover": _cover, "halves": _halves, "k_center": _k_center, "herding": _herding}
 
 
 def recall(world: World, rows: np.ndarray, backbone: str, seed: int) -> float:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from pds_ray.config import ConfigError
 from pds_ray.distributed import pools, tasks
@@ -19,7 +18,7 @@ from pds_ray.stages.whiten import Whitening
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import MODALITIES, embeddings
-from pds_ray.telemetry.progress import progress_bar
+from pds_ray.telemetry.progress import Bar, progress_bar
 
 Part = tuple[str, core.Candidates, int]
 """A part of the candidates: its name, the candidates, and how many of them are to be picked."""
@@ -73,7 +72,7 @@ def _look_up(picks: tuple[str, np.ndarray, np.ndarray], store: EmbeddingStore) -
     return chosen_pairs(*picks, store)
 
 
-def _drawn(run: Run, count: int, bar: tqdm) -> list[int]:
+def _drawn(run: Run, count: int, bar: Bar) -> list[int]:
     """Return the pairs of the `count` lowest ranks, numbered over all shards, ascending by rank."""
     shards, store = run.shard_names, run.store
     starts = np.cumsum([0, *(run.embedded[shard]["pairs"] for shard in shards)])
@@ -87,7 +86,7 @@ def _drawn(run: Run, count: int, bar: tqdm) -> list[int]:
     return core.lowest(ranks, pairs, count)[1].tolist()
 
 
-def _gathered(run: Run, drawn: list[int], bar: tqdm) -> core.Candidates:
+def _gathered(run: Run, drawn: list[int], bar: Bar) -> core.Candidates:
     """Return the whitened embeddings of the pairs drawn, in their order."""
     tensors = run.folder.whitening()
     whitening = {
@@ -104,7 +103,7 @@ def _gathered(run: Run, drawn: list[int], bar: tqdm) -> core.Candidates:
     return candidates
 
 
-def _picks(candidates: core.Candidates, pairs: int, bar: tqdm) -> list[int]:
+def _picks(candidates: core.Candidates, pairs: int, bar: Bar) -> list[int]:
     """Return the picks of all parts, as rows of the candidates."""
     parts = core.split(candidates, core.PART)
     counts = core.shares([len(rows) for rows in parts], pairs)
