@@ -316,9 +316,10 @@ def _print_stages(plan: Forecast) -> None:
 
 
 def _fit_on_cpu(plan: Forecast) -> bool:
-    stage = next(stage for stage in plan.stages if stage.name == "cluster")
     return any(
         d.rate.unit == "FLOP" and d.rate.per == "core" and d.at_most
+        for stage in plan.stages
+        if stage.name == "cluster"
         for phase in stage.phases
         for d in phase
     )

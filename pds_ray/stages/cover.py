@@ -92,7 +92,8 @@ class Candidates:
         """Return x_i . x_a of all candidates i and some rows a. float32 [C, len(rows)]."""
         both = self.image @ self.image[rows].T
         both += self.text @ self.text[rows].T
-        return both / np.float32(2)
+        both /= 2
+        return both
 
 
 def facility_location(candidates: Candidates, pairs: int) -> Iterator[int]:
