@@ -8,7 +8,10 @@
 A rule is a name with options behind it, all of which are fields of `Rule`. A line of the result is
 the mean r_mean in percent, its deviation over sets (each the mean of its models), and that over
 models. With `--features BACKBONE`, which `embed` takes, a frozen pretrained backbone sees each
-image once, and heads alone are trained: seconds per rule.
+image once, and heads alone are trained: a minute per rule. `--judge ridge` trains nothing: captions
+are mapped to features by ridge regression on the chosen pairs, in seconds; the features are those
+of the frozen backbone, or of convolutions with random weights. It ranks rules; its recalls are not
+those of trained models.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from pds_ray.stages import cover, whiten
 from pds_ray.stages.trial import TextInput, Trial, TrialData, encode, run_trial, train_model
 from pds_ray.stages.vectors import normalized
 from pds_ray.training.data import Gallery, Pixels, TrainingPairs
+from pds_ray.training.recall import recalls
 from pds_ray.training.retrieval import embed_images
 from pds_ray.training.two_towers import TwoTowers
 from pds_ray.training.workers import Workers
@@ -54,6 +58,10 @@ class Rule:
     """Images drawn by the seed of the choice."""
     power: float = 1.0
     """Of the distance 1 - cosine that `cover` makes small."""
+    prune_by: str = "cosine"
+    """cosine, or negative: the cosine less what the pair has with others (negCLIPLoss)."""
+    caption_by: str = "cosine"
+    """Of the captions of an image, the one of highest cosine, or of highest negative."""
     kernel: str = "sum"
     """Similarity of pairs: the sum of the two cosines, or their product."""
 
@@ -164,8 +172,9 @@ def choose(world: World, rule: Rule, pairs: int, seed: int) -> np.ndarray:
     text = normalized(world.text)
     cosine = np.einsum("nd,nd->n", world.image[world.owner], text)
     kept = np.ones(len(cosine), bool)
-    kept[np.argsort(cosine, kind="stable")[: int(rule.prune * len(cosine))]] = False
-    best = cover.best_pairs(world.owner, cosine, kept)
+    dropped = np.argsort(_scores(world, text, cosine, rule.prune_by), kind="stable")
+    kept[dropped[: int(rule.prune * len(cosine))]] = False
+    best = cover.best_pairs(world.owner, _scores(world, text, cosine, rule.caption_by), kept)
     drawn = rng.permutation(best)[: min(rule.candidates, int(SHARE * len(best)))]
     times = np.bincount(world.owner[kept], minlength=len(world.image))
     white_image = whiten.whitening(whiten.moments(world.image, times), rule.ridge)
@@ -176,6 +185,21 @@ def choose(world: World, rule: Rule, pairs: int, seed: int) -> np.ndarray:
     return drawn[CHOICES[rule.name](candidates, pairs, rule)]
 
 
+def _scores(world: World, text: np.ndarray, cosine: np.ndarray, by: str) -> np.ndarray:
+    """Return the cosines, or less a soft maximum over other captions and images (Wang, 2024)."""
+    if by == "cosine":
+        return cosine
+    rng = np.random.default_rng(0)
+
+    def soft_maximum(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+        some = others[rng.choice(len(others), min(OTHERS, len(others)), replace=False)]
+        return np.log(np.exp(rows @ some.T / TEMPERATURE).mean(axis=1))
+
+    of_image = soft_maximum(world.image, text)[world.owner]
+    return cosine / TEMPERATURE - (of_image + soft_maximum(text, world.image)) / 2
+
+
+OTHERS, TEMPERATURE = 1_000, 0.05
 SHARE = 0.8
 """Share of the images that is drawn at most, so that seeds differ in small sources too."""
 
@@ -262,18 +286,74 @@ def recall(world: World, rows: np.ndarray, backbone: str, seed: int) -> float:
     return train_model(trial, model, data, Workers())["recalls"]["r_mean"]
 
 
+def random_features(images: np.ndarray) -> np.ndarray:
+    """Return features of convolutions with random weights, float32 [n, f]."""
+    parts = []
+    for seed in range(RANDOM_NETS):
+        torch.manual_seed(seed)
+        net = catalog.build_backbone(catalog.describe_backbone("small_conv"), images.shape[-1])
+        pixels = Pixels((0.5,) * 3, (0.25,) * 3)
+        parts.append(embed_images(net.eval(), torch.from_numpy(images), pixels, Workers()).numpy())
+    return np.concatenate(parts, axis=1)
+
+
+class Ridge:
+    """Judges sets by ridge regression from captions to features, its penalty chosen on val."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.features = np.asarray if world.inputs.ndim == 2 else random_features
+        self.galleries = [(g, self.features(g.images.numpy())) for g in (world.val, world.test)]
+
+    def __call__(self, rows: np.ndarray) -> float:
+        """Return the r_mean on test of the pairs, rows of the captions."""
+        text = normalized(self.world.text[rows])
+        images = self.features(self.world.inputs[self.world.owner[rows]])
+        mean, scale = images.mean(axis=0), images.std(axis=0) + 1e-3 * images.std()
+        centred = text - text.mean(axis=0)
+        kernel = centred @ centred.T
+        found = []
+        for penalty in PENALTIES:
+            added = penalty * np.trace(kernel) / len(rows) * np.eye(len(rows))
+            weights = centred.T @ np.linalg.solve(kernel + added, (images - mean) / scale)
+            found.append(
+                [
+                    recalls(
+                        *(
+                            torch.from_numpy(normalized(vectors).astype(np.float32))
+                            for vectors in (
+                                (features - mean) / scale,
+                                (normalized(gallery.text.numpy()) - text.mean(axis=0)) @ weights,
+                            )
+                        ),
+                        gallery.owner,
+                    )["r_mean"]
+                    for gallery, features in self.galleries
+                ]
+            )
+        return max(found)[1]
+
+
+RANDOM_NETS, PENALTIES = 3, (0.01, 0.1, 0.5)
+
+
 def try_rules(folder: Path, args: argparse.Namespace) -> None:
     """Print a line per rule: r_mean, its deviations over sets and over models, seconds."""
     world = World.load(folder)
-    backbones = args.backbones.split(",")
+    backbones, ridge = args.backbones.split(","), args.judge == "ridge" and Ridge(world)
+    args.seeds = 1 if ridge else args.seeds
     print("| rule | pairs | r_mean | over sets | over models | seconds |\n" + "| --- " * 6 + "|")
     for text in args.rules.split(","):
         began, found = time.monotonic(), []
         for seed in range(args.set_seeds):
             rows = choose(world, Rule.parse(text), args.pairs, seed)
             models = [(name, model) for model in range(args.seeds) for name in backbones]
-            found.append([recall(world, rows, name, model) for name, model in models])
-        by_model = np.reshape(found, (args.set_seeds, args.seeds, len(backbones))).mean(axis=2)
+            found.append(
+                [ridge(rows)]
+                if ridge
+                else [recall(world, rows, name, model) for name, model in models]
+            )
+        by_model = np.reshape(found, (args.set_seeds, args.seeds, -1)).mean(axis=2)
         sets, models_std = by_model.mean(axis=1), by_model.std(axis=1).mean()
         seconds = time.monotonic() - began
         print(
@@ -291,6 +371,7 @@ def main() -> None:
     for name in ("source", "val", "test", "encoder", "features", "rules"):
         parser.add_argument(f"--{name}", default="")
     parser.add_argument("--backbones", default="small_conv")
+    parser.add_argument("--judge", choices=("training", "ridge"), default="training")
     for name, value in (("size", 64), ("pairs", 100), ("set-seeds", 3), ("seeds", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
