@@ -2,7 +2,7 @@
 
     python -m benchmarks.probe_selection embed runs/probe --source scenes:10000 --encoder demo \\
         --test scenes:1000:7 --val scenes:1000:1000000007 --size 64
-    python -m benchmarks.probe_selection try runs/probe --rules random,cover,cover:power=2 \\
+    python -m benchmarks.probe_selection try runs/probe --rules random,cover,cover:herded=0 \\
         --pairs 100 --set-seeds 3 --seeds 2 --backbones small_conv
 
 A rule is a name with options behind it, all of which are fields of `Rule`. A line of the result is
@@ -48,14 +48,15 @@ class Rule:
     """How pairs are chosen. The first field is the name; the others are options."""
 
     name: str
-    """random, k_center, herding (product kernel), cover, or halves (herding, then cover); all but
-    the first on pruned and whitened pairs."""
+    """random; or k_center, or cover, on pruned and whitened pairs."""
     prune: float = 0.2
     """Share of pairs of lowest cosine that is dropped first."""
     ridge: float = 0.1
     """That of whitening."""
     candidates: int = 10_000
     """Images drawn by the seed of the choice."""
+    herded: float = 0.5
+    """Share of the picks of `cover` by herding; the others cover."""
     power: float = 1.0
     """Of the distance 1 - cosine that `cover` makes small."""
     prune_by: str = "cosine"
@@ -209,36 +210,22 @@ class Varied(cover.Candidates):
     """Candidates with another similarity, all of it still from -1 to 1."""
 
     rule: Rule
-    floor: np.ndarray
-    """float32 [C]: the similarity that each candidate has to its nearest pick already."""
 
     def similarity(self, rows: np.ndarray) -> np.ndarray:
-        """Return the similarity of all candidates and some rows, at least the floor."""
+        """Return the similarity of all candidates and some rows. float32 [C, len(rows)]."""
         if self.rule.kernel == "product":
             found = (self.image @ self.image[rows].T) * (self.text @ self.text[rows].T)
         else:
             found = super().similarity(rows)
         power = self.rule.power
-        if power != 1:
-            found = 1 - np.maximum(1 - found, 0) ** np.float32(power) / 2 ** (power - 1)
-        return np.maximum(found, self.floor[:, None])
+        if power == 1:
+            return found
+        return 1 - np.maximum(1 - found, 0) ** np.float32(power) / np.float32(2 ** (power - 1))
 
 
 def _cover(candidates: cover.Candidates, pairs: int, rule: Rule) -> np.ndarray:
-    floor = np.full(len(candidates), -1, np.float32)
-    varied = Varied(candidates.image, candidates.text, rule, floor)
-    return np.array(list(cover.facility_location(varied, pairs)))
-
-
-def _halves(candidates: cover.Candidates, pairs: int, rule: Rule) -> np.ndarray:
-    """Take half of the pairs by herding; the others cover what those leave."""
-    first = _herding(candidates, pairs // 2, rule)
-    varied = Varied(
-        candidates.image, candidates.text, rule, np.full(len(candidates), -1, np.float32)
-    )
-    floor = varied.similarity(first).max(axis=1)
-    rest = cover.facility_location(replace(varied, floor=floor), pairs - len(first))
-    return np.concatenate([first, list(rest)])
+    varied = Varied(candidates.image, candidates.text, rule)
+    return np.array(list(cover.choose(varied, pairs, rule.herded)))
 
 
 def _k_center(candidates: cover.Candidates, pairs: int, _: Rule) -> np.ndarray:
@@ -252,20 +239,7 @@ def _k_center(candidates: cover.Candidates, pairs: int, _: Rule) -> np.ndarray:
     return np.array(picks)
 
 
-def _herding(candidates: cover.Candidates, pairs: int, _: Rule) -> np.ndarray:
-    """Follow the cross-covariance C: argmax of (t + 1) z'Cu - sum over picks of (z.z_s)(u.u_s)."""
-    image, text = candidates.image, candidates.text
-    wanted = np.einsum("nd,nd->n", image @ (image.T @ text / len(image)), text)
-    served, picks = np.zeros(len(image)), list[int]()
-    while len(picks) < pairs:
-        gain = (len(picks) + 1) * wanted - served
-        gain[picks] = -np.inf
-        picks.append(int(gain.argmax()))
-        served += (image @ image[picks[-1]]) * (text @ text[picks[-1]])
-    return np.array(picks)
-
-
-CHOICES = {"cover": _cover, "halves": _halves, "k_center": _k_center, "herding": _herding}
+CHOICES = {"cover": _cover, "k_center": _k_center}
 
 
 def recall(world: World, rows: np.ndarray, backbone: str, seed: int) -> float:

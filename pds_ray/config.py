@@ -256,6 +256,13 @@ class CoverConfig(Options, section="cover"):
         "pair if more",
         at_least=0,
     )
+    herded: float = option(
+        0.5,
+        "share of the pairs picked by herding, which follow the mean; the others cover what those "
+        "leave",
+        at_least=0,
+        at_most=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,12 +56,12 @@ def whitened(
     return whitening["image"](embeddings(images)), whitening["text"](embeddings(captions))
 
 
-def pick(part: Part, in_flight: InFlight) -> list[int]:
+def pick(part: Part, herded: float, in_flight: InFlight) -> list[int]:
     """Return the picks of a part, as rows of it, in their order."""
     name, candidates, count = part
     picks: list[int] = []
     with in_flight.doing(f"the first pick of {name}", name) as doing:
-        for row in core.facility_location(candidates, count):
+        for row in core.choose(candidates, count, herded):
             picks.append(row)
             doing.now(f"the picks of {name}")
             doing.reach(len(picks))
@@ -103,8 +103,9 @@ def _gathered(run: Run, drawn: list[int], bar: Bar) -> core.Candidates:
     return candidates
 
 
-def _picks(candidates: core.Candidates, pairs: int, bar: Bar) -> list[int]:
+def _picks(run: Run, candidates: core.Candidates, bar: Bar) -> list[int]:
     """Return the picks of all parts, as rows of the candidates."""
+    pairs, herded = run.config.pairs, run.config.cover.herded
     parts = core.split(candidates, core.PART)
     counts = core.shares([len(rows) for rows in parts], pairs)
     items: Iterator[Part] = (
@@ -115,7 +116,7 @@ def _picks(candidates: core.Candidates, pairs: int, bar: Bar) -> list[int]:
     ended = set[str]()
     with InFlight() as in_flight:
         bar.follow(in_flight.reports(ended.__contains__))
-        for number, picks in enumerate(tasks.map_in_order(pick, items, in_flight), 1):
+        for number, picks in enumerate(tasks.map_in_order(pick, items, herded, in_flight), 1):
             found.append(parts[number - 1][picks])
             ended.add(f"part {number} of {len(parts)}")
             bar.update(len(picks))
@@ -136,7 +137,7 @@ def cover(run: Run) -> Counts:
         drawn = _drawn(run, count, bar)
         candidates = _gathered(run, drawn, bar)
     with progress_bar("cover", min(config.pairs, len(drawn)), "pairs") as bar:
-        picks = [drawn[row] for row in _picks(candidates, config.pairs, bar)]
+        picks = [drawn[row] for row in _picks(run, candidates, bar)]
     parts = split_by_shard(picks, shards, run.store)
     chosen = pa.concat_tables(tasks.map_in_order(_look_up, parts, run.store)).sort_by("pair")
     run.folder.save_prototypes(chosen)

@@ -36,8 +36,8 @@ COVER = Stage(
 COVERAGE_CARD = CardText(
     making="Made with pds_ray by choosing pairs of the source: the pairs of lowest image-caption "
     "cosine are dropped, CLIP embeddings\nof images and captions are whitened, and pairs are taken "
-    "that together are nearest to all; no image is chosen twice.\nThe prototypes are the pairs' "
-    "own embeddings.",
+    "that together follow the mean of all and are near to all; no image is\nchosen twice. The "
+    "prototypes are the pairs' own embeddings.",
     verb="chosen",
     tag="coreset",
     cosine_of="image and caption",
@@ -54,6 +54,6 @@ COVERAGE = Method(
     (EMBED, PRUNE, WHITEN, COVER, DECODE, MATERIALIZE),
     COVERAGE_CARD,
     auto={"decode.decoder": "nearest"},
-    chosen="whitened coverage: greedy facility location (Nemhauser, Wolsey, Fisher, 1978) on "
-    "whitened embeddings of image and caption",
+    chosen="whitened coverage: herding (Welling, 2009) in the product kernel, then greedy facility "
+    "location (Nemhauser, Wolsey, Fisher, 1978), on whitened embeddings of image and caption",
 )

@@ -325,8 +325,9 @@ def _cover(inputs: Inputs) -> list[Phase]:
         *inputs.over_network("read vectors", inputs.vector_bytes),
     )
     first = distance_flop(count, count / parts, 2 * inputs.dim)
+    herded = distance_flop(pairs * inputs.config.cover.herded, count / parts, 2 * inputs.dim)
     again = distance_flop(pairs * BATCHES_PER_PICK * AGAIN, count / parts, 2 * inputs.dim)
-    return [rank, gather, (inputs.demand("gains", first + again, "search", parts),)]
+    return [rank, gather, (inputs.demand("gains", first + herded + again, "search", parts),)]
 
 
 def _cover_disk_bytes(inputs: Inputs) -> float:

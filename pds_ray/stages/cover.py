@@ -1,18 +1,19 @@
 """Choice of pairs that cover the whitened space (docs/methods.md, "cover").
 
-Facility location (Nemhauser, Wolsey, Fisher, 1978) among C candidates, which are also what is to be
-covered: A maximises
+Among C candidates with whitened image z and caption u, a share of the pairs is picked by herding in
+the product kernel, so that the mean of z u^T follows that of all. The others are picked by facility
+location (Nemhauser, Wolsey, Fisher, 1978): with those before them they maximise
 
     F(A) = sum over i of max over a in A of x_i . x_a,    x = [ z, u ] / sqrt(2)
 
-with z and u the whitened image and caption of a pair. The greedy choice is exact: gains only fall
-as picks are added (Minoux, 1978), so that most need not be computed again. No C x C matrix is held.
+The greedy choice is exact: gains only fall as picks are added (Minoux, 1978), so that most need not
+be computed again. No C x C matrix is held.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,15 +97,50 @@ class Candidates:
         return both
 
 
-def facility_location(candidates: Candidates, pairs: int) -> Iterator[int]:
-    """Yield the rows of `pairs` candidates, each with the highest gain; the first of equals."""
+def choose(candidates: Candidates, pairs: int, herded: float) -> Iterator[int]:
+    """Yield the rows of `pairs` candidates: a share `herded` by herding, then those that cover."""
+    first = []
+    for row in herding(candidates, round(herded * pairs)):
+        first.append(row)
+        yield row
+    yield from facility_location(candidates, pairs - len(first), first)
+
+
+def herding(candidates: Candidates, pairs: int) -> Iterator[int]:
+    """Yield `pairs` picks that each bring the mean of z u^T nearest to C, that of all candidates.
+
+    With S the sum of t picks, |S + z u^T - (t + 1) C| in the Frobenius norm is least where
+    (t + 1) z'Cu - sum over picks s of (z.z_s)(u.u_s) is greatest: all z and u have length 1.
+    """
+    image, text = candidates.image, candidates.text
+    mean = image.T @ text / np.float32(max(len(image), 1))
+    wanted = np.einsum("nd,nd->n", image @ mean, text).astype(np.float64)
+    served = np.zeros(len(image))
+    taken = np.zeros(len(image), bool)
+    for picks in range(pairs):
+        best = int(np.where(taken, -np.inf, (picks + 1) * wanted - served).argmax())
+        yield best
+        taken[best] = True
+        served += (image @ image[best]) * (text @ text[best])
+
+
+def facility_location(
+    candidates: Candidates, pairs: int, first: Sequence[int] = ()
+) -> Iterator[int]:
+    """Yield the rows of `pairs` candidates, each with the highest gain; the first of equals.
+
+    What the picks `first` cover already is no gain.
+    """
     covered = np.full(len(candidates), -1, np.float32)  # by no pick yet: the lowest cosine
+    for pick in first:
+        np.maximum(covered, candidates.similarity(np.array([pick]))[:, 0], out=covered)
     gains = np.concatenate(
         [
             _gains(candidates, np.arange(start, min(start + BLOCK, len(candidates))), covered)
             for start in range(0, len(candidates), BLOCK)
         ]
     )
+    gains[list(first)] = -np.inf
     known = np.zeros(len(candidates), np.int64)  # number of picks when the gain was computed
     for picks in range(pairs):
         while known[best := int(gains.argmax())] < picks:

@@ -53,7 +53,7 @@ def white(vectors: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 
 def expected_picks(data: Gathered) -> list[int]:
-    """The picks, as pairs: candidates by rank, then the greedy choice by brute force."""
+    """The picks, as pairs: candidates by rank, then both greedy choices by brute force."""
     kept = kept_rows(data)
     best: dict[str, int] = {}
     for row in kept:
@@ -64,8 +64,14 @@ def expected_picks(data: Gathered) -> list[int]:
     rows = np.array(drawn[:90])
     x = np.concatenate([white(data.image, kept), white(data.text, kept)], axis=1)[rows]
     similarity = x @ x.T / 2
+    outer = np.einsum("nd,ne->nde", x[:, :DIM], x[:, DIM:])
     picks: list[int] = []
-    for _ in range(PAIRS):
+    for count in range(1, PAIRS // 2 + 1):
+        away = outer[picks].sum(axis=0) + outer - count * outer.mean(axis=0)
+        distance = np.linalg.norm(away, axis=(1, 2))
+        distance[picks] = np.inf
+        picks.append(int(distance.argmin()))
+    for _ in range(PAIRS - len(picks)):
         covered = similarity[:, picks].max(axis=1, initial=-1)
         gains = np.maximum(similarity - covered[:, None], 0).sum(axis=0)
         gains[picks] = -np.inf

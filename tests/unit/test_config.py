@@ -77,6 +77,7 @@ RUN = {
     "select.epochs": ([2], [1]),
     "whiten.ridge": ([1e-9, 1.0], [0.0]),
     "cover.candidates": ([0, 1], [-1]),
+    "cover.herded": ([0.0, 1.0], [-0.1, 1.1]),
     "prune.ratio": ([0.0, 0.999], [-1e-9, 1.0]),
     "cluster.iterations": ([1], [0]),
     "cluster.tolerance": ([0.0, 0.999], [-1e-9, 1.0]),

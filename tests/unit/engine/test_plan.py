@@ -120,6 +120,7 @@ def test_clusters_of_two_levels_are_not_continued(pairs: int, continued: bool) -
         {"select__forgotten": "most"},
         {"whiten__ridge": 0.5},
         {"cover__candidates": 300},
+        {"cover__herded": 0.0},
     ],
 )
 def test_where_and_how_fast_changes_nothing(
@@ -146,6 +147,7 @@ def coverage() -> dict[str, str]:
         ({"prune__ratio": 0.3}, "prune"),
         ({"whiten__ridge": 0.5}, "whiten"),
         ({"cover__candidates": 300}, "cover"),
+        ({"cover__herded": 0.0}, "cover"),
         ({"pairs": 6}, "cover"),
         ({"seed": 1}, "cover"),
         ({"decode__decoder": "unclip"}, "decode"),
@@ -234,7 +236,7 @@ def test_every_option_is_judged() -> None:
         "source", "out", "method", "pairs", "seed", "select.epochs", "select.forgotten",
         "read.captions", "read.min_side", "read.max_pixels", "read.image_suffixes",
         "read.caption_suffixes", "read.caption_keys", "read.caption_lines", "embed.encoder",
-        "whiten.ridge", "cover.candidates",
+        "whiten.ridge", "cover.candidates", "cover.herded",
         "embed.precision", "embed.batch_size", "embed.store", "embed.store_dtype", "prune.ratio",
         "cluster.iterations",
         "cluster.tolerance", "cluster.restarts", "cluster.normalize", "cluster.memory_gib",

@@ -41,6 +41,38 @@ def test_every_pick_is_the_one_that_raises_the_value_most(
         assert value(candidates, [*before, pick]) == pytest.approx(best, abs=1e-4)
 
 
+@given(st.integers(2, 30), st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_herding_follows_the_mean_outer_product(count: int, seed: int) -> None:
+    candidates = make_candidates(count, seed)
+    outer = np.einsum("nd,ne->nde", candidates.image, candidates.text, dtype=np.float64)
+    picks = list(cover.herding(candidates, count // 2))
+    assert len(set(picks)) == count // 2
+
+    def away(some: list[int]) -> float:
+        return float(np.linalg.norm(outer[some].sum(axis=0) - len(some) * outer.mean(axis=0)))
+
+    for number, pick in enumerate(picks):
+        before = picks[:number]
+        left = [row for row in range(count) if row not in before]
+        best = min(away([*before, row]) for row in left)
+        assert away([*before, pick]) == pytest.approx(best, abs=1e-4)
+
+
+@given(st.integers(3, 30), st.integers(0, 2**32 - 1), st.floats(0, 1))
+@settings(max_examples=30, deadline=None)
+def test_the_others_cover_what_herding_leaves(count: int, seed: int, herded: float) -> None:
+    candidates = make_candidates(count, seed)
+    picks, first = list(cover.choose(candidates, count - 1, herded)), round(herded * (count - 1))
+    assert len(set(picks)) == count - 1
+    assert picks[:first] == list(cover.herding(candidates, first))
+    for number in range(first, len(picks)):
+        before = picks[:number]
+        left = [row for row in range(count) if row not in before]
+        best = max(value(candidates, [*before, row]) for row in left)
+        assert value(candidates, picks[: number + 1]) == pytest.approx(best, abs=1e-4)
+
+
 def test_blocks_and_the_number_computed_again_do_not_matter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
