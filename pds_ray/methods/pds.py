@@ -143,7 +143,7 @@ PDS_CARD = CardText(
     making="Made with pds_ray by Prototype-guided Data Synthesis (Choi, Mo, Chae, ICLR 2026): "
     "CLIP embeddings of\nimages and captions are clustered apart, clusters are matched by the "
     "pairs they share, the shared pairs are averaged to\nprototypes, and each prototype is decoded "
-    "to a picture with the nearest caption as prompt.",
+    "to an image with the nearest caption as prompt.",
     verb="distilled",
     tag="dataset-distillation",
     cosine_of="the prototypes",
@@ -161,9 +161,9 @@ PDS_CARD = CardText(
         ("match", "filter", False): (
             "whole clusters were averaged, not only the pairs that matched ones share"
         ),
-        ("decode", "condition", "caption"): "pictures were decoded from the captions alone",
+        ("decode", "condition", "caption"): "images were decoded from the captions alone",
         ("caption", "nearest_to", "picture"): (
-            "a caption is the real one nearest to the finished picture"
+            "a caption is the real one nearest to the finished image"
         ),
     },
 )

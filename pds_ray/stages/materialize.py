@@ -70,7 +70,7 @@ def about(run: Run) -> dict[str, Any]:
         "encoder": run.encoder.name,
         "space": run.encoder.space,
         "decoder": f"{decoder.name} {decoder.identity}" if synthetic else decoder.name,
-        "picture_origin": "synthetic" if synthetic else "real pictures of the source",
+        "picture_origin": "synthetic" if synthetic else "real images of the source",
         "counts": {
             label: run.counts(stage.name)[count]
             for stage in run.method.stages
