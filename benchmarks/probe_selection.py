@@ -271,6 +271,10 @@ def random_features(images: np.ndarray) -> np.ndarray:
     return np.concatenate(parts, axis=1)
 
 
+def _unit(vectors: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(normalized(vectors).astype(np.float32))
+
+
 class Ridge:
     """Judges sets by ridge regression from captions to features, its penalty chosen on val."""
 
@@ -290,21 +294,12 @@ class Ridge:
         for penalty in PENALTIES:
             added = penalty * np.trace(kernel) / len(rows) * np.eye(len(rows))
             weights = centred.T @ np.linalg.solve(kernel + added, (images - mean) / scale)
-            found.append(
-                [
-                    recalls(
-                        *(
-                            torch.from_numpy(normalized(vectors).astype(np.float32))
-                            for vectors in (
-                                (features - mean) / scale,
-                                (normalized(gallery.text.numpy()) - text.mean(axis=0)) @ weights,
-                            )
-                        ),
-                        gallery.owner,
-                    )["r_mean"]
-                    for gallery, features in self.galleries
-                ]
-            )
+            pair = []
+            for gallery, features in self.galleries:
+                mapped = (normalized(gallery.text.numpy()) - text.mean(axis=0)) @ weights
+                sides = _unit((features - mean) / scale), _unit(mapped)
+                pair.append(recalls(*sides, gallery.owner)["r_mean"])
+            found.append(pair)
         return max(found)[1]
 
 
