@@ -19,7 +19,7 @@ WHITEN = Stage(
     options=("whiten",),
     unit="pairs",
     counted="pairs",
-    plan="pds_ray.planning.phases:WHITEN",
+    plan="pds_ray.planning.coverage:WHITEN",
 )
 COVER = Stage(
     "cover",
@@ -30,7 +30,7 @@ COVER = Stage(
     unit="pairs",
     counted="prototypes",
     card=(("images that could be chosen", "candidates"),),
-    plan="pds_ray.planning.phases:COVER",
+    plan="pds_ray.planning.coverage:COVER",
 )
 
 COVERAGE_CARD = CardText(
