@@ -42,7 +42,7 @@ def test_images_and_captions_are_those_of_the_source(real: Path) -> None:
         assert pairs.captions[pair] in SAMPLES[place].captions
     about = pairs.manifest["about"]
     assert pairs.is_selection
-    assert about["picture_origin"] == "real pictures of the source"
+    assert about["picture_origin"] == "real images of the source"
     assert about["selection"].startswith("whitened coverage: ")
     assert about["config"].keys() >= {"prune", "whiten", "cover", "decode"}
     assert "6 real pairs, chosen out of" in (real / "report.html").read_text()
