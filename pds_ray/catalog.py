@@ -74,6 +74,7 @@ SELECTORS = {  # method -> module with DESCRIPTION and select(candidates, pairs,
 
 METHODS = {  # method -> the Method: its stages in order
     "pds": "pds_ray.methods.pds:PDS",
+    "coverage": "pds_ray.methods.coverage:COVERAGE",
     **dict.fromkeys(SELECTORS, "pds_ray.methods.selection:SELECTION"),
 }
 

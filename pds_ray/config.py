@@ -244,6 +244,34 @@ class PruneConfig(Options, section="prune"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WhitenConfig(Options, section="whiten"):
+    """Whitening of each modality, for method coverage."""
+
+    ridge: float = option(
+        0.1, "variance added along every axis, as a share of the mean variance", above=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoverConfig(Options, section="cover"):
+    """Choice of real pairs that cover the whitened space, for method coverage."""
+
+    candidates: int = option(
+        0,
+        "images, drawn at random, that are to be covered and may be chosen; 0 is 20,000, or 10 per "
+        "pair if more",
+        at_least=0,
+    )
+    herded: float = option(
+        0.5,
+        "share of the pairs picked by herding, which follow the mean; the others cover what those "
+        "leave",
+        at_least=0,
+        at_most=1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterConfig(Options, section="cluster"):
     """FAISS k-means, once per modality, with as many clusters as pairs requested."""
 
@@ -300,8 +328,9 @@ class DecodeConfig(Options, section="decode"):
     """From prototypes to images."""
 
     decoder: str = option(
-        "unclip",
-        "unclip (diffusers) or nearest (the real image nearest to the prototype)",
+        "auto",
+        "unclip (diffusers) or nearest (the real image nearest to the prototype); auto is nearest "
+        "for method coverage, otherwise unclip",
         "decoder",
     )
     model: str = option(
@@ -533,7 +562,10 @@ class RunConfig(Options):
     )
     out: str = option("", "run folder", "out", free=True)
     method: str = option(
-        "pds", "pds distils; the selectors choose real pairs", "method", choices=METHODS
+        "pds",
+        "pds distils; coverage and the selectors choose real pairs",
+        "method",
+        choices=METHODS,
     )
     pairs: int = option(
         0,
@@ -554,6 +586,8 @@ class RunConfig(Options):
     embed: EmbedConfig = field(default_factory=EmbedConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
+    whiten: WhitenConfig = field(default_factory=WhitenConfig)
+    cover: CoverConfig = field(default_factory=CoverConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     match: MatchConfig = field(default_factory=MatchConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)

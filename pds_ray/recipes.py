@@ -56,7 +56,6 @@ def paper() -> RunConfig:
             "cluster.restarts": 3,
             "match.solver": "dense",
             "match.pairless": "auto",
-            "decode.decoder": "unclip",
             "decode.steps": 100,
             "decode.guidance": 5.0,
             "decode.noise_level": 10,

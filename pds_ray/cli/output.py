@@ -87,7 +87,7 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
 
 def _print_counts(out: str, method: str, counts: dict[str, dict[str, Any]]) -> None:
     embed, prune, match = counts.get("embed", {}), counts.get("prune", {}), counts.get("match", {})
-    prototypes = counts.get("prototypes") or counts.get("select", {})
+    prototypes = counts.get("prototypes") or counts.get("select") or counts.get("cover", {})
     if embed:
         images = f"{embed['images']:,} images, {embed['shards']:,} shards"
         say(f"in            {embed['pairs']:,} pairs of {images}")
@@ -355,9 +355,10 @@ def _print_stages(plan: Forecast) -> None:
 
 
 def _fit_on_cpu(plan: Forecast) -> bool:
-    stage = next(stage for stage in plan.stages if stage.name == "cluster")
     return any(
         d.rate.unit == "FLOP" and d.rate.per == "core" and d.at_most
+        for stage in plan.stages
+        if stage.name == "cluster"
         for phase in stage.phases
         for d in phase
     )

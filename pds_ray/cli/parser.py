@@ -194,7 +194,7 @@ def _add_compare(commands: Commands) -> argparse.ArgumentParser:
     _add_recipe(compare, "default")
     compare.add_argument(
         "--methods",
-        default=",".join((*catalog.SELECTORS, "pds")),
+        default=",".join((*catalog.SELECTORS, "pds", "coverage")),
         help="methods by comma, each with changes behind it if wanted: pds+match.filter=false "
         "[%(default)s]",
     )
@@ -295,7 +295,8 @@ def _add_plan(commands: Commands) -> None:
     )
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     workers = ("ray.embed_workers", "ray.decode_workers")
-    _add_config_options(plan, ("source", "pairs", "budget", *_read_by(("pds",)), *workers))
+    planned = _read_by(("pds", "coverage"))
+    _add_config_options(plan, ("source", "method", "pairs", "budget", *planned, *workers))
 
 
 def _add_viewers(commands: Commands) -> None:

@@ -8,6 +8,7 @@ from pds_ray.config import Actors
 
 BLOCK_BYTES = 64 << 20  # Ray Data's blocks: the images of one are decoded and encoded together
 CPUS_PER_WORKER = 8  # an actor without GPU and its readers; all of a node that has fewer
+LOOKED_UP_TOGETHER = 256  # real images at least: each lookup reads the shards they are in
 QUERIES_PER_SHARD = 10_000  # an answer is 12 bytes per query: more queries, more shards per answer
 
 

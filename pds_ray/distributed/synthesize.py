@@ -14,6 +14,7 @@ from pds_ray.config import replace as configure
 from pds_ray.decoders.base import DecoderInfo
 from pds_ray.distributed import metrics, pools, process
 from pds_ray.distributed.in_flight import Doing, InFlight
+from pds_ray.distributed.sizes import LOOKED_UP_TOGETHER
 from pds_ray.methods.base import Counts, Run
 from pds_ray.modalities.image import encode_image
 from pds_ray.sources.base import Source
@@ -105,7 +106,7 @@ def _decode(run: Run, config: RunConfig) -> Counts:
     there = set(folder.image_names())
     lacks = {
         chunk: sum(folder.image_name(pair) not in there for pair in chunk)
-        for chunk in core.chunks(pairs, config.decode.batch_size)
+        for chunk in core.chunks(pairs, _together(run))
     }
     todo = [chunk for chunk, lacking in lacks.items() if lacking]
     found = sum(folder.image_name(pair) in there for pair in range(pairs))
@@ -138,6 +139,12 @@ def _decode(run: Run, config: RunConfig) -> Counts:
                     metrics.count("pds_ray_pictures_decoded_total", row["written"])
                     bar.update(row["written"])
     return {"images": pairs, "made": made, "found": found, **decoders.counts("decoder")}
+
+
+def _together(run: Run) -> int:
+    """Return the number of images of a chunk: real ones are looked up many at once."""
+    together = run.config.decode.batch_size
+    return together if run.decoder.dim is not None else max(together, LOOKED_UP_TOGETHER)
 
 
 def _pool(run: Run) -> pools.Pool:

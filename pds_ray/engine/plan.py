@@ -108,7 +108,7 @@ def relevant(config: RunConfig, method: Method) -> RunConfig:
         for name, value in defaults.items()
         if "." in name and name not in read and name.partition(".")[0] not in read
     }
-    return configure(settled(config), {**unread, **method.settings})
+    return method.settled(configure(settled(config), unread))
 
 
 def _fingerprints(run: Run) -> dict[str, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
-from pds_ray.config import RunConfig
+from pds_ray.config import RunConfig, flatten, to_dict
 from pds_ray.config import replace as configure
 from pds_ray.decoders.base import DecoderInfo
 from pds_ray.encoders.base import EncoderInfo
@@ -66,6 +66,10 @@ class Method:
     """Its part of the data-set card."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Options, with dots, that it fixes."""
+    auto: Mapping[str, str] = field(default_factory=lambda: {"decode.decoder": "unclip"})
+    """What `auto` stands for in options, with dots, that it may give a default of its own."""
+    chosen: str = ""
+    """Description of how it chooses real pairs, for the card; "" if it makes new ones."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -90,6 +94,12 @@ class Method:
         """Return the method with the stage `row` after the one called `after`: a variant."""
         place = self.names.index(after) + 1
         return replace(self, stages=(*self.stages[:place], row, *self.stages[place:]))
+
+    def settled(self, config: RunConfig) -> RunConfig:
+        """Return the configuration with what `auto` stands for, and with what it fixes."""
+        given = flatten(to_dict(config))
+        auto = {name: value for name, value in self.auto.items() if given[name] == "auto"}
+        return configure(config, {**auto, **self.settings})
 
     def before(self, name: str) -> Stage:
         """Return the stage before the one called `name`."""

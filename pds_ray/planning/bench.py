@@ -77,6 +77,7 @@ def bench(config: RunConfig) -> dict[str, Any]:
     or the source cannot be used.
     """
     info = catalog.describe_encoder(config.embed)
+    config = catalog.method(config.method).settled(config)
     decoder = catalog.describe_decoder(config.decode, info)
     uris = [config.source] if config.source else []
     # as for the engine's workers: waiting costs no CPU time

@@ -12,7 +12,12 @@ from dataclasses import dataclass
 
 from pds_ray.config import Actors, RunConfig
 from pds_ray.distributed.process import MODEL_THREADS
-from pds_ray.distributed.sizes import BLOCK_BYTES, QUERIES_PER_SHARD, pool_size
+from pds_ray.distributed.sizes import (
+    BLOCK_BYTES,
+    LOOKED_UP_TOGETHER,
+    QUERIES_PER_SHARD,
+    pool_size,
+)
 from pds_ray.planning.figures import Estimate, Figures
 from pds_ray.planning.workload import Cluster, Workload
 from pds_ray.stages.budget import DRAWN, SAMPLE, SAMPLE_SHARDS, SHARES, savings
@@ -358,7 +363,8 @@ def _decode(inputs: Inputs) -> list[Phase]:
     if drawn:
         work = inputs.demand("draw", inputs.clusters, "draw", inputs.shared_by(wish))
     else:
-        images = images_looked_through(inputs.clusters, config.decode.batch_size, inputs.work)
+        together = max(config.decode.batch_size, LOOKED_UP_TOGETHER)
+        images = images_looked_through(inputs.clusters, together, inputs.work)
         work = inputs.demand("look images up", images, "read", actors)
     # each image by the actor that made it, one after the other
     trips = (LOOK_TRIPS + WRITE_TRIPS) * inputs.clusters

@@ -23,6 +23,8 @@ from pds_ray.planning.figures import SCHEMA_VERSION, Case, Estimate, Measured, a
 from pds_ray.planning.phases import Inputs, Phase, StageModel
 from pds_ray.planning.workload import Cluster, Workload
 
+PLANNED = ("pds", "coverage")
+"""Methods whose stages have cost models."""
 RESOURCES = {
     "core": "CPU",
     "GPU": "GPU",
@@ -86,8 +88,8 @@ def make_plan(
 
     Raises ConfigError in one line for a run that is impossible or depends on unknown figures.
     """
-    config = settled(config)
-    method_stages = catalog.method(config.method, config.budget).stages
+    method = catalog.method(config.method, config.budget)
+    config, method_stages = method.settled(settled(config)), method.stages
     _check_models(config.method, method_stages)
     if config.pairs > work.images:
         raise ConfigError(
@@ -131,11 +133,14 @@ def make_plan(
 def _check_models(method: str, stages: Sequence[Stage]) -> None:
     """Raise ConfigError if a stage has no cost model."""
     missing = [stage.name for stage in stages if not stage.plan]
-    if missing and method != "pds":
-        raise ConfigError(f"method is {method!r}; only runs of pds can be planned; leave it out")
+    if missing and method not in PLANNED:
+        raise ConfigError(
+            f"method is {method!r}; only runs of pds and coverage can be planned; leave it out"
+        )
     if missing:
         raise ConfigError(
-            f"method is 'pds'; its stage {missing[0]} has no cost model, so it cannot be planned"
+            f"method is {method!r}; its stage {missing[0]} has no cost model, so it cannot be "
+            "planned"
         )
 
 

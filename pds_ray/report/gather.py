@@ -77,7 +77,7 @@ def _gather_run(folder: RunFolder, quick: bool, step: Step) -> Json:
     total = len(run.distilled) if run.distilled else 0
     return {
         "kind": "run",
-        "header": gather_header(run, clusters, evaluations),
+        "header": gather_header(run, clusters, evaluations, scan.coverage if scan else {}),
         "notes": notes + missing + unread,
         "pairs": pairs,
         "pairs_total": total,

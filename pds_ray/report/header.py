@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -11,8 +12,13 @@ from pds_ray.report.run import OpenRun
 from pds_ray.report.values import Json, duration, rounded
 
 
-def gather_header(run: OpenRun, clusters: Json | None, evaluations: list[Json]) -> Json:
-    """Return title, headline, facts and tiles."""
+def gather_header(
+    run: OpenRun,
+    clusters: Json | None,
+    evaluations: list[Json],
+    coverage: Mapping[str, tuple[float, float]],
+) -> Json:
+    """Return title, headline, facts and tiles; `coverage` is that of the scan."""
     source = without_secrets(str(run.config.get("source", "")))
     return {
         "title": f"{_count(run):,} pairs from {source}",
@@ -22,7 +28,11 @@ def gather_header(run: OpenRun, clusters: Json | None, evaluations: list[Json]) 
             for name, value in _facts(run, source).items()
             if value
         ],
-        "tiles": [*_size_tiles(run), *_quality_tiles(run, clusters, evaluations)],
+        "tiles": [
+            *_size_tiles(run),
+            *_coverage_tiles(coverage),
+            *_quality_tiles(run, clusters, evaluations),
+        ],
     }
 
 
@@ -38,7 +48,10 @@ def _headline(run: OpenRun, clusters: Json | None) -> str:
         return "This run has no pairs yet; what is known so far stands below."
     if distilled.is_selection:
         source = f" out of {embed['pairs']:,}" if embed else ""
-        return f"{len(distilled):,} real pairs, chosen{source} by the method {run.method_name}."
+        chosen = f"chosen{source} by the method {run.method_name}"
+        if distilled.manifest["about"].get("picture_origin") == "synthetic":
+            return f"{len(distilled):,} pairs, {chosen}, their images decoded."
+        return f"{len(distilled):,} real pairs, {chosen}."
     if not (embed and prune and clusters and clusters["shared_pairs"] is not None):
         return f"{len(distilled):,} pairs that stand for the whole data set."
     share = clusters["shared_pairs"] / max(clusters["kept_pairs"], 1)
@@ -82,6 +95,14 @@ def _size_tiles(run: OpenRun) -> list[Json]:
         tiles.append(_tile("bytes", f"{size['bytes']:,}", parts))
         tiles.append(_tile("pixels", f"{size['pixels']:,}", "of all images"))
     return tiles
+
+
+def _coverage_tiles(coverage: Mapping[str, tuple[float, float]]) -> list[Json]:
+    """Return how near images, and captions, of the source are to the nearest pair."""
+    return [
+        _tile(f"{side} covered", f"{mean:.3f}", f"cosine to the nearest pair; 5 % below {low:.3f}")
+        for side, (mean, low) in coverage.items()
+    ]
 
 
 def _quality_tiles(run: OpenRun, clusters: Json | None, evaluations: list[Json]) -> list[Json]:

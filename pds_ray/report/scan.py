@@ -28,6 +28,8 @@ class Scan:
     """Per shown pair, its nearest real images: shard, key, cosine; empty lists in a selection."""
     space: Json | None
     """The map; None without pairs."""
+    coverage: dict[str, tuple[float, float]]
+    """How near a sample of images, and one of captions, is to the nearest pairs; empty without."""
 
 
 def scan_embeddings(run: OpenRun, step: Callable[[], object]) -> Scan:
@@ -51,9 +53,22 @@ def scan_embeddings(run: OpenRun, step: Callable[[], object]) -> Scan:
         step()
     nearest = _named(run, shards, starts, top) if search else [[] for _ in range(run.shown)]
     if distilled is None:
-        return Scan(nearest, None)
-    plot = _map(distilled, run.shown, np.concatenate(images), np.concatenate(texts))
-    return Scan(nearest, plot)
+        return Scan(nearest, None, {})
+    sample = {"images": np.concatenate(images), "captions": np.concatenate(texts)}
+    plot = _map(distilled, run.shown, sample["images"], sample["captions"])
+    return Scan(nearest, plot, _coverage(distilled, sample))
+
+
+def _coverage(
+    distilled: DistilledSet, sample: dict[str, np.ndarray]
+) -> dict[str, tuple[float, float]]:
+    """Return mean and 5th percentile of the cosine to the nearest pair, of each modality."""
+    pairs = {"images": distilled.image_prototypes, "captions": distilled.text_prototypes}
+    return {
+        side: space.covered(rows, pairs[side])
+        for side, rows in sample.items()
+        if len(rows) and len(distilled)
+    }
 
 
 def _sample(run: OpenRun, count: str, stream: int) -> list[np.ndarray]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pds_ray.stages.prototypes import nearest_rows
 from pds_ray.stages.vectors import normalized
 
 
@@ -47,6 +48,15 @@ def add_rows(top: Top, queries: np.ndarray, rows: np.ndarray, chunk: int = 16_38
         top.cosine = np.take_along_axis(cosine, order, axis=1)
         top.row = np.take_along_axis(row, order, axis=1)
     top.seen += len(rows)
+
+
+def covered(sample: np.ndarray, prototypes: np.ndarray) -> tuple[float, float]:
+    """Return how near a sample is to its nearest prototypes, float32 [n, d], [B, d].
+
+    That is the mean of the highest cosines, and their 5th percentile.
+    """
+    cosine, _ = nearest_rows(sample, prototypes)
+    return float(cosine.mean()), float(np.percentile(cosine, 5))
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,10 @@ def about(run: Run) -> dict[str, Any]:
     if config.pop("extras", None) and run.config.extras.used:
         config["extras"] = run.config.extras.used
     decoder, synthetic = run.decoder, run.decoder.dim is not None
-    selected = config["method"] in catalog.SELECTORS
-    described = {"selection": catalog.selector(config["method"]).DESCRIPTION} if selected else {}
+    chosen = run.method.chosen
+    if config["method"] in catalog.SELECTORS:
+        chosen = catalog.selector(config["method"]).DESCRIPTION
+    described = {"selection": chosen} if chosen else {}
     return {
         "source": config["source"],
         "method": config["method"],

@@ -54,6 +54,9 @@ matching/couples.parquet, one row per image cluster and the text cluster matched
 image_cluster, text_cluster (int32), shared (int64), pairless (bool), mean_cosine (f64)
     the assignment
 
+whitening.safetensors: image_mean, text_mean (f32 [d]), image_matrix, text_matrix (f32 [d, d])
+    of method coverage: the whitening of each modality
+
 prototypes.parquet, B rows, see `prototype_schema`
     in the order of the distilled set
 images/P.png, P.jpg or P.webp
@@ -109,6 +112,7 @@ class RunFolder:
     CAPTIONS, SET_MANIFEST = "captions.parquet", f"{DISTILLED}/{SET_MANIFEST}"
     FITS = "fits.json"
     BUDGET = "budget.json"
+    WHITENING = "whitening.safetensors"
 
     def of_format(self, format: str) -> RunFolder:
         """Return the folder with images of a format, png while it is not chosen yet."""
@@ -272,6 +276,13 @@ class RunFolder:
 
     def couples(self) -> pa.Table:
         return self.folder.read_table(self.COUPLES)
+
+    def save_whitening(self, tensors: dict[str, np.ndarray]) -> None:
+        self.folder.write_bytes(self.WHITENING, save_safetensors(tensors))
+
+    def whitening(self) -> dict[str, np.ndarray]:
+        """Return what `save_whitening` wrote."""
+        return load_safetensors(self.folder.read_bytes(self.WHITENING))
 
     def save_prototypes(self, prototypes: pa.Table) -> None:
         self.folder.write_table(self.PROTOTYPES, prototypes)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pds_ray.cli import main as cli
+from pds_ray.methods.coverage import COVERAGE
 from pds_ray.methods.pds import PDS
 
 WEB = ["plan", "--pairs-in", "400M", "--encoder", "ViT-L-14", "--pairs", "100000"]
@@ -44,6 +45,16 @@ def test_a_plan_names_every_stage_its_bottleneck_and_its_formulas(
     assert "989 TFLOP/s x 17.5% / 162 GFLOP (published: clip-retrieval" in out
     assert "assumed, every one" in out
     assert "k-means is planned on CPUs" in out
+
+
+def test_a_plan_of_coverage_has_its_stages_and_no_k_means(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, err = run(capsys, *WEB, "--method", "coverage")
+    assert (code, err) == (0, "")
+    named = [line.split()[0] for line in out.splitlines() if line]
+    assert [name for name in named if name in COVERAGE.names] == list(COVERAGE.names)
+    assert "k-means" not in out
 
 
 def test_the_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:

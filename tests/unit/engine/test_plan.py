@@ -21,8 +21,9 @@ from pds_ray.config import (
     replace,
 )
 from pds_ray.engine import plan, state
-from pds_ray.engine.plan import make_run
+from pds_ray.engine.plan import make_run, relevant
 from pds_ray.methods.base import Run
+from pds_ray.methods.coverage import COVERAGE
 from pds_ray.methods.pds import PDS, _reading
 from pds_ray.methods.selection import SELECTION
 from pds_ray.recipes import recipe
@@ -124,6 +125,9 @@ def test_clusters_of_two_levels_are_not_continued(pairs: int, continued: bool) -
         {"decode__quality": 50},  # of other formats
         {"select__epochs": 3},  # of other methods
         {"select__forgotten": "most"},
+        {"whiten__ridge": 0.5},
+        {"cover__candidates": 300},
+        {"cover__herded": 0.0},
     ],
 )
 def test_where_and_how_fast_changes_nothing(
@@ -137,6 +141,41 @@ def test_another_condition_makes_decoding_stale() -> None:
     plain, by_caption = fingerprints(**unclip), fingerprints(**unclip, decode__condition="caption")
     stale = [stage for stage in PDS.names if plain[stage] != by_caption[stage]]
     assert stale == list(PDS.names[PDS.names.index("decode") :])
+
+
+@pytest.fixture(scope="module")
+def coverage() -> dict[str, str]:
+    return fingerprints(method="coverage", decode__decoder="auto")
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"prune__ratio": 0.3}, "prune"),
+        ({"whiten__ridge": 0.5}, "whiten"),
+        ({"cover__candidates": 300}, "cover"),
+        ({"cover__herded": 0.0}, "cover"),
+        ({"pairs": 6}, "cover"),
+        ({"seed": 1}, "cover"),
+        ({"decode__decoder": "unclip"}, "decode"),
+        ({"decode__decoder": "nearest"}, ""),
+        ({"cluster__iterations": 3}, ""),
+        ({"caption__nearest_to": "prototype"}, ""),
+    ],
+)
+def test_a_change_makes_stale_what_of_coverage_depends_on_it(
+    coverage: dict[str, str], changes: dict[str, Any], first: str
+) -> None:
+    changed = fingerprints(**{"method": "coverage", "decode__decoder": "auto", **changes})
+    stale = [stage for stage in COVERAGE.names if changed[stage] != coverage[stage]]
+    assert stale == list(COVERAGE.names[COVERAGE.names.index(first) :] if first else [])
+
+
+def test_auto_decodes_in_pds_and_takes_real_images_in_coverage(reference: dict[str, str]) -> None:
+    assert fingerprints(decode__decoder="auto") == fingerprints(decode__decoder="unclip")
+    assert fingerprints(decode__decoder="auto") != reference
+    assert relevant(RunConfig(method="coverage"), COVERAGE).decode.decoder == "nearest"
+    assert relevant(RunConfig(), PDS).decode.decoder == "unclip"
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +299,7 @@ def test_every_option_is_judged() -> None:
         "source", "out", "method", "pairs", "seed", "select.epochs", "select.forgotten",
         "read.captions", "read.min_side", "read.max_pixels", "read.image_suffixes",
         "read.caption_suffixes", "read.caption_keys", "read.caption_lines", "embed.encoder",
+        "whiten.ridge", "cover.candidates", "cover.herded",
         "embed.precision", "embed.batch_size", "embed.store", "embed.store_dtype", "prune.ratio",
         "cluster.iterations",
         "cluster.tolerance", "cluster.restarts", "cluster.normalize", "cluster.memory_gib",

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pds_ray import catalog
 from pds_ray.config import Actors
 from pds_ray.errors import ConfigError
+from pds_ray.methods.coverage import COVERAGE
 from pds_ray.methods.pds import PDS
 from pds_ray.planning.choose import flop_rate, image_flop
 from pds_ray.planning.phases import (
@@ -105,6 +106,22 @@ def test_labelling_at_30_tflops(pairs: float, hours: tuple[float, ...]) -> None:
 )
 def test_fitting_at_30_tflops(clusters: float, rows: float, hours: float) -> None:
     assert 25 * distance_flop(rows, clusters, 768) / 3.0e13 / HOUR == pytest.approx(hours, rel=0.1)
+
+
+def test_whitened_coverage_of_400m_pairs() -> None:
+    """A million candidates of width 1,536 in 64 parts, each gain computed 13 times."""
+    plan = forecast(method="coverage", pairs=100_000)
+    assert [found.name for found in plan.stages] == list(COVERAGE.names)
+    gains = demand(plan, "cover", "gains")
+    assert gains.at_most == 64
+    herded = 50_000 * (1e6 / 64) * 2 * 1536
+    assert gains.work == pytest.approx(13 * 2 * 1e6 * (1e6 / 64) * 1536 + herded)
+    assert stage(plan, "cover").store_bytes == pytest.approx(1e6 * 1536 * 4)
+    assert demand(plan, "decode", "look images up").work > 0
+    with pytest.raises(StopIteration):
+        demand(plan, "decode", "draw")
+    drawn = forecast(method="coverage", pairs=100_000, decode__decoder="unclip")
+    assert demand(drawn, "decode", "draw").work == 100_000
 
 
 def test_drawing() -> None:
@@ -318,7 +335,7 @@ def test_twice_the_pairs_are_never_cheaper(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"method": "random"}, "method is 'random'; only runs of pds can be planned"),
+        ({"method": "random"}, "method is 'random'; only runs of pds and coverage can be planned"),
         ({"pairs": 2_000_000}, "only 1,000,000 images"),
         ({"embed__encoder": "demo"}, "nothing is known of encoder demo .*ViT-L-14"),
         ({"decode__model": "mine"}, "nothing is known of decoder mine"),

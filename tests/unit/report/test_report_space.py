@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pds_ray.report.space import add_rows, fit_plane, no_rows, sample_places
+from pds_ray.report.space import add_rows, covered, fit_plane, no_rows, sample_places
 
 
 @settings(max_examples=60)
@@ -33,6 +33,16 @@ def test_the_best_rows_whatever_the_blocks(sizes, k, chunk, seed):
         assert len(found) == min(k, len(rows)) == len(set(found))
         np.testing.assert_allclose(cosine[found], np.sort(cosine)[::-1][: len(found)], atol=1e-6)
         np.testing.assert_allclose(top.cosine[query], whole.cosine[query], atol=1e-6)
+
+
+def test_coverage_is_mean_and_percentile_of_the_highest_cosines():
+    rng = np.random.default_rng(0)
+    sample, pairs = (rng.normal(size=(count, 4)).astype(np.float32) for count in (300, 7))
+    unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (sample, pairs)]
+    highest = np.sort((unit[0] @ unit[1].T).max(axis=1))
+    mean, low = covered(sample, pairs)
+    assert mean == pytest.approx(highest.mean(), abs=1e-5)
+    assert highest[14] - 1e-5 <= low <= highest[15] + 1e-5  # 15 of 300 are 5 percent
 
 
 def test_of_equal_rows_the_earlier_wins():
