@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pds_ray import catalog
 from pds_ray.config import RunConfig
 from pds_ray.config import replace as configure
 from pds_ray.planning.figures import NEEDED, Estimate, Measured
@@ -81,7 +82,8 @@ MACHINE, MACHINE_HERE = machine(), Cluster(0, "", 2, 2)
 def machine_config(**changes: Any) -> RunConfig:
     """Return a run of the demo recipe on 20,000 scenes, with changes as `embed__encoder`."""
     base = {"source": "scenes:20000", "decode.batch_size": 16}
-    return configure(recipe("demo"), base | _dotted(changes))
+    config = configure(recipe("demo"), base | _dotted(changes))
+    return catalog.method(config.method).settled(config)
 
 
 def entry(value: object = 2.0) -> dict[str, object]:
