@@ -13,6 +13,7 @@ from safetensors.numpy import save as save_safetensors
 from pds_ray import catalog
 from pds_ray.config import FREE_FIELDS, public, sections
 from pds_ray.methods.base import Counts, Run
+from pds_ray.methods.pds import judged
 from pds_ray.store.card import CardText, card
 from pds_ray.store.distilled_set import (
     CARD,
@@ -42,9 +43,10 @@ def materialize(run: Run) -> Counts:
     folder = run.folder
     folder.distilled.delete_all()
     captions = folder.captions() if "caption" in run.method.names else None
+    choices = folder.choices() if judged(run) else None
     pairs = run.counts("decode")["images"]
     with progress_bar("materialize", pairs, "pairs", delay_s=QUIET_S) as bar:
-        return write_distilled(folder, about(run), run.method.card, captions, bar.update)
+        return write_distilled(folder, about(run), run.method.card, captions, bar.update, choices)
 
 
 def about(run: Run) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def about(run: Run) -> dict[str, Any]:
         "encoder": run.encoder.name,
         "space": run.encoder.space,
         "decoder": f"{decoder.name} {decoder.identity}" if synthetic else decoder.name,
-        "picture_origin": "synthetic" if synthetic else "real pictures of the source",
+        "picture_origin": _origin(run),
         "counts": {
             label: run.counts(stage.name)[count]
             for stage in run.method.stages
@@ -78,6 +80,13 @@ def about(run: Run) -> dict[str, Any]:
     }
 
 
+def _origin(run: Run) -> str:
+    if run.decoder.dim is None:
+        return "real pictures of the source"
+    real = run.counts("decode").get("real", 0)
+    return "synthetic" + (f", but for {real:,} real pictures of the source" if real else "")
+
+
 def _fewer(run: Run) -> dict[str, str]:
     """Return why the set has fewer pairs than asked for, as the stage counted that found out."""
     counts = (entry.get("counts", {}) for entry in run.manifest.stages.values())
@@ -85,11 +94,14 @@ def _fewer(run: Run) -> dict[str, str]:
     return {"fewer": texts[0]} if texts else {}
 
 
-def records(prototypes: pa.Table, captions: pa.Table | None = None) -> list[Record]:
+def records(
+    prototypes: pa.Table, captions: pa.Table | None = None, choices: pa.Table | None = None
+) -> list[Record]:
     """Return one JSON record per pair, from rows of prototypes.parquet.
 
     `captions` (rows of captions.parquet), if given, replace the captions retrieved there. The
-    retrieved caption, with which the image was decoded, is then the record's `prompt`.
+    retrieved caption, with which the image was decoded, is then the record's `prompt`. `choices`
+    (rows of choices.parquet), if given, tell where the image comes from and how it was scored.
     """
     rows = prototypes.drop_columns(["image_prototype", "text_prototype"]).to_pylist()
     if captions is not None:
@@ -97,6 +109,8 @@ def records(prototypes: pa.Table, captions: pa.Table | None = None) -> list[Reco
         rows = [
             {**row, **own, "prompt": row["caption"]} for row, own in zip(rows, chosen, strict=True)
         ]
+    if choices is not None:
+        rows = [{**row, **own} for row, own in zip(rows, choices.to_pylist(), strict=True)]
     return [
         {"file_name": RunFolder.image_name(row["pair"]), "text": row.pop("caption"), **row}
         for row in rows
@@ -109,16 +123,18 @@ def write_distilled(
     text: CardText,
     captions: pa.Table | None = None,
     step: Callable[[], object] = lambda: None,
+    choices: pa.Table | None = None,
 ) -> dict[str, Any]:
     """Write the distilled set of a finished run; return its counts.
 
     `about` is what card and manifest say of the making, `text` the method's part of the card.
-    `captions` (rows of captions.parquet) replace those of the prototypes. `step` is called after
-    each pair. Few images are in memory at a time. The manifest comes last: a folder without it is
+    `captions` (rows of captions.parquet) replace those of the prototypes; `choices` (rows of
+    choices.parquet) go into the records. `step` is called after each pair. Few images are in
+    memory at a time. The manifest comes last: a folder without it is
     no distilled set. Raises FileNotFoundError if an image of the run is missing.
     """
     prototypes = run.prototypes()
-    rows = records(prototypes, captions)
+    rows = records(prototypes, captions, choices)
     target = run.distilled
     target.delete(MANIFEST)
     images, tars = _write_images(run.images, target, rows, step)
