@@ -362,7 +362,7 @@ class DecodeConfig(Options, section="decode"):
         "real-fallback",
     )
     real_margin: float = option(
-        0.25, "a decoded image may score so much less than the nearest real one", at_least=0
+        0.05, "a decoded image may score so much less than the nearest real one", at_least=0
     )
 
     def __post_init__(self) -> None:

@@ -306,8 +306,10 @@ def _prototypes(inputs: Inputs) -> list[Phase]:
         inputs.demand("schedule", work.shards, "tasks"),
         *inputs.over_network("read vectors", inputs.vector_bytes),
     )
+    # medoids are found in a second pass over all vectors
+    passes = 2 if inputs.config.prototypes.center == "medoid" else 1
     return [
-        sums,
+        *[sums] * passes,
         _search(inputs, "captions", work.pairs),
         _search(inputs, "images", work.images),
     ]
@@ -334,14 +336,31 @@ def _decode(inputs: Inputs) -> list[Phase]:
     wish, drawn = config.ray.decode_actors, config.decode.decoder == "unclip"
     actors = inputs.actors(wish, on_gpu=drawn)
     if drawn:
-        work = inputs.demand("draw", inputs.clusters, "draw", inputs.shared_by(wish))
+        drawings = inputs.clusters * config.decode.candidates
+        work = inputs.demand("draw", drawings, "draw", inputs.shared_by(wish))
     else:
-        images = images_looked_through(inputs.clusters, config.decode.batch_size, inputs.work)
-        work = inputs.demand("look images up", images, "read", actors)
+        work = inputs.demand("look images up", _looked_through(inputs), "read", actors)
     # each image by the actor that made it, one after the other
     trips = (LOOK_TRIPS + WRITE_TRIPS) * inputs.clusters
     written = inputs.round_trips("write images", trips, actors)
-    return [(work,), written, inputs.hashes(inputs.clusters)]
+    judged = _judge(inputs) if drawn and config.decode.judged else []
+    return [(work,), *judged, written, inputs.hashes(inputs.clusters)]
+
+
+def _looked_through(inputs: Inputs) -> float:
+    batch = inputs.config.decode.batch_size
+    return images_looked_through(inputs.clusters, batch, inputs.work)
+
+
+def _judge(inputs: Inputs) -> list[Phase]:
+    """Return the phases that score candidates and, if they may be taken, real images."""
+    decode, wish = inputs.config.decode, inputs.config.ray.decode_actors
+    images = inputs.clusters * (decode.candidates + decode.real_fallback)
+    scored = inputs.demand("score images", images, "encode_images", inputs.shared_by(wish))
+    if not decode.real_fallback:
+        return [(scored,)]
+    looked_up = inputs.demand("look images up", _looked_through(inputs), "read")
+    return [(scored,), (looked_up,)]
 
 
 def _decode_disk_bytes(inputs: Inputs) -> float:

@@ -94,7 +94,15 @@ RUN = {
     "decode.precision": (["auto", "fp32", "fp16", "bf16"], ["fp8"]),
     "decode.batch_size": ([1], [0]),
     "decode.image_size": ([0], [-1]),
-    "caption.nearest_to": (["picture", "prototype"], ["image"]),
+    "decode.candidates": ([1, 8], [0]),
+    "decode.noise_levels": (["", "0", "0, 10,999"], ["1000", "0,-1", "some", "1.5"]),
+    "decode.image_weight": ([0.0, 2.0], [-0.1]),
+    "decode.text_weight": ([0.0, 2.0], [-0.1]),
+    "decode.real_fallback": ([True], []),
+    "decode.real_margin": ([0.0, 2.0], [-0.1]),
+    "prototypes.center": (["mean", "medoid"], ["mode"]),
+    "caption.nearest_to": (["picture", "prototype", "both"], ["image"]),
+    "caption.round_trip": ([True], []),
     **RAY,
 }
 EVALUATION = {
