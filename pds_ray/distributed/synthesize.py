@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import pyarrow as pa
@@ -144,7 +144,7 @@ class SynthesizeWorker:
 
     def _real_images(self, pairs: range) -> Iterator[Image.Image]:
         """Return the real image nearest to the image prototype of each pair."""
-        config = self.config.decode
+        config = replace(self.config.decode, decoder="nearest")
         nearest = catalog.load_decoder(DecoderInfo("nearest", None, "nearest"), config, self.source)
         request = core.make_batch(self.prototypes, pairs, self.config.seed, config)
         return core.synthesize_chunk(nearest, request, config)

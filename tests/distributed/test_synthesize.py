@@ -73,6 +73,7 @@ def test_images_are_made_once_and_remade_alike(run_folder: RunFolder) -> None:
     assert kept.stat().st_mtime_ns == stamp
 
 
+@pytest.mark.long
 def test_the_best_candidate_is_kept_and_a_real_image_where_all_fail(run_folder: RunFolder) -> None:
     """Scores are those of the images that were written, and survive another cut into batches."""
     source = ScenesSource("scenes:12:3")
