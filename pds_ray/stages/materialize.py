@@ -83,7 +83,9 @@ def about(run: Run) -> dict[str, Any]:
 def _origin(run: Run) -> str:
     if run.decoder.dim is None:
         return "real pictures of the source"
-    real = run.counts("decode").get("real", 0)
+    # a method may have a stage of its own in place of decode
+    decoded = run.manifest.stages.get("decode", {}).get("counts", {})
+    real = decoded.get("real", 0)
     return "synthetic" + (f", but for {real:,} real pictures of the source" if real else "")
 
 
