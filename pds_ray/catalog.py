@@ -6,6 +6,7 @@ naming one costs nothing; an unknown name lists the known ones.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from importlib import import_module
@@ -86,14 +87,25 @@ def _known(kind: str, table: dict[str, str], name: str) -> str:
 def make_source(uri: str, read: FilesConfig | None = None) -> Source:
     """Return the source a URI names, read by the options `read`, by default those of a run.
 
-    Raises SourceError in one line if it cannot be used.
+    Raises SourceError or ConfigError in one line if it cannot be used.
     """
     scheme, _, rest = uri.partition(":")
+    if _is_misspelt(uri):
+        _known("source", SOURCES, scheme)
     if scheme not in SOURCES or rest.startswith("//"):
         scheme = "folder" if os.path.isdir(os.path.expanduser(uri)) else ""
     module, _, cls = SOURCES[scheme].partition(":")
     make = getattr(import_module(module), cls)
     return make(uri) if read is None else make(uri, read)
+
+
+def _is_misspelt(uri: str) -> bool:
+    """Return whether a URI names no file and is no pattern, but begins nearly as a source does."""
+    scheme, colon, rest = uri.partition(":")
+    if scheme in SOURCES or not colon or rest.startswith("//"):
+        return False
+    near = difflib.get_close_matches(scheme.lower(), SOURCES, cutoff=0.7)
+    return bool(near) and not re.search(r"[*?\[{@\s]|::", uri) and not os.path.exists(uri)
 
 
 def describe_encoder(config: EmbedConfig) -> EncoderInfo:

@@ -24,6 +24,8 @@ METHODS = tuple(catalog.METHODS)
 _MOST_NOISE = 999
 """The highest noise level of an unCLIP."""
 PRECISIONS = ("fp32", "fp16", "bf16")
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+"""Types of options, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -748,11 +750,11 @@ def _convert(value: Any, known: Option) -> Any:
     if kind is bool:
         return _to_bool(value, name)
     if isinstance(value, bool | dict | list):
-        raise ConfigError(f"{name} is {value!r}; it must be of type {kind.__name__}")
+        raise ConfigError(f"{name} is {value!r}; it must be {KINDS[kind]}")
     try:
         converted = kind(value)
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{name} is {value!r}; it must be of type {kind.__name__}") from None
+        raise ConfigError(f"{name} is {value!r}; it must be {KINDS[kind]}") from None
     whole = kind is not int or not isinstance(value, float) or value == converted
     _require(whole, name, value, "a whole number")
     return converted

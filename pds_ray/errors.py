@@ -13,7 +13,11 @@ BUCKET_AT_HOST = ("abfs", "abfss", "wasb", "wasbs", "oci")
 """Schemes that write `bucket@host`, which is no login."""
 _BUCKET = re.compile(r"[\w.-]+@(?=[^@]*$)")
 # secrets hold slashes that people forget to encode: all up to the @, or what a slash left of one
-_LOGIN = re.compile(r"^(?:[^/@]*(?::[^@]*)?@|[^/@?:]*:(?!\d{1,5}(?:[^\w+%=.~-]|$))[^/@?]*)")
+_LOGIN = re.compile(
+    r"^(?:[^/@]*(?::[^@]*)?@"
+    r"|(?!\[[\da-fA-F:.]+\](?::\d{1,5})?(?:[^\w+%=.~:-]|$))"  # but the address of a host
+    r"[^/@?:]*:(?!\d{1,5}(?:[^\w+%=.~-]|$))[^/@?]*)"
+)
 
 
 class UserError(Exception):
@@ -53,6 +57,16 @@ def _without_secrets(scheme: str, rest: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return an error's message, or its kind, as one line without secrets that is safe to print."""
     return printable(without_secrets((str(error).strip() or type(error).__name__).splitlines()[0]))
+
+
+def cause(error: BaseException) -> str:
+    """Return why a file's content could not be used, in words and as `first_line` does.
+
+    A missing entry is all that a KeyError says of itself.
+    """
+    if isinstance(error, KeyError):
+        return printable(f"it has no {error.args[0]!r}" if error.args else "an entry is missing")
+    return first_line(error)
 
 
 def is_utf8(text: str) -> bool:

@@ -73,8 +73,8 @@ def _advice(name: str) -> str:
     if right:
         return f"give {right}{colon}{weights}"
     near = difflib.get_close_matches(model, known, n=4, cutoff=0.4)
-    there = f"near it in timm: {', '.join(near)}" if near else "timm.list_models() names all"
-    return f"{there}; or one of {', '.join(SMALL)}"
+    there = f"near it: {', '.join(near)}" if near else "timm.list_models() names all"
+    return there if set(near) & set(SMALL) else f"{there}; or one of {', '.join(SMALL)}"
 
 
 def _weights(name: str, cfg: Any) -> tuple[str, dict[str, Any], Path | None]:

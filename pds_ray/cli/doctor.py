@@ -15,6 +15,8 @@ from pds_ray.store.manifest import versions
 
 OK, LOW, MISSING, LATER = "ok", "LOW", "MISSING", "not yet"
 GIB = 2**30
+_TRUE = ("1", "ON", "YES", "TRUE")
+"""Values of a variable that the hub's client takes for yes."""
 ENOUGH_DISK, ENOUGH_SHARED = 5 * GIB, GIB
 ENOUGH_FILES = 4096
 """Open files below which Ray itself warns."""
@@ -142,8 +144,10 @@ def _accelerators() -> None:
 
 def _cache() -> Path:
     """Return the folder in which the hub's client keeps models."""
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
-    return Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("HF_HOME", os.path.join(caches, "huggingface"))
+    cache = os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub"))
+    return Path(os.path.expandvars(cache)).expanduser()
 
 
 def _models() -> bool:
@@ -161,11 +165,14 @@ def _models() -> bool:
     except ConfigError as error:
         say(MISSING, "demo models", str(error))
         demo = False
-    cache = _cache()
+    cache, offline = _cache(), os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+    at_first_use = (
+        "not fetched: HF_HUB_OFFLINE is set" if offline else "fetched from the hub at first use"
+    )
     for repository in sorted(
         {*unclip.DEFAULT_MODELS.values(), "timm/vit_large_patch14_clip_224.openai"}
     ):
         there = (cache / f"models--{repository.replace('/', '--')}").is_dir()
-        where = f"in {cache}" if there else "fetched from the hub at first use"
+        where = f"in {cache}" if there else at_first_use
         say(OK if there else LATER, "weights", f"{repository}: {where}")
     return demo

@@ -29,20 +29,20 @@ def say(*lines: str) -> None:
 
 
 def print_plan(run: Run) -> None:
-    """Print what the run would do, and the resolved configuration as YAML."""
+    """Print what the run would do, and the resolved configuration: together a file of YAML."""
     config, shown = run.config, public(run.config)
     done = run.store.committed() if run.store.folder.exists(run.store.STORE) else set()
     embedded = sum(shard.name in done for shard in run.shards)
-    say(f"source    {shown['source']}: {len(run.shards):,} shards, {embedded:,} embedded")
-    say(f"method    {config.method}")
+    say(f"# source    {shown['source']}: {len(run.shards):,} shards, {embedded:,} embedded")
+    say(f"# method    {config.method}")
     size = run.encoder.preprocess.size
-    say(f"encoder   {run.encoder.name}: width {run.encoder.dim}, images {size} px")
-    say(f"decoder   {dict(run.decoder.load_args).get('model', run.decoder.name)}")
+    say(f"# encoder   {run.encoder.name}: width {run.encoder.dim}, images {size} px")
+    say(f"# decoder   {dict(run.decoder.load_args).get('model', run.decoder.name)}")
     for note in run.decoder.notes:
-        say(f"note      {note}")
-    say(f"result    {config.pairs:,} pairs in {run.folder.distilled.shown}")
-    say(f"stages    {' -> '.join(run.method.names)}")
-    say("", "# the resolved configuration, usable with --config")
+        say(f"# note      {note}")
+    say(f"# result    {config.pairs:,} pairs in {run.folder.distilled.shown}")
+    say(f"# stages    {' -> '.join(run.method.names)}")
+    say("", "# the resolved configuration: all of this is a file for --config")
     print(yaml.safe_dump(shown, sort_keys=False), end="")
 
 
@@ -92,7 +92,7 @@ def _print_counts(out: str, method: str, counts: dict[str, dict[str, Any]]) -> N
         duplicates = {**prototypes, **counts.get("caption", {})}["duplicate_captions"]
         made = f"{prototypes['prototypes']:,} pairs"
         say(f"method        {method}")
-        say(f"out           {made}, {duplicates:,} with a caption of another")
+        say(f"out           {made}, {duplicates:,} with the caption of another")
         if real := counts.get("decode", {}).get("real"):
             say(f"real          {real:,} images are real ones: those decoded failed")
         if "fewer" in prototypes:
@@ -161,7 +161,7 @@ def print_problems(files: int, problems: list[Problem]) -> None:
 
 def print_sizes(sizes: dict[str, int]) -> None:
     """Print files with their bytes, and the sum."""
-    rows = {**sizes, "together": sum(sizes.values())}
+    rows = {**sizes, "bytes together": sum(sizes.values())}
     for name, size in rows.items():
         say(f"{size:>15,}  {name}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
@@ -18,12 +19,32 @@ Commands = Any  # argparse has no public name for what add_subparsers returns
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        advice = "; patterns of --source need quotes" if message.startswith("unrecognized") else ""
+    def error(self, message: str, advice: str = "") -> NoReturn:
         print(
             f"pds-ray: {without_secrets(message)} (see {self.prog} --help{advice})", file=sys.stderr
         )
         raise SystemExit(EXIT_USER)
+
+
+class _Command(_Parser):
+    """The parser of a command, which itself refuses what it does not know: it knows its flags."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}", self._advice(unknown))
+        return parsed, unknown
+
+    def _advice(self, unknown: Sequence[str]) -> str:
+        """Return the flags near misspelt ones; what is no flag comes from a pattern, mostly."""
+        misspelt = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        if not misspelt:
+            return "; patterns of --source need quotes"
+        known = {flag.replace("_", "-") for flag in self._option_string_actions}
+        near = {flag: difflib.get_close_matches(flag, known, n=3, cutoff=0.75) for flag in misspelt}
+        return "".join(
+            f"; near {flag}: {', '.join(found)}" for flag, found in near.items() if found
+        )
 
 
 def _add_config_options(
@@ -92,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--version", action="store_true", help="the version; with -v all that a bug report needs"
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="as with each command")
-    commands = parser.add_subparsers(dest="command", parser_class=_Parser, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", parser_class=_Command, metavar="COMMAND")
     _add_distill_commands(commands)
     _add_evaluate_commands(commands)
     _add_bench(commands)

@@ -19,7 +19,7 @@ from PIL import Image
 from pds_ray.config import ConfigError, DecodeConfig
 from pds_ray.decoders.base import DecodeBatch, DecoderInfo
 from pds_ray.encoders.base import EncoderInfo, spaces
-from pds_ray.errors import first_line
+from pds_ray.errors import cause, first_line
 from pds_ray.sources.base import Source
 from pds_ray.store.hub import require_repository
 from pds_ray.store.storage import folder_sha256
@@ -176,7 +176,7 @@ def _inspect(folder: Path, encoder: EncoderInfo) -> _Found:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"decoder {folder}: its configuration files do not say the width ({error!r})"
+            f"decoder {folder}: its configuration files do not say the width ({cause(error)})"
         ) from None
     for part in MODELS:
         for weights in _weights(folder, part):

@@ -10,6 +10,7 @@ import socket
 from dataclasses import dataclass
 from http import HTTPStatus
 
+import grpc
 import requests
 
 from pds_ray.config import ConfigError
@@ -21,6 +22,13 @@ ANSWER_S = 8.0
 # the preface of HTTP/2 with empty settings, to which Ray's ports (gRPC) answer with theirs
 _GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _SETTINGS = 4
+
+_CLUSTER, _CLIENTS = "/ray.rpc.NodeInfoGcsService/CheckAlive", "/ray.rpc.RayletDriver/ClusterInfo"
+"""Calls that a cluster answers at its port, and at that of ray://."""
+_WORDS = ("auto", "local")
+"""Addresses of Ray that are no host."""
+
+WHERE = "a run joins a cluster at HEAD:6379, or at auto on one of its nodes"
 
 
 @dataclass(frozen=True)
@@ -46,24 +54,25 @@ class Address:
     def check_runs_ray(self) -> None:
         """Raise ConfigError in one line unless a port that speaks as Ray's do answers.
 
-        An address without a host and a port, such as `auto`, is left to Ray.
+        `auto` and addresses of other schemes are left to Ray.
         """
-        host, _, port = self.value.removeprefix("ray://").rpartition(":")
-        if not port.isdigit() or "://" in host:
-            return
+        target = self.value.removeprefix("ray://")
+        host, _, port = target.rpartition(":")
+        if self.value in _WORDS or "://" in target or (target != self.value and not host):
+            return  # ray://HOST means a port of Ray's choice
+        if not (host and port.isdigit()):
+            raise ConfigError(f"{self} is no HOST:PORT; {WHERE}")
         try:
             with socket.create_connection((host.strip("[]"), int(port)), ANSWER_S) as connection:
                 found = _greet(connection)
+            found = found or _ask(target, client=target != self.value)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(
                 f"nothing answers at {self} ({reason}); start a cluster there or {self.way_out}"
             ) from None
         if found:
-            raise ConfigError(
-                f"{self} is no port of Ray: {found}; a run joins a cluster at HEAD:6379, or at "
-                "auto on one of its nodes"
-            )
+            raise ConfigError(f"{self} is no port of Ray: {found}; {WHERE}")
 
     def check_takes_jobs(self) -> None:
         """Raise ConfigError in one line unless the Jobs API of a Ray answers at a web address."""
@@ -108,6 +117,29 @@ def _greet(connection: socket.socket) -> str:
     if answer.startswith((b"HTTP/", b"<")):  # or an error page alone
         return "a web server answers, as Ray's dashboard is one"
     return "" if answer[3:4] == bytes([_SETTINGS]) else "another service answers"
+
+
+def _ask(target: str, client: bool) -> str:
+    """Return what answers calls of gRPC otherwise than a Ray does, "" if one may be there."""
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return ""
+    wanted, other = (_CLIENTS, _CLUSTER) if client else (_CLUSTER, _CLIENTS)
+    with grpc.insecure_channel(target, [("grpc.enable_http_proxy", 0)]) as channel:
+        if _knows(channel, wanted):
+            return ""
+        if not _knows(channel, other):
+            return "another service of gRPC answers"
+        prefix = "" if client else "ray://"
+        return f"another port of the cluster answers, which is given as {prefix}{target}"
+
+
+def _knows(channel: grpc.Channel, method: str) -> bool:
+    """Return whether the server has the method, whatever it says to an empty call."""
+    try:
+        channel.unary_unary(method)(b"", timeout=ANSWER_S)
+    except grpc.RpcError as error:
+        return error.code() is not grpc.StatusCode.UNIMPLEMENTED
+    return True
 
 
 def of_cluster(flag: str | None) -> Address | None:

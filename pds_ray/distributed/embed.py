@@ -224,7 +224,7 @@ def _embed(
     ):
         bar.follow(in_flight.reports(partial(_has_arrived, arrived)))
         account = Account(shards, shards - len(todo), outcome, work.ray, bar, work.store)
-        account.show(", starting")
+        account.show()
         for start in range(0, len(todo), SHARDS_TOGETHER):
             group = todo[start : start + SHARDS_TOGETHER]
             for name, counts, committed in _stream(group, work, arrived, in_flight, encoders):

@@ -27,7 +27,7 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "pds_ray_pairs_embedded_total": ("Image-caption pairs embedded.", ()),
     "pds_ray_bad_samples_total": ("Samples refused, by reason.", ("reason",)),
     "pds_ray_shards_committed_total": ("Shards whose embeddings are committed.", ()),
-    "pds_ray_shards_failed_total": ("Shards that could not be read.", ()),
+    "pds_ray_shards_failed_total": ("Shards that could not be read, or are damaged.", ()),
     "pds_ray_pictures_decoded_total": ("Images decoded from prototypes.", ()),
     "pds_ray_actor_busy_seconds_total": (
         "Seconds that actors worked, by stage, summed over actors.",

@@ -32,7 +32,7 @@ from pds_ray.distributed import (
     places,
     ray_private,
 )
-from pds_ray.distributed.address import Address, of_cluster
+from pds_ray.distributed.address import WHERE, Address, of_cluster
 from pds_ray.distributed.process import default_environment, without_collections
 from pds_ray.distributed.tasks import LOST
 from pds_ray.distributed.watch import no_space
@@ -141,7 +141,7 @@ def _connect(address: Address) -> None:
     if address.value.startswith(("http://", "https://")):
         raise ConfigError(
             f"{address} is where jobs are submitted, by `pds-ray submit --address "
-            f"{address.shown}`; a run joins a cluster at HEAD:6379, or at auto on one of its nodes"
+            f"{address.shown}`; {WHERE}"
         )
     address.check_runs_ray()  # asked first: Ray itself would try for minutes
     try:

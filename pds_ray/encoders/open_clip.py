@@ -34,7 +34,7 @@ from pds_ray.encoders.open_clip_names import (
     tags,
     weights_of,
 )
-from pds_ray.errors import first_line
+from pds_ray.errors import cause, first_line
 from pds_ray.modalities.image import Preprocess
 from pds_ray.store.hub import cached_sha256, require_repository
 from pds_ray.store.storage import file_sha256, folder_sha256
@@ -116,12 +116,12 @@ def _find_folder(name: str, folder: Path) -> _Found:
         config = json.loads(config_path.read_text())
         model = config["model_cfg"]
         dim = int(model["embed_dim"])
-        preprocess = _preprocess(model, config.get("preprocess_cfg") or {})
+        preprocess = _preprocess(name, model, config.get("preprocess_cfg") or {})
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"encoder {name}: {config_path} is not an open_clip configuration ({error!r})"
+            f"encoder {name}: {config_path} is not an open_clip configuration ({cause(error)})"
         ) from None
     weights = weights_of(folder)
     if weights is None:
@@ -155,7 +155,7 @@ def _find_on_hub(name: str) -> _Found:
             dim=int(config["model_cfg"]["embed_dim"]),
             space=name,
             identity=f"{name} {json.dumps(config, sort_keys=True)}",
-            preprocess=_preprocess(config["model_cfg"], config.get("preprocess_cfg", {})),
+            preprocess=_preprocess(name, config["model_cfg"], config.get("preprocess_cfg", {})),
             load_args=(("model_name", name),),
         )
     except Exception as error:  # the hub client raises many kinds, all meaning: cannot be had
@@ -185,7 +185,7 @@ def _find_checkpoint(name: str, model: str, config: dict[str, Any], checkpoint: 
         dim=int(config["embed_dim"]),
         space=file_sha256(checkpoint),
         identity=f"{model}:{file_sha256(checkpoint)}",
-        preprocess=_preprocess(config, {}),
+        preprocess=_preprocess(name, config, {}),
         load_args=(("model_name", model), ("pretrained", str(checkpoint))),
     )
     return _Found(info, checkpoint)
@@ -212,7 +212,7 @@ def _find_tag(name: str, model: str, config: dict[str, Any], tag: str) -> _Found
         dim=int(config["embed_dim"]),
         space=identity,
         identity=identity,
-        preprocess=_preprocess(config, entry),
+        preprocess=_preprocess(name, config, entry),
         # open_clip only warns when weights trained with QuickGELU meet an architecture without it
         load_args=(
             ("model_name", model),
@@ -223,12 +223,13 @@ def _find_tag(name: str, model: str, config: dict[str, Any], tag: str) -> _Found
     return _Found(info, weights, repository)
 
 
-def _preprocess(model_cfg: dict[str, Any], overrides: dict[str, Any]) -> Preprocess:
+def _preprocess(name: str, model_cfg: dict[str, Any], overrides: dict[str, Any]) -> Preprocess:
     size = model_cfg["vision_cfg"].get("image_size", DEFAULT_SIZE)
     if isinstance(size, list):
         if len(set(size)) != 1:
             raise ConfigError(
-                f"encoders with images that are not square ({size}) are not supported"
+                f"encoder {name}: its images are not square ({size}), which is not supported; "
+                "take another model"
             )
         size = size[0]
     return Preprocess(

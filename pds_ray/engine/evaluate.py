@@ -175,8 +175,8 @@ def _require_held_out(sets: list[CheckedSet], splits: dict[str, Split]) -> None:
 
 
 def _kind(uri: str) -> str:
-    """Return the scheme of a source, "" for shards on a disk."""
-    scheme = uri.partition(":")[0]
+    """Return the scheme of a source, "" for shards and folders on a disk."""
+    scheme = uri.partition(":")[0].replace("folder", "")  # folder:ROOT is ROOT
     return scheme if scheme in catalog.SOURCES or is_remote(uri) else ""
 
 

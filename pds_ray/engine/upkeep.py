@@ -98,7 +98,7 @@ def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
     found = list(_promised(run, markers))
     problems += [each for each in found if isinstance(each, Problem)]
     promises = [each for each in found if isinstance(each, _Promise)]
-    with progress_bar("verify", len(promises) + len(markers), "files") as bar:
+    with progress_bar("verify", len(promises) + len(markers), "checks") as bar:
         for problem in side_by_side(_Promise.problem, promises):
             problems += [problem] if problem else []
             bar.update()

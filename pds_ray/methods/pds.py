@@ -175,7 +175,7 @@ PDS_CARD = CardText(
     making="Made with pds_ray by Prototype-guided Data Synthesis (Choi, Mo, Chae, ICLR 2026): "
     "CLIP embeddings of\nimages and captions are clustered apart, clusters are matched by the "
     "pairs they share, the shared pairs are averaged to\nprototypes, and each prototype is decoded "
-    "to a picture with the nearest caption as prompt.",
+    "to an image with the nearest caption as prompt.",
     verb="distilled",
     tag="dataset-distillation",
     cosine_of="the prototypes",
@@ -193,22 +193,22 @@ PDS_CARD = CardText(
         ("match", "filter", False): (
             "whole clusters were averaged, not only the pairs that matched ones share"
         ),
-        ("decode", "condition", "caption"): "pictures were decoded from the captions alone",
+        ("decode", "condition", "caption"): "images were decoded from the captions alone",
         ("caption", "nearest_to", "picture"): (
-            "a caption is the real one nearest to the finished picture"
+            "a caption is the real one nearest to the finished image"
         ),
         ("caption", "nearest_to", "both"): (
-            "a caption is the real one nearest to the finished picture and the text prototype "
+            "a caption is the real one nearest to the finished image and the text prototype "
             "together"
         ),
         ("caption", "round_trip", True): (
-            "a caption whose nearest picture is another pair's was passed over where possible"
+            "a caption whose nearest image is another pair's was passed over where possible"
         ),
         ("prototypes", "center", "medoid"): (
             "a prototype is the real pair nearest to the average of the shared pairs"
         ),
         ("decode", "real_fallback", True): (
-            "where a decoded picture failed, the nearest real picture took its place"
+            "where a decoded image failed, the nearest real image took its place"
         ),
     },
 )

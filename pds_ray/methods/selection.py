@@ -26,11 +26,11 @@ SELECT = Stage(
 )
 
 SELECTION_CARD = CardText(
-    making="Made with pds_ray by choosing pairs of the source: pictures and captions are real, and "
-    "belong together; no\npicture is chosen twice. The prototypes are the pairs' own embeddings.",
+    making="Made with pds_ray by choosing pairs of the source: images and captions are real, and "
+    "belong together; no\nimage is chosen twice. The prototypes are the pairs' own embeddings.",
     verb="chosen",
     tag="coreset",
-    cosine_of="picture and caption",
+    cosine_of="image and caption",
     limits="A small set leaves out most of its source",
     models=("encoder",),
 )

@@ -53,8 +53,8 @@ def decode_text(data: bytes) -> tuple[str, str]:
     """Return the text that a file holds, and its encoding.
 
     A byte-order mark decides. Without one it is UTF-16 if every other byte of most characters is
-    zero, otherwise UTF-8 and, where that is not valid, cp1252, which editors of Windows write and
-    which takes any bytes. Raises nothing.
+    zero, otherwise UTF-8, also where a limit in bytes cut its last character, and, where that is
+    not valid, cp1252, which editors of Windows write and which takes any bytes. Raises nothing.
     """
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if data.startswith(mark):
@@ -62,8 +62,11 @@ def decode_text(data: bytes) -> tuple[str, str]:
     for encoding in (*_wide(data), "utf-8"):
         try:
             return data.decode(encoding), encoding
-        except UnicodeDecodeError:
-            continue
+        except UnicodeDecodeError as error:
+            whole = data[: error.start]
+            # one such byte alone may be the last letter of cp1252
+            if error.reason == "unexpected end of data" and not whole.isascii():
+                return whole.decode(encoding), encoding
     return data.decode("latin-1").translate(_CP1252), "cp1252"
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from pds_ray.errors import ConfigError, first_line
+from pds_ray.errors import ConfigError, cause, first_line
 
 SCHEMA_VERSION = 1
 NEEDED = ("encode_images", "encode_captions", "fit")  # in a file of rates; others may be assumed
@@ -116,7 +116,7 @@ def read_rates(path: Path) -> Measured:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"--rates {path} is not what this version's pds-ray bench writes ({error!r})"
+            f"--rates {path} is not what this version's pds-ray bench writes ({cause(error)})"
         ) from error
 
 

@@ -7,7 +7,7 @@ import os
 import posixpath
 from typing import Any
 
-from pds_ray.errors import UserError
+from pds_ray.errors import UserError, cause
 from pds_ray.report.images import data_uri
 from pds_ray.report.values import Json
 from pds_ray.store.distilled_set import DistilledSetError, load_distilled
@@ -95,7 +95,7 @@ def read_comparison(folder: Folder) -> Json:
         }
     except UNREADABLE as error:
         raise ReportError(
-            f"{folder.full(COMPARISON)} cannot be read as a comparison ({error!r})"
+            f"{folder.full(COMPARISON)} cannot be read as a comparison ({cause(error)})"
         ) from error
 
 

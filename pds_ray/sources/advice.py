@@ -10,10 +10,12 @@ APART = "the files of a sample do not lie side by side"
 TWO_KEYS = "no image and caption under one key"
 """Begins the detail of a sample whose image and caption have different names."""
 HOLES = "a file with holes"
+HARD_LINK = "hard link to "
 
 ADVICE = (  # (reason or "", part of the detail, what to do)
     ("", APART, "pack them again with tar --sort=name"),
     ("", TWO_KEYS, "name the suffixes with --read.image-suffixes and --read.caption-suffixes"),
+    ("unsafe_member", HARD_LINK, "pack the files themselves: tar --hard-dereference"),
     ("unsafe_member", ": link to ", "pack the files themselves: tar --dereference"),
     ("unsafe_member", "leaves the folder", "copy the files there: cp --recursive --dereference"),
     ("unsafe_member", HOLES, "pack the shard without --sparse"),

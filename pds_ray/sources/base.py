@@ -144,5 +144,7 @@ def read_shard(source: Source, shard: Shard) -> Iterator[Sample | Fault]:
             return
         except (OSError, StorageError) as error:
             if wait_s is None or isinstance(error, StorageError):
-                raise SourceError(f"cannot read shard {shard.name}: {error}") from error
+                # of a store, which does not know that the run may go on without the shard
+                why = str(error).removesuffix("; the same command continues")
+                raise SourceError(f"cannot read shard {shard.name}: {why}") from error
             time.sleep(wait_s)

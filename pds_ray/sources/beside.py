@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pds_ray.sources.base import Fault, Sample
-from pds_ray.sources.local_files import LocalFiles, storable
+from pds_ray.sources.local_files import LocalFiles, spellings, storable
 from pds_ray.sources.samples import Files
 
 
@@ -26,21 +26,27 @@ class Beside:
             suffix = self.known.suffix(name)
             if suffix in self.known.images:
                 stem = name.removesuffix(name[-len(suffix) :])
-                beside = (
-                    stem + spelling
-                    for caption in self.known.captions.suffixes
-                    for spelling in (caption, caption.upper())
-                )
-                yield name, [file for file in beside if file in names]
+                beside = (self._captions(spelled, names) for spelled in spellings(stem))
+                yield name, next(filter(None, beside), [])
+
+    def _captions(self, stem: str, names: set[str]) -> list[str]:
+        """Return the caption files of a stem, with its dot, among the files of a folder."""
+        files = (
+            stem + spelling
+            for caption in self.known.captions.suffixes
+            for spelling in (caption, caption.upper())
+        )
+        return [file for file in files if file in names]
 
     def read(self, folder: str, first: str, last: str) -> Iterator[Sample | Fault]:
         """Yield the samples and faults of the images of a folder from `first` to `last`.
 
         Raises SourceError if the folder has gone.
         """
-        # files of a sample are alike up to the first dot, so that these bounds hold them all
+        # files of a sample are alike up to the first dot, so that these bounds hold them all, but
+        # for those with accents, which may be spelled otherwise
         low, high = first.partition(".")[0], last.partition(".")[0] + "\U0010ffff"
-        names = self.files.names(folder, lambda name: low <= name <= high)
+        names = self.files.names(folder, lambda name: low <= name <= high or not name.isascii())
         for image, beside in self.images(names):
             if first <= image <= last:
                 yield self._sample(folder, image, beside)

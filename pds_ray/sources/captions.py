@@ -126,7 +126,7 @@ class CaptionReader:
         no_json = next(
             (f", which is no JSON ({file.problem})" for file in parsed if file.problem), ""
         )
-        return f"no caption in {where}" + (f", which has {shown}" if shown else no_json)
+        return f"no caption in {where}" + (f", which has {storable(shown)}" if shown else no_json)
 
     def _entries(self, value: Any) -> Iterator[str]:
         """Yield the names in an object, and the values that would be captions if they were text."""

@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 
 from pds_ray import catalog
 from pds_ray.config import FilesConfig
@@ -28,6 +29,7 @@ from pds_ray.sources.named import Named
 from pds_ray.sources.samples import Files
 from pds_ray.sources.shard_patterns import SHARD_SUFFIXES
 from pds_ray.sources.tables import METADATA, column_reader, is_table
+from pds_ray.telemetry import log
 
 VALIDATION = dict.fromkeys(("train", "test"), ("validation", "valid", "val", "dev"))
 """Name of a folder -> names that the folder of the validation split may have beside it."""
@@ -42,9 +44,13 @@ class _Found:
     tables: list[str] = field(default_factory=list)
     tars: bool = False
     """A folder below has a tar."""
+    parquet: str = ""
+    """The path of a Parquet file below, if there is one."""
     images: Cutter = field(default_factory=Cutter)
     captioned: bool = False
     """An image has a caption file."""
+    beside: int = 0
+    """Images with a caption file, in folders for which no metadata of `metadata` are."""
 
 
 class FolderSource:
@@ -94,6 +100,8 @@ class FolderSource:
             return self.tars.shards()
         found = self._look()
         if found.metadata:
+            if found.beside:
+                say_left_out(self.root, found.metadata[0], found.beside)
             return self.named.shards(found.metadata, found.folders)
         if found.captioned:
             return found.images.shards
@@ -103,15 +111,21 @@ class FolderSource:
 
     def _look(self) -> _Found:
         found = _Found()
-        files = self.beside.files
+        files, named = self.beside.files, set[str]()
         for folder, names in files.walk():
             found.folders.append(folder)
             found.tars |= any(name.lower().endswith(SHARD_SUFFIXES) for name in names)
+            parquet = min((each for each in names if each.lower().endswith(".parquet")), default="")
+            found.parquet = found.parquet or (parquet and os.path.join(folder, parquet))
             metadata = next((name for name in METADATA if name in names), None)
             if metadata:
                 found.metadata.append(os.path.join(folder, metadata))
+                named.add(folder)
             found.tables += [os.path.join(folder, name) for name in sorted(names) if is_table(name)]
-            for image, beside in () if found.metadata else self.beside.images(names):
+            for image, beside in () if _is_below(folder, named) else self.beside.images(names):
+                found.beside += bool(beside)
+                if found.metadata:  # nothing but its number is needed
+                    continue
                 paths = [os.path.join(folder, name) for name in (image, *beside)]
                 found.images.add(
                     ["beside", folder], image, [(path, files.size(path)) for path in paths]
@@ -130,6 +144,9 @@ class FolderSource:
         known = self.beside.known
         if found.tars:
             return f"{self.root} has tars only in the folders below it; give {self.root}/**/*.tar"
+        if found.parquet and not found.images.shards:
+            place = os.path.join(self.root, os.path.dirname(found.parquet), "*.parquet")
+            return f"{self.root} has no image but Parquet files; give parquet:{place}"
         if not found.images.shards:
             return f"{self.root} has no tar and no image ({', '.join(known.images)})"
         return (
@@ -147,3 +164,20 @@ class FolderSource:
         readers = {"beside": self.beside.read, "named": self.named.read}
         for kind, *piece in json.loads(shard.location):
             yield from readers[kind](*piece)
+
+
+def _is_below(folder: str, others: set[str]) -> bool:
+    """Return whether a folder is one of others or lies below one; "" holds all."""
+    while folder and folder not in others:
+        folder = os.path.dirname(folder)
+    return folder in others
+
+
+@cache  # the shards of a source are looked for more than once
+def say_left_out(root: str, table: str, images: int) -> None:
+    """Say that images with captions beside them are not read, because of a table elsewhere."""
+    text = (
+        f"pds-ray: {images:,} images in {root} have captions beside them and are left out, as the "
+        f"images are those that {table} and its like name; give their folder alone, or a table"
+    )
+    log.event("images_left_out", text, "warning", images=images)

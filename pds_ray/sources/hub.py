@@ -99,7 +99,8 @@ class HubSource:
     def _split(self) -> tuple[str, dict[str, list[str]]]:
         """Return the split that is meant, and the files of all."""
         paths = list(_look_up(self.name, self.revision).files)
-        splits = find_splits(paths, _look_up(self.name, self.revision).card, self.name)
+        place = f"{self.name}@{self.revision}" if self.revision else self.name
+        splits = find_splits(paths, _look_up(self.name, self.revision).card, place)
         if not splits:
             raise SourceError(f"{self.name} has no Parquet files; {_instead(self.name, paths)}")
         split = find_split(splits, self.split or "train")

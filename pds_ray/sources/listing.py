@@ -11,6 +11,7 @@ import errno
 import io
 import os
 import re
+import stat
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import cache
@@ -52,16 +53,23 @@ class Listing:
         """Yield the files and folders that match the path `parts` below `folder`.
 
         Wildcards pass over hidden names and over runs and distilled sets, whose tars are results.
+        `**` reads a folder once, by whatever links it may be reached: links may lead in a circle.
         """
+        yield from self._walk(folder, parts, set())
+
+    def _walk(self, folder: str, parts: list[str], read: set[str]) -> Iterator[pafs.FileInfo]:
+        """Do what `walk` does; `read` holds the real paths of the folders that `**` has read."""
         head, *rest = parts
         if rest and not is_magic(head):  # not listed: the folders on the way may be closed or huge
-            yield from self.walk(f"{folder.rstrip('/')}/{head}", rest)
+            yield from self._walk(f"{folder.rstrip('/')}/{head}", rest, set())
             return
         entries = self._list(folder)
         visible = {name: info for name, info in entries.items() if not name.startswith(".")}
         if head == "**":
-            yield from self.walk(folder, rest or ["*"])
-            matches = list(visible.values())
+            yield from self._walk(folder, rest or ["*"], set())
+            read.add(self._real(folder))
+            folders = [i for i in visible.values() if i.type == pafs.FileType.Directory]
+            matches = sorted(folders, key=lambda info: (self._is_link(info), info.path))
             rest = parts
         elif is_magic(head):
             matches = [info for name, info in visible.items() if fnmatchcase(name, head)]
@@ -70,10 +78,21 @@ class Listing:
         for info in matches:
             if not rest:
                 yield info
-            elif info.type == pafs.FileType.Directory and not (
+            elif info.type != pafs.FileType.Directory or (
                 is_magic(head) and self._passes_over(info.path)
             ):
-                yield from self.walk(info.path, rest)
+                continue
+            elif head != "**":
+                yield from self._walk(info.path, rest, set())
+            elif self._real(info.path) not in read:
+                yield from self._walk(info.path, rest, read)
+
+    def _is_link(self, info: pafs.FileInfo) -> bool:
+        return self.root == "/" and os.path.islink(info.path)
+
+    def _real(self, folder: str) -> str:
+        """Return the path of a folder without links, which stores elsewhere do not have."""
+        return os.path.realpath(folder) if self.root == "/" else folder
 
     def _passes_over(self, folder: str) -> bool:
         """Return True, and say it, for a folder that is a result."""
@@ -121,9 +140,27 @@ def _base_name(info: pafs.FileInfo) -> str:
 def open_shard(location: str) -> io.BufferedReader:
     """Open the file at a location that `find_shards` returned."""
     filesystem, path = open_filesystem(location)
-    if not is_remote(location) and os.path.isdir(path):  # pyarrow's error does not tell its kind
-        raise IsADirectoryError(errno.EISDIR, "it is a folder", path)
+    if not is_remote(location):
+        require_file(path)
     return open_stream(filesystem, path, location)
+
+
+def require_file(path: str) -> None:
+    """Raise OSError if a local path is no file: a pipe would be waited for without an end.
+
+    Its kind is IsADirectoryError for a folder, PermissionError for a pipe or a device,
+    FileNotFoundError for nothing, also where links lead in a circle.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise FileNotFoundError(error.errno, error.strerror, path) from error
+        raise
+    if stat.S_ISDIR(mode):  # pyarrow's error does not tell its kind
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", path)
+    if not stat.S_ISREG(mode):
+        raise PermissionError(errno.EACCES, "it is a pipe or a device, not a file", path)
 
 
 @cache  # the shards of a source are looked for more than once

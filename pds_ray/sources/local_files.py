@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import stat
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,7 +96,7 @@ class LocalFiles:
     def size(self, path: str) -> int:
         """Return the bytes of the file at a path below the root, -1 if it cannot be asked."""
         try:
-            return os.stat(os.path.join(self.root, path)).st_size
+            return os.stat(self._full(path)).st_size
         except (OSError, ValueError):  # ValueError: no path at all, as a table may have it
             return -1
 
@@ -104,7 +105,7 @@ class LocalFiles:
 
         Raises OSError if the disk fails, which says nothing about the data.
         """
-        full, shown = os.path.join(self.root, path), storable(path)
+        full, shown = self._full(path), storable(path)
         if not self._holds(full):
             place = storable(os.path.realpath(full))
             return Fault(key, "unsafe_member", f"{shown} is a link and leaves the folder: {place}")
@@ -121,6 +122,12 @@ class LocalFiles:
             return Fault(key, "member_too_large", f"{shown}: more than {limit} bytes")
         return data
 
+    def _full(self, path: str) -> str:
+        """Return where a path below the root leads, in the spelling that the disk has of it."""
+        places = [os.path.join(self.root, each) for each in spellings(path)]
+        there = filter(os.path.lexists, places) if len(places) > 1 else iter(places)
+        return next(there, places[0])
+
     def _holds(self, full: str) -> bool:
         """Return whether a path below the root leads nowhere else."""
         above = full
@@ -129,6 +136,17 @@ class LocalFiles:
         if len(above) <= len(self.root):  # no link on the way, which is asked quickly
             return True
         return os.path.commonpath((self.root, os.path.realpath(full))) == self.root
+
+
+def spellings(name: str) -> list[str]:
+    """Return a name, and the ways in which its accents may be written, composed or apart.
+
+    macOS takes names apart that other systems, and the programs that write tables, compose.
+    """
+    if name.isascii():
+        return [name]
+    forms = unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)
+    return list(dict.fromkeys([name, *forms]))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -32,15 +32,22 @@ class Named:
 
         `tables` and `folders` are paths below the root; the paths in a table begin in its own
         folder or, where nothing is found there, in another. Raises SourceError in one line if a
-        table cannot be used or no image is there.
+        table cannot be used, no image is there, or one lies where another table is in charge.
         """
         cut, there = Cutter(), 0
+        owners = {os.path.dirname(table): table for table in tables}
         for table in tables:
             images = self._images(table)
             base = self._base(os.path.dirname(table), images, folders)
             for row, (image, captions) in enumerate(images):
-                size = -1 if _leaves(image) else self.files.size(os.path.join(base, image))
+                path = os.path.join(base, image)
+                size = -1 if _leaves(image) else self.files.size(path)
                 there += size >= 0
+                if size >= 0 and (other := _other_owner(path, table, owners)):
+                    raise SourceError(
+                        f"{path} is named by {table} and lies beside {other}, so that it may be "
+                        f"read twice; take away one of the two tables in {self.files.root}"
+                    )
                 cut.add(["named", table, base], row, (image, size, captions))
         cut.end()
         if not there:
@@ -70,7 +77,8 @@ class Named:
             elif captions:
                 yield Sample(key, data, captions)
             else:
-                yield Fault(key, "missing_caption", f"every caption in {storable(table)} is blank")
+                detail = f"no caption in {storable(table)} is a text that is not blank"
+                yield Fault(key, "missing_caption", detail)
 
     def _base(self, own: str, images: Images, folders: list[str]) -> str:
         """Return the folder in which the paths of a table begin."""
@@ -95,6 +103,18 @@ def _sorted_table(
     path: Path, suffixes: tuple[str, ...], captions: CaptionReader, _mtime_ns: int, _size: int
 ) -> Images:
     return sorted(read_table(path, suffixes, captions))
+
+
+def _other_owner(path: str, table: str, owners: dict[str, str]) -> str:
+    """Return the table nearest to an image, "" if it is that of its row or one further up.
+
+    `owners` has the tables by their folders.
+    """
+    folder = os.path.dirname(path)
+    while folder and folder not in owners:
+        folder = os.path.dirname(folder)
+    further_up = not folder or table.startswith(f"{folder}/")
+    return "" if further_up else owners[folder]
 
 
 def _leaves(path: str) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,8 +19,10 @@ import pyarrow.types as pt
 
 from pds_ray.config import FilesConfig, listed
 from pds_ray.errors import first_line
+from pds_ray.modalities.text import decode_text
 from pds_ray.sources.base import Fault, Sample, SourceError
 from pds_ray.sources.captions import IMAGE_SUFFIXES, CaptionReader
+from pds_ray.sources.listing import require_file
 from pds_ray.sources.tables import column_names, column_reader
 from pds_ray.sources.unpack import describe
 from pds_ray.store.calls import is_remote
@@ -90,6 +93,10 @@ class RowReader:
                 if not _is_damage(error):
                     raise
                 yield Fault("", "truncated_shard", f"row {row} or later: {first_line(error)}")
+                return
+            if row != file.metadata.num_rows:  # a damaged end may hide row groups
+                detail = f"{row} rows, where its end says {file.metadata.num_rows}"
+                yield Fault("", "truncated_shard", detail)
 
     def _sample(
         self, key: str, batch: pa.RecordBatch, place: int, image: str, captions: list[str]
@@ -108,13 +115,15 @@ class RowReader:
                 key, "member_too_large", f"{len(data)} bytes, at most {self.max_image_bytes}"
             )
         try:
-            record = {name: batch.column(name)[place].as_py() for name in captions}
+            record = {name: _text(batch.column(name)[place].as_py()) for name in captions}
         except UnicodeDecodeError as error:
             return Fault(key, "missing_caption", f"it is not UTF-8: {error}")
         texts = self._captions.of_record(record)
         if texts:
             return Sample(key, data, texts)
-        return Fault(key, "missing_caption", f"no caption in {column_names(captions)}")
+        entries = [entry for value in record.values() if isinstance(value, dict) for entry in value]
+        has = f", which has {column_names(entries)}" if entries else ""
+        return Fault(key, "missing_caption", f"no caption in {column_names(captions)}{has}")
 
     @cached_property
     def _captions(self) -> CaptionReader:
@@ -124,6 +133,11 @@ class RowReader:
         """Return the columns of images and of captions. Raises SourceError in one line."""
         captions = [name for name in self._captions.keys if name in schema.names]
         image = self._image_column(schema, location)
+        for name in (image, *captions):
+            if schema.names.count(name) > 1:
+                raise SourceError(
+                    f"{location} has several columns called {name}; write it with one"
+                )
         if not captions:
             raise SourceError(
                 f"{location} has no captions; its columns are {column_names(schema.names)}; name "
@@ -156,6 +170,15 @@ class RowReader:
         )
 
 
+def _text(value: Any) -> Any:
+    """Return a value of a column of captions with text in place of bytes, as some store it."""
+    if isinstance(value, list):
+        return [_text(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _text(entry) for name, entry in value.items()}
+    return decode_text(value)[0] if isinstance(value, bytes) else value
+
+
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pt.is_struct(kind):
         return any(field.name == "bytes" and _is_binary(field.type) for field in kind)
@@ -169,8 +192,11 @@ def _is_binary(kind: pa.DataType) -> bool:
 def _open(location: str) -> pq.ParquetFile:
     """Open a Parquet file. Raises _NoParquetError, an error of `_GONE`, OSError or StorageError."""
     filesystem, path = open_filesystem(location)
-    local = not is_remote(location)
-    file = filesystem.open_input_file(path) if local else open_stream(filesystem, path, location)
+    if is_remote(location):
+        file = open_stream(filesystem, path, location)
+    else:
+        require_file(path)
+        file = filesystem.open_input_file(path)
     try:
         return pq.ParquetFile(
             file, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from pds_ray.sources.advice import APART, HOLES, TWO_KEYS
+from pds_ray.sources.advice import APART, HARD_LINK, HOLES, TWO_KEYS
 from pds_ray.sources.base import Fault, Sample
 from pds_ray.sources.captions import CaptionReader, Names
 from pds_ray.sources.tar import Member, TarReader
@@ -114,8 +114,10 @@ def _identify(member: Member, files: Files) -> _File | None:
         unsafe = "leaves the folder"
     elif any(part == "__MACOSX" or (part.startswith(".") and part != ".") for part in parts):
         return None
-    elif member.issym() or member.islnk():
+    elif member.issym():
         unsafe = f"link to {member.linkname}"
+    elif member.islnk():
+        unsafe = f"{HARD_LINK}{member.linkname}"
     elif not member.isreg():
         unsafe = f"not a regular file (type {member.type!r})"
     else:
@@ -300,7 +302,7 @@ class _Samples:
                 file.key == first.key or first.first.name.startswith(f"{file.key}.")
             )
             is_image = file.known and file.suffix in self._files.images
-            if any(coming.belongs(second) for second in self._open[1:]):
+            if any(self._outlasts(second, coming) for second in self._open[1:]):
                 yield from self._close([first])
             else:
                 stays = not ends and (not is_image or coming.belongs(first))
@@ -308,6 +310,19 @@ class _Samples:
         begins = {group.first.begins for group in (*self._open, coming)}
         if self._parts and self._parts[0][0].first.begins not in begins:
             yield from self._release()
+
+    def _outlasts(self, second: _Group, coming: _Group) -> bool:
+        """Return whether the second open sample stays open beside one that comes, not the first.
+
+        It does if that may be a part of it, or is a file of no sample, as may stand between caption
+        and image, and the first sample lacks nothing.
+        """
+        first = self._open[0]
+        if coming.belongs(second):
+            return True
+        if coming.first.known or second.belongs(first):
+            return False
+        return not _lacks(first.outcome(self._files, self._each_line))
 
     def _close(self, groups: list[_Group]) -> Iterator[Sample | Fault]:
         """Yield what becomes of open samples that end, or keep them as parts of another."""

@@ -41,6 +41,9 @@ DATASET_TYPE = "dataset_type.txt"
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 """First bytes of a list that an editor or a shell of Windows wrote."""
 
+_BETWEEN = re.compile(r"::(?![^\[\]]*\])")
+"""What separates patterns; within brackets it is of an address, as in http://[::1]/0.tar."""
+
 NAME_LENGTH = 150
 """Longest name of a shard, in characters.
 
@@ -141,8 +144,10 @@ def _complaint(uri: str, kind: Kind, matches: dict[str, _Match]) -> str:
     text = (
         f"{len(unmatched):,} of {len(matches):,} shard patterns match nothing, the first is {first}"
     )
-    there = len(matches) - len(unmatched)
-    return f"{text}; {there:,} match: to take those, {_way_out(uri)}" if there else text
+    if there := len(matches) - len(unmatched):
+        return f"{text}; {there:,} match: to take those, {_way_out(uri)}"
+    is_split = len(uri.split()) > 1 and "::" not in uri
+    return f"{text}; spaces separate patterns, as no file matches the whole" if is_split else text
 
 
 def _way_out(uri: str) -> str:
@@ -162,7 +167,7 @@ def _only_shards(pattern: str, kind: Kind, infos: list[pafs.FileInfo]) -> list[p
         and info.path.lower().endswith(kind.suffixes)
     ]
     if infos and not shards and not is_magic(pattern):
-        if infos[0].is_file:
+        if infos[0].type != pafs.FileType.Directory:
             raise SourceError(f"{pattern} is not a {kind.noun} ({', '.join(kind.suffixes)})")
         example = f"{pattern}/*{kind.suffixes[0]}"
         raise SourceError(f"{pattern} is a folder; name the shards in it, as in {example}")
@@ -174,16 +179,28 @@ def shard_names(locations: list[str]) -> dict[str, str]:
 
     A hash of the location is added where two names would be the same, in capitals or not, as some
     file systems see them, and where one is cut at NAME_LENGTH. The query of a web address, which
-    may be a signature, is no part of it.
+    may be a signature, is a part of it only where addresses differ in nothing else.
     """
-    names = {location: _safe_stem(location) for location in locations}
-    uses = Counter(name.lower() for name in names.values())
-    for location, name in names.items():
-        if uses[name.lower()] > 1 or len(name) > NAME_LENGTH:
-            place = without_secrets(location) if location.startswith(WEB) else location
-            digest = hashlib.blake2b(place.encode(), digest_size=4).hexdigest()
-            names[location] = f"{name[:NAME_LENGTH]}-{digest}"
+    stems = {location: _safe_stem(location) for location in locations}
+    names = dict(stems)
+    too_long = {location for location, name in names.items() if len(name) > NAME_LENGTH}
+    for location in _not_unique(names) | too_long:
+        place = without_secrets(location) if location.startswith(WEB) else location
+        names[location] = _with_digest(stems[location], place, 4)
+    for location in _not_unique(names):
+        names[location] = _with_digest(stems[location], location, 8)
     return names
+
+
+def _not_unique(names: dict[str, str]) -> set[str]:
+    """Return the locations whose names are those of others, too."""
+    uses = Counter(name.lower() for name in names.values())
+    return {location for location, name in names.items() if uses[name.lower()] > 1}
+
+
+def _with_digest(stem: str, place: str, size: int) -> str:
+    digest = hashlib.blake2b(place.encode(), digest_size=size).hexdigest()
+    return f"{stem[:NAME_LENGTH]}-{digest}"
 
 
 def _safe_stem(location: str) -> str:
@@ -238,7 +255,7 @@ def _expand(uri: str, kind: Kind) -> Iterator[str]:
 
     `::` separates patterns. So does white space, unless the pattern around it matches shards.
     """
-    for pattern in [uri] if _is_there(uri) else map(str.strip, uri.split("::")):
+    for pattern in [uri] if _is_there(uri) else map(str.strip, _BETWEEN.split(uri)):
         for token in (
             [pattern] if _is_there(pattern) or _has_spaces(pattern, kind) else pattern.split()
         ):

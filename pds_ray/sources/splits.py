@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
 from typing import Any
 
 from pds_ray.sources.base import SourceError
@@ -18,6 +19,8 @@ NAMES = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
 }
 """Word in a path -> split."""
+CONVERTED = "refs/convert/parquet"
+"""The branch on which the hub keeps what it made of a data set, without a card."""
 _NUMBERED = re.compile(r"(?:^|/)([\w.-]*?\w)-\d{5}-of-(\d{5})[^/]*$")
 _WORD = re.compile(rf"(?<![A-Za-z])({'|'.join(NAMES)})(?![A-Za-z])")
 
@@ -25,19 +28,34 @@ _WORD = re.compile(rf"(?<![A-Za-z])({'|'.join(NAMES)})(?![A-Za-z])")
 def find_splits(paths: Sequence[str], card: Mapping[str, Any], name: str) -> dict[str, list[str]]:
     """Return split -> its files among `paths`, sorted.
 
-    `card` is the header of the card of the data set `name`. Raises SourceError in one line if it
-    names several configurations, none of them as default.
+    `card` is the header of the card of the data set `name`, NAME or NAME@REVISION. Raises
+    SourceError in one line if it names several configurations, none of them as default.
     """
-    files = sorted(path for path in paths if path.lower().endswith(".parquet"))
+    config = _configuration(card, name)
+    below = _folder(config)
+    files = sorted(
+        path for path in paths if path.lower().endswith(".parquet") and path.startswith(below)
+    )
     found: dict[str, list[str]] = {}
-    for split, patterns in _declared(card, name):
+    for split, files_of_split in _entries(config):
+        patterns = [below + each for each in _patterns(files_of_split)]
         matching = [path for path in files if any(fnmatchcase(path, each) for each in patterns)]
         if matching:
             found[split] = matching
     if not found:
+        if f"@{CONVERTED}" in name:
+            _require_one_configuration(files, name)
         for path in files:
-            found.setdefault(_told_by_name(path), []).append(path)
+            found.setdefault(_told_by_name(path.removeprefix(below)), []).append(path)
     return found
+
+
+def _require_one_configuration(files: Sequence[str], name: str) -> None:
+    """Raise SourceError if CONFIGURATION/SPLIT/NUMBER.parquet are files of several ones."""
+    names = sorted({path.partition("/")[0] for path in files})
+    if len(names) > 1:
+        example = next((path for path in files if "/train/" in path), files[0])
+        raise SourceError(_several(name, names, f"{example.rpartition('/')[0]}/*.parquet"))
 
 
 def find_split(splits: Iterable[str], wanted: str) -> str:
@@ -62,20 +80,30 @@ def missing_parts(files: Sequence[str]) -> int:
     return sum(total - count for (_, total), count in groups.items())
 
 
-def _declared(card: Mapping[str, Any], name: str) -> list[tuple[str, list[str]]]:
-    """Return the splits that the card declares, each with the patterns of its files."""
+def _configuration(card: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return the configuration that the card declares, of several the default; {} if none."""
     configs = card.get("configs")
     configs = [each for each in configs if isinstance(each, Mapping)] if configs else []
     chosen = [c for c in configs if c.get("default") or c.get("config_name") == "default"]
     if len(configs) > 1 and not chosen:
-        names = ", ".join(str(each.get("config_name")) for each in configs[:8])
         patterns = _patterns(_entries(configs[0])[0][1]) if _entries(configs[0]) else ["*.parquet"]
-        raise SourceError(
-            f"{name} has {len(configs)} configurations ({names}); give the files of one, such as "
-            f"parquet:hf://datasets/{name}/{patterns[0]}"
-        )
-    entries = _entries((chosen or configs)[0]) if configs else []
-    return [(split, _patterns(files)) for split, files in entries]
+        names = [str(each.get("config_name")) for each in configs]
+        raise SourceError(_several(name, names, _folder(configs[0]) + patterns[0]))
+    return next(iter(chosen or configs), {})
+
+
+def _folder(config: Mapping[str, Any]) -> str:
+    """Return the folder of a configuration with its slash, "" for that of the data set."""
+    folder = PurePosixPath(str(config.get("data_dir") or "")).as_posix().strip("/")
+    return "" if folder == "." else f"{folder}/"
+
+
+def _several(name: str, configs: list[str], pattern: str) -> str:
+    """Say that a data set has several configurations; `pattern` matches the files of one."""
+    return (
+        f"{name} has {len(configs)} configurations ({', '.join(configs[:8])}); give the files of "
+        f"one, such as parquet:hf://datasets/{name}/{pattern}"
+    )
 
 
 def _entries(config: Mapping[str, Any]) -> list[tuple[str, Any]]:

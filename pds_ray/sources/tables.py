@@ -16,7 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -85,7 +85,8 @@ def read_table(path: Path, suffixes: tuple[str, ...], captions: CaptionReader) -
                     f"{path}, row {number}: it names no image (as file_name); "
                     f"it has {column_names(list(record)) or 'nothing'}"
                 )
-            images[image.replace("\\", "/")] += captions.of_record(record)
+            path_of_image = PurePosixPath(image.replace("\\", "/")).as_posix()  # without ./
+            images[path_of_image] += captions.of_record(record)
     except SourceError:
         raise
     except (OSError, ValueError, pa.ArrowException, csv.Error) as error:
@@ -161,7 +162,22 @@ def _csv_records(text: str, suffixes: tuple[str, ...]) -> Iterator[Record]:
             )
         if headless:
             cells[0] = _SENTENCE_NUMBER.sub("", cells[0])
-        yield dict(zip(columns, map(str.strip, cells), strict=False))
+        record = dict(zip(columns, map(str.strip, cells), strict=False))
+        if swallowed := _swallowed(record, delimiter, suffixes):
+            raise ValueError(
+                f"line {rows.line_num}: a text holds the row of {swallowed}, because of a "
+                "quotation mark that is not closed; write one within a text twice"
+            )
+        yield record
+
+
+def _swallowed(record: Record, delimiter: str, suffixes: tuple[str, ...]) -> str:
+    """Return an image whose row is part of a text in another one, "" if there is none."""
+    lines = (line for cell in record.values() for line in cell.splitlines()[1:])
+    rows = (map(str.strip, line.split(delimiter)) for line in lines)
+    records = (dict(zip(record, row, strict=False)) for row in rows)
+    images = (_image(each) for each in records if len(each) == len(record))
+    return next((image for image in images if image and _is_image(image, suffixes)), "")
 
 
 def _splits(line: str, delimiter: str, suffixes: tuple[str, ...]) -> bool:

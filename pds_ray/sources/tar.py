@@ -104,8 +104,9 @@ class TarReader:
         zeros = 0
         if block == bytes(tarfile.BLOCKSIZE):
             zeros, block = self._count_zeros()
-            self._check_end(zeros)
-            self._begin = self._offset - len(block)
+            ended = self._offset - len(block)
+            self._check_end(zeros, ended - self._begin)
+            self._begin = ended
             if not block:
                 self.started = True
                 return None
@@ -141,13 +142,13 @@ class TarReader:
             block = self._get(tarfile.BLOCKSIZE)
         return zeros, block
 
-    def _check_end(self, zeros: int) -> None:
+    def _check_end(self, zeros: int, length: int) -> None:
         """Raise tarfile.ReadError if so many zeros are no end of an archive but a hole.
 
-        An end is two blocks, filled up to a record. Records other than that of every tar have to
-        divide the archive; one without members is filled up to that alone.
+        `length` is that of the archive with the zeros. An end is two blocks, filled up to a record.
+        Records other than that of every tar have to divide the archive; one without members is
+        filled up to that alone.
         """
-        length = self._offset - self._begin
         records = [size for size in RECORDS if length % size == 0] if self.started else []
         if zeros > max([RECORDS[0], *records]) + tarfile.BLOCKSIZE:
             where = "after the last file" if self.started else "where the first file should begin"

@@ -25,8 +25,8 @@ DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError)
 
 UNPACKERS: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": lambda stream: gzip.GzipFile(fileobj=stream, mode="rb"),
-    b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ\0": lzma.LZMAFile,
+    b"BZh": lambda stream: _Joined(stream, bz2.BZ2Decompressor),
+    b"\xfd7zXZ\0": lambda stream: _Joined(stream, lzma.LZMADecompressor),
     b"\x28\xb5\x2f\xfd": lambda stream: pa.CompressedInputStream(pa.PythonFile(stream), "zstd"),
 }
 """First bytes of a compressed file -> what makes a stream of its content."""
@@ -84,6 +84,51 @@ class Unpacked:
                 f"expands to more than {MAX_EXPANSION} times its compressed size"
             )
         return data
+
+
+class _Joined:
+    """The content of compressed streams that are joined, with zeros between them.
+
+    The classes of the standard library for such files take anything else behind a stream for
+    nothing, be it another one whose first bytes are damaged.
+    """
+
+    def __init__(self, stream: _Counted, make: Callable[[], Any]) -> None:
+        self._stream = stream
+        self._make = make
+        self._decompressor = make()
+
+    def read(self, size: int) -> bytes:
+        """Return so many bytes, fewer at the end alone. Raises one of DAMAGE, or OSError."""
+        pieces: list[bytes] = []
+        while size > 0 and (piece := self._next(size)):
+            pieces.append(piece)
+            size -= len(piece)
+        return b"".join(pieces)
+
+    def _next(self, most: int) -> bytes:
+        """Return some bytes, none at the end."""
+        content = b""
+        while not content:
+            packed = b""
+            if self._decompressor.eof:
+                packed = self._behind(self._decompressor.unused_data)
+                if not packed:
+                    return b""
+                self._decompressor = self._make()
+            elif self._decompressor.needs_input:
+                packed = self._stream.read(io.DEFAULT_BUFFER_SIZE)
+                if not packed:
+                    raise EOFError("the compressed file ends early")
+            content = self._decompressor.decompress(packed, most)
+        return content
+
+    def _behind(self, unused: bytes) -> bytes:
+        """Return the first bytes behind a stream and its zeros, none at the end of the file."""
+        packed = unused.lstrip(b"\0")
+        while not packed and (more := self._stream.read(io.DEFAULT_BUFFER_SIZE)):
+            packed = more.lstrip(b"\0")
+        return packed
 
 
 class _Counted(io.RawIOBase):

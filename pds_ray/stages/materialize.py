@@ -82,11 +82,11 @@ def about(run: Run) -> dict[str, Any]:
 
 def _origin(run: Run) -> str:
     if run.decoder.dim is None:
-        return "real pictures of the source"
+        return "real images of the source"
     # a method may have a stage of its own in place of decode
     decoded = run.manifest.stages.get("decode", {}).get("counts", {})
     real = decoded.get("real", 0)
-    return "synthetic" + (f", but for {real:,} real pictures of the source" if real else "")
+    return "synthetic" + (f", but for {real:,} real images of the source" if real else "")
 
 
 def _fewer(run: Run) -> dict[str, str]:

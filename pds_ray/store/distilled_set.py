@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import load as load_safetensors
 
-from pds_ray.errors import UserError
+from pds_ray.errors import UserError, cause
 from pds_ray.modalities.image import ImageError, decode_image
 from pds_ray.store.storage import Folder
 
@@ -179,9 +179,14 @@ def load_distilled(path: str) -> DistilledSet:
     except DistilledSetError:
         raise
     except _DamageError as damage:
-        raise DistilledSetError(f"{path} is a damaged distilled set: {damage}") from None
+        raise DistilledSetError(
+            f"{path} is a damaged distilled set: {damage}; pds-ray verify RUN --repair mends it"
+        ) from None
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DistilledSetError(f"{path} is a damaged distilled set ({error!r})") from error
+        raise DistilledSetError(
+            f"{path} is a damaged distilled set ({cause(error)}); pds-ray verify RUN --repair "
+            "mends it"
+        ) from error
 
 
 def _read(folder: Folder) -> DistilledSet:

@@ -116,8 +116,9 @@ class Bar(tqdm):
         with self._moving:
             self._move()
             if self._reports is reports:
-                named = reports.describe() if self.n == self.initial else ""
-                self._show_note(named and f"waiting for {named}")
+                waits = self.n == self.initial
+                named = waits and f"waiting for {reports.describe() or 'a free worker'}"
+                self._show_note(named or "")
 
     def progress(self) -> object:
         """Return a value that changes whenever any of the work gets on."""
@@ -131,6 +132,10 @@ class Bar(tqdm):
             return named or "a free worker: none is at work"
         return str(named or self.postfix or "its first result")
 
+    def __str__(self) -> str:
+        """Return the text of the bar; a slow rate, tqdm's `1.30s/ pairs`, is `1.30 s per pair`."""
+        return super().__str__().replace(f"s/{self.unit}", f" s per{self.unit.removesuffix('s')}")
+
     def _show_note(self, note: str) -> None:
         """Show a note in place of the bar's own one, which comes back for an empty note."""
         shown = str(self.postfix or "")
@@ -142,7 +147,10 @@ class Bar(tqdm):
 
     def _move(self) -> bool | None:
         ahead = self._reports.ahead() if self._reports else 0
-        return super().update(self.finished + ahead - self.n)
+        moved = super().update(self.finished + ahead - self.n)
+        if self.n > self.initial and not self.dynamic_miniters:
+            self.miniters = 1  # no line in a log without progress, but for those before the first
+        return moved
 
 
 class _JsonBar(Bar):
@@ -195,6 +203,8 @@ def progress_bar(
             unit=f" {unit}",
             file=sys.stderr if interactive else _Lines(),
             mininterval=0.2 if interactive else LOG_INTERVAL_S,
+            # else a thread of tqdm's looks after a bar that slows down, and writes lines twice
+            miniters=None if interactive else 0,
             maxinterval=LOG_INTERVAL_S,
             delay=max(delay_s, 0 if interactive else 1e-9),  # no line at 0 %
             leave=interactive,

@@ -388,10 +388,13 @@ def test_a_queue_that_is_lost_starts_again(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(trials, "run_queue", run)
     monkeypatch.setattr(distributed, "prepare", lambda *_: TrialInputs())
     monkeypatch.setattr(distributed.tasks, "TASK_RETRIES", 1)
-    todo = [
-        SimpleNamespace(key=key, pairs=1, label="", seed=number, backbone=SimpleNamespace(name=""))
-        for number, key in enumerate("abcd")
-    ]
+    about = {
+        "pairs": 1,
+        "label": "",
+        "backbone": SimpleNamespace(name=""),
+        "protocol": SimpleNamespace(epochs=1),
+    }
+    todo = [SimpleNamespace(key=key, seed=number, **about) for number, key in enumerate("abcd")]
     distributed.run_trials(todo, [], {}, Folder(str(tmp_path)), replace(CONFIG, trials=1))
     tried = ["a-b-c-d.tried", "b-c-d.tried", "c-d.tried", "d.tried"]
     assert Folder(str(tmp_path)).names() == sorted([*tried, "a.json", "b.json", "c.json", "d.json"])

@@ -53,7 +53,7 @@ def check_pairs(run: Path, method: str) -> None:
     assert np.linalg.norm(image, axis=1).min() > 1.5, "they should not be normalised"
     about = pairs.manifest["about"]
     assert about["method"] == method
-    assert about["picture_origin"] == "real pictures of the source"
+    assert about["picture_origin"] == "real images of the source"
     assert about["config"].keys() >= {"read", "embed", "select"}
     assert not about["config"].keys() & {"prune", "cluster", "match"}
     card = (run / "distilled" / "README.md").read_text()

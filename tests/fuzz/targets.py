@@ -92,6 +92,7 @@ def check_outcomes(found: list[Sample | Fault]) -> None:
         assert storable(item.key)
         if isinstance(item, Fault):
             assert item.reason in REASONS
+            assert storable(item.detail)
         else:
             assert item.captions
             check_captions(item.captions)

@@ -197,7 +197,7 @@ def choose_instead(path: Path, method: str) -> None:
         "selection": f"{method}: as it does",
         "encoder": "toy",
         "decoder": "nearest",
-        "picture_origin": "real pictures of the source",
+        "picture_origin": "real images of the source",
         "counts": {},
         "config": {"pairs": count},
     }

@@ -302,7 +302,7 @@ MULTIPLE = "a positive multiple of 16 (so that results do not depend on it)"
     ("name", "value", "allowed"),
     [
         ("pairs", 0, "positive"),
-        ("pairs", "ten", "of type int"),
+        ("pairs", "ten", "a whole number"),
         ("pairs", 2.5, "a whole number"),
         ("seed", -1, "from 0 to 2147483647"),
         ("read.captions", "shiny", "basic, paper or none"),

@@ -39,6 +39,9 @@ from pds_ray.store.storage import StorageError
         ("oci://bucket@space/x?token=T", "oci://bucket@space/x"),
         ("https://u:p@h/x.tar?X-Amz-Signature=S", "https://h/x.tar"),
         ("no s3://K:S@a/x: gone; is it there?", "no s3://a/x: gone; is it there?"),
+        ("http://[::1]:80/0.tar?sig=x", "http://[::1]:80/0.tar"),
+        ("http://me:secret@[::1]:80/0.tar", "http://[::1]:80/0.tar"),
+        ("s3://[ab:cd]ef/gh/0.tar", "s3:///gh/0.tar"),
     ],
 )  # fmt: skip
 def test_uris_are_shown_without_secrets(text: str, shown: str) -> None:

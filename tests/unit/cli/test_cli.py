@@ -95,9 +95,9 @@ def test_a_file_means_what_the_command_line_means(
         ("pairs: 10\nout: a\npairs: 20", "'pairs' is given twice .*line 3"),
         ("prune: {ratio: 0.1}\npairs: 1\nprune: {ratio: 0.3}", "'prune' is given twice .*line 3"),
         ("prune.ratio: 0.1\nprune: {ratio: 0.3}", "prune.ratio is given twice"),
-        ("pairs: 1:30", "pairs is '1:30'; it must be of type int"),  # YAML 1.1: 90
+        ("pairs: 1:30", "pairs is '1:30'; it must be a whole number"),  # YAML 1.1: 90
         ("out: ~", "out has no value"),
-        ("source: [a.tar, b.tar]", "source is .* it must be of type str"),
+        ("source: [a.tar, b.tar]", "source is .* it must be text"),
         ("out: !!python/object/apply:os.getcwd []", "is not YAML"),
         ("? [a]\n: 1", "is not YAML"),
     ],
@@ -107,6 +107,32 @@ def test_a_file_that_is_refused(tmp_path: Path, text: str, said: str) -> None:
     args = cli.build_parser().parse_args(["distill", "--config", str(tmp_path / "run.yaml")])
     with pytest.raises(ConfigError, match=said):
         cli.resolve(args)
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("distill --pair 10", "pds-ray distill --help; near --pair: --pairs"),
+        ("distill --num_pair=10", "pds-ray distill --help; near --num_pair: --num-pairs"),
+        ("distill --batch-size 9", "near --batch-size: --embed.batch-size, --decode.batch-size"),
+        ("distill --qqq 1", "pds-ray distill --help)"),
+        (
+            "distill --source a.tar b.tar",
+            "pds-ray distill --help; patterns of --source need quotes",
+        ),
+        ("evaluate runs/x --sead 1", "pds-ray evaluate --help; near --sead: --seed"),
+    ],
+)
+def test_words_that_a_command_does_not_know(
+    capsys: pytest.CaptureFixture[str], words: str, advice: str
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        cli.build_parser().parse_args(words.split())
+    error = capsys.readouterr().err
+    assert refused.value.code == 2
+    assert error.startswith("pds-ray: unrecognized arguments: ")
+    assert advice in error
+    assert error.count("\n") == 1
 
 
 EVALUATION = {

@@ -51,7 +51,7 @@ def test_a_dry_push_lists_files_and_bytes(capsys: pytest.CaptureFixture[str], ru
     }  # fmt: skip
     for name in images:
         assert sizes[name] == Path(run, "distilled", name).stat().st_size
-    assert total.split() == [f"{sum(sizes.values()):,}", "together"]
+    assert total.split() == [f"{sum(sizes.values()):,}", "bytes", "together"]
     assert (code, url) == (0, "would be   https://huggingface.co/datasets/me/pairs")
 
 

@@ -78,14 +78,69 @@ def test_a_port_that_is_no_ray_is_named(
     assert "\n" not in str(caught.value)
 
 
-def test_a_server_of_grpc_may_be_a_ray() -> None:
+@contextmanager
+def grpc_server(service: str = "", **methods: Any) -> Iterator[int]:
+    """A server of gRPC whose calls answer nothing; yields its port."""
     server = grpc.server(ThreadPoolExecutor(1))
+    handlers = {
+        name: grpc.unary_unary_rpc_method_handler(lambda _request, _context: b"")
+        for name in methods
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        Address(f"127.0.0.1:{port}", "--address").check_runs_ray()
+        yield port
     finally:
         server.stop(None)
+
+
+CLUSTER, CLIENTS = (
+    ("ray.rpc.NodeInfoGcsService", "CheckAlive"),
+    ("ray.rpc.RayletDriver", "ClusterInfo"),
+)
+
+
+@pytest.mark.parametrize(("prefix", "calls"), [("", CLUSTER), ("ray://", CLIENTS)])
+def test_a_server_that_knows_the_calls_of_ray_may_be_one(
+    prefix: str, calls: tuple[str, str]
+) -> None:
+    service, method = calls
+    with grpc_server(service, **{method: None}) as port:
+        Address(f"{prefix}127.0.0.1:{port}", "--address").check_runs_ray()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "other", "calls"), [("", "ray://", CLIENTS), ("ray://", "", CLUSTER)]
+)
+def test_the_other_port_of_a_cluster_is_named(
+    prefix: str, other: str, calls: tuple[str, str]
+) -> None:
+    service, method = calls
+    with grpc_server(service, **{method: None}) as port, pytest.raises(ConfigError) as caught:
+        Address(f"{prefix}127.0.0.1:{port}", "--address").check_runs_ray()
+    assert (
+        f"another port of the cluster answers, which is given as {other}127.0.0.1:{port};"
+        in str(caught.value)
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "ray://"])
+def test_another_service_of_grpc_is_no_ray(prefix: str) -> None:
+    with grpc_server("shop.Basket", Add=None) as port, pytest.raises(ConfigError) as caught:
+        Address(f"{prefix}127.0.0.1:{port}", "--address").check_runs_ray()
+    assert "is no port of Ray: another service of gRPC answers; a run joins" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["head", "127.0.0.1", ":6379", "head:port"])
+def test_an_address_without_host_or_port_is_named(value: str) -> None:
+    with pytest.raises(ConfigError, match=f"RAY_ADDRESS {value} is no HOST:PORT; a run joins"):
+        Address(value, "RAY_ADDRESS").check_runs_ray()
+
+
+@pytest.mark.parametrize("value", ["auto", "local", "ray://head", "anyscale://a/b:1"])
+def test_other_addresses_are_left_to_ray(value: str) -> None:
+    Address(value, "--address").check_runs_ray()
 
 
 @pytest.mark.parametrize(("flag", "named"), [(True, "--address"), (False, "RAY_ADDRESS")])

@@ -155,11 +155,12 @@ class Refused:
         return [Shard("s", "s3://b/s.tar")]
 
     def read(self, shard: Shard) -> Iterator[Sample]:
-        raise StorageError(f"the object store fails at {shard.location} (HTTP status 403)")
+        why = f"the object store fails at {shard.location} (HTTP status 403)"
+        raise StorageError(f"{why}; the same command continues")
 
 
 def test_a_shard_that_its_store_refuses(info: EncoderInfo) -> None:
-    with pytest.raises(SourceError, match=r"cannot read shard s: the object store fails.*403"):
+    with pytest.raises(SourceError, match=r"cannot read shard s: the object store fails.*403\)$"):
         embed_isolated(Work(Refused(), Refused().shards()[0], info, Sums, READ, EMBED), PATIENT)
 
 

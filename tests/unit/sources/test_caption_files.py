@@ -57,6 +57,14 @@ def test_any_bytes_are_a_text_that_can_be_stored(data: bytes) -> None:
     assert text.encode().decode() == text
 
 
+@pytest.mark.parametrize("length", [2, 3, 4])
+def test_a_text_that_a_limit_in_bytes_cut(length: int) -> None:
+    last = {2: "\u00e9", 3: "\u732b", 4: "\U0001f408"}[length].encode()
+    for kept in range(1, length):
+        assert decode_text(TEXT.encode() + last[:kept]) == (TEXT, "utf-8")
+    assert decode_text(b"caf\xe9") == ("caf\u00e9", "cp1252")
+
+
 def test_bytes_that_cp1252_leaves_open_are_read_as_latin_1() -> None:
     every = bytes(range(128, 256))
     text, encoding = decode_text(every)
@@ -146,6 +154,7 @@ def test_what_was_found_is_said() -> None:
     data = json.dumps({"url": "u", "title": "x"}).encode()
     assert reader.found({"json": data}) == "no caption in .json, which has url, title"
     assert reader.found({"txt": b" "}) == "no caption in .txt"
+    assert reader.found({"json": b'{"\\ud800": 1}'}) == "no caption in .json, which has ?"
 
 
 @pytest.mark.parametrize(

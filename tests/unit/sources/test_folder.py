@@ -10,6 +10,7 @@ import pickle
 import random
 import shutil
 import tarfile
+import unicodedata
 from pathlib import Path
 
 import pyarrow as pa
@@ -208,6 +209,25 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
     assert captions(tmp_path) == {"a.jpg": ("a",), "\\udcff.jpg": ("odd",)}
 
 
+COMPOSED, APART = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize(("of_image", "of_text"), [(COMPOSED, APART), (APART, COMPOSED)])
+def test_accents_are_spelled_in_two_ways(tmp_path: Path, of_image: str, of_text: str) -> None:
+    """As where images came from a Mac, and captions or a table from elsewhere."""
+    write(tmp_path / "a", {f"{of_image}.1.jpg": "x", f"{of_text}.1.txt": "coffee"})
+    assert captions(tmp_path / "a") == {f"{of_image}.1.jpg": ("coffee",)}
+    table = f"file_name,caption\n{of_text}/1.jpg,coffee\n"
+    write(tmp_path / "b", {f"{of_image}/1.jpg": "x", "metadata.csv": table})
+    assert captions(tmp_path / "b") == {f"{of_text}/1.jpg": ("coffee",)}
+
+
+def test_names_that_differ_in_spelling_alone(tmp_path: Path) -> None:
+    for name in (COMPOSED, APART):
+        write(tmp_path, {f"{name}.jpg": "x", f"{name}.txt": ascii(name)})
+    assert captions(tmp_path) == {f"{name}.jpg": (ascii(name),) for name in (COMPOSED, APART)}
+
+
 def test_options_of_reading(tmp_path: Path) -> None:
     write(tmp_path, {"a.input.jpg": "x", "a.output.txt": "one\ntwo", "a.json": '{"alt": "three"}'})
     options = {"image_suffixes": "input.jpg", "caption_suffixes": "output.txt,json"}
@@ -290,8 +310,44 @@ def test_a_table_in_parquet(tmp_path: Path) -> None:
     assert captions(tmp_path) == {"a.png": ("one", "two")}
 
 
+def test_a_path_with_a_dot_in_front_is_the_same_image(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": "x", "metadata.csv": "file_name,text\n./a.png,one\na.png,two\n"})
+    assert captions(tmp_path) == {"a.png": ("one", "two")}
+
+
+def test_an_image_is_not_read_by_two_tables(tmp_path: Path) -> None:
+    own = {
+        f"{split}/{name}": content
+        for split in ("train", "test")
+        for name, content in {"a.png": "x", "metadata.csv": "file_name,text\na.png,one\n"}.items()
+    }
+    assert len(captions(write(tmp_path / "own", own))) == 2
+    elsewhere = {"b.png": "x", "metadata.csv": "file_name,text\nb.png,b\n"}
+    assert len(captions(write(tmp_path / "besides", own | elsewhere))) == 3
+    of_all = {"metadata.csv": "file_name,text\ntrain/a.png,one\ntest/a.png,two\n"}
+    with pytest.raises(
+        SourceError,
+        match=r"^test/a\.png is named by metadata\.csv and lies beside test/metadata\.csv, .* take",
+    ):
+        read(write(tmp_path / "all", own | of_all))
+
+
+@pytest.mark.parametrize("place", ["a", "z"])
+def test_images_that_no_table_is_for_are_said(
+    tmp_path: Path, place: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table = {"m/a.png": "x", "m/a.txt": "x", "m/metadata.csv": "file_name,text\na.png,one\n"}
+    write(tmp_path, table | {f"{place}/b.png": "x", f"{place}/b.txt": "x", f"{place}/c.png": "x"})
+    assert captions(tmp_path) == {"m/a.png": ("one",)}
+    assert (
+        f"1 images in {tmp_path} have captions beside them and are left" in capfd.readouterr().err
+    )
+    assert captions(tmp_path / "m") == {"a.png": ("one",)}
+    assert "left out" not in capfd.readouterr().err
+
+
 def test_any_text_comes_back_from_a_csv(tmp_path: Path) -> None:
-    texts = ["a, b", 'say "no"', "two\nlines", "tab\there", "é|ü", "#hash"]
+    texts = ["a, b", 'say "no"', "two\nlines", "1.jpg\n2.jpg", "tab\there", "é|ü", "#hash"]
     file = io.StringIO()
     rows = csv.writer(file)
     rows.writerow(["image", "caption"])
@@ -411,6 +467,18 @@ def test_the_validation_split_lies_beside(tmp_path: Path, name: str, validation:
         (
             {"a.csv": "a.jpg,a dog, running\nb.jpg,a cat"},
             "line 2: 2 cells, but the first line has 3",
+        ),
+        (
+            {"a.csv": 'image,caption\na.jpg,"A dog\nb.jpg,a cat\nc.jpg,a 5" ruler\nd.jpg,x'},
+            "line 4: a text holds the row of b.jpg, because of a quotation mark that is not closed",
+        ),
+        (
+            {"a.tsv": 'id\tfile_name\ttext\n1\ta.jpg\t"A dog\n2\tb.jpg\ta cat'},
+            "line 3: a text holds the row of b.jpg",
+        ),
+        (
+            {"data/train-0.parquet": "", "README.md": ""},
+            r"has no image but Parquet files; give parquet:/.*/data/\*\.parquet$",
         ),
         ({"sub/0.tar": ""}, r"has tars only in the folders below it; give .*/\*\*/\*\.tar$"),
         (

@@ -417,3 +417,4 @@ def test_any_json_gives_captions_that_can_be_stored(
     else:
         assert isinstance(item, Fault)
         assert item.reason == "missing_caption"
+        assert item.detail.encode("utf-8")

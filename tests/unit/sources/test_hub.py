@@ -18,7 +18,7 @@ from pds_ray import catalog
 from pds_ray.config import ReadConfig
 from pds_ray.sources import hub
 from pds_ray.sources.base import Sample, SourceError
-from pds_ray.sources.splits import find_split, find_splits, missing_parts
+from pds_ray.sources.splits import CONVERTED, find_split, find_splits, missing_parts
 from tests.support.hub import COMMIT, TOKEN, cache, running_hub
 
 NAME = "someone/pictures"
@@ -167,6 +167,19 @@ SETS = {"split": "train", "path": "en/t-*"}, {"split": "val", "path": ["en/v.par
             {"test": [0], "eval": [1], "dev": [2]},
         ),
         (["train.parquet"], declared({"config_name": "x", "data_files": "*.json"}), {"train": [0]}),
+        (  # the folder of a configuration
+            ["en/test/0.parquet", "en/train/0.parquet", "fr/train/0.parquet"],
+            declared(
+                {"config_name": "en", "data_dir": "./en", "default": True},
+                {"config_name": "fr", "data_dir": "fr"},
+            ),
+            {"test": [0], "train": [1]},
+        ),
+        (
+            ["en/0.parquet", "fr/0.parquet"],
+            declared({"config_name": "x", "data_dir": "fr", "data_files": "*.parquet"}),
+            {"train": [1]},
+        ),
     ],
 )
 def test_splits(paths: list[str], card: dict[str, Any], expected: dict[str, list[int]]) -> None:
@@ -200,6 +213,17 @@ def test_several_configurations() -> None:
         match=rf"has 2 configurations \(en, fr\); .*parquet:hf://datasets/{NAME}/en/t-\*",
     ):
         find_splits(["en/t-1.parquet"], card, NAME)
+
+
+def test_several_configurations_that_the_hub_converted() -> None:
+    paths = ["en/test/0000.parquet", "en/train/0000.parquet", "fr/train/0000.parquet"]
+    place = f"{NAME}@{CONVERTED}"
+    with pytest.raises(
+        SourceError,
+        match=rf"has 2 configurations \(en, fr\); .*parquet:hf://datasets/{place}/en/train/\*",
+    ):
+        find_splits(paths, {}, place)
+    assert find_splits(paths[:2], {}, place) == {"test": paths[:1], "train": paths[1:2]}
 
 
 def test_missing_parts() -> None:

@@ -58,6 +58,19 @@ def test_many_patterns_by_spaces_are_no_name(drive: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("uri", "is_split"),
+    [("ROOT/No Drive/*.tar", True), ("ROOT/no/{0..1}.tar", False), ("ROOT/a::ROOT/b c", False)],
+)
+def test_a_name_that_was_split_at_its_spaces_is_not_there(
+    drive: Path, uri: str, is_split: bool
+) -> None:
+    with pytest.raises(SourceError, match="shard patterns match nothing") as caught:
+        found(drive, uri)
+    said = str(caught.value).endswith("; spaces separate patterns, as no file matches the whole")
+    assert said == is_split
+
+
+@pytest.mark.parametrize(
     ("url", "names"),
     [
         ("file://ROOT/My%20Drive/000.tar", ["My Drive/000.tar"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ def test_files_of_img2dataset(tmp_path: Path) -> None:
         pa.array([["one", "two"]], pa.large_list(pa.large_string())),
         pa.array([[{"caption": "one"}, {"caption": "two"}]]),
         pa.array([{"captions": ["one", "two"], "id": 7}]),
+        pa.array([[b"one", b"two"]]),
+        pa.array([{"captions": [b"one", "two".encode("utf-16")]}]),
     ],
 )
 def test_shapes_of_captions(tmp_path: Path, captions: pa.Array) -> None:
@@ -103,6 +106,23 @@ def test_shapes_of_captions(tmp_path: Path, captions: pa.Array) -> None:
 def test_usual_names_of_captions(tmp_path: Path, name: str) -> None:
     uri = write(tmp_path / "a.parquet", image=struct(PNG), **{name: ["one"]}, caption_=["no"])
     assert read(uri) == [Sample("000000000", PNG, ("one",))]
+
+
+def test_a_text_that_is_stored_as_bytes(tmp_path: Path) -> None:
+    """Spark, Hive and older programs write texts so."""
+    uri = write(tmp_path / "a.parquet", jpg=[PNG], caption=["caf\u00e9".encode()])
+    assert read(uri) == [Sample("000000000", PNG, ("caf\u00e9",))]
+
+
+def test_a_caption_that_has_entries_of_other_names(tmp_path: Path) -> None:
+    uri = write(tmp_path / "a.parquet", image=struct(PNG), caption=[{"en": "one", "de": "eins"}])
+    (fault,) = read(uri)
+    assert isinstance(fault, Fault)
+    assert (fault.reason, fault.detail) == (
+        "missing_caption",
+        "no caption in caption, which has en, de",
+    )
+    assert read(uri, caption_keys="caption,de") == [Sample("000000000", PNG, ("eins",))]
 
 
 def test_columns_can_be_named(tmp_path: Path) -> None:
@@ -163,6 +183,15 @@ def test_files_without_images_or_captions(
         catalog.make_source(write(tmp_path / "a.parquet", **columns)).shards()
 
 
+@pytest.mark.parametrize("name", ["image", "text"])
+def test_columns_of_one_name(tmp_path: Path, name: str) -> None:
+    table = pa.table({"image": struct(PNG), "text": ["x"]})
+    table = table.append_column(name, table.column(name))
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=f"has several columns called {name}; write it with one"):
+        read(f"parquet:{tmp_path}/a.parquet")
+
+
 def test_a_pattern_that_names_parquet_without_saying_so(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", image=struct(PNG), text=["x"])
     with pytest.raises(
@@ -215,6 +244,20 @@ def test_a_file_with_other_columns_costs_itself(tmp_path: Path) -> None:
         "--read.caption-keys"
     )
     assert advice(fault.reason, fault.detail).startswith("leave the file out")
+
+
+def test_a_damaged_end_hides_no_rows(tmp_path: Path) -> None:
+    """No sum covers the end of a file, where the numbers of rows stand."""
+    uri = write(tmp_path / "a.parquet", image=[PNG] * 6, text=["x"] * 6)
+    whole = (tmp_path / "a.parquet").read_bytes()
+    rows = [match.start() for match in re.finditer(rb"\x16\x04\x16?", whole)]  # "i64: 2"
+    assert len(rows) >= 3
+    for at in rows:
+        data = bytearray(whole)
+        data[at + 1] = 0
+        (tmp_path / "a.parquet").write_bytes(data)
+        items = read(uri)
+        assert len(items) == 6 or [item for item in items if isinstance(item, Fault)]
 
 
 def test_damage_costs_the_rest_of_a_file(tmp_path: Path) -> None:

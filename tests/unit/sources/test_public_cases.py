@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,27 @@ def test_a_bare_list_of_captions(cases: Path) -> None:
 )
 def test_what_cannot_be_read_says_why_and_what_to_do(cases: Path, case: str, line: str) -> None:
     assert read(cases / f"{case}.tar")[1].line() == line
+
+
+def test_hard_links_need_another_option_of_tar(tmp_path: Path) -> None:
+    (tmp_path / "0.jpg").write_bytes(b"one image")
+    (tmp_path / "1.jpg").hardlink_to(tmp_path / "0.jpg")
+    for key in "01":
+        (tmp_path / f"{key}.txt").write_text("its caption")
+
+    def packed(*options: str) -> Path:
+        names = ["0.jpg", "0.txt", "1.jpg", "1.txt"]
+        command = ["tar", *options, "-cf", "a.tar", *names]
+        subprocess.run(command, cwd=tmp_path, check=True)
+        return tmp_path / "a.tar"
+
+    samples, bad = read(packed("--dereference"))
+    assert len(samples) == 1
+    assert bad.line() == (
+        "unsafe_member: 1; such as 1: 1.jpg: hard link to 0.jpg; pack the files themselves: "
+        "tar --hard-dereference"
+    )
+    assert len(read(packed("--hard-dereference"))[0]) == 2
 
 
 def test_all_images_before_all_captions(cases: Path) -> None:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pds_ray import catalog
+from pds_ray.errors import ConfigError
 from pds_ray.planning.workload import survey
 from pds_ray.sources.base import Sample
 
@@ -31,6 +32,25 @@ from pds_ray.sources.base import Sample
 )
 def test_the_uri_chooses_the_source(tmp_path: Path, uri: str, kind: str) -> None:
     assert type(catalog.make_source(uri.format(tmp_path))).__name__ == kind
+
+
+@pytest.mark.parametrize("uri", ["sceens:300", "Scenes:300", "flickr:/data", "flickr30:/data:test"])
+def test_a_misspelt_source_is_named(uri: str) -> None:
+    scheme = uri.partition(":")[0]
+    with pytest.raises(ConfigError, match=f"unknown source '{scheme}'; known: scenes, flickr30k"):
+        catalog.make_source(uri)
+
+
+@pytest.mark.parametrize(
+    "uri", ["scene:*.tar", "scene:1.tar::b.tar", "s3://a/b.tar", "there:1.tar"]
+)
+def test_paths_with_a_colon_are_no_misspelt_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scene:1.tar").touch()
+    for name in (uri, "scene:1.tar"):
+        assert type(catalog.make_source(name)).__name__ == "WebDatasetSource"
 
 
 def img2dataset(root: Path) -> None:

@@ -47,6 +47,12 @@ def test_archives_that_are_joined(tmp_path: Path, end: int) -> None:
     assert brief(again) == [("a", ""), ("b", ""), ("a", "duplicate_key")]
 
 
+@pytest.mark.parametrize("record", [512, RECORD, 64 * 512, 1 << 16, MIB])
+def test_archives_of_any_record_that_are_joined(tmp_path: Path, record: int) -> None:
+    found = read_bytes(tmp_path, filled(ONE, record) + filled(TWO, record))
+    assert brief(found) == [("a", ""), ("b", "")]
+
+
 @pytest.mark.parametrize("records", [2, 7, 1000])
 def test_a_tail_of_zeros_is_a_hole(tmp_path: Path, records: int) -> None:
     whole = filled(ONE, RECORD)
@@ -90,6 +96,18 @@ def test_compressed_archives(tmp_path: Path, pack: Callable[[bytes], bytes]) -> 
     assert brief(read_bytes(tmp_path, joined)) == [("a", ""), ("b", "")]
     for cut in (packed[:-3], packed[: len(packed) // 2]):
         assert [item for item in read_bytes(tmp_path, cut) if isinstance(item, Fault)]
+    for damaged in (b"X" + joined[len(packed) + 1 :], b"<html>", pack(TWO)[:-3]):
+        first, *_, last = brief(read_bytes(tmp_path, packed + damaged))
+        assert (first, last[1]) == (("a", ""), "truncated_shard")
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+@pytest.mark.parametrize("zeros", [4, 10_000, 1 << 20])
+def test_zeros_behind_a_compressed_stream(tmp_path: Path, kind: str, zeros: int) -> None:
+    packed, joined = PACKERS[kind](filled(ONE, RECORD)), PACKERS[kind](filled(TWO, RECORD))
+    assert brief(read_bytes(tmp_path, packed + bytes(zeros))) == [("a", "")]
+    both = read_bytes(tmp_path, packed + bytes(zeros) + joined)
+    assert brief(both) == [("a", ""), ("b", "")]
 
 
 @pytest.mark.parametrize("pack", PACKERS.values(), ids=PACKERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import pickle
@@ -27,7 +28,7 @@ from pds_ray.sources.base import Fault, MissingShardsError, Sample, SourceError
 from pds_ray.sources.captions import IMAGE_SUFFIXES
 from pds_ray.sources.shard_patterns import shard_names
 from pds_ray.sources.webdataset import WebDatasetSource
-from pds_ray.store import filesystems
+from pds_ray.store import calls, filesystems
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
@@ -515,6 +516,27 @@ def test_patterns(tree: Path, pattern: str, found: list[str]) -> None:
     assert [shard.size for shard in shards] == [len(name) for name in found]
 
 
+def test_links_to_folders_below_a_wildcard(tree: Path) -> None:
+    """`**` reads each folder once: links lead in circles, 2^40 ways in a tree of two of them."""
+    (tree / "a" / "up").symlink_to("..")
+    (tree / "a" / "b").symlink_to(tree / "b")
+    (tree / "a" / "itself").symlink_to(".")
+    outside = tree.parent / "outside"
+    outside.mkdir()
+    (outside / "back").symlink_to(tree)
+    (outside / "1.tar").write_bytes(b"")
+    (tree / "link").symlink_to(outside)
+    everything = ["a/00000.tar", "a/00001.tar", "a/00002.tar.gz", "a/b/00000.tgz", "link/1.tar"]
+    for pattern, found in [
+        ("**", everything),
+        ("**/*.tar", [name for name in everything if name.endswith(".tar")]),
+        ("link/**/*.tar", ["link/1.tar", "link/back/a/00000.tar", "link/back/a/00001.tar"]),
+        ("*/b/*", ["a/b/00000.tgz"]),
+    ]:
+        shards = WebDatasetSource(f"{tree}/{pattern}").shards()
+        assert [shard.location for shard in shards] == [f"{tree}/{name}" for name in found]
+
+
 @pytest.mark.parametrize("separator", [" ", "\n", "::"])
 def test_several_patterns_make_one_sorted_set(tree: Path, separator: str) -> None:
     uri = separator.join([f"{tree}/b/*", f"file://{tree}/a/00001.tar", f"{tree}/a/*.tar"])
@@ -580,6 +602,39 @@ def test_names_are_unique_where_capitals_do_not_count() -> None:
     assert second == "Train-1"
     assert len({first.lower(), third.lower()}) == 2
     assert [first[:8], third[:8]] == ["Train-0-", "train-0-"]
+
+
+def test_addresses_that_differ_in_their_query_alone_have_names_of_their_own() -> None:
+    """As those of archives of data and of drives: of one name they would be one shard."""
+    places = [f"https://host/download?file={n:05d}.tar" for n in range(20_000)]
+    names = shard_names([*places, "https://host/download?file=00000.tar&sig=x", "https://host/a"])
+    assert len(set(names.values())) == len(names) == 20_002
+    assert names["https://host/a"] == "a"
+
+
+def test_addresses_with_numbers_in_brackets(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "WAITS_S", ())
+    with pytest.raises(SourceError, match=r"cannot look for http://\[::1\]:9/0\.tar: "):
+        WebDatasetSource("http://[::1]:9/0.tar").shards()
+    uri = f"{tree}/a/0000[0-1].tar::{tree}/b/[0-9]*.tgz"
+    found = [shard.location for shard in WebDatasetSource(uri).shards()]
+    assert found == [f"{tree}/{name}" for name in ["a/00000.tar", "a/00001.tar", "b/00000.tgz"]]
+
+
+def test_digests_of_four_bytes_that_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 40,000 folders of a shard each there may be two of them."""
+    make = hashlib.blake2b
+    monkeypatch.setattr(
+        hashlib,
+        "blake2b",
+        lambda data, digest_size: (
+            make(data[:2], digest_size=digest_size)
+            if digest_size == 4
+            else make(data, digest_size=digest_size)
+        ),
+    )
+    names = shard_names(["/d/a/x.tar", "/d/b/x.tar", "/d/y.tar"])
+    assert len(set(names.values())) == 3
 
 
 @pytest.mark.parametrize(

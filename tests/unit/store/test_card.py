@@ -110,7 +110,7 @@ def test_a_method_gives_its_own_text():
     [
         ("match", "filter", False, "Here whole clusters were averaged, not only the pairs that"),
         ("cluster", "modality", "joint", "Here one k-means on both embeddings of a pair took"),
-        ("decode", "condition", "caption", "Here pictures were decoded from the captions alone."),
+        ("decode", "condition", "caption", "Here images were decoded from the captions alone."),
     ],
 )
 def test_deviations_from_the_method_are_named(section, option, value, sentence):

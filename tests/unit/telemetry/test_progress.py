@@ -27,6 +27,14 @@ def test_a_log_gets_one_whole_line_at_the_end(capsys: pytest.CaptureFixture[str]
         assert text in lines[0]
 
 
+@pytest.mark.parametrize(("per_pair_s", "rate"), [(3600, " s per pair]"), (1e-3, " pairs/s]")])
+def test_a_slow_rate_is_written_as_a_time(per_pair_s: float, rate: str) -> None:
+    with progress_bar("materialize", 10_000, "pairs") as bar:
+        bar.update(5000)
+        bar.start_t -= 5000 * per_pair_s
+        assert str(bar).endswith(rate)
+
+
 def test_bars_that_are_switched_off_everywhere_count_here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,6 +85,18 @@ def test_the_last_line_comes_once(
     assert capsys.readouterr().err.count("3/3") == 1
 
 
+def test_a_log_gets_a_line_for_slow_progress_and_none_without(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pds_ray.telemetry.progress.LOG_INTERVAL_S", 0.0)
+    with progress_bar("embed", 200, "images") as bar:
+        bar.update(0)  # before the first, a line tells what is waited for
+        for done in (100, 0, 1, 0, 99):
+            bar.update(done)
+    counts = [line.split("|")[1].split()[0] for line in capsys.readouterr().err.splitlines()]
+    assert counts == ["0/200", "100/200", "101/200", "200/200"]
+
+
 class Told:
     """Reports of one item of work, as the test sets them."""
 
@@ -105,6 +125,9 @@ def test_a_bar_runs_ahead_of_the_results_and_never_counts_twice() -> None:
         bar.follow(told)
         bar.look()
         assert bar.postfix == "waiting for the model to load"
+        told.what = ""
+        bar.look()
+        assert bar.postfix == "waiting for a free worker"
         told.done, told.what = 7, "images to be encoded"
         bar.look()
         assert (bar.n, bar.postfix) == (17, "1 of 4 shards")
