@@ -348,15 +348,14 @@ def _decode(inputs: Inputs) -> list[Phase]:
 
 
 def _looked_through(inputs: Inputs) -> float:
-    batch = inputs.config.decode.batch_size
-    return images_looked_through(inputs.clusters, batch, inputs.work)
+    return images_looked_through(inputs.clusters, inputs.config.decode.batch_size, inputs.work)
 
 
 def _judge(inputs: Inputs) -> list[Phase]:
     """Return the phases that score candidates and, if they may be taken, real images."""
-    decode, wish = inputs.config.decode, inputs.config.ray.decode_actors
+    decode, actors = inputs.config.decode, inputs.shared_by(inputs.config.ray.decode_actors)
     images = inputs.clusters * (decode.candidates + decode.real_fallback)
-    scored = inputs.demand("score images", images, "encode_images", inputs.shared_by(wish))
+    scored = inputs.demand("score images", images, "encode_images", actors)
     if not decode.real_fallback:
         return [(scored,)]
     looked_up = inputs.demand("look images up", _looked_through(inputs), "read")

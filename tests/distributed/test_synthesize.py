@@ -116,7 +116,7 @@ def test_the_best_candidate_is_kept_and_a_real_image_where_all_fail(run_folder: 
         if row["origin"] == "real":
             assert np.array_equal(np.asarray(image), np.asarray(real[pair]))
             assert row["image_cosine"] == pytest.approx(1, abs=1e-3)
-        vector = encoder.encode_images(info.preprocess(image)[None])[0]
+        vector = encoder.encode_images(np.stack([info.preprocess(image)]))[0]
         for name, other in (("image_cosine", vectors[pair]), ("text_cosine", texts[pair])):
             cosine = vector @ other / np.linalg.norm(vector) / np.linalg.norm(other)
             assert row[name] == pytest.approx(float(cosine), abs=1e-3)
