@@ -528,7 +528,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     clip = load_clip(args.clip, args.device)
     pipeline = fit(args, clip, load_captioned_images(args.source, clip.image_size))
     metrics: dict[str, float] = {
-        "vae_steps": args.vae_steps,
+        "vae_steps": 0 if args.start else args.vae_steps,
         "decoder_steps": args.decoder_steps,
         "unet_steps": args.unet_steps,
         "unet_parameters": sum(p.numel() for p in pipeline.unet.parameters()),
