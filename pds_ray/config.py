@@ -23,6 +23,8 @@ from pds_ray.errors import ConfigError, is_utf8, without_secrets
 from pds_ray.modalities.text import CLEANERS
 
 METHODS = tuple(catalog.METHODS)
+_MOST_NOISE = 999
+"""The highest noise level of an unCLIP."""
 PRECISIONS = ("fp32", "fp16", "bf16")
 PAIRS, QUALITY = 100, 90
 """Distilled pairs, and the quality of JPEG and WebP, of runs that do not say and have no budget."""
@@ -324,6 +326,17 @@ class MatchConfig(Options, section="match"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrototypesConfig(Options, section="prototypes"):
+    """From matched clusters to prototypes."""
+
+    center: Literal["mean", "medoid"] = option(
+        "mean",
+        "a prototype is the mean of the pairs that matched clusters share, or their medoid: the "
+        "embeddings of the real pair nearest to that mean",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecodeConfig(Options, section="decode"):
     """From prototypes to images."""
 
@@ -346,7 +359,9 @@ class DecodeConfig(Options, section="decode"):
     guidance: float = option(
         5.0, "classifier-free guidance scale; 1 or less switches it off", "guidance"
     )
-    noise_level: int = option(10, "noise added to the prototype", "noise", at_least=0, at_most=999)
+    noise_level: int = option(
+        10, "noise added to the prototype", "noise", at_least=0, at_most=_MOST_NOISE
+    )
     negative_prompt: str = option("text, watermark", "what the image should not show")
     rescale: bool = option(
         False, "scale prototypes to the mean norm of their members before decoding"
@@ -372,16 +387,59 @@ class DecodeConfig(Options, section="decode"):
         at_least=1,
         at_most=100,
     )
+    candidates: int = option(
+        1, "images drawn per prototype, of which the one with the best score is kept", above=0
+    )
+    noise_levels: str = option(
+        "", "noise levels of the candidates by comma, taken in turn; default noise_level for all"
+    )
+    image_weight: float = option(
+        1.0, "weight of an image's cosine to its image prototype in its score", at_least=0
+    )
+    text_weight: float = option(
+        1.0, "weight of an image's cosine to its text prototype in its score", at_least=0
+    )
+    real_fallback: bool = option(
+        False,
+        "take the nearest real image where the decoded one fails: its nearest image prototype is "
+        "not its own, or its score is lower by more than real_margin; licences may forbid it",
+        "real-fallback",
+    )
+    real_margin: float = option(
+        0.05, "a decoded image may score so much less than the nearest real one", at_least=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for level in self.levels:
+            text = f"levels from 0 to {_MOST_NOISE} by comma"
+            _require(0 <= level <= _MOST_NOISE, "decode.noise_levels", self.noise_levels, text)
+
+    @property
+    def levels(self) -> list[int]:
+        """The noise levels that the candidates take in turn. Raises ConfigError."""
+        names = listed(self.noise_levels) or (str(self.noise_level),)
+        # a sign or a blank is no level
+        return [int(name) if name.isdecimal() else -1 for name in names]
+
+    @property
+    def judged(self) -> bool:
+        """True if images are scored by the encoder before one per pair is kept."""
+        return self.candidates > 1 or self.real_fallback
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionConfig(Options, section="caption"):
     """The caption that goes with each image."""
 
-    nearest_to: Literal["picture", "prototype"] = option(
+    nearest_to: Literal["picture", "prototype", "both"] = option(
         "picture",
-        "a pair's caption is the real one nearest to its image (picture), or, as published, to its "
-        "text prototype",
+        "a pair's caption is the real one nearest to its image (picture), as published to its text "
+        "prototype, or to both together",
+    )
+    round_trip: bool = option(
+        False,
+        "pass over captions whose nearest image is another pair's, and those that another pair has",
     )
 
 
@@ -590,6 +648,7 @@ class RunConfig(Options):
     cover: CoverConfig = field(default_factory=CoverConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     match: MatchConfig = field(default_factory=MatchConfig)
+    prototypes: PrototypesConfig = field(default_factory=PrototypesConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     extras: ExtrasConfig = field(default_factory=ExtrasConfig)

@@ -113,6 +113,8 @@ def _print_counts(out: str, method: str, counts: dict[str, dict[str, Any]]) -> N
         made = f"{prototypes['prototypes']:,} pairs"
         say(f"method        {method}")
         say(f"out           {made}, {duplicates:,} with the caption of another")
+        if real := counts.get("decode", {}).get("real"):
+            say(f"real          {real:,} images are real ones: those decoded failed")
         if "fewer" in prototypes:
             say(f"fewer         {prototypes['fewer']}")
 

@@ -38,6 +38,8 @@ class DecodeBatch:
     seeds: list[int]
     nearest: list[tuple[str, str]]
     """(shard, key) of the real image nearest to each prototype."""
+    noise_level: int | None = None
+    """Noise added to the prototypes, for decoders that add some; None: as configured."""
     tell: Callable[[float], object] = lambda _share: None
     """Called now and then, if the decoder can tell, with the share of the batch that is done."""
 

@@ -361,6 +361,7 @@ class UnClipDecoder:
         import torch
 
         pipeline, config = self.pipeline, self.config
+        level = config.noise_level if batch.noise_level is None else batch.noise_level
         embeddings = torch.from_numpy(np.ascontiguousarray(batch.prototypes))
         images = pipeline(
             prompt=batch.captions,
@@ -368,7 +369,7 @@ class UnClipDecoder:
             image_embeds=embeddings.to(pipeline.device, pipeline.dtype),
             num_inference_steps=config.steps,
             guidance_scale=config.guidance,
-            noise_level=config.noise_level,
+            noise_level=level,
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds],
             callback=lambda step, *_: batch.tell((step + 1) / config.steps),
         ).images

@@ -40,7 +40,7 @@ from pds_ray.demo.data import CaptionedImages, load_captioned_images, to_signed
 from pds_ray.demo.roundtrip import Decoding, measure_round_trip
 from pds_ray.demo.train_clip import CaptionTokens, embed_images, tokenize
 from pds_ray.demo.training import Schedule, TrainingError, train
-from pds_ray.errors import UserError
+from pds_ray.errors import UserError, first_line
 from pds_ray.report.contact_sheet import contact_sheet
 from pds_ray.telemetry.progress import progress_bar
 
@@ -425,6 +425,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="folder of the result and, in checkpoint/, of the state to resume",
     )
     add(
+        "--start",
+        type=Path,
+        metavar="FOLDER",
+        help="go on from the VAE and UNet of this pipeline folder; of the VAE only the decoder is "
+        "trained",
+    )
+    add(
         "--vae-channels",
         type=int,
         nargs="+",
@@ -461,21 +468,45 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _start(args: argparse.Namespace, kind: type[Any], part: str) -> Any:
+    """Return a part of the pipeline that the training goes on from; None if there is none.
+
+    Raises TrainingError if the folder does not hold it.
+    """
+    if not args.start:
+        return None
+    try:
+        return kind.from_pretrained(args.start / part, torch_dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"--start {args.start}: no {part} in it ({first_line(error)})"
+        ) from None
+
+
 def fit(args: argparse.Namespace, clip: Clip, data: CaptionedImages) -> StableUnCLIPImg2ImgPipeline:
     """Train both models (or take them up where they were left) and put the pipeline together."""
     torch.manual_seed(args.seed)
-    vae = make_vae(clip.image_size, args.vae_channels, args.latent_channels).to(args.device)
+    vae = _start(args, AutoencoderKL, "vae") or make_vae(
+        clip.image_size, args.vae_channels, args.latent_channels
+    )
+    vae = vae.to(args.device)
     settings = {
         "source": args.source,
         "seed": args.seed,
         "vae_channels": args.vae_channels,
         "latents": vae.config.latent_channels,
     }
-    train_vae(vae, data.pixels, args, settings | {"batch_size": args.vae_batch_size})
+    if args.start:
+        settings |= {"start": str(args.start)}
+    else:
+        train_vae(vae, data.pixels, args, settings | {"batch_size": args.vae_batch_size})
     latents = standardise_latents(vae, encode_latents(vae, data.pixels))
     embeddings = embed_images(clip.model, data.pixels)
     torch.manual_seed(args.seed)
-    unet = make_unet(clip, latents.shape[1:], args.unet_channels).to(args.device)
+    unet = _start(args, UNet2DConditionModel, "unet") or make_unet(
+        clip, latents.shape[1:], args.unet_channels
+    )
+    unet = unet.to(args.device)
     text_encoder = (
         convert_text_tower(clip.model, clip.config, clip.tokenizer)
         .to(args.device)
@@ -497,7 +528,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     clip = load_clip(args.clip, args.device)
     pipeline = fit(args, clip, load_captioned_images(args.source, clip.image_size))
     metrics: dict[str, float] = {
-        "vae_steps": args.vae_steps,
+        "vae_steps": 0 if args.start else args.vae_steps,
         "decoder_steps": args.decoder_steps,
         "unet_steps": args.unet_steps,
         "unet_parameters": sum(p.numel() for p in pipeline.unet.parameters()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,11 +15,14 @@ from pds_ray.config import EmbedConfig
 from pds_ray.distributed import pools, process
 from pds_ray.distributed.in_flight import InFlight
 from pds_ray.distributed.nearest import nearest
+from pds_ray.distributed.nearest_captions import Listed, nearest_captions
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.methods.base import Counts, Run
+from pds_ray.stages import captions as core
 from pds_ray.stages.embed import embed_images
+from pds_ray.stages.vectors import normalized
 from pds_ray.store.run_folder import RunFolder
-from pds_ray.store.schemas import CHOSEN_CAPTION_SCHEMA
+from pds_ray.store.schemas import CHOSEN_CAPTION_SCHEMA, vectors
 from pds_ray.store.storage import side_by_side
 from pds_ray.telemetry.progress import progress_bar
 
@@ -61,7 +65,17 @@ def caption(run: Run) -> Counts:
         images = ray.get(pools.start_model(actors, *embedding))
         bar.follow(None)
         bar.update(pairs)
-        found = nearest("captions", shards, run.store, images, bar)
+        if config.caption.nearest_to == "both":
+            text = vectors(prototypes, "text_prototype")
+            # the sum of both cosines is the product with the sum of both unit vectors
+            queries = (normalized(images) + normalized(text)).astype(np.float32)
+        else:
+            queries = images
+        if config.caption.round_trip:
+            lists = nearest_captions(shards, run.store, queries, images, bar)
+            found, counts = _accepted(lists)
+        else:
+            found, counts = nearest("captions", shards, run.store, queries, bar), {}
     chosen = found["caption"]
     folder.save_captions(
         pa.table(
@@ -80,4 +94,19 @@ def caption(run: Run) -> Counts:
         "pairs": pairs,
         "changed": sum(new != old for new, old in zip(chosen, retrieved, strict=True)),
         "duplicate_captions": pairs - len(set(chosen)),
+        **counts,
     }
+
+
+def _accepted(lists: list[list[Listed]]) -> tuple[dict[str, Any], Counts]:
+    """Return the columns of the captions that are chosen from lists, and how many are accepted."""
+    texts = [[each.text for each in own] for own in lists]
+    places, accepted = core.choose(texts, [[each.finds for each in own] for own in lists])
+    chosen = [own[place] for own, place in zip(lists, places, strict=True)]
+    columns = {
+        "caption": [each.text for each in chosen],
+        "shard": [each.shard for each in chosen],
+        "key": [each.key for each in chosen],
+        "cosine": np.array([each.cosine for each in chosen], np.float32),
+    }
+    return columns, {"round_trip": sum(accepted)}

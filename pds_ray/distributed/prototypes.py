@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
 
 from pds_ray.distributed import tasks
 from pds_ray.distributed.nearest import nearest
@@ -21,8 +22,12 @@ def sum_shard(
     shard: str, store: EmbeddingStore, folder: RunFolder, matches: core.Matches, clusters: int
 ) -> core.Sums:
     """Sum the vectors of a shard per matched clusters."""
+    return core.shard_sums(_pairs(shard, store, folder), matches, clusters)
+
+
+def _pairs(shard: str, store: EmbeddingStore, folder: RunFolder) -> core.ShardPairs:
     captions = store.captions(shard, ["key", "image_row", "embedding"])
-    pairs = core.ShardPairs(
+    return core.ShardPairs(
         shard,
         captions.column("key").to_pylist(),
         embeddings(store.images(shard, ["embedding"])),
@@ -30,7 +35,29 @@ def sum_shard(
         embeddings(captions),
         *folder.labels(shard),
     )
-    return core.shard_sums(pairs, matches, clusters)
+
+
+def _find_medoids(
+    shard: str,
+    store: EmbeddingStore,
+    folder: RunFolder,
+    matches: core.Matches,
+    clusters: int,
+    centers: core.Prototypes,
+) -> core.Medoids:
+    return core.shard_medoids(_pairs(shard, store, folder), matches, clusters, centers)
+
+
+def _medoids(
+    run: Run, matches: core.Matches, centers: core.Prototypes, bar: tqdm
+) -> core.Prototypes:
+    """Return the real pairs nearest to the means, as prototypes."""
+    given = (run.store, run.folder, matches, run.config.pairs, centers)
+    total = core.no_medoids(len(matches.whole), run.encoder.dim)
+    for part in tasks.map_in_order(_find_medoids, run.shard_names, *given):
+        core.merge_medoids(total, part)
+        bar.update()
+    return core.of_medoids(total, centers)
 
 
 def _matches(couples: pa.Table, only_shared: bool) -> core.Matches:
@@ -63,12 +90,15 @@ def make_prototypes(run: Run) -> Counts:
     shards, store, config = run.shard_names, run.store, run.config
     couples = run.folder.couples()
     matches = _matches(couples, config.match.filter)
-    with progress_bar("prototypes", 3 * len(shards), "shards") as bar:
+    medoids = config.prototypes.center == "medoid"
+    with progress_bar("prototypes", (4 if medoids else 3) * len(shards), "shards") as bar:
         sums = core.empty_sums(np.arange(len(matches.whole)), run.encoder.dim)
         for part in tasks.map_in_order(sum_shard, shards, store, run.folder, matches, config.pairs):
             core.add_sums(sums, part)
             bar.update()
         prototypes = core.means(sums)
+        if medoids:
+            prototypes = _medoids(run, matches, prototypes, bar)
         caption = nearest("captions", shards, store, prototypes.text, bar)
         image = nearest("images", shards, store, prototypes.image, bar)
     count = len(prototypes.match)

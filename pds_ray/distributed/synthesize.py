@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from functools import partial
 
 import pyarrow as pa
 import ray
+from PIL import Image
 
 from pds_ray import catalog
 from pds_ray.config import ConfigError, RunConfig
@@ -15,9 +18,12 @@ from pds_ray.decoders.base import DecoderInfo
 from pds_ray.distributed import metrics, pools, process
 from pds_ray.distributed.in_flight import Doing, InFlight
 from pds_ray.distributed.sizes import LOOKED_UP_TOGETHER
+from pds_ray.encoders.base import EncoderInfo
 from pds_ray.methods.base import Counts, Run
+from pds_ray.methods.pds import judged
 from pds_ray.modalities.image import encode_image
 from pds_ray.sources.base import Source
+from pds_ray.stages import candidates
 from pds_ray.stages import synthesize as core
 from pds_ray.store.manifest import fingerprint
 from pds_ray.store.run_folder import RunFolder
@@ -34,7 +40,9 @@ class SynthesizeWorker:
         source: Source,
         folder: RunFolder,
         in_flight: InFlight,
+        judging: tuple[EncoderInfo, str] | None = None,
     ) -> None:
+        """Load the decoder and, to choose among candidates, the encoder, given with precision."""
         is_model = info.dim is not None  # it takes embeddings
         load = (
             partial(process.load_model, catalog.load_decoder) if is_model else catalog.load_decoder
@@ -42,10 +50,19 @@ class SynthesizeWorker:
         with in_flight.doing("the decoder to load"):
             self.decoder = process.keeping_error(load, info, config.decode, source)
         self.config = config
+        self.source = source
         self.folder = folder
         self.in_flight = in_flight
         self.prototypes = folder.prototypes()
+        self.judge = None
+        if judging:
+            with in_flight.doing("the encoder to load"):
+                self.judge = process.keeping_error(self._load_judge, *judging)
         self.free_since = time.monotonic()
+
+    def _load_judge(self, info: EncoderInfo, precision: str) -> candidates.Judge:
+        encoder = process.load_model(catalog.load_encoder, info, precision)
+        return candidates.Judge(encoder, info.preprocess, self.prototypes, self.config.decode)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (chunk,) = batch.to_pylist()
@@ -70,24 +87,67 @@ class SynthesizeWorker:
 
         Returns how many were written, and the seconds that decoding took.
         """
-        config = self.config.decode
 
         def tell(share: float) -> None:
             doing.reach(min(1.0, share) * lacks)
 
-        request = core.make_batch(self.prototypes, pairs, self.config.seed, config, tell)
-        images = core.synthesize_chunk(self.decoder(), request, config)
         written, busy_s, began = 0, 0.0, time.monotonic()
-        for pair, image in zip(pairs, images, strict=True):
+        if self.judge is None:
+            images = self._decode(pairs, tell)
+            made: Iterator[tuple[Image.Image, candidates.Choice | None]]
+            made = ((image, None) for image in images)
+        else:
+            chosen = self._choose(self.judge(), pairs, tell)
+            made = ((best.image, best.choice) for best in chosen)
+        for pair, (image, choice) in zip(pairs, made, strict=True):
             busy_s += time.monotonic() - began
             name = self.folder.image_name(pair)
-            if not self.folder.images.exists(name):
-                data = encode_image(image, config.format, config.quality)
+            if not self.folder.images.exists(name) or not self._recorded(pair, choice):
+                if choice:
+                    self.folder.save_choice(asdict(choice))
+                data = encode_image(image, self.config.decode.format, self.config.decode.quality)
                 self.folder.images.write_bytes(name, data)
                 written += 1
             doing.reach(max(written, doing.done))  # a decoder that works image by image
             began = time.monotonic()
         return written, busy_s
+
+    def _recorded(self, pair: int, choice: candidates.Choice | None) -> bool:
+        return choice is None or self.folder.images.exists(self.folder.choice_name(pair))
+
+    def _decode(
+        self, pairs: range, tell: Callable[[float], object], candidate: int = 0
+    ) -> Iterator[Image.Image]:
+        config = self.config.decode
+        request = core.make_batch(self.prototypes, pairs, self.config.seed, config, tell, candidate)
+        return core.synthesize_chunk(self.decoder(), request, config)
+
+    def _choose(
+        self, judge: candidates.Judge, pairs: range, tell: Callable[[float], object]
+    ) -> list[candidates.Judged]:
+        """Return the best image of each pair of a chunk."""
+        config = self.config.decode
+        best: list[candidates.Judged] = []
+        for number in range(config.candidates):
+
+            def part(share: float, number: int = number) -> None:
+                tell((number + min(1.0, share)) / config.candidates)
+
+            drawn = self._decode(pairs, part, number)
+            level = config.levels[number % len(config.levels)]
+            found = judge.judge(pairs, drawn, candidates.SYNTHETIC, number, level)
+            best = candidates.better(best, found) if best else found
+        if config.real_fallback:
+            real = judge.judge(pairs, self._real_images(pairs), candidates.REAL)
+            best = candidates.fallen_back(best, real, config.real_margin)
+        return best
+
+    def _real_images(self, pairs: range) -> Iterator[Image.Image]:
+        """Return the real image nearest to the image prototype of each pair."""
+        config = replace(self.config.decode, decoder="nearest")
+        nearest = catalog.load_decoder(DecoderInfo("nearest", None, "nearest"), config, self.source)
+        request = core.make_batch(self.prototypes, pairs, self.config.seed, config)
+        return core.synthesize_chunk(nearest, request, config)
 
 
 def synthesize(run: Run) -> Counts:
@@ -103,7 +163,7 @@ def _decode(run: Run, config: RunConfig) -> Counts:
     folder = run.folder
     pairs = folder.prototypes().num_rows
     folder.images.sweep()
-    there = set(folder.image_names())
+    there = folder.images_done(pairs, judged(run))
     lacks = {
         chunk: sum(folder.image_name(pair) not in there for pair in chunk)
         for chunk in core.chunks(pairs, _together(run))
@@ -126,7 +186,14 @@ def _decode(run: Run, config: RunConfig) -> Counts:
                 override_num_blocks=len(todo),
             ).map_batches(
                 SynthesizeWorker,
-                fn_constructor_args=(run.decoder, config, run.source, folder, in_flight),
+                fn_constructor_args=(
+                    run.decoder,
+                    config,
+                    run.source,
+                    folder,
+                    in_flight,
+                    _judging(run),
+                ),
                 batch_size=1,
                 batch_format="pyarrow",
                 **pools.actor_options(_pool(run)),
@@ -138,7 +205,31 @@ def _decode(run: Run, config: RunConfig) -> Counts:
                     decoders.add(row)
                     metrics.count("pds_ray_pictures_decoded_total", row["written"])
                     bar.update(row["written"])
-    return {"images": pairs, "made": made, "found": found, **decoders.counts("decoder")}
+    return {
+        "images": pairs,
+        "made": made,
+        "found": found,
+        **(_choices(run) if judged(run) else {}),
+        **decoders.counts("decoder"),
+    }
+
+
+def _judging(run: Run) -> tuple[EncoderInfo, str] | None:
+    """Return the encoder that chooses among candidates, with its precision; None if none does."""
+    if not judged(run):
+        return None
+    # its embeddings are compared with prototypes of what is in the store
+    return run.encoder, next(iter(run.embedded.values()))["precision"]
+
+
+def _choices(run: Run) -> Counts:
+    """Write choices.parquet; return how many images are real, and how many find their prototype."""
+    choices = run.folder.gather_choices(run.folder.prototypes().num_rows)
+    origins = choices.column("origin").to_pylist()
+    return {
+        "real": origins.count(candidates.REAL),
+        "round_trip": sum(choices.column("round_trip").to_pylist()),
+    }
 
 
 def _together(run: Run) -> int:

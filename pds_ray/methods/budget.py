@@ -27,7 +27,7 @@ BUDGET = Stage(
     unit="images",
     counted="sampled",
     card=(("bytes allowed", "budget"),),
-    plan="pds_ray.planning.phases:BUDGET",
+    plan="pds_ray.planning.budget:BUDGET",
     settles=lambda run: run.folder.budget()["chosen"],
 )
 

@@ -15,6 +15,18 @@ from pds_ray.store.schemas import STORE_SCHEMA_VERSION
 
 NOT_OF_IMAGES = ("model", "revision", "batch_size")
 """Options of decoding that no image depends on: the decoder's identity covers its weights."""
+LATER_OF_IMAGES = (
+    "candidates",
+    "noise_levels",
+    "image_weight",
+    "text_weight",
+    "real_fallback",
+    "real_margin",
+)
+"""Options of decoding that came later and count where they are not at their default.
+
+So earlier images stand.
+"""
 
 
 def _embeddings(run: Run) -> list[Any]:
@@ -48,11 +60,29 @@ def _clusters(run: Run) -> list[Any]:
 
 def _images(run: Run) -> list[Any]:
     options = asdict(run.config.decode)
-    for name in NOT_OF_IMAGES:
+    at_default = set(LATER_OF_IMAGES).difference(changed(run.config.decode))
+    for name in (*NOT_OF_IMAGES, *at_default):
         del options[name]
     if options["format"] in ("auto", "png"):  # earlier versions wrote nothing else
         del options["format"], options["quality"]
     return [run.config.seed, options, run.decoder.identity]
+
+
+def judged(run: Run) -> bool:
+    """Return whether images are scored before one per pair is kept.
+
+    A decoder that looks real images up has one per pair.
+    """
+    return run.config.decode.judged and run.decoder.dim is not None
+
+
+def _image_files(run: Run) -> list[str]:
+    images = run.folder.image_files(run.folder.prototypes().num_rows)
+    return [*images, run.folder.CHOICES] if judged(run) else images
+
+
+def _captions(run: Run) -> dict[str, Any]:
+    return {"nearest_to": run.config.caption.nearest_to, **changed(run.config.caption)}
 
 
 EMBED = Stage(
@@ -104,8 +134,10 @@ MATCH = Stage(
 PROTOTYPES = Stage(
     "prototypes",
     run="pds_ray.distributed.prototypes:make_prototypes",
-    depends_on=lambda _: [],
+    # a list where all are at their default, as it was before there were options
+    depends_on=lambda run: changed(run.config.prototypes) or [],
     files=lambda run: [run.folder.PROTOTYPES],
+    options=("prototypes",),
     unit="prototypes",
     counted="prototypes",
     plan="pds_ray.planning.phases:PROTOTYPES",
@@ -114,7 +146,7 @@ DECODE = Stage(
     "decode",
     run="pds_ray.distributed.synthesize:synthesize",
     depends_on=_images,
-    files=lambda run: run.folder.image_files(run.folder.prototypes().num_rows),
+    files=_image_files,
     options=("decode",),
     unit="images",
     counted="made",
@@ -124,7 +156,7 @@ DECODE = Stage(
 CAPTION = Stage(
     "caption",
     run="pds_ray.distributed.caption:caption",
-    depends_on=lambda run: asdict(run.config.caption),
+    depends_on=_captions,
     files=lambda run: [run.folder.CAPTIONS],
     options=("caption",),
     unit="pairs",
@@ -168,6 +200,19 @@ PDS_CARD = CardText(
         ("decode", "condition", "caption"): "images were decoded from the captions alone",
         ("caption", "nearest_to", "picture"): (
             "a caption is the real one nearest to the finished image"
+        ),
+        ("caption", "nearest_to", "both"): (
+            "a caption is the real one nearest to the finished image and the text prototype "
+            "together"
+        ),
+        ("caption", "round_trip", True): (
+            "a caption whose nearest image is another pair's was passed over where possible"
+        ),
+        ("prototypes", "center", "medoid"): (
+            "a prototype is the real pair nearest to the average of the shared pairs"
+        ),
+        ("decode", "real_fallback", True): (
+            "where a decoded image failed, the nearest real image took its place"
         ),
     },
 )

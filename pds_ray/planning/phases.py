@@ -20,7 +20,6 @@ from pds_ray.distributed.sizes import (
 )
 from pds_ray.planning.figures import Estimate, Figures
 from pds_ray.planning.workload import Cluster, Workload
-from pds_ray.stages.budget import DRAWN, SAMPLE, SAMPLE_SHARDS, SHARES, savings
 from pds_ray.stages.cluster import sample_share
 from pds_ray.stages.match import DENSE_LIMIT
 from pds_ray.store.calls import CALLS_AT_ONCE, is_remote
@@ -189,27 +188,6 @@ def _embed_store_bytes(inputs: Inputs) -> float:
     return min(blocks * BLOCK_BYTES, inputs.pixel_bytes + inputs.work.bytes)
 
 
-def _budget(inputs: Inputs) -> list[Phase]:
-    shards = min(SAMPLE_SHARDS, inputs.work.shards)
-    read = inputs.work.images * shards / inputs.work.shards
-    images = float(min(SAMPLE, inputs.work.images))
-    ways = len(savings(inputs.config.decode.image_size or inputs.size, inputs.config.decode))
-    processors = 1 if inputs.figures["encode_images"].per == "GPU" else MODEL_THREADS
-    # each side without loss, and as many ways with it: most often fewer
-    looked_at = inputs.demand(
-        "encode images", 2 * len(SHARES) * images, "encode_images", processors
-    )
-    drawn: Phase = ()
-    if inputs.config.decode.decoder == "unclip":
-        drawn = (inputs.demand("draw some", DRAWN, "draw", processors),)
-    return [
-        (inputs.demand("read the shards of the sample", read, "read", shards),),
-        drawn,
-        (inputs.demand("save in each way", ways * images, "save"),),
-        (looked_at,),
-    ]
-
-
 def _prune(inputs: Inputs) -> list[Phase]:
     passes = (
         inputs.demand("four passes over the cosines", inputs.work.pairs, "prune"),
@@ -333,8 +311,10 @@ def _prototypes(inputs: Inputs) -> list[Phase]:
         inputs.demand("schedule", work.shards, "tasks"),
         *inputs.over_network("read vectors", inputs.vector_bytes),
     )
+    # medoids are found in a second pass over all vectors
+    passes = 2 if inputs.config.prototypes.center == "medoid" else 1
     return [
-        sums,
+        *[sums] * passes,
         _search(inputs, "captions", work.pairs),
         _search(inputs, "images", work.images),
     ]
@@ -361,7 +341,8 @@ def _decode(inputs: Inputs) -> list[Phase]:
     wish, drawn = config.ray.decode_actors, config.decode.decoder == "unclip"
     actors = inputs.actors(wish, on_gpu=drawn)
     if drawn:
-        work = inputs.demand("draw", inputs.clusters, "draw", inputs.shared_by(wish))
+        drawings = inputs.clusters * config.decode.candidates
+        work = inputs.demand("draw", drawings, "draw", inputs.shared_by(wish))
     else:
         together = max(config.decode.batch_size, LOOKED_UP_TOGETHER)
         images = images_looked_through(inputs.clusters, together, inputs.work)
@@ -369,7 +350,23 @@ def _decode(inputs: Inputs) -> list[Phase]:
     # each image by the actor that made it, one after the other
     trips = (LOOK_TRIPS + WRITE_TRIPS) * inputs.clusters
     written = inputs.round_trips("write images", trips, actors)
-    return [(work,), written, inputs.hashes(inputs.clusters)]
+    judged = _judge(inputs) if drawn and config.decode.judged else []
+    return [(work,), *judged, written, inputs.hashes(inputs.clusters)]
+
+
+def _judge(inputs: Inputs) -> list[Phase]:
+    """Return the phases that score candidates and, if they may be taken, real images."""
+    decode, actors = inputs.config.decode, inputs.shared_by(inputs.config.ray.decode_actors)
+    images = inputs.clusters * (decode.candidates + decode.real_fallback)
+    scored = inputs.demand("score images", images, "encode_images", actors)
+    if not decode.real_fallback:
+        return [(scored,)]
+    looked_up = inputs.demand(
+        "look images up",
+        images_looked_through(inputs.clusters, inputs.config.decode.batch_size, inputs.work),
+        "read",
+    )
+    return [(scored,), (looked_up,)]
 
 
 def _decode_disk_bytes(inputs: Inputs) -> float:
@@ -401,7 +398,6 @@ def _materialize_disk_bytes(inputs: Inputs) -> float:
 
 
 EMBED = StageModel(_embed, _embed_disk_bytes, _embed_store_bytes)
-BUDGET = StageModel(_budget, lambda _: 0.0)  # it writes a file of some kB
 PRUNE = StageModel(_prune, _prune_disk_bytes)
 CLUSTER = StageModel(_cluster, _cluster_disk_bytes, _cluster_store_bytes)
 MATCH = StageModel(_match, _match_disk_bytes)

@@ -16,6 +16,7 @@ from safetensors.numpy import save as save_safetensors
 from pds_ray import catalog
 from pds_ray.config import FREE_FIELDS, ConfigError, public, sections
 from pds_ray.methods.base import Counts, Run
+from pds_ray.methods.pds import judged
 from pds_ray.stages.budget import fitting_pairs
 from pds_ray.stages.extras import Extras
 from pds_ray.store.card import CardText, card
@@ -49,11 +50,14 @@ def materialize(run: Run, extras: Extras) -> Counts:
     folder, budget = run.folder, run.config.budget_bytes
     folder.distilled.delete_all()
     captions = folder.captions() if "caption" in run.method.names else None
+    choices = folder.choices() if judged(run) else None
     pairs = run.counts("decode")["images"]
     with progress_bar("materialize", pairs, "pairs", delay_s=QUIET_S) as bar:
         about_set = {**about(run), **describe_extras(extras)}
         text = run.method.card
-        return write_distilled(folder, about_set, text, captions, bar.update, extras, budget)
+        return write_distilled(
+            folder, about_set, text, captions, bar.update, extras, choices, budget
+        )
 
 
 def describe_extras(extras: Extras) -> dict[str, str]:
@@ -97,7 +101,7 @@ def about(run: Run) -> dict[str, Any]:
         "encoder": run.encoder.name,
         "space": run.encoder.space,
         "decoder": f"{decoder.name} {decoder.identity}" if synthetic else decoder.name,
-        "picture_origin": "synthetic" if synthetic else "real images of the source",
+        "picture_origin": _origin(run),
         "counts": {
             label: run.counts(stage.name)[count]
             for stage in run.method.stages
@@ -105,6 +109,15 @@ def about(run: Run) -> dict[str, Any]:
         },
         "config": config,
     }
+
+
+def _origin(run: Run) -> str:
+    if run.decoder.dim is None:
+        return "real images of the source"
+    # a method may have a stage of its own in place of decode
+    decoded = run.manifest.stages.get("decode", {}).get("counts", {})
+    real = decoded.get("real", 0)
+    return "synthetic" + (f", but for {real:,} real images of the source" if real else "")
 
 
 def _fewer(run: Run) -> dict[str, str]:
@@ -119,12 +132,14 @@ def records(
     run: RunFolder,
     captions: pa.Table | None = None,
     further: list[list[str]] | None = None,
+    choices: pa.Table | None = None,
 ) -> list[Record]:
     """Return one JSON record per pair, from rows of prototypes.parquet; `run` names the images.
 
     `captions` (rows of captions.parquet), if given, replace the captions retrieved there. The
     retrieved caption, with which the image was decoded, is then the record's `prompt`. `further`,
-    if given, are more captions of each pair.
+    if given, are more captions of each pair. `choices` (rows of choices.parquet), if given, tell
+    where the image comes from and how it was scored.
     """
     rows = prototypes.drop_columns(["image_prototype", "text_prototype"]).to_pylist()
     if captions is not None:
@@ -132,6 +147,8 @@ def records(
         rows = [
             {**row, **own, "prompt": row["caption"]} for row, own in zip(rows, chosen, strict=True)
         ]
+    if choices is not None:
+        rows = [{**row, **own} for row, own in zip(rows, choices.to_pylist(), strict=True)]
     found: list[Record] = [
         {"file_name": run.image_name(row["pair"]), "text": row.pop("caption"), **row}
         for row in rows
@@ -148,6 +165,7 @@ def write_distilled(
     captions: pa.Table | None = None,
     step: Callable[[], object] = lambda: None,
     extras: Extras | None = None,
+    choices: pa.Table | None = None,
     budget: int = 0,
 ) -> dict[str, Any]:
     """Write the distilled set of a finished run; return its counts.
@@ -155,14 +173,14 @@ def write_distilled(
     With a `budget` of bytes the set ends before the first pair that does not fit.
 
     `about` is what card and manifest say of the making, `text` the method's part of the card.
-    `captions` (rows of captions.parquet) replace those of the prototypes. `step` is called after
-    each pair, `extras` are more parts. Few images are in memory at a time. The manifest comes last:
-    a folder without it is no distilled set. Raises FileNotFoundError if an image of the run is
-    missing.
+    `captions` (rows of captions.parquet) replace those of the prototypes; `choices` (rows of
+    choices.parquet) go into the records. `step` is called after each pair, `extras` are more parts.
+    Few images are in memory at a time. The manifest comes last: a folder without it is no distilled
+    set. Raises FileNotFoundError if an image of the run is missing.
     """
     prototypes = run.prototypes()
     extras = extras or Extras()
-    rows = records(prototypes, run, captions, extras.captions)
+    rows = records(prototypes, run, captions, extras.captions, choices)
     if budget:
         rows = rows[: _fitting(run.images, rows, budget)]
         prototypes, extras = prototypes.slice(0, len(rows)), extras.first(len(rows))

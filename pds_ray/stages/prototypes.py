@@ -86,11 +86,7 @@ class ShardPairs:
 
 def shard_sums(pairs: ShardPairs, matches: Matches, clusters: int) -> Sums:
     """Sum over the pairs of one shard; `clusters` is the K of each k-means."""
-    count = len(matches.image_cluster)
-    of_image = np.full(clusters + 1, -1)  # one more slot: label -1 finds -1
-    of_text = np.full(clusters + 1, -1)
-    of_image[matches.image_cluster] = of_text[matches.text_cluster] = np.arange(count)
-    image_match, text_match = of_image[pairs.image_cluster], of_text[pairs.text_cluster]
+    image_match, text_match = _matches_of(pairs, matches, clusters)
     whole = np.append(matches.whole, False)
     shared = (image_match == text_match) & (image_match >= 0)
     on_image = np.flatnonzero(shared | whole[image_match])
@@ -113,6 +109,18 @@ def shard_sums(pairs: ShardPairs, matches: Matches, clusters: int) -> Sums:
         if len(sums.members[row]) < MEMBER_SAMPLE:
             sums.members[row].append(f"{pairs.shard}/{pairs.keys[pair]}")
     return sums
+
+
+def _matches_of(
+    pairs: ShardPairs, matches: Matches, clusters: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the match of each pair's image cluster and of its text cluster, -1 for none. [m]."""
+    of_image = np.full(clusters + 1, -1)  # one more slot: label -1 finds -1
+    of_text = np.full(clusters + 1, -1)
+    of_image[matches.image_cluster] = of_text[matches.text_cluster] = np.arange(
+        len(matches.image_cluster)
+    )
+    return of_image[pairs.image_cluster], of_text[pairs.text_cluster]
 
 
 def _summed(vectors: np.ndarray, rows: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
@@ -165,11 +173,82 @@ def means(sums: Sums) -> Prototypes:
     alive = np.flatnonzero((sums.image_count > 0) & (sums.text_count > 0))
     image = sums.image[alive] / sums.image_count[alive, None]
     text = sums.text[alive] / sums.text_count[alive, None]
+    return _in_order(image, text, sums.match[alive])
+
+
+def _in_order(image: np.ndarray, text: np.ndarray, match: np.ndarray) -> Prototypes:
+    """Return vectors, float [B, d], of matches, ascending, as prototypes in their order."""
     norms = np.linalg.norm(image, axis=1) * np.linalg.norm(text, axis=1)
     cosine = np.einsum("bd,bd->b", image, text) / np.where(norms > 0, norms, 1)
-    order = np.lexsort((alive, -cosine))
+    order = np.lexsort((match, -cosine))
     vectors = image[order].astype(np.float32), text[order].astype(np.float32)
-    return Prototypes(*vectors, cosine[order], sums.match[alive[order]])
+    return Prototypes(*vectors, cosine[order], match[order])
+
+
+@dataclass
+class Medoids:
+    """The real pair of each of T matches that is nearest to its two means, as far as it was seen.
+
+    Nearest is the pair of the highest sum of both cosines.
+    """
+
+    score: np.ndarray
+    """float64 [T], the sum of the cosines; -inf before any pair was seen."""
+    image: np.ndarray
+    """float32 [T, d]."""
+    text: np.ndarray
+    """float32 [T, d]."""
+
+
+def no_medoids(matches: int, dim: int) -> Medoids:
+    """Return the neutral element of `merge_medoids`."""
+    image, text = np.zeros((2, matches, dim), np.float32)
+    return Medoids(np.full(matches, -np.inf), image, text)
+
+
+def shard_medoids(
+    pairs: ShardPairs, matches: Matches, clusters: int, centers: Prototypes
+) -> Medoids:
+    """Find the medoids among the pairs of one shard; of equals the first pair.
+
+    Candidates are the shared pairs; of a match that is averaged whole, the pairs of both clusters.
+    """
+    found = no_medoids(len(matches.image_cluster), pairs.image_vectors.shape[1])
+    image_match, text_match = _matches_of(pairs, matches, clusters)
+    whole = np.append(matches.whole, False)
+    shared = np.flatnonzero((image_match == text_match) & (image_match >= 0))
+    on_image, on_text = np.flatnonzero(whole[image_match]), np.flatnonzero(whole[text_match])
+    pair = np.concatenate([shared, on_image, on_text])
+    match = np.concatenate([image_match[shared], image_match[on_image], text_match[on_text]])
+    center = np.full(len(found.score), -1)
+    center[centers.match] = np.arange(len(centers.match))
+    alive = center[match] >= 0
+    pair, match = pair[alive], match[alive]
+    image, text = pairs.image_vectors[pairs.image_row[pair]], pairs.text_vectors[pair]
+    score = sum(
+        np.einsum("md,md->m", normalized(own.astype(np.float64)), normalized(means)[center[match]])
+        for own, means in ((image, centers.image), (text, centers.text))
+    )
+    order = np.lexsort((pair, -score, match))
+    matched, first = np.unique(match[order], return_index=True)
+    best = order[first]
+    found.score[matched] = score[best]
+    found.image[matched], found.text[matched] = image[best], text[best]
+    return found
+
+
+def merge_medoids(total: Medoids, part: Medoids) -> None:
+    """Keep the better of both; called in shard order, the earlier shard wins a tie."""
+    better = part.score > total.score
+    for name in ("score", "image", "text"):
+        getattr(total, name)[better] = getattr(part, name)[better]
+
+
+def of_medoids(medoids: Medoids, centers: Prototypes) -> Prototypes:
+    """Return the medoids as prototypes, in the order of their own cosines."""
+    match = np.sort(centers.match)
+    image, text = medoids.image[match], medoids.text[match]
+    return _in_order(image.astype(np.float64), text.astype(np.float64), match)
 
 
 # their cosines are 128 MiB, however many there are of both

@@ -20,12 +20,14 @@ from pds_ray.modalities.image import resized
 from pds_ray.store.schemas import vectors
 
 
-def pair_seed(run_seed: int, pair: int) -> int:
+def pair_seed(run_seed: int, pair: int, candidate: int = 0) -> int:
     """Return the seed of one image, below 2**63.
 
-    A hash, so that neighbouring pairs and runs have nothing in common.
+    A hash, so that neighbouring pairs and runs have nothing in common. The first candidate of a
+    pair has the seed that the pair has without others.
     """
-    return int.from_bytes(hashlib.sha256(f"{run_seed}/{pair}".encode()).digest()[:8], "big") >> 1
+    name = f"{run_seed}/{pair}" + (f"/{candidate}" if candidate else "")
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
 def chunks(pairs: int, batch_size: int) -> list[range]:
@@ -39,8 +41,9 @@ def make_batch(
     run_seed: int,
     config: DecodeConfig,
     tell: Callable[[float], object] = lambda _share: None,
+    candidate: int = 0,
 ) -> DecodeBatch:
-    """Make the request for one chunk, from the whole of prototypes.parquet."""
+    """Make the request for one candidate per pair of a chunk, from all of prototypes.parquet."""
     rows = prototypes.slice(pairs.start, len(pairs))
     image = _image_prototypes(rows, config.rescale)
     if config.condition == "caption":
@@ -51,8 +54,9 @@ def make_batch(
     return DecodeBatch(
         prototypes=image.astype(np.float32),
         captions=rows.column("caption").to_pylist(),
-        seeds=[pair_seed(run_seed, pair) for pair in pairs],
+        seeds=[pair_seed(run_seed, pair, candidate) for pair in pairs],
         nearest=list(zip(shards, keys, strict=True)),
+        noise_level=config.levels[candidate % len(config.levels)],
         tell=tell,
     )
 

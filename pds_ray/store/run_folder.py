@@ -61,6 +61,9 @@ prototypes.parquet, B rows, see `prototype_schema`
     in the order of the distilled set
 images/P.png, P.jpg or P.webp
     the decoded image of pair P
+images/P.choice, choices.parquet, B rows, see `CHOICE_SCHEMA`
+    only if images were scored (decode.candidates, decode.real_fallback): which one of pair P was
+    kept, with its scores, first by itself as JSON, then of all pairs
 captions.parquet, B rows, see `CHOSEN_CAPTION_SCHEMA`
     the caption that the distilled set gives each pair
 distilled/
@@ -89,7 +92,7 @@ from pds_ray.errors import first_line
 from pds_ray.store.distilled_set import DISTILLED, PROTOTYPES
 from pds_ray.store.distilled_set import MANIFEST as SET_MANIFEST
 from pds_ray.store.embeddings import EmbeddingStore, read_shards, write_shards
-from pds_ray.store.schemas import KEEP_SCHEMA, LABEL_SCHEMA
+from pds_ray.store.schemas import CHOICE_SCHEMA, KEEP_SCHEMA, LABEL_SCHEMA
 from pds_ray.store.storage import Folder, StorageError, side_by_side
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
@@ -109,6 +112,7 @@ class RunFolder:
     SHARDS = "shards.parquet"
     REPORT = "report.html"
     COUPLES, PROTOTYPES = "matching/couples.parquet", "prototypes.parquet"
+    CHOICES = "choices.parquet"
     CAPTIONS, SET_MANIFEST = "captions.parquet", f"{DISTILLED}/{SET_MANIFEST}"
     FITS = "fits.json"
     BUDGET = "budget.json"
@@ -294,6 +298,30 @@ class RunFolder:
         """Return the names of the images that are decoded, in the order of pairs."""
         return self.images.names(self.image_suffix)
 
+    def images_done(self, pairs: int, judged: bool) -> set[str]:
+        """Return the names of the images that are there, with their choice if `judged`."""
+        names = set(self.images.names())
+        return {
+            self.image_name(pair)
+            for pair in range(pairs)
+            if self.image_name(pair) in names and (not judged or self.choice_name(pair) in names)
+        }
+
+    def save_choice(self, choice: dict[str, Any]) -> None:
+        """Write how an image was chosen, before the image itself."""
+        self.images.write_json(self.choice_name(choice["pair"]), choice)
+
+    def gather_choices(self, pairs: int) -> pa.Table:
+        """Write choices.parquet from what `save_choice` wrote of the first `pairs` pairs."""
+        names = map(self.choice_name, range(pairs))
+        rows = list(side_by_side(self.images.read_json, names))
+        choices = pa.Table.from_pylist(rows, schema=CHOICE_SCHEMA)
+        self.folder.write_table(self.CHOICES, choices)
+        return choices
+
+    def choices(self) -> pa.Table:
+        return self.folder.read_table(self.CHOICES)
+
     def save_captions(self, captions: pa.Table) -> None:
         self.folder.write_table(self.CAPTIONS, captions)
 
@@ -315,6 +343,10 @@ class RunFolder:
     @staticmethod
     def labels_name(shard: str) -> str:
         return f"{shard}.labels.parquet"
+
+    @staticmethod
+    def choice_name(pair: int) -> str:
+        return f"{pair:06d}.choice"
 
     def image_name(self, pair: int) -> str:
         return f"{pair:06d}{self.image_suffix}"

@@ -47,6 +47,19 @@ CHOSEN_CAPTION_SCHEMA = pa.schema(
     ]
 )
 
+CHOICE_SCHEMA = pa.schema(
+    [
+        ("pair", pa.int32()),
+        ("origin", pa.string()),  # synthetic or real
+        ("candidate", pa.int32()),  # null for a real image
+        ("noise_level", pa.int32()),  # null for a real image
+        ("image_cosine", pa.float64()),  # of the image to the pair's image prototype
+        ("text_cosine", pa.float64()),  # of the image to the pair's text prototype
+        ("score", pa.float64()),
+        ("round_trip", pa.bool_()),  # of all image prototypes its own is nearest to the image
+    ]
+)
+
 COUPLE_SCHEMA = pa.schema(
     [
         ("image_cluster", pa.int32()),

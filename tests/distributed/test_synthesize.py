@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from PIL import Image
 
 from pds_ray import catalog
 from pds_ray.config import DecodeConfig, EmbedConfig, RunConfig
+from pds_ray.config import replace as configure
 from pds_ray.distributed.synthesize import synthesize
+from pds_ray.sources.base import Sample
 from pds_ray.sources.scenes import ScenesSource
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import prototype_schema, vector_array
@@ -68,3 +71,69 @@ def test_images_are_made_once_and_remade_alike(run_folder: RunFolder) -> None:
     assert (again["images"], again["made"], again["found"]) == (count, 1, count - 1)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
     assert kept.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.long
+def test_the_best_candidate_is_kept_and_a_real_image_where_all_fail(run_folder: RunFolder) -> None:
+    """Scores are those of the images that were written, and survive another cut into batches."""
+    source = ScenesSource("scenes:12:3")
+    (shard,) = source.shards()
+    samples = [item for item in source.read(shard) if isinstance(item, Sample)][:4]
+    decode = DecodeConfig(
+        steps=2, candidates=2, real_fallback=True, real_margin=0.3, batch_size=4, image_size=0
+    )
+    config = RunConfig(embed=EmbedConfig(encoder="demo"), decode=decode)
+    info = catalog.describe_encoder(config.embed)
+    encoder = catalog.load_encoder(info, "fp32")
+    real = [Image.open(io.BytesIO(sample.image)).convert("RGB") for sample in samples]
+    vectors = encoder.encode_images(np.stack([info.preprocess(image) for image in real]))
+    texts = encoder.encode_captions([sample.captions[0] for sample in samples])
+    schema = prototype_schema(info.dim)
+    columns = {field.name: pa.nulls(len(samples), field.type) for field in schema}
+    columns |= {
+        "pair": pa.array(range(len(samples)), pa.int32()),
+        "image_prototype": vector_array(vectors),
+        "text_prototype": vector_array(texts),
+        "caption": pa.array([sample.captions[0] for sample in samples]),
+        "nearest_shard": pa.array([shard.name] * len(samples)),
+        "nearest_key": pa.array([sample.key for sample in samples]),
+    }
+    run_folder.save_prototypes(pa.table(columns, schema=schema))
+    run = stage_run(
+        run_folder.store(None, ""),
+        run_folder,
+        config,
+        source=source,
+        encoder=info,
+        decoder=catalog.describe_decoder(decode, info),
+    )
+    run = replace(run, embedded={shard.name: {"precision": "fp32"}})
+    counts = synthesize(run)
+    choices = run_folder.choices().to_pylist()
+    assert counts["real"] == sum(row["origin"] == "real" for row in choices)
+    for pair, row in enumerate(choices):
+        image = Image.open(io.BytesIO(run_folder.images.read_bytes(run_folder.image_name(pair))))
+        if row["origin"] == "real":
+            assert np.array_equal(np.asarray(image), np.asarray(real[pair]))
+            assert row["image_cosine"] == pytest.approx(1, abs=1e-3)
+        vector = encoder.encode_images(np.stack([info.preprocess(image)]))[0]
+        for name, other in (("image_cosine", vectors[pair]), ("text_cosine", texts[pair])):
+            cosine = vector @ other / np.linalg.norm(vector) / np.linalg.norm(other)
+            assert row[name] == pytest.approx(float(cosine), abs=1e-3)
+        assert row["score"] == pytest.approx(row["image_cosine"] + row["text_cosine"], abs=1e-3)
+        assert row["round_trip"] or row["origin"] == "real"
+    assert {row["origin"] for row in choices} == {"real", "synthetic"}
+
+    first = run_folder.images.read_bytes(run_folder.image_name(1))
+    run_folder.images.delete(run_folder.choice_name(1))  # as a worker that was killed in between
+    assert synthesize(run)["made"] == 1
+    assert run_folder.images.read_bytes(run_folder.image_name(1)) == first
+    assert run_folder.choices().to_pylist() == choices
+
+    run_folder.images.delete_all()
+    cut = replace(run, config=configure(config, {"decode.batch_size": 3}))
+    synthesize(cut)
+    again = run_folder.choices().to_pylist()
+    assert [(row["origin"], row["candidate"]) for row in again] == [
+        (row["origin"], row["candidate"]) for row in choices
+    ]

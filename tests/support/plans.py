@@ -28,10 +28,14 @@ def _dotted(changes: dict[str, Any]) -> dict[str, Any]:
     return {name.replace("__", "."): value for name, value in changes.items()}
 
 
+def _settled(config: RunConfig) -> RunConfig:
+    return catalog.method(config.method).settled(config)
+
+
 def web(**changes: Any) -> RunConfig:
     """Return a run on web data: 100,000 pairs with ViT-L-14, with changes as `embed__encoder`."""
     base = {"embed.encoder": "ViT-L-14", "pairs": 100_000}
-    return configure(recipe("web_scale"), base | _dotted(changes))
+    return _settled(configure(recipe("web_scale"), base | _dotted(changes)))
 
 
 def forecast(
@@ -82,8 +86,7 @@ MACHINE, MACHINE_HERE = machine(), Cluster(0, "", 2, 2)
 def machine_config(**changes: Any) -> RunConfig:
     """Return a run of the demo recipe on 20,000 scenes, with changes as `embed__encoder`."""
     base = {"source": "scenes:20000", "decode.batch_size": 16}
-    config = configure(recipe("demo"), base | _dotted(changes))
-    return catalog.method(config.method).settled(config)
+    return _settled(configure(recipe("demo"), base | _dotted(changes)))
 
 
 def entry(value: object = 2.0) -> dict[str, object]:

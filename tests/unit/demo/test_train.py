@@ -129,6 +129,28 @@ def test_diffusers_loads_the_folder_and_decodes_a_batch(unclip_folder, clip_fold
 
 
 @pytest.mark.long
+def test_a_training_goes_on_from_a_pipeline(unclip_folder, clip_folder, tmp_path):
+    """Without a step more, VAE and UNet are those of the pipeline, up to half precision."""
+    args = [*UNCLIP_ARGS.split(), "--clip", str(clip_folder), "--start", str(unclip_folder)]
+    args += ["--unet-steps", "0", "--decoder-steps", "0", "--out", str(tmp_path)]
+    assert train_unclip.main(args) == 0
+    for part in ("unet", "vae"):
+        name = f"{part}/diffusion_pytorch_model.safetensors"
+        before, after = load_file(unclip_folder / name), load_file(tmp_path / name)
+        assert before.keys() == after.keys()
+        for weight in before:
+            # latents are brought to variance 1 anew
+            torch.testing.assert_close(after[weight], before[weight], atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.long
+def test_a_folder_without_a_pipeline_is_one_clear_line(clip_folder, tmp_path, capsys):
+    args = [*UNCLIP_ARGS.split(), "--clip", str(clip_folder), "--start", str(tmp_path / "none")]
+    assert train_unclip.main([*args, "--out", str(tmp_path)]) == 2
+    assert "no vae in it" in capsys.readouterr().err
+
+
+@pytest.mark.long
 def test_embedding_noise_is_the_pipelines_own(unclip_folder):
     pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(unclip_folder, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)

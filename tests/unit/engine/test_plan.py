@@ -82,6 +82,15 @@ def reference() -> dict[str, str]:
         ({"extras__captions": 2}, "materialize"),
         ({"extras__similarity": "clip"}, "materialize"),
         ({"extras__similarity": "table"}, "materialize"),
+        ({"caption__nearest_to": "both"}, "caption"),
+        ({"caption__round_trip": True}, "caption"),
+        ({"decode__candidates": 2}, "decode"),
+        ({"decode__noise_levels": "0,10"}, "decode"),
+        ({"decode__image_weight": 0.5}, "decode"),
+        ({"decode__text_weight": 0.5}, "decode"),
+        ({"decode__real_fallback": True}, "decode"),
+        ({"decode__real_margin": 0.5}, "decode"),
+        ({"prototypes__center": "medoid"}, "prototypes"),
     ],
 )
 def test_a_change_makes_stale_what_depends_on_it(
@@ -90,6 +99,18 @@ def test_a_change_makes_stale_what_depends_on_it(
     changed = fingerprints(**changes)
     stale = [stage for stage in PDS.names if changed[stage] != reference[stage]]
     assert stale == list(PDS.names[PDS.names.index(first) :])
+
+
+def test_options_that_came_later_leave_earlier_runs_as_they_are() -> None:
+    """At their defaults they are in no fingerprint: stages made before them are continued."""
+    run = make_run(replace(recipe("demo"), {**BASE, "decode.decoder": "unclip"}))
+    _, options, _ = PDS.stage("decode").depends_on(run)
+    assert options.keys() == {
+        "decoder", "condition", "steps", "guidance", "noise_level", "negative_prompt", "rescale",
+        "precision", "image_size",
+    }  # fmt: skip
+    assert PDS.stage("prototypes").depends_on(run) == []
+    assert PDS.stage("caption").depends_on(run) == {"nearest_to": "picture"}
 
 
 @pytest.mark.parametrize(("pairs", "continued"), [(100_000, True), (100_001, False)])
@@ -308,7 +329,9 @@ def test_every_option_is_judged() -> None:
         "decode.noise_level", "decode.negative_prompt", "decode.rescale", "decode.precision",
         "decode.batch_size", "decode.image_size", "decode.format", "decode.quality", "budget",
         "caption.nearest_to", "extras.captions", "extras.similarity", "extras.temperature",
-        "extras.share",
+        "extras.share", "decode.candidates", "decode.noise_levels", "decode.image_weight",
+        "decode.text_weight", "decode.real_fallback", "decode.real_margin", "prototypes.center",
+        "caption.round_trip",
     }  # fmt: skip
     assert {name for name in flatten(to_dict(RunConfig())) if not name.startswith("ray.")} == judged
 

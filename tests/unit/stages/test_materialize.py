@@ -346,3 +346,32 @@ def test_soft_targets_that_cannot_be_weighed_are_damage(tmp_path, damage):
     write_distilled(make_run(tmp_path), ABOUT, PDS_CARD, extras=Extras(None, soft))
     with pytest.raises(DistilledSetError, match="its similarity is no table of soft targets"):
         load_distilled(str(tmp_path))
+
+
+def test_records_tell_how_an_image_was_chosen(tmp_path):
+    run = make_run(tmp_path)
+    for pair in range(len(CAPTIONS)):
+        real = pair == 2
+        choice = {
+            "pair": pair,
+            "origin": "real" if real else "synthetic",
+            "candidate": None if real else pair % 3,
+            "noise_level": None if real else 10,
+            "image_cosine": 0.5,
+            "text_cosine": 0.25,
+            "score": 0.75,
+            "round_trip": True,
+        }
+        run.save_choice(choice)
+    choices = run.gather_choices(len(CAPTIONS))
+    assert run.choices().equals(choices)
+    assert run.images_done(len(CAPTIONS), judged=True) == set(run.image_names())
+    run.images.delete(run.choice_name(1))
+    assert run.images_done(len(CAPTIONS), judged=True) == {
+        name for name in run.image_names() if name != run.image_name(1)
+    }
+    write_distilled(run, ABOUT, PDS_CARD, choices=choices)
+    records = load_distilled(str(tmp_path)).records
+    assert [record["origin"] for record in records].index("real") == 2
+    assert [record["candidate"] for record in records[:4]] == [0, 1, None, 0]
+    assert {record["score"] for record in records} == {0.75}

@@ -313,3 +313,52 @@ def test_a_set_that_is_smaller_than_asked_for_says_why(capsys: pytest.CaptureFix
     assert core.fewer(10, 10, "") == {}
     assert core.fewer(10, 1, why) == {"fewer": f"1 of the 10 pairs asked for: {why}"}
     assert capsys.readouterr().err == f"pds-ray: 1 of the 10 pairs asked for: {why}\n"
+
+
+def medoids_of(seed: int, places: tuple[int, ...]) -> core.Prototypes:
+    image_vectors, text_vectors, image, text, matches = world(seed)
+    clusters = len(matches.image_cluster)
+    centers = core.means(sums_of(seed))
+    total = core.no_medoids(clusters, image_vectors.shape[1])
+    for number, mine in enumerate(np.split(np.arange(len(image)), sorted(places))):
+        pairs = core.ShardPairs(
+            f"s{number}",
+            [""] * len(mine),
+            *shared_images(image_vectors[mine]),
+            text_vectors[mine],
+            image[mine],
+            text[mine],
+        )
+        core.merge_medoids(total, core.shard_medoids(pairs, matches, clusters, centers))
+    return core.of_medoids(total, centers)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 200), max_size=5))
+def test_medoids_are_the_pairs_nearest_to_both_means_however_the_shards_are_cut(seed, places):
+    image_vectors, text_vectors, _, _, _ = world(seed)
+    rows, centers = brute_force(seed), core.means(sums_of(seed))
+    found = medoids_of(seed, tuple(places))
+    assert sorted(found.match) == sorted(centers.match)
+    assert (np.diff(found.cosine) <= 0).all()
+    for place, match in enumerate(found.match):
+        center = list(centers.match).index(match)
+
+        def score(pair: int, center: int = center) -> float:
+            sides = ((image_vectors, centers.image), (text_vectors, centers.text))
+            return sum(
+                float(vectors[pair] @ means[center])
+                / float(np.linalg.norm(vectors[pair]) * np.linalg.norm(means[center]))
+                for vectors, means in sides
+            )
+
+        members = sorted({*rows[match][0].tolist(), *rows[match][1].tolist()})
+        best = max(map(score, members))
+        chosen = [
+            pair
+            for pair in members
+            if np.array_equal(found.image[place], image_vectors[pair])
+            and np.array_equal(found.text[place], text_vectors[pair])
+        ]
+        assert chosen, "a medoid is a real pair"
+        assert score(chosen[0]) == pytest.approx(best, abs=1e-6)

@@ -1,0 +1,103 @@
+"""Captions of finished images, accepted only if they find the way back: docs/methods.md, "caption".
+
+Each image has a list of captions, the nearest first. One is accepted if of all images the own is
+nearest to it. What no caption of a list fulfils gets the first that no other image has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pds_ray.stages.prototypes import nearest_rows
+from pds_ray.stages.vectors import normalized
+
+LONGEST_LIST = 64
+"""Captions looked at per image; equal texts count as often as they occur."""
+COSINES_AT_ONCE = 2**25  # 128 MiB
+
+
+@dataclass
+class TopRows:
+    """The best rows so far for each of B queries: by falling cosine, earlier ones first in ties."""
+
+    cosine: np.ndarray
+    """float32 [B, k], -inf where there is none."""
+    shard: np.ndarray
+    """int32 [B, k], number of the row's shard; -1 for none."""
+    row: np.ndarray
+    """int32 [B, k], its place in the shard; -1 for none."""
+
+
+def no_rows(queries: int, count: int) -> TopRows:
+    """Return the neutral element of `merge_rows`."""
+    nowhere = np.full((queries, count), -1, np.int32)
+    return TopRows(np.full((queries, count), -np.inf, np.float32), nowhere, nowhere.copy())
+
+
+def top_rows(queries: np.ndarray, rows: np.ndarray, shard: int, count: int) -> TopRows:
+    """Return the `count` rows of highest cosine to each query, exactly.
+
+    float32 [B, d], [n, d]; `shard` is the number of their shard.
+    """
+    unit_queries, unit_rows = normalized(queries), normalized(rows)
+    found = no_rows(len(queries), count)
+    together = max(1, COSINES_AT_ONCE // max(1, len(rows)))
+    for start in range(0, len(queries), together):
+        for query, cosines in enumerate(
+            unit_queries[start : start + together] @ unit_rows.T, start
+        ):
+            best = _highest(cosines, count)
+            found.cosine[query, : len(best)] = cosines[best]
+            found.shard[query, : len(best)] = shard
+            found.row[query, : len(best)] = best
+    return found
+
+
+def _highest(values: np.ndarray, count: int) -> np.ndarray:
+    """Return the places of the `count` highest values [n], the earlier of equals first."""
+    places = np.arange(len(values))
+    if len(values) > count:  # sort few of many
+        places = np.flatnonzero(values >= np.partition(values, -count)[-count])
+    return places[np.argsort(-values[places], kind="stable")][:count]
+
+
+def merge_rows(total: TopRows, part: TopRows) -> TopRows:
+    """Return the best of both; called in shard order, the earlier shard comes first in a tie."""
+    cosine = np.concatenate([total.cosine, part.cosine], axis=1)
+    order = np.argsort(-cosine, axis=1, kind="stable")[:, : total.cosine.shape[1]]
+    shard = np.concatenate([total.shard, part.shard], axis=1)
+    row = np.concatenate([total.row, part.row], axis=1)
+    return TopRows(
+        np.take_along_axis(cosine, order, axis=1),
+        np.take_along_axis(shard, order, axis=1),
+        np.take_along_axis(row, order, axis=1),
+    )
+
+
+def finds(captions: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Return the image of highest cosine to each caption, the first of equals. int32 [n].
+
+    float32 [n, d], [B, d].
+    """
+    return nearest_rows(captions, images)[1]
+
+
+def choose(texts: list[list[str]], found: list[list[int]]) -> tuple[list[int], list[bool]]:
+    """Return for each of B images the place of its caption in its list, and whether it is accepted.
+
+    `found[b][i]` is the image that caption `texts[b][i]` is nearest to. A list may be empty of
+    captions that are free: then its first is taken. Raises IndexError for a list without captions.
+    """
+    chosen = [own.index(image) if image in own else None for image, own in enumerate(found)]
+    accepted = [place is not None for place in chosen]
+    # two accepted captions are nearest to different images, so that no two are the same text
+    taken = {texts[image][place] for image, place in enumerate(chosen) if place is not None}
+    places = []
+    for image, own in enumerate(chosen):
+        free = (at for at, text in enumerate(texts[image]) if text not in taken)
+        place = next(free, 0) if own is None else own
+        taken.add(texts[image][place])
+        places.append(place)
+    return places, accepted

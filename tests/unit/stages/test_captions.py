@@ -1,0 +1,78 @@
+"""Captions with a round trip, against whole similarity matrices."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pds_ray.stages import captions as core
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 60), max_size=4), st.integers(1, 70))
+def test_lists_are_those_of_a_whole_sort_however_the_shards_are_cut(seed, places, count):
+    rng = np.random.default_rng(seed)
+    # rows along few axes, so that many cosines are equal, to the last bit
+    rows = np.zeros((60, 3), np.float32)
+    rows[np.arange(60), rng.integers(0, 3, 60)] = rng.choice([-4, -1, 1, 2], 60)
+    queries = rng.standard_normal((7, 3)).astype(np.float32)
+    cuts = [0, *sorted(places), 60]
+    best = core.no_rows(len(queries), count)
+    for number, (start, stop) in enumerate(pairwise(cuts)):
+        best = core.merge_rows(best, core.top_rows(queries, rows[start:stop], number, count))
+    whole = core.top_rows(queries, rows, 0, count)
+    np.testing.assert_array_equal(best.cosine, whole.cosine)
+    listed = min(count, len(rows))
+    place = np.array(cuts)[best.shard[:, :listed]] + best.row[:, :listed]
+    np.testing.assert_array_equal(place, whole.row[:, :listed])
+    for query in range(len(queries)):
+        order = np.argsort(-whole_cosines(queries[query], rows), kind="stable")
+        np.testing.assert_array_equal(whole.row[query, :listed], order[:listed])
+    assert (best.row[:, listed:] == -1).all()
+
+
+def whole_cosines(query: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return np.sign(rows) @ (query / np.linalg.norm(query))
+
+
+def test_a_caption_finds_the_first_of_the_nearest_images():
+    images = np.array([[2, 0], [0, 1], [3, 0]], np.float32)
+    captions = np.array([[5, 1], [1, 9]], np.float32)
+    assert core.finds(captions, images).tolist() == [0, 1]
+
+
+def test_the_first_caption_that_finds_its_image_is_taken():
+    texts = [["a", "b", "c"], ["a", "d"]]
+    places, accepted = core.choose(texts, [[1, 0, 0], [1, 1]])
+    assert (places, accepted) == ([1, 0], [True, True])
+
+
+def test_without_one_the_first_that_no_other_image_has_is_taken():
+    texts = [["a", "b"], ["a", "c"], ["a"]]
+    places, accepted = core.choose(texts, [[1, 1], [1, 1], [1]])
+    assert places == [1, 0, 0], "the third image has no other"
+    assert accepted == [False, True, False]
+
+
+@given(st.integers(0, 10**6))
+def test_captions_are_accepted_exactly_where_a_list_holds_one_and_never_twice(seed):
+    rng = np.random.default_rng(seed)
+    images = int(rng.integers(1, 6))
+    nearest = {f"t{n}": int(rng.integers(0, images)) for n in range(8)}  # a text, its image
+    texts = [list(rng.choice(list(nearest), int(rng.integers(1, 6)))) for _ in range(images)]
+    places, accepted = core.choose(texts, [[nearest[text] for text in own] for own in texts])
+    for image, own in enumerate(texts):
+        assert accepted[image] == any(nearest[text] == image for text in own)
+        if accepted[image]:
+            assert nearest[own[places[image]]] == image
+    kept = [own[place] for own, place, is_in in zip(texts, places, accepted, strict=True) if is_in]
+    assert len(set(kept)) == len(kept)
+
+
+def test_a_list_needs_a_caption():
+    with pytest.raises(IndexError):
+        core.choose([[]], [[]])
