@@ -280,7 +280,8 @@ def inside(option: Option) -> st.SearchStrategy[Any]:
 
 def outside(option: Option) -> st.SearchStrategy[Any]:
     if option.choices:
-        return st.text().filter(lambda text: text not in option.choices)
+        # argparse drops a value of "--", even behind the = of a flag
+        return st.text().filter(lambda text: text not in (*option.choices, "--"))
     if option.multiple_of:
         return st.integers().filter(lambda n: n <= 0 or n % option.multiple_of)
     (low, high), wrong, numbers = ends(option), [], st.integers
