@@ -80,7 +80,14 @@ def test_the_best_candidate_is_kept_and_a_real_image_where_all_fail(run_folder: 
     (shard,) = source.shards()
     samples = [item for item in source.read(shard) if isinstance(item, Sample)][:4]
     decode = DecodeConfig(
-        steps=2, candidates=2, real_fallback=True, real_margin=0.3, batch_size=4, image_size=0
+        decoder="unclip",
+        format="png",
+        steps=2,
+        candidates=2,
+        real_fallback=True,
+        real_margin=0.3,
+        batch_size=4,
+        image_size=0,
     )
     config = RunConfig(embed=EmbedConfig(encoder="demo"), decode=decode)
     info = catalog.describe_encoder(config.embed)
