@@ -27,7 +27,7 @@ _MOST_NOISE = 999
 """The highest noise level of an unCLIP."""
 PRECISIONS = ("fp32", "fp16", "bf16")
 PAIRS, QUALITY = 100, 90
-"""Distilled pairs, and the quality of JPEG and WebP, of runs that do not say and have no budget."""
+"""Distilled pairs, and the quality of JPEG and WebP, of runs that say neither, nor a budget."""
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 """Types of options, in words."""
 
@@ -626,8 +626,8 @@ class RunConfig(Options):
         choices=METHODS,
     )
     pairs: int = option(
-        0,
-        "distilled pairs; 0 is 100, or as many as fit in --budget",
+        PAIRS,
+        "distilled pairs; with --budget alone as many as fit, which is written 0",
         "pairs",
         "num-pairs",
         "num_pairs",
@@ -658,6 +658,8 @@ class RunConfig(Options):
         super().__post_init__()
         if self.budget:
             parse_bytes(self.budget, "budget")
+        else:
+            _require(self.pairs > 0, "pairs", self.pairs, "positive")
 
     @property
     def budget_bytes(self) -> int:
@@ -837,7 +839,7 @@ def settled(config: RunConfig) -> RunConfig:
     format = "png" if config.decode.format == "auto" else config.decode.format
     quality = None if format == "png" else config.decode.quality or QUALITY
     saved = {"decode.format": format, "decode.quality": quality}
-    return replace(config, {"pairs": config.pairs or PAIRS, **saved})
+    return replace(config, saved)
 
 
 def public(config: RunConfig) -> dict[str, Any]:
@@ -853,7 +855,7 @@ def public(config: RunConfig) -> dict[str, Any]:
 def replace(config: Config, changes: Mapping[str, Any]) -> Config:
     """Return a copy with dotted options changed: {"pairs": 200, "prune.ratio": "0.1"}.
 
-    Text is converted to the option's type.
+    Text is converted to the option's type. A budget alone also decides the number of pairs.
 
     Raises ConfigError for an unknown option, naming the known ones, and for a value of the wrong
     type or out of bounds.
@@ -863,6 +865,8 @@ def replace(config: Config, changes: Mapping[str, Any]) -> Config:
     for dotted, value in changes.items():
         section, _, name = dotted.rpartition(".")
         (nested.setdefault(section, {}) if section else top)[name] = value
+    if top.get("budget") and "pairs" not in top:
+        top["pairs"] = 0  # those of a recipe are no wish of a user who gives bytes
     known = sections(type(config))
     for section, values in nested.items():
         if section not in known:

@@ -23,6 +23,7 @@ def demo() -> RunConfig:
         RunConfig(),
         {
             "source": "scenes:10000",
+            "pairs": 100,
             "embed.encoder": "demo",
             "decode.steps": 20,
             "decode.guidance": 3.0,

@@ -65,10 +65,7 @@ def resolve(args: argparse.Namespace) -> RunConfig:
     written = _written(args)
     if args.command == "compare":
         written = {name: value for name, value in written.items() if not _in_evaluation(name)}
-    given = {**written, **_changes(args)}
-    # pairs of a preset are no wish of a user who gives bytes
-    freed = {"pairs": 0} if given.get("budget") and "pairs" not in given else {}
-    return replace(recipe(args.preset), {**freed, **given})
+    return replace(recipe(args.preset), {**written, **_changes(args)})
 
 
 def _written(args: argparse.Namespace) -> dict[str, Any]:
