@@ -172,7 +172,7 @@ def _sizes(args: argparse.Namespace) -> list[int] | list[str]:
     written, budgets, pairs = _written(args), args.budgets, args.pairs
     if budgets is None and pairs is None:
         budgets, pairs = written.get("budget") or None, written.get("pairs")
-        pairs = None if str(pairs) == "0" else pairs  # as many as fit, or the default
+        pairs = None if budgets and str(pairs) == "0" else pairs  # 0 is as many as fit
     if budgets is not None:
         if pairs is not None:
             raise ConfigError("--pairs and --budgets are given; give one of them")
