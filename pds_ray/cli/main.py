@@ -169,14 +169,18 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _sizes(args: argparse.Namespace) -> list[int] | list[str]:
     """Return the sizes of a comparison, budgets or numbers of pairs. Raises ConfigError."""
-    if args.budgets is not None:
-        if args.pairs is not None:
+    written, budgets, pairs = _written(args), args.budgets, args.pairs
+    if budgets is None and pairs is None:
+        budgets, pairs = written.get("budget") or None, written.get("pairs")
+        pairs = None if budgets and str(pairs) == "0" else pairs  # 0 is as many as fit
+    if budgets is not None:
+        if pairs is not None:
             raise ConfigError("--pairs and --budgets are given; give one of them")
-        budgets = {parse_bytes(each, "--budgets"): each for each in listed(args.budgets)}
-        if not budgets:
+        of_bytes = {parse_bytes(each, "--budgets"): each for each in listed(str(budgets))}
+        if not of_bytes:
             raise ConfigError("--budgets is empty; give sizes by comma, such as 0.5MB,2MB")
-        return list(budgets.values())
-    pairs = str(_written(args).get("pairs", PAIRS) if args.pairs is None else args.pairs)
+        return list(of_bytes.values())
+    pairs = str(PAIRS if pairs is None else pairs)
     sizes = [size.strip() for size in pairs.split(",")]
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise ConfigError(

@@ -115,8 +115,9 @@ def _print_counts(out: str, method: str, counts: dict[str, dict[str, Any]]) -> N
         say(f"out           {made}, {duplicates:,} with the caption of another")
         if real := counts.get("decode", {}).get("real"):
             say(f"real          {real:,} images are real ones: those decoded failed")
-        if "fewer" in prototypes:
-            say(f"fewer         {prototypes['fewer']}")
+        written = counts.get("materialize", {})
+        if text := written.get("fewer") or prototypes.get("fewer"):
+            say(f"fewer         {text}")
 
 
 def _print_failed(out: str, embed: dict[str, Any]) -> None:
@@ -226,7 +227,7 @@ def print_comparison(out: str, table: dict[str, Any]) -> None:
     cells.sort(key=lambda cell: cell.get("budget") or cell["pairs"])
     # earlier versions did not count bytes
     counts = ["pairs", "bytes"] if all("bytes" in cell for cell in cells) else ["pairs"]
-    rows = [([*(f"{cell[name]:,}" for name in counts), cell["method"]], cell) for cell in cells]
+    rows = [([*(f"{cell[name]:,.0f}" for name in counts), cell["method"]], cell) for cell in cells]
     _print_recalls([*counts, "method"], rows, table["seeds"])
     if "bytes" in counts and len({cell["bytes"] for cell in cells}) > 1:
         _print_frontiers(cells)
@@ -238,7 +239,7 @@ def _print_frontiers(cells: list[dict[str, Any]]) -> None:
     for cost, title in (("bytes", "bytes"), ("pixels_per_epoch", "pixels per epoch")):
         say("", f"frontier  r_mean over {title}: no set of as many or fewer reaches it")
         for cell in frontier(cells, cost):
-            size = f"{cell[cost]:>16,.0f} {title}, {cell['pairs']:>7,} pairs"
+            size = f"{cell[cost]:>16,.0f} {title}, {cell['pairs']:>7,.0f} pairs"
             say(f"{size}  {cell['mean']['r_mean']:5.1f}  {cell['method']}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -10,14 +11,19 @@ import pyarrow as pa
 from pds_ray.distributed import tasks
 from pds_ray.distributed.match import count_pairs
 from pds_ray.methods.base import Counts, Run
+from pds_ray.methods.pds import judged
 from pds_ray.stages import extras as core
 from pds_ray.stages import materialize as writing
+from pds_ray.stages.candidates import REAL
 from pds_ray.stages.match import Counts as Counted
 from pds_ray.stages.match import sum_counts
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import embeddings, vectors
 from pds_ray.telemetry.progress import progress_bar
+
+NO_CELL = np.iinfo(np.int64).min
+"""The cell of a pair that takes no captions of its clusters."""
 
 
 def materialize(run: Run) -> Counts:
@@ -56,28 +62,37 @@ def _captions(run: Run) -> list[list[str]]:
     prototypes, limit = run.folder.prototypes(), run.config.extras.captions
     has_captions = "caption" in run.method.names
     own = (run.folder.captions() if has_captions else prototypes).column("caption").to_pylist()
-    of_images = run.decoder.dim is None or "cluster" not in run.method.names
-    images, shards = _by_shard(prototypes), run.shard_names
-    with progress_bar("captions", len(images if of_images else shards), "shards") as bar:
-        if of_images:
-            pruned = "prune" in run.method.names
-            parts = tasks.map_in_order(_of_images, images, run.store, run.folder, pruned)
-        else:
-            shared = run.store, run.folder, prototypes, limit + 1
-            parts = tasks.map_in_order(_of_members, shards, *shared)
-        found = []
-        for part in parts:
+    real = _real(run, prototypes.num_rows)
+    images, shards = _by_shard(prototypes, real), [] if real.all() else run.shard_names
+    pruned = "prune" in run.method.names
+    members = run.store, run.folder, prototypes, real, limit + 1
+    found = []
+    with progress_bar("captions", len(images) + len(shards), "shards") as bar:
+        for part in chain(
+            tasks.map_in_order(_of_images, images, run.store, run.folder, pruned),
+            tasks.map_in_order(_of_members, shards, *members),
+        ):
             found.append(part)
             bar.update()
     return core.further_captions(found, own, limit)
 
 
-def _by_shard(prototypes: pa.Table) -> list[tuple[str, dict[str, list[int]]]]:
-    """Return the shards with the image of any pair, in order, and the pairs of each key in them."""
+def _real(run: Run, pairs: int) -> np.ndarray:
+    """Return whether each pair has the captions of a real image, bool [pairs]."""
+    if run.decoder.dim is None or "cluster" not in run.method.names:
+        return np.ones(pairs, bool)
+    if not judged(run):
+        return np.zeros(pairs, bool)
+    return np.array(run.folder.choices().column("origin").to_pylist()) == REAL
+
+
+def _by_shard(prototypes: pa.Table, real: np.ndarray) -> list[tuple[str, dict[str, list[int]]]]:
+    """Return the shards with the image of a real pair, in order, and the pairs of each key."""
     found: dict[str, dict[str, list[int]]] = {}
     places = (prototypes.column(f"nearest_{name}").to_pylist() for name in ("shard", "key"))
     for pair, (shard, key) in enumerate(zip(*places, strict=True)):
-        found.setdefault(shard, {}).setdefault(key, []).append(pair)
+        if real[pair]:
+            found.setdefault(shard, {}).setdefault(key, []).append(pair)
     return sorted(found.items())
 
 
@@ -90,11 +105,17 @@ def _of_images(
 
 
 def _of_members(
-    shard: str, store: EmbeddingStore, folder: RunFolder, prototypes: pa.Table, limit: int
+    shard: str,
+    store: EmbeddingStore,
+    folder: RunFolder,
+    prototypes: pa.Table,
+    real: np.ndarray,
+    limit: int,
 ) -> core.Found:
     captions = store.captions(shard, ["caption", "embedding"])
     clusters = [prototypes.column(f"{side}_cluster").to_numpy() for side in ("image", "text")]
     cell, cells = _packed(*folder.labels(shard)), _packed(*clusters)
+    cells[real] = NO_CELL
     text = vectors(prototypes, "text_prototype")
     return core.member_captions(captions, embeddings(captions), cell, cells, text, limit)
 

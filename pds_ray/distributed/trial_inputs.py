@@ -228,9 +228,7 @@ def _start_set(
         clean = CLEANERS[checked.text.cleaning]
         captions = [clean(caption) for caption in distilled.captions]
         if checked.candidate.protocol.captions_per_image == "all":
-            lists = [[c for c in map(clean, texts) if c] for texts in distilled.caption_lists]
-            captions = list(chain(*lists))
-            inputs.owner[label] = np.repeat(np.arange(len(lists)), list(map(len, lists)))
+            captions, inputs.owner[label] = core.all_captions(distilled, clean)
         inputs.text[label] = encode(checked.text.encoder, captions)
     if checked.candidate.protocol.targets == "soft":
         inputs.similarity[label] = ray.put(distilled.similarity)

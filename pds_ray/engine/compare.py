@@ -346,5 +346,6 @@ def as_csv(cells: list[dict[str, Any]]) -> str:
     for cell in cells:
         values = [f"{cell[kind][name]:.4f}" for name, kind in measures]
         values += [f"{cell[name]:.0f}" for name in sizes]
-        writer.writerow([cell["method"], cell["pairs"], cell["backbone"], cell["trials"], *values])
+        pairs = f"{cell['pairs']:.0f}"
+        writer.writerow([cell["method"], pairs, cell["backbone"], cell["trials"], *values])
     return stream.getvalue()

@@ -53,7 +53,7 @@ def make_run(config: RunConfig, redo: bool = False) -> Run:
         raise ConfigError("no run folder: give --out FOLDER")
     method = catalog.method(config.method, config.budget)
     config = relevant(config, method)
-    _check_extras(config, method)
+    check_extras(config, method)
     if "cluster" in method.names:
         require_faiss()
     source = catalog.make_source(config.source, config.read)
@@ -81,8 +81,11 @@ def make_run(config: RunConfig, redo: bool = False) -> Run:
     )
 
 
-def _check_extras(config: RunConfig, method: Method) -> None:
-    """Raise ConfigError if soft targets are asked for that cannot be made or held."""
+def check_extras(config: RunConfig, method: Method) -> None:
+    """Raise ConfigError if soft targets are asked for that cannot be made or held.
+
+    How many pairs there are is known only when a budget, if there is one, has been settled.
+    """
     kind = config.extras.similarity
     if kind == "table" and "match" not in method.names:
         raise ConfigError(

@@ -10,7 +10,7 @@ from typing import Any
 from pds_ray.config import ConfigError, RunConfig, public
 from pds_ray.distributed.lifetime import session_kept
 from pds_ray.engine import state
-from pds_ray.engine.plan import make_run
+from pds_ray.engine.plan import check_extras, make_run
 from pds_ray.methods.base import Run, Stage
 from pds_ray.store.heartbeat import beating
 from pds_ray.store.manifest import versions
@@ -90,6 +90,8 @@ def _run_stages(run: Run, only: Collection[str] = ()) -> dict[str, Any]:
         if stage.files is None:
             run = state.read_embeddings(run, stage)
         run = run.after(stage)
+        if stage.settles is not None:
+            check_extras(run.config, run.method)
     seconds = round(time.monotonic() - began, 3)
     run.manifest.update(finished=time.time(), last_run_seconds=seconds)
     return run.manifest.data

@@ -16,7 +16,8 @@ def _asked(run: Run) -> list[Any]:
     asked = [config.budget_bytes, config.pairs, decode.image_size, decode.format, decode.quality]
     # what a decoder draws has bytes of its own
     drawn = [] if run.decoder.dim is None else DECODE.depends_on(run)
-    return [config.seed, *asked, drawn]
+    # each further caption takes room
+    return [config.seed, *asked, config.extras.captions, drawn]
 
 
 BUDGET = Stage(

@@ -44,8 +44,8 @@ COVERAGE_CARD = CardText(
     limits="A small set leaves out most of its source",
     deviations={
         ("decode", "decoder", "unclip"): (
-            "the images are not those of the source: each was decoded from the embedding of the "
-            "chosen one, with its caption as prompt"
+            "the images were decoded, each from the embedding of the chosen one, with its caption "
+            "as prompt"
         ),
     },
 )

@@ -211,9 +211,6 @@ PDS_CARD = CardText(
         ("prototypes", "center", "medoid"): (
             "a prototype is the real pair nearest to the average of the shared pairs"
         ),
-        ("decode", "real_fallback", True): (
-            "where a decoded image failed, the nearest real image took its place"
-        ),
     },
 )
 

@@ -106,8 +106,8 @@ def read_comparison(folder: Folder) -> Json:
 def _cell(cell: Any) -> Json:
     return {
         "method": str(cell["method"]),
-        "pairs": int(cell["pairs"]),
-        "size": int(cell.get("budget") or cell["pairs"]),
+        "pairs": round(cell["pairs"]),
+        "size": round(cell.get("budget") or cell["pairs"]),
         **{name: _number(cell.get(name)) for name in COSTS},
         "backbone": str(cell["backbone"]),
         "mean": _recalls(cell["mean"]),

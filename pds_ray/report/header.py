@@ -49,7 +49,7 @@ def _headline(run: OpenRun, clusters: Json | None) -> str:
     if distilled.is_selection:
         source = f" out of {embed['pairs']:,}" if embed else ""
         chosen = f"chosen{source} by the method {run.method_name}"
-        if distilled.manifest["about"].get("picture_origin") == "synthetic":
+        if str(distilled.manifest["about"].get("picture_origin")).startswith("synthetic"):
             return f"{len(distilled):,} pairs, {chosen}, their images decoded."
         return f"{len(distilled):,} real pairs, {chosen}."
     if not (embed and prune and clusters and clusters["shared_pairs"] is not None):

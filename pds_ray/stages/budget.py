@@ -225,6 +225,7 @@ def record(
     """
     return {
         "budget": room.budget,
+        "asked": room.pairs,
         "bytes": "image files, and captions in UTF-8 with a line end each",
         "sampled": images,
         "measured_on": shown,

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +18,9 @@ from pds_ray.config import FREE_FIELDS, ConfigError, public, sections
 from pds_ray.methods.base import Counts, Run
 from pds_ray.methods.pds import judged
 from pds_ray.stages.budget import fitting_pairs
+from pds_ray.stages.candidates import REAL
 from pds_ray.stages.extras import Extras
+from pds_ray.stages.prototypes import fewer
 from pds_ray.store.card import CardText, card
 from pds_ray.store.distilled_set import (
     CARD,
@@ -52,11 +54,11 @@ def materialize(run: Run, extras: Extras) -> Counts:
     captions = folder.captions() if "caption" in run.method.names else None
     choices = folder.choices() if judged(run) else None
     pairs = run.counts("decode")["images"]
+    asked = folder.budget()["asked"] if budget else 0
     with progress_bar("materialize", pairs, "pairs", delay_s=QUIET_S) as bar:
-        about_set = {**about(run), **describe_extras(extras)}
-        text = run.method.card
+        text, parts = run.method.card, (extras, choices)
         return write_distilled(
-            folder, about_set, text, captions, bar.update, extras, choices, budget
+            folder, about(run), text, captions, bar.update, *parts, budget, asked
         )
 
 
@@ -101,7 +103,7 @@ def about(run: Run) -> dict[str, Any]:
         "encoder": run.encoder.name,
         "space": run.encoder.space,
         "decoder": f"{decoder.name} {decoder.identity}" if synthetic else decoder.name,
-        "picture_origin": _origin(run),
+        "picture_origin": "synthetic" if synthetic else "real images of the source",
         "counts": {
             label: run.counts(stage.name)[count]
             for stage in run.method.stages
@@ -111,13 +113,11 @@ def about(run: Run) -> dict[str, Any]:
     }
 
 
-def _origin(run: Run) -> str:
-    if run.decoder.dim is None:
-        return "real images of the source"
-    # a method may have a stage of its own in place of decode
-    decoded = run.manifest.stages.get("decode", {}).get("counts", {})
-    real = decoded.get("real", 0)
-    return "synthetic" + (f", but for {real:,} real images of the source" if real else "")
+def _describe_images(about: Mapping[str, Any], rows: list[Record]) -> dict[str, str]:
+    """Return where the images of a set come from, if some are real ones in place of decoded."""
+    real = sum(row.get("origin") == REAL for row in rows)
+    instead = f"{real:,} real images of the source where the decoded one failed"
+    return {"picture_origin": f"{about['picture_origin']}, but for {instead}"} if real else {}
 
 
 def _fewer(run: Run) -> dict[str, str]:
@@ -167,10 +167,12 @@ def write_distilled(
     extras: Extras | None = None,
     choices: pa.Table | None = None,
     budget: int = 0,
+    asked: int = 0,
 ) -> dict[str, Any]:
     """Write the distilled set of a finished run; return its counts.
 
-    With a `budget` of bytes the set ends before the first pair that does not fit.
+    With a `budget` of bytes the set ends before the first pair that does not fit; that there are
+    fewer than `asked` is then said.
 
     `about` is what card and manifest say of the making, `text` the method's part of the card.
     `captions` (rows of captions.parquet) replace those of the prototypes; `choices` (rows of
@@ -179,12 +181,14 @@ def write_distilled(
     set. Raises FileNotFoundError if an image of the run is missing.
     """
     prototypes = run.prototypes()
-    extras = extras or Extras()
+    extras, short = extras or Extras(), {}
     rows = records(prototypes, run, captions, extras.captions, choices)
     if budget:
         rows = rows[: _fitting(run.images, rows, budget)]
         prototypes, extras = prototypes.slice(0, len(rows)), extras.first(len(rows))
-        about = {**about, "counts": {**about["counts"], "distilled pairs": len(rows)}}
+        short = fewer(asked, len(rows), "no more fit in the budget")
+        about = {**about, **short, "counts": {**about["counts"], "distilled pairs": len(rows)}}
+    about = {**about, **_describe_images(about, rows), **describe_extras(extras)}
     target = run.distilled
     target.delete(MANIFEST)
     images, tars, pixels = _write_images(run.images, target, rows, step)
@@ -209,7 +213,7 @@ def write_distilled(
     manifest = {"schema": SET_SCHEMA_VERSION, "pairs": len(rows), "size": size.to_json()}
     target.write_json(MANIFEST, {**manifest, "about": about, "files": files})
     together = sum(file["bytes"] for file in files.values())
-    return {"pairs": len(rows), "bytes": together, "size": size.to_json()}
+    return {"pairs": len(rows), "bytes": together, "size": size.to_json(), **short}
 
 
 def _fitting(images: Folder, rows: list[Record], budget: int) -> int:

@@ -194,6 +194,18 @@ def set_images(distilled: DistilledSet, square: Preprocess) -> np.ndarray:
     return _stacked(rows, square.size)
 
 
+def all_captions(
+    distilled: DistilledSet, clean: Callable[[str], str]
+) -> tuple[list[str], np.ndarray]:
+    """Return the cleaned captions of all images of a set, and the image of each, int64 [m].
+
+    Those of which nothing is left are left out, but for one where an image would have none.
+    """
+    lists = [[c for c in map(clean, texts) if c] or [""] for texts in distilled.caption_lists]
+    owner = np.repeat(np.arange(len(lists)), list(map(len, lists)))
+    return [caption for captions in lists for caption in captions], owner
+
+
 def subjects(captions: list[str], owner: np.ndarray, images: int) -> np.ndarray:
     """Return the subject of each of n images, a number from 0, int64 [n].
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from pds_ray import catalog
 from pds_ray.config import ConfigError, EvaluateConfig, RunConfig, replace
+from pds_ray.engine import plan
 from pds_ray.engine.compare import compare
 from pds_ray.engine.run import distill
 from pds_ray.engine.status import status
@@ -126,6 +128,16 @@ def test_verify_guards_the_choice(chosen: Path) -> None:
     assert [(problem.stage, problem.name) for problem in problems] == [("budget", "budget.json")]
     repair(str(chosen), problems, {})
     assert (files(chosen), (chosen / "budget.json").read_bytes()) == (before, good)
+
+
+def test_soft_targets_of_as_many_pairs_as_fit_have_the_limit_of_others(
+    shared: Path, chosen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many they are is known when the budget is settled: then, before the other stages."""
+    shutil.copytree(chosen, shared / "soft")
+    monkeypatch.setattr(plan, "SOFT_TARGETS_LIMIT", 4)
+    with pytest.raises(ConfigError, match=r"pairs are more than 4; give --extras.similarity off"):
+        distill(configured(shared, "soft", extras__similarity="clip"), redo=True)
 
 
 def test_distilling_to_a_budget(shared: Path) -> None:

@@ -325,6 +325,15 @@ def test_further_captions_and_soft_targets(finished: tuple[RunFolder, Gathered, 
         mine = [row for row in np.flatnonzero(kept) if data.keys[row] == keys[pair]]
         best = [data.captions[row] for row in sorted(mine, key=lambda r: -data.similarity[r])]
         assert found == [caption for caption in best if caption != own[pair]][:3]
+    fallen_back = replace(config, {"decode.real_fallback": True})
+    for pair in range(len(own)):
+        scores = dict.fromkeys(("image_cosine", "text_cosine", "score"), 0.5)
+        origin = {"pair": pair, "origin": "synthetic" if pair % 2 else "real"}
+        folder.save_choice({**origin, "candidate": 0, "noise_level": 0, **scores})
+    folder.gather_choices(len(own))
+    mixed = materialize._captions(stage_run(store, folder, fallen_back, DIM, decoder=made))
+    of_both = [materialize._captions(real), materialize._captions(run)]
+    assert mixed == [of_both[pair % 2][pair] for pair in range(len(own))], "each as its image"
     shared = [[sum((image == i) & (text == j)) for j in clusters[1]] for i in clusters[0]]
     expected = np.array(shared) / np.sum(shared, axis=1, keepdims=True)
     share = config.extras.share

@@ -183,10 +183,17 @@ def test_a_comparison_by_file(called: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("pairs", "flags", "sizes"),
-    [({}, (), [100]), ({"pairs": 20}, (), [20]), ({"pairs": 20}, ("--pairs", "3,4"), [3, 4])],
+    [
+        ({}, (), [100]),
+        ({"pairs": 20}, (), [20]),
+        ({"pairs": 20}, ("--pairs", "3,4"), [3, 4]),
+        ({"pairs": 20}, ("--budgets", "1kB"), ["1kB"]),
+        ({"pairs": 0, "budget": "2kB"}, (), ["2kB"]),
+        ({"budget": "2kB"}, ("--pairs", "3"), [3]),
+    ],
 )
 def test_the_sizes_of_a_comparison(
-    called: Any, tmp_path: Path, pairs: dict[str, int], flags: tuple[str, ...], sizes: list[int]
+    called: Any, tmp_path: Path, pairs: dict[str, Any], flags: tuple[str, ...], sizes: list[Any]
 ) -> None:
     assert comparison(called, tmp_path, *flags, **pairs)[2] == sizes
 

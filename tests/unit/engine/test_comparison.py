@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pds_ray.cli.output import _recall
+from pds_ray.cli.output import _recall, print_comparison
 from pds_ray.config import ConfigError, EvaluateConfig, replace
 from pds_ray.engine.compare import ABLATIONS, _cells, ablations, as_csv, entries
 from pds_ray.engine.evaluate import _result, make_evaluation
@@ -68,6 +68,24 @@ def test_the_table_of_several_sets_shows_both_deviations() -> None:
     for cell in _cells(rows[:1], results):
         assert not {"set_std", "sets"} & set(cell)
     assert _recall(_cells(rows[:1], results)[0], "r_mean", seeds=2) == " 40.0 ± 1.0"
+
+
+def test_pairs_that_differ_over_sets_are_a_rounded_mean(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = entries(CONFIG, ["random"], ["9kB"], JUDGED, set_seeds=3)
+    results = {row.label: result_of(40.0, std=1.0) for row in rows}
+    for pairs, result in zip((10, 11, 10), results.values(), strict=True):
+        result["set"]["pairs"] = pairs
+    cells = _cells(rows, results)
+    assert cells[0]["pairs"] == pytest.approx(31 / 3)
+    titles, line, _ = csv.reader(as_csv(cells).splitlines())
+    assert dict(zip(titles, line, strict=True))["pairs"] == "10"
+    test = {"source": "x", "images": 1, "captions": 1}
+    about = {"source": "x", "test": test, "protocol": {"name": "x"}, "notes": []}
+    table = {**about, "cells": cells, "seeds": 1, "set_seeds": 3}
+    print_comparison(str(tmp_path), table)
+    assert "10.3" not in capsys.readouterr().out
 
 
 def result_of(mean: float, std: float) -> dict[str, Any]:

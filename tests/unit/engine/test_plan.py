@@ -296,6 +296,7 @@ def test_a_budget_adds_a_stage_and_leaves_those_before_it(method: str) -> None:
         {"decode__image_size": 32},
         {"decode__format": "png"},
         {"decode__quality": 50},
+        {"extras__captions": 2},
     ],
 )
 def test_what_a_budget_is_chosen_from_makes_it_stale(changes: dict[str, Any]) -> None:

@@ -203,6 +203,17 @@ def test_a_selection_has_neither_clusters_nor_nearest_images(made, copy, monkeyp
     assert report["space"] is None if quick else report["space"]["made"] is False
 
 
+@pytest.mark.parametrize("origin", ["synthetic", "synthetic, but for 2 real images of the source"])
+def test_chosen_pairs_with_decoded_images_are_not_called_real(copy, origin):
+    choose_instead(copy, "coverage")
+    manifest = json.loads((copy / "distilled/manifest.json").read_text())
+    manifest["about"]["picture_origin"] = origin
+    (copy / "distilled/manifest.json").write_text(json.dumps(manifest))
+    reading = gather(str(copy), quick=True)["header"]["reading"]
+    assert reading.startswith("6 pairs, chosen")
+    assert reading.endswith("their images decoded.")
+
+
 def test_an_unfinished_run_says_where_it_stands(copy):
     manifest = json.loads((copy / "run.json").read_text())
     del manifest["stages"]["materialize"]

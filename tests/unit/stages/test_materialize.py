@@ -318,8 +318,7 @@ def test_extra_parts_are_written_and_read(tmp_path):
     further = [[f"more {pair}"] * (pair % 3) for pair in range(count)]
     soft = np.random.default_rng(0).uniform(0.1, 1, (count, count)).astype(np.float32)
     extras = Extras(further, soft)
-    about = {**ABOUT, **materialize.describe_extras(extras)}
-    write_distilled(make_run(tmp_path), about, PDS_CARD, extras=extras)
+    write_distilled(make_run(tmp_path), ABOUT, PDS_CARD, extras=extras)
     found = load_distilled(str(tmp_path))
     np.testing.assert_array_equal(found.similarity, soft)
     assert found.captions == CAPTIONS
@@ -375,3 +374,28 @@ def test_records_tell_how_an_image_was_chosen(tmp_path):
     assert [record["origin"] for record in records].index("real") == 2
     assert [record["candidate"] for record in records[:4]] == [0, 1, None, 0]
     assert {record["score"] for record in records} == {0.75}
+
+
+def test_what_a_budget_cuts_off_is_not_counted(tmp_path):
+    """The card counts the further captions and real images of the pairs that are left."""
+    run, count = make_run(tmp_path), len(CAPTIONS)
+    for pair in range(count):
+        scored = {"pair": pair, "origin": "synthetic" if pair % 2 else "real", "candidate": None}
+        cosines = dict.fromkeys(("image_cosine", "text_cosine", "score"), 0.5)
+        run.save_choice({**scored, "noise_level": None, **cosines, "round_trip": True})
+    choices = run.gather_choices(count)
+    extras = Extras([["more"]] * count, np.eye(count, dtype=np.float32))
+    whole = write_distilled(run, ABOUT, PDS_CARD, extras=extras, choices=choices)
+    budget = whole["size"]["bytes"] - 1
+    counts = write_distilled(
+        run, ABOUT, PDS_CARD, extras=extras, choices=choices, budget=budget, asked=count
+    )
+    found = load_distilled(str(tmp_path))
+    assert len(found) == count - 1
+    assert found.similarity.shape == (count - 1, count - 1)
+    real = sum(record["origin"] == "real" for record in found.records)
+    assert f"synthetic, but for {real} real images" in found.manifest["about"]["picture_origin"]
+    assert found.manifest["about"]["extras"].startswith(f"{count - 1} further captions")
+    fewer = f"{count - 1} of the {count} pairs asked for: no more fit in the budget"
+    assert counts["fewer"] == found.manifest["about"]["fewer"] == fewer
+    assert fewer in (tmp_path / "distilled" / "README.md").read_text("utf-8")

@@ -155,6 +155,20 @@ def test_images_of_a_set_are_squashed_the_same_way(tmp_path: Path):
     assert np.array_equal(found, np.stack(expected))
 
 
+def test_all_captions_leave_no_image_without(tmp_path: Path):
+    """A caption of which cleaning leaves nothing is none, unless it is the last of its image."""
+    path = save_set(tmp_path, [png(9, 9, seed)[0] for seed in range(3)], ["a", "-", "b"], np.eye(3))
+    distilled = load_distilled(str(path))
+    distilled.records[0]["captions"] = ["a", "-", "c"]
+    captions, owner = core.all_captions(distilled, lambda text: text.replace("-", ""))
+    assert list(zip(captions, owner.tolist(), strict=True)) == [
+        ("a", 0),
+        ("c", 0),
+        ("", 1),
+        ("b", 2),
+    ]
+
+
 @given(st.integers(2, 60))
 def test_val_and_test_of_one_source_share_no_image(images):
     whole, val, test = (
