@@ -287,14 +287,15 @@ def _on_shared_store(entry: Entry, run: Run, root: Folder) -> Entry:
 
 
 def _notes(rows: list[Entry], results: dict[str, dict[str, Any]]) -> list[str]:
-    """Return each note once: notes on the whole table plainly, others with the names of sets."""
-    rows_of: dict[str, list[str]] = {}
+    """Return each note once: notes on the whole table plainly, others with the names of rows."""
+    rows_of: dict[str, dict[str, None]] = {}
     for entry in rows:
         for note in results[entry.label]["notes"]:
-            rows_of.setdefault(note, []).append(entry.label)
+            rows_of.setdefault(note, {})[entry.row] = None
+    every = {entry.row for entry in rows}
     return [
-        note if len(labels) == len(rows) else f"{', '.join(labels)}: {note}"
-        for note, labels in rows_of.items()
+        note if names.keys() == every else f"{', '.join(names)}: {note}"
+        for note, names in rows_of.items()
     ]
 
 
