@@ -8,8 +8,6 @@ from pds_ray.methods.base import Method, Stage
 from pds_ray.methods.pds import DECODE, EMBED, MATERIALIZE
 from pds_ray.store.card import CardText
 
-IMAGES_TOGETHER = 256  # chosen images looked up at once: each lookup reads the shards they are in
-
 SAVED = ("decode.image_size", "decode.format", "decode.quality")
 """The options of decoding that real images have."""
 
@@ -41,5 +39,5 @@ SELECTION_CARD = CardText(
 SELECTION = Method(
     (EMBED, SELECT, replace(DECODE, options=SAVED), MATERIALIZE),
     SELECTION_CARD,
-    settings={"decode.decoder": "nearest", "decode.batch_size": IMAGES_TOGETHER},
+    settings={"decode.decoder": "nearest"},
 )
