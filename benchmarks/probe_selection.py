@@ -45,7 +45,7 @@ TOGETHER = 256  # images encoded at once
 
 @dataclass(frozen=True)
 class Rule:
-    """How pairs are chosen. The first field is the name; the others are options."""
+    """A rule for the choice of pairs. The first field is the name; the others are options."""
 
     name: str
     """random; or k_center, or cover, on pruned and whitened pairs."""
@@ -58,11 +58,11 @@ class Rule:
     herded: float = 0.5
     """Share of the picks of `cover` by herding; the others cover."""
     power: float = 1.0
-    """Of the distance 1 - cosine that `cover` makes small."""
+    """The power of the distance 1 - cosine that `cover` makes small."""
     prune_by: str = "cosine"
     """cosine, or negative: the cosine less what the pair has with others (negCLIPLoss)."""
     caption_by: str = "cosine"
-    """Of the captions of an image, the one of highest cosine, or of highest negative."""
+    """The caption that an image keeps: that of highest cosine, or of highest negative."""
     kernel: str = "sum"
     """Similarity of pairs: the sum of the two cosines, or their product."""
 

@@ -45,7 +45,7 @@ STEPS_PER_PIXEL = 4
 
 @dataclass(frozen=True)
 class Seen:
-    """What can be read from an image: the name of its ground, "" if it has none, and shapes."""
+    """The content read from an image: the name of its ground, "" if it has none, and shapes."""
 
     ground: str
     shapes: tuple[Shape, ...]

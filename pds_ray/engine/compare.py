@@ -95,7 +95,7 @@ class Entry:
     run: RunConfig
     evaluation: EvaluateConfig
     further: int = 0
-    """How many sets of the row come before it: its seed is as much higher than the first's."""
+    """The number of sets of the row before it: its seed is as much higher than the first's."""
 
     @property
     def row(self) -> str:

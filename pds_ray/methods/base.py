@@ -67,7 +67,7 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Options, with dots, that it fixes."""
     auto: Mapping[str, str] = field(default_factory=lambda: {"decode.decoder": "unclip"})
-    """What `auto` stands for in options, with dots, that it may give a default of its own."""
+    """Options, with dots, and the value that `auto` stands for in this method."""
     chosen: str = ""
     """Description of how it chooses real pairs, for the card; "" if it makes new ones."""
 

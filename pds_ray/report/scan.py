@@ -29,7 +29,7 @@ class Scan:
     space: Json | None
     """The map; None without pairs."""
     coverage: dict[str, tuple[float, float]]
-    """How near a sample of images, and one of captions, is to the nearest pairs; empty without."""
+    """Cosines of a sample of images, and of captions, to the nearest pairs; empty without."""
 
 
 def scan_embeddings(run: OpenRun, step: Callable[[], object]) -> Scan:

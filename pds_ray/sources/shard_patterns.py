@@ -42,7 +42,7 @@ UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 """First bytes of a list that an editor or a shell of Windows wrote."""
 
 _BETWEEN = re.compile(r"::(?![^\[\]]*\])")
-"""What separates patterns; within brackets it is of an address, as in http://[::1]/0.tar."""
+"""The separator of patterns; within brackets it is of an address, as in http://[::1]/0.tar."""
 
 NAME_LENGTH = 150
 """Longest name of a shard, in characters.

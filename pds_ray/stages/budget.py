@@ -48,7 +48,7 @@ class Saving:
 
 @dataclass(frozen=True)
 class Room:
-    """What is to be filled, and with what."""
+    """The budget, and the number and the captions of the pairs that are to fill it."""
 
     budget: int
     """Bytes."""

@@ -104,15 +104,14 @@ class Record(TypedDict, total=False):
     members: list[str] | None
     """Some of the averaged pairs, as shard/key."""
     origin: str
-    """Where the image comes from, synthetic or real; this and what follows if images were scored.
-    """
+    """Synthetic or real; this field and those below are there if images were scored."""
     candidate: int | None
     """Number of the image among the pair's candidates."""
     noise_level: int | None
     image_cosine: float
-    """Of the image to the image prototype."""
+    """Cosine of the image and the image prototype."""
     text_cosine: float
-    """Of the image to the text prototype."""
+    """Cosine of the image and the text prototype."""
     score: float
     round_trip: bool
     """True if of all image prototypes its own is nearest to the image."""

@@ -80,7 +80,7 @@ def test_the_set_fills_the_budget_and_no_more(chosen: Path) -> None:
 
 
 def test_bytes_are_measured_on_images_of_the_source(chosen: Path) -> None:
-    """Those of the drawn sample, with Pillow alone; captions with their line ends."""
+    """Bytes are those of the drawn sample, by Pillow alone; captions have their line ends."""
     source = catalog.make_source(SOURCE)
     samples = {
         shard.name: [item for item in source.read(shard) if isinstance(item, Sample)]
@@ -133,7 +133,7 @@ def test_verify_guards_the_choice(chosen: Path) -> None:
 def test_soft_targets_of_as_many_pairs_as_fit_have_the_limit_of_others(
     shared: Path, chosen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """How many they are is known when the budget is settled: then, before the other stages."""
+    """Their number is known when the budget is settled: then, before the other stages."""
     shutil.copytree(chosen, shared / "soft")
     monkeypatch.setattr(plan, "SOFT_TARGETS_LIMIT", 4)
     with pytest.raises(ConfigError, match=r"pairs are more than 4; give --extras.similarity off"):

@@ -301,7 +301,7 @@ def test_without_filter_prototypes_are_means_of_whole_clusters(
 
 
 def test_further_captions_and_soft_targets(finished: tuple[RunFolder, Gathered, dict]) -> None:
-    """Of members where images are made, of the images where they are real; counted for targets."""
+    """Made images have those of members, real ones their own; counted for targets."""
     folder, data, _ = finished
     store = EmbeddingStore(Folder(f"{folder.folder.path}/../store"))
     config = replace(CONFIG, {"extras.captions": 3, "extras.similarity": "table"})

@@ -307,7 +307,7 @@ def test_what_a_budget_is_chosen_from_makes_it_stale(changes: dict[str, Any]) ->
 
 
 def test_a_configuration_that_knew_no_budget_goes_on() -> None:
-    """Of options that came later the record of an earlier version holds nothing."""
+    """The record of an earlier version holds nothing of options that came later."""
     run = make_run(replace(recipe("demo"), BASE))
     recorded = public(run.config)
     del recorded["budget"], recorded["decode"]["format"], recorded["decode"]["quality"]

@@ -72,7 +72,7 @@ def test_the_fewest_bytes_that_keep_the_recall(world: Any, budget: int) -> None:
 def test_pairs_that_are_given_or_all_there_are_get_the_best_that_fits(
     world: Any, budget: int, pairs: int, given_: bool
 ) -> None:
-    """Of each side the most bytes that fit, of these the highest recall."""
+    """Each side takes the most bytes that fit; of these ways the highest recall wins."""
     sizes, r_mean, caption = world
     room = Room(budget, pairs if given_ else 0, MANY if given_ else pairs, caption)
     fit = [way for way in WAYS if pairs * (sizes[way] + caption) <= budget]
