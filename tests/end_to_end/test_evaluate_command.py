@@ -132,6 +132,7 @@ def test_a_set_of_a_comparison_is_evaluated_to_the_same_figures(compared, pds_ra
     assert found["backbones"][0]["mean"] == expected["mean"]
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_a_set_alone(tmp_path: Path, pds_ray: Run):
     folder = scenes_set(tmp_path / "set")

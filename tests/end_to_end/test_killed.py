@@ -33,6 +33,7 @@ def finished_work(out: Path) -> dict[Path, int]:
     return {path: when for path, when in times(out).items() if path in done}
 
 
+@pytest.mark.long
 def test_a_killed_run_continues_where_it_was(
     finished: tuple[Path, subprocess.CompletedProcess], tmp_path: Path
 ) -> None:

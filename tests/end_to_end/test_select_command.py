@@ -100,6 +100,7 @@ def test_a_second_method_shares_the_store_and_distill_does_the_same(
     check_same(other, run)
 
 
+@pytest.mark.long
 def test_redo_replaces_one_method_by_another(herding: Path, pds_ray: Run, tmp_path: Path) -> None:
     store = ("--embed.store", str(herding / "embeddings"))
     run = tmp_path / "run"
