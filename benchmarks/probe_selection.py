@@ -63,6 +63,8 @@ class Rule:
     """cosine, or negative: the cosine less what the pair has with others (negCLIPLoss)."""
     caption_by: str = "cosine"
     """The caption that an image keeps: that of highest cosine, or of highest negative."""
+    captions: str = "one"
+    """one: that caption alone; all: all captions of the image that pruning keeps."""
     kernel: str = "sum"
     """Similarity of pairs: the sum of the two cosines, or their product."""
 
@@ -164,12 +166,13 @@ def _features(backbone: str, size: int) -> Any:
 
 
 def choose(world: World, rule: Rule, pairs: int, seed: int) -> np.ndarray:
-    """Return the chosen pairs as rows of the captions, int64 [pairs]."""
+    """Return the chosen captions as rows of all: one of each image, int64 [pairs], or several."""
     rng = np.random.default_rng(seed)
     if rule.name == "random":
         rows = rng.permutation(len(world.owner))
         _, first = np.unique(world.owner[rows], return_index=True)
-        return rows[np.sort(first)[:pairs]]
+        rows = rows[np.sort(first)[:pairs]]
+        return _captions(world, rows, rule, np.ones(len(world.owner), bool))
     text = normalized(world.text)
     cosine = np.einsum("nd,nd->n", world.image[world.owner], text)
     kept = np.ones(len(cosine), bool)
@@ -183,7 +186,14 @@ def choose(world: World, rule: Rule, pairs: int, seed: int) -> np.ndarray:
     candidates = cover.Candidates(
         white_image(world.image[world.owner[drawn]]), white_text(text[drawn])
     )
-    return drawn[CHOICES[rule.name](candidates, pairs, rule)]
+    return _captions(world, drawn[CHOICES[rule.name](candidates, pairs, rule)], rule, kept)
+
+
+def _captions(world: World, rows: np.ndarray, rule: Rule, kept: np.ndarray) -> np.ndarray:
+    """Return the chosen captions, or in order all that their images keep."""
+    if rule.captions == "one":
+        return rows
+    return np.flatnonzero(kept & np.isin(world.owner, world.owner[rows]))
 
 
 def _scores(world: World, text: np.ndarray, cosine: np.ndarray, by: str) -> np.ndarray:
@@ -245,14 +255,21 @@ CHOICES = {"cover": _cover, "k_center": _k_center}
 def recall(world: World, rows: np.ndarray, backbone: str, seed: int) -> float:
     """Train a model on chosen pairs by the standard protocol; return its r_mean on test."""
     frozen = world.inputs.ndim == 2
-    inputs = torch.from_numpy(world.inputs[world.owner[rows]])
-    pairs = TrainingPairs(inputs, torch.from_numpy(world.text[rows]))
+    images, owner = np.unique(world.owner[rows], return_inverse=True)
+    several = len(images) < len(rows)
+    shown = images if several else world.owner[rows]
+    pairs = TrainingPairs(
+        torch.from_numpy(world.inputs[shown]),
+        torch.from_numpy(world.text[rows]),
+        torch.from_numpy(owner) if several else None,
+    )
     data = TrialData(pairs, world.val, world.test)
-    protocol = ProtocolConfig(train="heads" if frozen else "all")
+    per_image: Any = "all" if several else "one"
+    protocol = ProtocolConfig(train="heads" if frozen else "all", captions_per_image=per_image)
     info = catalog.describe_backbone(backbone)
     text = TextInput("captions", "the encoder", "basic")
     size = world.inputs.shape[-1]
-    trial = Trial("probe", "probe", info, size, seed, protocol, text, len(rows))
+    trial = Trial("probe", "probe", info, size, seed, protocol, text, len(images))
     if not frozen:
         return run_trial(trial, data, catalog.build_backbone)["recalls"]["r_mean"]
     torch.manual_seed(seed)
