@@ -475,6 +475,65 @@ class ExtrasConfig(Options, section="extras"):
         return {name: getattr(self, name) for name in names if name not in unused}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig(Options, section="experts"):
+    """Experts: models trained on all of the source, whose weights after each epoch are kept."""
+
+    store: str = option(
+        "", "folder of experts that several runs share; default OUT/experts", free=True
+    )
+    count: int = option(20, "experts, each trained with seeds of its own", above=0)
+    epochs: int = option(10, "epochs of each expert", above=0)
+    backbone: str = option(
+        "small_conv", "image network of the experts: small_conv, small_vit, small_mixer or timm's"
+    )
+    text_encoder: str = option(
+        "auto", "auto (embed.encoder), an open_clip model, bert:MODEL or distilbert:MODEL"
+    )
+    image_size: int = option(
+        0, "side of the images in pixels; 0 is what the backbone was made for", at_least=0
+    )
+    train: Literal["all", "backbone", "heads", "lora"] = option(
+        "all",
+        "parts that are trained: all, the backbone and the text head, the heads of image and text, "
+        "or adapters of the backbone (lora) and the text head",
+    )
+    rank: int = option(4, "experts.train lora: rank of the adapters", above=0)
+    shared_start: bool = option(
+        False,
+        "all experts start from the same random weights, so that weights of several may be merged",
+    )
+    learning_rate: float = option(0.1, "learning rate of the image branch at the start", above=0)
+    text_learning_rate: float = option(
+        0.1, "learning rate of the text head at the start", above=0
+    )
+    momentum: float = option(0.0, "momentum of sgd", at_least=0, below=1)
+    weight_decay: float = option(0.0, "weight decay", at_least=0)
+    batch_size: int = option(
+        128, "images per step", at_least=2, because="a pair needs another to differ from"
+    )
+    augment: bool = option(
+        True, "random shifts and scales of the images, unless the heads alone are trained"
+    )
+    schedule: Literal["constant", "step", "cosine"] = option(
+        "constant",
+        "constant keeps the rates, step takes a tenth after half of the epochs, cosine falls to "
+        "zero",
+    )
+    cpus: int = option(
+        1,
+        "CPUs of each expert, and its threads without a GPU; rounding depends on them",
+        free=True,
+        above=0,
+    )
+    gpus: float | None = option(
+        None,
+        "GPUs of each expert, such as 0.5; default 1 where there are any",
+        free=True,
+        at_least=0,
+    )
+
+
 @dataclass(frozen=True)
 class Actors:
     """Size and resources of a pool of actors."""
@@ -652,6 +711,7 @@ class RunConfig(Options):
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     extras: ExtrasConfig = field(default_factory=ExtrasConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
@@ -716,8 +776,9 @@ class ProtocolConfig(Options, section="protocol"):
     learning_rate: float = option(1e-3, "learning rate at the start", above=0)
     momentum: float = option(0.9, "momentum of sgd", at_least=0)
     weight_decay: float = option(0.05, "weight decay", at_least=0)
-    schedule: Literal["cosine", "step"] = option(
-        "cosine", "cosine falls to zero, step to a tenth after half of the epochs"
+    schedule: Literal["cosine", "step", "constant"] = option(
+        "cosine",
+        "cosine falls to zero, step to a tenth after half of the epochs, constant stays",
     )
     epochs: int = option(100, "epochs", above=0)
     batch_size: int = option(
@@ -849,6 +910,7 @@ def public(config: RunConfig) -> dict[str, Any]:
         values[name] = without_secrets(values[name])
     if config.embed.store:
         values["embed"]["store"] = without_secrets(config.embed.store)
+    values["experts"]["store"] = without_secrets(config.experts.store)
     return values
 
 

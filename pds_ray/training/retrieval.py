@@ -134,7 +134,8 @@ def _batches(training: RetrievalTraining, augmented: bool, epoch: int) -> list[B
 def schedule(protocol: ProtocolConfig) -> Callable[[float], float]:
     """Return the factor of the learning rate as a function of the epochs done.
 
-    `step` falls to a tenth after the middle epoch, as published; `cosine` falls to zero.
+    `step` falls to a tenth after the middle epoch, as published; `cosine` falls to zero; `constant`
+    stays, so that the first epochs do not depend on how many there will be.
     """
 
     def step(position: float) -> float:
@@ -143,7 +144,7 @@ def schedule(protocol: ProtocolConfig) -> Callable[[float], float]:
     def cosine(position: float) -> float:
         return 0.5 * (1 + math.cos(math.pi * position / protocol.epochs))
 
-    return step if protocol.schedule == "step" else cosine
+    return {"step": step, "cosine": cosine, "constant": loop.constant_rate}[protocol.schedule]
 
 
 def make_optimizer(
