@@ -64,8 +64,7 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
     for note in manifest.get("notes", []):
         say(f"note          {note}")
     say("", f"{'stage':<12} {'status':<12} {'seconds':>8}  rate")
-    budget = manifest.get("config", {}).get("budget", "")
-    for stage in catalog.method(method, budget).stages:
+    for stage in catalog.recorded_method(manifest.get("config", {})).stages:
         entry = entries.get(stage.name)
         if entry is None:
             say(f"{stage.name:<12} to do")

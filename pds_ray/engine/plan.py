@@ -51,7 +51,7 @@ def make_run(config: RunConfig, redo: bool = False) -> Run:
         )
     if not config.out:
         raise ConfigError("no run folder: give --out FOLDER")
-    method = catalog.method(config.method, config.budget)
+    method = catalog.method(config.method, config.budget, config.distill.init)
     config = relevant(config, method)
     check_extras(config, method)
     if "cluster" in method.names:
