@@ -66,6 +66,12 @@ images/P.choice, choices.parquet, B rows, see `CHOICE_SCHEMA`
     kept, with its scores, first by itself as JSON, then of all pairs
 captions.parquet, B rows, see `CHOSEN_CAPTION_SCHEMA`
     the caption that the distilled set gives each pair
+start.safetensors, learned.safetensors, of methods that optimise a set
+    the set that was improved and what became of it (see store/learned.py)
+history.parquet, one row per iteration: iteration (int), a column per loss (float)
+    `image` and `text` are the ratios of the two branches
+learned_captions.parquet, B rows, see `LEARNED_CAPTION_SCHEMA`
+    the real captions nearest to the learned text vectors
 distilled/
     the portable result (see distilled_set.py)
 report.html
@@ -92,6 +98,7 @@ from pds_ray.errors import first_line
 from pds_ray.store.distilled_set import DISTILLED, PROTOTYPES
 from pds_ray.store.distilled_set import MANIFEST as SET_MANIFEST
 from pds_ray.store.embeddings import EmbeddingStore, read_shards, write_shards
+from pds_ray.store.learned import LearningFiles
 from pds_ray.store.schemas import CHOICE_SCHEMA, KEEP_SCHEMA, LABEL_SCHEMA
 from pds_ray.store.storage import Folder, StorageError, side_by_side
 
@@ -215,6 +222,10 @@ class RunFolder:
     @property
     def distilled(self) -> Folder:
         return self.folder / DISTILLED
+
+    @property
+    def learning(self) -> LearningFiles:
+        return LearningFiles(self.folder)
 
     def save_budget(self, choice: dict[str, Any]) -> None:
         self.folder.write_json(self.BUDGET, choice)
