@@ -52,8 +52,9 @@ def _validation(run: Run) -> list[Any]:
 
 
 def _learned(run: Run) -> list[str]:
-    folder = run.folder
-    return [*folder.learning.FILES, *folder.learned_files(folder.prototypes().num_rows)]
+    folder, files = run.folder.of_learned(), run.folder.learning
+    names = [files.START, files.RESULT, files.HISTORY, files.CAPTIONS]
+    return [*names, *folder.image_files(folder.prototypes().num_rows)]
 
 
 EXPERTS = Stage(

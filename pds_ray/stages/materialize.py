@@ -16,6 +16,7 @@ from safetensors.numpy import save as save_safetensors
 
 from pds_ray import catalog
 from pds_ray.config import FREE_FIELDS, ConfigError, public, sections
+from pds_ray.errors import without_secrets
 from pds_ray.methods.base import Counts, Run
 from pds_ray.methods.pds import judged
 from pds_ray.stages.budget import fitting_pairs
@@ -58,9 +59,10 @@ def materialize(run: Run, extras: Extras) -> Counts:
     captions = folder.captions() if "caption" in run.method.names else None
     choices = folder.choices() if judged(run) else None
     if OPTIMISE in run.method.names:
+        folder = folder.of_learned()
         learned, nearest = folder.learning.result(), folder.learning.captions()
         extras = replace(extras, learned=learned, learned_captions=nearest)
-    pairs = run.counts("decode")["images"]
+    pairs = folder.prototypes().num_rows
     asked = folder.budget()["asked"] if budget else 0
     with progress_bar("materialize", pairs, "pairs", delay_s=QUIET_S) as bar:
         text, parts = run.method.card, (extras, choices)
@@ -140,7 +142,7 @@ def about(run: Run) -> dict[str, Any]:
         "encoder": run.encoder.name,
         "space": run.encoder.space,
         "decoder": f"{decoder.name} {decoder.identity}" if synthetic else decoder.name,
-        "picture_origin": "synthetic" if synthetic else "real images of the source",
+        "picture_origin": _origin(run),
         "counts": {
             label: run.counts(stage.name)[count]
             for stage in run.method.stages
@@ -148,6 +150,19 @@ def about(run: Run) -> dict[str, Any]:
         },
         "config": config,
     }
+
+
+def _origin(run: Run) -> str:
+    """Return where the images of a set come from."""
+    origin = "synthetic" if run.decoder.dim is not None else "real images of the source"
+    if OPTIMISE not in run.method.names:
+        return origin
+    init = run.config.distill.init
+    if not run.config.start:
+        origin = f"those of {without_secrets(init)}"
+    elif init == "noise":
+        origin = "noise"
+    return f"learned from {origin}"
 
 
 def _describe_images(about: Mapping[str, Any], rows: list[Record]) -> dict[str, str]:
