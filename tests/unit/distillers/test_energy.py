@@ -45,9 +45,7 @@ def test_it_is_its_formula(sigma, diagonals):
 
 def test_it_is_symmetric_and_does_not_turn_with_the_space():
     first, second = sample(7, "a"), sample(4, "b")
-    turn, _ = torch.linalg.qr(
-        torch.randn(6, 6, generator=generator("turn"), dtype=torch.float64)
-    )
+    turn, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator("turn"), dtype=torch.float64))
     distance = energy(first, second)
     torch.testing.assert_close(energy(second, first), distance, rtol=1e-12, atol=0)
     torch.testing.assert_close(energy(first @ turn, second @ turn), distance, rtol=1e-9, atol=0)
@@ -76,9 +74,7 @@ def test_a_negative_radicand_gives_zero_and_no_nan():
 
 def test_the_gradient_is_that_of_finite_differences():
     first = sample(4, "a").requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda x: energy(F.normalize(x, dim=1), sample(5, "b")), first
-    )
+    assert torch.autograd.gradcheck(lambda x: energy(F.normalize(x, dim=1), sample(5, "b")), first)
 
 
 def test_a_step_down_the_gradient_brings_samples_nearer():
