@@ -78,6 +78,7 @@ DISTILLERS = {  # method -> module with TRAIN, DEFAULTS, variables(...) and step
     "bi_trajectory": "pds_ray.distillers.bi_trajectory",
     "lors": "pds_ray.distillers.lors",
     "repblend": "pds_ray.distillers.repblend",
+    "mdm": "pds_ray.distillers.mdm",
 }
 
 METHODS = {  # method -> the Method: its stages in order; of a distiller those after its start
