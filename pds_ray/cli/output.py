@@ -9,7 +9,7 @@ import yaml
 from pds_ray import catalog
 from pds_ray.config import RunConfig, public
 from pds_ray.engine.upkeep import Problem
-from pds_ray.errors import printable
+from pds_ray.errors import printable, without_secrets
 from pds_ray.methods.base import Run, Stage
 from pds_ray.store.evaluation_folder import AVERAGE, COMPARISON, RECALL_TITLES, TABLE, frontier
 from pds_ray.store.manifest import rate
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # it costs a quarter of a second
     from pds_ray.planning.figures import Measured
     from pds_ray.planning.phases import Demand
     from pds_ray.planning.plan import Plan as Forecast
+    from pds_ray.stages.experts import WantedExperts
 
 
 def say(*lines: str) -> None:
@@ -44,6 +45,33 @@ def print_plan(run: Run) -> None:
     say(f"# stages    {' -> '.join(run.method.names)}")
     say("", "# the resolved configuration: all of this is a file for --config")
     print(yaml.safe_dump(shown, sort_keys=False), end="")
+
+
+def print_experts_plan(wanted: WantedExperts, todo: dict[str, int]) -> None:
+    """Print which experts would be trained on what, and what they take on the disk."""
+    config = wanted.config
+    images = f"about {todo['images']:,} images, side {wanted.square.size} px"
+    say(f"source        {without_secrets(wanted.source.uri)}: {images}")
+    say(f"backbone      {wanted.backbone.name}, trained: {config.train}")
+    say(f"text encoder  {wanted.encoder.name}: width {wanted.encoder.dim}")
+    say(f"experts       {config.count} of {config.epochs} epochs, {todo['weights']:,} weights each")
+    say(f"to do         {todo['epochs']:,} epochs, {todo['bytes']:,} bytes")
+    say(f"store         {wanted.store.folder.shown}")
+
+
+def print_experts(store: str, counts: dict[str, Any]) -> None:
+    """Print what the experts were trained on, what they are, and where."""
+    captions = f"{counts['captions']:,} captions"
+    say("", f"in            {counts['images']:,} images, {captions}")
+    say(f"bad samples   {sum(counts['bad'].values()):,}")
+    for reason, count in counts["bad"].items():
+        say(f"  {reason:<20} {count:,}")
+    weights = ", ".join(f"{name} {count:,}" for name, count in counts["weights"].items())
+    say(f"experts       {counts['experts']:,} of {counts['epochs']:,} epochs")
+    say(f"weights       {weights}; {counts['snapshot_bytes']:,} bytes in all snapshots")
+    say(f"loss          {counts['mean_loss']:.4f} in the last step, a mean over the experts")
+    say(f"trained       {counts['trained']:,} epochs in {counts['seconds']:,.1f} s")
+    say("", f"store         {Folder(store).shown}")
 
 
 def _asked(config: RunConfig) -> str:

@@ -145,19 +145,21 @@ def read_split(
     captions: str,
     limit: Callable[[], AbstractContextManager[Any]] = nullcontext,
     read: FilesConfig | None = None,
+    whole: bool = True,
 ) -> tuple[dict[Preprocess, np.ndarray], list[list[str]], dict[str, int]]:
     """Return a shard's images as squares, their cleaned captions, and bad samples by reason.
 
     Each of `squares` gives uint8 [n, 3, S, S]. `captions` names the rule of cleaning; `limit` is
     entered for each image that is decoded; `read` has the sizes that images may have. Raises
-    SourceError if the shard cannot be read to its end, because recalls are over all images.
+    SourceError if the shard cannot be read, and if it ends early but must be `whole`, as recalls
+    are over all images.
     """
     clean, read = CLEANERS[captions], read or FilesConfig()
     images: dict[Preprocess, list[np.ndarray]] = {square: [] for square in squares}
     texts: list[list[str]] = []
     bad: dict[str, int] = {}
     for item in read_shard(source, shard):
-        if isinstance(item, Fault) and item.reason in SHARD_ENDS:
+        if whole and isinstance(item, Fault) and item.reason in SHARD_ENDS:
             raise SourceError(
                 f"shard {shard.name} ends early ({item.reason}: {item.detail}); "
                 "recalls would miss images"

@@ -133,7 +133,7 @@ class ExpertStore:
         """Write the tensors of a shard to `data` or `features`, then the marker, with `info`."""
         from safetensors.torch import save
 
-        content = save(tensors)
+        content = save({name: value.contiguous() for name, value in tensors.items()})
         place.write_bytes(shard + SUFFIX, content)
         marker = {**info, "sha256": hashlib.sha256(content).hexdigest()}
         place.write_json(shard + MARKER, marker)

@@ -450,7 +450,7 @@ def test_a_source_without_samples_says_why(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"no sample of .* has an image and a caption \(not_a_tar: 2; an HTML .*"
     ):
-        plan._check_enough(source, source.shards(), config)
+        plan.check_enough(source, source.shards(), config)
 
 
 class Noted:
@@ -480,7 +480,7 @@ def test_how_captions_were_read_is_said_once(
     capsys: pytest.CaptureFixture[str], notes: list[tuple[str, ...]], option: str, told: list[str]
 ) -> None:
     config = replace(RunConfig(source="x.tar", pairs=len(notes)), {"read.caption_lines": option})
-    plan._check_enough(Noted(*notes), [Shard("0", "")], config)
+    plan.check_enough(Noted(*notes), [Shard("0", "")], config)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == bool(told)
     assert all(part in lines[0] for part in told)
@@ -495,7 +495,7 @@ def test_options_of_reading_at_their_defaults_change_no_earlier_fingerprint() ->
 
 def check_enough(source: Refusing, shards: int, pairs: int) -> None:
     config = RunConfig(source="s3://b/*.tar", pairs=pairs)
-    plan._check_enough(source, [Shard(str(n), "") for n in range(shards)], config)
+    plan.check_enough(source, [Shard(str(n), "") for n in range(shards)], config)
 
 
 def test_a_shard_that_its_store_refuses_is_passed_over() -> None:
@@ -622,7 +622,7 @@ def test_a_new_run_on_a_shared_store_takes_what_was_mended_for_the_same_source(
 def test_no_secret_is_kept_with_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = "s3://key:hidden@bucket/0.tar"
     monkeypatch.setattr(WebDatasetSource, "shards", lambda _: [Shard("0", secret, 1)])
-    monkeypatch.setattr(plan, "_check_enough", lambda *_: None)
+    monkeypatch.setattr(plan, "check_enough", lambda *_: None)
     first = make_run(
         replace(recipe("demo"), {"source": secret, "pairs": 2, "out": str(tmp_path / "run")})
     )

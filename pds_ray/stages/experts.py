@@ -1,0 +1,435 @@
+"""Experts: models trained on all images of a source, whose weights are kept after every epoch.
+
+A training visits every image once per epoch, with one of its captions, drawn afresh. The published
+code has a row per caption, so that its epochs are as many times longer as images have captions; but
+then the captions of one image stand in one batch as each other's negatives (docs/methods.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pds_ray import catalog
+from pds_ray.backbones.base import BackboneInfo
+from pds_ray.config import (
+    ConfigError,
+    ExpertsConfig,
+    ProtocolConfig,
+    ReadConfig,
+    RunConfig,
+    changed,
+)
+from pds_ray.encoders.base import EncoderInfo, TextEncoder, TextEncoderInfo
+from pds_ray.modalities.image import Preprocess
+from pds_ray.sources.base import Sample, Shard, Source
+from pds_ray.stages.trial import BATCH_NORMS, Build, encode, feature_width, read_split
+from pds_ray.store.expert_store import BRANCHES, ExpertStore, expert_name, layout_rows
+from pds_ray.store.manifest import fingerprint
+from pds_ray.store.storage import Folder
+from pds_ray.training import loop
+from pds_ray.training.data import Pixels, TrainingPairs
+from pds_ray.training.loop import seed_of
+from pds_ray.training.retrieval import (
+    RetrievalTraining,
+    embed_images,
+    make_optimizer,
+    train_two_towers,
+)
+from pds_ray.training.two_towers import TwoTowers
+from pds_ray.training.workers import Workers
+
+SCHEMA_VERSION = 1
+FREE = ("store", "count", "epochs", "rank", "schedule", "cpus", "gpus")
+"""Options that no snapshot depends on, or that `made_from` treats by themselves."""
+FLOAT_BYTES = 4
+STATES = 2
+"""Snapshots that the state of an expert takes at most: its weights, and as many momenta."""
+LONELY = 2  # an image needs another to differ from
+TEXT_HEAD = "text_head."
+
+Tell = Callable[[float], object]
+
+
+@dataclass(frozen=True)
+class WantedExperts:
+    """The experts asked for, and all that they are made from."""
+
+    source: Source
+    shards: list[Shard]
+    read: ReadConfig
+    config: ExpertsConfig
+    seed: int
+    backbone: BackboneInfo
+    encoder: EncoderInfo | TextEncoderInfo
+    store: ExpertStore
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the experts, in order."""
+        return [expert_name(number) for number in range(self.config.count)]
+
+    @property
+    def frozen(self) -> bool:
+        """True if the backbone keeps its weights, so that its features stand for the images."""
+        return self.config.train == "heads"
+
+    @property
+    def square(self) -> Preprocess:
+        """The rule by which images become squares of the training size."""
+        return Preprocess(
+            self.config.image_size or self.backbone.image_size, resize_mode="squash"
+        )
+
+    @property
+    def pixels(self) -> Pixels:
+        """The normalisation that the backbone was made for."""
+        return Pixels(self.backbone.mean, self.backbone.std)
+
+    @property
+    def protocol(self) -> ProtocolConfig:
+        """The training of an expert as a protocol of evaluations has it."""
+        config = self.config
+        return ProtocolConfig(
+            train="backbone" if config.train == "lora" else config.train,
+            augment=config.augment,
+            optimizer="sgd",
+            learning_rate=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            schedule=config.schedule,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            captions_per_image="all",
+        )
+
+    def made_from(self) -> dict[str, Any]:
+        """Return all that a snapshot depends on, as JSON values; count and epochs are no part.
+
+        The number of epochs is one where the rates depend on it.
+        """
+        config = dataclasses.asdict(self.config)
+        shards = [(shard.name, shard.size, shard.version) for shard in self.shards]
+        return {
+            "schema": SCHEMA_VERSION,
+            "source": fingerprint(shards),
+            "reading": changed(self.read),
+            **{name: value for name, value in config.items() if name not in FREE},
+            "backbone": self.backbone.identity,
+            "text_encoder": self.encoder.identity,
+            "image_size": self.square.size,
+            "seed": self.seed,
+            **({"rank": config["rank"]} if config["train"] == "lora" else {}),
+            "schedule": config["schedule"],
+            **({"epochs": config["epochs"]} if config["schedule"] != "constant" else {}),
+        }
+
+    def missing(self) -> dict[str, int]:
+        """Return the experts that lack epochs, and how many."""
+        lacking = {name: self.config.epochs - self.store.epochs(name) for name in self.names}
+        return {name: epochs for name, epochs in lacking.items() if epochs > 0}
+
+
+def want_experts(
+    config: RunConfig, source: Source, shards: list[Shard], place: Folder
+) -> WantedExperts:
+    """Return the experts that a configuration asks for, on some shards of its source.
+
+    They are stored in `place` unless `experts.store` names a folder that runs share. Raises
+    ConfigError in one line for an unknown backbone or text encoder, or missing weights.
+    """
+    wish = config.experts
+    name = config.embed.encoder if wish.text_encoder == "auto" else wish.text_encoder
+    return WantedExperts(
+        source=source,
+        shards=shards,
+        read=config.read,
+        config=wish,
+        seed=config.seed,
+        backbone=catalog.describe_backbone(wish.backbone),
+        encoder=catalog.describe_text_encoder(name),
+        store=ExpertStore(Folder(wish.store) if wish.store else place),
+    )
+
+
+# ---- images and captions
+
+
+def prepare_shard(
+    experts: WantedExperts,
+    shard: Shard,
+    load: Callable[[], TextEncoder],
+    limit: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, Any]:
+    """Write images and caption vectors of a shard; return their counts, bad samples by reason.
+
+    `load` returns the text encoder; `limit` is entered for each image that is decoded. What stands
+    before the damage of a shard is used. Raises SourceError if the shard cannot be read.
+    """
+    square = experts.square
+    rule, files = experts.read.captions, experts.read.files
+    images, captions, bad = read_split(
+        experts.source, shard, [square], rule, limit, files, whole=False
+    )
+    owner = np.repeat(np.arange(len(captions)), [len(own) for own in captions])
+    flat = [caption for own in captions for caption in own]
+    text = encode(load(), flat) if flat else np.zeros((0, experts.encoder.dim), np.float32)
+    kept = _finite_images(text, owner, len(captions))
+    if lost := int((~kept).sum()):
+        bad = {**bad, "nonfinite_embedding": lost}
+    rows = kept[owner]
+    tensors = {
+        "images": torch.from_numpy(images[square][kept]),
+        "text": torch.from_numpy(text[rows]),
+        "owner": torch.from_numpy((np.cumsum(kept) - 1)[owner[rows]]),
+    }
+    counts = {"images": int(kept.sum()), "captions": int(rows.sum()), "bad": bad}
+    experts.store.commit(experts.store.data, shard.name, tensors, counts)
+    return counts
+
+
+def _finite_images(text: np.ndarray, owner: np.ndarray, images: int) -> np.ndarray:
+    """Return which images have finite vectors of all their captions, bool [images]."""
+    kept = np.ones(images, bool)
+    np.logical_and.at(kept, owner, np.isfinite(text).all(1))
+    return kept
+
+
+def embed_shard(experts: WantedExperts, shard: str, backbone: nn.Module, workers: Workers) -> None:
+    """Write the features that a frozen backbone, on the worker's device, has of a shard's images.
+
+    They are those of the images as they are, not augmented.
+    """
+    images = experts.store.read(experts.store.data, shard)["images"]
+    features = embed_images(backbone.eval(), images, experts.pixels, workers).cpu()
+    experts.store.commit(experts.store.features, shard, {"features": features}, {})
+
+
+def load_pairs(experts: WantedExperts) -> TrainingPairs:
+    """Return all images, or their features where the backbone is frozen, with their captions.
+
+    Raises ExpertStoreError for a damaged file, and ConfigError if too few images can be used.
+    """
+    store, images, text, owners, count = experts.store, [], [], [], 0
+    for shard in experts.shards:
+        found = store.read(store.data, shard.name)
+        if not len(found["images"]):
+            continue
+        if experts.frozen:
+            images.append(store.read(store.features, shard.name)["features"])
+        else:
+            images.append(found["images"])
+        text.append(found["text"])
+        owners.append(found["owner"] + count)
+        count += len(found["images"])
+    if count < LONELY:
+        raise ConfigError(
+            f"{count} images of {experts.source.uri} can be used; experts need at least {LONELY}"
+        )
+    return TrainingPairs(_joined(images), _joined(text), _joined(owners))
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # one part is not copied
+
+
+def estimate_images(source: Source, shards: Sequence[Shard]) -> int:
+    """Return the images of a source, estimated by those of its first shard, and its size.
+
+    Nothing is decoded. Sizes that are not known count as equal.
+    """
+    first = sum(isinstance(item, Sample) for item in source.read(shards[0]))
+    if all(shard.size for shard in shards):
+        return math.ceil(first * sum(shard.size for shard in shards) / shards[0].size)
+    return first * len(shards)
+
+
+# ---- models
+
+
+def build_backbone(experts: WantedExperts, number: int, build: Build) -> nn.Module:
+    """Return the backbone that the number-th expert starts from; `build` makes it.
+
+    Random weights are its own, unless all experts start alike or keep them.
+    """
+    same = experts.frozen or experts.config.shared_start
+    torch.manual_seed(seed_of(experts.seed, "expert backbone", "all" if same else number))
+    return build(experts.backbone, experts.square.size)
+
+
+def build_model(
+    experts: WantedExperts, number: int, backbone: nn.Module | None, width: int
+) -> TwoTowers:
+    """Return the model that the number-th expert starts from.
+
+    `width` is that of the backbone's features; without a backbone the model takes these features.
+    """
+    start = "all" if experts.config.shared_start else number
+    torch.manual_seed(seed_of(experts.seed, "expert heads", start))
+    with_head = experts.config.train in ("all", "heads")
+    model = TwoTowers(backbone, width, experts.encoder.dim, with_head)
+    if experts.frozen and backbone is not None:
+        backbone.requires_grad_(requires_grad=False)
+    return model
+
+
+def branches(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Return the parameters that are trained, by branch and name, in `parameters()` order.
+
+    "image" holds those of backbone and image head, "text" those of the text head. One that modules
+    share is there once.
+    """
+    found: dict[str, dict[str, nn.Parameter]] = {branch: {} for branch in BRANCHES}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found["text" if name.startswith(TEXT_HEAD) else "image"][name] = parameter
+    return found
+
+
+def snapshot_of(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+    """Return copies of the parameters that are trained, float32 on the CPU, as `branches` has them.
+
+    Copies: on a CPU `.detach().cpu()` would be the live weights, and all snapshots the last one.
+    """
+    return {
+        branch: {
+            name: value.detach().to("cpu", torch.float32, copy=True) for name, value in of.items()
+        }
+        for branch, of in branches(model).items()
+    }
+
+
+def describe_model(experts: WantedExperts, build: Build) -> dict[str, Any]:
+    """Build the model of the first expert; return its widths and the layout of its weights.
+
+    Raises ConfigError for a backbone whose features depend on more than its parameters.
+    """
+    backbone = build_backbone(experts, 0, build)
+    require_no_batch_norm(experts, backbone)
+    width = feature_width(backbone, experts.square.size)
+    model = build_model(experts, 0, backbone, width)
+    return {
+        "width": width,
+        "text_width": experts.encoder.dim,
+        "layout": layout_rows(branches(model)),
+    }
+
+
+def require_no_batch_norm(experts: WantedExperts, backbone: nn.Module) -> None:
+    """Raise ConfigError if a backbone that is trained keeps statistics of its batches."""
+    if not experts.frozen and any(isinstance(part, BATCH_NORMS) for part in backbone.modules()):
+        raise ConfigError(
+            f"backbone {experts.backbone.name} normalises over the batch, and its statistics are "
+            "no part of an expert's weights; give small_conv, nfnet_l0 or a ViT, or train the "
+            "heads alone (--experts.train heads)"
+        )
+
+
+def parameters_of(about: Mapping[str, Any]) -> dict[str, int]:
+    """Return the number of trained weights of each branch, of what `describe_model` returned."""
+    return {
+        branch: sum(math.prod(row["shape"]) for row in about["layout"][branch])
+        for branch in BRANCHES
+    }
+
+
+def needed_bytes(experts: WantedExperts, about: Mapping[str, Any], images: int) -> int:
+    """Return the bytes that are still to be written for some images and the missing snapshots.
+
+    N experts of M epochs and P weights take N (M + 1) P 4 bytes, and each its state.
+    """
+    snapshot = FLOAT_BYTES * sum(parameters_of(about).values())
+    lacking = experts.missing()
+    begun = sum(experts.store.epochs(name) >= 0 for name in lacking)
+    snapshots = sum(lacking.values()) + STATES * (len(lacking) - begun)
+    of_image = 3 * experts.square.size**2
+    if experts.frozen:
+        of_image += FLOAT_BYTES * about["width"]
+    ready = sum(marker["images"] for marker in experts.store.committed(experts.store.data).values())
+    return snapshots * snapshot + of_image * max(0, images - ready)
+
+
+# ---- training
+
+
+def train_expert(
+    experts: WantedExperts,
+    number: int,
+    model: TwoTowers,
+    pairs: TrainingPairs,
+    workers: Workers,
+    tell: Tell = lambda _epochs: None,
+) -> None:
+    """Train the number-th expert from where it was left to its last epoch.
+
+    `model` is what `build_model` returned, on the worker's device. Interrupted at any instant and
+    called again, it leaves the same bytes. `tell` is called before each step with the epochs done.
+    Raises ConfigError if the loss or a weight is not finite: the snapshots before that stay.
+    """
+    name, store = expert_name(number), experts.store
+    trained = branches(model)
+    groups = [
+        {"params": list(trained["image"].values())},
+        {"params": list(trained["text"].values()), "lr": experts.config.text_learning_rate},
+    ]
+    optimizer = make_optimizer(groups, experts.protocol)
+    snapshots = _restore(store.state(name), model, optimizer)
+
+    def keep(epoch: int, loss: float | None) -> None:
+        weights = snapshot_of(model)
+        if loss is not None:
+            _require_finite(name, epoch, weights, loss)
+        sha256 = store.save_snapshot(name, epoch, weights)
+        snapshots.append({"epoch": epoch, "sha256": sha256, "loss": loss})
+        # the state comes before the manifest, and both after the snapshot: what any of them says is
+        # there; and the state alone decides where a training goes on
+        store.save_state(name, loop.save_state(model, optimizer, {"snapshots": snapshots}))
+        store.save_snapshots(name, snapshots)
+
+    if snapshots:
+        store.save_snapshots(name, snapshots)
+    else:
+        keep(0, None)
+    seed = seed_of(experts.seed, "expert", number)
+    training = RetrievalTraining(pairs, experts.pixels, experts.protocol, seed, workers)
+    epochs = range(len(snapshots) - 1, experts.config.epochs)
+    train_two_towers(
+        model, optimizer, training, epochs, lambda e, loss: keep(e + 1, float(loss)), tell
+    )
+
+
+def _restore(
+    state: bytes, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[dict[str, Any]]:
+    """Bring model and optimizer to a state and return its snapshots.
+
+    Without a state, with a damaged one, or one of another model, there are none.
+    """
+    snapshots = (loop.read_progress(state) or {}).get("snapshots")
+    return snapshots if snapshots and loop.load_state(state, model, optimizer) else []
+
+
+def _require_finite(
+    name: str, epoch: int, weights: Mapping[str, Mapping[str, torch.Tensor]], loss: float
+) -> None:
+    every = (weight for of in weights.values() for weight in of.values())
+    if not math.isfinite(loss) or not all(weight.isfinite().all() for weight in every):
+        raise ConfigError(
+            f"expert {name} diverged in epoch {epoch}: its loss or a weight is not finite; lower "
+            "--experts.learning_rate or --experts.text_learning_rate, in another --experts.store"
+        )
+
+
+def losses(experts: WantedExperts) -> Iterator[list[float]]:
+    """Yield the losses of the last step of each epoch, of one expert after the other."""
+    for name in experts.names:
+        snapshots = experts.store.snapshots(name)[1 : experts.config.epochs + 1]
+        yield [snapshot["loss"] for snapshot in snapshots]
