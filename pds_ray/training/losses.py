@@ -7,6 +7,8 @@ from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
 SCALE = 1 / 0.07
 """The inverse temperature of the published evaluations (docs/methods.md, Model and loss)."""
+GUARD = 1e-6
+"""What LoRS adds to likelihoods and to counts, lest a logarithm or a mean be of nothing."""
 
 
 def contrastive(logits: torch.Tensor) -> torch.Tensor:
@@ -45,3 +47,56 @@ def info_nce(
     """
     logits = scale * image @ text.T
     return contrastive(logits) if similarity is None else soft_contrastive(logits, similarity)
+
+
+def ence(
+    image: torch.Tensor, text: torch.Tensor, similarity: torch.Tensor, scale: float = SCALE
+) -> torch.Tensor:
+    """Return the eNCE of LoRS (Xu et al., ICML 2024), of unit embeddings [n, d] each.
+
+    similarity float [n, n] are the weights of the log-likelihoods, rows for images and columns for
+    captions, as they are; any value is allowed. With the identity it is `info_nce`.
+    """
+    logits = scale * image @ text.T
+    return (F.cross_entropy(logits, similarity) + F.cross_entropy(logits.T, similarity.T)) / 2
+
+
+def wbce(
+    image: torch.Tensor, text: torch.Tensor, similarity: torch.Tensor, scale: float = SCALE
+) -> torch.Tensor:
+    """Return the wBCE of LoRS (Xu et al., ICML 2024), of unit embeddings [n, d] each.
+
+    It is the mean of two means of binary cross-entropies to similarity, float [n, n]: over the
+    entries above 0.5, and over the others. Any value is allowed.
+    """
+    return _balanced(scale * image @ text.T, similarity, (similarity > 0.5).to(similarity))
+
+
+def soft_wbce(
+    image: torch.Tensor, text: torch.Tensor, similarity: torch.Tensor, scale: float = SCALE
+) -> torch.Tensor:
+    """Return `wbce` with weights s and 1 - s in place of a bound that an entry may jump over.
+
+    The weights are those of similarity, float [n, n], cut to 0..1; the targets are not cut.
+    """
+    return _balanced(scale * image @ text.T, similarity, similarity.clamp(0, 1))
+
+
+def _balanced(
+    logits: torch.Tensor, targets: torch.Tensor, matching: torch.Tensor
+) -> torch.Tensor:
+    """Return the mean of two weighted means of binary cross-entropies, all float [n, n].
+
+    `matching` are the weights in the first mean; those in the second complete them to 1.
+    """
+    likely = logits.sigmoid()
+    of_match = targets * (likely + GUARD).log()
+    entropies = -(of_match + (1 - targets) * (1 - likely + GUARD).log())
+    first, second = (
+        (weights * entropies).sum() / (weights.sum() + GUARD) for weights in (matching, 1 - matching)
+    )
+    return (first + second) / 2
+
+
+LOSSES = {"info_nce": info_nce, "ence": ence, "wbce": wbce, "soft_wbce": soft_wbce}
+"""Name -> loss of unit embeddings, image [n, d] and text [n, d], and their `similarity` [n, n]."""
