@@ -892,6 +892,11 @@ class ProtocolConfig(Options, section="protocol"):
     captions_per_image: Literal["one", "all"] = option(
         "one", "one trains on the caption of each image, all on one of its captions per visit"
     )
+    learned: Literal["auto", "off"] = option(
+        "auto",
+        "learned parts of a set: auto takes those that fit the model and the protocol, off its "
+        "pictures and captions alone",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

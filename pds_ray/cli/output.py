@@ -109,6 +109,8 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
             f"{'size':<13} {size['pairs']:,} pairs, {size['bytes']:,} bytes ({parts}), "
             f"{size['pixels']:,} pixels",
         )
+        if learned := size.get("learned_bytes"):
+            say(f"{'learned':<13} {learned:,} bytes of images, text vectors and what goes with them")
     say("", where if finished else f"{'run folder':<13} {run.folder.shown}")
 
 
@@ -222,6 +224,9 @@ def print_evaluation(result: dict[str, Any]) -> None:
     if result["val"]:
         say(f"val       {result['val']['source']}: {result['val']['images']:,} images")
     say(f"protocol  {result['protocol']['name']}")
+    for part in result["backbones"]:
+        if "used" in part:
+            say(f"learned   used with {part['name']}: {', '.join(part['used']) or 'none'}")
     for name in ("test", "val"):
         bad = (result[name] or {}).get("bad", {})
         if bad:

@@ -347,6 +347,7 @@ def _cells(sets: list[Entry], results: dict[str, dict[str, Any]]) -> list[dict[s
             "pixels_per_epoch": _mean(part["pixels_per_epoch"] for part in of_sets),
             **over_sets(of_sets),
             "trials": trials.get(name, sum(trials.values())),
+            **({"used": of_sets[0]["used"]} if "used" in of_sets[0] else {}),
             "set": first.folder,
             **({"sets": folders} if len(sets) > 1 else {}),
         }
