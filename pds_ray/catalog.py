@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pds_ray.backbones.base import BackboneInfo, BackboneModule
     from pds_ray.config import DecodeConfig, EmbedConfig, FilesConfig
     from pds_ray.decoders.base import Decoder, DecoderInfo, DecoderModule
+    from pds_ray.distillers.base import Distiller
     from pds_ray.encoders.base import (
         Encoder,
         EncoderInfo,
@@ -70,6 +71,12 @@ SELECTORS = {  # method -> module with DESCRIPTION and select(candidates, pairs,
     "k_center": "pds_ray.selectors.k_center",
     "forgetting": "pds_ray.selectors.forgetting",
     "clip_score": "pds_ray.selectors.clip_score",
+}
+
+DISTILLERS = {  # method -> module with TRAIN, DEFAULTS, variables(...) and step(...)
+    "bi_trajectory": "pds_ray.distillers.bi_trajectory",
+    "lors": "pds_ray.distillers.lors",
+    "repblend": "pds_ray.distillers.repblend",
 }
 
 METHODS = {  # method -> the Method: its stages in order
@@ -194,6 +201,11 @@ def method(name: str, budget: str = "") -> Method:
     module, _, attribute = _known("method", METHODS, name).partition(":")
     found = getattr(import_module(module), attribute)
     return import_module("pds_ray.methods.budget").on_budget(found) if budget else found
+
+
+def distiller(method: str) -> Distiller:
+    """Return the distiller of a method that learns its set. Raises ConfigError."""
+    return cast("Distiller", import_module(_known("distiller", DISTILLERS, method)))
 
 
 def selector(method: str) -> Selector:

@@ -534,6 +534,80 @@ class ExpertsConfig(Options, section="experts"):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(Options, section="distill"):
+    """Optimisation of a set, for methods that learn its images and text vectors.
+
+    Where a value is 0 or auto, the distiller has its own, which is the published one.
+    """
+
+    init: str = option(
+        "random",
+        "the set that is improved: random, noise, any method, which makes it first, or the folder "
+        "of a finished run",
+        "init",
+    )
+    iterations: int = option(0, "iterations; 0 is the distiller's own number", at_least=0)
+    gradient: Literal["auto", "adjoint", "tesla", "unrolled"] = option(
+        "auto",
+        "gradient through the student's steps: adjoint is exact in little memory, unrolled exact "
+        "in much, tesla as published and biased; auto is adjoint",
+    )
+    steps: int = option(0, "steps of the student per iteration", at_least=0)
+    expert_epochs: int = option(
+        0, "the target is the expert's weights so many epochs after the start", at_least=0
+    )
+    max_start: int = option(
+        0, "the student starts from the expert after 0 to max_start - 1 epochs", at_least=0
+    )
+    independent_starts: bool = option(
+        False, "images and text start from epochs of their own, by how far each branch moves"
+    )
+    smooth: bool = option(
+        False, "experts' weights are put on the line from first to last, by the way gone"
+    )
+    batch_size: int = option(
+        0, "pairs per step of the student; the distiller's own number is cut to the set", at_least=0
+    )
+    sampling: Literal["auto", "fresh", "chunks"] = option(
+        "auto",
+        "fresh draws the pairs of each step anew, chunks takes the parts of a permutation in turn",
+    )
+    image_rate: float = option(0.0, "learning rate of the images", at_least=0)
+    text_rate: float = option(0.0, "learning rate of the text vectors", at_least=0)
+    similarity_rate: float = option(0.0, "learning rate of the similarity", at_least=0)
+    step_rate: float = option(0.0, "learning rate of the student's step sizes", at_least=0)
+    step_size: float = option(0.0, "the student's step sizes at the start", at_least=0)
+    step_floor: float = option(1e-4, "the student's step sizes at least", above=0)
+    momentum: float = option(0.5, "momentum of all that is learned", at_least=0, below=1)
+    loss: Literal["auto", "info_nce", "ence", "wbce", "soft_wbce"] = option(
+        "auto", "loss of the student's steps; info_nce takes no similarity"
+    )
+    similarity: Literal["auto", "identity", "full", "low_rank"] = option(
+        "auto", "what is learned of the similarity of images and text vectors: identity is nothing"
+    )
+    rank: int = option(0, "rank of a similarity of low rank, or of adapters", at_least=0)
+    alpha: float = option(0.0, "weight of the low-rank part of a similarity", at_least=0)
+    mix: bool | None = option(
+        None, "method repblend mixes the features of two pairs each in every step; default true"
+    )
+    merge_branches: bool | None = option(
+        None,
+        "the loss is one ratio over both branches, not the sum of a ratio each; default the "
+        "distiller's own",
+    )
+    dropout: Literal["off", "replay"] = option(
+        "off", "replay drops units in the student's steps, the same ones whenever a step is redone"
+    )
+    anchor: float = option(
+        0.0, "weight of the squared distance of the pixels to those of the start", at_least=0
+    )
+    evaluate_every: int = option(
+        0, "iterations between validations, of which the best is kept; 0 is none", at_least=0
+    )
+    patience: int = option(4, "validations in a row without a better one that end it", above=0)
+
+
 @dataclass(frozen=True)
 class Actors:
     """Size and resources of a pool of actors."""
@@ -712,6 +786,7 @@ class RunConfig(Options):
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     extras: ExtrasConfig = field(default_factory=ExtrasConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from pds_ray import catalog
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PLUGINS = ("sources", "encoders", "decoders", "selectors", "backbones")
+PLUGINS = ("sources", "encoders", "decoders", "selectors", "backbones", "distillers")
 
 # The layers, top first: a module may import from its own folder and from any layer below it.
 # `catalog` names the plug-ins as text and imports them when asked, so it stands below them.
