@@ -134,7 +134,8 @@ class WantedExperts:
 
     def missing(self) -> dict[str, int]:
         """Return the experts that lack epochs, and how many."""
-        lacking = {name: self.config.epochs - self.store.epochs(name) for name in self.names}
+        there = {name: max(0, self.store.epochs(name)) for name in self.names}
+        lacking = {name: self.config.epochs - epochs for name, epochs in there.items()}
         return {name: epochs for name, epochs in lacking.items() if epochs > 0}
 
 
@@ -349,7 +350,7 @@ def needed_bytes(experts: WantedExperts, about: Mapping[str, Any], images: int) 
     snapshot = FLOAT_BYTES * sum(parameters_of(about).values())
     lacking = experts.missing()
     begun = sum(experts.store.epochs(name) >= 0 for name in lacking)
-    snapshots = sum(lacking.values()) + STATES * (len(lacking) - begun)
+    snapshots = sum(lacking.values()) + (1 + STATES) * (len(lacking) - begun)
     of_image = 3 * experts.square.size**2
     if experts.frozen:
         of_image += FLOAT_BYTES * about["width"]
