@@ -32,7 +32,8 @@ from pds_ray.encoders.base import EncoderInfo, TextEncoder, TextEncoderInfo
 from pds_ray.modalities.image import Preprocess
 from pds_ray.sources.base import Sample, Shard, Source
 from pds_ray.stages.trial import BATCH_NORMS, Build, encode, feature_width, read_split
-from pds_ray.store.expert_store import BRANCHES, ExpertStore, expert_name, layout_rows
+from pds_ray.store.expert_store import ExpertStore, expert_name
+from pds_ray.store.flat import Layout, Snapshot
 from pds_ray.store.manifest import fingerprint
 from pds_ray.store.storage import Folder
 from pds_ray.training import loop
@@ -54,7 +55,6 @@ FLOAT_BYTES = 4
 STATES = 2
 """Snapshots that the state of an expert takes at most: its weights, and as many momenta."""
 LONELY = 2  # an image needs another to differ from
-TEXT_HEAD = "text_head."
 
 Tell = Callable[[float], object]
 
@@ -85,9 +85,7 @@ class WantedExperts:
     @property
     def square(self) -> Preprocess:
         """The rule by which images become squares of the training size."""
-        return Preprocess(
-            self.config.image_size or self.backbone.image_size, resize_mode="squash"
-        )
+        return Preprocess(self.config.image_size or self.backbone.image_size, resize_mode="squash")
 
     @property
     def pixels(self) -> Pixels:
@@ -282,30 +280,13 @@ def build_model(
     return model
 
 
-def branches(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """Return the parameters that are trained, by branch and name, in `parameters()` order.
+def take_snapshot(layout: Layout, model: nn.Module) -> Snapshot:
+    """Return a copy of the weights that are trained, float32 on the CPU.
 
-    "image" holds those of backbone and image head, "text" those of the text head. One that modules
-    share is there once.
+    A copy: on a CPU `.detach().cpu()` would be the live weights, and all snapshots the last one.
     """
-    found: dict[str, dict[str, nn.Parameter]] = {branch: {} for branch in BRANCHES}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            found["text" if name.startswith(TEXT_HEAD) else "image"][name] = parameter
-    return found
-
-
-def snapshot_of(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
-    """Return copies of the parameters that are trained, float32 on the CPU, as `branches` has them.
-
-    Copies: on a CPU `.detach().cpu()` would be the live weights, and all snapshots the last one.
-    """
-    return {
-        branch: {
-            name: value.detach().to("cpu", torch.float32, copy=True) for name, value in of.items()
-        }
-        for branch, of in branches(model).items()
-    }
+    flat = layout.flatten(model)
+    return Snapshot(flat.theta.to("cpu", torch.float32), flat.phi.to("cpu", torch.float32))
 
 
 def describe_model(experts: WantedExperts, build: Build) -> dict[str, Any]:
@@ -320,7 +301,7 @@ def describe_model(experts: WantedExperts, build: Build) -> dict[str, Any]:
     return {
         "width": width,
         "text_width": experts.encoder.dim,
-        "layout": layout_rows(branches(model)),
+        "layout": Layout.of(model).to_json(),
     }
 
 
@@ -334,12 +315,9 @@ def require_no_batch_norm(experts: WantedExperts, backbone: nn.Module) -> None:
         )
 
 
-def parameters_of(about: Mapping[str, Any]) -> dict[str, int]:
+def weights_of(about: Mapping[str, Any]) -> dict[str, int]:
     """Return the number of trained weights of each branch, of what `describe_model` returned."""
-    return {
-        branch: sum(math.prod(row["shape"]) for row in about["layout"][branch])
-        for branch in BRANCHES
-    }
+    return dict(zip(("image", "text"), Layout.from_json(about["layout"]).sizes, strict=True))
 
 
 def needed_bytes(experts: WantedExperts, about: Mapping[str, Any], images: int) -> int:
@@ -347,7 +325,7 @@ def needed_bytes(experts: WantedExperts, about: Mapping[str, Any], images: int) 
 
     N experts of M epochs and P weights take N (M + 1) P 4 bytes, and each its state.
     """
-    snapshot = FLOAT_BYTES * sum(parameters_of(about).values())
+    snapshot = FLOAT_BYTES * sum(weights_of(about).values())
     lacking = experts.missing()
     begun = sum(experts.store.epochs(name) >= 0 for name in lacking)
     snapshots = sum(lacking.values()) + (1 + STATES) * (len(lacking) - begun)
@@ -376,19 +354,15 @@ def train_expert(
     Raises ConfigError if the loss or a weight is not finite: the snapshots before that stay.
     """
     name, store = expert_name(number), experts.store
-    trained = branches(model)
-    groups = [
-        {"params": list(trained["image"].values())},
-        {"params": list(trained["text"].values()), "lr": experts.config.text_learning_rate},
-    ]
-    optimizer = make_optimizer(groups, experts.protocol)
+    layout = Layout.of(model)
+    optimizer = _optimizer(experts, model, layout)
     snapshots = _restore(store.state(name), model, optimizer)
 
     def keep(epoch: int, loss: float | None) -> None:
-        weights = snapshot_of(model)
+        snapshot = take_snapshot(layout, model)
         if loss is not None:
-            _require_finite(name, epoch, weights, loss)
-        sha256 = store.save_snapshot(name, epoch, weights)
+            _require_finite(name, epoch, snapshot, loss)
+        sha256 = store.save_snapshot(name, epoch, layout, snapshot)
         snapshots.append({"epoch": epoch, "sha256": sha256, "loss": loss})
         # the state comes before the manifest, and both after the snapshot: what any of them says is
         # there; and the state alone decides where a training goes on
@@ -418,11 +392,15 @@ def _restore(
     return snapshots if snapshots and loop.load_state(state, model, optimizer) else []
 
 
-def _require_finite(
-    name: str, epoch: int, weights: Mapping[str, Mapping[str, torch.Tensor]], loss: float
-) -> None:
-    every = (weight for of in weights.values() for weight in of.values())
-    if not math.isfinite(loss) or not all(weight.isfinite().all() for weight in every):
+def _optimizer(experts: WantedExperts, model: nn.Module, layout: Layout) -> torch.optim.Optimizer:
+    weights, text_rate = dict(model.named_parameters()), experts.config.text_learning_rate
+    image, text = ([weights[e.name] for e in branch] for branch in (layout.image, layout.text))
+    return make_optimizer([{"params": image}, {"params": text, "lr": text_rate}], experts.protocol)
+
+
+def _require_finite(name: str, epoch: int, snapshot: Snapshot, loss: float) -> None:
+    weights = (snapshot.theta, snapshot.phi)
+    if not math.isfinite(loss) or not all(bool(flat.isfinite().all()) for flat in weights):
         raise ConfigError(
             f"expert {name} diverged in epoch {epoch}: its loss or a weight is not finite; lower "
             "--experts.learning_rate or --experts.text_learning_rate, in another --experts.store"
