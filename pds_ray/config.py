@@ -504,9 +504,7 @@ class ExpertsConfig(Options, section="experts"):
         "all experts start from the same random weights, so that weights of several may be merged",
     )
     learning_rate: float = option(0.1, "learning rate of the image branch at the start", above=0)
-    text_learning_rate: float = option(
-        0.1, "learning rate of the text head at the start", above=0
-    )
+    text_learning_rate: float = option(0.1, "learning rate of the text head at the start", above=0)
     momentum: float = option(0.0, "momentum of sgd", at_least=0, below=1)
     weight_decay: float = option(0.0, "weight decay", at_least=0)
     batch_size: int = option(

@@ -55,8 +55,9 @@ class Place:
 def ensure_experts(experts: WantedExperts, limits: RayConfig) -> dict[str, Any]:
     """Make the experts, or epochs of them, that the store lacks; return counts of all.
 
-    Where anything is lacking, it needs a session, and holds the store's lock. Raises UserError in one line for what the user can fix: experts made from anything
-    else, files that are lost, a disk too small, a training that diverged.
+    Where anything is lacking, it needs a session, and holds the store's lock. Raises UserError in
+    one line for what the user can fix: experts made from anything else, files that are lost, a disk
+    too small, a training that diverged.
     """
     began, store = time.monotonic(), experts.store
     store.check(experts.made_from())
@@ -79,7 +80,7 @@ def _counts(experts: WantedExperts) -> dict[str, Any]:
     ready = experts.store.committed(experts.store.data)
     markers = [ready[shard.name] for shard in experts.shards]
     bad: Counter[str] = sum((Counter(marker["bad"]) for marker in markers), Counter())
-    weights = core.parameters_of(about)
+    weights = core.weights_of(about)
     last = [losses[-1] for losses in core.losses(experts)]
     snapshots = len(experts.names) * (experts.config.epochs + 1)
     return {
@@ -131,7 +132,7 @@ def _require_space(experts: WantedExperts, about: dict[str, Any]) -> None:
     images = core.estimate_images(experts.source, experts.shards)
     needed, free = core.needed_bytes(experts, about, images), experts.store.free_bytes()
     if free is not None and needed > free:
-        weights = sum(core.parameters_of(about).values())
+        weights = sum(core.weights_of(about).values())
         raise ConfigError(
             f"{experts.config.count} experts of {experts.config.epochs} epochs and {weights:,} "
             f"weights, and about {images:,} images, need {needed / 2**30:,.2f} GiB more; "
@@ -198,20 +199,8 @@ def _embed(experts: WantedExperts, place: Place) -> None:
     ):
         bar.follow(in_flight.reports())
         if todo:
-            _until_done(partial(place.start, _embed_shards, experts, todo, in_flight))
+            tasks.retried(partial(place.start, _embed_shards, experts, todo, in_flight))
             bar.update(len(todo))
-
-
-def _until_done(start: Callable[[], ray.ObjectRef]) -> None:
-    """Wait for a task, and start it again if it is lost, as often as `RetryBudget` allows."""
-    budget = tasks.RetryBudget()
-    while True:
-        try:
-            ray.get(start())
-            return
-        except tasks.LOST as error:
-            if not budget.spend(error):
-                raise
 
 
 def _embed_shards(experts: WantedExperts, shards: list[str], in_flight: InFlight) -> None:

@@ -14,8 +14,8 @@ from pds_ray.stages.experts import (
     describe_model,
     estimate_images,
     needed_bytes,
-    parameters_of,
     want_experts,
+    weights_of,
 )
 from pds_ray.store.storage import Folder
 
@@ -47,7 +47,7 @@ def forecast(config: RunConfig) -> tuple[WantedExperts, dict[str, int]]:
     images = estimate_images(wanted.source, wanted.shards)
     return wanted, {
         "images": images,
-        "weights": sum(parameters_of(about).values()),
+        "weights": sum(weights_of(about).values()),
         "bytes": needed_bytes(wanted, about, images),
         "epochs": sum(wanted.missing().values()),
     }

@@ -32,11 +32,13 @@ from pds_ray.encoders.base import EncoderInfo, TextEncoder, TextEncoderInfo
 from pds_ray.modalities.image import Preprocess
 from pds_ray.sources.base import Sample, Shard, Source
 from pds_ray.stages.trial import BATCH_NORMS, Build, encode, feature_width, read_split
-from pds_ray.store.expert_store import BRANCHES, ExpertStore, expert_name, layout_rows
+from pds_ray.store.expert_store import ExpertStore, expert_name
+from pds_ray.store.flat import Layout, Snapshot
 from pds_ray.store.manifest import fingerprint
 from pds_ray.store.storage import Folder
 from pds_ray.training import loop
 from pds_ray.training.data import Pixels, TrainingPairs
+from pds_ray.training.lora import adapt
 from pds_ray.training.loop import seed_of
 from pds_ray.training.retrieval import (
     RetrievalTraining,
@@ -54,7 +56,6 @@ FLOAT_BYTES = 4
 STATES = 2
 """Snapshots that the state of an expert takes at most: its weights, and as many momenta."""
 LONELY = 2  # an image needs another to differ from
-TEXT_HEAD = "text_head."
 
 Tell = Callable[[float], object]
 
@@ -85,9 +86,7 @@ class WantedExperts:
     @property
     def square(self) -> Preprocess:
         """The rule by which images become squares of the training size."""
-        return Preprocess(
-            self.config.image_size or self.backbone.image_size, resize_mode="squash"
-        )
+        return Preprocess(self.config.image_size or self.backbone.image_size, resize_mode="squash")
 
     @property
     def pixels(self) -> Pixels:
@@ -193,6 +192,7 @@ def prepare_shard(
         "owner": torch.from_numpy((np.cumsum(kept) - 1)[owner[rows]]),
     }
     counts = {"images": int(kept.sum()), "captions": int(rows.sum()), "bad": bad}
+    experts.store.save_captions(shard.name, [flat[row] for row in np.flatnonzero(rows)])
     experts.store.commit(experts.store.data, shard.name, tensors, counts)
     return counts
 
@@ -214,17 +214,17 @@ def embed_shard(experts: WantedExperts, shard: str, backbone: nn.Module, workers
     experts.store.commit(experts.store.features, shard, {"features": features}, {})
 
 
-def load_pairs(experts: WantedExperts) -> TrainingPairs:
+def load_pairs(experts: WantedExperts, pixels: bool = False) -> TrainingPairs:
     """Return all images, or their features where the backbone is frozen, with their captions.
 
-    Raises ExpertStoreError for a damaged file, and ConfigError if too few images can be used.
+    With `pixels` it is the images in any case. Raises ExpertStoreError for a damaged file, and ConfigError if too few images can be used.
     """
     store, images, text, owners, count = experts.store, [], [], [], 0
     for shard in experts.shards:
         found = store.read(store.data, shard.name)
         if not len(found["images"]):
             continue
-        if experts.frozen:
+        if experts.frozen and not pixels:
             images.append(store.read(store.features, shard.name)["features"])
         else:
             images.append(found["images"])
@@ -273,6 +273,8 @@ def build_model(
 
     `width` is that of the backbone's features; without a backbone the model takes these features.
     """
+    if experts.config.train == "lora" and backbone is not None:
+        adapt(backbone, experts.config.rank, experts.seed)
     start = "all" if experts.config.shared_start else number
     torch.manual_seed(seed_of(experts.seed, "expert heads", start))
     with_head = experts.config.train in ("all", "heads")
@@ -282,30 +284,13 @@ def build_model(
     return model
 
 
-def branches(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """Return the parameters that are trained, by branch and name, in `parameters()` order.
+def take_snapshot(layout: Layout, model: nn.Module) -> Snapshot:
+    """Return a copy of the weights that are trained, float32 on the CPU.
 
-    "image" holds those of backbone and image head, "text" those of the text head. One that modules
-    share is there once.
+    A copy: on a CPU `.detach().cpu()` would be the live weights, and all snapshots the last one.
     """
-    found: dict[str, dict[str, nn.Parameter]] = {branch: {} for branch in BRANCHES}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            found["text" if name.startswith(TEXT_HEAD) else "image"][name] = parameter
-    return found
-
-
-def snapshot_of(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
-    """Return copies of the parameters that are trained, float32 on the CPU, as `branches` has them.
-
-    Copies: on a CPU `.detach().cpu()` would be the live weights, and all snapshots the last one.
-    """
-    return {
-        branch: {
-            name: value.detach().to("cpu", torch.float32, copy=True) for name, value in of.items()
-        }
-        for branch, of in branches(model).items()
-    }
+    flat = layout.flatten(model)
+    return Snapshot(flat.theta.to("cpu", torch.float32), flat.phi.to("cpu", torch.float32))
 
 
 def describe_model(experts: WantedExperts, build: Build) -> dict[str, Any]:
@@ -320,7 +305,7 @@ def describe_model(experts: WantedExperts, build: Build) -> dict[str, Any]:
     return {
         "width": width,
         "text_width": experts.encoder.dim,
-        "layout": layout_rows(branches(model)),
+        "layout": Layout.of(model).to_json(),
     }
 
 
@@ -334,12 +319,9 @@ def require_no_batch_norm(experts: WantedExperts, backbone: nn.Module) -> None:
         )
 
 
-def parameters_of(about: Mapping[str, Any]) -> dict[str, int]:
+def weights_of(about: Mapping[str, Any]) -> dict[str, int]:
     """Return the number of trained weights of each branch, of what `describe_model` returned."""
-    return {
-        branch: sum(math.prod(row["shape"]) for row in about["layout"][branch])
-        for branch in BRANCHES
-    }
+    return dict(zip(("image", "text"), Layout.from_json(about["layout"]).sizes, strict=True))
 
 
 def needed_bytes(experts: WantedExperts, about: Mapping[str, Any], images: int) -> int:
@@ -347,7 +329,7 @@ def needed_bytes(experts: WantedExperts, about: Mapping[str, Any], images: int) 
 
     N experts of M epochs and P weights take N (M + 1) P 4 bytes, and each its state.
     """
-    snapshot = FLOAT_BYTES * sum(parameters_of(about).values())
+    snapshot = FLOAT_BYTES * sum(weights_of(about).values())
     lacking = experts.missing()
     begun = sum(experts.store.epochs(name) >= 0 for name in lacking)
     snapshots = sum(lacking.values()) + (1 + STATES) * (len(lacking) - begun)
@@ -376,19 +358,15 @@ def train_expert(
     Raises ConfigError if the loss or a weight is not finite: the snapshots before that stay.
     """
     name, store = expert_name(number), experts.store
-    trained = branches(model)
-    groups = [
-        {"params": list(trained["image"].values())},
-        {"params": list(trained["text"].values()), "lr": experts.config.text_learning_rate},
-    ]
-    optimizer = make_optimizer(groups, experts.protocol)
+    layout = Layout.of(model)
+    optimizer = _optimizer(experts, model, layout)
     snapshots = _restore(store.state(name), model, optimizer)
 
     def keep(epoch: int, loss: float | None) -> None:
-        weights = snapshot_of(model)
+        snapshot = take_snapshot(layout, model)
         if loss is not None:
-            _require_finite(name, epoch, weights, loss)
-        sha256 = store.save_snapshot(name, epoch, weights)
+            _require_finite(name, epoch, snapshot, loss)
+        sha256 = store.save_snapshot(name, epoch, layout, snapshot)
         snapshots.append({"epoch": epoch, "sha256": sha256, "loss": loss})
         # the state comes before the manifest, and both after the snapshot: what any of them says is
         # there; and the state alone decides where a training goes on
@@ -418,11 +396,15 @@ def _restore(
     return snapshots if snapshots and loop.load_state(state, model, optimizer) else []
 
 
-def _require_finite(
-    name: str, epoch: int, weights: Mapping[str, Mapping[str, torch.Tensor]], loss: float
-) -> None:
-    every = (weight for of in weights.values() for weight in of.values())
-    if not math.isfinite(loss) or not all(weight.isfinite().all() for weight in every):
+def _optimizer(experts: WantedExperts, model: nn.Module, layout: Layout) -> torch.optim.Optimizer:
+    weights, text_rate = dict(model.named_parameters()), experts.config.text_learning_rate
+    image, text = ([weights[e.name] for e in branch] for branch in (layout.image, layout.text))
+    return make_optimizer([{"params": image}, {"params": text, "lr": text_rate}], experts.protocol)
+
+
+def _require_finite(name: str, epoch: int, snapshot: Snapshot, loss: float) -> None:
+    weights = (snapshot.theta, snapshot.phi)
+    if not math.isfinite(loss) or not all(bool(flat.isfinite().all()) for flat in weights):
         raise ConfigError(
             f"expert {name} diverged in epoch {epoch}: its loss or a weight is not finite; lower "
             "--experts.learning_rate or --experts.text_learning_rate, in another --experts.store"

@@ -147,7 +147,7 @@ def real_batches(
 
     @cache
     def pairs() -> TrainingPairs:
-        return of_experts.load_images(experts)
+        return of_experts.load_pairs(experts, pixels=True)
 
     def draw(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         of = pairs()

@@ -5,6 +5,8 @@ manifest.json
     vectors; the layout of both branches, for each of their tensors name, shape and offset
 data/S.safetensors: images (u8 [n, 3, side, side]), text (f32 [m, t]), owner (i64 [m])
     images of shard S at training size, the vectors of their captions, and the image of each caption
+data/S.parquet: caption (str)
+    the captions of shard S, in the order of their vectors
 data/S.json
     commit marker, written last: SHA-256 of the file, images, captions, bad samples by reason
 features/S.safetensors: features (f32 [n, f]), and features/S.json
@@ -26,22 +28,21 @@ import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
 
 from pds_ray.errors import UserError, first_line
+from pds_ray.store.flat import Layout, Snapshot
 from pds_ray.store.storage import Folder, is_remote
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 MANIFEST, STATE = "manifest.json", "state.safetensors"
-SUFFIX, MARKER = ".safetensors", ".json"
-BRANCHES = ("image", "text")
-
-Rows = list[dict[str, Any]]
-"""Name, shape and offset of each tensor of a branch, in order."""
-Branches = Mapping[str, Mapping[str, "Tensor"]]
-"""Branch -> name -> tensor, in the order of the layout."""
+SUFFIX, MARKER, CAPTIONS = ".safetensors", ".json", ".parquet"
+CAPTION_SCHEMA = pa.schema([("caption", pa.string())])
 
 
 class ExpertStoreError(UserError, ValueError):
@@ -56,18 +57,6 @@ def expert_name(number: int) -> str:
 def snapshot_name(epoch: int) -> str:
     """Return the file name of the snapshot after an epoch, below its expert."""
     return f"{epoch:03d}{SUFFIX}"
-
-
-def layout_rows(branches: Branches) -> dict[str, Rows]:
-    """Return name, shape and offset of each tensor of each branch, in order."""
-    found: dict[str, Rows] = {}
-    for branch, tensors in branches.items():
-        offset, rows = 0, []
-        for name, tensor in tensors.items():
-            rows.append({"name": name, "shape": list(tensor.shape), "offset": offset})
-            offset += tensor.numel()
-        found[branch] = rows
-    return found
 
 
 @dataclass(frozen=True)
@@ -131,8 +120,6 @@ class ExpertStore:
     @staticmethod
     def commit(place: Folder, shard: str, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
         """Write the tensors of a shard to `data` or `features`, then the marker, with `info`."""
-        from safetensors.torch import save
-
         content = save({name: value.contiguous() for name, value in tensors.items()})
         place.write_bytes(shard + SUFFIX, content)
         marker = {**info, "sha256": hashlib.sha256(content).hexdigest()}
@@ -154,6 +141,14 @@ class ExpertStore:
         advice = f"delete {place.shown}; the same command makes it again"
         return _verified(place, shard + SUFFIX, sha256, advice)
 
+    def save_captions(self, shard: str, captions: list[str]) -> None:
+        """Write the captions of a shard, before it is committed."""
+        self.data.write_table(shard + CAPTIONS, pa.table({"caption": captions}, CAPTION_SCHEMA))
+
+    def captions(self, shard: str) -> list[str]:
+        """Return the captions of a shard, in the order of their vectors."""
+        return self.data.read_table(shard + CAPTIONS).column("caption").to_pylist()
+
     # ---- experts
 
     def snapshots(self, name: str) -> list[dict[str, Any]]:
@@ -165,12 +160,9 @@ class ExpertStore:
         """Return the epochs of which an expert has snapshots; -1 if it has none at all."""
         return len(self.snapshots(name)) - 1
 
-    def save_snapshot(self, name: str, epoch: int, branches: Branches) -> str:
+    def save_snapshot(self, name: str, epoch: int, layout: Layout, snapshot: Snapshot) -> str:
         """Write a snapshot, which does not count yet; return its SHA-256."""
-        from safetensors.torch import save
-
-        flat = {f"{b}/{key}": value for b, of in branches.items() for key, value in of.items()}
-        content = save(flat)
+        content = save({name: part.clone() for name, part in _named(layout, snapshot).items()})
         self.expert(name).write_bytes(snapshot_name(epoch), content)
         return hashlib.sha256(content).hexdigest()
 
@@ -178,13 +170,16 @@ class ExpertStore:
         """Write epoch, SHA-256 and loss of the snapshots of an expert that count."""
         self.expert(name).write_json(MANIFEST, {"snapshots": list(snapshots)})
 
-    def snapshot(self, name: str, epoch: int) -> dict[str, dict[str, Tensor]]:
-        """Return the weights of an expert after an epoch, by branch, in the order of the layout.
+    def layout(self) -> Layout:
+        """Return which part of the flat vectors of a snapshot is which tensor."""
+        return Layout.from_json(self.about()["layout"])
 
-        Raises ExpertStoreError in one line if they are not there, damaged, or of other shapes.
+    def snapshot(self, name: str, epoch: int, layout: Layout) -> Snapshot:
+        """Return the weights of an expert after an epoch, float32.
+
+        Raises ExpertStoreError in one line if they are not there, damaged, or of another layout.
         """
-        place, file = self.expert(name), snapshot_name(epoch)
-        known = self.snapshots(name)
+        place, file, known = self.expert(name), snapshot_name(epoch), self.snapshots(name)
         if epoch >= len(known):
             raise ExpertStoreError(
                 f"expert {name} in {self.folder.shown} has no snapshot of epoch {epoch}; "
@@ -192,16 +187,16 @@ class ExpertStore:
             )
         advice = f"delete {place.shown}; the same command trains the expert again"
         tensors = _verified(place, file, known[epoch]["sha256"], advice)
-        layout = self.about()["layout"]
-        wanted = {f"{b}/{row['name']}": row["shape"] for b in BRANCHES for row in layout[b]}
-        if {key: list(value.shape) for key, value in tensors.items()} != wanted:
+        flat = Snapshot(*map(torch.empty, layout.sizes))
+        views = _named(layout, flat)
+        if {key: t.shape for key, t in tensors.items()} != {k: v.shape for k, v in views.items()}:
             raise ExpertStoreError(
                 f"{place.full(file)} has tensors of other names or shapes than the manifest says; "
                 + advice
             )
-        return {
-            b: {row["name"]: tensors[f"{b}/{row['name']}"] for row in layout[b]} for b in BRANCHES
-        }
+        for key, view in views.items():
+            view.copy_(tensors[key])
+        return flat
 
     def save_state(self, name: str, state: bytes) -> None:
         self.expert(name).write_bytes(STATE, state)
@@ -230,10 +225,43 @@ class ExpertStore:
                 )
 
 
+@dataclass(frozen=True)
+class StoredExperts:
+    """Experts of a store: the first `count` of them, up to an epoch. Opened by `open_experts`."""
+
+    store: ExpertStore
+    count: int
+    epochs: int
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the experts, in order."""
+        return list(map(expert_name, range(self.count)))
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The tensors of the flat vectors."""
+        return self.store.layout()
+
+    def snapshot(self, expert: str, epoch: int) -> Snapshot:
+        """Return the weights of one expert after some epochs. Raises ExpertStoreError."""
+        return self.store.snapshot(expert, epoch, self.layout)
+
+
+def open_experts(store: ExpertStore, count: int, epochs: int) -> StoredExperts:
+    """Return experts of a store that is complete. Raises what `ExpertStore.require` raises."""
+    store.require(count, epochs)
+    return StoredExperts(store, count, epochs)
+
+
+def _named(layout: Layout, snapshot: Snapshot) -> dict[str, Tensor]:
+    """Return BRANCH/NAME -> view of a snapshot's flat vectors."""
+    pairs = (("image", layout.image, snapshot.theta), ("text", layout.text, snapshot.phi))
+    return {f"{b}/{e.name}": e.view(flat) for b, entries, flat in pairs for e in entries}
+
+
 def _verified(place: Folder, name: str, sha256: str, advice: str) -> dict[str, Tensor]:
     """Return the tensors of a file. Raises ExpertStoreError if it is gone or of another hash."""
-    from safetensors.torch import load
-
     try:
         content = place.read_bytes(name)
     except FileNotFoundError as error:

@@ -1,50 +1,82 @@
-"""Experts in memory: weights that wander from a model's own."""
+"""Experts of a few hundred weights on a few scenes, with a text encoder made up."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from pds_ray.store.flat import Layout, Snapshot
-from pds_ray.training.loop import generator
+from pds_ray.backbones.base import BackboneInfo
+from pds_ray.config import ExpertsConfig, ReadConfig
+from pds_ray.encoders.base import TextEncoderInfo
+from pds_ray.sources.scenes import ScenesSource
+from pds_ray.stages import experts as core
+from pds_ray.stages.experts import WantedExperts
+from pds_ray.store.expert_store import ExpertStore
+from pds_ray.store.storage import Folder
+from pds_ray.training.workers import Workers
+from tests.support.tiny_training import FEATURES, PIXELS, SIDE, TEXT_WIDTH, TinyBackbone
+
+BRIEF = ExpertsConfig(count=2, epochs=3, batch_size=8, momentum=0.9)
 
 
-@dataclass(frozen=True)
-class ListedExperts:
-    """Experts as lists of snapshots, by name."""
+class MadeUpEncoder:
+    """Captions to vectors that a hash of the text gives."""
 
-    layout: Layout
-    snapshots: dict[str, list[Snapshot]]
+    dim = TEXT_WIDTH
 
-    @property
-    def names(self) -> Sequence[str]:
-        return list(self.snapshots)
+    def encode_captions(self, captions: list[str]) -> np.ndarray:
+        def vector(caption: str) -> np.ndarray:
+            seed = int.from_bytes(hashlib.sha256(caption.encode()).digest()[:4], "big")
+            return np.random.default_rng(seed).normal(size=self.dim)
 
-    @property
-    def epochs(self) -> int:
-        return len(next(iter(self.snapshots.values()))) - 1
-
-    def snapshot(self, expert: str, epoch: int) -> Snapshot:
-        return self.snapshots[expert][epoch]
+        return np.stack(list(map(vector, captions))).astype(np.float32)
 
 
-def wandering(model: nn.Module, count: int = 2, epochs: int = 3, step: float = 0.05):
-    """Return experts that start from the model's weights and take random steps, all a bit alike."""
-    layout = Layout.of(model)
-    start = layout.flatten(model)
+def wanted(path: Path, source: str = "scenes:20:0:0:8", **changes: Any) -> WantedExperts:
+    """Return experts of the tiny backbone on the shards of a source, stored at `path`."""
+    scenes = ScenesSource(source)
+    return WantedExperts(
+        source=scenes,
+        shards=scenes.shards(),
+        read=ReadConfig(),
+        config=replace(BRIEF, **changes),
+        seed=3,
+        backbone=BackboneInfo("tiny", "tiny 1", SIDE, PIXELS.mean, PIXELS.std, pretrained=False),
+        encoder=TextEncoderInfo("made-up", TEXT_WIDTH, "made-up", "made-up 1", ()),
+        store=ExpertStore(Folder(str(path))),
+    )
 
-    def walk(expert: str) -> list[Snapshot]:
-        snapshots = [start]
-        for epoch in range(epochs):
-            moved = []
-            for branch, flat in (("theta", snapshots[-1].theta), ("phi", snapshots[-1].phi)):
-                own = torch.randn(flat.shape, generator=generator(expert, epoch, branch))
-                common = torch.randn(flat.shape, generator=generator("all", epoch, branch))
-                moved.append(flat + step * (own + common).to(flat))
-            snapshots.append(Snapshot(*moved))
-        return snapshots
 
-    return ListedExperts(layout, {name: walk(name) for name in map(str, range(count))})
+def build(_info: BackboneInfo, _image_size: int) -> nn.Module:
+    return TinyBackbone()
+
+
+def begin(experts: WantedExperts) -> None:
+    """Write the manifest, and prepare all shards, one after the other."""
+    experts.store.begin(experts.made_from(), core.describe_model(experts, build))
+    backbone = core.build_backbone(experts, 0, build)
+    for shard in experts.shards:
+        core.prepare_shard(experts, shard, MadeUpEncoder)
+        if experts.frozen:
+            core.embed_shard(experts, shard.name, backbone, Workers())
+
+
+def train(experts: WantedExperts, number: int, tell: core.Tell = lambda _: None) -> None:
+    """Train one expert in this process."""
+    torch.set_num_threads(1)
+    backbone = None if experts.frozen else core.build_backbone(experts, number, build)
+    model = core.build_model(experts, number, backbone, FEATURES)
+    core.train_expert(experts, number, model, core.load_pairs(experts), Workers(), tell)
+
+
+def files(experts: WantedExperts, name: str) -> dict[str, bytes]:
+    """Return the snapshots and the manifest of an expert."""
+    folder = Path(experts.store.expert(name).path)
+    names = (path for path in folder.iterdir() if path.name != "state.safetensors")
+    return {path.name: path.read_bytes() for path in sorted(names)}

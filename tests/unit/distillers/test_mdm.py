@@ -13,7 +13,7 @@ from pds_ray.distillers.variables import Start, Variables
 from pds_ray.store.flat import Layout, Snapshot
 from pds_ray.training.loop import generator, seed_of
 from pds_ray.training.two_towers import ResidualHead
-from tests.support.tiny_experts import ListedExperts, wandering
+from tests.support.listed_experts import ListedExperts, wandering
 from tests.support.tiny_training import SIDE, TEXT_WIDTH, make_model
 
 PAIRS, REAL = 6, 16
