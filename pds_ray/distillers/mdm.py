@@ -12,8 +12,6 @@ merged from two epochs of one expert (our choice).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch.func import functional_call
 from torch.nn.utils import clip_grad_norm_
@@ -21,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from pds_ray.config import DistillConfig
 from pds_ray.distillers.base import Experts, Problem, Step
 from pds_ray.distillers.energy import energy, features
-from pds_ray.distillers.merging import merge
+from pds_ray.distillers.merging import merged
 from pds_ray.distillers.variables import Start, Variables
 from pds_ray.store.flat import Snapshot
 from pds_ray.training.loop import generator, seed_of
@@ -51,12 +49,14 @@ def step(problem: Problem, variables: Variables, iteration: int) -> Step:
     """
     assert problem.real is not None
     draw = generator(problem.seed, "mdm", iteration)
-    weights = teacher(problem, draw, seed_of(problem.seed, "mdm head", iteration))
-    model = problem.model.eval()
+    drawn_weights = teacher(problem, draw, seed_of(problem.seed, "mdm head", iteration))
+    images, text, model = variables.images, variables.text, problem.model.eval()
+    weights = {name: value.to(images) for name, value in drawn_weights.items()}
     with torch.no_grad():
-        real = functional_call(model, weights, problem.real(draw))
-    rows = torch.randperm(len(variables.images), generator=draw)[: problem.config.batch_size]
-    learned = functional_call(model, weights, (variables.images[rows], variables.text[rows]))
+        pairs = tuple(part.to(images) for part in problem.real(draw))
+        real = functional_call(model, weights, pairs)
+    rows = torch.randperm(len(images), generator=draw)[: problem.config.batch_size]
+    learned = functional_call(model, weights, (images[rows], text[rows]))
     losses = {"info_nce": info_nce(*learned)}
     names = ("agreement", "discrepancy")
     for name, made, found in zip(names, features(*learned), features(*real), strict=True):
@@ -64,7 +64,7 @@ def step(problem: Problem, variables: Variables, iteration: int) -> Step:
     losses = {"loss": torch.stack(list(losses.values())).sum(), **losses}
     variables.zero_grad()
     losses["loss"].backward()
-    clip_grad_norm_([variables.images, variables.text], LONGEST)
+    clip_grad_norm_([images, text], LONGEST)
     return Step({name: value.item() for name, value in losses.items()})
 
 
@@ -78,9 +78,8 @@ def teacher(problem: Problem, draw: torch.Generator, head_seed: int) -> dict[str
     layout = problem.experts.layout
     start, first, second = drawn(problem.experts, draw)
     references = layout.views(start.theta, head_like(problem, start, head_seed))
-    pair = [layout.views(one.theta, one.phi) for one in (first, second)]
-    tensors: list[Sequence[torch.Tensor]] = [list(one.values()) for one in (references, *pair)]
-    return dict(zip(references, merge(*tensors, ALPHA), strict=True))
+    one, other = (layout.views(expert.theta, expert.phi) for expert in (first, second))
+    return {n: merged(value, one[n], other[n], ALPHA) for n, value in references.items()}
 
 
 def drawn(experts: Experts, draw: torch.Generator) -> tuple[Snapshot, Snapshot, Snapshot]:
