@@ -12,6 +12,8 @@ merged from two epochs of one expert (our choice).
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch.func import functional_call
 from torch.nn.utils import clip_grad_norm_
@@ -26,13 +28,14 @@ from pds_ray.training.loop import generator, seed_of
 from pds_ray.training.losses import info_nce
 from pds_ray.training.two_towers import ResidualHead
 
-TRAIN = "all"
+TRAIN: Literal["all", "heads", "lora"] = "all"
 DEFAULTS = {"iterations": 200, "batch_size": 64, "image_rate": 100.0, "text_rate": 100.0}
 """Published for 100 pairs of Flickr30K; the best sets came after 50 to 200 iterations."""
 ALPHA = 0.5
 """The share of the experts' common way that a teacher goes from the start, as published."""
 WEIGHT = 0.8
 """The weight of either energy, as published."""
+Embedded = tuple[torch.Tensor, torch.Tensor]
 LONGEST = 1.0
 """The length to which the gradient of images and text together is cut, as published."""
 
@@ -47,25 +50,32 @@ def step(problem: Problem, variables: Variables, iteration: int) -> Step:
 
     The losses are `loss`, and its parts `info_nce`, `agreement` and `discrepancy`.
     """
-    assert problem.real is not None
     draw = generator(problem.seed, "mdm", iteration)
-    drawn_weights = teacher(problem, draw, seed_of(problem.seed, "mdm head", iteration))
-    images, text, model = variables.images, variables.text, problem.model.eval()
-    weights = {name: value.to(images) for name, value in drawn_weights.items()}
-    with torch.no_grad():
-        pairs = tuple(part.to(images) for part in problem.real(draw))
-        real = functional_call(model, weights, pairs)
+    merged_weights = teacher(problem, draw, seed_of(problem.seed, "mdm head", iteration))
+    images, text = variables.images, variables.text
+    weights = {name: value.to(images) for name, value in merged_weights.items()}
+    assert problem.real is not None
+    real = tuple(part.to(images) for part in problem.real(draw))
     rows = torch.randperm(len(images), generator=draw)[: problem.config.batch_size]
-    learned = functional_call(model, weights, (images[rows], text[rows]))
-    losses = {"info_nce": info_nce(*learned)}
-    names = ("agreement", "discrepancy")
-    for name, made, found in zip(names, features(*learned), features(*real), strict=True):
-        losses[name] = WEIGHT * energy(made, found)
-    losses = {"loss": torch.stack(list(losses.values())).sum(), **losses}
+    model = problem.model.eval()
+    with torch.no_grad():
+        found = functional_call(model, weights, real)
+    parts = losses(functional_call(model, weights, (images[rows], text[rows])), found)
+    loss = torch.stack(list(parts.values())).sum()
     variables.zero_grad()
-    losses["loss"].backward()
+    loss.backward()
     clip_grad_norm_([images, text], LONGEST)
-    return Step({name: value.item() for name, value in losses.items()})
+    return Step({name: value.item() for name, value in {"loss": loss, **parts}.items()})
+
+
+def losses(learned: Embedded, real: Embedded) -> dict[str, torch.Tensor]:
+    """Return the parts of the loss of unit embeddings: image and text [n, d], and [m, d]."""
+    agreement, discrepancy = zip(features(*learned), features(*real), strict=True)
+    return {
+        "info_nce": info_nce(*learned),
+        "agreement": WEIGHT * energy(*agreement),
+        "discrepancy": WEIGHT * energy(*discrepancy),
+    }
 
 
 def teacher(problem: Problem, draw: torch.Generator, head_seed: int) -> dict[str, torch.Tensor]:

@@ -96,11 +96,17 @@ def test_gradients_are_those_of_finite_differences(gradient):
         assert abs(slope) > 1e-7, name
 
 
-def test_the_ratios_fall_as_the_set_is_learned():
-    problem = make_problem(image_rate=1.0, text_rate=1.0, step_rate=0.01)
+def test_the_student_comes_near_the_expert_as_the_set_is_learned():
+    """Both ratios are about 1 at first: the student hardly moves, or past its target."""
+    rates = {"image_rate": 10.0, "text_rate": 10.0, "step_rate": 1e-3}
+    problem = make_problem(max_start=1, step_size=0.05, **rates)
     variables = make_variables(problem)
-    totals = run(problem, variables, variables.optimizer(problem.config), range(24))
-    assert sum(totals[-6:]) < 0.9 * sum(totals[:6])
+    before = lora_matching.step(problem, variables, 0).losses
+    run(problem, variables, variables.optimizer(problem.config), range(15))
+    after = lora_matching.step(problem, variables, 0).losses
+    assert min(before.values()) > 0.9
+    assert after["image"] < 0.3
+    assert after["text"] < 0.6
 
 
 def test_the_base_stays_and_gets_no_gradient():
