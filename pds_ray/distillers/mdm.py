@@ -35,9 +35,10 @@ ALPHA = 0.5
 """The share of the experts' common way that a teacher goes from the start, as published."""
 WEIGHT = 0.8
 """The weight of either energy, as published."""
-Embedded = tuple[torch.Tensor, torch.Tensor]
 LONGEST = 1.0
 """The length to which the gradient of images and text together is cut, as published."""
+Embedded = tuple[torch.Tensor, torch.Tensor]
+"""Unit embeddings of images and text vectors, [n, d] each."""
 
 
 def variables(start: Start, config: DistillConfig, seed: int) -> Variables:  # noqa: ARG001
@@ -69,7 +70,7 @@ def step(problem: Problem, variables: Variables, iteration: int) -> Step:
 
 
 def losses(learned: Embedded, real: Embedded) -> dict[str, torch.Tensor]:
-    """Return the parts of the loss of unit embeddings: image and text [n, d], and [m, d]."""
+    """Return the parts of the loss of n learned and m real pairs, scalars."""
     agreement, discrepancy = zip(features(*learned), features(*real), strict=True)
     return {
         "info_nce": info_nce(*learned),
