@@ -24,7 +24,7 @@ to the set and the step sizes can be had in three ways:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,9 @@ It must be a function of them: whatever it draws comes from generators seeded wi
 `adjoint` and `tesla` compute each step twice.
 """
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A tensor of the image branch and the same of the text branch."""
+
 NO_DISTANCE = 1e-12
 """An expert that moved by less, squared, is no target."""
 
@@ -47,13 +50,11 @@ NO_DISTANCE = 1e-12
 class Matched:
     """The loss of one iteration and its gradients."""
 
-    image: torch.Tensor
-    """The ratio |theta_T - theta*|^2 / |theta_0 - theta*|^2, scalar."""
-    text: torch.Tensor
-    """The same of the text branch."""
+    ratios: Pair
+    """|theta_T - theta*|^2 / |theta_0 - theta*|^2, and the same of the text branch; scalars."""
     gradients: list[torch.Tensor]
     """With respect to each learned tensor."""
-    step_gradients: tuple[torch.Tensor, torch.Tensor]
+    step_gradients: Pair
     """With respect to b_v and b_l."""
 
 
@@ -61,127 +62,130 @@ class Matched:
 class _Goal:
     """The target, and the distances that the remaining ones are divided by."""
 
-    target: tuple[torch.Tensor, torch.Tensor]
-    own: tuple[torch.Tensor, torch.Tensor]
+    target: Pair
+    own: Pair
     """The squared distances from start to target of each branch."""
     merge: bool
 
     @property
-    def divisors(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def divisors(self) -> Pair:
         """The divisors in L: a branch's own distance, or the sum of both where they are merged."""
         both = self.own[0] + self.own[1]
         return (both, both) if self.merge else self.own
 
-    def left(self, point: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [(x - y).square().sum() for x, y in zip(point, self.target, strict=True)]
+    def left(self, point: Pair) -> Pair:
+        """Return the squared distances that remain."""
+        return _pair((x - y).square().sum() for x, y in zip(point, self.target, strict=True))
 
-    def ratios(self, point: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [n.detach() / d for n, d in zip(self.left(point), self.own, strict=True)]
+    def ratios(self, point: Pair) -> Pair:
+        """Return the remaining share of each branch's distance, without a graph."""
+        return _pair(n.detach() / d for n, d in zip(self.left(point), self.own, strict=True))
 
-    def loss(self, point: Sequence[torch.Tensor]) -> torch.Tensor:
-        parts = [n / d for n, d in zip(self.left(point), self.divisors, strict=True)]
-        return parts[0] + parts[1]
+    def loss(self, point: Pair) -> torch.Tensor:
+        """Return L of the last point of the student."""
+        image, text = (n / d for n, d in zip(self.left(point), self.divisors, strict=True))
+        return image + text
+
+    def pull(self, point: Pair) -> Pair:
+        """Return the gradient of L with respect to the last point: lambda and mu."""
+        parts = zip(point, self.target, self.divisors, strict=True)
+        return _pair(2 * (x - y) / d for x, y, d in parts)
 
 
 def match(
     loss: Loss,
     learned: Sequence[torch.Tensor],
-    steps: tuple[torch.Tensor, torch.Tensor],
+    steps: Pair,
     start: Snapshot,
     target: Snapshot,
     count: int,
     gradient: str,
     merge: bool = False,
 ) -> Matched:
-    """Return loss and gradients of `count` steps of the student.
+    """Return the ratios and gradients of `count` steps of the student.
 
     `loss` closes over the `learned` tensors; `steps` are b_v and b_l, scalars; `gradient` is
-    unrolled, adjoint or tesla. With `merge` L is one ratio, of the sums over both branches. Raises DistillError if the expert does not move.
+    unrolled, adjoint or tesla. With `merge` L is one ratio, of the sums over both branches.
+
+    Raises DistillError if the expert does not move from start to target.
     """
     goal = _goal(start, target, merge)
     point = (start.theta.detach(), start.phi.detach())
-    # fused kernels of attention have no second derivative
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH):  # fused kernels of attention have no second derivative
         if gradient == "unrolled":
             return _unrolled(loss, learned, steps, point, goal, count)
         return _walked_back(loss, learned, steps, point, goal, count, exact=gradient == "adjoint")
 
 
 def _goal(start: Snapshot, target: Snapshot, merge: bool) -> _Goal:
-    own = [(start.theta - target.theta).square().sum(), (start.phi - target.phi).square().sum()]
+    ends = ((start.theta, target.theta), (start.phi, target.phi))
+    own = _pair((x - y).square().sum() for x, y in ends)
     for distance, branch in zip(own, ("image", "text"), strict=True):
         if distance < NO_DISTANCE:
             raise DistillError(
                 f"the {branch} branch of an expert does not move from start to target; train "
                 "experts at a higher rate, or give --distill.expert-epochs a larger number"
             )
-    return _Goal((target.theta, target.phi), (own[0], own[1]), merge)
+    return _Goal((target.theta, target.phi), own, merge)
 
 
 def _unrolled(
-    loss: Loss,
-    learned: Sequence[torch.Tensor],
-    steps: tuple[torch.Tensor, torch.Tensor],
-    point: tuple[torch.Tensor, torch.Tensor],
-    goal: _Goal,
-    count: int,
+    loss: Loss, learned: Sequence[torch.Tensor], steps: Pair, point: Pair, goal: _Goal, count: int
 ) -> Matched:
-    theta, phi = (x.requires_grad_() for x in (point[0].clone(), point[1].clone()))
+    """Return the gradient through the graph of all steps."""
+    here = _pair(x.clone().requires_grad_() for x in point)
     for step in range(count):
-        g_v, g_l = torch.autograd.grad(loss(theta, phi, step), (theta, phi), create_graph=True)
-        theta, phi = theta - steps[0] * g_v, phi - steps[1] * g_l
-    *gradients, on_v, on_l = _gradients(goal.loss((theta, phi)), [*learned, *steps])
-    return Matched(*goal.ratios((theta, phi)), gradients, (on_v, on_l))
+        pushes = torch.autograd.grad(loss(*here, step), here, create_graph=True)
+        here = _pair(x - b * g for x, b, g in zip(here, steps, pushes, strict=True))
+    *gradients, on_v, on_l = _gradients(goal.loss(here), [*learned, *steps])
+    return Matched(goal.ratios(here), gradients, (on_v, on_l))
 
 
 def _walked_back(
     loss: Loss,
     learned: Sequence[torch.Tensor],
-    steps: tuple[torch.Tensor, torch.Tensor],
-    point: tuple[torch.Tensor, torch.Tensor],
+    steps: Pair,
+    point: Pair,
     goal: _Goal,
     count: int,
     exact: bool,
 ) -> Matched:
-    """Return the result of `adjoint` (exact) or of `tesla`."""
+    """Return the gradient of `adjoint` (exact) or of `tesla`."""
     points = _walk(loss, steps, point, count)
-    pull = [
-        2 * (x - y) / d for x, y, d in zip(points[-1], goal.target, goal.divisors, strict=True)
-    ]  # lambda and mu
+    pull = goal.pull(points[-1])
     gradients = [torch.zeros_like(x) for x in learned]
-    on_steps = [torch.zeros_like(x) for x in steps]
+    on_steps = _pair(torch.zeros_like(b) for b in steps)
     for step in reversed(range(count)):
-        here = [x.requires_grad_() for x in points[step]]
-        pushes = torch.autograd.grad(loss(here[0], here[1], step), here, create_graph=True)
-        along = [(way * push).sum() for way, push in zip(pull, pushes, strict=True)]
+        here = _pair(x.requires_grad_() for x in points[step])
+        pushes = torch.autograd.grad(loss(*here, step), here, create_graph=True)
+        along = _pair((way * g).sum() for way, g in zip(pull, pushes, strict=True))
         h = steps[0].detach() * along[0] + steps[1].detach() * along[1]
-        *on_learned, on_theta, on_phi = _gradients(h, [*learned, *here])
-        gradients = [total - part for total, part in zip(gradients, on_learned, strict=True)]
-        on_steps = [total - part.detach() for total, part in zip(on_steps, along, strict=True)]
+        on_learned = _gradients(h, [*learned, *here] if exact else learned)
         if exact:
-            pull = [pull[0] - on_theta, pull[1] - on_phi]
-    if not exact:  # as published: whatever the loss, a step size has the ratio of its own branch
-        scales = [d / own for d, own in zip(goal.divisors, goal.own, strict=True)]
-        on_steps = [total * scale for total, scale in zip(on_steps, scales, strict=True)]
-    return Matched(*goal.ratios(points[-1]), gradients, (on_steps[0], on_steps[1]))
+            *on_learned, on_theta, on_phi = on_learned
+            pull = (pull[0] - on_theta, pull[1] - on_phi)
+        gradients = [total - part for total, part in zip(gradients, on_learned, strict=True)]
+        on_steps = _pair(t - part.detach() for t, part in zip(on_steps, along, strict=True))
+    if not exact:  # as published: the loss of a step size is the ratio of its own branch
+        scales = zip(on_steps, goal.divisors, goal.own, strict=True)
+        on_steps = _pair(total * divisor / own for total, divisor, own in scales)
+    return Matched(goal.ratios(points[-1]), gradients, on_steps)
 
 
-def _walk(
-    loss: Loss,
-    steps: tuple[torch.Tensor, torch.Tensor],
-    point: tuple[torch.Tensor, torch.Tensor],
-    count: int,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _walk(loss: Loss, steps: Pair, point: Pair, count: int) -> list[Pair]:
     """Return the points of the student, start and end among them, without a graph."""
     points = [point]
     for step in range(count):
-        theta, phi = (x.detach().requires_grad_() for x in points[-1])
-        pushes = torch.autograd.grad(loss(theta, phi, step), (theta, phi))
-        moved = [
-            x.detach() - b.detach() * g for x, b, g in zip((theta, phi), steps, pushes, strict=True)
-        ]
-        points.append((moved[0], moved[1]))
+        here = _pair(x.detach().requires_grad_() for x in points[-1])
+        pushes = torch.autograd.grad(loss(*here, step), here)
+        moves = zip(here, steps, pushes, strict=True)
+        points.append(_pair((x - b * g).detach() for x, b, g in moves))
     return points
+
+
+def _pair(tensors: Iterable[torch.Tensor]) -> Pair:
+    image, text = tensors
+    return image, text
 
 
 def _gradients(value: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -64,7 +64,8 @@ def match_trajectories(
     for tensor, gradient in zip(learned, matched.gradients, strict=True):
         tensor.grad = gradient
     variables.step_sizes.grad = torch.stack(matched.step_gradients)
-    return Step({"image": float(matched.image), "text": float(matched.text)})
+    image, text = matched.ratios
+    return Step({"image": float(image), "text": float(text)})
 
 
 def student_loss(

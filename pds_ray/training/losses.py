@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 SCALE = 1 / 0.07
 """The inverse temperature of the published evaluations (docs/methods.md, Model and loss)."""
 POSITIVE, TINY = 0.5, 1e-6
-"""Of LoRS: a similarity above it is a positive; added to what is divided by or has its log taken."""
+"""Of LoRS: similarity above which an entry is a positive; addend to divisors and within logs."""
 
 
 def contrastive(logits: torch.Tensor) -> torch.Tensor:
