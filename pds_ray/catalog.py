@@ -78,6 +78,7 @@ DISTILLERS = {  # method -> module with TRAIN, DEFAULTS, variables(...) and step
     "bi_trajectory": "pds_ray.distillers.bi_trajectory",
     "lors": "pds_ray.distillers.lors",
     "repblend": "pds_ray.distillers.repblend",
+    "lora_matching": "pds_ray.distillers.lora_matching",
     "mdm": "pds_ray.distillers.mdm",
 }
 

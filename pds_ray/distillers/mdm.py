@@ -12,7 +12,7 @@ merged from two epochs of one expert (our choice).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch.func import functional_call
@@ -21,14 +21,14 @@ from torch.nn.utils import clip_grad_norm_
 from pds_ray.config import DistillConfig
 from pds_ray.distillers.base import Experts, Problem, Step
 from pds_ray.distillers.energy import energy, features
-from pds_ray.distillers.merging import merge
+from pds_ray.distillers.merging import merged
 from pds_ray.distillers.variables import Start, Variables
 from pds_ray.store.flat import Snapshot
 from pds_ray.training.loop import generator, seed_of
 from pds_ray.training.losses import info_nce
 from pds_ray.training.two_towers import ResidualHead
 
-TRAIN = "all"
+TRAIN: Literal["all", "heads", "lora"] = "all"
 DEFAULTS = {"iterations": 200, "batch_size": 64, "image_rate": 100.0, "text_rate": 100.0}
 """Published for 100 pairs of Flickr30K; the best sets came after 50 to 200 iterations."""
 ALPHA = 0.5
@@ -37,6 +37,8 @@ WEIGHT = 0.8
 """The weight of either energy, as published."""
 LONGEST = 1.0
 """The length to which the gradient of images and text together is cut, as published."""
+Embedded = tuple[torch.Tensor, torch.Tensor]
+"""Unit embeddings of images and text vectors, [n, d] each."""
 
 
 def variables(start: Start, config: DistillConfig, seed: int) -> Variables:  # noqa: ARG001
@@ -49,23 +51,32 @@ def step(problem: Problem, variables: Variables, iteration: int) -> Step:
 
     The losses are `loss`, and its parts `info_nce`, `agreement` and `discrepancy`.
     """
-    assert problem.real is not None
     draw = generator(problem.seed, "mdm", iteration)
-    weights = teacher(problem, draw, seed_of(problem.seed, "mdm head", iteration))
+    merged_weights = teacher(problem, draw, seed_of(problem.seed, "mdm head", iteration))
+    images, text = variables.images, variables.text
+    weights = {name: value.to(images) for name, value in merged_weights.items()}
+    assert problem.real is not None
+    real = tuple(part.to(images) for part in problem.real(draw))
+    rows = torch.randperm(len(images), generator=draw)[: problem.config.batch_size]
     model = problem.model.eval()
     with torch.no_grad():
-        real = functional_call(model, weights, problem.real(draw))
-    rows = torch.randperm(len(variables.images), generator=draw)[: problem.config.batch_size]
-    learned = functional_call(model, weights, (variables.images[rows], variables.text[rows]))
-    losses = {"info_nce": info_nce(*learned)}
-    names = ("agreement", "discrepancy")
-    for name, made, found in zip(names, features(*learned), features(*real), strict=True):
-        losses[name] = WEIGHT * energy(made, found)
-    losses = {"loss": torch.stack(list(losses.values())).sum(), **losses}
+        found = functional_call(model, weights, real)
+    parts = losses(functional_call(model, weights, (images[rows], text[rows])), found)
+    loss = torch.stack(list(parts.values())).sum()
     variables.zero_grad()
-    losses["loss"].backward()
-    clip_grad_norm_([variables.images, variables.text], LONGEST)
-    return Step({name: value.item() for name, value in losses.items()})
+    loss.backward()
+    clip_grad_norm_([images, text], LONGEST)
+    return Step({name: value.item() for name, value in {"loss": loss, **parts}.items()})
+
+
+def losses(learned: Embedded, real: Embedded) -> dict[str, torch.Tensor]:
+    """Return the parts of the loss of n learned and m real pairs, scalars."""
+    agreement, discrepancy = zip(features(*learned), features(*real), strict=True)
+    return {
+        "info_nce": info_nce(*learned),
+        "agreement": WEIGHT * energy(*agreement),
+        "discrepancy": WEIGHT * energy(*discrepancy),
+    }
 
 
 def teacher(problem: Problem, draw: torch.Generator, head_seed: int) -> dict[str, torch.Tensor]:
@@ -78,9 +89,8 @@ def teacher(problem: Problem, draw: torch.Generator, head_seed: int) -> dict[str
     layout = problem.experts.layout
     start, first, second = drawn(problem.experts, draw)
     references = layout.views(start.theta, head_like(problem, start, head_seed))
-    pair = [layout.views(one.theta, one.phi) for one in (first, second)]
-    tensors: list[Sequence[torch.Tensor]] = [list(one.values()) for one in (references, *pair)]
-    return dict(zip(references, merge(*tensors, ALPHA), strict=True))
+    one, other = (layout.views(expert.theta, expert.phi) for expert in (first, second))
+    return {n: merged(value, one[n], other[n], ALPHA) for n, value in references.items()}
 
 
 def drawn(experts: Experts, draw: torch.Generator) -> tuple[Snapshot, Snapshot, Snapshot]:

@@ -10,27 +10,15 @@ t is 1 where the experts agree and 0 where they have nothing in common.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
 
-def merge(
-    references: Sequence[torch.Tensor],
-    first: Sequence[torch.Tensor],
-    second: Sequence[torch.Tensor],
-    alpha: float,
-) -> list[torch.Tensor]:
-    """Return the merged tensors of a model, each of its own shape, without a graph.
-
-    The three sequences name the same tensors in the same order.
-    """
-    with torch.no_grad():
-        return [
-            reference + alpha * agreement(one - reference, other - reference)
-            for reference, one, other in zip(references, first, second, strict=True)
-        ]
+def merged(
+    reference: torch.Tensor, first: torch.Tensor, second: torch.Tensor, alpha: float
+) -> torch.Tensor:
+    """Return one merged tensor of a model, of the shape of the three."""
+    return reference + alpha * agreement(first - reference, second - reference)
 
 
 def agreement(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

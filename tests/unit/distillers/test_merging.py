@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pds_ray.distillers.merging import merge
+from pds_ray.distillers.merging import merged
 from pds_ray.training.loop import generator
 
 SHAPES = [(4, 3), (5,), (2, 3, 2)]
@@ -15,6 +15,16 @@ SHAPES = [(4, 3), (5,), (2, 3, 2)]
 def tensors(part: str) -> list[torch.Tensor]:
     draw = generator("merging", part)
     return [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in SHAPES]
+
+
+def merge(
+    references: list[torch.Tensor],
+    first: list[torch.Tensor],
+    second: list[torch.Tensor],
+    alpha: float,
+) -> list[torch.Tensor]:
+    triples = zip(references, first, second, strict=True)
+    return [merged(*triple, alpha) for triple in triples]
 
 
 def close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
