@@ -14,7 +14,7 @@ from pds_ray.distillers.base import Problem, Snapshot, Step, Variables
 from pds_ray.distillers.matching import Loss, match
 from pds_ray.distillers.similarity import Similarity
 from pds_ray.training.loop import generator
-from pds_ray.training.losses import LOSSES
+from pds_ray.training.losses import SCALE, SOFT_LOSSES
 from pds_ray.training.two_towers import TwoTowers, dropout_masks
 
 Weights = dict[str, torch.Tensor]
@@ -83,9 +83,8 @@ def student_loss(
             masks = dropout_masks(len(rows), model.width, draw).to(images)
         weights = layout.views(theta, phi)
         embedded = student(model, weights, images[rows], text[rows], masks, draw)
-        targets = {} if config.loss == "info_nce" else {"similarity": similarity(rows)}
-        value: torch.Tensor = LOSSES[config.loss](*embedded, **targets)
-        return value
+        logits = SCALE * embedded[0] @ embedded[1].T
+        return SOFT_LOSSES[config.loss](logits, similarity(rows))
 
     return loss
 
