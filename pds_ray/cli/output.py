@@ -83,7 +83,9 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
             f"{size['pixels']:,} pixels",
         )
         if learned := size.get("learned_bytes"):
-            say(f"{'learned':<13} {learned:,} bytes of images, text vectors and what goes with them")
+            say(
+                f"{'learned':<13} {learned:,} bytes of images, text vectors and what goes with them"
+            )
     say("", where if finished else f"{'run folder':<13} {run.folder.shown}")
 
 

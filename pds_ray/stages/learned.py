@@ -38,6 +38,9 @@ class Use:
     """The normalisation of the images."""
 
 
+NOTHING_LEARNED = Use()
+
+
 def obstacles(
     learned: Learned, protocol: ProtocolConfig, backbone: BackboneInfo, text_encoder: str
 ) -> dict[str, str]:
@@ -72,7 +75,7 @@ def use(
 ) -> Use:
     """Return the learned parts that a trial uses: those that nothing stands against."""
     if learned is None or protocol.learned == "off":
-        return Use()
+        return NOTHING_LEARNED
     about = learned.about
     against = obstacles(learned, protocol, backbone, text_encoder)
     parts = tuple(part for part, reason in against.items() if not reason)

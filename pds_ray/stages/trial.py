@@ -32,7 +32,7 @@ from pds_ray.sources.base import (
     SourceError,
     read_shard,
 )
-from pds_ray.stages.learned import Use
+from pds_ray.stages.learned import NOTHING_LEARNED, Use
 from pds_ray.store.distilled_set import DistilledSet
 from pds_ray.training import loop
 from pds_ray.training.data import Gallery, Pixels, TrainingPairs
@@ -129,7 +129,7 @@ class Trial:
     protocol: ProtocolConfig
     text: TextInput
     pairs: int
-    use: Use = Use()
+    use: Use = NOTHING_LEARNED
     """The learned parts of the set that it trains on."""
 
     @property
@@ -403,7 +403,7 @@ def train_model(
 def _optimizer(
     model: TwoTowers, protocol: ProtocolConfig, rates: tuple[float, float] | None
 ) -> torch.optim.Optimizer:
-    """Return the protocol's optimizer, with learned `rates` of both branches where there are any."""
+    """Return the protocol's optimizer, with learned `rates` of the branches where there are any."""
     if rates is None:
         return make_optimizer(model.parameters(), protocol)
     branches = zip(model.branches(), rates, strict=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
@@ -82,9 +84,7 @@ def soft_wbce(
     return _balanced(scale * image @ text.T, similarity, similarity.clamp(0, 1))
 
 
-def _balanced(
-    logits: torch.Tensor, targets: torch.Tensor, matching: torch.Tensor
-) -> torch.Tensor:
+def _balanced(logits: torch.Tensor, targets: torch.Tensor, matching: torch.Tensor) -> torch.Tensor:
     """Return the mean of two weighted means of binary cross-entropies, all float [n, n].
 
     `matching` are the weights in the first mean; those in the second complete them to 1.
@@ -93,10 +93,16 @@ def _balanced(
     of_match = targets * (likely + GUARD).log()
     entropies = -(of_match + (1 - targets) * (1 - likely + GUARD).log())
     first, second = (
-        (weights * entropies).sum() / (weights.sum() + GUARD) for weights in (matching, 1 - matching)
+        (weights * entropies).sum() / (weights.sum() + GUARD)
+        for weights in (matching, 1 - matching)
     )
     return (first + second) / 2
 
 
-LOSSES = {"info_nce": info_nce, "ence": ence, "wbce": wbce, "soft_wbce": soft_wbce}
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {
+    "info_nce": info_nce,
+    "ence": ence,
+    "wbce": wbce,
+    "soft_wbce": soft_wbce,
+}
 """Name -> loss of unit embeddings, image [n, d] and text [n, d], and their `similarity` [n, n]."""

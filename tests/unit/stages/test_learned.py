@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,6 @@ from tests.support.hand_made_set import (
 from tests.support.tiny_training import (
     PIXELS,
     SIDE,
-    TEXT_WIDTH,
     equal,
     make_data,
     make_model,
@@ -189,7 +189,6 @@ def test_images_of_another_normalisation() -> None:
     torch.testing.assert_close(found, PIXELS(pairs.images), atol=1e-5, rtol=1e-5)
     same = other(pairs.images)
     assert PIXELS.of(same, PIXELS) is same
-    assert TEXT_WIDTH == pairs.text.shape[1]
 
 
 # --- keys and notes
@@ -252,9 +251,7 @@ def test_nearest_captions_are_those_of_a_loop_over_all(
     vectors[30:] = vectors[:10]
     queries = rng.normal(size=(7, 5)).astype(np.float32)
     cuts = [0, 3, 3, 25, 38, 40]
-    shards = [
-        (captions[a:b], vectors[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)
-    ]
+    shards = [(captions[a:b], vectors[a:b]) for a, b in pairwise(cuts)]
     table = nearest_captions(queries, shards, 4)
     for row, query in zip(table.to_pylist(), queries, strict=True):
         cosines = {
