@@ -530,7 +530,7 @@ class DistillConfig(Options, section="distill"):
     rank: int = option(0, "rank of a similarity of low rank, or of adapters", at_least=0)
     alpha: float = option(0.0, "weight of the low-rank part of a similarity", at_least=0)
     mix: bool | None = option(
-        None, "mix the features of two pairs each in every step; default the distiller's own"
+        None, "method repblend mixes the features of two pairs each in every step; default true"
     )
     merge_branches: bool | None = option(
         None,

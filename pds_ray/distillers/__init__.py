@@ -1,1 +1,1 @@
-"""Distillers: they learn pixels and text vectors. A new one: one file, one line in catalog.DISTILLERS."""
+"""Distillers learn pixels and text vectors. New: one file, one line in catalog.DISTILLERS."""

@@ -14,14 +14,15 @@ from typing import Any, Literal, Protocol
 import torch
 
 from pds_ray.config import DistillConfig
+from pds_ray.distillers.smoothing import Smoothed, ranges
 from pds_ray.distillers.variables import Start, Variables
-from pds_ray.errors import UserError
+from pds_ray.errors import ConfigError, UserError
 from pds_ray.store.flat import Layout, Snapshot
 from pds_ray.training.two_towers import TwoTowers
 
 __all__ = [
-    "Distiller",
     "DistillError",
+    "Distiller",
     "Experts",
     "Layout",
     "Problem",
@@ -29,6 +30,7 @@ __all__ = [
     "Start",
     "Step",
     "Variables",
+    "prepared",
     "settled",
 ]
 
@@ -68,10 +70,12 @@ class Problem:
     """The student; its trained tensors are those of the experts."""
     experts: Experts
     config: DistillConfig
-    """Settled: no value is 0 or auto where the distiller has its own."""
+    """As given; `prepared` puts the distiller's own values in the place of 0 and auto."""
     seed: int
     real: Callable[[torch.Generator], tuple[torch.Tensor, torch.Tensor]] | None = None
     """Draws a batch of real pairs: images float32 [b, 3, S, S], normalised, and text [b, t]."""
+    starts: tuple[int, int] = (1, 1)
+    """The student starts from an expert after fewer epochs than these, image and text branch."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,29 @@ def settled(config: DistillConfig, defaults: Mapping[str, Any]) -> DistillConfig
     """Return the options with the distiller's own value where one is 0, auto or not given."""
     own = {name: value for name, value in defaults.items() if _is_open(getattr(config, name))}
     return replace(config, **own)
+
+
+def prepared(problem: Problem, defaults: Mapping[str, Any]) -> Problem:
+    """Return the problem with options settled, experts smoothed if asked for, and starts.
+
+    The model is set to evaluate: dropout is drawn by the methods themselves, or not at all. Raises
+    ConfigError if the experts were trained for too few epochs.
+    """
+    config, experts = settled(problem.config, defaults), problem.experts
+    needed = config.max_start - 1 + config.expert_epochs
+    if needed > experts.epochs:
+        raise ConfigError(
+            f"the experts have {experts.epochs} epochs, and starts and targets reach to epoch "
+            f"{needed}; give --distill.max-start or --distill.expert-epochs a smaller number, or "
+            "train the experts for longer"
+        )
+    problem.model.eval()
+    if config.smooth:
+        experts = Smoothed(experts)
+    starts = (config.max_start, config.max_start)
+    if config.independent_starts:
+        starts = ranges(experts, config.max_start, config.expert_epochs)
+    return replace(problem, config=config, experts=experts, starts=starts)
 
 
 def _is_open(value: object) -> bool:

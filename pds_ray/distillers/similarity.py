@@ -73,9 +73,9 @@ def make_similarity(
 
 
 def _low_rank(matrix: torch.Tensor, rank: int, alpha: float, seed: int) -> LowRank:
-    """Return a matrix of the form that is near: factors of what is off the diagonal, if anything is.
+    """Return a similarity near a matrix: its diagonal, and the rest cut to the largest factors.
 
-    Of nothing, L is drawn from N(0, 1) and R is zero, as published: R is the first to move.
+    Where there is no rest, L is drawn from N(0, 1) and R is zero, as published: R moves first.
     """
     diagonal = matrix.diagonal()
     rest = matrix - torch.diag(diagonal)

@@ -36,7 +36,7 @@ from pds_ray.stages.learned import NOTHING_LEARNED, Use
 from pds_ray.store.distilled_set import DistilledSet
 from pds_ray.training import loop
 from pds_ray.training.data import Gallery, Pixels, TrainingPairs
-from pds_ray.training.losses import LOSSES
+from pds_ray.training.losses import training_loss
 from pds_ray.training.recall import RECALLS
 from pds_ray.training.retrieval import (
     RetrievalTraining,
@@ -392,7 +392,7 @@ def train_model(
             update_best(progress, epoch, protocol.select, data, measure)
             report(progress, save)
 
-    loss = LOSSES[trial.use.loss]
+    loss = training_loss(trial.use.loss)
     training = RetrievalTraining(data.pairs, pixels, protocol, trial.seed, workers, loss)
     epochs = range(progress.epochs_done, protocol.epochs)
     train_two_towers(model, optimizer, training, epochs, after_epoch, trained)

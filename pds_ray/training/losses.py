@@ -9,8 +9,8 @@ from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
 SCALE = 1 / 0.07
 """The inverse temperature of the published evaluations (docs/methods.md, Model and loss)."""
-GUARD = 1e-6
-"""What LoRS adds to likelihoods and to counts, lest a logarithm or a mean be of nothing."""
+POSITIVE, TINY = 0.5, 1e-6
+"""Of LoRS: similarity above which an entry is a positive; addend to divisors and within logs."""
 
 
 def contrastive(logits: torch.Tensor) -> torch.Tensor:
@@ -37,6 +37,52 @@ def soft_contrastive(logits: torch.Tensor, similarity: torch.Tensor) -> torch.Te
     return (of_images + of_captions) / 2
 
 
+def ence(logits: torch.Tensor, similarity: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy to a learned similarity, as a mean of both directions.
+
+    logits and similarity float [n, n]; LoRS calls it eNCE (ICML 2024). Unlike in
+    `soft_contrastive` the targets are not scaled and may be negative. With the identity it is
+    `contrastive`.
+    """
+    of_images = -(similarity * logits.log_softmax(1)).sum(1).mean()
+    of_captions = -(similarity * logits.log_softmax(0)).sum(0).mean()
+    return (of_images + of_captions) / 2
+
+
+def wbce(logits: torch.Tensor, similarity: torch.Tensor) -> torch.Tensor:
+    """Return the binary cross-entropy, positives and negatives weighted alike, as LoRS does.
+
+    logits and similarity float [n, n]. A similarity above 0.5 is a positive: an entry that crosses
+    0.5 jumps from one mean to the other. With the identity it is not `contrastive`.
+    """
+    return _weighted_bce(logits, similarity, (similarity > POSITIVE).to(logits))
+
+
+def soft_wbce(logits: torch.Tensor, similarity: torch.Tensor) -> torch.Tensor:
+    """Return `wbce` without its jump: an entry counts by its similarity, cut to 0 to 1."""
+    return _weighted_bce(logits, similarity, similarity.clamp(0, 1))
+
+
+def _weighted_bce(
+    logits: torch.Tensor, similarity: torch.Tensor, positive: torch.Tensor
+) -> torch.Tensor:
+    """Return the mean of two means: over what is positive, and over the rest."""
+    chance = logits.sigmoid()
+    yes, no = (chance + TINY).log(), (1 - chance + TINY).log()
+    entropy = -similarity * yes - (1 - similarity) * no
+    parts = [(entropy * part).sum() / (part.sum() + TINY) for part in (positive, 1 - positive)]
+    return (parts[0] + parts[1]) / 2
+
+
+SOFT_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "info_nce": lambda logits, _similarity: contrastive(logits),
+    "ence": ence,
+    "wbce": wbce,
+    "soft_wbce": soft_wbce,
+}
+"""Name -> loss of logits [n, n] and a learned similarity [n, n]; info_nce takes no notice of it."""
+
+
 def info_nce(
     image: torch.Tensor,
     text: torch.Tensor,
@@ -51,58 +97,13 @@ def info_nce(
     return contrastive(logits) if similarity is None else soft_contrastive(logits, similarity)
 
 
-def ence(
-    image: torch.Tensor, text: torch.Tensor, similarity: torch.Tensor, scale: float = SCALE
-) -> torch.Tensor:
-    """Return the eNCE of LoRS (Xu et al., ICML 2024), of unit embeddings [n, d] each.
+def training_loss(name: str) -> Callable[..., torch.Tensor]:
+    """Return a loss of SOFT_LOSSES as a function of unit embeddings, image and text [n, d] each.
 
-    similarity float [n, n] are the weights of the log-likelihoods, rows for images and columns for
-    captions, as they are; any value is allowed. With the identity it is `info_nce`.
+    Their `similarity` [n, n] is its third argument; info_nce is the function of that name.
     """
-    logits = scale * image @ text.T
-    return (F.cross_entropy(logits, similarity) + F.cross_entropy(logits.T, similarity.T)) / 2
 
+    def loss(image: torch.Tensor, text: torch.Tensor, similarity: torch.Tensor) -> torch.Tensor:
+        return SOFT_LOSSES[name](SCALE * image @ text.T, similarity)
 
-def wbce(
-    image: torch.Tensor, text: torch.Tensor, similarity: torch.Tensor, scale: float = SCALE
-) -> torch.Tensor:
-    """Return the wBCE of LoRS (Xu et al., ICML 2024), of unit embeddings [n, d] each.
-
-    It is the mean of two means of binary cross-entropies to similarity, float [n, n]: over the
-    entries above 0.5, and over the others. Any value is allowed.
-    """
-    return _balanced(scale * image @ text.T, similarity, (similarity > 0.5).to(similarity))
-
-
-def soft_wbce(
-    image: torch.Tensor, text: torch.Tensor, similarity: torch.Tensor, scale: float = SCALE
-) -> torch.Tensor:
-    """Return `wbce` with weights s and 1 - s in place of a bound that an entry may jump over.
-
-    The weights are those of similarity, float [n, n], cut to 0..1; the targets are not cut.
-    """
-    return _balanced(scale * image @ text.T, similarity, similarity.clamp(0, 1))
-
-
-def _balanced(logits: torch.Tensor, targets: torch.Tensor, matching: torch.Tensor) -> torch.Tensor:
-    """Return the mean of two weighted means of binary cross-entropies, all float [n, n].
-
-    `matching` are the weights in the first mean; those in the second complete them to 1.
-    """
-    likely = logits.sigmoid()
-    of_match = targets * (likely + GUARD).log()
-    entropies = -(of_match + (1 - targets) * (1 - likely + GUARD).log())
-    first, second = (
-        (weights * entropies).sum() / (weights.sum() + GUARD)
-        for weights in (matching, 1 - matching)
-    )
-    return (first + second) / 2
-
-
-LOSSES: dict[str, Callable[..., torch.Tensor]] = {
-    "info_nce": info_nce,
-    "ence": ence,
-    "wbce": wbce,
-    "soft_wbce": soft_wbce,
-}
-"""Name -> loss of unit embeddings, image [n, d] and text [n, d], and their `similarity` [n, n]."""
+    return info_nce if name == "info_nce" else loss

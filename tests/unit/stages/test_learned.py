@@ -18,7 +18,7 @@ from pds_ray.stages.learned import Use, nearest_captions, obstacles, use
 from pds_ray.stages.trial import Candidate, TextInput, Trial, TrialData, train_model
 from pds_ray.store.learned import Learned, unpack
 from pds_ray.training.data import Pixels
-from pds_ray.training.losses import LOSSES
+from pds_ray.training.losses import SOFT_LOSSES
 from pds_ray.training.workers import Workers
 from tests.support.hand_made_set import (
     backbone,
@@ -134,12 +134,12 @@ def test_a_step_has_the_targets_of_its_own_pairs() -> None:
     seen: list[torch.Tensor] = []
     how = Use(("similarity",), "wbce")
 
-    def by_hand(image: torch.Tensor, text: torch.Tensor, similarity: torch.Tensor) -> torch.Tensor:
+    def by_hand(logits: torch.Tensor, similarity: torch.Tensor) -> torch.Tensor:
         seen.append(similarity)
-        likely = torch.sigmoid(image @ text.T / 0.07)
+        likely = torch.sigmoid(logits)
         losses = {True: [], False: []}
-        for i in range(len(image)):
-            for j in range(len(text)):
+        for i in range(len(logits)):
+            for j in range(len(logits)):
                 s, p = similarity[i, j], likely[i, j]
                 entropy = -s * torch.log(p + 1e-6) - (1 - s) * torch.log(1 - p + 1e-6)
                 losses[bool(s > 0.5)].append(entropy)
@@ -148,7 +148,7 @@ def test_a_step_has_the_targets_of_its_own_pairs() -> None:
     data = TrialData(replace(pairs, similarity=targets), None, test)
     _, end = trained(data, how, config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(LOSSES, "wbce", by_hand)
+        patch.setitem(SOFT_LOSSES, "wbce", by_hand)
         _, expected = trained(data, how, config)
     assert [len(block) for block in seen] == [7, 7, 6]
     values = {round(v, 6) for v in targets.flatten().tolist()}

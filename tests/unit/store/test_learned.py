@@ -151,5 +151,5 @@ def test_an_export_keeps_learned_parts(tmp_path: Path, tensors: dict, format: st
 
 
 def test_a_set_names_the_losses_that_there_are() -> None:
-    assert {*LOSSES} == {*losses.LOSSES}
+    assert {*LOSSES} == {*losses.SOFT_LOSSES}
     assert LearnedFor.__dataclass_fields__["loss"].default in LOSSES

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pds_ray.training.losses import contrastive, ence, info_nce, soft_contrastive, soft_wbce, wbce
+from pds_ray.training.losses import contrastive, ence, info_nce, soft_contrastive, training_loss
 
 
 @given(st.integers(1, 7), st.integers(1, 5), st.integers(0, 2**31))
@@ -71,8 +71,8 @@ def test_ence_takes_similarity_as_it_is():
     for table, weights in ((logits, targets.numpy()), (logits.T, targets.numpy().T)):
         for row, of_row in zip(table, weights, strict=True):
             total -= sum(of_row * (row - math.log(np.exp(row).sum())))
-    assert ence(image, text, targets).item() == pytest.approx(total / 10, rel=1e-9)
-    hard = ence(image, text, torch.eye(5, dtype=torch.float64))
+    assert ence(image @ text.T / 0.07, targets).item() == pytest.approx(total / 10, rel=1e-9)
+    hard = ence(image @ text.T / 0.07, torch.eye(5, dtype=torch.float64))
     assert hard.item() == pytest.approx(info_nce(image, text).item(), rel=1e-12)
 
 
@@ -89,5 +89,5 @@ def test_wbce_is_the_mean_of_two_means(soft):
                 sums[side] += weight * entropy
                 counts[side] += weight
     expected = sum(a / b for a, b in zip(sums, counts, strict=True)) / 2
-    found = (soft_wbce if soft else wbce)(image, text, targets)
+    found = training_loss("soft_wbce" if soft else "wbce")(image, text, targets)
     assert found.item() == pytest.approx(expected, rel=1e-9)
