@@ -53,8 +53,8 @@ def obstacles(
     found = dict.fromkeys(learned.parts, "")
     if side != about.image_size:
         found["images"] = f"it takes {side} pixels, they have {about.image_size}"
-    if protocol.text != "captions" or protocol.captions_per_image != "one":
-        found["text"] = "the protocol names other text"
+    if protocol.captions_per_image != "one":
+        found["text"] = "the protocol takes all captions of an image"
     elif text_encoder != about.text_encoder_identity:
         found["text"] = f"they are vectors of {about.text_encoder}"
     if protocol.targets == "soft":

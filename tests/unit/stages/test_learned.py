@@ -65,7 +65,7 @@ ALL = {"images", "text", "similarity", "steps"}
         ({"steps"}, {}, {"image_size": 64}, other_backbone(image_size=32), ENCODER),
         ({"images"}, {}, {"image_size": 32}, backbone(), ENCODER),
         ({"text"}, {}, {}, backbone(), "another"),
-        ({"text"}, {}, {"text": "prototypes"}, backbone(), ENCODER),
+        (set(), {}, {"text": "prototypes"}, backbone(), ENCODER),
         ({"text"}, {}, {"captions_per_image": "all"}, backbone(), ENCODER),
         ({"similarity"}, {}, {"targets": "soft"}, backbone(), ENCODER),
         ({"similarity"}, {"loss": "info_nce"}, {}, backbone(), ENCODER),
