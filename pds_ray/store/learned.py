@@ -205,8 +205,9 @@ class LearningFiles:
         try:
             return unpack(self.folder.read_bytes(name))
         except LearnedError as error:
+            place = self.folder.full(name)
             raise LearnedError(
-                f"{self.folder.full(name)} is damaged: {error}; pds-ray verify RUN --repair mends it"
+                f"{place} is damaged: {error}; pds-ray verify RUN --repair mends it"
             ) from error
 
     def save_history(self, history: pa.Table) -> None:

@@ -86,7 +86,11 @@ DAMAGE = {
     "float64": ({"similarity": np.eye(PAIRS)}, {}, "learned similarity are no float32"),
     "small similarity": ({"similarity": np.eye(2, dtype=np.float32)}, {}, "learned similarity"),
     "one number": ({"text": np.array(1.0, np.float32)}, {}, "learned text are no float32"),
-    "no images": ({"images": np.array(1.0, np.float32)}, {}, "learned images are no float32"),
+    "flat images": (
+        {"images": np.zeros((1, 1, SIDE), np.float32)},
+        {},
+        "learned images are no float32",
+    ),
     "a mean of NaN": ({}, {"mean": [1, 1, np.nan]}, "cannot be read, or does not say"),
     "NaN": ({"text": np.full((PAIRS, 4), np.nan, np.float32)}, {}, "values that are not finite"),
     "one step": ({"step_sizes": np.ones(1, np.float32)}, {}, "learned step_sizes are no float32"),
