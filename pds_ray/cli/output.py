@@ -11,7 +11,15 @@ from pds_ray.config import RunConfig, public
 from pds_ray.engine.upkeep import Problem
 from pds_ray.errors import printable, without_secrets
 from pds_ray.methods.base import Run, Stage
-from pds_ray.store.evaluation_folder import AVERAGE, COMPARISON, RECALL_TITLES, TABLE, frontier
+from pds_ray.store.evaluation_folder import (
+    AVERAGE,
+    COMPARISON,
+    RECALL_TITLES,
+    TABLE,
+    frontier,
+    used_by_evaluations,
+    used_parts,
+)
 from pds_ray.store.manifest import rate
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
@@ -110,7 +118,9 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
             f"{size['pixels']:,} pixels",
         )
         if learned := size.get("learned_bytes"):
-            say(f"{'learned':<13} {learned:,} bytes of images, text vectors and what goes with them")
+            say(f"{'learned':<13} {learned:,} bytes of float images, text vectors and the like")
+            for used in used_by_evaluations(run.folder):
+                say(f"{'':<13} used {used}")
     say("", where if finished else f"{'run folder':<13} {run.folder.shown}")
 
 
@@ -224,9 +234,8 @@ def print_evaluation(result: dict[str, Any]) -> None:
     if result["val"]:
         say(f"val       {result['val']['source']}: {result['val']['images']:,} images")
     say(f"protocol  {result['protocol']['name']}")
-    for part in result["backbones"]:
-        if "used" in part:
-            say(f"learned   used with {part['name']}: {', '.join(part['used']) or 'none'}")
+    for used in used_parts(result["backbones"]):
+        say(f"learned   parts used with {used}")
     for name in ("test", "val"):
         bad = (result[name] or {}).get("bad", {})
         if bad:
@@ -254,6 +263,8 @@ def print_comparison(out: str, table: dict[str, Any]) -> None:
         say(f"sets      {table['set_seeds']} per row; deviations: over models / over sets")
     for note in table["notes"]:
         say(f"note      {note}")
+    for used in used_parts(table["cells"]):
+        say(f"learned   parts used by {used}")
     cells = [cell for cell in table["cells"] if cell["backbone"] == AVERAGE]
     # stable: methods stay in their order
     cells.sort(key=lambda cell: cell.get("budget") or cell["pairs"])

@@ -117,7 +117,9 @@ class Loader:
             "text": inputs.text.get(label),
             "similarity": inputs.similarity.get(label),
         }
-        references |= {part: inputs.learned[label, part] for part in use.parts if part in references}
+        references |= {
+            part: inputs.learned[label, part] for part in use.parts if part in references
+        }
         found = {name: _tensor(tasks.fetch(ref)) for name, ref in references.items() if ref}
         if use.pixels:
             found["images"] = core.pixels_of(trial).of(found["images"], use.pixels)

@@ -379,8 +379,6 @@ def _unused(checked: CheckedSet, trials: list[Trial]) -> list[str]:
     return [
         f"learned {part} not used with {name}: {reason}"
         for name, backbone in backbones.items()
-        for part, reason in obstacles(
-            learned, protocol, backbone, checked.encoder.identity
-        ).items()
+        for part, reason in obstacles(learned, protocol, backbone, checked.encoder.identity).items()
         if reason
     ]

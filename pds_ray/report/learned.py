@@ -1,4 +1,4 @@
-"""What an optimisation did to a set: images before and after, ratios of its branches, similarity."""
+"""An optimisation for a report: images before and after, ratios of its branches, similarity."""
 
 from __future__ import annotations
 

@@ -38,6 +38,9 @@ class Use:
     """The normalisation of the images."""
 
 
+NOTHING_LEARNED = Use()
+
+
 def obstacles(
     learned: Learned, protocol: ProtocolConfig, backbone: BackboneInfo, text_encoder: str
 ) -> dict[str, str]:
@@ -50,8 +53,8 @@ def obstacles(
     found = dict.fromkeys(learned.parts, "")
     if side != about.image_size:
         found["images"] = f"it takes {side} pixels, they have {about.image_size}"
-    if protocol.text != "captions" or protocol.captions_per_image != "one":
-        found["text"] = "the protocol names other text"
+    if protocol.captions_per_image != "one":
+        found["text"] = "the protocol takes all captions of an image"
     elif text_encoder != about.text_encoder_identity:
         found["text"] = f"they are vectors of {about.text_encoder}"
     if protocol.targets == "soft":
@@ -72,7 +75,7 @@ def use(
 ) -> Use:
     """Return the learned parts that a trial uses: those that nothing stands against."""
     if learned is None or protocol.learned == "off":
-        return Use()
+        return NOTHING_LEARNED
     about = learned.about
     against = obstacles(learned, protocol, backbone, text_encoder)
     parts = tuple(part for part, reason in against.items() if not reason)

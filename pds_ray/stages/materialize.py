@@ -237,7 +237,7 @@ def write_distilled(
     rows = records(prototypes, run, captions, extras.captions, choices)
     if extras.learned_captions is not None:
         nearest = extras.learned_captions.drop_columns("pair").to_pylist()
-        rows = [{**row, **found} for row, found in zip(rows, nearest, strict=True)]  # type: ignore[misc]
+        rows = [{**row, **found} for row, found in zip(rows, nearest, strict=True)]
     if budget:
         rows = rows[: _fitting(run.images, rows, budget)]
         prototypes, extras = prototypes.slice(0, len(rows)), extras.first(len(rows))

@@ -32,11 +32,11 @@ from pds_ray.sources.base import (
     SourceError,
     read_shard,
 )
-from pds_ray.stages.learned import Use
+from pds_ray.stages.learned import NOTHING_LEARNED, Use
 from pds_ray.store.distilled_set import DistilledSet
 from pds_ray.training import loop
 from pds_ray.training.data import Gallery, Pixels, TrainingPairs
-from pds_ray.training.losses import LOSSES
+from pds_ray.training.losses import training_loss
 from pds_ray.training.recall import RECALLS
 from pds_ray.training.retrieval import (
     RetrievalTraining,
@@ -129,7 +129,7 @@ class Trial:
     protocol: ProtocolConfig
     text: TextInput
     pairs: int
-    use: Use = Use()
+    use: Use = NOTHING_LEARNED
     """The learned parts of the set that it trains on."""
 
     @property
@@ -394,7 +394,7 @@ def train_model(
             update_best(progress, epoch, protocol.select, data, measure)
             report(progress, save)
 
-    loss = LOSSES[trial.use.loss]
+    loss = training_loss(trial.use.loss)
     training = RetrievalTraining(data.pairs, pixels, protocol, trial.seed, workers, loss)
     epochs = range(progress.epochs_done, protocol.epochs)
     train_two_towers(model, optimizer, training, epochs, after_epoch, trained)
@@ -405,7 +405,7 @@ def train_model(
 def _optimizer(
     model: TwoTowers, protocol: ProtocolConfig, rates: tuple[float, float] | None
 ) -> torch.optim.Optimizer:
-    """Return the protocol's optimizer, with learned `rates` of both branches where there are any."""
+    """Return the protocol's optimizer, with learned `rates` of the branches where there are any."""
     if rates is None:
         return make_optimizer(model.parameters(), protocol)
     branches = zip(model.branches(), rates, strict=True)

@@ -38,7 +38,7 @@ LENGTH_BYTES = 8  # of the head of a safetensors file
 
 
 class LearnedError(UserError, ValueError):
-    """A file of learned parts is damaged; the message completes "its ..."."""
+    """A file of learned parts is damaged."""
 
 
 @dataclass(frozen=True)
@@ -136,15 +136,20 @@ def _about(value: Mapping[str, Any]) -> LearnedFor:
         kind = {"int": int, "str": str}.get(str(field.type), tuple)
         if not isinstance(known[field.name], kind):
             raise TypeError(field.name)
-    if known["loss"] not in LOSSES or known["train"] not in TRAINED or min(known["std"]) <= 0:
-        raise ValueError("a loss, training or normalisation that does not exist")
+    constants = np.array([*known["mean"], *known["std"]])
+    if not np.isfinite(constants).all() or min(known["std"]) <= 0 or known["image_size"] < 1:
+        raise ValueError("images that no backbone takes")
+    if known["loss"] not in LOSSES or known["train"] not in TRAINED:
+        raise ValueError("a loss or training that does not exist")
     return LearnedFor(**known)
 
 
 def _check(tensors: Mapping[str, np.ndarray], about: LearnedFor) -> None:
     """Raise LearnedError unless tensors have the shapes and values of learned parts."""
-    pairs, side = len(tensors.get("images", ())), about.image_size
-    width = tensors["text"].shape[-1] if "text" in tensors else 0
+    nothing, side = np.empty((0, 0)), about.image_size
+    (pairs, *_), (*_, width) = (
+        tensors.get(name, nothing).shape or (0,) for name in ("images", "text")
+    )
     shapes = {
         "images": (pairs, 3, side, side),
         "text": (pairs, width),
@@ -187,14 +192,23 @@ class LearningFiles:
 
     def result(self) -> tuple[Learned, np.ndarray]:
         """Return the learned parts and their images. Raises LearnedError."""
-        return unpack(self.folder.read_bytes(self.RESULT))
+        return self._read(self.RESULT)
 
     def save_start(self, learned: Learned, images: np.ndarray) -> None:
         self.folder.write_bytes(self.START, pack(learned, images))
 
     def start(self) -> tuple[Learned, np.ndarray]:
         """Return the set that was improved, in the form of the result. Raises LearnedError."""
-        return unpack(self.folder.read_bytes(self.START))
+        return self._read(self.START)
+
+    def _read(self, name: str) -> tuple[Learned, np.ndarray]:
+        try:
+            return unpack(self.folder.read_bytes(name))
+        except LearnedError as error:
+            place = self.folder.full(name)
+            raise LearnedError(
+                f"{place} is damaged: {error}; pds-ray verify RUN --repair mends it"
+            ) from error
 
     def save_history(self, history: pa.Table) -> None:
         self.folder.write_table(self.HISTORY, history)

@@ -97,18 +97,13 @@ def info_nce(
     return contrastive(logits) if similarity is None else soft_contrastive(logits, similarity)
 
 
-def _of_embeddings(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Loss:
-    def of_embeddings(
-        image: torch.Tensor, text: torch.Tensor, similarity: torch.Tensor, scale: float = SCALE
-    ) -> torch.Tensor:
-        return loss(scale * image @ text.T, similarity)
+def training_loss(name: str) -> Callable[..., torch.Tensor]:
+    """Return a loss of SOFT_LOSSES as a function of unit embeddings, image and text [n, d] each.
 
-    return of_embeddings
+    Their `similarity` [n, n] is its third argument; info_nce is the function of that name.
+    """
 
+    def loss(image: torch.Tensor, text: torch.Tensor, similarity: torch.Tensor) -> torch.Tensor:
+        return SOFT_LOSSES[name](SCALE * image @ text.T, similarity)
 
-Loss = Callable[..., torch.Tensor]
-LOSSES: dict[str, Loss] = {
-    "info_nce": info_nce,
-    **{name: _of_embeddings(SOFT_LOSSES[name]) for name in ("ence", "wbce", "soft_wbce")},
-}
-"""Name -> loss of unit embeddings, image [n, d] and text [n, d], and their `similarity` [n, n]."""
+    return info_nce if name == "info_nce" else loss

@@ -71,7 +71,14 @@ def start(seed: int = 0, pairs: int = PAIRS) -> Start:
 def problem(distiller: Any, seed: int = 0, **options: Any) -> Problem:
     """A prepared problem for a distiller, in small steps."""
     model = student(distiller.TRAIN)
-    small = {"steps": 3, "batch_size": 4, "image_rate": 0.1, "text_rate": 0.1, "rank": 2}
+    small = {
+        "steps": 3,
+        "batch_size": 4,
+        "image_rate": 0.1,
+        "text_rate": 0.1,
+        "rank": 2,
+        "step_rate": 1e-5,
+    }
     config = DistillConfig(**{**small, **options})
     made = Problem(model, wandering(model), config, seed)
     return prepared(made, distiller.DEFAULTS)

@@ -1,4 +1,4 @@
-"""The section on learned parts: images before and after, ratios, similarity; only where they are."""
+"""The section on learned parts: images before and after, ratios, similarity, if they are there."""
 
 from __future__ import annotations
 

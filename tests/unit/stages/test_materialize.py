@@ -26,7 +26,7 @@ from pds_ray.stages.extras import Extras
 from pds_ray.stages.materialize import write_distilled
 from pds_ray.store.calls import CALLS_AT_ONCE
 from pds_ray.store.distilled_set import DistilledSetError
-from pds_ray.store.learned import LEARNED_CAPTION_SCHEMA, unpack
+from pds_ray.store.learned import LEARNED_CAPTION_SCHEMA, LearnedError, unpack
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import prototype_schema, vector_array
 from pds_ray.store.storage import Folder
@@ -381,6 +381,9 @@ def test_a_run_that_optimises_hands_its_learned_parts_on(tmp_path):
         again, images_again = load()
         np.testing.assert_array_equal(again.text, learned.text)
         np.testing.assert_array_equal(images_again, images)
+    (tmp_path / "learned.safetensors").write_bytes(b"x")
+    with pytest.raises(LearnedError, match=r"learned\.safetensors is damaged: its learned\.safe"):
+        run.learning.result()
 
 
 @pytest.mark.parametrize("damage", ["shape", "negative", "empty row", "no number"])
