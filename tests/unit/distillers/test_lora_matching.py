@@ -12,14 +12,16 @@ from pds_ray.config import DistillConfig
 from pds_ray.distillers import lora_matching
 from pds_ray.distillers.base import Problem, prepared
 from pds_ray.distillers.variables import Start, Variables
+from pds_ray.stages.optimise import optimise
 from pds_ray.store.flat import Layout, Snapshot
 from pds_ray.training.loop import generator
 from pds_ray.training.lora import adapt
 from pds_ray.training.losses import info_nce
 from pds_ray.training.two_towers import TwoTowers
-from tests.support.tiny_experts import ListedExperts
+from tests.support.tiny_distillation import Listed
 
 SIDE, TEXT_WIDTH, PAIRS = 16, 5, 6
+RATES = {"image_rate": 10.0, "text_rate": 10.0, "step_rate": 1e-3}
 
 
 def student(dtype: torch.dtype) -> TwoTowers:
@@ -53,21 +55,13 @@ def expert(dtype: torch.dtype) -> list[Snapshot]:
 
 def make_problem(dtype: torch.dtype = torch.float32, **options) -> Problem:
     model = student(dtype)
-    experts = ListedExperts(Layout.of(model), {"0": expert(dtype)})
+    experts = Listed(Layout.of(model), {"0": expert(dtype)})
     config = DistillConfig(**{"steps": 2, "step_size": 0.1, **options})
     return prepared(Problem(model, experts, config, seed=3), lora_matching.DEFAULTS)
 
 
 def make_variables(problem: Problem, dtype: torch.dtype = torch.float32) -> Variables:
     return lora_matching.variables(pairs("start", PAIRS, dtype), problem.config, problem.seed)
-
-
-def run(problem: Problem, variables: Variables, optimizer, iterations) -> list[float]:
-    totals = []
-    for iteration in iterations:
-        totals.append(sum(lora_matching.step(problem, variables, iteration).losses.values()))
-        optimizer.step()
-    return totals
 
 
 def test_only_adapters_and_the_text_head_are_matched():
@@ -98,11 +92,13 @@ def test_gradients_are_those_of_finite_differences(gradient):
 
 def test_the_student_comes_near_the_expert_as_the_set_is_learned():
     """Both ratios are about 1 at first: the student hardly moves, or past its target."""
-    rates = {"image_rate": 10.0, "text_rate": 10.0, "step_rate": 1e-3}
-    problem = make_problem(max_start=1, step_size=0.05, **rates)
+    problem = make_problem(max_start=1, step_size=0.05, **RATES)
     variables = make_variables(problem)
     before = lora_matching.step(problem, variables, 0).losses
-    run(problem, variables, variables.optimizer(problem.config), range(15))
+    optimizer = variables.optimizer(problem.config)
+    for iteration in range(15):
+        lora_matching.step(problem, variables, iteration)
+        optimizer.step()
     after = lora_matching.step(problem, variables, 0).losses
     assert min(before.values()) > 0.9
     assert after["image"] < 0.3
@@ -119,19 +115,14 @@ def test_the_base_stays_and_gets_no_gradient():
 
 
 def test_six_iterations_are_three_and_three_more_to_the_bit():
-    problem = make_problem(image_rate=1.0, text_rate=1.0)
-    whole = make_variables(problem)
-    run(problem, whole, whole.optimizer(problem.config), range(6))
-    first = make_variables(problem)
-    optimizer = first.optimizer(problem.config)
-    run(problem, first, optimizer, range(3))
-    torch.manual_seed(99)
-    fresh = make_problem(image_rate=1.0, text_rate=1.0)
-    second = make_variables(fresh)
-    second.load_state_dict(first.state_dict())
-    resumed = second.optimizer(fresh.config)
-    resumed.load_state_dict(optimizer.state_dict())
-    run(fresh, second, resumed, range(3, 6))
-    for one, other in zip(whole.parameters(), second.parameters(), strict=True):
-        assert torch.equal(one, other)
-    assert not torch.equal(second.images, first.images)
+    states: list[bytes] = []
+    options = {**RATES, "step_size": 0.05, "iterations": 6}
+    start = pairs("start", PAIRS, torch.float32)
+    first = make_problem(**options)
+    whole = optimise(first, lora_matching, start, save=states.append, save_every=3)
+    torch.manual_seed(99)  # whatever the process did between them
+    again = optimise(make_problem(**options), lora_matching, start, saved=states[1])
+    assert again.history == whole.history
+    for name, value in whole.tensors.items():
+        assert torch.equal(again.tensors[name], value)
+    assert not torch.equal(whole.tensors["images"], start.images)

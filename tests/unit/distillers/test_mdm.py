@@ -4,22 +4,43 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from pds_ray.config import DistillConfig
 from pds_ray.distillers import mdm
 from pds_ray.distillers.base import Problem, settled
 from pds_ray.distillers.energy import energy
 from pds_ray.distillers.variables import Start, Variables
+from pds_ray.stages.optimise import optimise
 from pds_ray.store.flat import Layout, Snapshot
 from pds_ray.training.loop import generator, seed_of
 from pds_ray.training.two_towers import ResidualHead
-from tests.support.listed_experts import ListedExperts, wandering
+from tests.support.tiny_distillation import Listed
 from tests.support.tiny_training import SIDE, TEXT_WIDTH, make_model
 
 PAIRS, REAL = 6, 16
 
 
-def make_problem(experts: ListedExperts | None = None, **options) -> Problem:
+def wandering(model: nn.Module, count: int = 2, epochs: int = 3) -> Listed:
+    """Return experts that start from the model's weights and take random steps, all a bit alike."""
+    layout = Layout.of(model)
+    start = layout.flatten(model)
+
+    def walk(expert: str) -> list[Snapshot]:
+        snapshots = [start]
+        for epoch in range(epochs):
+            moved = []
+            for branch, flat in (("theta", snapshots[-1].theta), ("phi", snapshots[-1].phi)):
+                own = torch.randn(flat.shape, generator=generator(expert, epoch, branch))
+                common = torch.randn(flat.shape, generator=generator("all", epoch, branch))
+                moved.append(flat + 0.05 * (own + common).to(flat))
+            snapshots.append(Snapshot(*moved))
+        return snapshots
+
+    return Listed(layout, {name: walk(name) for name in map(str, range(count))})
+
+
+def make_problem(experts: Listed | None = None, **options) -> Problem:
     model = make_model("backbone")
     pool = torch.randn(200, 3, SIDE, SIDE, generator=generator("pool")).cumsum(3) / 3
     captions = pool.mean((2, 3)) @ torch.randn(3, TEXT_WIDTH, generator=generator("captions"))
@@ -38,19 +59,14 @@ def weights_at(problem: Problem, epoch: int) -> dict[str, torch.Tensor]:
     return problem.experts.layout.views(snapshot.theta, snapshot.phi)
 
 
-def make_variables(problem: Problem) -> Variables:
+def start() -> Start:
     draw = generator("start")
     images = torch.randn(PAIRS, 3, SIDE, SIDE, generator=draw)
-    text = torch.randn(PAIRS, TEXT_WIDTH, generator=draw)
-    return mdm.variables(Start(images, text), problem.config, problem.seed)
+    return Start(images, torch.randn(PAIRS, TEXT_WIDTH, generator=draw))
 
 
-def run(problem, variables, optimizer, iterations) -> list[float]:
-    losses = []
-    for iteration in iterations:
-        losses.append(mdm.step(problem, variables, iteration).losses["loss"])
-        optimizer.step()
-    return losses
+def make_variables(problem: Problem) -> Variables:
+    return mdm.variables(start(), problem.config, problem.seed)
 
 
 def mean_loss(problem: Problem, variables: Variables) -> float:
@@ -63,7 +79,10 @@ def test_its_loss_falls():
     problem = make_problem(image_rate=1, text_rate=1)
     variables = make_variables(problem)
     before = mean_loss(problem, variables)
-    run(problem, variables, variables.optimizer(problem.config), range(40))
+    optimizer = variables.optimizer(problem.config)
+    for iteration in range(40):
+        mdm.step(problem, variables, iteration)
+        optimizer.step()
     assert mean_loss(problem, variables) < 0.75 * before
 
 
@@ -138,23 +157,17 @@ def test_a_step_sees_as_many_pairs_as_the_batch_has():
     assert seen == set(range(PAIRS))
 
 
-def test_ten_iterations_are_five_and_five_more_to_the_bit():
-    problem = make_problem(image_rate=1, text_rate=1)
-    whole = make_variables(problem)
-    run(problem, whole, whole.optimizer(problem.config), range(10))
-    first = make_variables(problem)
-    optimizer = first.optimizer(problem.config)
-    run(problem, first, optimizer, range(5))
+def test_six_iterations_are_three_and_three_more_to_the_bit():
+    states: list[bytes] = []
+    options = {"image_rate": 1.0, "text_rate": 1.0, "iterations": 6}
+    whole = optimise(make_problem(**options), mdm, start(), save=states.append, save_every=3)
     torch.manual_seed(99)  # whatever the process did between them
-    fresh = make_problem(image_rate=1, text_rate=1)
-    second = make_variables(fresh)
-    second.load_state_dict(first.state_dict())
-    resumed = second.optimizer(fresh.config)
-    resumed.load_state_dict(optimizer.state_dict())
-    run(fresh, second, resumed, range(5, 10))
-    for one, other in zip(whole.parameters(), second.parameters(), strict=True):
-        assert torch.equal(one, other)
-    assert not torch.equal(second.images, first.images)
+    again = optimise(make_problem(**options), mdm, start(), saved=states[1])
+    assert [row["iteration"] for row in again.history] == [1, 2, 3, 4, 5, 6]
+    assert again.history == whole.history
+    for name, value in whole.tensors.items():
+        assert torch.equal(again.tensors[name], value)
+    assert not torch.equal(whole.tensors["images"], start().images)
 
 
 def test_a_step_leaves_the_global_generator_and_the_model_as_they_were():
@@ -196,17 +209,17 @@ def test_the_reference_of_the_text_head_is_a_fresh_one():
     assert len(phi) == layout.sizes[1]
 
 
-def started_apart(count: int) -> ListedExperts:
+def started_apart(count: int) -> Listed:
     """Return experts each of which starts from its own weights."""
     layout = Layout.of(make_model("backbone"))
     apart = {}
     for number in range(count):
         walked = wandering(make_model("backbone", seed=number)).snapshots["0"]
         apart[str(number)] = walked
-    return ListedExperts(layout, apart)
+    return Listed(layout, apart)
 
 
-def owner(experts: ListedExperts, snapshot: Snapshot) -> tuple[str, int]:
+def owner(experts: Listed, snapshot: Snapshot) -> tuple[str, int]:
     for name, walked in experts.snapshots.items():
         for epoch, one in enumerate(walked):
             if one is snapshot:
