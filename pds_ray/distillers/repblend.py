@@ -7,7 +7,8 @@ learned pairs do not collapse onto each other.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from pds_ray.distillers.variables import for_trajectories
 from pds_ray.training.two_towers import TwoTowers
 
 TRAIN: Literal["all", "heads", "lora"] = "heads"
-DEFAULTS = {
+DEFAULTS: Mapping[str, Any] = {
     "iterations": 3000,
     "gradient": "adjoint",  # published: tesla
     "steps": 8,
