@@ -145,6 +145,7 @@ RUN = {
     "caption.round_trip": ([True], []),
     "experts.store": (["shared"], []),
     "experts.count": ([1], [0]),
+    "experts.seed": ([0, 2**31 - 1], [-1, 2**31]),
     "experts.epochs": ([1], [0]),
     "experts.backbone": (["small_vit"], []),
     "experts.text_encoder": (["bert:bert-base-uncased"], []),
