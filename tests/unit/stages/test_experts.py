@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
 from pds_ray.config import ConfigError
 from pds_ray.sources.base import Fault, Sample, Shard
+from pds_ray.stages import expert_data
 from pds_ray.stages import experts as core
 from pds_ray.stages.experts import WantedExperts
 from pds_ray.store.expert_store import ExpertStoreError, open_experts
@@ -37,7 +39,7 @@ def experts(tmp_path: Path) -> WantedExperts:
 
 
 def test_pairs_are_the_images_and_captions_of_the_source(experts: WantedExperts):
-    pairs = core.load_pairs(experts)
+    pairs = expert_data.load_pairs(experts)
     samples = [s for shard in experts.shards for s in experts.source.read(shard)]
     images = [
         np.asarray(Image.open(io.BytesIO(s.image)).convert("RGB").resize((SIDE, SIDE), 3))
@@ -82,10 +84,10 @@ class NotFinite(MadeUpEncoder):
 def test_bad_samples_are_counted_and_kept_out(tmp_path: Path):
     source = Hostile()
     experts = replace(wanted(tmp_path), source=source, shards=source.shards())
-    counts = core.prepare_shard(experts, source.shards()[0], NotFinite)
+    counts = expert_data.prepare_shard(experts, source.shards()[0], NotFinite)
     bad = {"undecodable_image": 1, "missing_image": 1, "truncated_shard": 1}
     assert counts == {"images": 2, "captions": 2, "bad": {**bad, "nonfinite_embedding": 1}}
-    pairs = core.load_pairs(experts)
+    pairs = expert_data.load_pairs(experts)
     assert pairs.owner is not None
     assert pairs.owner.tolist() == [0, 1]
     assert pairs.text.tolist() == MadeUpEncoder().encode_captions(["one", "four"]).tolist()
@@ -93,17 +95,17 @@ def test_bad_samples_are_counted_and_kept_out(tmp_path: Path):
 
 def test_too_few_images_are_refused(tmp_path: Path):
     experts = wanted(tmp_path, "scenes:1")
-    core.prepare_shard(experts, experts.shards[0], MadeUpEncoder)
+    expert_data.prepare_shard(experts, experts.shards[0], MadeUpEncoder)
     with pytest.raises(ConfigError, match="1 images of scenes:1 can be used; experts need at lea"):
-        core.load_pairs(experts)
+        expert_data.load_pairs(experts)
 
 
 @pytest.mark.parametrize("images", [20, 8, 3])
 def test_images_are_estimated_by_the_first_shard(tmp_path: Path, images: int):
     experts = wanted(tmp_path, f"scenes:{images}:0:0:8")
-    assert core.estimate_images(experts.source, experts.shards) == images
+    assert expert_data.estimate_images(experts.source, experts.shards) == images
     unknown = [replace(shard, size=0) for shard in experts.shards]
-    assert core.estimate_images(experts.source, unknown) == min(8, images) * len(unknown)
+    assert expert_data.estimate_images(experts.source, unknown) == min(8, images) * len(unknown)
 
 
 # ---- snapshots
@@ -160,7 +162,7 @@ def test_a_step_is_plain_gradient_descent_with_a_rate_per_branch(tmp_path: Path)
     train(experts, 1)
     found = open_experts(replace(experts, config=experts.config).store, 0, 1)
     model = core.build_model(experts, 1, core.build_backbone(experts, 1, build), FEATURES)
-    pairs, seed = core.load_pairs(experts), seed_of(3, "expert", 1)
+    pairs, seed = expert_data.load_pairs(experts), seed_of(3, "expert", 1)
     order = torch.randperm(5, generator=generator(seed, "batches", 0))
     assert pairs.owner is not None
     counts, first = pairs.owner.bincount(), torch.searchsorted(pairs.owner, torch.arange(5))
@@ -177,7 +179,7 @@ def test_a_step_is_plain_gradient_descent_with_a_rate_per_branch(tmp_path: Path)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             rate = 0.3 if name.startswith("text_head.") else 0.1
-            weight -= rate * weight.grad
+            weight.sub_(rate * weight.grad)
     expected = core.take_snapshot(Layout.of(model), model)
     after = found.snapshot("001", 1)
     torch.testing.assert_close(after.theta, expected.theta, rtol=1e-5, atol=1e-6)
@@ -217,7 +219,7 @@ def test_the_parts_that_are_trained(tmp_path: Path, part: str, image: list[str])
 def test_a_frozen_backbone_gives_its_features_once(tmp_path: Path):
     experts = wanted(tmp_path, train="heads")
     begin(experts)
-    pairs = core.load_pairs(experts)
+    pairs = expert_data.load_pairs(experts)
     shards = [experts.store.read(experts.store.data, shard.name) for shard in experts.shards]
     pixels = experts.pixels(torch.cat([shard["images"] for shard in shards]))
     for number in range(2):  # one backbone for all experts, though its weights are random
@@ -232,6 +234,18 @@ class Killed(Exception):  # noqa: N818 - no error of the package
     pass
 
 
+def dying(function: Callable[..., Any], at: int) -> Callable[..., Any]:
+    """Return the function, whose call of a number raises instead."""
+    calls = itertools.count()
+
+    def call(*args: object) -> Any:
+        if next(calls) == at:
+            raise Killed
+        return function(*args)
+
+    return call
+
+
 @pytest.mark.parametrize("moment", ["snapshot", "state", "manifest", "step"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_killed_training_ends_with_the_same_bytes(
@@ -243,24 +257,16 @@ def test_a_killed_training_ends_with_the_same_bytes(
     train(whole, 1)
     begin(killed)
     method = {"snapshot": "save_snapshot", "state": "save_state", "manifest": "save_snapshots"}
-    for at in (2, 1):  # of the calls in each life
+    for at in (2, 1):  # the call that does not return, in each life
         with monkeypatch.context() as patch:
-            calls = itertools.count()
-
-            def die(*_args: object, calls: Iterator[int] = calls, at: int = at) -> object:
-                if next(calls) == at:
-                    raise Killed
-                return original(*_args)
-
+            tell = lambda _epochs: None  # noqa: E731
             if moment == "step":
-                with pytest.raises(Killed):
-                    original = lambda _epochs: None  # noqa: E731
-                    train(killed, 1, die)
+                tell = dying(tell, at)
             else:
-                original = getattr(type(killed.store), method[moment])
-                patch.setattr(type(killed.store), method[moment], die)
-                with pytest.raises(Killed):
-                    train(killed, 1)
+                kind = type(killed.store)
+                patch.setattr(kind, method[moment], dying(getattr(kind, method[moment]), at))
+            with pytest.raises(Killed):
+                train(killed, 1, tell)
     train(killed, 1)
     assert files(killed, "001") == files(whole, "001")
     before = files(killed, "001")
@@ -356,7 +362,7 @@ def test_bytes_that_are_needed_are_those_that_are_written(tmp_path: Path, part: 
     for number in range(2):
         train(experts, number)
     written = sum(path.stat().st_size for path in (tmp_path / "store").rglob("*.safetensors"))
-    captions = core.load_pairs(experts).text.shape[0] * (4 * TEXT_WIDTH + 8)
+    captions = expert_data.load_pairs(experts).text.shape[0] * (4 * TEXT_WIDTH + 8)
     heads = 16 * 1500 + len(trained) * 150 * 10
     assert 0 <= written - captions - needed <= heads
     assert core.needed_bytes(experts, about, 20) == 0
