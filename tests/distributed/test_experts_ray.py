@@ -57,10 +57,11 @@ def test_two_side_by_side_are_those_one_by_one(tmp_path: Path, monkeypatch: pyte
         core.train_expert(alone, number, model, pairs, Workers())
 
     wished = config(tmp_path / "ray")
-    killed = threading.Thread(target=kill_one, args=(tmp_path / "ray",))
+    killed = threading.Thread(target=kill_one, args=(tmp_path / "ray",), daemon=True)
     killed.start()
     counts = experts(wished)
-    killed.join()
+    killed.join(timeout=5)
+    assert not killed.is_alive()
     assert counts["experts"] == 2
     assert counts["trained"] == 4
     assert counts["images"] == 60
