@@ -24,6 +24,7 @@ from pds_ray.distributed.in_flight import InFlight
 from pds_ray.encoders.base import EncoderInfo, TextEncoder, TextEncoderInfo
 from pds_ray.errors import UserError, without_secrets
 from pds_ray.sources.base import Shard, SourceError
+from pds_ray.stages import expert_data
 from pds_ray.stages import experts as core
 from pds_ray.stages.experts import WantedExperts
 from pds_ray.store.expert_store import expert_name
@@ -129,7 +130,7 @@ def expert_place(experts: WantedExperts) -> Place:
 
 def _require_space(experts: WantedExperts, about: dict[str, Any]) -> None:
     """Raise ConfigError if the disk of the store has no room for all that is lacking."""
-    images = core.estimate_images(experts.source, experts.shards)
+    images = expert_data.estimate_images(experts.source, experts.shards)
     needed, free = core.needed_bytes(experts, about, images), experts.store.free_bytes()
     if free is not None and needed > free:
         weights = sum(core.weights_of(about).values())
@@ -180,7 +181,9 @@ def _prepare_shard(
     places.require_shared(experts.store.folder, "--experts.store")
     with in_flight.doing(f"the images and captions of shard {shard.name}"):
         limit = partial(process.time_limit, seconds)
-        return core.prepare_shard(experts, shard, partial(_text_encoder, experts.encoder), limit)
+        return expert_data.prepare_shard(
+            experts, shard, partial(_text_encoder, experts.encoder), limit
+        )
 
 
 @lru_cache(maxsize=1)
@@ -210,7 +213,7 @@ def _embed_shards(experts: WantedExperts, shards: list[str], in_flight: InFlight
         done = experts.store.committed(experts.store.features)
         for number, shard in enumerate(shards):
             if shard not in done:
-                core.embed_shard(experts, shard, backbone, workers)
+                expert_data.embed_shard(experts, shard, backbone, workers)
             doing.reach(number + 1)
 
 
@@ -263,7 +266,7 @@ def _train_expert(experts: WantedExperts, number: int, in_flight: InFlight) -> N
     name, workers = expert_name(number), _this_worker(experts)
     before = max(0, experts.store.epochs(name))
     with in_flight.doing(f"the images of expert {name}", name) as doing:
-        pairs = core.load_pairs(experts)
+        pairs = expert_data.load_pairs(experts)
         model = new_model(experts, number, pairs.images.shape[1]).to(workers.device)
 
         def tell(epochs: float) -> None:

@@ -8,11 +8,11 @@ from pds_ray import catalog
 from pds_ray.config import ConfigError, RunConfig, replace
 from pds_ray.distributed.lifetime import session_kept
 from pds_ray.engine.plan import NO_SOURCE, check_enough
+from pds_ray.stages.expert_data import estimate_images
 from pds_ray.stages.experts import (
     LONELY,
     WantedExperts,
     describe_model,
-    estimate_images,
     needed_bytes,
     want_experts,
     weights_of,

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -28,21 +26,20 @@ from pds_ray.config import (
     RunConfig,
     changed,
 )
-from pds_ray.encoders.base import EncoderInfo, TextEncoder, TextEncoderInfo
+from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
 from pds_ray.modalities.image import Preprocess
-from pds_ray.sources.base import Sample, Shard, Source
-from pds_ray.stages.trial import BATCH_NORMS, Build, encode, feature_width, read_split
+from pds_ray.sources.base import Shard, Source
+from pds_ray.stages.trial import Build, feature_width
 from pds_ray.store.expert_store import ExpertStore, expert_name
-from pds_ray.store.flat import Layout, Snapshot
+from pds_ray.store.flat import Layout, Snapshot, check_matchable
 from pds_ray.store.manifest import fingerprint
 from pds_ray.store.storage import Folder
 from pds_ray.training import loop
 from pds_ray.training.data import Pixels, TrainingPairs
-from pds_ray.training.lora import adapt
 from pds_ray.training.loop import seed_of
+from pds_ray.training.lora import adapt
 from pds_ray.training.retrieval import (
     RetrievalTraining,
-    embed_images,
     make_optimizer,
     train_two_towers,
 )
@@ -160,108 +157,16 @@ def want_experts(
     )
 
 
-# ---- images and captions
-
-
-def prepare_shard(
-    experts: WantedExperts,
-    shard: Shard,
-    load: Callable[[], TextEncoder],
-    limit: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> dict[str, Any]:
-    """Write images and caption vectors of a shard; return their counts, bad samples by reason.
-
-    `load` returns the text encoder; `limit` is entered for each image that is decoded. What stands
-    before the damage of a shard is used. Raises SourceError if the shard cannot be read.
-    """
-    square = experts.square
-    rule, files = experts.read.captions, experts.read.files
-    images, captions, bad = read_split(
-        experts.source, shard, [square], rule, limit, files, whole=False
-    )
-    owner = np.repeat(np.arange(len(captions)), [len(own) for own in captions])
-    flat = [caption for own in captions for caption in own]
-    text = encode(load(), flat) if flat else np.zeros((0, experts.encoder.dim), np.float32)
-    kept = _finite_images(text, owner, len(captions))
-    if lost := int((~kept).sum()):
-        bad = {**bad, "nonfinite_embedding": lost}
-    rows = kept[owner]
-    tensors = {
-        "images": torch.from_numpy(images[square][kept]),
-        "text": torch.from_numpy(text[rows]),
-        "owner": torch.from_numpy((np.cumsum(kept) - 1)[owner[rows]]),
-    }
-    counts = {"images": int(kept.sum()), "captions": int(rows.sum()), "bad": bad}
-    experts.store.save_captions(shard.name, [flat[row] for row in np.flatnonzero(rows)])
-    experts.store.commit(experts.store.data, shard.name, tensors, counts)
-    return counts
-
-
-def _finite_images(text: np.ndarray, owner: np.ndarray, images: int) -> np.ndarray:
-    """Return which images have finite vectors of all their captions, bool [images]."""
-    kept = np.ones(images, bool)
-    np.logical_and.at(kept, owner, np.isfinite(text).all(1))
-    return kept
-
-
-def embed_shard(experts: WantedExperts, shard: str, backbone: nn.Module, workers: Workers) -> None:
-    """Write the features that a frozen backbone, on the worker's device, has of a shard's images.
-
-    They are those of the images as they are, not augmented.
-    """
-    images = experts.store.read(experts.store.data, shard)["images"]
-    features = embed_images(backbone.eval(), images, experts.pixels, workers).cpu()
-    experts.store.commit(experts.store.features, shard, {"features": features}, {})
-
-
-def load_pairs(experts: WantedExperts, pixels: bool = False) -> TrainingPairs:
-    """Return all images, or their features where the backbone is frozen, with their captions.
-
-    With `pixels` it is the images in any case. Raises ExpertStoreError for a damaged file, and ConfigError if too few images can be used.
-    """
-    store, images, text, owners, count = experts.store, [], [], [], 0
-    for shard in experts.shards:
-        found = store.read(store.data, shard.name)
-        if not len(found["images"]):
-            continue
-        if experts.frozen and not pixels:
-            images.append(store.read(store.features, shard.name)["features"])
-        else:
-            images.append(found["images"])
-        text.append(found["text"])
-        owners.append(found["owner"] + count)
-        count += len(found["images"])
-    if count < LONELY:
-        raise ConfigError(
-            f"{count} images of {experts.source.uri} can be used; experts need at least {LONELY}"
-        )
-    return TrainingPairs(_joined(images), _joined(text), _joined(owners))
-
-
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)  # one part is not copied
-
-
-def estimate_images(source: Source, shards: Sequence[Shard]) -> int:
-    """Return the images of a source, estimated by those of its first shard, and its size.
-
-    Nothing is decoded. Sizes that are not known count as equal.
-    """
-    first = sum(isinstance(item, Sample) for item in source.read(shards[0]))
-    if all(shard.size for shard in shards):
-        return math.ceil(first * sum(shard.size for shard in shards) / shards[0].size)
-    return first * len(shards)
-
-
 # ---- models
 
 
 def build_backbone(experts: WantedExperts, number: int, build: Build) -> nn.Module:
     """Return the backbone that the number-th expert starts from; `build` makes it.
 
-    Random weights are its own, unless all experts start alike or keep them.
+    Random weights are its own, unless all experts start alike or keep them: adapters of one base
+    say nothing about another.
     """
-    same = experts.frozen or experts.config.shared_start
+    same = experts.config.train in ("heads", "lora") or experts.config.shared_start
     torch.manual_seed(seed_of(experts.seed, "expert backbone", "all" if same else number))
     return build(experts.backbone, experts.square.size)
 
@@ -272,6 +177,8 @@ def build_model(
     """Return the model that the number-th expert starts from.
 
     `width` is that of the backbone's features; without a backbone the model takes these features.
+    Adapters are put on the backbone in place, and all experts start with the same. Raises
+    ConfigError if it takes none.
     """
     if experts.config.train == "lora" and backbone is not None:
         adapt(backbone, experts.config.rank, experts.seed)
@@ -296,27 +203,19 @@ def take_snapshot(layout: Layout, model: nn.Module) -> Snapshot:
 def describe_model(experts: WantedExperts, build: Build) -> dict[str, Any]:
     """Build the model of the first expert; return its widths and the layout of its weights.
 
-    Raises ConfigError for a backbone whose features depend on more than its parameters.
+    Raises ConfigError for a backbone that takes no adapters where these are trained, and for one
+    whose features depend on more than its parameters.
     """
     backbone = build_backbone(experts, 0, build)
-    require_no_batch_norm(experts, backbone)
     width = feature_width(backbone, experts.square.size)
     model = build_model(experts, 0, backbone, width)
+    if not experts.frozen:
+        check_matchable(backbone, experts.backbone.name)
     return {
         "width": width,
         "text_width": experts.encoder.dim,
         "layout": Layout.of(model).to_json(),
     }
-
-
-def require_no_batch_norm(experts: WantedExperts, backbone: nn.Module) -> None:
-    """Raise ConfigError if a backbone that is trained keeps statistics of its batches."""
-    if not experts.frozen and any(isinstance(part, BATCH_NORMS) for part in backbone.modules()):
-        raise ConfigError(
-            f"backbone {experts.backbone.name} normalises over the batch, and its statistics are "
-            "no part of an expert's weights; give small_conv, nfnet_l0 or a ViT, or train the "
-            "heads alone (--experts.train heads)"
-        )
 
 
 def weights_of(about: Mapping[str, Any]) -> dict[str, int]:

@@ -17,6 +17,7 @@ from pds_ray.modalities.image import decode_image
 from pds_ray.modalities.text import CLEANERS
 from pds_ray.sources.base import Source
 from pds_ray.stages import experts as of_experts
+from pds_ray.stages.expert_data import load_pairs
 from pds_ray.stages.experts import WantedExperts
 from pds_ray.stages.learned import use
 from pds_ray.stages.trial import (
@@ -147,7 +148,7 @@ def real_batches(
 
     @cache
     def pairs() -> TrainingPairs:
-        return of_experts.load_pairs(experts, pixels=True)
+        return load_pairs(experts, pixels=True)
 
     def draw(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         of = pairs()

@@ -18,6 +18,7 @@ from pds_ray.distributed import experts as distributed
 from pds_ray.distributed import session
 from pds_ray.engine.experts import experts, make_experts
 from pds_ray.errors import UserError
+from pds_ray.stages import expert_data
 from pds_ray.stages import experts as core
 from pds_ray.store.expert_store import ExpertStore
 from pds_ray.training.workers import Workers
@@ -48,18 +49,19 @@ def test_two_side_by_side_are_those_one_by_one(tmp_path: Path, monkeypatch: pyte
     about = core.describe_model(alone, catalog.build_backbone)
     alone.store.begin(alone.made_from(), about)
     for shard in alone.shards:
-        core.prepare_shard(alone, shard, lambda: encoder)
-    pairs = core.load_pairs(alone)
+        expert_data.prepare_shard(alone, shard, lambda: encoder)
+    pairs = expert_data.load_pairs(alone)
     for number in range(2):
         backbone = core.build_backbone(alone, number, catalog.build_backbone)
         model = core.build_model(alone, number, backbone, about["width"])
         core.train_expert(alone, number, model, pairs, Workers())
 
     wished = config(tmp_path / "ray")
-    killed = threading.Thread(target=kill_one, args=(tmp_path / "ray",))
+    killed = threading.Thread(target=kill_one, args=(tmp_path / "ray",), daemon=True)
     killed.start()
     counts = experts(wished)
-    killed.join()
+    killed.join(timeout=5)
+    assert not killed.is_alive()
     assert counts["experts"] == 2
     assert counts["trained"] == 4
     assert counts["images"] == 60
@@ -88,7 +90,9 @@ def kill_one(store: Path) -> None:
 def test_a_disk_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ExpertStore, "free_bytes", lambda _: 1000)
     wished = config(tmp_path, **{"experts.count": 1000})
-    with pytest.raises(UserError, match=r"1000 experts of 2 epochs .* need [\d.,]+ GiB more; .* ha"):
+    with pytest.raises(
+        UserError, match=r"1000 experts of 2 epochs .* need [\d.,]+ GiB more; .* ha"
+    ):
         experts(wished)
     assert not (tmp_path / "data").exists()
 

@@ -15,6 +15,7 @@ from pds_ray.backbones.base import BackboneInfo
 from pds_ray.config import ExpertsConfig, ReadConfig
 from pds_ray.encoders.base import TextEncoderInfo
 from pds_ray.sources.scenes import ScenesSource
+from pds_ray.stages import expert_data
 from pds_ray.stages import experts as core
 from pds_ray.stages.experts import WantedExperts
 from pds_ray.store.expert_store import ExpertStore
@@ -62,9 +63,9 @@ def begin(experts: WantedExperts) -> None:
     experts.store.begin(experts.made_from(), core.describe_model(experts, build))
     backbone = core.build_backbone(experts, 0, build)
     for shard in experts.shards:
-        core.prepare_shard(experts, shard, MadeUpEncoder)
+        expert_data.prepare_shard(experts, shard, MadeUpEncoder)
         if experts.frozen:
-            core.embed_shard(experts, shard.name, backbone, Workers())
+            expert_data.embed_shard(experts, shard.name, backbone, Workers())
 
 
 def train(experts: WantedExperts, number: int, tell: core.Tell = lambda _: None) -> None:
@@ -72,7 +73,7 @@ def train(experts: WantedExperts, number: int, tell: core.Tell = lambda _: None)
     torch.set_num_threads(1)
     backbone = None if experts.frozen else core.build_backbone(experts, number, build)
     model = core.build_model(experts, number, backbone, FEATURES)
-    core.train_expert(experts, number, model, core.load_pairs(experts), Workers(), tell)
+    core.train_expert(experts, number, model, expert_data.load_pairs(experts), Workers(), tell)
 
 
 def files(experts: WantedExperts, name: str) -> dict[str, bytes]:

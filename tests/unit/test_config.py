@@ -156,7 +156,7 @@ RUN = {
     "experts.learning_rate": ([1e-9], [0.0, -1.0]),
     "experts.text_learning_rate": ([1e-9], [0.0, -1.0]),
     "experts.momentum": ([0.0, 0.999], [-0.1, 1.0]),
-    "experts.weight_decay": ([0.0, 0.1], [-1.0]),
+    "experts.weight_decay": ([0.0, 1e-4], [-1.0]),
     "experts.batch_size": ([2], [1]),
     "experts.augment": ([False], []),
     "experts.schedule": (["constant", "step", "cosine"], ["linear"]),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,18 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
+from pds_ray import catalog
+from pds_ray.backbones.base import BackboneInfo
 from pds_ray.config import ConfigError
 from pds_ray.sources.base import Fault, Sample, Shard
+from pds_ray.stages import expert_data
 from pds_ray.stages import experts as core
 from pds_ray.stages.experts import WantedExperts
 from pds_ray.store.expert_store import ExpertStoreError, open_experts
 from pds_ray.store.flat import Layout
+from pds_ray.training.lora import Adapted
+from pds_ray.training.two_towers import TwoTowers
+from pds_ray.training.workers import Workers
 from tests.support.tiny_experts import MadeUpEncoder, begin, build, files, train, wanted
 from tests.support.tiny_training import FEATURES, SIDE, TEXT_WIDTH, TinyBackbone
 
@@ -37,7 +44,7 @@ def experts(tmp_path: Path) -> WantedExperts:
 
 
 def test_pairs_are_the_images_and_captions_of_the_source(experts: WantedExperts):
-    pairs = core.load_pairs(experts)
+    pairs = expert_data.load_pairs(experts)
     samples = [s for shard in experts.shards for s in experts.source.read(shard)]
     images = [
         np.asarray(Image.open(io.BytesIO(s.image)).convert("RGB").resize((SIDE, SIDE), 3))
@@ -82,10 +89,10 @@ class NotFinite(MadeUpEncoder):
 def test_bad_samples_are_counted_and_kept_out(tmp_path: Path):
     source = Hostile()
     experts = replace(wanted(tmp_path), source=source, shards=source.shards())
-    counts = core.prepare_shard(experts, source.shards()[0], NotFinite)
+    counts = expert_data.prepare_shard(experts, source.shards()[0], NotFinite)
     bad = {"undecodable_image": 1, "missing_image": 1, "truncated_shard": 1}
     assert counts == {"images": 2, "captions": 2, "bad": {**bad, "nonfinite_embedding": 1}}
-    pairs = core.load_pairs(experts)
+    pairs = expert_data.load_pairs(experts)
     assert pairs.owner is not None
     assert pairs.owner.tolist() == [0, 1]
     assert pairs.text.tolist() == MadeUpEncoder().encode_captions(["one", "four"]).tolist()
@@ -93,17 +100,17 @@ def test_bad_samples_are_counted_and_kept_out(tmp_path: Path):
 
 def test_too_few_images_are_refused(tmp_path: Path):
     experts = wanted(tmp_path, "scenes:1")
-    core.prepare_shard(experts, experts.shards[0], MadeUpEncoder)
+    expert_data.prepare_shard(experts, experts.shards[0], MadeUpEncoder)
     with pytest.raises(ConfigError, match="1 images of scenes:1 can be used; experts need at lea"):
-        core.load_pairs(experts)
+        expert_data.load_pairs(experts)
 
 
 @pytest.mark.parametrize("images", [20, 8, 3])
 def test_images_are_estimated_by_the_first_shard(tmp_path: Path, images: int):
     experts = wanted(tmp_path, f"scenes:{images}:0:0:8")
-    assert core.estimate_images(experts.source, experts.shards) == images
+    assert expert_data.estimate_images(experts.source, experts.shards) == images
     unknown = [replace(shard, size=0) for shard in experts.shards]
-    assert core.estimate_images(experts.source, unknown) == min(8, images) * len(unknown)
+    assert expert_data.estimate_images(experts.source, unknown) == min(8, images) * len(unknown)
 
 
 # ---- snapshots
@@ -160,7 +167,7 @@ def test_a_step_is_plain_gradient_descent_with_a_rate_per_branch(tmp_path: Path)
     train(experts, 1)
     found = open_experts(replace(experts, config=experts.config).store, 0, 1)
     model = core.build_model(experts, 1, core.build_backbone(experts, 1, build), FEATURES)
-    pairs, seed = core.load_pairs(experts), seed_of(3, "expert", 1)
+    pairs, seed = expert_data.load_pairs(experts), seed_of(3, "expert", 1)
     order = torch.randperm(5, generator=generator(seed, "batches", 0))
     assert pairs.owner is not None
     counts, first = pairs.owner.bincount(), torch.searchsorted(pairs.owner, torch.arange(5))
@@ -177,7 +184,7 @@ def test_a_step_is_plain_gradient_descent_with_a_rate_per_branch(tmp_path: Path)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             rate = 0.3 if name.startswith("text_head.") else 0.1
-            weight -= rate * weight.grad
+            weight.sub_(rate * weight.grad)
     expected = core.take_snapshot(Layout.of(model), model)
     after = found.snapshot("001", 1)
     torch.testing.assert_close(after.theta, expected.theta, rtol=1e-5, atol=1e-6)
@@ -214,10 +221,70 @@ def test_the_parts_that_are_trained(tmp_path: Path, part: str, image: list[str])
     assert Layout.of(student) == layout
 
 
+def build_real(info: BackboneInfo, image_size: int) -> nn.Module:
+    return catalog.build_backbone(info, image_size)
+
+
+def test_adapters_are_trained_on_one_frozen_base(tmp_path: Path):
+    """Whether the base is pretrained or, as here, drawn: for all experts and the student."""
+    info = catalog.describe_backbone("small_vit")
+    experts = replace(
+        wanted(tmp_path, train="lora", rank=2, epochs=1, image_size=16), backbone=info
+    )
+    about = core.describe_model(experts, build_real)
+    experts.store.begin(experts.made_from(), about)
+    for shard in experts.shards:
+        expert_data.prepare_shard(experts, shard, MadeUpEncoder)
+    pairs = expert_data.load_pairs(experts)
+
+    def model(number: int) -> TwoTowers:
+        backbone = core.build_backbone(experts, number, build_real)
+        return core.build_model(experts, number, backbone, about["width"])
+
+    trained = [model(number) for number in range(2)]
+    for number, one in enumerate(trained):
+        core.train_expert(experts, number, one, pairs, Workers())
+    found = open_experts(experts.store, 2, 1)
+    factors = {f"backbone.{n}" for n in adapted_factors(trained[0].backbone)}
+    assert {entry.name for entry in found.layout.image} == factors
+    assert {e.name for e in found.layout.text} == {
+        f"text_head.{name}" for name, _ in trained[0].text_head.named_parameters()
+    }
+    torch.manual_seed(0)
+    student = model(0)
+    found.layout.check(Layout.of(student), "the student")
+    learned = factors | {entry.name for entry in found.layout.text}
+    base = {n: t for n, t in student.state_dict().items() if n not in learned}
+    for one in trained:  # after their training
+        state = one.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in base.items())
+    first, second = (found.snapshot(name, 0) for name in found.names)
+    assert torch.equal(first.theta, second.theta)
+    assert not torch.equal(first.phi, second.phi)
+    first, second = (found.snapshot(name, 1) for name in found.names)
+    assert not torch.equal(first.theta, second.theta)
+    # what an expert computes is what base and snapshot compute
+    found.layout.load(student, second)
+    images = experts.pixels(pairs.images[:3])
+    with torch.no_grad():
+        assert torch.equal(student.embed_images(images), trained[1].embed_images(images))
+
+
+def adapted_factors(backbone: nn.Module | None) -> list[str]:
+    assert backbone is not None
+    layers = (name for name, part in backbone.named_modules() if isinstance(part, Adapted))
+    return [f"{name}.{factor}" for name in layers for factor in ("down", "up")]
+
+
+def test_adapters_of_a_backbone_without_blocks_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="adapters need a vision transformer"):
+        core.describe_model(wanted(tmp_path, train="lora"), build)
+
+
 def test_a_frozen_backbone_gives_its_features_once(tmp_path: Path):
     experts = wanted(tmp_path, train="heads")
     begin(experts)
-    pairs = core.load_pairs(experts)
+    pairs = expert_data.load_pairs(experts)
     shards = [experts.store.read(experts.store.data, shard.name) for shard in experts.shards]
     pixels = experts.pixels(torch.cat([shard["images"] for shard in shards]))
     for number in range(2):  # one backbone for all experts, though its weights are random
@@ -232,6 +299,18 @@ class Killed(Exception):  # noqa: N818 - no error of the package
     pass
 
 
+def dying(function: Callable[..., Any], at: int) -> Callable[..., Any]:
+    """Return the function, whose call of a number raises instead."""
+    calls = itertools.count()
+
+    def call(*args: object) -> Any:
+        if next(calls) == at:
+            raise Killed
+        return function(*args)
+
+    return call
+
+
 @pytest.mark.parametrize("moment", ["snapshot", "state", "manifest", "step"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_killed_training_ends_with_the_same_bytes(
@@ -243,24 +322,16 @@ def test_a_killed_training_ends_with_the_same_bytes(
     train(whole, 1)
     begin(killed)
     method = {"snapshot": "save_snapshot", "state": "save_state", "manifest": "save_snapshots"}
-    for at in (2, 1):  # of the calls in each life
+    for at in (2, 1):  # the call that does not return, in each life
         with monkeypatch.context() as patch:
-            calls = itertools.count()
-
-            def die(*_args: object, calls: Iterator[int] = calls, at: int = at) -> object:
-                if next(calls) == at:
-                    raise Killed
-                return original(*_args)
-
+            tell = lambda _epochs: None  # noqa: E731
             if moment == "step":
-                with pytest.raises(Killed):
-                    original = lambda _epochs: None  # noqa: E731
-                    train(killed, 1, die)
+                tell = dying(tell, at)
             else:
-                original = getattr(type(killed.store), method[moment])
-                patch.setattr(type(killed.store), method[moment], die)
-                with pytest.raises(Killed):
-                    train(killed, 1)
+                kind = type(killed.store)
+                patch.setattr(kind, method[moment], dying(getattr(kind, method[moment]), at))
+            with pytest.raises(Killed):
+                train(killed, 1, tell)
     train(killed, 1)
     assert files(killed, "001") == files(whole, "001")
     before = files(killed, "001")
@@ -328,8 +399,9 @@ def test_a_backbone_with_batch_statistics_is_refused_unless_frozen(tmp_path: Pat
     def normalised(_info: object, _size: int) -> nn.Module:
         return Normalised()
 
-    with pytest.raises(ConfigError, match="backbone tiny normalises over the batch"):
-        core.describe_model(wanted(tmp_path), normalised)
+    for part in ("all", "backbone"):
+        with pytest.raises(ConfigError, match="backbone tiny normalises over the batch"):
+            core.describe_model(wanted(tmp_path, train=part), normalised)
     frozen = core.describe_model(wanted(tmp_path, train="heads"), normalised)
     assert frozen["width"] == FEATURES
 
@@ -356,7 +428,7 @@ def test_bytes_that_are_needed_are_those_that_are_written(tmp_path: Path, part: 
     for number in range(2):
         train(experts, number)
     written = sum(path.stat().st_size for path in (tmp_path / "store").rglob("*.safetensors"))
-    captions = core.load_pairs(experts).text.shape[0] * (4 * TEXT_WIDTH + 8)
+    captions = expert_data.load_pairs(experts).text.shape[0] * (4 * TEXT_WIDTH + 8)
     heads = 16 * 1500 + len(trained) * 150 * 10
     assert 0 <= written - captions - needed <= heads
     assert core.needed_bytes(experts, about, 20) == 0

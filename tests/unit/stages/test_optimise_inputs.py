@@ -92,7 +92,7 @@ def test_a_real_batch_has_images_of_the_source_with_captions_of_their_own(
 ) -> None:
     draw = inputs.real_batches(experts, 5, CPU)
     images, text = draw(generator("batch", 0))
-    every = inputs.of_experts.load_pairs(experts, pixels=True)
+    every = inputs.load_pairs(experts, pixels=True)
     assert every.owner is not None
     whole = experts.pixels(every.images)
     for image, vector in zip(images, text, strict=True):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from pds_ray.errors import UserError
-from pds_ray.stages.experts import WantedExperts, load_pairs
+from pds_ray.stages.expert_data import load_pairs
+from pds_ray.stages.experts import WantedExperts
 from pds_ray.store.expert_store import ExpertStore, ExpertStoreError, open_experts
 from pds_ray.store.storage import Folder
 from tests.support.tiny_experts import begin, train, wanted
@@ -27,8 +30,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> WantedExperts:
 @pytest.fixture
 def broken(made: WantedExperts, tmp_path: Path) -> tuple[ExpertStore, Path]:
     """Return a copy that a test may break."""
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(made.store.folder.path, copy)
     return ExpertStore(Folder(str(copy))), copy
@@ -49,8 +50,10 @@ def test_a_complete_store_is_opened(made: WantedExperts):
     assert found.snapshot("000", 0).theta.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("count", "epochs", "lacks"), [(3, 1, "0 epochs of expert 002"),
-                                                        (2, 2, "1 epochs of expert 000")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("count", "epochs", "lacks"),
+    [(3, 1, "0 epochs of expert 002"), (2, 2, "1 epochs of expert 000")],
+)
 def test_fewer_experts_than_asked_for(made: WantedExperts, count: int, epochs: int, lacks: str):
     text = refusal(open_experts, made.store, count, epochs)
     assert f"{count} experts of {epochs} epochs are asked for" in text
@@ -101,8 +104,6 @@ def test_damaged_images_are_named(broken: tuple[ExpertStore, Path], made: Wanted
     store, path = broken
     [file] = (path / "data").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1])
-    from dataclasses import replace
-
     text = refusal(load_pairs, replace(made, store=store))
     assert f"{file} is damaged: its hash is another one; delete {file.parent}" in text
 
