@@ -177,8 +177,10 @@ def _write(job: Job, prepared: inputs.Prepared, found: core.Optimised) -> None:
     folder.learning.save_start(*inputs.learned(about, tensors))
     result, images = inputs.learned(about, found.tensors)
     pictures, decode = folder.of_learned(), job.config.decode
+    # starts that are not decoded leave the format open
+    format = "png" if decode.format == "auto" else decode.format
     for pair, pixels in enumerate(images):
-        data = encode_image(inputs.as_image(pixels, about), decode.format, decode.quality)
+        data = encode_image(inputs.as_image(pixels, about), format, decode.quality)
         pictures.images.write_bytes(pictures.image_name(pair), data)
     folder.learning.save_history(_history(found.history))
     folder.learning.save_captions(nearest_captions(result.text, _captions(job.experts)))
