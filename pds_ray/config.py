@@ -799,6 +799,14 @@ class RunConfig(Options):
         """The budget in bytes; 0 if there is none."""
         return parse_bytes(self.budget, "budget") if self.budget else 0
 
+    @property
+    def start(self) -> str:
+        """The method that makes the pairs: that of the start, where the method improves one.
+
+        "" where they are those of a finished run.
+        """
+        return catalog.start_of(self.method, self.distill.init)
+
 
 def parse_bytes(text: str, name: str) -> int:
     """Parse "500kB", "2MB", "1.5MiB" or "4096" to bytes, rounded down. Raises ConfigError."""
@@ -881,6 +889,11 @@ class ProtocolConfig(Options, section="protocol"):
     )
     captions_per_image: Literal["one", "all"] = option(
         "one", "one trains on the caption of each image, all on one of its captions per visit"
+    )
+    learned: Literal["auto", "off"] = option(
+        "auto",
+        "learned parts of a set: auto takes those that fit the model and the protocol, off its "
+        "pictures and captions alone",
     )
 
 

@@ -11,7 +11,15 @@ from pds_ray.config import RunConfig, public
 from pds_ray.engine.upkeep import Problem
 from pds_ray.errors import printable, without_secrets
 from pds_ray.methods.base import Run, Stage
-from pds_ray.store.evaluation_folder import AVERAGE, COMPARISON, RECALL_TITLES, TABLE, frontier
+from pds_ray.store.evaluation_folder import (
+    AVERAGE,
+    COMPARISON,
+    RECALL_TITLES,
+    TABLE,
+    frontier,
+    used_by_evaluations,
+    used_parts,
+)
 from pds_ray.store.manifest import rate
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
@@ -92,8 +100,7 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
     for note in manifest.get("notes", []):
         say(f"note          {note}")
     say("", f"{'stage':<12} {'status':<12} {'seconds':>8}  rate")
-    budget = manifest.get("config", {}).get("budget", "")
-    for stage in catalog.method(method, budget).stages:
+    for stage in catalog.recorded_method(manifest.get("config", {})).stages:
         entry = entries.get(stage.name)
         if entry is None:
             say(f"{stage.name:<12} to do")
@@ -110,6 +117,10 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
             f"{'size':<13} {size['pairs']:,} pairs, {size['bytes']:,} bytes ({parts}), "
             f"{size['pixels']:,} pixels",
         )
+        if learned := size.get("learned_bytes"):
+            say(f"{'learned':<13} {learned:,} bytes of float images, text vectors and the like")
+            for used in used_by_evaluations(run.folder):
+                say(f"{'':<13} used {used}")
     say("", where if finished else f"{'run folder':<13} {run.folder.shown}")
 
 
@@ -223,6 +234,8 @@ def print_evaluation(result: dict[str, Any]) -> None:
     if result["val"]:
         say(f"val       {result['val']['source']}: {result['val']['images']:,} images")
     say(f"protocol  {result['protocol']['name']}")
+    for used in used_parts(result["backbones"]):
+        say(f"learned   parts used with {used}")
     for name in ("test", "val"):
         bad = (result[name] or {}).get("bad", {})
         if bad:
@@ -250,6 +263,8 @@ def print_comparison(out: str, table: dict[str, Any]) -> None:
         say(f"sets      {table['set_seeds']} per row; deviations: over models / over sets")
     for note in table["notes"]:
         say(f"note      {note}")
+    for used in used_parts(table["cells"]):
+        say(f"learned   parts used by {used}")
     cells = [cell for cell in table["cells"] if cell["backbone"] == AVERAGE]
     # stable: methods stay in their order
     cells.sort(key=lambda cell: cell.get("budget") or cell["pairs"])

@@ -101,7 +101,11 @@ def _help(known: Option) -> str:
 def _add_recipe(parser: argparse.ArgumentParser, preset: str) -> None:
     """Add the flags from which a run's options come before other flags change them."""
     parser.add_argument(
-        "--preset", default=preset, metavar=_braces(RECIPES), help="named options [%(default)s]"
+        "--preset",
+        default=preset,
+        metavar=_braces(RECIPES),
+        help="named options; the published ones of an optimisation are METHOD_DATA_PAIRS, such as "
+        "lors_flickr30k_100 [%(default)s]",
     )
     _add_config_file(parser)
 

@@ -6,7 +6,8 @@ epoch of all data, in both branches (matching.py).
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pds_ray.config import DistillConfig
 from pds_ray.distillers.base import Problem, Start, Step, Variables
@@ -14,7 +15,7 @@ from pds_ray.distillers.trajectory import match_trajectories
 from pds_ray.distillers.variables import for_trajectories
 
 TRAIN: Literal["all", "heads", "lora"] = "all"
-DEFAULTS = {
+DEFAULTS: Mapping[str, Any] = {
     "iterations": 2000,
     "gradient": "adjoint",  # published: unrolled, the same in more memory
     "steps": 8,

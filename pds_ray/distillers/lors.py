@@ -6,7 +6,8 @@ diagonal (similarity.py). A model is then trained on the set with S and the lear
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pds_ray.config import DistillConfig
 from pds_ray.distillers.base import Problem, Start, Step, Variables
@@ -14,7 +15,7 @@ from pds_ray.distillers.trajectory import match_trajectories
 from pds_ray.distillers.variables import for_trajectories
 
 TRAIN: Literal["all", "heads", "lora"] = "all"
-DEFAULTS = {  # as published for 100 pairs of Flickr30K
+DEFAULTS: Mapping[str, Any] = {  # as published for 100 pairs of Flickr30K
     "iterations": 3000,
     "gradient": "adjoint",  # published: tesla
     "steps": 8,

@@ -7,10 +7,13 @@ learned pairs do not collapse onto each other.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.func import functional_call
+from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
 from pds_ray.config import DistillConfig
 from pds_ray.distillers.base import Problem, Start, Step, Variables
@@ -19,7 +22,7 @@ from pds_ray.distillers.variables import for_trajectories
 from pds_ray.training.two_towers import TwoTowers
 
 TRAIN: Literal["all", "heads", "lora"] = "heads"
-DEFAULTS = {
+DEFAULTS: Mapping[str, Any] = {
     "iterations": 3000,
     "gradient": "adjoint",  # published: tesla
     "steps": 8,
@@ -69,7 +72,19 @@ def blended(
     order = torch.randperm(len(images), generator=draw).to(images.device)
     assert model.backbone is not None
     mixed = [share * x + (1 - share) * x[order] for x in (model.backbone(images), text)]
-    with torch.device("meta"):  # the weights are given
-        heads = TwoTowers(None, model.width, text.shape[1], image_head=True)
-    embedded: tuple[torch.Tensor, torch.Tensor] = functional_call(heads, weights, (*mixed, masks))
-    return embedded
+    image_mask, text_mask = (None, None) if masks is None else masks.unbind(1)
+    image = _head(model.image_head, "image_head.", weights, mixed[0], image_mask)
+    return image, _head(model.text_head, "text_head.", weights, mixed[1], text_mask)
+
+
+def _head(
+    head: nn.Module | None,
+    prefix: str,
+    weights: Weights,
+    x: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return unit vectors [b, d] of one head with the given weights."""
+    assert head is not None
+    own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+    return F.normalize(functional_call(head, own, (x, mask)), dim=1)

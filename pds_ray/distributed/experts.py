@@ -202,20 +202,8 @@ def _embed(experts: WantedExperts, place: Place) -> None:
     ):
         bar.follow(in_flight.reports())
         if todo:
-            _until_done(partial(place.start, _embed_shards, experts, todo, in_flight))
+            tasks.retried(partial(place.start, _embed_shards, experts, todo, in_flight))
             bar.update(len(todo))
-
-
-def _until_done(start: Callable[[], ray.ObjectRef]) -> None:
-    """Wait for a task, and start it again if it is lost, as often as `RetryBudget` allows."""
-    budget = tasks.RetryBudget()
-    while True:
-        try:
-            ray.get(start())
-            return
-        except tasks.LOST as error:
-            if not budget.spend(error):
-                raise
 
 
 def _embed_shards(experts: WantedExperts, shards: list[str], in_flight: InFlight) -> None:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from pds_ray import catalog
 from pds_ray.config import ConfigError, RunConfig, flatten, settled, to_dict
 from pds_ray.config import replace as configure
+from pds_ray.engine.optimisation import check_optimisation, with_own_values
 from pds_ray.errors import first_line, some_of, without_secrets
 from pds_ray.methods.base import Method, Run
 from pds_ray.modalities.text import CLEANERS
@@ -52,7 +53,7 @@ def make_run(config: RunConfig, redo: bool = False) -> Run:
         raise ConfigError(NO_SOURCE)
     if not config.out:
         raise ConfigError("no run folder: give --out FOLDER")
-    method = catalog.method(config.method, config.budget)
+    method = catalog.method(config.method, config.budget, config.distill.init)
     config = relevant(config, method)
     check_extras(config, method)
     if "cluster" in method.names:
@@ -76,6 +77,7 @@ def make_run(config: RunConfig, redo: bool = False) -> Run:
         fingerprints={},
         changed=changed,
     )
+    check_optimisation(run)
     hashes = _fingerprints(run)
     return replace(
         run, fingerprints=hashes, store=folder.store(config.embed.store, hashes["embed"])
@@ -112,7 +114,7 @@ def relevant(config: RunConfig, method: Method) -> RunConfig:
         for name, value in defaults.items()
         if "." in name and name not in read and name.partition(".")[0] not in read
     }
-    return method.settled(configure(settled(config), unread))
+    return with_own_values(method.settled(configure(settled(config), unread)))
 
 
 def _fingerprints(run: Run) -> dict[str, str]:

@@ -88,7 +88,7 @@ def make_plan(
 
     Raises ConfigError in one line for a run that is impossible or depends on unknown figures.
     """
-    method = catalog.method(config.method, config.budget)
+    method = catalog.method(config.method, config.budget, config.distill.init)
     config, method_stages = method.settled(settled(config)), method.stages
     _check_models(config.method, method_stages)
     if config.pairs > work.images:

@@ -50,6 +50,7 @@ def prepare_shard(
         "owner": torch.from_numpy((np.cumsum(kept) - 1)[owner[rows]]),
     }
     counts = {"images": int(kept.sum()), "captions": int(rows.sum()), "bad": bad}
+    experts.store.save_captions(shard.name, [flat[row] for row in np.flatnonzero(rows)])
     experts.store.commit(experts.store.data, shard.name, tensors, counts)
     return counts
 
@@ -71,17 +72,18 @@ def embed_shard(experts: WantedExperts, shard: str, backbone: nn.Module, workers
     experts.store.commit(experts.store.features, shard, {"features": features}, {})
 
 
-def load_pairs(experts: WantedExperts) -> TrainingPairs:
+def load_pairs(experts: WantedExperts, pixels: bool = False) -> TrainingPairs:
     """Return all images, or their features where the backbone is frozen, with their captions.
 
-    Raises ExpertStoreError for a damaged file, and ConfigError if too few images can be used.
+    With `pixels` it is the images in any case. Raises ExpertStoreError for a damaged file, and
+    ConfigError if too few images can be used.
     """
     store, images, text, owners, count = experts.store, [], [], [], 0
     for shard in experts.shards:
         found = store.read(store.data, shard.name)
         if not len(found["images"]):
             continue
-        if experts.frozen:
+        if experts.frozen and not pixels:
             images.append(store.read(store.features, shard.name)["features"])
         else:
             images.append(found["images"])

@@ -36,6 +36,7 @@ from pds_ray.store.manifest import fingerprint
 from pds_ray.store.storage import Folder
 from pds_ray.training import loop
 from pds_ray.training.data import Pixels, TrainingPairs
+from pds_ray.training.lora import adapt
 from pds_ray.training.loop import seed_of
 from pds_ray.training.retrieval import (
     RetrievalTraining,
@@ -176,6 +177,8 @@ def build_model(
 
     `width` is that of the backbone's features; without a backbone the model takes these features.
     """
+    if experts.config.train == "lora" and backbone is not None:
+        adapt(backbone, experts.config.rank, experts.seed)
     start = "all" if experts.config.shared_start else number
     torch.manual_seed(seed_of(experts.seed, "expert heads", start))
     with_head = experts.config.train in ("all", "heads")

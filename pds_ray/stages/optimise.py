@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 
 import torch
 from torch import nn
@@ -30,7 +31,10 @@ class Progress:
     """The course of an optimisation so far."""
 
     history: list[Row] = field(default_factory=list)
-    """Of each iteration: its number, losses, step sizes, and the score where it was validated."""
+    """Of each iteration: its number, losses, step sizes, and the score where it was validated.
+
+    With validation the start has a row, number 0.
+    """
     best_iteration: int = 0
     best_score: float | None = None
     """None before the first validation."""
@@ -40,7 +44,7 @@ class Progress:
     @property
     def iteration(self) -> int:
         """The number of iterations done."""
-        return len(self.history)
+        return int(self.history[-1]["iteration"]) if self.history else 0
 
 
 @dataclass(frozen=True)
@@ -179,9 +183,10 @@ class _Work:
         if validate is None or self.best is None:
             return
         progress, score = self.progress, validate(self.variables.tensors())
-        if progress.history:
-            progress.history[-1]["score"] = score
-        if progress.best_score is not None and score <= progress.best_score:
+        if not progress.history:
+            progress.history.append({"iteration": 0})
+        progress.history[-1]["score"] = score
+        if progress.best_score is not None and not score > progress.best_score:
             progress.since_best += 1
             return
         progress.best_iteration, progress.best_score = progress.iteration, score
@@ -209,15 +214,14 @@ def _named_sizes(variables: Variables) -> dict[str, float]:
 
 def _warn_if_still(history: list[Row], branch: str) -> None:
     """Log a warning, once, when a branch has not moved for long."""
-    still = [row.get(branch, 0.0) > STILL for row in history[-STILL_FOR - 1 :]]
-    if (len(still) >= STILL_FOR and all(still[-STILL_FOR:]) and not all(still[:-STILL_FOR])) or (
-        len(still) == STILL_FOR and all(still)
-    ):
+    latest = reversed(history[-STILL_FOR - 1 :])
+    still = sum(1 for _ in takewhile(lambda row: row.get(branch, 0.0) > STILL, latest))
+    if still == STILL_FOR:
         log.event(
             "branch_still",
             f"pds-ray: the {branch} branch has hardly moved towards its target for {STILL_FOR} "
             "iterations; give a larger --distill.step-size or other rates",
             "warning",
             branch=branch,
-            iteration=len(history),
+            iteration=int(history[-1]["iteration"]),
         )

@@ -32,9 +32,11 @@ from pds_ray.sources.base import (
     SourceError,
     read_shard,
 )
+from pds_ray.stages.learned import NOTHING_LEARNED, Use
 from pds_ray.store.distilled_set import DistilledSet
 from pds_ray.training import loop
 from pds_ray.training.data import Gallery, Pixels, TrainingPairs
+from pds_ray.training.losses import training_loss
 from pds_ray.training.recall import RECALLS
 from pds_ray.training.retrieval import (
     RetrievalTraining,
@@ -127,6 +129,8 @@ class Trial:
     protocol: ProtocolConfig
     text: TextInput
     pairs: int
+    use: Use = NOTHING_LEARNED
+    """The learned parts of the set that it trains on."""
 
     @property
     def square(self) -> Preprocess:
@@ -369,7 +373,7 @@ def train_model(
 ) -> dict[str, Any]:
     """Train a trial's model and return its chosen epoch, as `run_trial` does."""
     protocol, pixels = trial.protocol, pixels_of(trial)
-    optimizer = make_optimizer(model.parameters(), protocol)
+    optimizer = _optimizer(model, protocol, trial.use.rates)
     progress = _restore(state, model, optimizer)
 
     def measure(gallery: Gallery) -> dict[str, float]:
@@ -390,11 +394,23 @@ def train_model(
             update_best(progress, epoch, protocol.select, data, measure)
             report(progress, save)
 
-    training = RetrievalTraining(data.pairs, pixels, protocol, trial.seed, workers)
+    loss = training_loss(trial.use.loss)
+    training = RetrievalTraining(data.pairs, pixels, protocol, trial.seed, workers, loss)
     epochs = range(progress.epochs_done, protocol.epochs)
     train_two_towers(model, optimizer, training, epochs, after_epoch, trained)
     assert progress.best is not None
     return progress.best
+
+
+def _optimizer(
+    model: TwoTowers, protocol: ProtocolConfig, rates: tuple[float, float] | None
+) -> torch.optim.Optimizer:
+    """Return the protocol's optimizer, with learned `rates` of the branches where there are any."""
+    if rates is None:
+        return make_optimizer(model.parameters(), protocol)
+    branches = zip(model.branches(), rates, strict=True)
+    groups = [{"params": part, "lr": rate} for part, rate in branches if part]
+    return make_optimizer(groups, protocol)
 
 
 def _restore(state: bytes, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:

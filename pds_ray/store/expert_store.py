@@ -5,6 +5,8 @@ manifest.json
     vectors; the layout of both branches, for each of their tensors name, shape and offset
 data/S.safetensors: images (u8 [n, 3, side, side]), text (f32 [m, t]), owner (i64 [m])
     images of shard S at training size, the vectors of their captions, and the image of each caption
+data/S.parquet: caption (str)
+    the captions of shard S, in the order of their vectors
 data/S.json
     commit marker, written last: SHA-256 of the file, images, captions, bad samples by reason
 features/S.safetensors: features (f32 [n, f]), and features/S.json
@@ -29,6 +31,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import pyarrow as pa
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
@@ -38,7 +41,8 @@ from pds_ray.store.flat import Layout, Snapshot
 from pds_ray.store.storage import Folder, is_remote
 
 MANIFEST, STATE = "manifest.json", "state.safetensors"
-SUFFIX, MARKER = ".safetensors", ".json"
+SUFFIX, MARKER, CAPTIONS = ".safetensors", ".json", ".parquet"
+CAPTION_SCHEMA = pa.schema([("caption", pa.string())])
 
 
 class ExpertStoreError(UserError, ValueError):
@@ -136,6 +140,14 @@ class ExpertStore:
         sha256 = place.read_json(shard + MARKER)["sha256"]
         advice = f"delete {place.shown}; the same command makes it again"
         return _verified(place, shard + SUFFIX, sha256, advice)
+
+    def save_captions(self, shard: str, captions: list[str]) -> None:
+        """Write the captions of a shard, before it is committed."""
+        self.data.write_table(shard + CAPTIONS, pa.table({"caption": captions}, CAPTION_SCHEMA))
+
+    def captions(self, shard: str) -> list[str]:
+        """Return the captions of a shard, in the order of their vectors."""
+        return self.data.read_table(shard + CAPTIONS).column("caption").to_pylist()
 
     # ---- experts
 

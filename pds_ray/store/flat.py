@@ -20,6 +20,10 @@ TEXT_BRANCH = "text_head."
 """Tensors whose names begin so are of the text branch, all others of the image branch."""
 
 
+STATISTICS = "running_"
+"""Buffers whose names begin so are statistics of the batches seen, by torch and timm."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """The weights of both branches at one moment, float [n] and [m]."""
@@ -109,6 +113,21 @@ class Layout:
             for part in (values["image"], values["text"])
         )
         return cls(image, text)
+
+
+def check_matchable(backbone: nn.Module, name: str) -> None:
+    """Raise ConfigError if a backbone that is trained keeps statistics of its batches.
+
+    They are no part of a snapshot, so that weights taken from one, or merged from two, would meet
+    statistics of others. A frozen backbone may have them.
+    """
+    buffers = (buffer.rpartition(".")[2] for buffer, _ in backbone.named_buffers())
+    if any(buffer.startswith(STATISTICS) for buffer in buffers):
+        raise ConfigError(
+            f"backbone {name} normalises over the batch, and its statistics are no part of an "
+            "expert's weights; give small_conv, nfnet_l0 or a ViT, or train the heads alone "
+            "(--experts.train heads)"
+        )
 
 
 def _entries(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Entry, ...]:

@@ -95,3 +95,15 @@ def info_nce(
     """
     logits = scale * image @ text.T
     return contrastive(logits) if similarity is None else soft_contrastive(logits, similarity)
+
+
+def training_loss(name: str) -> Callable[..., torch.Tensor]:
+    """Return a loss of SOFT_LOSSES as a function of unit embeddings, image and text [n, d] each.
+
+    Their `similarity` [n, n] is its third argument; info_nce is the function of that name.
+    """
+
+    def loss(image: torch.Tensor, text: torch.Tensor, similarity: torch.Tensor) -> torch.Tensor:
+        return SOFT_LOSSES[name](SCALE * image @ text.T, similarity)
+
+    return info_nce if name == "info_nce" else loss

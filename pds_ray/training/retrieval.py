@@ -80,11 +80,7 @@ def train_two_towers(
     pairs, workers = training.pairs, training.workers
     wrapped = workers.wrap(model)
     wrapped.train()
-    augmented = (
-        training.protocol.augment
-        and model.backbone is not None
-        and pairs.images.dtype == torch.uint8
-    )
+    augmented = training.protocol.augment and model.backbone is not None and pairs.are_images
 
     def loss(batch: Batch) -> torch.Tensor:
         size, mine = len(batch.rows), workers.mine(batch.rows)

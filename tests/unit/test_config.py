@@ -194,6 +194,7 @@ EVALUATION = {
     "protocol.subjects": (["image", "caption"], ["nothing"]),
     "protocol.targets": (["hard", "soft"], ["nothing"]),
     "protocol.captions_per_image": (["one", "all"], ["5"]),
+    "protocol.learned": (["auto", "off"], ["on"]),
     **RAY,
 }
 WRONG_TYPE = {

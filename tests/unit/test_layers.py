@@ -27,7 +27,7 @@ ORDER = (
     ("pds_ray.stages",),
     ("pds_ray.methods", *(f"pds_ray.{folder}" for folder in PLUGINS)),
     ("pds_ray.store", "pds_ray.training"),
-    ("pds_ray.config", "pds_ray.recipes"),
+    ("pds_ray.config", "pds_ray.recipes", "pds_ray.published"),
     ("pds_ray.catalog", "pds_ray.errors", "pds_ray.modalities", "pds_ray.telemetry"),
 )
 FREE = ("pds_ray.demo",)  # training scripts, no part of a run: nothing may import them
