@@ -584,7 +584,7 @@ class DistillConfig(Options, section="distill"):
     similarity: Literal["auto", "identity", "full", "low_rank"] = option(
         "auto", "what is learned of the similarity of images and text vectors: identity is nothing"
     )
-    rank: int = option(0, "rank of a similarity of low rank, or of adapters", at_least=0)
+    rank: int = option(0, "rank of a similarity of low rank", at_least=0)
     alpha: float = option(0.0, "weight of the low-rank part of a similarity", at_least=0)
     mix: bool | None = option(
         None, "method repblend mixes the features of two pairs each in every step; default true"

@@ -29,15 +29,15 @@ from pds_ray.config import (
 from pds_ray.encoders.base import EncoderInfo, TextEncoderInfo
 from pds_ray.modalities.image import Preprocess
 from pds_ray.sources.base import Shard, Source
-from pds_ray.stages.trial import BATCH_NORMS, Build, feature_width
+from pds_ray.stages.trial import Build, feature_width
 from pds_ray.store.expert_store import ExpertStore, expert_name
-from pds_ray.store.flat import Layout, Snapshot
+from pds_ray.store.flat import Layout, Snapshot, check_matchable
 from pds_ray.store.manifest import fingerprint
 from pds_ray.store.storage import Folder
 from pds_ray.training import loop
 from pds_ray.training.data import Pixels, TrainingPairs
-from pds_ray.training.lora import adapt
 from pds_ray.training.loop import seed_of
+from pds_ray.training.lora import adapt
 from pds_ray.training.retrieval import (
     RetrievalTraining,
     make_optimizer,
@@ -163,9 +163,10 @@ def want_experts(
 def build_backbone(experts: WantedExperts, number: int, build: Build) -> nn.Module:
     """Return the backbone that the number-th expert starts from; `build` makes it.
 
-    Random weights are its own, unless all experts start alike or keep them.
+    Random weights are its own, unless all experts start alike or keep them: adapters of one base
+    say nothing about another.
     """
-    same = experts.frozen or experts.config.shared_start
+    same = experts.config.train in ("heads", "lora") or experts.config.shared_start
     torch.manual_seed(seed_of(experts.seed, "expert backbone", "all" if same else number))
     return build(experts.backbone, experts.square.size)
 
@@ -176,6 +177,8 @@ def build_model(
     """Return the model that the number-th expert starts from.
 
     `width` is that of the backbone's features; without a backbone the model takes these features.
+    Adapters are put on the backbone in place, and all experts start with the same. Raises
+    ConfigError if it takes none.
     """
     if experts.config.train == "lora" and backbone is not None:
         adapt(backbone, experts.config.rank, experts.seed)
@@ -200,27 +203,19 @@ def take_snapshot(layout: Layout, model: nn.Module) -> Snapshot:
 def describe_model(experts: WantedExperts, build: Build) -> dict[str, Any]:
     """Build the model of the first expert; return its widths and the layout of its weights.
 
-    Raises ConfigError for a backbone whose features depend on more than its parameters.
+    Raises ConfigError for a backbone that takes no adapters where these are trained, and for one
+    whose features depend on more than its parameters.
     """
     backbone = build_backbone(experts, 0, build)
-    require_no_batch_norm(experts, backbone)
     width = feature_width(backbone, experts.square.size)
     model = build_model(experts, 0, backbone, width)
+    if not experts.frozen:
+        check_matchable(backbone, experts.backbone.name)
     return {
         "width": width,
         "text_width": experts.encoder.dim,
         "layout": Layout.of(model).to_json(),
     }
-
-
-def require_no_batch_norm(experts: WantedExperts, backbone: nn.Module) -> None:
-    """Raise ConfigError if a backbone that is trained keeps statistics of its batches."""
-    if not experts.frozen and any(isinstance(part, BATCH_NORMS) for part in backbone.modules()):
-        raise ConfigError(
-            f"backbone {experts.backbone.name} normalises over the batch, and its statistics are "
-            "no part of an expert's weights; give small_conv, nfnet_l0 or a ViT, or train the "
-            "heads alone (--experts.train heads)"
-        )
 
 
 def weights_of(about: Mapping[str, Any]) -> dict[str, int]:

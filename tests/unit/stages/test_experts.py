@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
+from pds_ray import catalog
+from pds_ray.backbones.base import BackboneInfo
 from pds_ray.config import ConfigError
 from pds_ray.sources.base import Fault, Sample, Shard
 from pds_ray.stages import expert_data
@@ -24,6 +26,9 @@ from pds_ray.stages import experts as core
 from pds_ray.stages.experts import WantedExperts
 from pds_ray.store.expert_store import ExpertStoreError, open_experts
 from pds_ray.store.flat import Layout
+from pds_ray.training.lora import Adapted
+from pds_ray.training.two_towers import TwoTowers
+from pds_ray.training.workers import Workers
 from tests.support.tiny_experts import MadeUpEncoder, begin, build, files, train, wanted
 from tests.support.tiny_training import FEATURES, SIDE, TEXT_WIDTH, TinyBackbone
 
@@ -216,6 +221,66 @@ def test_the_parts_that_are_trained(tmp_path: Path, part: str, image: list[str])
     assert Layout.of(student) == layout
 
 
+def build_real(info: BackboneInfo, image_size: int) -> nn.Module:
+    return catalog.build_backbone(info, image_size)
+
+
+def test_adapters_are_trained_on_one_frozen_base(tmp_path: Path):
+    """Whether the base is pretrained or, as here, drawn: for all experts and the student."""
+    info = catalog.describe_backbone("small_vit")
+    experts = replace(
+        wanted(tmp_path, train="lora", rank=2, epochs=1, image_size=16), backbone=info
+    )
+    about = core.describe_model(experts, build_real)
+    experts.store.begin(experts.made_from(), about)
+    for shard in experts.shards:
+        expert_data.prepare_shard(experts, shard, MadeUpEncoder)
+    pairs = expert_data.load_pairs(experts)
+
+    def model(number: int) -> TwoTowers:
+        backbone = core.build_backbone(experts, number, build_real)
+        return core.build_model(experts, number, backbone, about["width"])
+
+    trained = [model(number) for number in range(2)]
+    for number, one in enumerate(trained):
+        core.train_expert(experts, number, one, pairs, Workers())
+    found = open_experts(experts.store, 2, 1)
+    factors = {f"backbone.{n}" for n in adapted_factors(trained[0].backbone)}
+    assert {entry.name for entry in found.layout.image} == factors
+    assert {e.name for e in found.layout.text} == {
+        f"text_head.{name}" for name, _ in trained[0].text_head.named_parameters()
+    }
+    torch.manual_seed(0)
+    student = model(0)
+    found.layout.check(Layout.of(student), "the student")
+    learned = factors | {entry.name for entry in found.layout.text}
+    base = {n: t for n, t in student.state_dict().items() if n not in learned}
+    for one in trained:  # after their training
+        state = one.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in base.items())
+    first, second = (found.snapshot(name, 0) for name in found.names)
+    assert torch.equal(first.theta, second.theta)
+    assert not torch.equal(first.phi, second.phi)
+    first, second = (found.snapshot(name, 1) for name in found.names)
+    assert not torch.equal(first.theta, second.theta)
+    # what an expert computes is what base and snapshot compute
+    found.layout.load(student, second)
+    images = experts.pixels(pairs.images[:3])
+    with torch.no_grad():
+        assert torch.equal(student.embed_images(images), trained[1].embed_images(images))
+
+
+def adapted_factors(backbone: nn.Module | None) -> list[str]:
+    assert backbone is not None
+    layers = (name for name, part in backbone.named_modules() if isinstance(part, Adapted))
+    return [f"{name}.{factor}" for name in layers for factor in ("down", "up")]
+
+
+def test_adapters_of_a_backbone_without_blocks_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="adapters need a vision transformer"):
+        core.describe_model(wanted(tmp_path, train="lora"), build)
+
+
 def test_a_frozen_backbone_gives_its_features_once(tmp_path: Path):
     experts = wanted(tmp_path, train="heads")
     begin(experts)
@@ -334,8 +399,9 @@ def test_a_backbone_with_batch_statistics_is_refused_unless_frozen(tmp_path: Pat
     def normalised(_info: object, _size: int) -> nn.Module:
         return Normalised()
 
-    with pytest.raises(ConfigError, match="backbone tiny normalises over the batch"):
-        core.describe_model(wanted(tmp_path), normalised)
+    for part in ("all", "backbone"):
+        with pytest.raises(ConfigError, match="backbone tiny normalises over the batch"):
+            core.describe_model(wanted(tmp_path, train=part), normalised)
     frozen = core.describe_model(wanted(tmp_path, train="heads"), normalised)
     assert frozen["width"] == FEATURES
 
