@@ -24,6 +24,7 @@ SELECT = Stage(
     options=("select",),
     unit="pairs",
     counted="prototypes",
+    plan="pds_ray.planning.optimisation:SELECT",
 )
 
 SELECTION_CARD = CardText(
