@@ -82,11 +82,11 @@ DISTILLERS = {  # method -> module with TRAIN, DEFAULTS, variables(...) and step
     "mdm": "pds_ray.distillers.mdm",
 }
 
-METHODS = {  # method -> the Method: its stages in order; of a distiller those after its start
+METHODS = {  # method -> the Method: its stages in order
     "pds": "pds_ray.methods.pds:PDS",
     "coverage": "pds_ray.methods.coverage:COVERAGE",
     **dict.fromkeys(SELECTORS, "pds_ray.methods.selection:SELECTION"),
-    **dict.fromkeys(DISTILLERS, "pds_ray.methods.optimisation:OPTIMISATION"),
+    **dict.fromkeys(DISTILLERS, "pds_ray.methods.optimisation:OPTIMISATION"),  # after its start
 }
 
 STARTS = {"real": "random", "noise": "random"}

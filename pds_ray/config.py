@@ -483,6 +483,9 @@ class ExpertsConfig(Options, section="experts"):
         "", "folder of experts that several runs share; default OUT/experts", free=True
     )
     count: int = option(20, "experts, each trained with seeds of its own", above=0)
+    seed: int = option(
+        0, "seed of the experts, apart from that of the set", at_least=0, at_most=2**31 - 1
+    )
     epochs: int = option(10, "epochs of each expert", above=0)
     backbone: str = option(
         "small_conv", "image network of the experts: small_conv, small_vit, small_mixer or timm's"

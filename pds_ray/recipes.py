@@ -91,8 +91,8 @@ def web_scale() -> RunConfig:
 def scenes() -> RunConfig:
     """Return an optimisation in the built-in world: 100 pairs of 10,000 images, small_conv.
 
-    Ten experts of eight epochs and every method end overnight on two cores. Rates are our own: the
-    published ones are for images of 224 pixels and a backbone of 33 million weights.
+    Ten experts of eight epochs and every method end overnight on two cores. Rates are the methods'
+    own, which were published for images of 224 pixels and a backbone of 33 million weights.
     """
     return replace(
         demo(),

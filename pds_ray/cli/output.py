@@ -51,8 +51,29 @@ def print_plan(run: Run) -> None:
         say(f"# note      {note}")
     say(f"# result    {_asked(config)} in {run.folder.distilled.shown}")
     say(f"# stages    {' -> '.join(run.method.names)}")
+    if "optimise" in run.method.names:
+        _print_optimisation(config)
     say("", "# the resolved configuration: all of this is a file for --config")
     print(yaml.safe_dump(shown, sort_keys=False), end="")
+
+
+def _print_optimisation(config: RunConfig) -> None:
+    """Print what experts and an optimisation would take; the model is built for it."""
+    from pds_ray.planning import optimisation as costs
+
+    wish, experts, model = config.distill, config.experts, costs.student_of(config)
+    weights = f"{model.weights:,} weights, images {model.side} px"
+    disk = costs.expert_bytes(config, 0)
+    say(
+        f"# experts   {experts.count} of {experts.epochs} epochs, {experts.backbone}: {weights}; "
+        f"{disk:,.0f} bytes of snapshots"
+    )
+    steps = f" of {wish.steps} steps" if wish.steps else ""
+    memory, flop = costs.memory_bytes(config), costs.optimisation_flop(config)
+    say(
+        f"# optimise  {wish.iterations:,} iterations{steps}: {flop / 1e12:,.1f} TFLOP, about "
+        f"{memory / 2**30:,.2f} GiB of memory"
+    )
 
 
 def print_experts_plan(wanted: WantedExperts, todo: dict[str, int]) -> None:

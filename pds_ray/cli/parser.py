@@ -260,6 +260,7 @@ SHORT = {
     "experts.store": "store",
     "experts.count": "experts",
     "experts.epochs": "epochs",
+    "experts.seed": "seed",
     "experts.backbone": "backbone",
     "experts.text_encoder": "text-encoder",
 }
@@ -280,7 +281,7 @@ def _add_experts(commands: Commands) -> None:
     experts.add_argument(
         "--dry-run", action="store_true", help="validate, print what would be trained, stop"
     )
-    of_run = ("source", "seed", "read", "embed.encoder", "experts", "ray")
+    of_run = ("source", "read", "embed.encoder", "experts", "ray")
     _add_config_options(experts, of_run, short=SHORT)
 
 

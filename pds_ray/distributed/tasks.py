@@ -70,7 +70,7 @@ def run_kmeans(
 
 
 def retried(start: Callable[[], ray.ObjectRef]) -> Any:
-    """Return the result of a task, started again if it is lost, as often as `RetryBudget` allows."""
+    """Return the result of a task; it is started again where `RetryBudget` allows."""
     budget = RetryBudget()
     while True:
         try:

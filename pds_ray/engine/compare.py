@@ -9,6 +9,7 @@ comparison.json, comparison.csv    the cells: mean and deviation per method, siz
                                    with the pairs, bytes and pixels of each set
 sets/METHOD-SIZE/                  one run folder per set, of so many pairs or such a budget
 embeddings/                        the embeddings they share, one store per way of making them
+experts/                           the experts they share, one store per way of training them
 evaluation/trials/                 one file per trained model
 """
 
@@ -27,6 +28,7 @@ from pds_ray import catalog
 from pds_ray.config import METHODS, ConfigError, EvaluateConfig, RunConfig, replace
 from pds_ray.distributed.lifetime import session_kept
 from pds_ray.engine import evaluate as evaluation
+from pds_ray.engine.optimisation import experts_key
 from pds_ray.engine.plan import make_run, relevant
 from pds_ray.engine.run import distill
 from pds_ray.errors import without_secrets
@@ -38,6 +40,7 @@ from pds_ray.store.evaluation_folder import (
     COMPARISON,
     EVALUATION,
     TABLE,
+    experts_name,
     set_name,
     store_name,
 )
@@ -57,7 +60,7 @@ ABLATIONS = (
     "pds+protocol.text=prototypes",
 )
 """The variations of the paper, one at a time; another encoder is `pds+embed.encoder=NAME`."""
-FIXED = ("source", "out", "method", "pairs", "budget", "embed.store")
+FIXED = ("source", "out", "method", "pairs", "budget", "embed.store", "experts.store")
 """Options that all rows of a comparison share."""
 STARTS = ">"
 """The sign between a start and the method that improves it."""
@@ -254,7 +257,7 @@ def compare(
         evaluation.text_encoder(
             entry.evaluation.protocol, entry.label, encoder.name, encoder.space, encoder.dim
         )
-        rows.append(_on_shared_store(entry, run, root))
+        rows.append(_on_shared_stores(entry, run, root))
     evaluation.check(judged, [entry.evaluation.protocol for entry in rows], shards)
     root.create()
     for number, entry in enumerate(rows):
@@ -303,12 +306,14 @@ def _table(
     }
 
 
-def _on_shared_store(entry: Entry, run: Run, root: Folder) -> Entry:
-    """Return the entry with its embeddings in the store of all that are made the same way."""
-    if entry.run.embed.store:
-        return entry
-    store = (root / store_name(run.fingerprints["embed"])).path
-    return dataclasses.replace(entry, run=replace(entry.run, {"embed.store": store}))
+def _on_shared_stores(entry: Entry, run: Run, root: Folder) -> Entry:
+    """Return the entry with embeddings and experts in the stores of all made the same way."""
+    shared = {}
+    if not entry.run.embed.store:
+        shared["embed.store"] = (root / store_name(run.fingerprints["embed"])).path
+    if "experts" in run.method.names and not entry.run.experts.store:
+        shared["experts.store"] = (root / experts_name(experts_key(run))).path
+    return dataclasses.replace(entry, run=replace(entry.run, shared))
 
 
 def _notes(rows: list[Entry], results: dict[str, dict[str, Any]]) -> list[str]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pds_ray import catalog
 from pds_ray.config import ConfigError, RunConfig
 from pds_ray.config import replace as configure
 from pds_ray.methods.base import Run
+from pds_ray.store.manifest import fingerprint
 from pds_ray.store.storage import Folder
+
+if TYPE_CHECKING:
+    from pds_ray.stages.experts import WantedExperts
 
 
 def with_own_values(config: RunConfig) -> RunConfig:
@@ -40,10 +46,19 @@ def check_optimisation(run: Run) -> None:
         _check_start(run)
     _check_epochs(config)
     _check_validation(run)
+    wanted = _wanted(run)
+    wanted.store.check(wanted.made_from())
+
+
+def experts_key(run: Run) -> str:
+    """Return a hash of all that the experts of a run are made from: runs of one key share them."""
+    return fingerprint(_wanted(run).made_from())
+
+
+def _wanted(run: Run) -> WantedExperts:
     from pds_ray.stages.experts import want_experts
 
-    wanted = want_experts(config, run.source, run.shards, run.folder.experts)
-    wanted.store.check(wanted.made_from())
+    return want_experts(run.config, run.source, run.shards, run.folder.experts)
 
 
 def _check_start(run: Run) -> None:

@@ -17,22 +17,22 @@ from pds_ray.store.card import CardText
 
 
 def _experts(run: Run) -> list[Any]:
-    """Return what experts depend on besides the source: options, models, seed.
+    """Return what experts depend on besides the source: options and models.
 
     Their weights themselves are listed in the file that the stage leaves.
     """
     wish = run.config.experts
     options = {f"experts.{name}": value for name, value in asdict(wish).items()}
     kept = {name: value for name, value in options.items() if name not in FREE_FIELDS}
-    return [run.config.seed, kept, *_models(run)]
+    return [kept, *_models(run)]
 
 
 def _models(run: Run) -> list[str]:
     """Return the identities of the backbone and of the text encoder of the experts."""
     wish = run.config.experts
     encoder = run.encoder.name if wish.text_encoder == "auto" else wish.text_encoder
-    backbone, text = catalog.describe_backbone(wish.backbone), catalog.describe_text_encoder(encoder)
-    return [backbone.identity, text.identity]
+    backbone = catalog.describe_backbone(wish.backbone)
+    return [backbone.identity, catalog.describe_text_encoder(encoder).identity]
 
 
 def _optimised(run: Run) -> list[Any]:

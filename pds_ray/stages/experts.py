@@ -150,7 +150,7 @@ def want_experts(
         shards=shards,
         read=config.read,
         config=wish,
-        seed=config.seed,
+        seed=wish.seed,
         backbone=catalog.describe_backbone(wish.backbone),
         encoder=catalog.describe_text_encoder(name),
         store=ExpertStore(Folder(wish.store) if wish.store else place),

@@ -101,6 +101,11 @@ def store_name(fingerprint: str) -> str:
     return f"embeddings/{fingerprint[:12]}"
 
 
+def experts_name(fingerprint: str) -> str:
+    """Return the name of a shared store of experts below a comparison."""
+    return f"experts/{fingerprint[:12]}"
+
+
 def read_table(path: str) -> dict[str, Any] | None:
     """Return the table of the comparison at `path`, None if it is none.
 

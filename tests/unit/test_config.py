@@ -145,6 +145,7 @@ RUN = {
     "caption.round_trip": ([True], []),
     "experts.store": (["shared"], []),
     "experts.count": ([1], [0]),
+    "experts.seed": ([0, 2**31 - 1], [-1, 2**31]),
     "experts.epochs": ([1], [0]),
     "experts.backbone": (["small_vit"], []),
     "experts.text_encoder": (["bert:bert-base-uncased"], []),
@@ -159,7 +160,7 @@ RUN = {
     "experts.batch_size": ([2], [1]),
     "experts.augment": ([False], []),
     "experts.schedule": (["constant", "step", "cosine"], ["linear"]),
-    "experts.cpus": ([1], [0]),
+    "experts.cpus": ([1, 2], [0]),
     "experts.gpus": ([0.0, 0.5, 2.0], [-0.5]),
     **RAY,
 }
@@ -411,7 +412,8 @@ def test_a_pool_does_not_shrink_below_its_size(stage: str) -> None:
 
 
 def test_the_options_that_may_differ_when_a_run_is_continued() -> None:
-    assert FREE_FIELDS == ("out", "embed.batch_size", "embed.store", "decode.batch_size")
+    run = ("out", "embed.batch_size", "embed.store", "decode.batch_size")
+    assert FREE_FIELDS == (*run, "experts.store", "experts.cpus", "experts.gpus")
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

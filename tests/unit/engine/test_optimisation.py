@@ -11,6 +11,7 @@ import pytest
 from pds_ray import catalog
 from pds_ray.config import ConfigError, replace
 from pds_ray.engine.compare import entries
+from pds_ray.engine.optimisation import experts_key
 from pds_ray.engine.plan import make_run
 from pds_ray.methods.base import Run
 from pds_ray.published import PUBLISHED
@@ -63,6 +64,7 @@ def test_a_method_that_improves_a_start_is_none() -> None:
         ({"distill__init": "noise"}, "decode"),
         ({"experts__count": 3}, "experts"),
         ({"experts__epochs": 3}, "experts"),
+        ({"experts__seed": 1}, "experts"),
         ({"experts__backbone": "small_vit"}, "experts"),
         ({"experts__train": "heads"}, "experts"),
         ({"experts__learning_rate": 0.2}, "experts"),
@@ -206,6 +208,17 @@ def test_the_start_of_a_method_stands_before_it() -> None:
     assert not other.run.match.filter
     assert [row.label for row in (plain, polished)] == ["mdm-10", "pds>mdm-10"]
     assert len({row.folder for row in (plain, polished, other)}) == 3
+
+
+def test_sets_of_all_seeds_and_sizes_share_experts_of_one_training() -> None:
+    def key(**changes: Any) -> str:
+        return experts_key(run_of(**changes))
+
+    shared = key()
+    for changes in ({"pairs": 7}, {"seed": 4}, {"method": "mdm"}, {"distill__init": "pds"}):
+        assert key(**changes) == shared
+    for changes in ({"method": "repblend"}, {"experts__seed": 1}, {"source": "scenes:121"}):
+        assert key(**changes) != shared
 
 
 @pytest.mark.parametrize(

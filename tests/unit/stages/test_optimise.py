@@ -57,7 +57,8 @@ def equal(one: Optimised, other: Optimised) -> bool:
 @pytest.mark.parametrize("validated", [False, True])
 @pytest.mark.parametrize("distiller", [bi_trajectory, lors, repblend], ids=lambda d: d.__name__)
 def test_ten_iterations_are_five_and_a_kill_and_five(distiller: Any, validated: bool) -> None:
-    options = {"iterations": 10, "evaluate_every": 2, "similarity_rate": 0.1, "patience": 9, "steps": 2}
+    options = {"iterations": 10, "steps": 2, "similarity_rate": 0.1}
+    options |= {"evaluate_every": 2, "patience": 9}
     made = problem(distiller, **options)
     judge = {"validate": lambda tensors: float(tensors["text"].sum())} if validated else {}
     whole_states: list[bytes] = []
