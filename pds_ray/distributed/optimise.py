@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ import torch
 
 from pds_ray import catalog
 from pds_ray.config import RunConfig
+from pds_ray.distillers.base import Distiller, Problem, Step, Variables
 from pds_ray.distributed import limits, places, process, session, tasks
 from pds_ray.distributed.experts import Place, build_backbone, ensure_experts, expert_place
 from pds_ray.distributed.in_flight import Doing, InFlight
@@ -129,22 +131,30 @@ def _improve(job: Job, in_flight: InFlight) -> Counts:
         doing.now("the validation split to be read")
         found = core.optimise(
             prepared.problem,
-            catalog.distiller(config.method),
+            _watched(catalog.distiller(config.method), doing),
             prepared.start,
             saved=_state(folder),
             save=partial(folder.folder.write_bytes, folder.OPTIMISATION),
             save_every=SAVE_EVERY,
             validate=_validation(job, prepared, encoder),
-            step=partial(_told, doing),
+            step=doing.reach,
         )
         doing.now("the captions nearest to the text vectors")
         _write(job, prepared, found)
     return _counts(found)
 
 
-def _told(doing: Doing, done: int) -> None:
-    doing.now(f"iteration {done + 1:,}")
-    doing.reach(done)
+def _watched(distiller: Distiller, doing: Doing) -> Distiller:
+    """Return a distiller that reports each iteration with its losses, such as both ratios."""
+
+    def step(problem: Problem, variables: Variables, iteration: int) -> Step:
+        found = distiller.step(problem, variables, iteration)
+        losses = ", ".join(f"{name} {value:.3f}" for name, value in found.losses.items())
+        doing.now(f"iteration {iteration + 1:,} ({losses})")
+        return found
+
+    parts = {"TRAIN": distiller.TRAIN, "DEFAULTS": distiller.DEFAULTS}
+    return cast("Distiller", SimpleNamespace(**parts, variables=distiller.variables, step=step))
 
 
 def _state(folder: RunFolder) -> bytes | None:
@@ -153,9 +163,7 @@ def _state(folder: RunFolder) -> bytes | None:
     return folder.folder.read_bytes(folder.OPTIMISATION) if there else None
 
 
-def _validation(
-    job: Job, prepared: inputs.Prepared, encoder: TextEncoder
-) -> core.Validate | None:
+def _validation(job: Job, prepared: inputs.Prepared, encoder: TextEncoder) -> core.Validate | None:
     if job.validation is None:
         return None
     gallery = inputs.held_out(job.config, job.experts, job.validation, encoder)

@@ -210,14 +210,13 @@ def validation(
 
     def score(tensors: Mapping[str, torch.Tensor]) -> float:
         parts, images = learned(about, tensors)
-        sizes = {"optimizer": "sgd"} if parts.step_sizes is not None else {}
         protocol = ProtocolConfig(
             train=train,  # type: ignore[arg-type]  # one of its values
             epochs=JUDGED_EPOCHS,
             evaluate_every=JUDGED_EPOCHS,
             select="last",
             image_size=about.image_size,
-            **sizes,
+            optimizer="adamw" if parts.step_sizes is None else "sgd",
         )
         how = use(parts, protocol, experts.backbone, about.text_encoder_identity)
         text = TextInput("captions", about.text_encoder_identity, config.read.captions)

@@ -75,7 +75,14 @@ def follow(page: Path, folder: Path, python_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    "name", ["laptop.md", "flickr30k-coco.md", "laion-on-a-cluster.md", "watching.md", "optimisation.md"]
+    "name",
+    [
+        "laptop.md",
+        "flickr30k-coco.md",
+        "laion-on-a-cluster.md",
+        "watching.md",
+        "optimisation.md",
+    ],
 )
 def test_a_page_word_by_word(name: str, tmp_path: Path) -> None:
     follow(ROOT / "docs" / name, tmp_path, ROOT)

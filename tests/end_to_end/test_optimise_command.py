@@ -20,7 +20,8 @@ SMALL = [
     "--preset", "scenes", "--source", "scenes:60", "--pairs", "8", "--method", "lors",
     "--experts.count", "2", "--experts.epochs", "2", "--distill.iterations", "30",
     "--distill.steps", "2", "--distill.max-start", "1", "--distill.step-rate", "1e-5",
-    "--distill.image-rate", "0.1", "--distill.text-rate", "0.1", "--distill.similarity-rate", "0.01",
+    "--distill.image-rate", "0.1", "--distill.text-rate", "0.1",
+    "--distill.similarity-rate", "0.01",
 ]  # fmt: skip
 
 

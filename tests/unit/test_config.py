@@ -413,7 +413,7 @@ def test_a_pool_does_not_shrink_below_its_size(stage: str) -> None:
 
 def test_the_options_that_may_differ_when_a_run_is_continued() -> None:
     run = ("out", "embed.batch_size", "embed.store", "decode.batch_size")
-    assert FREE_FIELDS == (*run, "experts.store", "experts.cpus", "experts.gpus")
+    assert (*run, "experts.store", "experts.cpus", "experts.gpus") == FREE_FIELDS
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
