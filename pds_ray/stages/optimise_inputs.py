@@ -100,8 +100,8 @@ def prepare(
         config.seed,
         real_batches(experts, config.distill.batch_size, device),
     )
-    there = (None if part is None else part.to(device) for part in vars(start).values())
-    return Prepared(problem, Start(*there), learned_for(config, experts))
+    images, text = start.images.to(device), start.text.to(device)
+    return Prepared(problem, Start(images, text), learned_for(config, experts))
 
 
 def learned_for(config: RunConfig, experts: WantedExperts) -> LearnedFor:
