@@ -63,7 +63,7 @@ def _print_optimisation(config: RunConfig) -> None:
 
     wish, experts, model = config.distill, config.experts, costs.student_of(config)
     weights = f"{model.weights:,} weights, images {model.side} px"
-    disk = costs.expert_bytes(config, 0)
+    disk = costs.expert_bytes(config, 0, 0)
     say(
         f"# experts   {experts.count} of {experts.epochs} epochs, {experts.backbone}: {weights}; "
         f"{disk:,.0f} bytes of snapshots"

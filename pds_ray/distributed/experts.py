@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -49,8 +49,8 @@ class Place:
 
     def start(self, function: Callable[..., Any], *args: Any) -> ray.ObjectRef:
         """Start `function(*args)` there; whoever waits for it tries again what is lost."""
-        options = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, "max_retries": 0}
-        return ray.remote(**options)(function).remote(*args)
+        task = ray.remote(num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_retries=0)(function)
+        return task.remote(*args)
 
 
 def ensure_experts(experts: WantedExperts, limits: RayConfig) -> dict[str, Any]:
@@ -149,6 +149,8 @@ def _prepare(experts: WantedExperts, limits: RayConfig) -> None:
     """Prepare the shards that the store lacks, each by a task."""
     ready = experts.store.committed(experts.store.data)
     todo = [shard for shard in experts.shards if shard.name not in ready]
+    if not todo:
+        return
     actors, seconds = pools.pool(limits.embed_actors), limits.sample_timeout_s
     task = ray.remote(_prepare_shard).options(
         **{**actors.options(), "num_cpus": pools.SMALL_TASK_CPUS, "max_retries": TASK_RETRIES}
@@ -196,14 +198,15 @@ def _embed(experts: WantedExperts, place: Place) -> None:
     """Compute the features that the frozen backbone has of all images, in one task."""
     ready = experts.store.committed(experts.store.features)
     todo = [shard.name for shard in experts.shards if shard.name not in ready]
+    if not todo:
+        return
     with (
         InFlight() as in_flight,
         progress_bar("features", len(todo), "shards", delay_s=QUIET_S) as bar,
     ):
         bar.follow(in_flight.reports())
-        if todo:
-            tasks.retried(partial(place.start, _embed_shards, experts, todo, in_flight))
-            bar.update(len(todo))
+        tasks.retried(partial(place.start, _embed_shards, experts, todo, in_flight))
+        bar.update(len(todo))
 
 
 def _embed_shards(experts: WantedExperts, shards: list[str], in_flight: InFlight) -> None:
@@ -235,8 +238,8 @@ def _train(experts: WantedExperts, place: Place) -> None:
 
 
 def _run_all(
-    start: dict[int, Callable[[], ray.ObjectRef]],
-    lacking: dict[str, int],
+    start: Mapping[int, Callable[[], ray.ObjectRef]],
+    lacking: Mapping[str, int],
     finished: set[str],
     bar: Bar,
 ) -> None:

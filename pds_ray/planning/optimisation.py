@@ -11,7 +11,10 @@ from functools import cache
 
 from pds_ray import catalog
 from pds_ray.config import RunConfig
-from pds_ray.planning.phases import Inputs, Phase, StageModel, distance_flop
+from pds_ray.planning.choose import model_name
+from pds_ray.planning.figures import assumptions
+from pds_ray.planning.phases import WRITE_TRIPS, Inputs, Phase, StageModel, distance_flop
+from pds_ray.stages.experts import FLOAT_BYTES, STATES
 from pds_ray.stages.optimise_inputs import JUDGED_EPOCHS, JUDGED_IMAGES
 
 TRAINING = 3
@@ -20,7 +23,6 @@ PASSES = {"adjoint": 12, "tesla": 11, "unrolled": 9}
 """Passes per image of a step of the student, there and back."""
 FROZEN_PASSES = 4
 """The same where the backbone is frozen."""
-FLOAT_BYTES = 4
 ACTIVATIONS = 3
 """Passes whose activations are held at once, where a gradient is differentiated."""
 
@@ -41,7 +43,7 @@ class Student:
 
 
 @cache
-def student(backbone: str, image_size: int, train: str, rank: int, text_encoder: str) -> Student:
+def student(backbone: str, image_size: int, train: str, rank: int, text_width: int) -> Student:
     """Return the model of some options, whose backbone is built. Raises ConfigError."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -66,7 +68,6 @@ def student(backbone: str, image_size: int, train: str, rank: int, text_encoder:
         adapt(network, rank, 0)
     elif train == "heads":
         network.requires_grad_(requires_grad=False)
-    text_width = catalog.describe_text_encoder(text_encoder).dim
     model = TwoTowers(network, width, text_width, train in ("all", "heads"))
     weights = sum(part.numel() for part in model.parameters() if part.requires_grad)
     return Student(float(counter.get_total_flops()), sum(given), weights, side, text_width)
@@ -75,15 +76,29 @@ def student(backbone: str, image_size: int, train: str, rank: int, text_encoder:
 def student_of(config: RunConfig) -> Student:
     """Return the model of a run whose options are settled."""
     wish = config.experts
-    encoder = config.embed.encoder if wish.text_encoder == "auto" else wish.text_encoder
-    return student(wish.backbone, wish.image_size, wish.train, wish.rank, encoder)
+    return student(wish.backbone, wish.image_size, wish.train, wish.rank, text_width(config))
 
 
-def expert_bytes(config: RunConfig, images: float) -> float:
-    """Return the bytes of all snapshots and of the images made ready for training."""
+def text_width(config: RunConfig) -> int:
+    """Return the width of the text vectors; a known architecture needs no weights at hand."""
+    wish = config.experts.text_encoder
+    name = config.embed.encoder if wish == "auto" else wish
+    known = assumptions()["encoders"].get(model_name(name))
+    return int(known["dim"]) if known else catalog.describe_text_encoder(name).dim
+
+
+def experts_flop(config: RunConfig, images: float) -> float:
+    """Return the FLOP of all experts; of a frozen backbone every image passes once."""
+    flop, wish = student_of(config).flop, config.experts
+    passes = 1 if wish.train == "heads" else TRAINING * wish.epochs * wish.count
+    return flop * images * passes
+
+
+def expert_bytes(config: RunConfig, images: float, captions: float) -> float:
+    """Return the bytes of all snapshots and states, and of images and captions made ready."""
     model, wish = student_of(config), config.experts
-    snapshots = wish.count * (wish.epochs + 1) * FLOAT_BYTES * model.weights
-    return snapshots + 3.0 * model.side**2 * images
+    snapshots = wish.count * (wish.epochs + 1 + STATES) * FLOAT_BYTES * model.weights
+    return snapshots + 3.0 * model.side**2 * images + FLOAT_BYTES * model.text_width * captions
 
 
 def optimisation_flop(config: RunConfig) -> float:
@@ -132,14 +147,26 @@ def _select_disk_bytes(inputs: Inputs) -> float:
 
 
 def _experts(inputs: Inputs) -> list[Phase]:
-    wish, images = inputs.config.experts, float(inputs.work.images)
-    flop = TRAINING * student_of(inputs.config).flop * images * wish.epochs * wish.count
+    """Return the phases of preparing images and captions, and of training side by side."""
+    wish, work = inputs.config.experts, inputs.work
     ready = (
-        inputs.demand("read", images, "read"),
-        inputs.demand("decode and resize", images, "preprocess"),
-        inputs.demand("encode captions", inputs.work.pairs, "encode_captions"),
+        inputs.demand("read", work.images, "read"),
+        inputs.demand("decode and resize", work.images, "preprocess"),
+        inputs.demand("encode captions", work.pairs, "encode_captions"),
+        *inputs.over_network("read", work.bytes),
     )
-    return [ready, (inputs.demand("train", flop, "train", wish.count),)]
+    at_once = wish.count * (min(1.0, wish.gpus or 1.0) if inputs.cluster.gpus else wish.cpus)
+    flop = experts_flop(inputs.config, float(work.images))
+    written = WRITE_TRIPS * wish.count * (wish.epochs + 1.0)
+    train = (
+        inputs.demand("train", flop, "train", at_once),
+        *inputs.round_trips("write snapshots", written, wish.count),
+    )
+    return [ready, train]
+
+
+def _experts_disk_bytes(inputs: Inputs) -> float:
+    return expert_bytes(inputs.config, inputs.work.images, inputs.work.pairs)
 
 
 def _optimise(inputs: Inputs) -> list[Phase]:
@@ -154,5 +181,5 @@ def _optimise_disk_bytes(inputs: Inputs) -> float:
 
 START = StageModel(_start, _start_disk_bytes)
 SELECT = StageModel(_select, _select_disk_bytes)
-EXPERTS = StageModel(_experts, lambda inputs: expert_bytes(inputs.config, inputs.work.images))
+EXPERTS = StageModel(_experts, _experts_disk_bytes)
 OPTIMISE = StageModel(_optimise, _optimise_disk_bytes)

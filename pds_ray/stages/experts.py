@@ -298,7 +298,8 @@ def _restore(
 def _optimizer(experts: WantedExperts, model: nn.Module, layout: Layout) -> torch.optim.Optimizer:
     weights, text_rate = dict(model.named_parameters()), experts.config.text_learning_rate
     image, text = ([weights[e.name] for e in branch] for branch in (layout.image, layout.text))
-    return make_optimizer([{"params": image}, {"params": text, "lr": text_rate}], experts.protocol)
+    groups: list[dict[str, Any]] = [{"params": image}, {"params": text, "lr": text_rate}]
+    return make_optimizer(groups, experts.protocol)
 
 
 def _require_finite(name: str, epoch: int, snapshot: Snapshot, loss: float) -> None:

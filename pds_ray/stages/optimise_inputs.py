@@ -107,8 +107,9 @@ def prepare(
         config.seed,
         real_batches(experts, config.distill.batch_size, device),
     )
-    there = (None if part is None else part.to(device) for part in vars(start).values())
-    return Prepared(problem, Start(*there), about)
+    similarity = None if start.similarity is None else start.similarity.to(device)
+    there = Start(start.images.to(device), start.text.to(device), similarity)
+    return Prepared(problem, there, about)
 
 
 def goes_on(before: LearnedFor, now: LearnedFor) -> bool:

@@ -57,11 +57,12 @@ def test_two_side_by_side_are_those_one_by_one(tmp_path: Path, monkeypatch: pyte
         core.train_expert(alone, number, model, pairs, Workers())
 
     wished = config(tmp_path / "ray")
-    killed = threading.Thread(target=kill_one, args=(tmp_path / "ray",), daemon=True)
-    killed.start()
+    ended: list[int] = []
+    killer = threading.Thread(target=kill_one, args=(tmp_path / "ray", ended), daemon=True)
+    killer.start()
     counts = experts(wished)
-    killed.join(timeout=5)
-    assert not killed.is_alive()
+    killer.join(timeout=5)
+    assert len(ended) == 1
     assert counts["experts"] == 2
     assert counts["trained"] == 4
     assert counts["images"] == 60
@@ -77,13 +78,14 @@ def test_two_side_by_side_are_those_one_by_one(tmp_path: Path, monkeypatch: pyte
     assert experts(wished)["trained"] == 0
 
 
-def kill_one(store: Path) -> None:
-    """Kill the process that trains the second expert as soon as it has left a snapshot."""
+def kill_one(store: Path, ended: list[int]) -> None:
+    """Kill a process that trains as soon as the second expert has a snapshot; keep its number."""
     while not (store / "experts" / "001" / "000.safetensors").exists():
         time.sleep(0.01)
     for process in psutil.Process().children(recursive=True):
         if "_train_expert" in " ".join(process.cmdline()):
             os.kill(process.pid, signal.SIGKILL)
+            ended.append(process.pid)
             return
 
 
