@@ -1,0 +1,92 @@
+"""The checks before a set is optimised, and the values that its options stand for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pds_ray import catalog
+from pds_ray.config import ConfigError, RunConfig
+from pds_ray.config import replace as configure
+from pds_ray.methods.base import Run
+from pds_ray.store.manifest import fingerprint
+from pds_ray.store.storage import Folder
+
+if TYPE_CHECKING:
+    from pds_ray.stages.experts import WantedExperts
+
+
+def with_own_values(config: RunConfig) -> RunConfig:
+    """Return the configuration with a distiller's own values where options leave them to it.
+
+    A distiller that moves a part of the model alone has experts that train this part.
+    """
+    if config.method not in catalog.DISTILLERS:
+        return config
+    from pds_ray.distillers.base import settled
+
+    distiller = catalog.distiller(config.method)
+    part = {} if distiller.TRAIN == "all" else {"experts.train": distiller.TRAIN}
+    return configure(config, {"distill": settled(config.distill, distiller.DEFAULTS), **part})
+
+
+def check_optimisation(run: Run) -> None:
+    """Raise ConfigError or ExpertStoreError in one line if a set cannot be optimised as asked for.
+
+    Runs of other methods pass. Nothing long is done here.
+    """
+    config = run.config
+    if config.method not in catalog.DISTILLERS:
+        return
+    if config.budget:
+        raise ConfigError(
+            f"--budget counts bytes of images and captions, and method {config.method} trains on "
+            "pixels and text vectors that are no files of the kind; give --pairs"
+        )
+    if not config.start:
+        _check_start(run)
+    _check_epochs(config)
+    _check_validation(run)
+    wanted = _wanted(run)
+    wanted.store.check(wanted.made_from())
+
+
+def experts_key(run: Run) -> str:
+    """Return a hash of all that the experts of a run are made from: runs of one key share them."""
+    return fingerprint(_wanted(run).made_from())
+
+
+def _wanted(run: Run) -> WantedExperts:
+    from pds_ray.stages.experts import want_experts
+
+    return want_experts(run.config, run.source, run.shards, run.folder.experts)
+
+
+def _check_start(run: Run) -> None:
+    from pds_ray.stages.start import check_set
+
+    init = run.config.distill.init
+    if Folder(init).place == run.folder.folder.place:
+        raise ConfigError(
+            f"distill.init is {init!r}, the run folder itself; give the folder of another run"
+        )
+    check_set(run.config, run.encoder)
+
+
+def _check_epochs(config: RunConfig) -> None:
+    """Raise ConfigError if experts are trained for less than what is matched."""
+    wish = config.distill
+    last = wish.max_start - 1 + wish.expert_epochs
+    if last > config.experts.epochs:
+        raise ConfigError(
+            f"the student starts after up to {wish.max_start - 1} epochs and its target is "
+            f"{wish.expert_epochs} later, but experts have {config.experts.epochs} epochs; give "
+            f"--experts.epochs {last}, or lower --distill.max-start"
+        )
+
+
+def _check_validation(run: Run) -> None:
+    if run.config.distill.evaluate_every and not run.source.validation:
+        raise ConfigError(
+            f"no validation split is known for {run.config.source}, which --distill.evaluate-every "
+            "needs; give 0, and the last iteration is kept"
+        )
