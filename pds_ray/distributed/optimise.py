@@ -29,6 +29,8 @@ from pds_ray.stages import optimise as core
 from pds_ray.stages import optimise_inputs as inputs
 from pds_ray.stages.experts import WantedExperts, want_experts
 from pds_ray.stages.learned import nearest_captions
+from pds_ray.store.distilled_set import load_distilled
+from pds_ray.store.learned import Learned
 from pds_ray.store.manifest import fingerprint
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.telemetry.progress import progress_bar
@@ -49,6 +51,8 @@ class Job:
     """Those of the pairs of the start."""
     validation: Source | None
     """The held-out source that chooses the iteration; None where the last one is taken."""
+    begun: tuple[Learned, np.ndarray] | None = None
+    """Learned parts of the set that is the start, and their images, if there are any."""
 
 
 def wanted_experts(run: Run) -> WantedExperts:
@@ -104,7 +108,15 @@ def _job(run: Run) -> Job:
     captions = chosen.column("caption").to_pylist()
     held_out = run.source.validation if config.distill.evaluate_every else None
     validation = catalog.make_source(held_out, config.read.files) if held_out else None
-    return Job(config, wanted_experts(run), folder, captions, validation)
+    return Job(config, wanted_experts(run), folder, captions, validation, _begun(config))
+
+
+def _begun(config: RunConfig) -> tuple[Learned, np.ndarray] | None:
+    """Return what was learned already of a start that is a finished set."""
+    start = None if config.start else load_distilled(config.distill.init)
+    if start is None or start.learned is None:
+        return None
+    return start.learned, start.learned_images()
 
 
 def _place(experts: WantedExperts) -> Place:
@@ -126,7 +138,7 @@ def _improve(job: Job, in_flight: InFlight) -> Counts:
         encoder = process.load_model(catalog.load_text_encoder, experts.encoder, "fp32")
         doing.now("the start to be prepared")
         prepared = inputs.prepare(
-            config, experts, folder, job.captions, encoder, build_backbone, device
+            config, experts, folder, job.captions, encoder, build_backbone, device, job.begun
         )
         doing.now("the validation split to be read")
         found = core.optimise(
@@ -177,8 +189,10 @@ def _write(job: Job, prepared: inputs.Prepared, found: core.Optimised) -> None:
     folder.learning.save_start(*inputs.learned(about, tensors))
     result, images = inputs.learned(about, found.tensors)
     pictures, decode = folder.of_learned(), job.config.decode
+    # starts that are not decoded leave the format open
+    format = "png" if decode.format == "auto" else decode.format
     for pair, pixels in enumerate(images):
-        data = encode_image(inputs.as_image(pixels, about), decode.format, decode.quality)
+        data = encode_image(inputs.as_image(pixels, about), format, decode.quality)
         pictures.images.write_bytes(pictures.image_name(pair), data)
     folder.learning.save_history(_history(found.history))
     folder.learning.save_captions(nearest_captions(result.text, _captions(job.experts)))

@@ -81,18 +81,25 @@ def prepare(
     encoder: TextEncoder,
     build: Build,
     device: torch.device,
+    begun: tuple[Learned, np.ndarray] | None = None,
 ) -> Prepared:
     """Return problem and start of a run whose start and experts are there.
 
-    `captions` are those of the start, `build` makes the backbone. Raises ExpertStoreError in one
-    line for experts that are gone, damaged or of other tensors than the student.
+    `captions` are those of the start, `build` makes the backbone, `begun` are learned parts of the
+    start with their images: they are gone on with where they are of these experts' kind. Raises
+    ExpertStoreError in one line for experts that are gone, damaged or of other tensors than the
+    student.
     """
     stored = open_experts(experts.store, experts.config.count, experts.config.epochs)
     width = experts.store.about()["width"]
     backbone = of_experts.build_backbone(experts, 0, build)
     student = of_experts.build_model(experts, 0, backbone, width).to(device)
     stored.layout.check(Layout.of(student), "the student")
-    start = _start(config, experts, folder, captions, encoder)
+    about = learned_for(config, experts)
+    if begun is not None and goes_on(begun[0].about, about):
+        start = as_start(*begun)
+    else:
+        start = _start(config, experts, folder, captions, encoder)
     problem = Problem(
         student,
         NearExperts(stored, device),
@@ -100,8 +107,25 @@ def prepare(
         config.seed,
         real_batches(experts, config.distill.batch_size, device),
     )
-    images, text = start.images.to(device), start.text.to(device)
-    return Prepared(problem, Start(images, text), learned_for(config, experts))
+    similarity = None if start.similarity is None else start.similarity.to(device)
+    there = Start(start.images.to(device), start.text.to(device), similarity)
+    return Prepared(problem, there, about)
+
+
+def goes_on(before: LearnedFor, now: LearnedFor) -> bool:
+    """Return whether pixels and text vectors learned `before` mean the same `now`."""
+    names = ("image_size", "mean", "std", "text_encoder_identity")
+    return all(getattr(before, name) == getattr(now, name) for name in names)
+
+
+def as_start(learned: Learned, images: np.ndarray) -> Start:
+    """Return learned parts as a start."""
+    similarity = learned.similarity
+    return Start(
+        torch.from_numpy(images),
+        torch.from_numpy(learned.text),
+        None if similarity is None else torch.from_numpy(similarity),
+    )
 
 
 def learned_for(config: RunConfig, experts: WantedExperts) -> LearnedFor:

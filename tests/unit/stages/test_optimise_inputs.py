@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,23 @@ def test_a_set_is_improved_from_experts_of_a_store(
     assert (learned.step_sizes is None) == (method == "mdm")
     assert not np.array_equal(images, made.start.images.numpy())
     assert learned.about.loss == ("wbce" if method == "lors" else "info_nce")
+
+
+def test_a_learned_start_is_gone_on_with_by_models_of_its_kind(
+    experts: WantedExperts, folder: RunFolder
+) -> None:
+    made = prepared("lors", experts, folder)
+    images, text = made.start.images + 2, made.start.text * 3
+    tensors = {"images": images, "text": text, "similarity": torch.eye(PAIRS) / 2}
+    begun = inputs.learned(made.about, tensors)
+    given = (config_of("lors"), experts, folder, captions(experts), MadeUpEncoder(), build, CPU)
+    start = inputs.prepare(*given, begun).start
+    assert start.similarity is not None
+    assert torch.equal(start.images, images)
+    assert torch.equal(start.text, text)
+    assert torch.equal(start.similarity, torch.eye(PAIRS) / 2)
+    other = replace(begun[0], about=replace(made.about, text_encoder_identity="another"))
+    assert torch.equal(inputs.prepare(*given, (other, begun[1])).start.text, made.start.text)
 
 
 def test_experts_of_other_tensors_are_refused(experts: WantedExperts, folder: RunFolder) -> None:
