@@ -61,9 +61,9 @@ def test_a_plan_of_an_optimisation_counts_experts_as_asked_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     few = ("--pairs", "100", "--experts.backbone", "small_conv", "--experts.gpus", "0.5")
-    code, out, err = run(capsys, *WEB, *few, "--method", "lors", "--experts.count", "7")
+    code, out, err = run(capsys, *WEB, *few, "--method", "lors", "--experts.count", "8")
     assert (code, err) == (0, "")
-    assert "GPU-h, at most 3.5 at once [989 TFLOP/s x 3.0% (assumed: float32" in out
+    assert "GPU-h, at most 4 at once [989 TFLOP/s x 3.0% (assumed: float32" in out
     for stage in ("experts", "optimise"):
         assert any(line.startswith(f"{stage:<12} ") for line in out.splitlines())
 
