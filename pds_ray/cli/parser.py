@@ -335,7 +335,7 @@ def _add_plan(commands: Commands) -> None:
     )
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     workers = ("ray.embed_workers", "ray.decode_workers")
-    planned = _read_by(("pds", "coverage"))
+    planned = _read_by(catalog.METHODS)
     _add_config_options(plan, ("source", "method", "pairs", "budget", *planned, *workers))
 
 

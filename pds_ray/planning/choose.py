@@ -184,5 +184,6 @@ def _assumed_by_flop(cluster: Cluster, work: str, flop: float, unit: str) -> Est
         if cluster.gpus
         else f"{share['value'] / 1e9:g} GFLOP/s"
     )
-    origin = f"{reached} / {flop / 1e9:,.4g} GFLOP ({share['from']})"
+    per_item = "" if unit == "FLOP" else f" / {flop / 1e9:,.4g} GFLOP"
+    origin = f"{reached}{per_item} ({share['from']})"
     return Estimate(value, worst, best, unit, "GPU" if cluster.gpus else "core", origin)

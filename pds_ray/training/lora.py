@@ -55,7 +55,7 @@ def adapt(backbone: nn.Module, rank: int, seed: int) -> nn.Module:
     }
     if not all(any(name.endswith(end) for name in layers) for end in ADAPTED):
         raise ConfigError(
-            f"{type(backbone).__name__} has no blocks with {', '.join(ADAPTED)}; adapters need a "
+            f"the backbone has no blocks with {', '.join(ADAPTED)}; adapters need a "
             "vision transformer: give --experts.backbone small_vit or vit_tiny_patch16_224"
         )
     backbone.requires_grad_(False)
