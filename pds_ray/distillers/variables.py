@@ -1,4 +1,4 @@
-"""What a distiller learns: pixels, text vectors, step sizes of the student, similarity."""
+"""The learned tensors of a distiller: pixels, text vectors, step sizes, similarity."""
 
 from __future__ import annotations
 

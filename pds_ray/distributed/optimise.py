@@ -48,7 +48,7 @@ class Job:
     experts: WantedExperts
     folder: RunFolder
     captions: list[str]
-    """Those of the pairs of the start."""
+    """One per pair of the start."""
     validation: Source | None
     """The held-out source that chooses the iteration; None where the last one is taken."""
     begun: tuple[Learned, np.ndarray] | None = None

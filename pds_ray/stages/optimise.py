@@ -31,7 +31,7 @@ class Progress:
     """The course of an optimisation so far."""
 
     history: list[Row] = field(default_factory=list)
-    """Of each iteration: its number, losses, step sizes, and the score where it was validated.
+    """Rows of the iterations: number, losses, step sizes, and the score where it was validated.
 
     With validation the start has a row, number 0.
     """
@@ -134,7 +134,7 @@ class _Work:
 
     @property
     def due(self) -> bool:
-        """Whether there is a validation after this iteration: every so many and the last."""
+        """True where this iteration is followed by a validation: every so many, and the last."""
         done, every = self.progress.iteration, self.config.evaluate_every
         return done == self.config.iterations or (every > 0 and done % every == 0)
 

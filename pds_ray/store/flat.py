@@ -29,9 +29,9 @@ class Snapshot:
     """The weights of both branches at one moment, float [n] and [m]."""
 
     theta: torch.Tensor
-    """Of the image branch."""
+    """The image branch, float [n]."""
     phi: torch.Tensor
-    """Of the text branch."""
+    """The text branch, float [m]."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 SCALE = 1 / 0.07
 """The inverse temperature of the published evaluations (docs/methods.md, Model and loss)."""
 POSITIVE, TINY = 0.5, 1e-6
-"""Of LoRS: similarity above which an entry is a positive; addend to divisors and within logs."""
+"""Constants of LoRS: an entry above the first is a positive; the second is added to divisors and
+within logs."""
 
 
 def contrastive(logits: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,7 @@ def test_only_adapters_and_the_text_head_are_matched():
 
 @pytest.mark.parametrize("gradient", ["adjoint", "unrolled"])
 def test_gradients_are_those_of_finite_differences(gradient):
-    """Of the sum of both ratios: in a pixel, a text vector and a step size, through attention."""
+    """The sum of both ratios by a pixel, a text vector and a step size, through attention."""
     problem = make_problem(torch.float64, gradient=gradient)
     variables = make_variables(problem, torch.float64)
     lora_matching.step(problem, variables, 1)

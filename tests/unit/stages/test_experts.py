@@ -226,7 +226,7 @@ def build_real(info: BackboneInfo, image_size: int) -> nn.Module:
 
 
 def test_adapters_are_trained_on_one_frozen_base(tmp_path: Path):
-    """Whether the base is pretrained or, as here, drawn: for all experts and the student."""
+    """A base that is drawn, as here, is one for all experts and the student, as a pretrained is."""
     info = catalog.describe_backbone("small_vit")
     experts = replace(
         wanted(tmp_path, train="lora", rank=2, epochs=1, image_size=16), backbone=info

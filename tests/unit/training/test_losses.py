@@ -121,7 +121,7 @@ def test_losses_do_not_depend_on_the_order_of_pairs(loss) -> None:
 
 @pytest.mark.parametrize("name", SOFT_LOSSES)
 def test_a_training_takes_a_loss_by_its_name(name: str) -> None:
-    """Of embeddings, at the published scale; info_nce has hard targets where it is given none."""
+    """It takes embeddings, at the published scale; info_nce has hard targets where given none."""
     draw = torch.Generator().manual_seed(0)
     image, text = torch.randn(2, 5, 3, generator=draw, dtype=torch.float64)
     targets = 1.4 * torch.rand(5, 5, generator=draw, dtype=torch.float64) - 0.2
