@@ -116,15 +116,14 @@ def expert_place(experts: WantedExperts) -> Place:
     Raises ConfigError if no node has so many.
     """
     cpus, gpus = experts.config.cpus, experts.config.gpus
-    there = ray.cluster_resources()
     if gpus is None:
-        gpus = 1.0 if there.get("GPU", 0) else 0.0
-    most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-    if cpus > most:
-        raise ConfigError(
-            f"an expert is to have {cpus} CPUs, and the largest node has {most:g}; lower "
-            "--experts.cpus"
-        )
+        gpus = min(1.0, pools.most("GPU"))
+    for kind, wish in (("CPU", cpus), ("GPU", gpus)):
+        if wish > (most := pools.most(kind)):
+            raise ConfigError(
+                f"an expert is to have {wish:g} {kind}s, and the largest node has {most:g}; lower "
+                f"--experts.{kind.lower()}s"
+            )
     return Place(cpus, gpus)
 
 

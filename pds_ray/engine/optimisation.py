@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pds_ray import catalog
 from pds_ray.config import ConfigError, RunConfig
 from pds_ray.config import replace as configure
+from pds_ray.errors import without_secrets
 from pds_ray.methods.base import Run
 from pds_ray.store.manifest import fingerprint
 from pds_ray.store.storage import Folder
@@ -46,13 +47,25 @@ def check_optimisation(run: Run) -> None:
         _check_start(run)
     _check_epochs(config)
     _check_validation(run)
-    wanted = _wanted(run)
-    wanted.store.check(wanted.made_from())
+    _check_store(run)
 
 
 def experts_key(run: Run) -> str:
     """Return a hash of all that the experts of a run are made from: runs of one key share them."""
     return fingerprint(_wanted(run).made_from())
+
+
+def _check_store(run: Run) -> None:
+    """Raise ExpertStoreError if the store holds experts made from anything else.
+
+    Experts see the shards that are embedded, which may be fewer than the source has; of a store of
+    the same source these are compared when it is known which they are.
+    """
+    wanted = _wanted(run)
+    made_from, about = wanted.made_from(), wanted.store.about()
+    if about.get("source") == without_secrets(run.source.uri):
+        made_from["source"] = about["made_from"].get("source")
+    wanted.store.check(made_from)
 
 
 def _wanted(run: Run) -> WantedExperts:

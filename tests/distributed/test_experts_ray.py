@@ -99,8 +99,9 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "data").exists()
 
 
-def test_more_cpus_than_a_node_has_are_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="an expert is to have 99 CPUs, and the largest node has 2"):
-        distributed.ensure_experts(
-            make_experts(config(tmp_path, **{"experts.cpus": 99})), RayConfig()
-        )
+@pytest.mark.parametrize(("option", "most"), [("cpus", 2), ("gpus", 0)])
+def test_more_than_a_node_has_is_refused(tmp_path: Path, option: str, most: int):
+    wished = config(tmp_path, **{f"experts.{option}": 99})
+    complaint = f"an expert is to have 99 {option[:-1].upper()}s, and the largest node has {most}"
+    with pytest.raises(UserError, match=complaint):
+        distributed.ensure_experts(make_experts(wished), RayConfig())

@@ -17,6 +17,7 @@ from pds_ray.methods.base import Run
 from pds_ray.published import PUBLISHED
 from pds_ray.recipes import RECIPES, protocol, recipe
 from pds_ray.stages import start as core
+from pds_ray.stages.experts import want_experts
 from pds_ray.store.distilled_set import load_distilled
 from pds_ray.store.expert_store import ExpertStore, ExpertStoreError
 from pds_ray.store.storage import Folder
@@ -191,6 +192,17 @@ def test_a_store_of_other_experts_is_refused(tmp_path: Path) -> None:
     store.begin({"backbone": "another 1"}, {})
     with pytest.raises(ExpertStoreError, match="are of another"):
         run_of(experts__store=str(tmp_path))
+
+
+def test_experts_of_the_shards_that_could_be_embedded_are_no_others(tmp_path: Path) -> None:
+    """Which shards these are is known later: a run on such a store must be able to go on."""
+    store, source = ExpertStore(Folder(str(tmp_path))), BASE["source"]
+    made_from = want_experts(run_of().config, run_of().source, [], store.folder).made_from()
+    store.folder.create()
+    store.begin(made_from, {"source": source})
+    assert run_of(experts__store=str(tmp_path)).config.source == source
+    with pytest.raises(ExpertStoreError, match="are of another source"):
+        run_of(experts__store=str(tmp_path), source="scenes:121")
 
 
 # ---- comparisons and presets
