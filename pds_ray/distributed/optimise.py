@@ -182,7 +182,8 @@ def _validation(job: Job, prepared: inputs.Prepared, encoder: TextEncoder) -> co
 def _write(job: Job, prepared: inputs.Prepared, found: core.Optimised) -> None:
     """Write start and result, history, images for people, and the nearest captions."""
     folder, about = job.folder, prepared.about
-    tensors = {"images": prepared.start.images.cpu(), "text": prepared.start.text.cpu()}
+    start = vars(prepared.start).items()
+    tensors = {name: value.cpu() for name, value in start if value is not None}
     folder.learning.save_start(*inputs.learned(about, tensors))
     result, images = inputs.learned(about, found.tensors)
     pictures, decode = folder.of_learned(), job.config.decode

@@ -19,8 +19,8 @@ from pds_ray.training.data import Pixels
 
 NEAREST = 5
 """Real captions that a set names for each learned text vector."""
-FROZEN = ("text_head", "heads")
-"""Values of protocol.train that leave the backbone as it is."""
+STEPS_OF = {"heads": "heads", "backbone": "all", "all": "all"}
+"""Value of protocol.train -> training whose step sizes it can use; a text head alone has none."""
 COSINES_AT_ONCE = 2**24  # 64 MiB
 
 
@@ -48,7 +48,7 @@ def obstacles(
 
     `text_encoder` is the identity of the trial's.
     """
-    about, frozen = learned.about, protocol.train in FROZEN
+    about = learned.about
     side = protocol.image_size or backbone.image_size
     found = dict.fromkeys(learned.parts, "")
     if side != about.image_size:
@@ -63,7 +63,7 @@ def obstacles(
         found["similarity"] = "the loss of the set takes none"
     if backbone.identity != about.backbone_identity:
         found["steps"] = f"they are those of {about.backbone}"
-    elif about.train != ("heads" if frozen else "all"):
+    elif about.train != STEPS_OF.get(protocol.train):
         found["steps"] = f"they were learned for the training of {about.train}"
     elif protocol.optimizer != "sgd":
         found["steps"] = f"they are those of sgd, not of {protocol.optimizer}"

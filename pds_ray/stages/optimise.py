@@ -73,7 +73,8 @@ def optimise(
 
     `saved` is a state that `save` was given: the work goes on there; one that is damaged, or of
     other variables, is as none. `save` is called at the start, every `save_every` iterations, at
-    the end and before an error. `step` is called after each iteration with the number done.
+    the end, and when the gradients of an iteration are of no use. `step` is called after each
+    iteration with the number done.
 
     Raises DistillError where numbers are none or a step size has come to its floor; what was saved
     last is sound. Raises ConfigError if the experts do not fit.
@@ -153,9 +154,8 @@ class _Work:
             )
         if self.config.anchor:
             images = self.variables.images
-            assert images.grad is not None
-            away = images.detach() - self.start.images.to(images)
-            images.grad = images.grad + 2 * self.config.anchor * away
+            pull = 2 * self.config.anchor * (images.detach() - self.start.images.to(images))
+            images.grad = pull if images.grad is None else images.grad + pull
         return losses
 
     def move(self, losses: dict[str, float]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -41,6 +41,8 @@ KEPT_BYTES = 2**30
 """Snapshots are kept in memory where all of them together take no more."""
 JUDGED_EPOCHS, JUDGED_IMAGES = 50, 1_000
 """Epochs of the student that a validation trains, and images that it is measured on at most."""
+SGD_DECAY = 5e-4
+"""Weight decay of SGD in the published evaluations (docs/methods.md, Protocols)."""
 FLOAT_BYTES = 4
 WHOLE = {"backbone": "all"}
 """Part that experts train -> part that a set is said to be learned for, where the two differ."""
@@ -228,21 +230,24 @@ def validation(
     """Return the score of a set: r_mean on `gallery` of a student trained on what was learned.
 
     The student has the experts' backbone and trains what they train, by protocol `standard`, with
-    the similarity as targets and at the learned step sizes where there are any.
+    the similarity as targets. Where it can use learned step sizes, they are its rates, and SGD has
+    the published decay of weights; those of adapters are of no use to it.
     """
-    train = {"lora": "backbone"}.get(experts.config.train, experts.config.train)
+    by_adamw = ProtocolConfig(
+        train={"lora": "backbone"}.get(experts.config.train, experts.config.train),  # type: ignore[arg-type]  # one of its values
+        epochs=JUDGED_EPOCHS,
+        evaluate_every=JUDGED_EPOCHS,
+        select="last",
+        image_size=about.image_size,
+    )
+    by_sgd = replace(by_adamw, optimizer="sgd", weight_decay=SGD_DECAY)
 
     def score(tensors: Mapping[str, torch.Tensor]) -> float:
         parts, images = learned(about, tensors)
-        protocol = ProtocolConfig(
-            train=train,  # type: ignore[arg-type]  # one of its values
-            epochs=JUDGED_EPOCHS,
-            evaluate_every=JUDGED_EPOCHS,
-            select="last",
-            image_size=about.image_size,
-            optimizer="adamw" if parts.step_sizes is None else "sgd",
-        )
+        protocol = by_sgd
         how = use(parts, protocol, experts.backbone, about.text_encoder_identity)
+        if how.rates is None:
+            protocol = by_adamw
         text = TextInput("captions", about.text_encoder_identity, config.read.captions)
         pairs = len(images)
         of_set = (experts.backbone, about.image_size, config.seed, protocol, text, pairs, how)

@@ -35,12 +35,15 @@ def test_what_is_learned_is_written_for_people_and_for_training(tmp_path: Path) 
     found = Optimised({"images": 2 * images - 1, "text": text}, 2, HISTORY)
     folder = RunFolder(Folder(str(tmp_path / "run")))
     problem: Problem = None  # type: ignore[assignment]  # what is written does not depend on it
-    prepared = Prepared(problem, Start(images, text), learned_for(config, experts))
+    targets = torch.eye(3) / 2
+    prepared = Prepared(problem, Start(images, text, targets), learned_for(config, experts))
     _write(Job(config, experts, folder, captions, None), prepared, found)
     learned, pixels = folder.learning.result()
     assert np.array_equal(pixels, found.tensors["images"].numpy())
     assert (learned.similarity, learned.step_sizes) == (None, None)
-    assert np.array_equal(folder.learning.start()[1], images.numpy())
+    before, of_start = folder.learning.start()
+    assert np.array_equal(of_start, images.numpy())
+    assert np.array_equal(before.similarity, targets.numpy())
     nearest = folder.learning.captions()
     assert [names[0] for names in nearest.column("learned_captions").to_pylist()] == captions
     cosines = [each[0] for each in nearest.column("learned_cosines").to_pylist()]

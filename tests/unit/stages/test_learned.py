@@ -72,6 +72,8 @@ ALL = {"images", "text", "similarity", "steps"}
         ({"steps"}, {}, {"optimizer": "adamw"}, backbone(), ENCODER),
         ({"steps"}, {}, {"train": "heads"}, backbone(), ENCODER),
         ({"steps"}, {"train": "heads"}, {}, backbone(), ENCODER),
+        ({"steps"}, {"train": "heads"}, {"train": "text_head"}, backbone(), ENCODER),
+        (set(), {}, {"train": "backbone"}, backbone(), ENCODER),
         (set(), {"train": "heads"}, {"train": "heads"}, backbone(), ENCODER),
         ({"steps"}, {"train": "lora"}, {}, backbone(), ENCODER),
         (ALL, {}, {"learned": "off"}, backbone(), ENCODER),

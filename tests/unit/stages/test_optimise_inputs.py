@@ -164,3 +164,40 @@ def test_a_validation_scores_what_was_learned(experts: WantedExperts, folder: Ru
     assert score(tensors) == first, "the same set has the same score"
     shuffled = {**tensors, "text": made.start.text.roll(1, 0)}
     assert score(shuffled) != first
+
+
+@pytest.mark.parametrize(
+    ("train", "sizes", "optimizer", "rates"),
+    [
+        ("all", [0.25, 0.5], "sgd", (0.25, 0.5)),
+        ("all", None, "adamw", None),
+        ("lora", [0.25, 0.5], "adamw", None),  # rates of adapters train no whole backbone
+    ],
+)
+def test_a_validation_trains_at_learned_step_sizes_where_they_are_its_own(
+    experts: WantedExperts,
+    folder: RunFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    train: str,
+    sizes: list[float] | None,
+    optimizer: str,
+    rates: tuple[float, float] | None,
+) -> None:
+    made, config = prepared("lors", experts, folder), config_of("lors")
+    judged = replace(experts, config=replace(experts.config, train=train))
+    seen: list[inputs.Trial] = []
+
+    def run(trial: inputs.Trial, *_: object) -> dict[str, dict[str, float]]:
+        seen.append(trial)
+        return {"recalls": {"tr@1": 3.0, "ir@1": 5.0}}
+
+    monkeypatch.setattr(inputs, "run_trial", run)
+    about = replace(made.about, train=train)
+    gallery = inputs.held_out(config, experts, experts.source, MadeUpEncoder())
+    tensors = {"images": made.start.images, "text": made.start.text}
+    if sizes:
+        tensors["step_sizes"] = torch.tensor(sizes)
+    assert inputs.validation(config, judged, gallery, about, build)(tensors) == 4
+    (trial,) = seen
+    assert (trial.protocol.optimizer, trial.use.rates) == (optimizer, rates)
+    assert trial.protocol.weight_decay == (5e-4 if optimizer == "sgd" else 0.05)
