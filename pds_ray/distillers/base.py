@@ -8,7 +8,7 @@ validation and guards are the same for all (stages/optimise.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -30,9 +30,14 @@ __all__ = [
     "Start",
     "Step",
     "Variables",
+    "may_set",
     "prepared",
     "settled",
 ]
+
+
+OF_LOOP = {"anchor", "evaluate_every"}
+"""Options of which 0 is none, for every distiller."""
 
 
 class DistillError(UserError, RuntimeError):
@@ -110,6 +115,13 @@ def settled(config: DistillConfig, defaults: Mapping[str, Any]) -> DistillConfig
     """Return the options with the distiller's own value where one is 0, auto or not given."""
     own = {name: value for name, value in defaults.items() if _is_open(getattr(config, name))}
     return replace(config, **own)
+
+
+def may_set() -> set[str]:
+    """Return the names of the options whose default leaves them to the distiller."""
+    plain = DistillConfig()
+    left = {field.name for field in fields(plain) if _is_open(getattr(plain, field.name))}
+    return left - OF_LOOP
 
 
 def prepared(problem: Problem, defaults: Mapping[str, Any]) -> Problem:

@@ -13,6 +13,10 @@ from pds_ray.config import DistillConfig
 from pds_ray.training.loop import generator
 
 
+NO_FACTOR = 1e-6
+"""A singular value below this is rounding."""
+
+
 class Similarity(nn.Module):
     """The identity, and the interface of the others: `forward(rows)` is S[rows, rows]."""
 
@@ -75,13 +79,16 @@ def make_similarity(
 def _low_rank(matrix: torch.Tensor, rank: int, alpha: float, seed: int) -> LowRank:
     """Return a similarity near a matrix: its diagonal, and the rest cut to the largest factors.
 
-    Where there is no rest, L is drawn from N(0, 1) and R is zero, as published: R moves first.
+    Where the rest has fewer factors, or there is none, L is drawn from N(0, 1) and R is zero, as
+    published: R moves first. With zeros in both neither would ever move.
     """
     diagonal = matrix.diagonal()
     rest = matrix - torch.diag(diagonal)
-    if not rest.any():
-        draw = torch.randn(len(matrix), rank, generator=generator(seed, "similarity"))
-        return LowRank(diagonal, draw.to(matrix), matrix.new_zeros(len(matrix), rank), alpha)
-    u, sizes, v = torch.linalg.svd(rest)
-    root = (sizes[:rank] * rank / alpha).sqrt()
-    return LowRank(diagonal, u[:, :rank] * root, v[:rank].T * root, alpha)
+    draw = torch.randn(len(matrix), rank, generator=generator(seed, "similarity"))
+    left, right = draw.to(matrix), matrix.new_zeros(len(matrix), rank)
+    if rest.any():
+        u, sizes, v = torch.linalg.svd(rest)
+        there = sizes[:rank] > NO_FACTOR
+        root = (sizes[:rank] * there * rank / alpha).sqrt()
+        left, right = torch.where(there, u[:, :rank] * root, left), v[:rank].T * root
+    return LowRank(diagonal, left, right, alpha)

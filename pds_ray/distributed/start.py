@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pds_ray.methods.base import Counts, Run
+from pds_ray.methods.start import noise_side
 from pds_ray.modalities.image import encode_image
 from pds_ray.stages import start as core
 from pds_ray.store.distilled_set import load_distilled
@@ -29,7 +30,7 @@ def copy_set(run: Run) -> Counts:
 def draw_noise(run: Run) -> Counts:
     """Write an image of noise for each pair; return how many."""
     folder, pairs = run.folder, run.folder.prototypes().num_rows
-    side = run.encoder.preprocess.size
+    side = noise_side(run.config)
     folder.images.delete_all()
     with progress_bar("decode", pairs, "images", delay_s=QUIET_S) as bar:
         for pair in range(pairs):

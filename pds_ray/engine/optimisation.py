@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from pds_ray import catalog
-from pds_ray.config import ConfigError, RunConfig
+from pds_ray.config import ConfigError, DistillConfig, RunConfig
 from pds_ray.config import replace as configure
 from pds_ray.errors import without_secrets
 from pds_ray.methods.base import Run
@@ -19,15 +20,19 @@ if TYPE_CHECKING:
 def with_own_values(config: RunConfig) -> RunConfig:
     """Return the configuration with a distiller's own values where options leave them to it.
 
-    A distiller that moves a part of the model alone has experts that train this part.
+    An option that a distiller may set and has no value for is not read by it, and put at its
+    default, so that nothing depends on it. A distiller that moves a part of the model alone has
+    experts that train this part.
     """
     if config.method not in catalog.DISTILLERS:
         return config
-    from pds_ray.distillers.base import settled
+    from pds_ray.distillers.base import may_set, settled
 
     distiller = catalog.distiller(config.method)
+    plain, unread = DistillConfig(), may_set() - distiller.DEFAULTS.keys()
+    read = dataclasses.replace(config.distill, **{name: getattr(plain, name) for name in unread})
     part = {} if distiller.TRAIN == "all" else {"experts.train": distiller.TRAIN}
-    return configure(config, {"distill": settled(config.distill, distiller.DEFAULTS), **part})
+    return configure(config, {"distill": settled(read, distiller.DEFAULTS), **part})
 
 
 def check_optimisation(run: Run) -> None:
@@ -46,6 +51,8 @@ def check_optimisation(run: Run) -> None:
     if not config.start:
         _check_start(run)
     _check_epochs(config)
+    _check_similarity(config.distill)
+    _check_anchor(config.distill)
     _check_validation(run)
     _check_store(run)
 
@@ -94,6 +101,29 @@ def _check_epochs(config: RunConfig) -> None:
             f"the student starts after up to {wish.max_start - 1} epochs and its target is "
             f"{wish.expert_epochs} later, but experts have {config.experts.epochs} epochs; give "
             f"--experts.epochs {last}, or lower --distill.max-start"
+        )
+
+
+def _check_similarity(wish: DistillConfig) -> None:
+    """Raise ConfigError if a similarity is to be learned that the loss does not depend on."""
+    if wish.loss == "info_nce" and wish.similarity in ("full", "low_rank"):
+        raise ConfigError(
+            f"--distill.similarity {wish.similarity} learns nothing with --distill.loss info_nce, "
+            "which takes no similarity; give --distill.loss wbce, soft_wbce or ence"
+        )
+
+
+def _check_anchor(wish: DistillConfig) -> None:
+    """Raise ConfigError if steps down the anchor alone lead ever farther from the start.
+
+    A step of momentum m and rate r down eta |X - X0|^2 converges for 2 r eta < 2 (1 + m).
+    """
+    if wish.image_rate * wish.anchor >= 1 + wish.momentum:
+        most = (1 + wish.momentum) / wish.image_rate
+        raise ConfigError(
+            f"--distill.anchor {wish.anchor:g} throws pixels past the start, ever farther, at "
+            f"--distill.image-rate {wish.image_rate:g}; give an anchor far below {most:.2g}, or a "
+            "lower rate"
         )
 
 

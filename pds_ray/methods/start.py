@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from pds_ray import catalog
+from pds_ray.config import RunConfig
 from pds_ray.errors import ConfigError
 from pds_ray.methods.base import Method, Run, Stage
 from pds_ray.methods.pds import EMBED, MATERIALIZE
@@ -28,6 +29,12 @@ def _copied(run: Run) -> list[str]:
     return [run.folder.PROTOTYPES, *images]
 
 
+def noise_side(config: RunConfig) -> int:
+    """Return the side of the experts' images in pixels: noise of another would be smoothed."""
+    wish = config.experts
+    return wish.image_size or catalog.describe_backbone(wish.backbone).image_size
+
+
 COPY = Stage(
     "start",
     run="pds_ray.distributed.start:copy_set",
@@ -40,13 +47,13 @@ COPY = Stage(
 NOISE = Stage(
     "decode",
     run="pds_ray.distributed.start:draw_noise",
-    depends_on=lambda run: ["noise", run.config.seed],
+    depends_on=lambda run: ["noise", run.config.seed, noise_side(run.config)],
     files=lambda run: run.folder.image_files(run.folder.prototypes().num_rows),
     unit="images",
     counted="images",
     plan="pds_ray.planning.optimisation:START",
 )
-"""Gaussian pixels, in the place of decoding."""
+"""Gaussian pixels at the experts' side, in the place of decoding."""
 
 FROM_RUN = Method((EMBED, COPY, MATERIALIZE), SELECTION.card, settings=SELECTION.settings)
 FROM_NOISE = SELECTION.replaced(NOISE)

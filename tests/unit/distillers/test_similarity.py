@@ -61,3 +61,15 @@ def test_a_given_matrix_is_the_start() -> None:
     rest = matrix - torch.diag(matrix.diagonal())
     best = torch.linalg.svdvals(rest)[3:].square().sum().sqrt()
     assert errors[1] == pytest.approx(float(best)), "no matrix of rank 3 is nearer"
+
+
+def test_factors_that_a_given_matrix_does_not_need_can_still_move() -> None:
+    """Two equal captions: rank 2 of 3. A factor of zeros on both sides would have no gradient."""
+    matrix = torch.eye(PAIRS, dtype=torch.float64)
+    matrix[1, 4] = matrix[4, 1] = 0.5
+    similarity, whole = made("low_rank", matrix), torch.arange(PAIRS)
+    assert isinstance(similarity, LowRank)
+    assert torch.allclose(similarity(whole), matrix)
+    similarity(whole).square().sum().backward()
+    moving = similarity.right.grad.norm(dim=0) + similarity.left.grad.norm(dim=0)
+    assert (moving > 0.1).all()

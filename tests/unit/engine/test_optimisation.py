@@ -14,6 +14,7 @@ from pds_ray.engine.compare import entries
 from pds_ray.engine.optimisation import experts_key
 from pds_ray.engine.plan import make_run
 from pds_ray.methods.base import Run
+from pds_ray.methods.start import noise_side
 from pds_ray.published import PUBLISHED
 from pds_ray.recipes import RECIPES, protocol, recipe
 from pds_ray.stages import start as core
@@ -74,7 +75,7 @@ def test_a_method_that_improves_a_start_is_none() -> None:
         ({"distill__gradient": "tesla"}, "optimise"),
         ({"distill__image_rate": 7.0}, "optimise"),
         ({"distill__rank": 3}, "optimise"),
-        ({"distill__anchor": 0.5}, "optimise"),
+        ({"distill__anchor": 0.005}, "optimise"),
         ({"distill__evaluate_every": 7}, "optimise"),
         ({"distill__smooth": True}, "optimise"),
         ({"experts__store": "elsewhere"}, ""),
@@ -101,6 +102,25 @@ def test_a_method_fills_in_its_own_values_and_trains_what_it_matches() -> None:
     )
     assert run.config.experts.train == "heads"
     assert run_of(method="lors", experts__train="backbone").config.experts.train == "backbone"
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("mdm", {"steps": 3, "gradient": "tesla", "max_start": 9, "similarity": "full"}),
+        ("lors", {"mix": True}),
+    ],
+)
+def test_nothing_depends_on_options_that_a_method_does_not_read(
+    method: str, changes: dict[str, Any]
+) -> None:
+    given = {f"distill__{name}": value for name, value in changes.items()}
+    assert run_of(method=method, **given).fingerprints == run_of(method=method).fingerprints
+    read = {"image_rate": 7.0, "anchor": 0.01, "evaluate_every": 3, "smooth": True}
+    for name, value in read.items():
+        changed = run_of(method=method, **{f"distill__{name}": value})
+        assert changed.fingerprints["optimise"] != run_of(method=method).fingerprints["optimise"]
+        assert getattr(changed.config.distill, name) == value
 
 
 # ---- a finished set as start
@@ -160,6 +180,16 @@ def test_the_run_folder_is_no_start_of_its_own(finished: str) -> None:
         run_of(distill__init=finished, out=finished)
 
 
+def test_noise_has_the_side_of_the_experts() -> None:
+    """Resized it would be smoothed, and no longer as strong as it was drawn."""
+    plain, small = (run_of(distill__init="noise", experts__image_size=s) for s in (0, 24))
+    assert noise_side(small.config) == 24
+    own = catalog.describe_backbone(plain.config.experts.backbone).image_size
+    assert noise_side(plain.config) == own
+    assert plain.fingerprints["select"] == small.fingerprints["select"]
+    assert plain.fingerprints["decode"] != small.fingerprints["decode"]
+
+
 def test_noise_is_drawn_by_seed_and_pair() -> None:
     first, again, other, later = (
         core.noise(*which, 32).tobytes() for which in ((0, 0), (0, 0), (0, 1), (1, 0))
@@ -179,6 +209,15 @@ def test_noise_is_drawn_by_seed_and_pair() -> None:
         ({"pairs": 0, "budget": "1MB"}, r"--budget counts bytes of images and captions"),
         ({"experts__epochs": 1}, r"experts have 1 epochs; give --experts.epochs 2"),
         ({"experts__backbone": "no_such_net"}, r"no_such_net"),
+        ({"distill__loss": "info_nce"}, r"--distill.similarity low_rank learns nothing"),
+        (
+            {"method": "bi_trajectory", "distill__similarity": "full"},
+            r"--distill.similarity full learns nothing with --distill.loss info_nce",
+        ),
+        (
+            {"distill__anchor": 0.015, "distill__image_rate": 100.0},
+            r"--distill.anchor 0.015 throws pixels past the start, .* far below 0.015",
+        ),
     ],
 )
 def test_what_cannot_be_optimised_is_refused(changes: dict[str, Any], complaint: str) -> None:
@@ -260,4 +299,5 @@ def test_the_hybrid_keeps_its_start_if_nothing_is_better() -> None:
     config = RECIPES["hybrid"]()
     assert config.distill.init == "pds"
     assert config.distill.evaluate_every > 0, "the start is validated, too"
-    assert config.distill.anchor > 0
+    pull = 2 * config.distill.anchor * config.distill.image_rate
+    assert 0 < pull < 0.1, "a step of the anchor alone goes a small part of the way back"

@@ -206,6 +206,20 @@ def test_the_start_pulls_as_far_as_it_is_asked_to() -> None:
     assert torch.allclose(found.tensors["images"], start().images - 0.25)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize(("share", "ends_near"), [(0.95, True), (1.05, False)])
+def test_an_anchor_holds_below_the_bound_that_is_checked(
+    momentum: float, share: float, ends_near: bool
+) -> None:
+    """One push, then the anchor alone: near the start below rate x anchor = 1 + momentum."""
+    pushed = Scripted(gradient=lambda iteration: float(iteration == 0))
+    made = scripted_problem(iterations=150, momentum=momentum, anchor=share * (1 + momentum))
+    found = optimise(made, pushed, start())
+    away = float((found.tensors["images"] - start().images).abs().max())
+    assert (away < 0.1) == ends_near
+    assert ends_near or away > 10
+
+
 def test_the_tensors_of_a_set() -> None:
     found = optimise(problem(lors, iterations=1), lors, start()).tensors
     assert {name: tuple(x.shape) for name, x in found.items()} == {
