@@ -12,7 +12,6 @@ from torch import nn
 from pds_ray.config import DistillConfig
 from pds_ray.training.loop import generator
 
-
 NO_FACTOR = 1e-6
 """A singular value below this is rounding."""
 

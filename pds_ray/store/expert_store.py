@@ -152,9 +152,18 @@ class ExpertStore:
     # ---- experts
 
     def snapshots(self, name: str) -> list[dict[str, Any]]:
-        """Return epoch, SHA-256 and loss of each snapshot of an expert; empty if it has none."""
+        """Return epoch, SHA-256 and loss of each snapshot of an expert; empty if it has none.
+
+        Raises ExpertStoreError in one line if their list is damaged.
+        """
         place = self.expert(name)
-        return place.read_json(MANIFEST)["snapshots"] if place.exists(MANIFEST) else []
+        try:
+            return list(place.read_json(MANIFEST)["snapshots"]) if place.exists(MANIFEST) else []
+        except (ValueError, KeyError, TypeError) as error:
+            raise ExpertStoreError(
+                f"{place.full(MANIFEST)} is damaged ({first_line(error)}); delete {place.shown}; "
+                "the same command trains the expert again"
+            ) from error
 
     def epochs(self, name: str) -> int:
         """Return the epochs of which an expert has snapshots; -1 if it has none at all."""

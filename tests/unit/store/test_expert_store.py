@@ -100,6 +100,16 @@ def test_a_damaged_manifest_is_named(broken: tuple[ExpertStore, Path]):
         assert "is no manifest of experts, or a damaged one" in refusal(store.about)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"snapshots": 3}'])
+def test_a_damaged_list_of_snapshots_is_named(
+    broken: tuple[ExpertStore, Path], content: str
+) -> None:
+    store, path = broken
+    file = path / "experts" / "001" / "manifest.json"
+    file.write_text(content)
+    assert f"{file} is damaged (" in refusal(store.epochs, "001")
+
+
 def test_damaged_images_are_named(broken: tuple[ExpertStore, Path], made: WantedExperts):
     store, path = broken
     [file] = (path / "data").glob("*.safetensors")
