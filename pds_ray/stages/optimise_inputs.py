@@ -121,12 +121,12 @@ def goes_on(before: LearnedFor, now: LearnedFor) -> bool:
 
 
 def as_start(learned: Learned, images: np.ndarray) -> Start:
-    """Return learned parts as a start."""
+    """Return learned parts as a start, copied: what comes through Ray is read-only."""
     similarity = learned.similarity
     return Start(
-        torch.from_numpy(images),
-        torch.from_numpy(learned.text),
-        None if similarity is None else torch.from_numpy(similarity),
+        torch.tensor(images),
+        torch.tensor(learned.text),
+        None if similarity is None else torch.tensor(similarity),
     )
 
 

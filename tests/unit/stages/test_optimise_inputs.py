@@ -137,6 +137,7 @@ def test_a_learned_start_is_gone_on_with_by_models_of_its_kind(
     images, text = made.start.images + 2, made.start.text * 3
     tensors = {"images": images, "text": text, "similarity": torch.eye(PAIRS) / 2}
     begun = inputs.learned(made.about, tensors)
+    begun[1].flags.writeable = False  # as it comes through Ray; torch warns of it
     given = (config_of("lors"), experts, folder, captions(experts), MadeUpEncoder(), build, CPU)
     start = inputs.prepare(*given, begun).start
     assert start.similarity is not None
