@@ -22,6 +22,7 @@ from pds_ray.distributed import limits, places, pools, process, session, tasks
 from pds_ray.distributed.experts import Place, build_backbone, ensure_experts, expert_place
 from pds_ray.distributed.in_flight import Doing, InFlight
 from pds_ray.encoders.base import TextEncoder
+from pds_ray.errors import UserError
 from pds_ray.methods.base import Counts, Run
 from pds_ray.modalities.image import encode_image
 from pds_ray.sources.base import Source
@@ -127,7 +128,17 @@ def _place(experts: WantedExperts) -> Place:
 
 
 def _improve(job: Job, in_flight: InFlight) -> Counts:
-    """Improve the start and write all that comes of it."""
+    """Improve the start and write all that comes of it. Raises UserError if a GPU is too small."""
+    try:
+        return _improved(job, in_flight)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the optimisation does not fit on the GPU; lower --distill.batch-size, or take "
+            "--distill.gradient adjoint if it is unrolled"
+        ) from error
+
+
+def _improved(job: Job, in_flight: InFlight) -> Counts:
     places.require_shared(job.folder.folder, "--out")
     config, experts, folder = job.config, job.experts, job.folder
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

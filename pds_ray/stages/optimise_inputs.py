@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pds_ray.config import ProtocolConfig, RunConfig
+from pds_ray.config import ConfigError, ProtocolConfig, RunConfig
 from pds_ray.distillers.base import Experts, Problem, Snapshot, Start
 from pds_ray.encoders.base import TextEncoder
+from pds_ray.errors import without_secrets
 from pds_ray.modalities.image import decode_image
 from pds_ray.modalities.text import CLEANERS
 from pds_ray.sources.base import Source
@@ -207,7 +208,10 @@ def as_image(pixels: np.ndarray, about: LearnedFor) -> Image.Image:
 def held_out(
     config: RunConfig, experts: WantedExperts, source: Source, encoder: TextEncoder
 ) -> Gallery:
-    """Return the first JUDGED_IMAGES images of a held-out source, at the experts' side."""
+    """Return the first JUDGED_IMAGES images of a held-out source, at the experts' side.
+
+    Raises ConfigError if it has none that can be used.
+    """
     square, images, texts = experts.square, [], list[list[str]]()
     for shard in source.shards():
         found, captions, _ = read_split(
@@ -217,6 +221,11 @@ def held_out(
         texts += captions
         if len(texts) >= JUDGED_IMAGES:
             break
+    if not texts:
+        raise ConfigError(
+            f"no image of {without_secrets(source.uri)}, the validation split, can be used; give "
+            "--distill.evaluate-every 0, and the last iteration is kept"
+        )
     texts = texts[:JUDGED_IMAGES]
     owner = np.repeat(np.arange(len(texts)), list(map(len, texts)))
     vectors = encode(encoder, [caption for captions in texts for caption in captions])

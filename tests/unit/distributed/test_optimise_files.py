@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from pds_ray.config import RunConfig
 from pds_ray.distillers.base import Problem, Start
+from pds_ray.distributed import optimise as distributed
 from pds_ray.distributed.optimise import Job, _counts, _history, _write
+from pds_ray.errors import UserError
 from pds_ray.stages.optimise import Optimised
 from pds_ray.stages.optimise_inputs import Prepared, learned_for
 from pds_ray.store.run_folder import RunFolder
@@ -64,3 +67,12 @@ def test_the_history_has_a_row_per_iteration_and_nulls_where_nothing_was_measure
         "iterations": 2, "kept": 2, "image_ratio": 0.7, "text_ratio": 0.6,
         "score_of_start": 7.0, "score": 8.0,
     }  # fmt: skip
+
+
+def test_a_gpu_that_is_too_small_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory\nand much more")
+
+    monkeypatch.setattr(distributed, "_improved", full)
+    with pytest.raises(UserError, match=r"^the optimisation does not fit on the GPU; [^\n]+$"):
+        distributed._improve(None, None)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 from pds_ray import catalog
 from pds_ray.config import ConfigError, DistillConfig, RunConfig
 from pds_ray.distillers.base import settled
+from pds_ray.sources.base import Sample, Shard
 from pds_ray.stages import optimise_inputs as inputs
 from pds_ray.stages.experts import WantedExperts
 from pds_ray.stages.learned import nearest_captions
@@ -165,6 +167,20 @@ def test_a_validation_scores_what_was_learned(experts: WantedExperts, folder: Ru
     assert score(tensors) == first, "the same set has the same score"
     shuffled = {**tensors, "text": made.start.text.roll(1, 0)}
     assert score(shuffled) != first
+
+
+def test_a_validation_split_without_images_is_refused(experts: WantedExperts) -> None:
+    class Empty:
+        uri = "empty"
+
+        def shards(self) -> list[Shard]:
+            return [Shard("0", "")]
+
+        def read(self, _shard: Shard) -> Iterator[Sample]:
+            yield Sample("a", b"no image", ("two",))
+
+    with pytest.raises(ConfigError, match="no image of empty, the validation split, can be used"):
+        inputs.held_out(config_of("lors"), experts, Empty(), MadeUpEncoder())
 
 
 @pytest.mark.parametrize(
