@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pds_ray import catalog
-from pds_ray.config import ConfigError, replace
+from pds_ray.config import ConfigError, DistillConfig, changed, replace
 from pds_ray.engine.compare import entries
 from pds_ray.engine.optimisation import experts_key
 from pds_ray.engine.plan import make_run
@@ -95,11 +94,9 @@ def test_a_change_makes_stale_what_depends_on_it(
 
 
 def test_a_method_fills_in_its_own_values_and_trains_what_it_matches() -> None:
-    run = run_of(method="repblend", distill__rank=7)
+    run, given = run_of(method="repblend", distill__rank=7), changed(recipe("scenes").distill)
     own = catalog.distiller("repblend").DEFAULTS
-    assert run.config.distill == dataclasses.replace(
-        run.config.distill, **{**own, "rank": 7, "init": "random"}
-    )
+    assert run.config.distill == DistillConfig(**{**own, **given, "rank": 7})
     assert run.config.experts.train == "heads"
     assert run_of(method="lors", experts__train="backbone").config.experts.train == "backbone"
 
