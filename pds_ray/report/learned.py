@@ -24,6 +24,8 @@ POINTS = 2_000
 SHOWN_AT_MOST = 0.999
 """Share of the differences that the amplified ones show in full."""
 BRANCHES = ("image", "text")
+SCORE = "score"
+"""The column of validations, null where an iteration has none."""
 UNREADABLE = (LearnedError, DistilledSetError, OSError, ArrowException, LookupError, ValueError)
 
 
@@ -106,18 +108,22 @@ def _uri(pixels: np.ndarray) -> str:
 
 
 def _history(files: LearningFiles) -> Json | None:
-    """Return the losses over the iterations, at most POINTS of them; None if nothing is known."""
+    """Return the losses over the iterations; None if nothing is known.
+
+    They are at most POINTS iterations, and those that were validated.
+    """
     if not files.folder.exists(files.HISTORY):
         return None
     table = files.history()
     every = max(1, -(-table.num_rows // POINTS))
-    columns = {
-        name: [rounded(float(value)) for value in table.column(name).to_pylist()[::every]]
-        for name in table.column_names
-        if name != "iteration"
-    }
+    kept = np.arange(table.num_rows) % every == 0
+    if SCORE in table.column_names:
+        kept |= table.column(SCORE).is_valid().to_numpy()
+    shown = table.filter(kept).to_pydict()
+    iterations = shown.pop("iteration")
+    columns = {name: [rounded(value) for value in values] for name, values in shown.items()}
     return {
-        "iteration": table.column("iteration").to_pylist()[::every],
+        "iteration": iterations,
         "iterations": table.num_rows,
         "ratios": {name: columns[name] for name in BRANCHES if name in columns},
         "others": {name: value for name, value in columns.items() if name not in BRANCHES},

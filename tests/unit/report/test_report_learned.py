@@ -128,6 +128,25 @@ def test_a_long_history_is_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (history["iteration"], history["iterations"]) == ([0, 2], 3)
 
 
+def test_validations_are_shown_where_there_were_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Iteration 0 has a score alone, most others have none; none is thinned out."""
+    monkeypatch.setattr(module, "POINTS", 2)
+    run = with_learned(tmp_path / "run", learned_tensors(PAIRS, SIDE, seed=1))
+    rows = [
+        {"iteration": n, "image": n / 10 or None, "score": float(n) if n in (0, 5) else None}
+        for n in range(9)
+    ]
+    run.learning.save_history(pa.Table.from_pylist(rows))
+    report = gather(run.folder.path)
+    history = report["learned"]["history"]
+    assert history["iteration"] == [0, 5]
+    assert history["others"]["score"] == [0.0, 5.0]
+    assert history["ratios"]["image"] == [None, 0.5]
+    assert "learned-losses" in render(report)
+
+
 def test_evaluations_say_what_was_used(tmp_path: Path) -> None:
     made = make_run(tmp_path / "run", PAIRS)
     add_evaluation(made.path, backbones=("a", "b", "c"))
