@@ -119,13 +119,17 @@ def expert_place(experts: WantedExperts) -> Place:
     there = ray.cluster_resources()
     if gpus is None:
         gpus = 1.0 if there.get("GPU", 0) else 0.0
-    most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-    if cpus > most:
+    if cpus > (most := largest_node()):
         raise ConfigError(
             f"an expert is to have {cpus} CPUs, and the largest node has {most:g}; lower "
             "--experts.cpus"
         )
     return Place(cpus, gpus)
+
+
+def largest_node() -> float:
+    """Return the CPUs that Ray gives on the node that has most."""
+    return max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
 
 
 def _require_space(experts: WantedExperts, about: dict[str, Any]) -> None:

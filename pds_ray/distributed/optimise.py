@@ -18,8 +18,14 @@ import torch
 from pds_ray import catalog
 from pds_ray.config import RunConfig
 from pds_ray.distillers.base import Distiller, Problem, Step, Variables
-from pds_ray.distributed import limits, places, process, session, tasks
-from pds_ray.distributed.experts import Place, build_backbone, ensure_experts, expert_place
+from pds_ray.distributed import places, process, session, tasks
+from pds_ray.distributed.experts import (
+    Place,
+    build_backbone,
+    ensure_experts,
+    expert_place,
+    largest_node,
+)
 from pds_ray.distributed.in_flight import Doing, InFlight
 from pds_ray.encoders.base import TextEncoder
 from pds_ray.methods.base import Counts, Run
@@ -122,11 +128,7 @@ def _begun(config: RunConfig) -> tuple[Learned, np.ndarray] | None:
 def _place(experts: WantedExperts) -> Place:
     """Return what the task takes: a GPU as an expert does, or the threads of a model."""
     place = expert_place(experts)
-    return place if place.num_gpus else Place(_threads(), 0)
-
-
-def _threads() -> int:
-    return min(process.MODEL_THREADS, limits.cpus())
+    return place if place.num_gpus else Place(min(process.MODEL_THREADS, largest_node()), 0)
 
 
 def _improve(job: Job, in_flight: InFlight) -> Counts:
