@@ -112,7 +112,7 @@ def _history(files: LearningFiles) -> Json | None:
     table = files.history()
     every = max(1, -(-table.num_rows // POINTS))
     columns = {
-        name: [rounded(float(value)) for value in table.column(name).to_pylist()[::every]]
+        name: [rounded(value) for value in table.column(name).to_pylist()[::every]]
         for name in table.column_names
         if name != "iteration"
     }

@@ -34,6 +34,7 @@ def _lines(iterations: list[int], series: dict[str, list[float | None]], title: 
             y=values,
             name=plain(name),
             mode="lines",
+            connectgaps=True,
             line={
                 "color": SERIES[number % len(SERIES)],
                 "dash": DASHES[number % len(DASHES)],
