@@ -147,7 +147,8 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
 
 def _print_counts(out: str, method: str, counts: dict[str, dict[str, Any]]) -> None:
     embed, prune, match = counts.get("embed", {}), counts.get("prune", {}), counts.get("match", {})
-    prototypes = counts.get("prototypes") or counts.get("select") or counts.get("cover", {})
+    makers = ("prototypes", "select", "cover", "start")
+    prototypes = next((counts[name] for name in makers if counts.get(name)), None)
     if embed:
         images = f"{embed['images']:,} images, {embed['shards']:,} shards"
         say(f"in            {embed['pairs']:,} pairs of {images}")

@@ -18,7 +18,7 @@ import torch
 from pds_ray import catalog
 from pds_ray.config import RunConfig
 from pds_ray.distillers.base import Distiller, Problem, Step, Variables
-from pds_ray.distributed import limits, places, pools, process, session, tasks
+from pds_ray.distributed import places, pools, process, session, tasks
 from pds_ray.distributed.experts import Place, build_backbone, ensure_experts, expert_place
 from pds_ray.distributed.in_flight import Doing, InFlight
 from pds_ray.encoders.base import TextEncoder
@@ -123,8 +123,7 @@ def _begun(config: RunConfig) -> tuple[Learned, np.ndarray] | None:
 def _place(experts: WantedExperts) -> Place:
     """Return what the task takes: a GPU as an expert does, or the threads of a model."""
     place = expert_place(experts)
-    threads = min(process.MODEL_THREADS, limits.cpus())
-    return place if place.num_gpus else Place(min(threads, pools.most("CPU")), 0)
+    return place if place.num_gpus else Place(min(process.MODEL_THREADS, pools.most("CPU")), 0)
 
 
 def _improve(job: Job, in_flight: InFlight) -> Counts:

@@ -87,6 +87,7 @@ def test_another_run_begins_with_it(finished: Path, tmp_path: Path, pds_ray: Run
     done = pds_ray("distill", *SMALL, *own, "--experts.store", str(store), "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert list(stages(out)) == ["embed", "start", "experts", "optimise", "materialize"]
+    assert "\nout           8 pairs, " in done.stdout
     first, second = load_distilled(str(finished)), load_distilled(str(out))
     assert second.captions == first.captions
     assert (out / "images" / "000000.png").read_bytes() == first.image_bytes(0)

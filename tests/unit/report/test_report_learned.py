@@ -17,6 +17,7 @@ from pds_ray.methods.pds import PDS_CARD
 from pds_ray.report import learned as module
 from pds_ray.report.figures import PALETTE
 from pds_ray.report.gather import gather
+from pds_ray.report.learned_figures import learned_figures
 from pds_ray.report.page import render
 from pds_ray.stages.extras import Extras
 from pds_ray.stages.materialize import write_distilled
@@ -145,6 +146,20 @@ def test_validations_are_shown_where_there_were_any(
     assert history["others"]["score"] == [0.0, 5.0]
     assert history["ratios"]["image"] == [None, 0.5]
     assert "learned-losses" in render(report)
+
+
+def test_what_only_some_iterations_have_is_drawn(tmp_path: Path) -> None:
+    """A start that was validated has no ratios, and iterations between two validations no score."""
+    run = with_learned(tmp_path / "run", learned_tensors(PAIRS, SIDE, seed=1))
+    columns = {"image": [None, 0.9, 0.8], "text": [None, 0.7, 0.6], "score": [3.0, None, 4.0]}
+    run.learning.save_history(pa.table({"iteration": [0, 1, 2], **columns}))
+    report = gather(run.folder.path)
+    history = report["learned"]["history"]
+    assert history["ratios"]["image"] == [None, 0.9, 0.8]
+    assert history["others"]["score"] == [3.0, None, 4.0]
+    drawn = learned_figures(report["learned"])["learned-losses"]
+    assert "score: from 3 to 4" in drawn["label"]
+    assert all(trace["connectgaps"] for trace in drawn["figure"]["data"])
 
 
 def test_evaluations_say_what_was_used(tmp_path: Path) -> None:
