@@ -93,12 +93,16 @@ def test_a_change_makes_stale_what_depends_on_it(
 
 
 def test_a_method_fills_in_its_own_values_and_trains_what_it_matches() -> None:
-    run = run_of(method="repblend", distill__rank=7)
+    rates = ("image_rate", "text_rate", "similarity_rate", "step_rate")  # the preset has some
+    left_open = {f"distill__{rate}": 0.0 for rate in rates}
+    run = run_of(method="repblend", distill__rank=7, **left_open)
     own = catalog.distiller("repblend").DEFAULTS
     assert run.config.distill == dataclasses.replace(
         run.config.distill, **{**own, "rank": 7, "init": "random"}
     )
     assert run.config.experts.train == "heads"
+    given = run_of(method="repblend").config.distill
+    assert given.image_rate == recipe("scenes").distill.image_rate
     assert run_of(method="lors", experts__train="backbone").config.experts.train == "backbone"
 
 
