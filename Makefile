@@ -14,6 +14,9 @@ KIND ?= cpu
 VENV := .venv$(patsubst %,-%,$(filter-out cpu,$(KIND)))
 BIN := $(VENV)/bin
 RUN := runs/demo
+# PDS as published is the preset alone; with these an image shows what its caption says
+FAITHFUL := --prototypes.center medoid --decode.candidates 2 --real-fallback on \
+	--caption.nearest_to both
 FUZZ_SECONDS := 300
 UNIT := tests/unit tests/fuzz
 ON_RAY := tests/distributed tests/end_to_end
@@ -43,7 +46,7 @@ $(VENV)/.developed: $(VENV)/.installed
 	touch $@
 
 demo: install
-	$(BIN)/pds-ray distill --preset demo --out $(RUN)
+	$(BIN)/pds-ray distill --preset demo $(FAITHFUL) --out $(RUN)
 	$(BIN)/pds-ray show $(RUN) --sheet $(RUN)/contact_sheet.png > /dev/null
 
 lint: develop

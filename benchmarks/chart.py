@@ -1,6 +1,6 @@
 """Draw r_mean of the methods of some comparisons side by side, as an SVG of bars.
 
-    python -m benchmarks.chart docs/comparison.svg 'exact captions, 100 pairs=runs/clean/100' ...
+    python -m benchmarks.chart docs/methods.svg 'exact captions, 100 pairs=runs/clean/100' ...
 
 Each argument after the file is a panel: its title, the folder of the comparison and, after the last
 slash, the number of pairs or the bytes of the budget. Bars are the average of the backbones; a line
