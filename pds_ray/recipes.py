@@ -102,10 +102,10 @@ def scenes() -> RunConfig:
             "experts.count": 10,
             "experts.epochs": 8,
             "experts.shared_start": True,
-            "distill.image_rate": 10.0,
-            "distill.text_rate": 3.0,
+            "distill.image_rate": 3.0,
+            "distill.text_rate": 1.0,
             "distill.similarity_rate": 0.1,
-            "distill.step_rate": 1e-5,
+            "distill.step_rate": 3e-6,
         },
     )
 
