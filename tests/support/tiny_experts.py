@@ -77,7 +77,10 @@ def train(experts: WantedExperts, number: int, tell: core.Tell = lambda _: None)
 
 
 def files(experts: WantedExperts, name: str) -> dict[str, bytes]:
-    """Return the snapshots and the manifest of an expert."""
+    """Return the snapshots and the manifest of an expert.
+
+    A process that is killed while it writes leaves its temporary file, which nothing reads.
+    """
     folder = Path(experts.store.expert(name).path)
     names = (path for path in folder.iterdir() if path.name != "state.safetensors")
-    return {path.name: path.read_bytes() for path in sorted(names)}
+    return {path.name: path.read_bytes() for path in sorted(names) if path.suffix != ".part"}
