@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from pds_ray.errors import ConfigError
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pds_ray.backbones.base import BackboneInfo, BackboneModule
     from pds_ray.config import DecodeConfig, EmbedConfig, FilesConfig
     from pds_ray.decoders.base import Decoder, DecoderInfo, DecoderModule
+    from pds_ray.distillers.base import Distiller
     from pds_ray.encoders.base import (
         Encoder,
         EncoderInfo,
@@ -72,11 +74,23 @@ SELECTORS = {  # method -> module with DESCRIPTION and select(candidates, pairs,
     "clip_score": "pds_ray.selectors.clip_score",
 }
 
+DISTILLERS = {  # method -> module with TRAIN, DEFAULTS, variables(...) and step(...)
+    "bi_trajectory": "pds_ray.distillers.bi_trajectory",
+    "lors": "pds_ray.distillers.lors",
+    "repblend": "pds_ray.distillers.repblend",
+    "lora_matching": "pds_ray.distillers.lora_matching",
+    "mdm": "pds_ray.distillers.mdm",
+}
+
 METHODS = {  # method -> the Method: its stages in order
     "pds": "pds_ray.methods.pds:PDS",
     "coverage": "pds_ray.methods.coverage:COVERAGE",
     **dict.fromkeys(SELECTORS, "pds_ray.methods.selection:SELECTION"),
+    **dict.fromkeys(DISTILLERS, "pds_ray.methods.optimisation:OPTIMISATION"),  # after its start
 }
+
+STARTS = {"real": "random", "noise": "random"}
+"""Other names of a start -> the method that chooses its pairs."""
 
 
 def _known(kind: str, table: dict[str, str], name: str) -> str:
@@ -186,14 +200,39 @@ def _decoder_module(name: str) -> DecoderModule:
     return cast("DecoderModule", import_module(_known("decoder", DECODERS, name)))
 
 
-def method(name: str, budget: str = "") -> Method:
+def method(name: str, budget: str = "", init: str = "random") -> Method:
     """Return the method called `name`, with the stage of a budget if there is one.
 
-    Raises ConfigError listing the known names.
+    A distiller improves the set of another method, or of a finished run: that which `init` names.
+    Its stages come after those that make this set. Raises ConfigError listing the known names.
     """
     module, _, attribute = _known("method", METHODS, name).partition(":")
     found = getattr(import_module(module), attribute)
+    if name in DISTILLERS:
+        found = import_module("pds_ray.methods.start").on_start(found, init)
     return import_module("pds_ray.methods.budget").on_budget(found) if budget else found
+
+
+def recorded_method(config: Mapping[str, Any]) -> Method:
+    """Return the method of a configuration as run.json holds it, of an earlier version, too."""
+    init = config.get("distill", {}).get("init", "random")
+    return method(config.get("method", "pds"), config.get("budget", ""), init)
+
+
+def start_of(method: str, init: str) -> str:
+    """Return the method that makes the pairs, "" where they are those of a finished run.
+
+    That is `method` itself, unless it improves a start.
+    """
+    if method not in DISTILLERS:
+        return method
+    name = STARTS.get(init, init)
+    return name if name in METHODS else ""
+
+
+def distiller(method: str) -> Distiller:
+    """Return the distiller of a method that learns its set. Raises ConfigError."""
+    return cast("Distiller", import_module(_known("distiller", DISTILLERS, method)))
 
 
 def selector(method: str) -> Selector:

@@ -475,6 +475,140 @@ class ExtrasConfig(Options, section="extras"):
         return {name: getattr(self, name) for name in names if name not in unused}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig(Options, section="experts"):
+    """Experts: models trained on all of the source, whose weights after each epoch are kept."""
+
+    store: str = option(
+        "", "folder of experts that several runs share; default OUT/experts", free=True
+    )
+    count: int = option(20, "experts, each trained with seeds of its own", above=0)
+    seed: int = option(
+        0, "seed of the experts, apart from that of the set", at_least=0, at_most=2**31 - 1
+    )
+    epochs: int = option(10, "epochs of each expert", above=0)
+    backbone: str = option(
+        "small_conv", "image network of the experts: small_conv, small_vit, small_mixer or timm's"
+    )
+    text_encoder: str = option(
+        "auto", "auto (embed.encoder), an open_clip model, bert:MODEL or distilbert:MODEL"
+    )
+    image_size: int = option(
+        0, "side of the images in pixels; 0 is what the backbone was made for", at_least=0
+    )
+    train: Literal["all", "backbone", "heads", "lora"] = option(
+        "all",
+        "parts that are trained: all, the backbone and the text head, the heads of image and text, "
+        "or adapters of the backbone (lora) and the text head",
+    )
+    rank: int = option(4, "experts.train lora: rank of the adapters", above=0)
+    shared_start: bool = option(
+        False,
+        "all experts start from the same random weights, so that weights of several may be merged",
+    )
+    learning_rate: float = option(0.1, "learning rate of the image branch at the start", above=0)
+    text_learning_rate: float = option(0.1, "learning rate of the text head at the start", above=0)
+    momentum: float = option(0.0, "momentum of sgd", at_least=0, below=1)
+    weight_decay: float = option(0.0, "weight decay", at_least=0)
+    batch_size: int = option(
+        128, "images per step", at_least=2, because="a pair needs another to differ from"
+    )
+    augment: bool = option(
+        True, "random shifts and scales of the images, unless the heads alone are trained"
+    )
+    schedule: Literal["constant", "step", "cosine"] = option(
+        "constant",
+        "constant keeps the rates, step takes a tenth after half of the epochs, cosine falls to "
+        "zero",
+    )
+    cpus: int = option(
+        1,
+        "CPUs of each expert, and its threads without a GPU; rounding depends on them",
+        free=True,
+        above=0,
+    )
+    gpus: float | None = option(
+        None,
+        "GPUs of each expert, such as 0.5; default 1 where there are any",
+        free=True,
+        at_least=0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(Options, section="distill"):
+    """Optimisation of a set, for methods that learn its images and text vectors.
+
+    Where a value is 0 or auto, the distiller has its own, which is the published one.
+    """
+
+    init: str = option(
+        "random",
+        "the set that is improved: random, noise, any method, which makes it first, or the folder "
+        "of a finished run",
+        "init",
+    )
+    iterations: int = option(0, "iterations; 0 is the distiller's own number", at_least=0)
+    gradient: Literal["auto", "adjoint", "tesla", "unrolled"] = option(
+        "auto",
+        "gradient through the student's steps: adjoint is exact in little memory, unrolled exact "
+        "in much, tesla as published and biased; auto is adjoint",
+    )
+    steps: int = option(0, "steps of the student per iteration", at_least=0)
+    expert_epochs: int = option(
+        0, "the target is the expert's weights so many epochs after the start", at_least=0
+    )
+    max_start: int = option(
+        0, "the student starts from the expert after 0 to max_start - 1 epochs", at_least=0
+    )
+    independent_starts: bool = option(
+        False, "images and text start from epochs of their own, by how far each branch moves"
+    )
+    smooth: bool = option(
+        False, "experts' weights are put on the line from first to last, by the way gone"
+    )
+    batch_size: int = option(
+        0, "pairs per step of the student; the distiller's own number is cut to the set", at_least=0
+    )
+    sampling: Literal["auto", "fresh", "chunks"] = option(
+        "auto",
+        "fresh draws the pairs of each step anew, chunks takes the parts of a permutation in turn",
+    )
+    image_rate: float = option(0.0, "learning rate of the images", at_least=0)
+    text_rate: float = option(0.0, "learning rate of the text vectors", at_least=0)
+    similarity_rate: float = option(0.0, "learning rate of the similarity", at_least=0)
+    step_rate: float = option(0.0, "learning rate of the student's step sizes", at_least=0)
+    step_size: float = option(0.0, "the student's step sizes at the start", at_least=0)
+    step_floor: float = option(1e-4, "the student's step sizes at least", above=0)
+    momentum: float = option(0.5, "momentum of all that is learned", at_least=0, below=1)
+    loss: Literal["auto", "info_nce", "ence", "wbce", "soft_wbce"] = option(
+        "auto", "loss of the student's steps; info_nce takes no similarity"
+    )
+    similarity: Literal["auto", "identity", "full", "low_rank"] = option(
+        "auto", "what is learned of the similarity of images and text vectors: identity is nothing"
+    )
+    rank: int = option(0, "rank of a similarity of low rank", at_least=0)
+    alpha: float = option(0.0, "weight of the low-rank part of a similarity", at_least=0)
+    mix: bool | None = option(
+        None, "method repblend mixes the features of two pairs each in every step; default true"
+    )
+    merge_branches: bool | None = option(
+        None,
+        "the loss is one ratio over both branches, not the sum of a ratio each; default the "
+        "distiller's own",
+    )
+    dropout: Literal["off", "replay"] = option(
+        "off", "replay drops units in the student's steps, the same ones whenever a step is redone"
+    )
+    anchor: float = option(
+        0.0, "weight of the squared distance of the pixels to those of the start", at_least=0
+    )
+    evaluate_every: int = option(
+        0, "iterations between validations, of which the best is kept; 0 is none", at_least=0
+    )
+    patience: int = option(4, "validations in a row without a better one that end it", above=0)
+
+
 @dataclass(frozen=True)
 class Actors:
     """Size and resources of a pool of actors."""
@@ -652,6 +786,8 @@ class RunConfig(Options):
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     extras: ExtrasConfig = field(default_factory=ExtrasConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
@@ -665,6 +801,14 @@ class RunConfig(Options):
     def budget_bytes(self) -> int:
         """The budget in bytes; 0 if there is none."""
         return parse_bytes(self.budget, "budget") if self.budget else 0
+
+    @property
+    def start(self) -> str:
+        """The method that makes the pairs: that of the start, where the method improves one.
+
+        "" where they are those of a finished run.
+        """
+        return catalog.start_of(self.method, self.distill.init)
 
 
 def parse_bytes(text: str, name: str) -> int:
@@ -716,8 +860,9 @@ class ProtocolConfig(Options, section="protocol"):
     learning_rate: float = option(1e-3, "learning rate at the start", above=0)
     momentum: float = option(0.9, "momentum of sgd", at_least=0)
     weight_decay: float = option(0.05, "weight decay", at_least=0)
-    schedule: Literal["cosine", "step"] = option(
-        "cosine", "cosine falls to zero, step to a tenth after half of the epochs"
+    schedule: Literal["cosine", "step", "constant"] = option(
+        "cosine",
+        "cosine falls to zero, step to a tenth after half of the epochs, constant stays",
     )
     epochs: int = option(100, "epochs", above=0)
     batch_size: int = option(
@@ -747,6 +892,11 @@ class ProtocolConfig(Options, section="protocol"):
     )
     captions_per_image: Literal["one", "all"] = option(
         "one", "one trains on the caption of each image, all on one of its captions per visit"
+    )
+    learned: Literal["auto", "off"] = option(
+        "auto",
+        "learned parts of a set: auto takes those that fit the model and the protocol, off its "
+        "pictures and captions alone",
     )
 
 
@@ -849,6 +999,7 @@ def public(config: RunConfig) -> dict[str, Any]:
         values[name] = without_secrets(values[name])
     if config.embed.store:
         values["embed"]["store"] = without_secrets(config.embed.store)
+    values["experts"]["store"] = without_secrets(config.experts.store)
     return values
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pds_ray.config import ConfigError, EvaluateConfig, RunConfig, replace
+from pds_ray.published import PUBLISHED
 
 
 def default() -> RunConfig:
@@ -87,18 +88,72 @@ def web_scale() -> RunConfig:
     )
 
 
+def scenes() -> RunConfig:
+    """Return an optimisation in the built-in world: 100 pairs of 10,000 images, small_conv.
+
+    Ten experts of eight epochs. They start alike, so that MDM can merge them. The rates are for all
+    methods; the published ones are for 224 pixels and 33 million weights, and too high here.
+    """
+    return replace(
+        demo(),
+        {
+            "method": "bi_trajectory",
+            "experts.backbone": "small_conv",
+            "experts.count": 10,
+            "experts.epochs": 8,
+            "experts.shared_start": True,
+            "distill.image_rate": 3.0,
+            "distill.text_rate": 1.0,
+            "distill.similarity_rate": 0.1,
+            "distill.step_rate": 3e-6,
+        },
+    )
+
+
+def hybrid() -> RunConfig:
+    """Return a few small steps of MDM on the set that PDS makes.
+
+    An anchor holds the pixels near those of the start, the validation split chooses the iteration,
+    and the start itself is kept where no iteration is better. Rates are a tenth of the published;
+    a step of the anchor alone would go 2 rate x anchor, a fiftieth, of the way back.
+    """
+    return replace(
+        default(),
+        {
+            "method": "mdm",
+            "distill.init": "pds",
+            "experts.count": 2,
+            "experts.shared_start": True,  # MDM merges weights, of experts that start alike
+            "distill.image_rate": 10.0,
+            "distill.text_rate": 10.0,
+            "distill.iterations": 200,
+            "distill.anchor": 0.001,
+            "distill.evaluate_every": 25,
+            "distill.patience": 4,
+        },
+    )
+
+
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "default": default,
     "demo": demo,
     "paper": paper,
     "web_scale": web_scale,
+    "scenes": scenes,
+    "hybrid": hybrid,
 }
 
 
 def recipe(name: str) -> RunConfig:
-    """Return the configuration called `name`. Raises ConfigError listing the known names."""
+    """Return the configuration called `name`, one of RECIPES or of PUBLISHED.
+
+    Raises ConfigError listing the known names.
+    """
+    if name in PUBLISHED:
+        return replace(RunConfig(), PUBLISHED[name])
     if name not in RECIPES:
-        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(RECIPES)}")
+        known = ", ".join((*RECIPES, *PUBLISHED))
+        raise ConfigError(f"unknown preset {name!r}; known: {known}")
     return RECIPES[name]()
 
 

@@ -45,7 +45,7 @@ from pds_ray.distributed.places import require_current_folder
 from pds_ray.errors import UserError, first_line, without_secrets
 from pds_ray.telemetry import log
 
-RUNS = ("distill", "select", "evaluate", "compare", "retry-failed")
+RUNS = ("distill", "select", "experts", "evaluate", "compare", "retry-failed")
 WATCH_S = 5.0
 ENDS = ("finished", "interrupted", "failed")
 """The states of a run in which `status --watch` ends; a silent or idle one may go on."""
@@ -187,6 +187,17 @@ def _sizes(args: argparse.Namespace) -> list[int] | list[str]:
             f"--pairs is {pairs!r}; it must be whole numbers by comma, such as 100,500"
         )
     return [int(size) for size in sizes]
+
+
+def _experts(args: argparse.Namespace) -> None:
+    from pds_ray.cli.output import print_experts, print_experts_plan
+    from pds_ray.engine.experts import experts, forecast
+
+    config = resolve(args)
+    if args.dry_run:
+        print_experts_plan(*forecast(config))
+        return
+    print_experts(config.experts.store, experts(config))
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -372,6 +383,7 @@ COMMANDS = {
     "select": _distill,
     "evaluate": _evaluate,
     "compare": _compare,
+    "experts": _experts,
     "bench": _bench,
     "plan": _plan,
     "show": _show,

@@ -9,9 +9,17 @@ import yaml
 from pds_ray import catalog
 from pds_ray.config import RunConfig, public
 from pds_ray.engine.upkeep import Problem
-from pds_ray.errors import printable
+from pds_ray.errors import printable, without_secrets
 from pds_ray.methods.base import Run, Stage
-from pds_ray.store.evaluation_folder import AVERAGE, COMPARISON, RECALL_TITLES, TABLE, frontier
+from pds_ray.store.evaluation_folder import (
+    AVERAGE,
+    COMPARISON,
+    RECALL_TITLES,
+    TABLE,
+    frontier,
+    used_by_evaluations,
+    used_parts,
+)
 from pds_ray.store.manifest import rate
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
@@ -20,6 +28,7 @@ if TYPE_CHECKING:  # it costs a quarter of a second
     from pds_ray.planning.figures import Measured
     from pds_ray.planning.phases import Demand
     from pds_ray.planning.plan import Plan as Forecast
+    from pds_ray.stages.experts import WantedExperts
 
 
 def say(*lines: str) -> None:
@@ -42,8 +51,56 @@ def print_plan(run: Run) -> None:
         say(f"# note      {note}")
     say(f"# result    {_asked(config)} in {run.folder.distilled.shown}")
     say(f"# stages    {' -> '.join(run.method.names)}")
+    if "optimise" in run.method.names:
+        _print_optimisation(config)
     say("", "# the resolved configuration: all of this is a file for --config")
     print(yaml.safe_dump(shown, sort_keys=False), end="")
+
+
+def _print_optimisation(config: RunConfig) -> None:
+    """Print what experts and an optimisation would take; the model is built for it."""
+    from pds_ray.planning import optimisation as costs
+
+    wish, experts, model = config.distill, config.experts, costs.student_of(config)
+    weights = f"{model.weights:,} weights, images {model.side} px"
+    disk = costs.expert_bytes(config, 0, 0)
+    say(
+        f"# experts   {experts.count} of {experts.epochs} epochs, {experts.backbone}: {weights}; "
+        f"{disk:,.0f} bytes of snapshots"
+    )
+    steps = f" of {wish.steps} steps" if wish.steps else ""
+    memory, flop = costs.memory_bytes(config), costs.optimisation_flop(config)
+    say(
+        f"# optimise  {wish.iterations:,} iterations{steps}: {flop / 1e12:,.1f} TFLOP, about "
+        f"{memory / 2**30:,.2f} GiB of memory"
+    )
+
+
+def print_experts_plan(wanted: WantedExperts, todo: dict[str, int]) -> None:
+    """Print which experts would be trained on what, and what they take on the disk."""
+    config = wanted.config
+    images = f"about {todo['images']:,} images, side {wanted.square.size} px"
+    say(f"source        {without_secrets(wanted.source.uri)}: {images}")
+    say(f"backbone      {wanted.backbone.name}, trained: {config.train}")
+    say(f"text encoder  {wanted.encoder.name}: width {wanted.encoder.dim}")
+    say(f"experts       {config.count} of {config.epochs} epochs, {todo['weights']:,} weights each")
+    say(f"to do         {todo['epochs']:,} epochs, {todo['bytes']:,} bytes")
+    say(f"store         {wanted.store.folder.shown}")
+
+
+def print_experts(store: str, counts: dict[str, Any]) -> None:
+    """Print what the experts were trained on, what they are, and where."""
+    captions = f"{counts['captions']:,} captions"
+    say("", f"in            {counts['images']:,} images, {captions}")
+    say(f"bad samples   {sum(counts['bad'].values()):,}")
+    for reason, count in counts["bad"].items():
+        say(f"  {reason:<20} {count:,}")
+    weights = ", ".join(f"{name} {count:,}" for name, count in counts["weights"].items())
+    say(f"experts       {counts['experts']:,} of {counts['epochs']:,} epochs")
+    say(f"weights       {weights}; {counts['snapshot_bytes']:,} bytes in all snapshots")
+    say(f"loss          {counts['mean_loss']:.4f} in the last step, a mean over the experts")
+    say(f"trained       {counts['trained']:,} epochs in {counts['seconds']:,.1f} s")
+    say("", f"store         {Folder(store).shown}")
 
 
 def _asked(config: RunConfig) -> str:
@@ -64,8 +121,7 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
     for note in manifest.get("notes", []):
         say(f"note          {note}")
     say("", f"{'stage':<12} {'status':<12} {'seconds':>8}  rate")
-    budget = manifest.get("config", {}).get("budget", "")
-    for stage in catalog.method(method, budget).stages:
+    for stage in catalog.recorded_method(manifest.get("config", {})).stages:
         entry = entries.get(stage.name)
         if entry is None:
             say(f"{stage.name:<12} to do")
@@ -82,12 +138,17 @@ def print_summary(out: str, manifest: dict[str, Any]) -> None:
             f"{'size':<13} {size['pairs']:,} pairs, {size['bytes']:,} bytes ({parts}), "
             f"{size['pixels']:,} pixels",
         )
+        if learned := size.get("learned_bytes"):
+            say(f"{'learned':<13} {learned:,} bytes of float images, text vectors and the like")
+            for used in used_by_evaluations(run.folder):
+                say(f"{'':<13} used {used}")
     say("", where if finished else f"{'run folder':<13} {run.folder.shown}")
 
 
 def _print_counts(out: str, method: str, counts: dict[str, dict[str, Any]]) -> None:
     embed, prune, match = counts.get("embed", {}), counts.get("prune", {}), counts.get("match", {})
-    prototypes = counts.get("prototypes") or counts.get("select") or counts.get("cover", {})
+    makers = ("prototypes", "select", "cover", "start")
+    prototypes = next((counts[name] for name in makers if counts.get(name)), None)
     if embed:
         images = f"{embed['images']:,} images, {embed['shards']:,} shards"
         say(f"in            {embed['pairs']:,} pairs of {images}")
@@ -195,6 +256,8 @@ def print_evaluation(result: dict[str, Any]) -> None:
     if result["val"]:
         say(f"val       {result['val']['source']}: {result['val']['images']:,} images")
     say(f"protocol  {result['protocol']['name']}")
+    for used in used_parts(result["backbones"]):
+        say(f"learned   parts used with {used}")
     for name in ("test", "val"):
         bad = (result[name] or {}).get("bad", {})
         if bad:
@@ -222,6 +285,8 @@ def print_comparison(out: str, table: dict[str, Any]) -> None:
         say(f"sets      {table['set_seeds']} per row; deviations: over models / over sets")
     for note in table["notes"]:
         say(f"note      {note}")
+    for used in used_parts(table["cells"]):
+        say(f"learned   parts used by {used}")
     cells = [cell for cell in table["cells"] if cell["backbone"] == AVERAGE]
     # stable: methods stay in their order
     cells.sort(key=lambda cell: cell.get("budget") or cell["pairs"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from pds_ray import catalog
@@ -48,11 +49,15 @@ class _Command(_Parser):
 
 
 def _add_config_options(
-    parser: argparse.ArgumentParser, only: Sequence[str] | None = None, top: type = RunConfig
+    parser: argparse.ArgumentParser,
+    only: Sequence[str] | None = None,
+    top: type = RunConfig,
+    short: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Add a flag per option of the configuration `top`: --prune.ratio, and its other names.
 
     `only` names the sections and dotted options that get one; "" is for those outside of sections.
+    `short` gives names of flags that dotted options have in this command besides.
     """
     for section, group in {"": top, **sections(top)}.items():
         chosen = [
@@ -66,7 +71,8 @@ def _add_config_options(
         about = (group.__doc__ or "").splitlines()[0] if section else None
         flags = parser.add_argument_group(title, about)
         for known in chosen:
-            names = (known.name.replace("_", "-"), known.name, *known.aliases)
+            names = [known.name.replace("_", "-"), known.name, *known.aliases]
+            names += [short[known.name]] if known.name in short else []
             flags.add_argument(
                 *dict.fromkeys(f"--{name}" for name in names),
                 dest=known.name,
@@ -95,7 +101,11 @@ def _help(known: Option) -> str:
 def _add_recipe(parser: argparse.ArgumentParser, preset: str) -> None:
     """Add the flags from which a run's options come before other flags change them."""
     parser.add_argument(
-        "--preset", default=preset, metavar=_braces(RECIPES), help="named options [%(default)s]"
+        "--preset",
+        default=preset,
+        metavar=_braces(RECIPES),
+        help="named options; the published ones of an optimisation are METHOD_DATA_PAIRS, such as "
+        "lors_flickr30k_100 [%(default)s]",
     )
     _add_config_file(parser)
 
@@ -116,6 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", parser_class=_Command, metavar="COMMAND")
     _add_distill_commands(commands)
     _add_evaluate_commands(commands)
+    _add_experts(commands)
     _add_bench(commands)
     _add_plan(commands)
     _add_viewers(commands)
@@ -245,6 +256,35 @@ def _add_evaluate_commands(commands: Commands) -> None:
         )
 
 
+SHORT = {
+    "experts.store": "store",
+    "experts.count": "experts",
+    "experts.epochs": "epochs",
+    "experts.seed": "seed",
+    "experts.backbone": "backbone",
+    "experts.text_encoder": "text-encoder",
+}
+"""Options that `pds-ray experts` also has without their section."""
+
+
+def _add_experts(commands: Commands) -> None:
+    experts = commands.add_parser(
+        "experts",
+        help="train the experts whose trajectories some methods match",
+        allow_abbrev=False,
+        description="Trains models on all of a source, side by side, and keeps their weights after "
+        "every epoch. Several runs may share the folder. Repeating an interrupted command "
+        "continues it; more experts or epochs extend it.",
+        epilog="Values come from the preset, then the YAML file, then the command line.",
+    )
+    _add_recipe(experts, "default")
+    experts.add_argument(
+        "--dry-run", action="store_true", help="validate, print what would be trained, stop"
+    )
+    of_run = ("source", "read", "embed.encoder", "experts", "ray")
+    _add_config_options(experts, of_run, short=SHORT)
+
+
 def _add_bench(commands: Commands) -> None:
     bench = commands.add_parser(
         "bench",
@@ -295,7 +335,7 @@ def _add_plan(commands: Commands) -> None:
     )
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     workers = ("ray.embed_workers", "ray.decode_workers")
-    planned = _read_by(("pds", "coverage"))
+    planned = _read_by(catalog.METHODS)
     _add_config_options(plan, ("source", "method", "pairs", "budget", *planned, *workers))
 
 

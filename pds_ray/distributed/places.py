@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pds_ray.errors import ConfigError, first_line
+from pds_ray.store.storage import LOCK, Folder, is_remote
 
 SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
 """Longest path of a Unix socket."""
@@ -112,3 +113,15 @@ def require_loopback() -> None:
             f"this machine does not reach itself at 127.0.0.1 ({first_line(error)}), where Ray's "
             "processes meet; switch its network interface lo on: ip link set lo up"
         ) from error
+
+
+def require_shared(folder: Folder, option: str) -> None:
+    """Raise ConfigError if the driver's folder, given by `option`, is not visible here.
+
+    Its lock shows it.
+    """
+    if not is_remote(folder.path) and not folder.exists(LOCK):
+        raise ConfigError(
+            f"{folder.shown} is not to be seen on all nodes; give an {option} on a disk that they "
+            "share, or on a store"
+        )

@@ -128,8 +128,13 @@ def most_cpus() -> int:
         time.sleep(POLL_S)
 
 
+def most(resource: str) -> float:
+    """Return how much Ray has of a resource, such as CPU, on the node that has most."""
+    return max(
+        (node["Resources"].get(resource, 0.0) for node in ray.nodes() if node["Alive"]), default=0.0
+    )
+
+
 def most_memory() -> float:
     """Return the bytes that Ray gives to tasks on the node that has most."""
-    return max(
-        (node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0
-    )
+    return most("memory")

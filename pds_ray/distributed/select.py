@@ -23,8 +23,8 @@ def _pick(
 ) -> Iterator[int]:
     with in_flight.doing("the embeddings to be loaded") as doing:
         candidates = core.load_candidates(shards, store, dim, doing.now)
-        doing.now(f"the picks of {config.method}")
-        yield from catalog.selector(config.method).select(
+        doing.now(f"the picks of {config.start}")
+        yield from catalog.selector(config.start).select(
             candidates, config.pairs, config.seed, config.select
         )
 
@@ -44,7 +44,7 @@ def select(run: Run) -> Counts:
     there = pools.most_memory()
     if needed > there:
         raise ConfigError(
-            f"method {config.method} holds all embeddings at once, {needed / 2**30:,.1f} GiB of "
+            f"method {config.start} holds all embeddings at once, {needed / 2**30:,.1f} GiB of "
             f"{counts['pairs']:,} pairs; the largest node has {there / 2**30:,.1f} GiB for it; "
             "take larger nodes, fewer data, or method pds"
         )
@@ -59,7 +59,7 @@ def select(run: Run) -> Counts:
     run.folder.save_prototypes(chosen)
     return {
         "prototypes": chosen.num_rows,
-        **fewer(config.pairs, chosen.num_rows, f"method {config.method} picks no more"),
+        **fewer(config.pairs, chosen.num_rows, f"method {config.start} picks no more"),
         "duplicate_captions": chosen.num_rows - len(set(chosen.column("caption").to_pylist())),
         "mean_cosine": float(np.mean(chosen.column("cosine").to_numpy())),
     }

@@ -69,6 +69,17 @@ def run_kmeans(
                 raise
 
 
+def retried(start: Callable[[], ray.ObjectRef]) -> Any:
+    """Return the result of a task; it is started again where `RetryBudget` allows."""
+    budget = RetryBudget()
+    while True:
+        try:
+            return ray.get(start())
+        except LOST as error:
+            if not budget.spend(error):
+                raise
+
+
 def await_all(references: Sequence[ray.ObjectRef]) -> None:
     """Wait for all values, so that lost ones are recomputed before CPUs are taken for them."""
     if references:

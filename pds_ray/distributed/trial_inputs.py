@@ -24,6 +24,7 @@ from pds_ray.modalities.image import Preprocess
 from pds_ray.modalities.text import CLEANERS
 from pds_ray.sources.base import SourceError
 from pds_ray.stages import trial as core
+from pds_ray.store.distilled_set import DistilledSet
 from pds_ray.telemetry.progress import QUIET_S, progress_bar
 from pds_ray.training.data import Gallery, TrainingPairs
 
@@ -74,6 +75,8 @@ class TrialInputs:
     """Set whose images have several captions -> the image of each, int64 [C]."""
     similarity: dict[str, ray.ObjectRef] = field(default_factory=dict)
     """Set with soft targets -> float32 [B, B]."""
+    learned: dict[tuple[str, str], ray.ObjectRef] = field(default_factory=dict)
+    """(set, learned part) -> images float32 [B, 3, S, S], text [B, t] or similarity [B, B]."""
     splits: dict[tuple[str, str], SplitInputs] = field(default_factory=dict)
     """(test or val, rule of cleaning) -> split."""
     held_out_text: dict[tuple[str, str, str], ray.ObjectRef] = field(default_factory=dict)
@@ -81,7 +84,7 @@ class TrialInputs:
 
     def references(self) -> list[ray.ObjectRef]:
         splits = [shards for split in self.splits.values() for shards in split.images.values()]
-        sets = (self.images, self.text, self.similarity, self.held_out_text)
+        sets = (self.images, self.text, self.similarity, self.learned, self.held_out_text)
         return [*chain(*(inputs.values() for inputs in sets)), *chain(*splits)]
 
     def counts(self, rule: str) -> dict[str, Any]:
@@ -104,18 +107,24 @@ class Loader:
         """Return the tensors of a trial. Raises GetTimeoutError as `tasks.fetch` does."""
         val, test = (self._gallery(name, trial) for name in ("val", "test"))
         assert test is not None
-        images = tasks.fetch(self._inputs.images[trial.label, trial.square])
-        text = tasks.fetch(self._inputs.text[trial.label])
-        owner, similarity = self._inputs.owner.get(trial.label), None
-        if trial.label in self._inputs.similarity:
-            similarity = _tensor(tasks.fetch(self._inputs.similarity[trial.label]))
-        pairs = TrainingPairs(
-            _tensor(images),
-            _tensor(text),
-            None if owner is None else torch.tensor(owner),
-            similarity,
-        )
-        return core.TrialData(pairs, val, test)
+        return core.TrialData(self._pairs(trial), val, test)
+
+    def _pairs(self, trial: core.Trial) -> TrainingPairs:
+        """Return the pairs of a trial's set, with the learned parts that it uses."""
+        inputs, label, use = self._inputs, trial.label, trial.use
+        references = {
+            "images": inputs.images.get((label, trial.square)),
+            "text": inputs.text.get(label),
+            "similarity": inputs.similarity.get(label),
+        }
+        references |= {
+            part: inputs.learned[label, part] for part in use.parts if part in references
+        }
+        found = {name: _tensor(tasks.fetch(ref)) for name, ref in references.items() if ref}
+        if use.pixels:
+            found["images"] = core.pixels_of(trial).of(found["images"], use.pixels)
+        owner = None if label not in inputs.owner else torch.tensor(inputs.owner[label])
+        return TrainingPairs(found["images"], found["text"], owner, found.get("similarity"))
 
     def _gallery(self, name: str, trial: core.Trial) -> Gallery | None:
         """Return the gallery of a split as the trial wants it; None if there is no such split."""
@@ -175,9 +184,8 @@ def prepare(
             for encoder in sorted(of_rule):
                 inputs.held_out_text[name, rule, encoder] = encode(encoder, read.captions)
     for checked in sets:
-        label = checked.candidate.label
-        its_own = dict.fromkeys(trial.square for trial in trials if trial.label == label)
-        _start_set(inputs, checked, list(its_own), encode)
+        its_own = [trial for trial in trials if trial.label == checked.candidate.label]
+        _start_set(inputs, checked, its_own, encode)
     with in_flight:
         _await_inputs(inputs, in_flight)
     return inputs
@@ -216,12 +224,18 @@ def _encode(
 
 
 def _start_set(
-    inputs: TrialInputs, checked: core.CheckedSet, squares: list[Preprocess], encode: Encode
+    inputs: TrialInputs, checked: core.CheckedSet, trials: list[core.Trial], encode: Encode
 ) -> None:
+    """Start what the trials of a set need: its learned parts where they use them."""
     label, distilled = checked.candidate.label, checked.distilled
     task = ray.remote(core.set_images).options(num_cpus=pools.SMALL_TASK_CPUS)
-    for square in squares:
+    for square in dict.fromkeys(t.square for t in trials if "images" not in t.use.parts):
         inputs.images[label, square] = task.remote(distilled, square)
+    _put_learned(inputs, label, distilled, trials)
+    if checked.candidate.protocol.targets == "soft":
+        inputs.similarity[label] = ray.put(distilled.similarity)
+    if all("text" in trial.use.parts for trial in trials):
+        return
     if checked.text.of_set == "prototypes":
         inputs.text[label] = ray.put(distilled.text_prototypes)
     else:
@@ -230,8 +244,21 @@ def _start_set(
         if checked.candidate.protocol.captions_per_image == "all":
             captions, inputs.owner[label] = core.all_captions(distilled, clean)
         inputs.text[label] = encode(checked.text.encoder, captions)
-    if checked.candidate.protocol.targets == "soft":
-        inputs.similarity[label] = ray.put(distilled.similarity)
+
+
+def _put_learned(
+    inputs: TrialInputs, label: str, distilled: DistilledSet, trials: list[core.Trial]
+) -> None:
+    """Put the learned parts of a set that its trials use into the object store."""
+    used, learned = {part for trial in trials for part in trial.use.parts}, distilled.learned
+    if learned is None:
+        return
+    if "images" in used:
+        inputs.learned[label, "images"] = ray.put(distilled.learned_images())
+    if "text" in used:
+        inputs.learned[label, "text"] = ray.put(learned.text)
+    if "similarity" in used:
+        inputs.learned[label, "similarity"] = ray.put(learned.similarity)
 
 
 def _await_inputs(inputs: TrialInputs, in_flight: InFlight) -> None:

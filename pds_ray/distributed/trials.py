@@ -25,8 +25,8 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.util import get_current_placement_group, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
-from pds_ray.config import ConfigError, EvaluateConfig
-from pds_ray.distributed import TRAIN, environment, process, tasks
+from pds_ray.config import EvaluateConfig
+from pds_ray.distributed import TRAIN, environment, places, process, tasks
 from pds_ray.distributed.in_flight import Doing, InFlight
 from pds_ray.distributed.trial_inputs import Loader, TrialInputs, build_backbone
 from pds_ray.errors import UserError, first_line
@@ -38,7 +38,7 @@ from pds_ray.store.evaluation_folder import (
     result_name,
     state_name,
 )
-from pds_ray.store.storage import LOCK, Folder, StorageError, is_remote
+from pds_ray.store.storage import Folder, StorageError
 from pds_ray.training.workers import Workers
 
 _log = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def _train_queue(config: dict[str, Any]) -> None:
 def _run_trials(queue: Queue, workers: Workers) -> None:
     inputs: TrialInputs = tasks.fetch(queue.inputs)
     if workers.rank == 0:
-        require_shared(queue.results)
+        places.require_shared(queue.results, "--out")
         ray.get(queue.records.add.remote(queue.name, get_current_placement_group()))
     # one worker's listing: all must go on with the same trial
     finished = workers.broadcast(finished_trials(queue.results))
@@ -239,15 +239,6 @@ def _this_worker() -> Workers:
         # the CPU it asked for; convolutions round by the number of threads
         torch.set_num_threads(1)
     return Workers(context.get_world_rank(), context.get_world_size(), device)
-
-
-def require_shared(results: Folder) -> None:
-    """Raise ConfigError if the driver's folder is not visible here: its lock shows it."""
-    if not is_remote(results.path) and not results.exists(LOCK):
-        raise ConfigError(
-            f"{results.shown} is not to be seen on all nodes; give an --out on a disk that they "
-            "share, or on a store"
-        )
 
 
 class States:

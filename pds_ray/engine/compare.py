@@ -1,13 +1,15 @@
 """The table of the literature in one call: methods x sizes x backbones, on one embedding store.
 
 A method is written `pds`, `random`, ..., or with changes of the configuration behind it, as in
-`pds+match.filter=false+protocol.text=captions`: such a row is an ablation. A row may have several
-sets, made with seeds that follow each other. Layout of the folder:
+`pds+match.filter=false+protocol.text=captions`: such a row is an ablation. A method that improves a
+start may have the start before it: `pds>mdm` is mdm on the set that pds makes. A row may have
+several sets, made with seeds that follow each other. Layout of the folder:
 
 comparison.json, comparison.csv    the cells: mean and deviation per method, size and backbone,
                                    with the pairs, bytes and pixels of each set
 sets/METHOD-SIZE/                  one run folder per set, of so many pairs or such a budget
 embeddings/                        the embeddings they share, one store per way of making them
+experts/                           the experts they share, one store per way of training them
 evaluation/trials/                 one file per trained model
 """
 
@@ -26,6 +28,7 @@ from pds_ray import catalog
 from pds_ray.config import METHODS, ConfigError, EvaluateConfig, RunConfig, replace
 from pds_ray.distributed.lifetime import session_kept
 from pds_ray.engine import evaluate as evaluation
+from pds_ray.engine.optimisation import experts_key
 from pds_ray.engine.plan import make_run, relevant
 from pds_ray.engine.run import distill
 from pds_ray.errors import without_secrets
@@ -37,6 +40,7 @@ from pds_ray.store.evaluation_folder import (
     COMPARISON,
     EVALUATION,
     TABLE,
+    experts_name,
     set_name,
     store_name,
 )
@@ -56,8 +60,12 @@ ABLATIONS = (
     "pds+protocol.text=prototypes",
 )
 """The variations of the paper, one at a time; another encoder is `pds+embed.encoder=NAME`."""
-FIXED = ("source", "out", "method", "pairs", "budget", "embed.store")
+FIXED = ("source", "out", "method", "pairs", "budget", "embed.store", "experts.store")
 """Options that all rows of a comparison share."""
+STARTS = ">"
+"""The sign between a start and the method that improves it."""
+FROZEN = ("text_head", "heads")
+"""Values of `protocol.train` that leave the backbone as it is."""
 UNSAFE = re.compile(r"[^\w.=+-]")
 """Characters that stay out of folder names."""
 CONTROL = "random"
@@ -145,20 +153,21 @@ def _entry(
 
     A set with `further` seeds before it is that of the method with its seed as a change.
     """
-    name, fields = _parse(written)
+    name, start, fields = _parse(written)
     of_protocol = {key: value for key, value in fields.items() if key.startswith("protocol.")}
     of_run = {key: value for key, value in fields.items() if key not in of_protocol}
     if further:
         of_run["seed"] = str(replace(config, of_run).seed + further)
     kept = [f"{key}={value}" for key, value in of_run.items()]
-    safe = UNSAFE.sub("_", "+".join([name, *kept]))
+    safe = UNSAFE.sub("_", "+".join([f"{start}{STARTS}{name}" if start else name, *kept]))
     place = set_name(_short(safe), UNSAFE.sub("_", str(size)))
     pairs, budget = (0, size) if isinstance(size, str) else (size, "")
     sized = {"pairs": pairs, "budget": budget}
     fixed = {"method": name, **sized, "out": (Folder(config.out) / place).path}
+    fixed |= {"distill.init": start} if start else {}
     run, plain = replace(config, {**of_run, **fixed}), replace(config, fixed)
     changed = replace(judged, of_protocol)
-    method = catalog.method(name, run.budget)
+    method = catalog.method(name, run.budget, run.distill.init)
     for given, same in (
         (of_run, relevant(run, method) == relevant(plain, method)),
         (of_protocol, changed == judged),
@@ -176,13 +185,19 @@ def _short(name: str) -> str:
     return f"{whole[:MAX_NAME].decode(errors='ignore')}-{fingerprint(name)[:12]}"
 
 
-def _parse(written: str) -> tuple[str, dict[str, str]]:
-    """Return the method's name and its changes, field -> value."""
-    name, *changes = written.split("+")
+def _parse(written: str) -> tuple[str, str, dict[str, str]]:
+    """Return the method's name, its start if one is written, and its changes, field -> value."""
+    whole, *changes = written.split("+")
+    start, _, name = whole.rpartition(STARTS)
     if name not in METHODS:
         raise ConfigError(
             f"unknown method {name!r}; known: {', '.join(METHODS)}, "
             "each with +FIELD=VALUE behind it"
+        )
+    if start and name not in catalog.DISTILLERS:
+        raise ConfigError(
+            f"method {written!r}: {name} improves no start; those that do: "
+            f"{', '.join(catalog.DISTILLERS)}"
         )
     fields = {}
     for change in changes:
@@ -192,8 +207,10 @@ def _parse(written: str) -> tuple[str, dict[str, str]]:
             raise ConfigError(f"method {written!r}: {change!r} is no change; write FIELD=VALUE")
         if field in FIXED:
             raise ConfigError(f"method {written!r}: {field} is the same for all of a comparison")
+        if field == "distill.init" and start:
+            raise ConfigError(f"method {written!r}: its start is given twice")
         fields[field] = value
-    return name, fields
+    return name, start, fields
 
 
 @session_kept()
@@ -225,8 +242,9 @@ def compare(
         methods = [*methods, CONTROL]
     root = Folder(config.out)
     judged = replace(judged, {"ray": config.ray, "read": config.read.files})
-    rows, shards = [], []
-    for entry in entries(config, methods, sizes, judged, set_seeds):
+    rows, shards, wanted = [], [], entries(config, methods, sizes, judged, set_seeds)
+    _require_one_kind(wanted)
+    for entry in wanted:
         run = make_run(entry.run)
         encoder, shards = run.encoder, run.shards
         extras = entry.run.extras
@@ -239,7 +257,7 @@ def compare(
         evaluation.text_encoder(
             entry.evaluation.protocol, entry.label, encoder.name, encoder.space, encoder.dim
         )
-        rows.append(_on_shared_store(entry, run, root))
+        rows.append(_on_shared_stores(entry, run, root))
     evaluation.check(judged, [entry.evaluation.protocol for entry in rows], shards)
     root.create()
     for number, entry in enumerate(rows):
@@ -255,6 +273,16 @@ def compare(
     root.write_json(COMPARISON, table)
     root.write_bytes(TABLE, as_csv(table["cells"]).encode())
     return table
+
+
+def _require_one_kind(rows: list[Entry]) -> None:
+    """Raise ConfigError if some rows train a backbone and others keep it frozen."""
+    of_kind = {entry.evaluation.protocol.train in FROZEN: entry for entry in rows}
+    if len(of_kind) > 1:
+        raise ConfigError(
+            f"{of_kind[True].label} trains heads on a frozen backbone and {of_kind[False].label} "
+            "the backbone itself: figures of both are not comparable; make two comparisons"
+        )
 
 
 def _table(
@@ -278,12 +306,14 @@ def _table(
     }
 
 
-def _on_shared_store(entry: Entry, run: Run, root: Folder) -> Entry:
-    """Return the entry with its embeddings in the store of all that are made the same way."""
-    if entry.run.embed.store:
-        return entry
-    store = (root / store_name(run.fingerprints["embed"])).path
-    return dataclasses.replace(entry, run=replace(entry.run, {"embed.store": store}))
+def _on_shared_stores(entry: Entry, run: Run, root: Folder) -> Entry:
+    """Return the entry with embeddings and experts in the stores of all made the same way."""
+    shared = {}
+    if not entry.run.embed.store:
+        shared["embed.store"] = (root / store_name(run.fingerprints["embed"])).path
+    if "experts" in run.method.names and not entry.run.experts.store:
+        shared["experts.store"] = (root / experts_name(experts_key(run))).path
+    return dataclasses.replace(entry, run=replace(entry.run, shared))
 
 
 def _notes(rows: list[Entry], results: dict[str, dict[str, Any]]) -> list[str]:
@@ -322,6 +352,7 @@ def _cells(sets: list[Entry], results: dict[str, dict[str, Any]]) -> list[dict[s
             "pixels_per_epoch": _mean(part["pixels_per_epoch"] for part in of_sets),
             **over_sets(of_sets),
             "trials": trials.get(name, sum(trials.values())),
+            **({"used": of_sets[0]["used"]} if "used" in of_sets[0] else {}),
             "set": first.folder,
             **({"sets": folders} if len(sets) > 1 else {}),
         }

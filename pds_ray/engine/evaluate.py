@@ -22,6 +22,7 @@ from pds_ray.modalities.text import CLEANERS
 from pds_ray.recipes import protocol_name
 from pds_ray.sources.advice import Tally
 from pds_ray.sources.base import Sample, Shard, Source
+from pds_ray.stages.learned import obstacles
 from pds_ray.stages.trial import (
     VALIDATION_EVERY,
     Candidate,
@@ -304,6 +305,8 @@ def _result(checked: CheckedSet, evaluation: Evaluation, results: Folder) -> dic
     }
     # what training reads, at the side that each backbone takes, whatever side is stored
     cost = {trial.backbone.name: trial.pairs * trial.image_size**2 for trial in mine}
+    used = {trial.backbone.name: list(trial.use.parts) for trial in mine}
+    has_learned = checked.distilled.learned is not None
     about = checked.distilled.manifest["about"]
     counts = found[mine[0].key]["splits"]
     splits = {
@@ -327,7 +330,13 @@ def _result(checked: CheckedSet, evaluation: Evaluation, results: Folder) -> dic
         "test": splits["test"],
         "val": splits.get("val"),
         "backbones": [
-            {"name": name, "pixels_per_epoch": cost[name], "trials": trials, **summarize(trials)}
+            {
+                "name": name,
+                **({"used": used[name]} if has_learned else {}),
+                "pixels_per_epoch": cost[name],
+                "trials": trials,
+                **summarize(trials),
+            }
             for name, trials in backbones.items()
         ],
         "pixels_per_epoch": sum(cost.values()) / len(cost),
@@ -356,4 +365,20 @@ def _notes(checked: CheckedSet, evaluation: Evaluation) -> list[str]:
             f"{pairs:,} pairs are fewer than a batch of {protocol.batch_size}: "
             "every step sees them all"
         )
-    return notes
+    return [*notes, *_unused(checked, evaluation.trials)]
+
+
+def _unused(checked: CheckedSet, trials: list[Trial]) -> list[str]:
+    """Return a note for each learned part of a set that a backbone's trials do not use."""
+    learned, protocol = checked.distilled.learned, checked.candidate.protocol
+    if learned is None:
+        return []
+    if protocol.learned == "off":
+        return [f"learned parts are not used: {', '.join(learned.parts)} (--protocol.learned off)"]
+    backbones = {t.backbone.name: t.backbone for t in trials if t.label == checked.candidate.label}
+    return [
+        f"learned {part} not used with {name}: {reason}"
+        for name, backbone in backbones.items()
+        for part, reason in obstacles(learned, protocol, backbone, checked.encoder.identity).items()
+        if reason
+    ]

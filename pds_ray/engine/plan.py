@@ -11,6 +11,7 @@ from tqdm import tqdm
 from pds_ray import catalog
 from pds_ray.config import ConfigError, RunConfig, flatten, settled, to_dict
 from pds_ray.config import replace as configure
+from pds_ray.engine.optimisation import check_optimisation, with_own_values
 from pds_ray.errors import first_line, some_of, without_secrets
 from pds_ray.methods.base import Method, Run
 from pds_ray.modalities.text import CLEANERS
@@ -35,6 +36,10 @@ from pds_ray.telemetry.progress import QUIET_S, progress_bar
 PROBE = 10_000  # images looked at before a run; the rest is counted while it is embedded
 SOFT_TARGETS_LIMIT = 10_000  # pairs, whose similarity takes 400 MB
 CAPTIONLESS_PROBE = 1_000  # with so many samples in a row without a caption, the source has none
+NO_SOURCE = (
+    "no source: give --source (tar path, glob or brace range, a folder, parquet:PATTERN, "
+    "hf:ORG/NAME, flickr30k:ROOT, coco:ROOT or scenes:N)"
+)
 UNREADABLE_PROBE = 10  # with so many unreadable shards at the start, no shard can be read
 
 
@@ -45,13 +50,10 @@ def make_run(config: RunConfig, redo: bool = False) -> Run:
     SourceError, StorageError or ManifestError in one line.
     """
     if not config.source:
-        raise ConfigError(
-            "no source: give --source (tar path, glob or brace range, a folder, parquet:PATTERN, "
-            "hf:ORG/NAME, flickr30k:ROOT, coco:ROOT or scenes:N)"
-        )
+        raise ConfigError(NO_SOURCE)
     if not config.out:
         raise ConfigError("no run folder: give --out FOLDER")
-    method = catalog.method(config.method, config.budget)
+    method = catalog.method(config.method, config.budget, config.distill.init)
     config = relevant(config, method)
     check_extras(config, method)
     if "cluster" in method.names:
@@ -61,7 +63,7 @@ def make_run(config: RunConfig, redo: bool = False) -> Run:
     shards, changed = _choose_shards(source, folder, config.embed.store, redo)
     encoder = catalog.describe_encoder(config.embed)
     decoder = catalog.describe_decoder(config.decode, encoder)
-    _check_enough(source, shards, config)
+    check_enough(source, shards, config)
     run = Run(
         config=config,
         method=method,
@@ -75,6 +77,7 @@ def make_run(config: RunConfig, redo: bool = False) -> Run:
         fingerprints={},
         changed=changed,
     )
+    check_optimisation(run)
     hashes = _fingerprints(run)
     return replace(
         run, fingerprints=hashes, store=folder.store(config.embed.store, hashes["embed"])
@@ -111,7 +114,7 @@ def relevant(config: RunConfig, method: Method) -> RunConfig:
         for name, value in defaults.items()
         if "." in name and name not in read and name.partition(".")[0] not in read
     }
-    return method.settled(configure(settled(config), unread))
+    return with_own_values(method.settled(configure(settled(config), unread)))
 
 
 def _fingerprints(run: Run) -> dict[str, str]:
@@ -190,7 +193,7 @@ def _some(names: Collection[str], what: str) -> str:
     return f"{len(names):,} are {what}{names and f' ({some_of(list(names))})'}"
 
 
-def _check_enough(source: Source, shards: list[Shard], config: RunConfig) -> None:
+def check_enough(source: Source, shards: list[Shard], config: RunConfig) -> None:
     """Read just far enough to know that there are `pairs` captioned images, PROBE at most.
 
     A shard that cannot be read is passed over, unless no shard can be read or none of the first

@@ -25,8 +25,7 @@ def status(path: str) -> dict[str, Any]:
     # before the manifest: a driver removes its heartbeat after its last entry there
     sign = heartbeat.read(RunFolder(Folder(path)))
     manifest = RunManifest.open(path)
-    config = manifest.data.get("config", {})
-    method = catalog.method(config.get("method", "pds"), config.get("budget", ""))
+    method = catalog.recorded_method(manifest.data.get("config", {}))
     entries = {
         stage: manifest.stages.get(stage, {}).get("status", "to do") for stage in method.names
     }

@@ -7,13 +7,17 @@ from typing import Any
 
 from pds_ray.backbones.base import BackboneInfo
 from pds_ray.config import EvaluateConfig, ProtocolConfig, changed
+from pds_ray.stages.learned import Use, use
 from pds_ray.stages.trial import CheckedSet, Split, Trial
 from pds_ray.store.distilled_set import PROTOTYPES, DistilledSet, image_path
+from pds_ray.store.learned import LEARNED
 from pds_ray.store.manifest import fingerprint
 
 SCHEMA_VERSION = 1
 LATER = ("fit", "subjects", "targets", "captions_per_image")
 """Options of a protocol that came after trials were keyed without them."""
+OF_USE = "learned"
+"""The option that counts by what comes of it: the learned parts that a trial uses."""
 
 
 def make_trials(
@@ -35,9 +39,16 @@ def make_trials(
     depends_on = [SCHEMA_VERSION, content, about_protocol, held_out]
     if reading := changed(config.read):  # at their defaults these options change no earlier key
         depends_on.append(reading)
+    encoder, learned = checked.encoder.identity, checked.distilled.learned
+    uses = {b.name: use(learned, protocol, b, encoder) for b in backbones}
     return [
         Trial(
-            key=fingerprint(*depends_on, backbone.identity, seed),
+            key=fingerprint(
+                *depends_on,
+                *_of_learned(checked.distilled, uses[backbone.name]),
+                backbone.identity,
+                seed,
+            ),
             label=candidate.label,
             backbone=backbone,
             image_size=protocol.image_size or backbone.image_size,
@@ -45,6 +56,7 @@ def make_trials(
             protocol=protocol,
             text=checked.text,
             pairs=len(checked.distilled),
+            use=uses[backbone.name],
         )
         for backbone in backbones
         for seed in range(config.seeds)
@@ -58,7 +70,13 @@ def _of_key(protocol: ProtocolConfig) -> dict[str, Any]:
     """
     given = changed(protocol)
     fields = dataclasses.asdict(protocol).items()
-    return {name: value for name, value in fields if name not in LATER or name in given}
+    counted = ((name, value) for name, value in fields if name != OF_USE)
+    return {name: value for name, value in counted if name not in LATER or name in given}
+
+
+def _of_learned(distilled: DistilledSet, use: Use) -> list[Any]:
+    """Return what a key holds of learned parts; nothing where none are used."""
+    return [[distilled.manifest["files"][LEARNED]["sha256"], use.parts]] if use.parts else []
 
 
 def _content(distilled: DistilledSet, protocol: ProtocolConfig) -> list[Any]:

@@ -70,7 +70,8 @@ class _Run:
     @property
     def done(self) -> list[str]:
         """The names of the finished stages, in order."""
-        method = catalog.method(self.config.method, self.config.budget)
+        config = self.config
+        method = catalog.method(config.method, config.budget, config.distill.init)
         names, entries = method.names, self.manifest.stages
         return [name for name in names if entries.get(name, {}).get("status") == "done"]
 

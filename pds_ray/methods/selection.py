@@ -15,7 +15,7 @@ SELECT = Stage(
     "select",
     run="pds_ray.distributed.select:select",
     depends_on=lambda run: [
-        run.config.method,
+        run.config.start,
         run.config.pairs,
         run.config.seed,
         asdict(run.config.select),
@@ -24,6 +24,7 @@ SELECT = Stage(
     options=("select",),
     unit="pairs",
     counted="prototypes",
+    plan="pds_ray.planning.optimisation:SELECT",
 )
 
 SELECTION_CARD = CardText(

@@ -6,7 +6,7 @@ of GPU carries over to another kind only by the ratio of their peaks.
 
 from __future__ import annotations
 
-from pds_ray.catalog import SOURCES
+from pds_ray.catalog import DISTILLERS, SOURCES
 from pds_ray.config import RunConfig
 from pds_ray.errors import ConfigError
 from pds_ray.planning.figures import (
@@ -87,6 +87,8 @@ def choose_figures(
     chosen["encode_captions"] = _encode(config, cluster, measured, "caption")
     if config.decode.decoder == "unclip":
         chosen["draw"] = _draw(config, cluster, measured)
+    if config.method in DISTILLERS:
+        chosen["train"] = _assumed_by_flop(cluster, "train", 1.0, "FLOP")
     return chosen
 
 
@@ -182,5 +184,6 @@ def _assumed_by_flop(cluster: Cluster, work: str, flop: float, unit: str) -> Est
         if cluster.gpus
         else f"{share['value'] / 1e9:g} GFLOP/s"
     )
-    origin = f"{reached} / {flop / 1e9:,.4g} GFLOP ({share['from']})"
+    per_item = "" if unit == "FLOP" else f" / {flop / 1e9:,.4g} GFLOP"
+    origin = f"{reached}{per_item} ({share['from']})"
     return Estimate(value, worst, best, unit, "GPU" if cluster.gpus else "core", origin)

@@ -16,6 +16,7 @@ from typing import Any
 
 from pds_ray import catalog
 from pds_ray.config import RunConfig, replace, settled
+from pds_ray.engine.optimisation import with_own_values
 from pds_ray.errors import ConfigError
 from pds_ray.methods.base import Stage
 from pds_ray.planning.choose import choose_figures, encoder_shape
@@ -23,8 +24,6 @@ from pds_ray.planning.figures import SCHEMA_VERSION, Case, Estimate, Measured, a
 from pds_ray.planning.phases import Inputs, Phase, StageModel
 from pds_ray.planning.workload import Cluster, Workload
 
-PLANNED = ("pds", "coverage")
-"""Methods whose stages have cost models."""
 RESOURCES = {
     "core": "CPU",
     "GPU": "GPU",
@@ -88,8 +87,9 @@ def make_plan(
 
     Raises ConfigError in one line for a run that is impossible or depends on unknown figures.
     """
-    method = catalog.method(config.method, config.budget)
-    config, method_stages = method.settled(settled(config)), method.stages
+    method = catalog.method(config.method, config.budget, config.distill.init)
+    config = with_own_values(method.settled(settled(config)))
+    method_stages = method.stages
     _check_models(config.method, method_stages)
     if config.pairs > work.images:
         raise ConfigError(
@@ -133,10 +133,6 @@ def make_plan(
 def _check_models(method: str, stages: Sequence[Stage]) -> None:
     """Raise ConfigError if a stage has no cost model."""
     missing = [stage.name for stage in stages if not stage.plan]
-    if missing and method not in PLANNED:
-        raise ConfigError(
-            f"method is {method!r}; only runs of pds and coverage can be planned; leave it out"
-        )
     if missing:
         raise ConfigError(
             f"method is {method!r}; its stage {missing[0]} has no cost model, so it cannot be "

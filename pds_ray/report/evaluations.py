@@ -53,6 +53,7 @@ def _evaluation(value: Any) -> Json:
     backbones = [
         {
             "name": str(backbone["name"]),
+            "used": ", ".join(map(str, backbone["used"])) or "none" if "used" in backbone else None,
             "trials": len(backbone["trials"]),
             "seconds": sum(_number(trial.get("seconds")) or 0.0 for trial in backbone["trials"]),
             "mean": _recalls(backbone["mean"]),

@@ -119,7 +119,7 @@ def comparison_axes(comparison: Json) -> tuple[list[str], list[str], list[int]]:
     return methods, backbones, sorted({cell["size"] for cell in cells})
 
 
-def _figure(traces: list[Any], label: str, height: int, **layout: Any) -> Json:
+def make_figure(traces: list[Any], label: str, height: int, **layout: Any) -> Json:
     """Return a figure in the page's style; `label` is its text for screen readers."""
     title = {"standoff": 8, "font": {"size": 13}}
     axis = {
@@ -209,7 +209,7 @@ def _sizes(clusters: Json) -> Json:
         "xaxis": {"title": {"text": "pairs in a cluster"}},
         "yaxis": {"title": {"text": "clusters"}},
     }
-    return _figure(traces, label, 300, barmode="group", bargap=0.08, bargroupgap=0, **axes)
+    return make_figure(traces, label, 300, barmode="group", bargap=0.08, bargroupgap=0, **axes)
 
 
 def _shared(clusters: Json) -> Json:
@@ -230,7 +230,7 @@ def _shared(clusters: Json) -> Json:
         "xaxis": {"title": {"text": "pairs shared by a match"}},
         "yaxis": {"title": {"text": "matches"}},
     }
-    return _figure([bar], label, 300, bargap=0.08, **axes)
+    return make_figure([bar], label, 300, bargap=0.08, **axes)
 
 
 def _contingency(clusters: Json) -> Json:
@@ -268,7 +268,7 @@ def _contingency(clusters: Json) -> Json:
         "margin": {"l": 58, "r": 12, "t": 44, "b": 48, "pad": 2},
         "meta": {"square": True},
     }
-    return _figure([heat], label, 640, **layout)
+    return make_figure([heat], label, 640, **layout)
 
 
 def _log_scale(largest: int) -> Json:
@@ -331,7 +331,7 @@ def _map(plane: Json, captions: list[str], rows: str, prototypes: str) -> Json:
         "xaxis": {"title": {"text": across}, "zeroline": False},
         "yaxis": {"title": {"text": up}, "zeroline": False},
     }
-    return _figure(traces, label, 440, meta={"zoom": True}, **axes)
+    return make_figure(traces, label, 440, meta={"zoom": True}, **axes)
 
 
 def _points(points: np.ndarray, name: str, marker: Json, **hover: Any) -> Any:
@@ -355,7 +355,7 @@ def _seconds(stages: list[Json]) -> Json:
         + ", ".join(f"{row['stage']} {row['seconds']:,.1f}" for row in stages)
         + "."
     )
-    return _figure(
+    return make_figure(
         [bar],
         label,
         60 + 34 * len(stages),
@@ -395,7 +395,7 @@ def _recalls(evaluation: Json) -> Json:
         "xaxis": {"type": "category"},
         "yaxis": {"title": {"text": "recall, %"}, "rangemode": "tozero"},
     }
-    return _figure(
+    return make_figure(
         traces, label, 340, barmode="group", bargap=0.25, bargroupgap=0.06, showlegend=True, **axes
     )
 
@@ -422,7 +422,7 @@ def _value_bars(
         )
         for name, mean, std, kind in zip(names, means, stds, kinds, strict=True)
     ]
-    return _figure(
+    return make_figure(
         bars,
         label,
         70 + 36 * len(names),
@@ -489,7 +489,7 @@ def _frontier(cells: list[Json], methods: list[str], over: str, title: str) -> J
     label = (
         f"Line chart of the mean recall of each method over {title}; the figures are in the table."
     )
-    return _figure(
+    return make_figure(
         traces,
         label,
         400,
@@ -506,7 +506,7 @@ def _lines(cells: list[Json], methods: list[str], several: bool) -> Json:
         "Line chart of the mean recall of each method over the number of pairs; "
         "the figures are in the table."
     )
-    return _figure(
+    return make_figure(
         traces,
         label,
         400,

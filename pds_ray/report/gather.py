@@ -19,6 +19,7 @@ from pds_ray.report.evaluations import (
     set_strips,
 )
 from pds_ray.report.header import gather_header
+from pds_ray.report.learned import gather_learned
 from pds_ray.report.pairs import gather_pairs
 from pds_ray.report.run import OpenRun, open_run
 from pds_ray.report.scan import scan_embeddings
@@ -73,14 +74,16 @@ def _gather_run(folder: RunFolder, quick: bool, step: Step) -> Json:
         scan = scan_embeddings(run, step)
     pairs, missing = gather_pairs(run, scan, step)
     clusters = gather_clusters(run, step)
+    learned, unlearned = gather_learned(run, step)
     evaluations, unread = read_evaluations(folder)
     total = len(run.distilled) if run.distilled else 0
     return {
         "kind": "run",
         "header": gather_header(run, clusters, evaluations, scan.coverage if scan else {}),
-        "notes": notes + missing + unread,
+        "notes": notes + missing + unlearned + unread,
         "pairs": pairs,
         "pairs_total": total,
+        "learned": learned,
         "clusters": clusters,
         "space": scan and scan.space,
         "dropped": gather_dropped(run),

@@ -19,6 +19,7 @@ from plotly.offline import get_plotlyjs
 from pds_ray.report.evaluations import ReportError
 from pds_ray.report.figures import PALETTE, comparison_axes, comparison_figures, run_figures
 from pds_ray.report.gather import gather
+from pds_ray.report.learned_figures import learned_figures
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
 from pds_ray.telemetry.progress import progress_bar
@@ -48,8 +49,11 @@ def write_report(path: str, out: str | None = None, quick: bool = False) -> str:
 def render(report: dict[str, Any]) -> str:
     """Return the page of what `gather` returned."""
     if report["kind"] == "run":
-        figures = run_figures(report)
+        figures = {**run_figures(report), **learned_figures(report["learned"])}
         shown = {name: value for name, value in report.items() if name not in _ONLY_FOR_FIGURES}
+        if learned := report["learned"]:
+            of_charts = ("history", "similarity")
+            shown["learned"] = {n: v for n, v in learned.items() if n not in of_charts}
         shown["clusters"] = _cluster_figures(report["clusters"])
         shown["space"] = report["space"] and {
             "fitted_on": {m: report["space"][m]["fitted_on"] for m in ("image", "text")}

@@ -330,6 +330,30 @@
 
   // ---------------------------------------------------------------- the other sections of a run
 
+  function learnedSection() {
+    const { about, parts, pairs, images, factor } = data.learned;
+    const before = images.some((item) => item.start);
+    const words = [`${about.distiller} learned ${parts.join(", ")} with backbone ${about.backbone}.`];
+    if (before) words.push(`Below stand the start, the result and their difference, ${factor} times as strong around grey.`);
+    if (images.length < pairs) words.push(`The first ${count(images.length)} of ${count(pairs)} pairs are shown.`);
+    const KINDS = ["start", "result", "difference"];
+    section(
+      "learned",
+      "What was learned",
+      el("p", { class: "quiet" }, words.join(" ")),
+      el("ol", { class: "learned" }, images.map((item) =>
+        el("li", {}, KINDS.filter((kind) => item[kind]).map((kind) => el("img", { src: item[kind], alt: `${kind} of pair ${item.pair}`, title: kind, loading: "lazy", decoding: "async" })), el("small", {}, `№ ${item.pair}`)))),
+      el(
+        "div",
+        { class: "charts" },
+        chart("learned-ratios", "Ratios of the branches", "How far the student ends from the expert's weights, over how far it began; below 1 it came nearer."),
+        chart("learned-losses", "Other figures of the optimisation"),
+        chart("similarity-before", "Similarity before", "A row per image, a column per text vector."),
+        chart("similarity-after", "Similarity after", "On the same scale."),
+      ),
+    );
+  }
+
   function clustersSection() {
     const { clusters } = data;
     const words = [`${plural(clusters.clusters, "cluster", "clusters")} per modality; ${count(clusters.empty.image)} image and ${count(clusters.empty.text)} text clusters are empty.`];
@@ -407,6 +431,7 @@
       parts.push(
         el("div", { class: "charts" }, chart(`evaluation-${at}`, evaluation.name, measured(evaluation))),
         table(`Recalls of ${evaluation.name}`, [{ name: "backbone" }, { name: "trials", number: true }, ...RECALLS], rows),
+        ...evaluation.backbones.filter(({ used }) => known(used)).map(({ name, used }) => el("p", { class: "quiet" }, `Learned parts used with ${name}: ${used}.`)),
         ...evaluation.notes.map((note) => el("p", { class: "quiet" }, note)),
       );
     }
@@ -426,6 +451,7 @@
     header(head.title, head.reading, head.facts, head.tiles, data.notes);
     if (data.pairs.list.length) gallery();
     if (data.evaluations.length || data.baselines) evaluationSection();
+    if (data.learned) learnedSection();
     if (data.clusters) clustersSection();
     if (data.space) spaceSection();
     if (data.dropped) droppedSection();

@@ -44,7 +44,7 @@ class OpenRun:
 
     @property
     def method(self) -> Method:
-        return catalog.method(self.method_name, self.config.get("budget", ""))
+        return catalog.recorded_method(self.config)
 
     @property
     def method_name(self) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from pds_ray.stages.vectors import normalized
+from pds_ray.store.learned import Learned
 
 BLOCK_ROWS = 1024  # rows of cosines in float64 at a time
 
@@ -24,13 +25,19 @@ class Extras:
     """Further captions of each pair, without its own."""
     similarity: np.ndarray | None = None
     """float32 [B, B]: how much caption j is a target of image i."""
+    learned: tuple[Learned, np.ndarray] | None = None
+    """Learned parts, and their images, float32 [B, 3, S, S]."""
+    learned_captions: pa.Table | None = None
+    """Rows of LEARNED_CAPTION_SCHEMA."""
 
     def first(self, pairs: int) -> Extras:
         """Return the parts of the first pairs alone."""
-        captions, similarity = self.captions, self.similarity
+        captions, similarity, learned = self.captions, self.similarity, self.learned
         return Extras(
             None if captions is None else captions[:pairs],
             None if similarity is None else np.ascontiguousarray(similarity[:pairs, :pairs]),
+            None if learned is None else (learned[0].first(pairs), learned[1][:pairs]),
+            None if self.learned_captions is None else self.learned_captions[:pairs],
         )
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ from safetensors.numpy import save as save_safetensors
 
 from pds_ray import catalog
 from pds_ray.config import FREE_FIELDS, ConfigError, public, sections
+from pds_ray.errors import without_secrets
 from pds_ray.methods.base import Counts, Run
 from pds_ray.methods.pds import judged
 from pds_ray.stages.budget import fitting_pairs
@@ -34,6 +36,7 @@ from pds_ray.store.distilled_set import (
     record_bytes,
     tar_path,
 )
+from pds_ray.store.learned import LEARNED, Learned, pack
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import vectors
 from pds_ray.store.set_writer import Files, write, written
@@ -41,6 +44,8 @@ from pds_ray.store.storage import Folder, side_by_side
 from pds_ray.telemetry.progress import QUIET_S, progress_bar
 
 PAIRS_PER_TAR = 10_000
+OPTIMISE = "optimise"
+"""The stage that leaves learned parts."""
 
 # JSON leaves these as they are, and terminals or readers of lines act on them: C1 controls, line
 # separators, text directions
@@ -53,7 +58,11 @@ def materialize(run: Run, extras: Extras) -> Counts:
     folder.distilled.delete_all()
     captions = folder.captions() if "caption" in run.method.names else None
     choices = folder.choices() if judged(run) else None
-    pairs = run.counts("decode")["images"]
+    if OPTIMISE in run.method.names:
+        folder = folder.of_learned()
+        learned, nearest = folder.learning.result(), folder.learning.captions()
+        extras = replace(extras, learned=learned, learned_captions=nearest)
+    pairs = folder.prototypes().num_rows
     asked = folder.budget()["asked"] if budget else 0
     with progress_bar("materialize", pairs, "pairs", delay_s=QUIET_S) as bar:
         text, parts = run.method.card, (extras, choices)
@@ -75,7 +84,37 @@ def describe_extras(extras: Extras) -> dict[str, str]:
             "soft targets, in `prototypes.safetensors` as `similarity`: a row per image, a "
             "column per caption"
         )
-    return {"extras": "; ".join(parts)} if parts else {}
+    found = {"extras": "; ".join(parts)} if parts else {}
+    return found if extras.learned is None else {**found, "learned": _sentences(extras.learned[0])}
+
+
+def _sentences(learned: Learned) -> str:
+    """Return what the card says of learned parts, and of their use."""
+    about = learned.about
+    side = f"{about.image_size} x {about.image_size} pixels"
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (about.mean, about.std))
+    parts = [
+        f"`images`, {side} as {about.backbone} takes them (pixels from 0 to 1, less {mean}, over "
+        f"{std})",
+        f"`text`, a vector per pair in the place of that which {about.text_encoder} makes of its "
+        "caption, and of use with that encoder alone",
+    ]
+    if learned.similarity is not None:
+        parts.append(
+            "`similarity`, a row per image and a column per text vector: the targets of the loss "
+            f"{about.loss}"
+        )
+    if learned.step_sizes is not None:
+        parts.append(
+            "`step_sizes`, the learning rates of SGD for images and text"
+            + (f" over {about.epochs} epochs" if about.epochs else "")
+        )
+    return (
+        f"Images and text vectors were learned by {about.distiller}: `{LEARNED}` holds "
+        f"{'; '.join(parts)}. `load_distilled` gives them as `learned` and `learned_images()`. The "
+        "pictures are those images cut to 0 to 255, the captions those of the start; a training "
+        "may use them alone"
+    )
 
 
 def about(run: Run) -> dict[str, Any]:
@@ -103,7 +142,7 @@ def about(run: Run) -> dict[str, Any]:
         "encoder": run.encoder.name,
         "space": run.encoder.space,
         "decoder": f"{decoder.name} {decoder.identity}" if synthetic else decoder.name,
-        "picture_origin": "synthetic" if synthetic else "real images of the source",
+        "picture_origin": _origin(run),
         "counts": {
             label: run.counts(stage.name)[count]
             for stage in run.method.stages
@@ -111,6 +150,19 @@ def about(run: Run) -> dict[str, Any]:
         },
         "config": config,
     }
+
+
+def _origin(run: Run) -> str:
+    """Return where the images of a set come from."""
+    origin = "synthetic" if run.decoder.dim is not None else "real images of the source"
+    if OPTIMISE not in run.method.names:
+        return origin
+    init = run.config.distill.init
+    if not run.config.start:
+        origin = f"those of {without_secrets(init)}"
+    elif init == "noise":
+        origin = "noise"
+    return f"learned from {origin}"
 
 
 def _describe_images(about: Mapping[str, Any], rows: list[Record]) -> dict[str, str]:
@@ -183,6 +235,9 @@ def write_distilled(
     prototypes = run.prototypes()
     extras, short = extras or Extras(), {}
     rows = records(prototypes, run, captions, extras.captions, choices)
+    if extras.learned_captions is not None:
+        nearest = extras.learned_captions.drop_columns("pair").to_pylist()
+        rows = [{**row, **found} for row, found in zip(rows, nearest, strict=True)]
     if budget:
         rows = rows[: _fitting(run.images, rows, budget)]
         prototypes, extras = prototypes.slice(0, len(rows)), extras.first(len(rows))
@@ -192,11 +247,15 @@ def write_distilled(
     target = run.distilled
     target.delete(MANIFEST)
     images, tars, pixels = _write_images(run.images, target, rows, step)
+    others: Files = {}
+    if extras.learned is not None:
+        write(target, LEARNED, pack(*extras.learned), others)
     size = SetSize(
         pairs=len(rows),
         image_bytes=sum(file["bytes"] for file in images.values()),
         caption_bytes=sum(map(record_bytes, rows)),
         pixels=pixels,
+        learned_bytes=others.get(LEARNED, {}).get("bytes", 0),
     )
     metadata = "".join(_json_line(row) + "\n" for row in rows).encode()
     write(target, METADATA, metadata, images)
@@ -206,7 +265,6 @@ def write_distilled(
     }
     if extras.similarity is not None:
         tensors["similarity"] = extras.similarity
-    others: Files = {}
     write(target, PROTOTYPES, save_safetensors(tensors), others)
     write(target, CARD, card(rows, _with_size(about, size), text).encode(), others)
     files = images | tars | others
@@ -236,6 +294,7 @@ def _with_size(about: dict[str, Any], size: SetSize) -> dict[str, Any]:
         "bytes of images": size.image_bytes,
         "bytes of captions": size.caption_bytes,
         "pixels": size.pixels,
+        **({"bytes of learned parts": size.learned_bytes} if size.learned_bytes else {}),
     }
     return {**about, "counts": {**about["counts"], **counted}}
 

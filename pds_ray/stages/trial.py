@@ -32,9 +32,11 @@ from pds_ray.sources.base import (
     SourceError,
     read_shard,
 )
+from pds_ray.stages.learned import NOTHING_LEARNED, Use
 from pds_ray.store.distilled_set import DistilledSet
 from pds_ray.training import loop
 from pds_ray.training.data import Gallery, Pixels, TrainingPairs
+from pds_ray.training.losses import training_loss
 from pds_ray.training.recall import RECALLS
 from pds_ray.training.retrieval import (
     RetrievalTraining,
@@ -127,6 +129,8 @@ class Trial:
     protocol: ProtocolConfig
     text: TextInput
     pairs: int
+    use: Use = NOTHING_LEARNED
+    """The learned parts of the set that it trains on."""
 
     @property
     def square(self) -> Preprocess:
@@ -145,19 +149,21 @@ def read_split(
     captions: str,
     limit: Callable[[], AbstractContextManager[Any]] = nullcontext,
     read: FilesConfig | None = None,
+    whole: bool = True,
 ) -> tuple[dict[Preprocess, np.ndarray], list[list[str]], dict[str, int]]:
     """Return a shard's images as squares, their cleaned captions, and bad samples by reason.
 
     Each of `squares` gives uint8 [n, 3, S, S]. `captions` names the rule of cleaning; `limit` is
     entered for each image that is decoded; `read` has the sizes that images may have. Raises
-    SourceError if the shard cannot be read to its end, because recalls are over all images.
+    SourceError if the shard cannot be read, and if it ends early but must be `whole`, as recalls
+    are over all images.
     """
     clean, read = CLEANERS[captions], read or FilesConfig()
     images: dict[Preprocess, list[np.ndarray]] = {square: [] for square in squares}
     texts: list[list[str]] = []
     bad: dict[str, int] = {}
     for item in read_shard(source, shard):
-        if isinstance(item, Fault) and item.reason in SHARD_ENDS:
+        if whole and isinstance(item, Fault) and item.reason in SHARD_ENDS:
             raise SourceError(
                 f"shard {shard.name} ends early ({item.reason}: {item.detail}); "
                 "recalls would miss images"
@@ -367,7 +373,7 @@ def train_model(
 ) -> dict[str, Any]:
     """Train a trial's model and return its chosen epoch, as `run_trial` does."""
     protocol, pixels = trial.protocol, pixels_of(trial)
-    optimizer = make_optimizer(model.parameters(), protocol)
+    optimizer = _optimizer(model, protocol, trial.use.rates)
     progress = _restore(state, model, optimizer)
 
     def measure(gallery: Gallery) -> dict[str, float]:
@@ -388,11 +394,23 @@ def train_model(
             update_best(progress, epoch, protocol.select, data, measure)
             report(progress, save)
 
-    training = RetrievalTraining(data.pairs, pixels, protocol, trial.seed, workers)
+    loss = training_loss(trial.use.loss)
+    training = RetrievalTraining(data.pairs, pixels, protocol, trial.seed, workers, loss)
     epochs = range(progress.epochs_done, protocol.epochs)
     train_two_towers(model, optimizer, training, epochs, after_epoch, trained)
     assert progress.best is not None
     return progress.best
+
+
+def _optimizer(
+    model: TwoTowers, protocol: ProtocolConfig, rates: tuple[float, float] | None
+) -> torch.optim.Optimizer:
+    """Return the protocol's optimizer, with learned `rates` of the branches where there are any."""
+    if rates is None:
+        return make_optimizer(model.parameters(), protocol)
+    branches = zip(model.branches(), rates, strict=True)
+    groups = [{"params": part, "lr": rate} for part, rate in branches if part]
+    return make_optimizer(groups, protocol)
 
 
 def _restore(state: bytes, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:

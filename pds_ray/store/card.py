@@ -86,12 +86,13 @@ def card(rows: Sequence[Record], about: Mapping[str, Any], text: CardText) -> st
 
     `about` is what the manifest says of the making; its "selection", if there is one, describes how
     real pairs were chosen, its "fewer" why there are fewer pairs than asked for, its "extras" more
-    parts of the set.
+    parts of the set, its "learned" the learned ones.
     """
     chosen = [f"Method: {about['selection']}."] if "selection" in about else []
     fewer = [f"The set has {about['fewer']}."] if "fewer" in about else []
     extras = [f"It also holds {about['extras']}."] if "extras" in about else []
-    making = [text.making, *_deviations(about["config"], text), *chosen, *fewer, *extras]
+    learned = [f"{about['learned']}."] if "learned" in about else []
+    making = [text.making, *_deviations(about["config"], text), *chosen, *fewer, *extras, *learned]
     template = Template((files("pds_ray.store") / "card.template").read_text("utf-8"))
     return template.substitute(
         front_matter=_front_matter(len(rows), [text.tag, about["method"]]),

@@ -8,6 +8,7 @@ distilled/
   webdataset/000000.tar ...    KEY.json, KEY.png (.jpg, .webp), KEY.txt, for `webdataset`
   prototypes.safetensors       image_prototypes, text_prototypes float32 [B, d]; with soft
                                targets also similarity float32 [B, B]
+  learned.safetensors          of an optimised set: see store/learned.py
 
 An export (`store/export.py`) has the same files, in one format alone, which its manifest names:
 imagefolder/, webdataset/ or data/train-00000-of-00001.parquet ... with the images in the rows.
@@ -27,6 +28,7 @@ from safetensors.numpy import load as load_safetensors
 
 from pds_ray.errors import UserError, cause
 from pds_ray.modalities.image import ImageError, decode_image
+from pds_ray.store.learned import LEARNED, Learned, LearnedError, unpack
 from pds_ray.store.storage import Folder
 
 SET_SCHEMA_VERSION = 1
@@ -115,6 +117,10 @@ class Record(TypedDict, total=False):
     score: float
     round_trip: bool
     """True if of all image prototypes its own is nearest to the image."""
+    learned_captions: list[str]
+    """The real captions nearest to the learned text vector, the nearest first, if there is one."""
+    learned_cosines: list[float]
+    """Cosines of their vectors and the learned one."""
 
 
 PROTOTYPE_FIELDS = (
@@ -134,6 +140,7 @@ class SetSize:
     """The size of a set as it is counted against a budget: its images and captions, no more.
 
     Prototypes, metadata and the heads of archives are left out: training on the set needs none.
+    Learned parts are a number of their own, and in no budget: a training may do without them.
     """
 
     pairs: int
@@ -143,15 +150,20 @@ class SetSize:
     """Bytes of the captions in UTF-8, with a line end each."""
     pixels: int
     """Pixels of the images as stored."""
+    learned_bytes: int = 0
+    """Bytes of the file of learned parts; 0 if there are none."""
 
     @property
     def bytes(self) -> int:
-        """All bytes that count."""
+        """All bytes that count against a budget."""
         return self.image_bytes + self.caption_bytes
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values, as the manifest of a set holds it."""
-        return {"bytes": self.bytes, **asdict(self)}
+        counts = {"bytes": self.bytes, **asdict(self)}
+        if not self.learned_bytes:
+            del counts["learned_bytes"]
+        return counts
 
 
 @dataclass(frozen=True)
@@ -170,6 +182,8 @@ class DistilledSet:
     manifest: dict[str, Any]
     similarity: np.ndarray | None = None
     """Soft targets, float32 [B, B], none negative: how much caption j is a target of image i."""
+    learned: Learned | None = None
+    """Learned parts, if there are any; `learned_images` reads the images that belong to them."""
 
     @property
     def caption_lists(self) -> list[list[str]]:
@@ -198,7 +212,8 @@ class DistilledSet:
             math.prod(self.image(pair).size) for pair in pair_of.values()
         )
         images = sum(files[image_path(name)]["bytes"] for name in pair_of)
-        return SetSize(len(self), images, sum(map(record_bytes, self.records)), pixels)
+        captions, learned = sum(map(record_bytes, self.records)), files.get(LEARNED, {})
+        return SetSize(len(self), images, captions, pixels, learned.get("bytes", 0))
 
     def image(self, pair: int) -> Image.Image:
         """Return the RGB image of one pair.
@@ -222,6 +237,19 @@ class DistilledSet:
         if hashlib.sha256(data).hexdigest() != self.manifest["files"][name]["sha256"]:
             raise DistilledSetError(f"{place} is not the image that was written")
         return data
+
+    def learned_images(self) -> np.ndarray:
+        """Return the images as they were learned, normalised, float32 [B, 3, S, S].
+
+        Raises DistilledSetError in one line if the set has none, or if the file is damaged.
+        """
+        place = self.folder.full(LEARNED)
+        if self.learned is None:
+            raise DistilledSetError(f"{self.folder.shown} has no learned parts")
+        try:
+            return unpack(_as_written(self.folder, LEARNED, self.manifest))[1]
+        except (OSError, _DamageError, LearnedError) as error:
+            raise DistilledSetError(f"{place} cannot be read ({cause(error)})") from error
 
 
 def load_distilled(path: str) -> DistilledSet:
@@ -258,10 +286,7 @@ def _read(folder: Folder) -> DistilledSet:
             f"{folder.shown} is an export as {manifest['format']}, for other programs; give the "
             f"run folder, or an export as {IMAGES}"
         )
-    metadata, prototypes = folder.read_bytes(METADATA), folder.read_bytes(PROTOTYPES)
-    for name, data in ((METADATA, metadata), (PROTOTYPES, prototypes)):
-        if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
-            raise _DamageError(f"{name} is not the file that was written")
+    metadata, prototypes = (_as_written(folder, name, manifest) for name in (METADATA, PROTOTYPES))
     rows = [json.loads(line) for line in metadata.decode().split("\n") if line]
     tensors = load_safetensors(prototypes)
     image, text = tensors["image_prototypes"], tensors["text_prototypes"]
@@ -280,9 +305,31 @@ def _read(folder: Folder) -> DistilledSet:
     similarity = tensors.get("similarity")
     if similarity is not None and not _are_targets(similarity, len(rows)):
         raise _DamageError("its similarity is no table of soft targets")
+    learned = _learned(folder, manifest, len(rows))
     if _is_selection(manifest):  # its rows hold the chosen pair in place of what it does not have
         rows = [{**row, **dict.fromkeys(PROTOTYPE_FIELDS)} for row in rows]
-    return DistilledSet(folder, captions, image, text, rows, manifest, similarity)
+    return DistilledSet(folder, captions, image, text, rows, manifest, similarity, learned)
+
+
+def _as_written(folder: Folder, name: str, manifest: dict[str, Any]) -> bytes:
+    """Return a file of a set. Raises _DamageError if its hash is not that of the manifest."""
+    data = folder.read_bytes(name)
+    if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
+        raise _DamageError(f"{name} is not the file that was written")
+    return data
+
+
+def _learned(folder: Folder, manifest: dict[str, Any], pairs: int) -> Learned | None:
+    """Return the learned parts of a set, if it has any. Raises _DamageError."""
+    if LEARNED not in manifest["files"]:
+        return None
+    try:
+        learned, _ = unpack(_as_written(folder, LEARNED, manifest))
+    except LearnedError as error:
+        raise _DamageError(str(error)) from error
+    if len(learned.text) != pairs:
+        raise _DamageError(f"its {LEARNED} holds {len(learned.text)} pairs, not {pairs}")
+    return learned
 
 
 def _are_captions(value: Any) -> bool:

@@ -17,6 +17,7 @@ embeddings/FINGERPRINT/
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from pds_ray.errors import ConfigError, first_line
@@ -50,6 +51,31 @@ def evaluation_names(run: Folder) -> list[str]:
     return [name.removesuffix(RESULT_SUFFIX) for name in names]
 
 
+def used_parts(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the learned parts that each row used, in words, of those that say so.
+
+    `rows` are the backbones of an evaluation, or the cells of a comparison.
+    """
+    told = [row for row in rows if "used" in row]
+    names = [" ".join(filter(None, (row.get("method"), _backbone(row)))) for row in told]
+    parts = [", ".join(row["used"]) or "none" for row in told]
+    return [f"{name}: {used}" for name, used in zip(names, parts, strict=True)]
+
+
+def used_by_evaluations(run: Folder) -> list[str]:
+    """Return the learned parts that each evaluation of a run used, in words."""
+    found = []
+    for name in evaluation_names(run):
+        with suppress(ValueError, LookupError, TypeError):  # another program's file
+            rows = (run / EVALUATION).read_json(result_name(name))["backbones"]
+            found += [f"in {name} with {used}" for used in used_parts(rows)]
+    return found
+
+
+def _backbone(row: dict[str, Any]) -> str:
+    return row["name"] if "name" in row else f"with {row['backbone']}"
+
+
 def result_name(key: str) -> str:
     """Return the file name of a trial's result, or of an evaluation without suffix."""
     return f"{key}{RESULT_SUFFIX}"
@@ -73,6 +99,11 @@ def set_name(method: str, size: str) -> str:
 def store_name(fingerprint: str) -> str:
     """Return the name of a shared embedding store below a comparison."""
     return f"embeddings/{fingerprint[:12]}"
+
+
+def experts_name(fingerprint: str) -> str:
+    """Return the name of a shared store of experts below a comparison."""
+    return f"experts/{fingerprint[:12]}"
 
 
 def read_table(path: str) -> dict[str, Any] | None:

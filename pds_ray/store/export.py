@@ -33,6 +33,7 @@ from pds_ray.store.distilled_set import (
     load_distilled,
     table_path,
 )
+from pds_ray.store.learned import LEARNED
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.set_writer import Files, copy, write, written
 from pds_ray.store.storage import Folder
@@ -74,7 +75,7 @@ def export(path: str, format: str, to: str, place: str = ".") -> dict[str, Any]:
     files: Files = {}
     if format == "parquet":
         _write_tables(pairs, target, files)
-        names = [PROTOTYPES]
+        names = _tensor_names(pairs)
     _copy_files(pairs, names, target, files)
     write(target, CARD, card.encode(), files)
     manifest = {**pairs.manifest, "format": format, "files": files}
@@ -89,14 +90,20 @@ def _data_names(pairs: DistilledSet, format: str) -> list[str]:
     Raises DistilledSetError if the set has no files of the format.
     """
     if format != "webdataset":
-        return [*(image_path(row["file_name"]) for row in pairs.records), METADATA, PROTOTYPES]
+        images = (image_path(row["file_name"]) for row in pairs.records)
+        return [*images, METADATA, *_tensor_names(pairs)]
     there = [f"{TARS}/{name}" for name in (pairs.folder / TARS).names(".tar")]
     tars = [name for name in pairs.manifest["files"] if name.startswith(f"{TARS}/")]
     if not tars or set(tars) - set(there):
         raise DistilledSetError(
             f"{pairs.folder.shown} has not all of its tars; export it as parquet or imagefolder"
         )
-    return [*tars, PROTOTYPES]
+    return [*tars, *_tensor_names(pairs)]
+
+
+def _tensor_names(pairs: DistilledSet) -> list[str]:
+    """Return the names of the files of tensors, which every export has."""
+    return [PROTOTYPES] if pairs.learned is None else [PROTOTYPES, LEARNED]
 
 
 def _card(pairs: DistilledSet, format: str, place: str) -> str:
@@ -139,7 +146,7 @@ def files_of_export(target: Folder) -> set[str]:
 
 def _there(target: Folder) -> list[str]:
     """Return the files that are where an export goes, the manifest first."""
-    top = [name for name in (MANIFEST, CARD, PROTOTYPES) if target.exists(name)]
+    top = [name for name in (MANIFEST, CARD, PROTOTYPES, LEARNED) if target.exists(name)]
     parts = [(part, (target / part).names()) for part in (IMAGES, TARS, TABLES)]
     return [*top, *(f"{part}/{name}" for part, names in parts for name in names)]
 

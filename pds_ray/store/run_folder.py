@@ -66,6 +66,20 @@ images/P.choice, choices.parquet, B rows, see `CHOICE_SCHEMA`
     kept, with its scores, first by itself as JSON, then of all pairs
 captions.parquet, B rows, see `CHOSEN_CAPTION_SCHEMA`
     the caption that the distilled set gives each pair
+experts/
+    the experts of a method that optimises a set (see expert_store.py), unless runs share them
+experts.json
+    what the experts are made from, and the SHA-256 of each snapshot
+start.safetensors, learned.safetensors, of methods that optimise a set
+    the set that was improved and what became of it (see store/learned.py)
+history.parquet, one row per iteration: iteration (int), a column per loss (float)
+    `image` and `text` are the ratios of the two branches
+learned/P.png, P.jpg or P.webp
+    the learned image of pair P, cut to what a file can hold
+optimisation.safetensors
+    the state from which an optimisation goes on, while it is under way
+learned_captions.parquet, B rows, see `LEARNED_CAPTION_SCHEMA`
+    the real captions nearest to the learned text vectors
 distilled/
     the portable result (see distilled_set.py)
 report.html
@@ -92,11 +106,14 @@ from pds_ray.errors import first_line
 from pds_ray.store.distilled_set import DISTILLED, PROTOTYPES
 from pds_ray.store.distilled_set import MANIFEST as SET_MANIFEST
 from pds_ray.store.embeddings import EmbeddingStore, read_shards, write_shards
+from pds_ray.store.learned import LearningFiles
 from pds_ray.store.schemas import CHOICE_SCHEMA, KEEP_SCHEMA, LABEL_SCHEMA
 from pds_ray.store.storage import Folder, StorageError, side_by_side
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 """Format of saved images -> suffix of their files."""
+IMAGES, LEARNED_IMAGES = "images", "learned"
+"""Names of the folders of images below the run folder."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +123,8 @@ class RunFolder:
     folder: Folder
     image_suffix: str = SUFFIXES["png"]
     """Suffix of its images."""
+    image_folder: str = IMAGES
+    """Name of the folder of its images: decoded, or learned."""
 
     MANIFEST = "run.json"
     HEARTBEAT = "heartbeat.json"
@@ -117,16 +136,22 @@ class RunFolder:
     FITS = "fits.json"
     BUDGET = "budget.json"
     WHITENING = "whitening.safetensors"
+    EXPERTS, OPTIMISATION = "experts.json", "optimisation.safetensors"
 
     def of_format(self, format: str) -> RunFolder:
         """Return the folder with images of a format, png while it is not chosen yet."""
         return replace(self, image_suffix=SUFFIXES.get(format, SUFFIXES["png"]))
 
+    def of_learned(self) -> RunFolder:
+        """Return the folder with the images that an optimisation left."""
+        return replace(self, image_folder=LEARNED_IMAGES)
+
     def check_ours(self) -> None:
         """Raise StorageError if this is no run folder and a run would delete what lies in it."""
         if self.folder.exists(self.MANIFEST):
             return
-        for replaced in (self.distilled, self.images, self.clusters):
+        learned = self.of_learned().images
+        for replaced in (self.distilled, self.images, self.clusters, learned):
             if not replaced.is_empty():
                 raise StorageError(
                     f"{self.folder.shown} is no run folder, and a run would delete the "
@@ -155,7 +180,7 @@ class RunFolder:
 
     def image_files(self, pairs: int) -> list[str]:
         """Return the names below the run folder of the images of the first `pairs` pairs."""
-        return [f"images/{self.image_name(pair)}" for pair in range(pairs)]
+        return [f"{self.image_folder}/{self.image_name(pair)}" for pair in range(pairs)]
 
     def hash_files(
         self, names: list[str], step: Callable[[], object] = lambda: None
@@ -210,11 +235,22 @@ class RunFolder:
 
     @property
     def images(self) -> Folder:
-        return self.folder / "images"
+        return self.folder / self.image_folder
 
     @property
     def distilled(self) -> Folder:
         return self.folder / DISTILLED
+
+    @property
+    def learning(self) -> LearningFiles:
+        return LearningFiles(self.folder)
+
+    @property
+    def experts(self) -> Folder:
+        return self.folder / "experts"
+
+    def save_experts(self, used: dict[str, Any]) -> None:
+        self.folder.write_json(self.EXPERTS, used)
 
     def save_budget(self, choice: dict[str, Any]) -> None:
         self.folder.write_json(self.BUDGET, choice)

@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
 from pds_ray.training.loop import generator
 
+IMAGE_DIMENSIONS = 4  # [B, 3, S, S]; features have two
 SHIFT, ZOOM = 0.08, 0.1
 """Augmentation: images move by up to this share of their side and are scaled by up to this share,
 edges repeated. Nothing is mirrored, turned or recoloured: captions speak of sides and colours.
@@ -22,13 +23,18 @@ class TrainingPairs:
     """B images, or their features where the backbone is frozen, and their text vectors."""
 
     images: torch.Tensor
-    """uint8 [B, 3, S, S], or float32 [B, f]."""
+    """uint8 [B, 3, S, S], float32 [B, 3, S, S] normalised already, or float32 [B, f]."""
     text: torch.Tensor
     """float32 [B, t], or [C, t] where images have several captions."""
     owner: torch.Tensor | None = None
     """int64 [C], ascending: the image of each caption; None where each image has one, in order."""
     similarity: torch.Tensor | None = None
     """Soft targets, float32 [B, B]: how much caption j is a target of image i."""
+
+    @property
+    def are_images(self) -> bool:
+        """True if `images` are no features."""
+        return self.images.dim() == IMAGE_DIMENSIONS
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,24 @@ class Pixels:
     std: tuple[float, float, float]
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalise uint8 [b, 3, S, S] per channel to float32; features pass unchanged."""
+        """Normalise uint8 [b, 3, S, S] per channel to float32; what is float passes unchanged."""
         if images.dtype != torch.uint8:
             return images
+        mean, std = self._constants(images)
+        return (images.float() / 255 - mean) / std
+
+    def of(self, images: torch.Tensor, other: Pixels) -> torch.Tensor:
+        """Return images normalised by another rule as by this one, float32 [b, 3, S, S]."""
+        if other == self:
+            return images
+        (mean, std), (its_mean, its_std) = self._constants(images), other._constants(images)
+        return (images * its_std + its_mean - mean) / std
+
+    def _constants(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and std on the device of images, each [1, 3, 1, 1]."""
         shape = (1, 3, 1, 1)
         mean = torch.tensor(self.mean, device=images.device).view(shape)
-        std = torch.tensor(self.std, device=images.device).view(shape)
-        return (images.float() / 255 - mean) / std
+        return mean, torch.tensor(self.std, device=images.device).view(shape)
 
 
 def batches(pairs: int, size: int, sampling: str, seed: int, epoch: int) -> list[torch.Tensor]:

@@ -80,11 +80,7 @@ def train_two_towers(
     pairs, workers = training.pairs, training.workers
     wrapped = workers.wrap(model)
     wrapped.train()
-    augmented = (
-        training.protocol.augment
-        and model.backbone is not None
-        and pairs.images.dtype == torch.uint8
-    )
+    augmented = training.protocol.augment and model.backbone is not None and pairs.are_images
 
     def loss(batch: Batch) -> torch.Tensor:
         size, mine = len(batch.rows), workers.mine(batch.rows)
@@ -134,7 +130,8 @@ def _batches(training: RetrievalTraining, augmented: bool, epoch: int) -> list[B
 def schedule(protocol: ProtocolConfig) -> Callable[[float], float]:
     """Return the factor of the learning rate as a function of the epochs done.
 
-    `step` falls to a tenth after the middle epoch, as published; `cosine` falls to zero.
+    `step` falls to a tenth after the middle epoch, as published; `cosine` falls to zero; `constant`
+    stays, so that the first epochs do not depend on how many there will be.
     """
 
     def step(position: float) -> float:
@@ -143,7 +140,7 @@ def schedule(protocol: ProtocolConfig) -> Callable[[float], float]:
     def cosine(position: float) -> float:
         return 0.5 * (1 + math.cos(math.pi * position / protocol.epochs))
 
-    return step if protocol.schedule == "step" else cosine
+    return {"step": step, "cosine": cosine, "constant": loop.constant_rate}[protocol.schedule]
 
 
 def make_optimizer(

@@ -62,6 +62,12 @@ class TwoTowers(nn.Module):
         """Return unit vectors [b, width] of text vectors float32 [b, t]."""
         return F.normalize(self.text_head(text, dropout), dim=1)
 
+    def branches(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Return the parameters of the image branch and those of the text branch."""
+        parts = [part for part in (self.backbone, self.image_head) if part is not None]
+        image = [parameter for part in parts for parameter in part.parameters()]
+        return image, list(self.text_head.parameters())
+
 
 def dropout_masks(rows: int, width: int, draw: torch.Generator) -> torch.Tensor:
     """Return the scaled masks of both heads for a whole batch, float32 [rows, 2, width].

@@ -46,7 +46,7 @@ from pds_ray.stages.trial import (
 from pds_ray.store.storage import Folder
 from pds_ray.training.data import Gallery, TrainingPairs
 from pds_ray.training.loop import read_progress
-from tests.support.hand_made_set import scenes_set
+from tests.support.hand_made_set import backbone, learned_file, learned_tensors, scenes_set
 from tests.support.object_store import KEY, SECRET, Faults, proxy, uri
 from tests.support.tiny_models import save_text_model
 
@@ -194,6 +194,37 @@ def test_a_trial_gets_the_parts_of_a_set_that_its_protocol_wants(tmp_path: Path)
     assert torch.equal(data.pairs.similarity, torch.from_numpy(soft))
     assert sorted(data.test.subject.tolist()) == [*range(6)], "six scenes, six first captions"
     assert torch.equal(data.test.images, before.test.images), "a square has nothing to crop"
+
+
+def test_a_trial_gets_the_learned_parts_that_fit(tmp_path: Path):
+    """Images where the side is theirs, normalised anew; the pictures elsewhere; nothing if off."""
+    tensors = learned_tensors(4, 32)
+    path = scenes_set(tmp_path / "set", 4, learned=learned_file(tensors, mean=[0.1] * 3))
+    config = replace(CONFIG, test="scenes:6:7", seeds=1)
+    sides = {"small": ProtocolConfig(image_size=16), "same": ProtocolConfig(image_size=32)}
+    sides["off"] = replace(sides["same"], learned="off")
+    sets = [Candidate(label, str(path), protocol) for label, protocol in sides.items()]
+    plan = evaluation.make_evaluation(sets, config)
+    inputs = trial_inputs.prepare(plan.trials, plan.sets, plan.splits, config)
+    loader = trial_inputs.Loader(inputs)
+    found = {t.label: (t, loader.load(t).pairs) for t in plan.trials}
+    parts = {label: trial.use.parts for label, (trial, _) in found.items()}
+    assert parts == {
+        "small": ("text", "similarity"),
+        "same": ("images", "text", "similarity"),
+        "off": (),
+    }
+    for label in ("small", "same"):
+        np.testing.assert_array_equal(found[label][1].text, tensors["text"])
+        np.testing.assert_array_equal(found[label][1].similarity, tensors["similarity"])
+    assert [found[label][1].images.dtype for label in ("small", "off")] == [torch.uint8] * 2
+    info, std = found["same"][0].backbone, np.reshape(backbone().std, (3, 1, 1))
+    expected = (tensors["images"] * std + 0.1 - np.reshape(info.mean, (3, 1, 1))) / np.reshape(
+        info.std, (3, 1, 1)
+    )
+    np.testing.assert_allclose(found["same"][1].images, expected, atol=1e-5)
+    assert found["off"][1].similarity is None
+    assert not np.allclose(found["off"][1].text, tensors["text"], atol=0.1), "those of captions"
 
 
 @pytest.mark.long

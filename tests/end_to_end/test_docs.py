@@ -75,7 +75,14 @@ def follow(page: Path, folder: Path, python_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    "name", ["laptop.md", "flickr30k-coco.md", "laion-on-a-cluster.md", "watching.md"]
+    "name",
+    [
+        "laptop.md",
+        "flickr30k-coco.md",
+        "laion-on-a-cluster.md",
+        "watching.md",
+        "optimisation.md",
+    ],
 )
 def test_a_page_word_by_word(name: str, tmp_path: Path) -> None:
     follow(ROOT / "docs" / name, tmp_path, ROOT)
@@ -94,7 +101,7 @@ def test_every_page_is_followed() -> None:
     """A new page has to be named above; the index holds no commands."""
     assert {page.name for page in PAGES if blocks(page)} == {
         "laptop.md", "flickr30k-coco.md", "laion-on-a-cluster.md", "watching.md", "evaluation.md",
-        "extending.md",
+        "extending.md", "optimisation.md",
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,9 +18,13 @@ def save_set(
     images: list[Image.Image],
     captions: list[str],
     text: np.ndarray,
+    learned: bytes = b"",
     **about: object,
 ) -> Path:
-    """Writes a set of given images, captions and text prototypes; `about` goes to its manifest."""
+    """Writes a set of given images, captions and text prototypes; `about` goes to its manifest.
+
+    `learned` is its file of learned parts, if it has one.
+    """
     png = []
     for image in images:
         stream = io.BytesIO()
@@ -38,6 +43,7 @@ def save_set(
                 "text_prototypes": text.astype(np.float32),
             }
         ),
+        **({"learned.safetensors": learned} if learned else {}),
     }
     (folder / "imagefolder").mkdir(parents=True, exist_ok=True)
     for name, data in content.items():
@@ -51,13 +57,63 @@ def save_set(
     return folder
 
 
-def scenes_set(folder: Path, pairs: int = 12, seed: int = 0, captions: bool = True) -> Path:
-    """Writes a set of scenes with their first captions and random prototypes of the demo CLIP."""
+def learned_file(tensors: dict[str, np.ndarray], **changes: object) -> bytes:
+    """Return a file of learned parts, for small_conv and the demo CLIP, with changed metadata."""
+    about = {
+        "distiller": "lors",
+        "backbone": "small_conv",
+        "backbone_identity": backbone().identity,
+        "image_size": tensors["images"].shape[2],
+        "mean": backbone().mean,
+        "std": backbone().std,
+        "text_encoder": "demo",
+        "text_encoder_identity": demo_encoder().identity,
+        "loss": "wbce",
+        "train": "all",
+        "epochs": 100,
+        **changes,
+    }
+    return save(tensors, metadata={"learned": json.dumps(about)})
+
+
+def learned_tensors(pairs: int, side: int = 64, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return learned parts whose similarity leaves 0 to 1."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    return {
+        "images": normal(pairs, 3, side, side),
+        "text": normal(pairs, demo_encoder().dim),
+        "similarity": np.eye(pairs, dtype=np.float32) * 1.2 + 0.3 * normal(pairs, pairs),
+        "step_sizes": np.array([0.02, 0.3], np.float32),
+    }
+
+
+def backbone() -> Any:
+    from pds_ray.backbones.small import describe
+
+    return describe("small_conv")
+
+
+def demo_encoder() -> Any:
     from pds_ray.config import EmbedConfig
     from pds_ray.encoders.open_clip import describe
+
+    return describe(EmbedConfig(encoder="demo").encoder)
+
+
+def scenes_set(
+    folder: Path, pairs: int = 12, seed: int = 0, captions: bool = True, learned: bytes = b""
+) -> Path:
+    """Writes a set of scenes with their first captions and random prototypes of the demo CLIP.
+
+    `learned` is its file of learned parts, if it has one.
+    """
     from pds_ray.sources.scenes import ScenesSource
 
-    encoder = describe(EmbedConfig(encoder="demo").encoder)
+    encoder = demo_encoder()
     source = ScenesSource(f"scenes:{pairs}:{seed}")
     samples = [sample for shard in source.shards() for sample in source.read(shard)]
     text = np.random.default_rng(seed).normal(size=(pairs, encoder.dim))
@@ -66,6 +122,7 @@ def scenes_set(folder: Path, pairs: int = 12, seed: int = 0, captions: bool = Tr
         [Image.open(io.BytesIO(sample.image)).convert("RGB") for sample in samples],
         [sample.captions[0] if captions else "" for sample in samples],
         text,
+        learned,
         encoder="demo",
         space=encoder.space,
         source=source.uri,

@@ -114,8 +114,54 @@ RUN = {
     "decode.real_fallback": ([True], []),
     "decode.real_margin": ([0.0, 2.0], [-0.1]),
     "prototypes.center": (["mean", "medoid"], ["mode"]),
+    "distill.init": (["pds", "runs/x"], []),
+    "distill.iterations": ([0, 1], [-1]),
+    "distill.gradient": (["auto", "adjoint", "tesla", "unrolled"], ["exact"]),
+    "distill.steps": ([0, 1], [-1]),
+    "distill.expert_epochs": ([0, 1], [-1]),
+    "distill.max_start": ([0, 1], [-1]),
+    "distill.independent_starts": ([True], []),
+    "distill.smooth": ([True], []),
+    "distill.batch_size": ([0, 1], [-1]),
+    "distill.sampling": (["auto", "fresh", "chunks"], ["epoch"]),
+    "distill.image_rate": ([0.0, 1000.0], [-0.1]),
+    "distill.text_rate": ([0.0, 1000.0], [-0.1]),
+    "distill.similarity_rate": ([0.0, 100.0], [-0.1]),
+    "distill.step_rate": ([0.0, 0.01], [-0.1]),
+    "distill.step_size": ([0.0, 0.1], [-0.1]),
+    "distill.step_floor": ([1e-9], [0.0, -1.0]),
+    "distill.momentum": ([0.0, 0.999], [-0.1, 1.0]),
+    "distill.loss": (["auto", "info_nce", "ence", "wbce", "soft_wbce"], ["bce"]),
+    "distill.similarity": (["auto", "identity", "full", "low_rank"], ["none"]),
+    "distill.rank": ([0, 1], [-1]),
+    "distill.alpha": ([0.0, 3.0], [-0.1]),
+    "distill.mix": ([False, True], []),
+    "distill.merge_branches": ([True, False], []),
+    "distill.dropout": (["off", "replay"], ["on"]),
+    "distill.anchor": ([0.0, 1.0], [-0.1]),
+    "distill.evaluate_every": ([0, 1], [-1]),
+    "distill.patience": ([1], [0]),
     "caption.nearest_to": (["picture", "prototype", "both"], ["image"]),
     "caption.round_trip": ([True], []),
+    "experts.store": (["shared"], []),
+    "experts.count": ([1], [0]),
+    "experts.seed": ([0, 2**31 - 1], [-1, 2**31]),
+    "experts.epochs": ([1], [0]),
+    "experts.backbone": (["small_vit"], []),
+    "experts.text_encoder": (["bert:bert-base-uncased"], []),
+    "experts.image_size": ([0, 96], [-1]),
+    "experts.train": (["all", "backbone", "heads", "lora"], ["text_head"]),
+    "experts.rank": ([1], [0]),
+    "experts.shared_start": ([True], []),
+    "experts.learning_rate": ([1e-9], [0.0, -1.0]),
+    "experts.text_learning_rate": ([1e-9], [0.0, -1.0]),
+    "experts.momentum": ([0.0, 0.999], [-0.1, 1.0]),
+    "experts.weight_decay": ([0.0, 1e-4], [-1.0]),
+    "experts.batch_size": ([2], [1]),
+    "experts.augment": ([False], []),
+    "experts.schedule": (["constant", "step", "cosine"], ["linear"]),
+    "experts.cpus": ([1, 2], [0]),
+    "experts.gpus": ([0.0, 0.5, 2.0], [-0.5]),
     **RAY,
 }
 EVALUATION = {
@@ -139,7 +185,7 @@ EVALUATION = {
     "protocol.learning_rate": ([1e-9], [0.0, -1.0]),
     "protocol.momentum": ([0.0], [-1.0]),
     "protocol.weight_decay": ([0.0], [-1.0]),
-    "protocol.schedule": (["cosine", "step"], ["nothing"]),
+    "protocol.schedule": (["cosine", "step", "constant"], ["nothing"]),
     "protocol.epochs": ([1], [0, -1]),
     "protocol.batch_size": ([2], [1]),
     "protocol.sampling": (["epoch", "independent"], ["nothing"]),
@@ -149,6 +195,7 @@ EVALUATION = {
     "protocol.subjects": (["image", "caption"], ["nothing"]),
     "protocol.targets": (["hard", "soft"], ["nothing"]),
     "protocol.captions_per_image": (["one", "all"], ["5"]),
+    "protocol.learned": (["auto", "off"], ["on"]),
     **RAY,
 }
 WRONG_TYPE = {
@@ -365,7 +412,8 @@ def test_a_pool_does_not_shrink_below_its_size(stage: str) -> None:
 
 
 def test_the_options_that_may_differ_when_a_run_is_continued() -> None:
-    assert FREE_FIELDS == ("out", "embed.batch_size", "embed.store", "decode.batch_size")
+    run = ("out", "embed.batch_size", "embed.store", "decode.batch_size")
+    assert (*run, "experts.store", "experts.cpus", "experts.gpus") == FREE_FIELDS
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

@@ -15,7 +15,7 @@ from pds_ray import catalog
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PLUGINS = ("sources", "encoders", "decoders", "selectors", "backbones")
+PLUGINS = ("sources", "encoders", "decoders", "selectors", "backbones", "distillers")
 
 # The layers, top first: a module may import from its own folder and from any layer below it.
 # `catalog` names the plug-ins as text and imports them when asked, so it stands below them.
@@ -27,7 +27,7 @@ ORDER = (
     ("pds_ray.stages",),
     ("pds_ray.methods", *(f"pds_ray.{folder}" for folder in PLUGINS)),
     ("pds_ray.store", "pds_ray.training"),
-    ("pds_ray.config", "pds_ray.recipes"),
+    ("pds_ray.config", "pds_ray.recipes", "pds_ray.published"),
     ("pds_ray.catalog", "pds_ray.errors", "pds_ray.modalities", "pds_ray.telemetry"),
 )
 FREE = ("pds_ray.demo",)  # training scripts, no part of a run: nothing may import them

@@ -33,6 +33,7 @@ PUBLISHED = {
     "subjects": "image",
     "targets": "hard",
     "captions_per_image": "one",
+    "learned": "auto",
 }
 PAPER = {f"protocol.{field}": value for field, value in PROTOCOLS["paper"].items()}
 

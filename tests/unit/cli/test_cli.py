@@ -32,8 +32,9 @@ from pds_ray.config import (
 )
 from pds_ray.distributed.lifetime import session_kept
 from pds_ray.recipes import protocol, recipe
+from pds_ray.store.evaluation_folder import used_parts
 from pds_ray.telemetry import log
-from tests.support.synthetic_run import add_comparison
+from tests.support.synthetic_run import add_comparison, add_evaluation, make_run
 
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
@@ -235,6 +236,30 @@ def test_show_prints_the_frontiers_of_a_comparison(
     assert "20,480 pixels per epoch,       5 pairs" in shown
     cli.COMMANDS["show"](cli.build_parser().parse_args(["show", str(tmp_path), "--json"]))
     assert json.loads(capsys.readouterr().out)["cells"][0]["budget"] == 1000
+
+
+def test_show_says_which_learned_parts_were_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_run(tmp_path / "run").path
+    manifest = json.loads((path / "run.json").read_text())
+    size = {"pairs": 6, "bytes": 70, "image_bytes": 60, "caption_bytes": 10, "pixels": 5}
+    counts = {"pairs": 6, "size": {**size, "learned_bytes": 1234}}
+    manifest["stages"] = {"materialize": {"status": "done", "counts": counts}}
+    (path / "run.json").write_text(json.dumps(manifest))
+    add_evaluation(path, backbones=("a", "b", "c"))
+    (file,) = (path / "evaluation").glob("*.json")
+    value = json.loads(file.read_text())
+    value["backbones"][0]["used"], value["backbones"][1]["used"] = ["images", "text"], []
+    file.write_text(json.dumps(value))
+    (path / "evaluation" / "other.json").write_text("[]")
+    cli.COMMANDS["show"](cli.build_parser().parse_args(["show", str(path)]))
+    shown = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert any(line.startswith("learned       1,234 bytes") for line in shown)
+    used = [line for line in shown if line.startswith("used ")]
+    assert used == ["used in standard with a: images, text", "used in standard with b: none"]
+    cells = [{"method": "lors", "backbone": "a", "used": ["steps"]}, {"method": "random"}]
+    assert used_parts(cells) == ["lors with a: steps"]
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,17 @@ def test_a_plan_of_coverage_has_its_stages_and_no_k_means(
     assert "k-means" not in out
 
 
+def test_a_plan_of_an_optimisation_counts_experts_as_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    few = ("--pairs", "100", "--experts.backbone", "small_conv", "--experts.gpus", "0.5")
+    code, out, err = run(capsys, *WEB, *few, "--method", "lors", "--experts.count", "8")
+    assert (code, err) == (0, "")
+    assert "GPU-h, at most 4 at once [989 TFLOP/s x 3.0% (assumed: float32" in out
+    for stage in ("experts", "optimise"):
+        assert any(line.startswith(f"{stage:<12} ") for line in out.splitlines())
+
+
 def test_the_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, *WEB, "--json")
     plan = json.loads(out)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import ray
 
 from pds_ray import distributed
 from pds_ray.config import Actors
-from pds_ray.distributed import pools
+from pds_ray.distributed import optimise, pools
+from tests.support.tiny_experts import wanted
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, *nodes: dict[str, float]) -> dict[str, float]:
@@ -118,3 +120,25 @@ def test_freed_memory_is_kept_where_the_library_can(monkeypatch, library, kept):
     assert bool(distributed.malloc_env()) == kept
     actors = pools.pool(Actors(1, 1, None, {}), on_gpu=False)
     assert ("runtime_env" in actors.options()) == kept
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cpus", "gpus"),
+    [
+        ([{"CPU": 1}], 1, 0),
+        ([{"CPU": 2}, {"CPU": 1}], 2, 0),
+        ([{"CPU": 64}], 4, 0),
+        ([{"CPU": 1, "GPU": 1}], 1, 1),
+    ],
+)
+def test_an_optimisation_fits_a_node(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    nodes: list[dict[str, float]],
+    cpus: float,
+    gpus: float,
+) -> None:
+    """The machine of the driver may have more CPUs: a task that asks for them waits for ever."""
+    stand_in(monkeypatch, *nodes)
+    place = optimise._place(wanted(tmp_path))
+    assert (place.num_cpus, place.num_gpus) == (cpus, gpus)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pds_ray.config import ConfigError, EvaluateConfig, ProtocolConfig, RayConfig
-from pds_ray.distributed import trials
+from pds_ray.distributed import places, trials
 from pds_ray.distributed.evaluate import share_out, trial_room, under_way
 from pds_ray.distributed.in_flight import InFlight
 from pds_ray.distributed.trials import Queue, States
@@ -171,9 +171,9 @@ def test_a_folder_without_the_drivers_lock_is_not_the_same_folder(tmp_path: Path
     results = Folder(str(tmp_path))
     words = f"^{tmp_path} is not to be seen on all nodes; give an --out on a disk"
     with pytest.raises(ConfigError, match=words):
-        trials.require_shared(results)
+        places.require_shared(results, "--out")
     with results.lock():
-        trials.require_shared(results)
+        places.require_shared(results, "--out")
 
 
 # --- states

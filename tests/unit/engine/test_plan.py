@@ -149,6 +149,52 @@ def test_clusters_of_two_levels_are_not_continued(pairs: int, continued: bool) -
         {"whiten__ridge": 0.5},
         {"cover__candidates": 300},
         {"cover__herded": 0.0},
+        {"experts__store": "shared"},
+        {"experts__count": 3},
+        {"experts__seed": 1},
+        {"experts__epochs": 3},
+        {"experts__backbone": "small_vit"},
+        {"experts__text_encoder": "demo"},
+        {"experts__image_size": 32},
+        {"experts__train": "heads"},
+        {"experts__rank": 2},
+        {"experts__shared_start": True},
+        {"experts__learning_rate": 0.5},
+        {"experts__text_learning_rate": 0.5},
+        {"experts__momentum": 0.5},
+        {"experts__weight_decay": 0.5},
+        {"experts__batch_size": 7},
+        {"experts__augment": False},
+        {"experts__schedule": "step"},
+        {"experts__cpus": 2},
+        {"experts__gpus": 0.5},
+        {"distill__init": "k_center"},
+        {"distill__iterations": 7},
+        {"distill__gradient": "tesla"},
+        {"distill__steps": 7},
+        {"distill__expert_epochs": 7},
+        {"distill__max_start": 7},
+        {"distill__independent_starts": True},
+        {"distill__smooth": True},
+        {"distill__batch_size": 7},
+        {"distill__sampling": "chunks"},
+        {"distill__image_rate": 0.5},
+        {"distill__text_rate": 0.5},
+        {"distill__similarity_rate": 0.5},
+        {"distill__step_rate": 0.5},
+        {"distill__step_size": 0.5},
+        {"distill__step_floor": 0.5},
+        {"distill__momentum": 0.9},
+        {"distill__loss": "ence"},
+        {"distill__similarity": "full"},
+        {"distill__rank": 7},
+        {"distill__alpha": 0.5},
+        {"distill__mix": False},
+        {"distill__merge_branches": True},
+        {"distill__dropout": "replay"},
+        {"distill__anchor": 0.5},
+        {"distill__evaluate_every": 7},
+        {"distill__patience": 7},
     ],
 )
 def test_where_and_how_fast_changes_nothing(
@@ -334,6 +380,18 @@ def test_every_option_is_judged() -> None:
         "extras.share", "decode.candidates", "decode.noise_levels", "decode.image_weight",
         "decode.text_weight", "decode.real_fallback", "decode.real_margin", "prototypes.center",
         "caption.round_trip",
+        "experts.store", "experts.count", "experts.seed", "experts.epochs", "experts.backbone",
+        "experts.text_encoder", "experts.image_size", "experts.train", "experts.rank",
+        "experts.shared_start", "experts.learning_rate", "experts.text_learning_rate",
+        "experts.momentum", "experts.weight_decay", "experts.batch_size", "experts.augment",
+        "experts.schedule", "experts.cpus", "experts.gpus",
+        "distill.init", "distill.iterations", "distill.gradient", "distill.steps",
+        "distill.expert_epochs", "distill.max_start", "distill.independent_starts",
+        "distill.smooth", "distill.batch_size", "distill.sampling", "distill.image_rate",
+        "distill.text_rate", "distill.similarity_rate", "distill.step_rate", "distill.step_size",
+        "distill.step_floor", "distill.momentum", "distill.loss", "distill.similarity",
+        "distill.rank", "distill.alpha", "distill.mix", "distill.merge_branches", "distill.dropout",
+        "distill.anchor", "distill.evaluate_every", "distill.patience",
     }  # fmt: skip
     assert {name for name in flatten(to_dict(RunConfig())) if not name.startswith("ray.")} == judged
 
@@ -416,7 +474,7 @@ def test_a_source_without_samples_says_why(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"no sample of .* has an image and a caption \(not_a_tar: 2; an HTML .*"
     ):
-        plan._check_enough(source, source.shards(), config)
+        plan.check_enough(source, source.shards(), config)
 
 
 class Noted:
@@ -446,7 +504,7 @@ def test_how_captions_were_read_is_said_once(
     capsys: pytest.CaptureFixture[str], notes: list[tuple[str, ...]], option: str, told: list[str]
 ) -> None:
     config = replace(RunConfig(source="x.tar", pairs=len(notes)), {"read.caption_lines": option})
-    plan._check_enough(Noted(*notes), [Shard("0", "")], config)
+    plan.check_enough(Noted(*notes), [Shard("0", "")], config)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == bool(told)
     assert all(part in lines[0] for part in told)
@@ -461,7 +519,7 @@ def test_options_of_reading_at_their_defaults_change_no_earlier_fingerprint() ->
 
 def check_enough(source: Refusing, shards: int, pairs: int) -> None:
     config = RunConfig(source="s3://b/*.tar", pairs=pairs)
-    plan._check_enough(source, [Shard(str(n), "") for n in range(shards)], config)
+    plan.check_enough(source, [Shard(str(n), "") for n in range(shards)], config)
 
 
 def test_a_shard_that_its_store_refuses_is_passed_over() -> None:
@@ -588,7 +646,7 @@ def test_a_new_run_on_a_shared_store_takes_what_was_mended_for_the_same_source(
 def test_no_secret_is_kept_with_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = "s3://key:hidden@bucket/0.tar"
     monkeypatch.setattr(WebDatasetSource, "shards", lambda _: [Shard("0", secret, 1)])
-    monkeypatch.setattr(plan, "_check_enough", lambda *_: None)
+    monkeypatch.setattr(plan, "check_enough", lambda *_: None)
     first = make_run(
         replace(recipe("demo"), {"source": secret, "pairs": 2, "out": str(tmp_path / "run")})
     )

@@ -335,7 +335,6 @@ def test_twice_the_pairs_are_never_cheaper(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"method": "random"}, "method is 'random'; only runs of pds and coverage can be planned"),
         ({"pairs": 2_000_000}, "only 1,000,000 images"),
         ({"embed__encoder": "demo"}, "nothing is known of encoder demo .*ViT-L-14"),
         ({"decode__model": "mine"}, "nothing is known of decoder mine"),

@@ -26,9 +26,11 @@ from pds_ray.stages.extras import Extras
 from pds_ray.stages.materialize import write_distilled
 from pds_ray.store.calls import CALLS_AT_ONCE
 from pds_ray.store.distilled_set import DistilledSetError
+from pds_ray.store.learned import LEARNED_CAPTION_SCHEMA, LearnedError, unpack
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import prototype_schema, vector_array
 from pds_ray.store.storage import Folder
+from tests.support.hand_made_set import learned_file, learned_tensors
 
 CAPTIONS = [
     "a red circle above a blue square",
@@ -335,6 +337,53 @@ def test_a_set_without_extra_parts_says_nothing_of_them(finished):
     assert found.caption_lists == [[caption] for caption in CAPTIONS]
     assert not any("captions" in record for record in found.records)
     assert materialize.describe_extras(Extras()) == {}
+
+
+def test_learned_parts_are_written_and_read(tmp_path):
+    count = len(CAPTIONS)
+    tensors = learned_tensors(count, 6)
+    learned, images = unpack(learned_file(tensors))
+    nearest = pa.table(
+        {
+            "pair": range(count),
+            "learned_captions": [[f"near {pair}", "next"] for pair in range(count)],
+            "learned_cosines": [[0.5, 0.25]] * count,
+        },
+        schema=LEARNED_CAPTION_SCHEMA,
+    )
+    extras = Extras(learned=(learned, images), learned_captions=nearest)
+    counts = write_distilled(make_run(tmp_path), ABOUT, PDS_CARD, extras=extras)
+    found = load_distilled(str(tmp_path))
+    np.testing.assert_array_equal(found.learned.text, tensors["text"])
+    np.testing.assert_array_equal(found.learned.similarity, tensors["similarity"])
+    np.testing.assert_array_equal(found.learned_images(), tensors["images"])
+    assert found.records[2]["learned_captions"] == ["near 2", "next"]
+    assert found.records[2]["learned_cosines"] == [0.5, 0.25]
+    files = found.manifest["files"]
+    assert counts["size"]["learned_bytes"] == files["learned.safetensors"]["bytes"]
+    assert found.size().to_json() == counts["size"]
+    card = (tmp_path / "distilled" / "README.md").read_text()
+    for words in ("learned by lors", "of use with that encoder alone", "the loss wbce", "100 ep"):
+        assert words in card
+    few = extras.first(2)
+    assert few.learned[1].shape == (2, 3, 6, 6)
+    assert few.learned_captions.num_rows == len(few.learned[0].text) == 2
+
+
+def test_a_run_that_optimises_hands_its_learned_parts_on(tmp_path):
+    run = make_run(tmp_path)
+    learned, images = unpack(learned_file(learned_tensors(len(CAPTIONS), 6)))
+    for save, load in (
+        (run.learning.save_start, run.learning.start),
+        (run.learning.save_result, run.learning.result),
+    ):
+        save(learned, images)
+        again, images_again = load()
+        np.testing.assert_array_equal(again.text, learned.text)
+        np.testing.assert_array_equal(images_again, images)
+    (tmp_path / "learned.safetensors").write_bytes(b"x")
+    with pytest.raises(LearnedError, match=r"learned\.safetensors is damaged: its learned\.safe"):
+        run.learning.result()
 
 
 @pytest.mark.parametrize("damage", ["shape", "negative", "empty row", "no number"])

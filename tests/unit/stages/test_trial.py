@@ -382,7 +382,8 @@ def test_keys_are_those_of_before_an_option_came(tmp_path: Path):
     """An option of a protocol that came later, at its default, is no part of a trial's key."""
     (trial, *_) = planned(scenes_set(tmp_path)).trials
     known = trial_keys._of_key(trial.protocol)
-    assert {*trial_keys.LATER} == {*dataclasses.asdict(trial.protocol)} - {*known}
+    later = {*trial_keys.LATER, trial_keys.OF_USE}
+    assert later == {*dataclasses.asdict(trial.protocol)} - {*known}
     assert [*trial_keys._of_key(ProtocolConfig(fit="crop"))] == [*known, "fit"]
 
 

@@ -1,0 +1,1 @@
+"""Distillers learn pixels and text vectors. New: one file, one line in catalog.DISTILLERS."""

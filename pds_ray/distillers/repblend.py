@@ -1,0 +1,90 @@
+"""RepBlend (Zhang et al., 2025): LoRS on two heads, with the features of pairs mixed in each step.
+
+The backbone is frozen; experts and student train a head per modality. In each step the features of
+a batch are blended with those of the same batch in another order, images and text alike: so the
+learned pairs do not collapse onto each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F  # noqa: N812 - the name everybody knows
+
+from pds_ray.config import DistillConfig
+from pds_ray.distillers.base import Problem, Start, Step, Variables
+from pds_ray.distillers.trajectory import Weights, match_trajectories, two_towers
+from pds_ray.distillers.variables import for_trajectories
+from pds_ray.training.two_towers import TwoTowers
+
+TRAIN: Literal["all", "heads", "lora"] = "heads"
+DEFAULTS: Mapping[str, Any] = {
+    "iterations": 3000,
+    "gradient": "adjoint",  # published: tesla
+    "steps": 8,
+    "expert_epochs": 1,
+    "max_start": 2,
+    "batch_size": 20,
+    "sampling": "chunks",
+    "image_rate": 100.0,
+    "text_rate": 100.0,
+    "similarity_rate": 10.0,
+    "step_rate": 1e-2,
+    "step_size": 0.1,
+    "loss": "wbce",
+    "similarity": "low_rank",
+    "rank": 10,
+    "alpha": 3.0,
+    "mix": True,
+    "merge_branches": True,
+}
+
+
+def variables(start: Start, config: DistillConfig, seed: int) -> Variables:
+    """Return images, text vectors, similarity and the two step sizes."""
+    return for_trajectories(start, config, seed)
+
+
+def step(problem: Problem, variables: Variables, iteration: int) -> Step:
+    """Match one stretch of the trajectory of an expert's heads."""
+    student = blended if problem.config.mix else two_towers
+    return match_trajectories(problem, variables, iteration, student)
+
+
+def blended(
+    model: TwoTowers,
+    weights: Weights,
+    images: torch.Tensor,
+    text: torch.Tensor,
+    masks: torch.Tensor | None,
+    draw: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embed a batch, its features mixed: x = share * x + (1 - share) * x in another order.
+
+    Share ~ Beta(1, 1) and the order are drawn once for both modalities. The targets are not mixed,
+    as published.
+    """
+    share = torch.rand((), generator=draw).to(images)
+    order = torch.randperm(len(images), generator=draw).to(images.device)
+    assert model.backbone is not None
+    mixed = [share * x + (1 - share) * x[order] for x in (model.backbone(images), text)]
+    image_mask, text_mask = (None, None) if masks is None else masks.unbind(1)
+    image = _head(model.image_head, "image_head.", weights, mixed[0], image_mask)
+    return image, _head(model.text_head, "text_head.", weights, mixed[1], text_mask)
+
+
+def _head(
+    head: nn.Module | None,
+    prefix: str,
+    weights: Weights,
+    x: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return unit vectors [b, d] of one head with the given weights."""
+    assert head is not None
+    own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+    return F.normalize(functional_call(head, own, (x, mask)), dim=1)
