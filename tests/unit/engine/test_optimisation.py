@@ -231,7 +231,7 @@ def test_a_store_of_other_experts_is_refused(tmp_path: Path) -> None:
 
 
 def test_experts_of_the_shards_that_could_be_embedded_are_no_others(tmp_path: Path) -> None:
-    """Which shards these are is known later: a run on such a store must be able to go on."""
+    """Shards that fail are known later: a run on such a store must be able to go on."""
     store, source = ExpertStore(Folder(str(tmp_path))), BASE["source"]
     made_from = want_experts(run_of().config, run_of().source, [], store.folder).made_from()
     store.folder.create()
