@@ -7,46 +7,21 @@ learned pairs do not collapse onto each other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows
 
-from pds_ray.config import DistillConfig
-from pds_ray.distillers.base import Problem, Start, Step, Variables
-from pds_ray.distillers.trajectory import Weights, match_trajectories, two_towers
+from pds_ray.distillers.base import Problem, Step, Variables
+from pds_ray.distillers.trajectory import LORS, Weights, match_trajectories, two_towers
 from pds_ray.distillers.variables import for_trajectories
 from pds_ray.training.two_towers import TwoTowers
 
 TRAIN: Literal["all", "heads", "lora"] = "heads"
-DEFAULTS: Mapping[str, Any] = {
-    "iterations": 3000,
-    "gradient": "adjoint",  # published: tesla
-    "steps": 8,
-    "expert_epochs": 1,
-    "max_start": 2,
-    "batch_size": 20,
-    "sampling": "chunks",
-    "image_rate": 100.0,
-    "text_rate": 100.0,
-    "similarity_rate": 10.0,
-    "step_rate": 1e-2,
-    "step_size": 0.1,
-    "loss": "wbce",
-    "similarity": "low_rank",
-    "rank": 10,
-    "alpha": 3.0,
-    "mix": True,
-    "merge_branches": True,
-}
-
-
-def variables(start: Start, config: DistillConfig, seed: int) -> Variables:
-    """Return images, text vectors, similarity and the two step sizes."""
-    return for_trajectories(start, config, seed)
+DEFAULTS = {**LORS, "mix": True, "merge_branches": True}
+variables = for_trajectories
 
 
 def step(problem: Problem, variables: Variables, iteration: int) -> Step:
