@@ -38,23 +38,13 @@ def kernel(first: torch.Tensor, second: torch.Tensor, sigma: float = SIGMA) -> t
     return (-angle.square() / (2 * sigma**2)).exp()
 
 
-def energy(
-    first: torch.Tensor, second: torch.Tensor, sigma: float = SIGMA, diagonals: bool = True
-) -> torch.Tensor:
+def energy(first: torch.Tensor, second: torch.Tensor, sigma: float = SIGMA) -> torch.Tensor:
     """Return the distance of two samples of unit vectors, [n, d] and [m, d]: a scalar, not below 0.
 
     It is 0, with a finite gradient, where the samples are equal. The kernel is not positive
-    definite on the sphere, so that the radicand may be negative: it is then taken as 0. Without
-    `diagonals` the kernel of a vector with itself does not count, as in the published code; the
-    samples then need two vectors each.
+    definite on the sphere, so that the radicand may be negative: it is then taken as 0. The kernel
+    of a vector with itself counts; the published code leaves it out.
     """
-    mean = torch.mean if diagonals else _mean_of_others
-    within = mean(kernel(first, first, sigma)) + mean(kernel(second, second, sigma))
+    within = kernel(first, first, sigma).mean() + kernel(second, second, sigma).mean()
     radicand = within - 2 * kernel(first, second, sigma).mean()
     return (radicand.clamp(min=0) + EPSILON).sqrt() - EPSILON**0.5
-
-
-def _mean_of_others(square: torch.Tensor) -> torch.Tensor:
-    """Return the mean of a matrix [n, n] off its diagonal."""
-    count = len(square)
-    return (square.sum() - square.trace()) / (count * (count - 1))

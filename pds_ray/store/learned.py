@@ -60,8 +60,6 @@ class LearnedFor:
     """One of LOSSES."""
     train: str = "all"
     """One of TRAINED."""
-    epochs: int = 0
-    """Epochs of a training on the set; 0 where none were fixed."""
 
 
 @dataclass(frozen=True)

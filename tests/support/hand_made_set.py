@@ -70,7 +70,6 @@ def learned_file(tensors: dict[str, np.ndarray], **changes: object) -> bytes:
         "text_encoder_identity": demo_encoder().identity,
         "loss": "wbce",
         "train": "all",
-        "epochs": 100,
         **changes,
     }
     return save(tensors, metadata={"learned": json.dumps(about)})

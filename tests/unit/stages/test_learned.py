@@ -220,7 +220,7 @@ def test_keys_know_what_is_used_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_notes_say_what_is_not_used_and_why(tmp_path: Path) -> None:
-    path = scenes_set(tmp_path, learned=learned_file(learned_tensors(12, 32), epochs=0))
+    path = scenes_set(tmp_path, learned=learned_file(learned_tensors(12, 32)))
     wanted = protocol("standard").protocol
     for settings, lines in (
         (

@@ -100,7 +100,7 @@ DAMAGE = {
     "no std": ({}, {"std": [1, 1, 0]}, "cannot be read, or does not say"),
     "two means": ({}, {"mean": [1, 1]}, "cannot be read, or does not say"),
     "a number as name": ({}, {"distiller": 7}, "cannot be read, or does not say"),
-    "epochs as text": ({}, {"epochs": "7"}, "cannot be read, or does not say"),
+    "a side as text": ({}, {"image_size": "7"}, "cannot be read, or does not say"),
 }
 
 
