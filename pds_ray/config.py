@@ -584,6 +584,7 @@ class DistillConfig(Options, section="distill"):
     loss: Literal["auto", "info_nce", "ence", "wbce", "soft_wbce"] = option(
         "auto", "loss of the student's steps; info_nce takes no similarity"
     )
+    temperature: float = option(0.07, "temperature of the loss of the student's steps", above=0)
     similarity: Literal["auto", "identity", "full", "low_rank"] = option(
         "auto", "what is learned of the similarity of images and text vectors: identity is nothing"
     )

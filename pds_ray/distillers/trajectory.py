@@ -15,7 +15,7 @@ from pds_ray.distillers.base import Problem, Snapshot, Step, Variables
 from pds_ray.distillers.matching import Loss, match
 from pds_ray.distillers.similarity import Similarity
 from pds_ray.training.loop import generator
-from pds_ray.training.losses import SCALE, SOFT_LOSSES
+from pds_ray.training.losses import SOFT_LOSSES
 from pds_ray.training.two_towers import TwoTowers, dropout_masks
 
 VL_DISTILL: Mapping[str, Any] = {
@@ -117,7 +117,7 @@ def student_loss(
             masks = dropout_masks(len(rows), model.width, draw).to(images)
         weights = layout.views(theta, phi)
         embedded = student(model, weights, images[rows], text[rows], masks, draw)
-        logits = SCALE * embedded[0] @ embedded[1].T
+        logits = (1 / config.temperature) * embedded[0] @ embedded[1].T
         return SOFT_LOSSES[config.loss](logits, similarity(rows))
 
     return loss

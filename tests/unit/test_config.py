@@ -130,6 +130,7 @@ RUN = {
     "distill.step_rate": ([0.0, 0.01], [-0.1]),
     "distill.step_size": ([0.0, 0.1], [-0.1]),
     "distill.step_floor": ([1e-9], [0.0, -1.0]),
+    "distill.temperature": ([1e-3, 0.07], [0.0, -1.0]),
     "distill.momentum": ([0.0, 0.999], [-0.1, 1.0]),
     "distill.loss": (["auto", "info_nce", "ence", "wbce", "soft_wbce"], ["bce"]),
     "distill.similarity": (["auto", "identity", "full", "low_rank"], ["none"]),

@@ -14,7 +14,13 @@ from pds_ray.config import DistillConfig
 from pds_ray.distillers import bi_trajectory, lors, repblend
 from pds_ray.distillers.base import Problem, prepared, settled
 from pds_ray.distillers.repblend import blended
-from pds_ray.distillers.trajectory import batch_rows, endpoints, match_trajectories, two_towers
+from pds_ray.distillers.trajectory import (
+    batch_rows,
+    endpoints,
+    match_trajectories,
+    student_loss,
+    two_towers,
+)
 from pds_ray.errors import ConfigError
 from tests.support.tiny_distillation import problem, start, student, wandering
 
@@ -156,6 +162,25 @@ def test_repblend_without_mixing_is_lors_on_two_heads() -> None:
     assert found.losses == pytest.approx(off.losses)
     for parameter, gradient in zip(variables.parameters(), gradients, strict=True):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.376])
+def test_the_student_has_the_temperature_that_is_asked_for(temperature: float) -> None:
+    made = problem(bi_trajectory, temperature=temperature, batch_size=8)
+    variables = bi_trajectory.variables(start(), made.config, 0)
+    theta, phi = (
+        made.experts.snapshot("expert-0", 1).theta,
+        made.experts.snapshot("expert-0", 1).phi,
+    )
+    found = student_loss(made, variables, 0)(theta, phi, 0)
+    weights = made.experts.layout.views(theta, phi)
+    image, text = two_towers(
+        made.model, weights, variables.images, variables.text, None, torch.Generator()
+    )
+    cosines, own = image @ text.T / temperature, torch.arange(8)
+    cross_entropy = torch.nn.functional.cross_entropy
+    by_hand = (cross_entropy(cosines, own) + cross_entropy(cosines.T, own)) / 2
+    torch.testing.assert_close(found, by_hand, rtol=1e-12, atol=0)
 
 
 def test_features_are_mixed_after_the_backbone_and_alike_for_both() -> None:

@@ -184,6 +184,7 @@ def test_clusters_of_two_levels_are_not_continued(pairs: int, continued: bool) -
         {"distill__step_rate": 0.5},
         {"distill__step_size": 0.5},
         {"distill__step_floor": 0.5},
+        {"distill__temperature": 0.1},
         {"distill__momentum": 0.9},
         {"distill__loss": "ence"},
         {"distill__similarity": "full"},
@@ -389,9 +390,9 @@ def test_every_option_is_judged() -> None:
         "distill.expert_epochs", "distill.max_start", "distill.independent_starts",
         "distill.smooth", "distill.batch_size", "distill.sampling", "distill.image_rate",
         "distill.text_rate", "distill.similarity_rate", "distill.step_rate", "distill.step_size",
-        "distill.step_floor", "distill.momentum", "distill.loss", "distill.similarity",
-        "distill.rank", "distill.alpha", "distill.mix", "distill.merge_branches", "distill.dropout",
-        "distill.anchor", "distill.evaluate_every", "distill.patience",
+        "distill.step_floor", "distill.momentum", "distill.loss", "distill.temperature",
+        "distill.similarity", "distill.rank", "distill.alpha", "distill.mix",
+        "distill.merge_branches", "distill.dropout", "distill.anchor", "distill.evaluate_every", "distill.patience",
     }  # fmt: skip
     assert {name for name in flatten(to_dict(RunConfig())) if not name.startswith("ray.")} == judged
 
