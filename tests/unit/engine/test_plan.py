@@ -392,7 +392,8 @@ def test_every_option_is_judged() -> None:
         "distill.text_rate", "distill.similarity_rate", "distill.step_rate", "distill.step_size",
         "distill.step_floor", "distill.momentum", "distill.loss", "distill.temperature",
         "distill.similarity", "distill.rank", "distill.alpha", "distill.mix",
-        "distill.merge_branches", "distill.dropout", "distill.anchor", "distill.evaluate_every", "distill.patience",
+        "distill.merge_branches", "distill.dropout", "distill.anchor", "distill.evaluate_every",
+        "distill.patience",
     }  # fmt: skip
     assert {name for name in flatten(to_dict(RunConfig())) if not name.startswith("ray.")} == judged
 
