@@ -1,8 +1,9 @@
-"""Captions of the images: one task embeds them; each takes the nearest caption of the source."""
+"""Captions of the images: they are embedded; each takes the nearest caption of the source."""
 
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pds_ray.distributed import pools, process
 from pds_ray.distributed.in_flight import InFlight
 from pds_ray.distributed.nearest import nearest
 from pds_ray.distributed.nearest_captions import Listed, nearest_captions
+from pds_ray.distributed.sizes import ENCODED_TOGETHER
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import captions as core
@@ -30,13 +32,13 @@ IMAGES = "images"
 
 
 def _embed(
-    pairs: int, info: EncoderInfo, config: EmbedConfig, folder: RunFolder, in_flight: InFlight
+    pairs: range, info: EncoderInfo, config: EmbedConfig, folder: RunFolder, in_flight: InFlight
 ) -> np.ndarray:
     with in_flight.doing("the encoder to load"):
         encoder = process.load_model(catalog.load_encoder, info, config.precision)
-    files = side_by_side(folder.images.read_bytes, map(folder.image_name, range(pairs)))
+    files = side_by_side(folder.images.read_bytes, map(folder.image_name, pairs))
     images = (Image.open(io.BytesIO(file)) for file in files)
-    with in_flight.doing("the images to be encoded", IMAGES) as doing:
+    with in_flight.doing("the images to be encoded", f"{IMAGES}/{pairs.start}") as doing:
         return embed_images(
             images,
             encoder,
@@ -44,6 +46,16 @@ def _embed(
             config.batch_size,
             lambda rows: doing.reach(doing.done + rows),
         )
+
+
+def _parts(pairs: int, workers: int, batch: int) -> list[range]:
+    """Cut the images into a part per worker, of ENCODED_TOGETHER images at least.
+
+    Each part has whole batches, so that last bits do not depend on the number of parts.
+    """
+    count = min(workers, math.ceil(pairs / ENCODED_TOGETHER))
+    each = math.ceil(pairs / count / batch) * batch
+    return [range(start, min(start + each, pairs)) for start in range(0, pairs, each)]
 
 
 def caption(run: Run) -> Counts:
@@ -61,8 +73,12 @@ def caption(run: Run) -> Counts:
         # the images are compared with what is in the store, hence embedded in its precision
         precision = next(iter(run.embedded.values()))["precision"]
         settings = EmbedConfig(precision=precision)
-        embedding = (_embed, pairs, run.encoder, settings, folder, in_flight)
-        images = ray.get(pools.start_model(actors, *embedding))
+        embedding = (run.encoder, settings, folder, in_flight)
+        parts = [
+            pools.start_model(actors, _embed, part, *embedding)
+            for part in _parts(pairs, actors.workers, settings.batch_size)
+        ]
+        images = np.concatenate(ray.get(parts))
         bar.follow(None)
         bar.update(pairs)
         if config.caption.nearest_to == "both":

@@ -1,8 +1,9 @@
-"""The distilled set: what `extras` asks for is gathered from the shards, the driver writes."""
+"""The distilled set: what `extras` asks for is gathered from the shards; tasks write the tars."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow as pa
 
 from pds_ray.distributed import tasks
 from pds_ray.distributed.match import count_pairs
+from pds_ray.distributed.sizes import TARS_AT_ONCE
 from pds_ray.methods.base import Counts, Run
 from pds_ray.methods.pds import judged
 from pds_ray.stages import extras as core
@@ -31,7 +33,8 @@ def materialize(run: Run) -> Counts:
     config = run.config.extras
     captions = _captions(run) if config.captions else None
     similarity = _similarity(run) if config.similarity != "off" else None
-    return writing.materialize(run, core.Extras(captions, similarity))
+    share = partial(tasks.map_in_order, at_once=TARS_AT_ONCE)
+    return writing.materialize(run, core.Extras(captions, similarity), share)
 
 
 def _similarity(run: Run) -> np.ndarray:

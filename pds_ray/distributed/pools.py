@@ -111,7 +111,12 @@ def start_model(actors: Pool, function: Callable[..., Any], *args: Any) -> ray.O
 
 
 def most_cpus() -> int:
-    """Return the largest number of CPUs that is free on one node.
+    """Return the largest number of CPUs that is free on one node, at least 1."""
+    return max(1, most_free("CPU"))
+
+
+def most_free(resource: str) -> int:
+    """Return the largest number of a resource, such as CPU or GPU, that is free on one node.
 
     On a shared cluster some may stay taken by others. Waits up to SETTLE_S for a node as large as
     any to be free as a whole.
@@ -120,11 +125,13 @@ def most_cpus() -> int:
     while True:
         free = ray_private.free_resources()
         alive = {
-            node["NodeID"]: node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]
+            node["NodeID"]: node["Resources"].get(resource, 0)
+            for node in ray.nodes()
+            if node["Alive"]
         }
-        most = max((free.get(node, {}).get("CPU", 0) for node in alive), default=0)
-        if most >= max(alive.values(), default=0) or time.monotonic() >= deadline:
-            return max(1, int(most))
+        found = max((free.get(node, {}).get(resource, 0) for node in alive), default=0)
+        if found >= max(alive.values(), default=0) or time.monotonic() >= deadline:
+            return int(found)
         time.sleep(POLL_S)
 
 

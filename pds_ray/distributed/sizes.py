@@ -8,6 +8,9 @@ from pds_ray.config import Actors
 
 BLOCK_BYTES = 64 << 20  # Ray Data's blocks: the images of one are decoded and encoded together
 CPUS_PER_WORKER = 8  # an actor without GPU and its readers; all of a node that has fewer
+FILES_PER_TASK = 1_000  # hashed by one task: a few seconds of round trips to an object store
+ENCODED_TOGETHER = 4_096  # finished images at least, by one task: it loads the encoder for them
+TARS_AT_ONCE = 16  # one of 10,000 images waits on a machine's disk, a gigabyte, for its upload
 LOOKED_UP_TOGETHER = 256  # real images at least: each lookup reads the shards they are in
 QUERIES_PER_SHARD = 10_000  # an answer is 12 bytes per query: more queries, more shards per answer
 

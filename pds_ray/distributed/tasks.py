@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from pds_ray.distributed import MACHINES_LOST, TASK_RETRIES
-from pds_ray.distributed.pools import SMALL_TASK_CPUS, most_cpus
+from pds_ray.distributed.pools import SMALL_TASK_CPUS, most, most_cpus, most_free
 from pds_ray.distributed.process import Result, with_faiss_threads
 from pds_ray.telemetry.progress import waiting_for
 
@@ -55,7 +55,7 @@ class RetryBudget:
 def run_kmeans(
     function: Callable[..., Result], parts: Sequence[tuple[ray.ObjectRef, ...]], *args: Any
 ) -> Result:
-    """Return `function(parts, *args)`, run with all CPUs of one node, or a GPU, for FAISS.
+    """Return `function(parts, *args)`, run with all CPUs of one node, or all GPUs, for FAISS.
 
     If the process, its machine or some of the parts, which it fetches, are lost, it runs again on
     what the cluster has then, as often as `RetryBudget` allows.
@@ -90,13 +90,14 @@ def _run_kmeans(
     function: Callable[..., Result], parts: Sequence[tuple[ray.ObjectRef, ...]], *args: Any
 ) -> Result:
     await_all([reference for part in parts for reference in part])
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if any(node.get("GPU", 0) >= 1 for node in nodes):
+    if most("GPU") >= 1:
         # GPUs named here and not in .options(): Ray then ends the process with the task, and with
         # it what it holds
-        with_gpu = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=1, max_retries=0)
-        if ray.get(with_gpu(_faiss_gpus).remote()):
-            return ray.get(with_gpu(function).remote(parts, *args))
+        one = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=1, max_retries=0)
+        if ray.get(one(_faiss_gpus).remote()):
+            gpus = max(1, most_free("GPU"))
+            several = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=gpus, max_retries=0)
+            return ray.get(several(function).remote(parts, *args))
     cpus = most_cpus()
     remote = ray.remote(with_faiss_threads).options(num_cpus=cpus, max_retries=0)
     return ray.get(remote.remote(cpus, function, parts, *args))
@@ -167,14 +168,17 @@ def fetch(reference: ray.ObjectRef) -> Any:
 
 
 def map_in_order(
-    function: Callable[..., Result], items: Iterable[Any], *shared: Any
+    function: Callable[..., Result],
+    items: Iterable[Any],
+    *shared: Any,
+    at_once: int | None = None,
 ) -> Iterator[Result]:
     """Yield `function(item, *shared)` for each item, in order, computed on the cluster.
 
     `shared` is sent to each node once. Only a window of tasks is in flight, so that a slow consumer
-    holds few results.
+    holds few results; it has at most `at_once` tasks.
     """
-    for item, reference in _started(function, items, shared, 1):
+    for item, reference in _started(function, items, shared, 1, at_once):
         yield wait_for(reference, item)
 
 
@@ -186,16 +190,21 @@ def map_to_store(
     Otherwise as `map_in_order`. The values stay in the object stores of the cluster and are
     recomputed if a node is lost.
     """
-    for item, references in _started(function, items, shared, 2):
+    for item, references in _started(function, items, shared, 2, None):
         wait_for(references[1], item)
         yield tuple(references)
 
 
 def _started(
-    function: Callable[..., Any], items: Iterable[Any], shared: Iterable[Any], results: int
+    function: Callable[..., Any],
+    items: Iterable[Any],
+    shared: Iterable[Any],
+    results: int,
+    at_once: int | None,
 ) -> Iterator[Any]:
     """Yield each item with the reference(s) to its results; a window of tasks runs ahead."""
     window = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
+    window = min(window, at_once or window)
     references = [ray.put(value) for value in shared]
     remote = ray.remote(function).options(
         num_cpus=SMALL_TASK_CPUS, num_returns=results, max_retries=TASK_RETRIES

@@ -14,16 +14,23 @@ from pds_ray.config import Actors, RunConfig
 from pds_ray.distributed.process import MODEL_THREADS
 from pds_ray.distributed.sizes import (
     BLOCK_BYTES,
+    ENCODED_TOGETHER,
+    FILES_PER_TASK,
     LOOKED_UP_TOGETHER,
     QUERIES_PER_SHARD,
+    TARS_AT_ONCE,
     pool_size,
 )
 from pds_ray.planning.figures import Estimate, Figures
 from pds_ray.planning.workload import Cluster, Workload
 from pds_ray.stages.cluster import sample_share
 from pds_ray.stages.match import DENSE_LIMIT
+from pds_ray.stages.materialize import PAIRS_PER_TAR
 from pds_ray.store.calls import CALLS_AT_ONCE, is_remote
 
+FIT_GPUS = (
+    4.0  # of a machine, at most: FAISS's wiki has 8 GPUs fit a k-means 3.9 times as fast as one
+)
 QUEUED_BLOCKS = 4  # per actor: waiting for it, or in its hands
 # requests to an object store: is a file there, read it, write it
 LOOK_TRIPS, READ_TRIPS, WRITE_TRIPS = 2, 2, 4
@@ -127,8 +134,13 @@ class Inputs:
         return (self.demand(what, trips, "round_trips", at_once),) if remote else ()
 
     def hashes(self, files: int) -> Phase:
-        """Return the demand for reading the files of a stage once more, to hash them."""
-        return self.round_trips("hash the files", READ_TRIPS * files, CALLS_AT_ONCE)
+        """Return the demand for reading the files of a stage once more, to hash them.
+
+        Tasks share them if there are many.
+        """
+        tasks = math.ceil(files / FILES_PER_TASK)
+        at_once = CALLS_AT_ONCE * max(1, min(tasks, self.cluster.cpus))
+        return self.round_trips("hash the files", READ_TRIPS * files, at_once)
 
 
 @dataclass(frozen=True)
@@ -225,7 +237,9 @@ def _fit(inputs: Inputs, space: str) -> list[Phase]:
     config, rows = inputs.config.cluster, _sample_rows(inputs, space)
     distances = distance_flop(rows, inputs.clusters, _width(inputs, space))
     flop = distances * (config.iterations + 1) * config.restarts
-    processors = 1 if inputs.figures["fit"].per == "GPU" else inputs.cluster.node_cpus
+    on_gpu, cluster = inputs.figures["fit"].per == "GPU", inputs.cluster
+    gpus = min(FIT_GPUS, max(1.0, cluster.gpus / cluster.units("node")))
+    processors = gpus if on_gpu else cluster.node_cpus
     sample = f"sample {space} vectors"
     return [
         (
@@ -339,17 +353,17 @@ def images_looked_through(pairs: int, batch: int, work: Workload) -> float:
 def _decode(inputs: Inputs) -> list[Phase]:
     config = inputs.config
     wish, drawn = config.ray.decode_actors, config.decode.decoder == "unclip"
-    actors = inputs.actors(wish, on_gpu=drawn)
+    actors, together = inputs.actors(wish, on_gpu=drawn), config.decode.batch_size
     if drawn:
         drawings = inputs.clusters * config.decode.candidates
         work = inputs.demand("draw", drawings, "draw", inputs.shared_by(wish))
     else:
-        together = max(config.decode.batch_size, LOOKED_UP_TOGETHER)
+        together = max(together, LOOKED_UP_TOGETHER)
         images = images_looked_through(inputs.clusters, together, inputs.work)
         work = inputs.demand("look images up", images, "read", actors)
-    # each image by the actor that made it, one after the other
-    trips = (LOOK_TRIPS + WRITE_TRIPS) * inputs.clusters
-    written = inputs.round_trips("write images", trips, actors)
+    # an actor writes the images of a chunk side by side
+    rounds = math.ceil(inputs.clusters / together) * math.ceil(together / CALLS_AT_ONCE)
+    written = inputs.round_trips("write images", (LOOK_TRIPS + WRITE_TRIPS) * rounds, actors)
     judged = _judge(inputs) if drawn and config.decode.judged else []
     return [(work,), *judged, written, inputs.hashes(inputs.clusters)]
 
@@ -376,10 +390,17 @@ def _decode_disk_bytes(inputs: Inputs) -> float:
 def _caption(inputs: Inputs) -> list[Phase]:
     if inputs.config.caption.nearest_to == "prototype":
         return []
-    processors = 1 if inputs.figures["encode_images"].per == "GPU" else MODEL_THREADS
-    read = inputs.round_trips("read images", READ_TRIPS * inputs.clusters, CALLS_AT_ONCE)
-    encode = inputs.demand("encode images", inputs.clusters, "encode_images", processors)
-    return [read, (encode,), _search(inputs, "captions", inputs.work.pairs)]
+    parts = min(
+        inputs.actors(inputs.config.ray.embed_actors),
+        math.ceil(inputs.clusters / ENCODED_TOGETHER),
+    )
+    on_gpu = inputs.figures["encode_images"].per == "GPU"
+    processors = parts if on_gpu else MODEL_THREADS * parts
+    embedded = (  # an image is read while another is encoded
+        inputs.demand("encode images", inputs.clusters, "encode_images", processors),
+        *inputs.round_trips("read images", READ_TRIPS * inputs.clusters, CALLS_AT_ONCE * parts),
+    )
+    return [embedded, _search(inputs, "captions", inputs.work.pairs)]
 
 
 def _caption_disk_bytes(inputs: Inputs) -> float:
@@ -388,8 +409,9 @@ def _caption_disk_bytes(inputs: Inputs) -> float:
 
 def _materialize(inputs: Inputs) -> list[Phase]:
     trips = (READ_TRIPS + WRITE_TRIPS) * inputs.clusters
-    copy = inputs.round_trips("read and write images", trips, CALLS_AT_ONCE)
-    return [(inputs.demand("write the set", inputs.clusters, "materialize"), *copy)]
+    tars = min(math.ceil(inputs.clusters / PAIRS_PER_TAR), TARS_AT_ONCE, inputs.cluster.cpus)
+    copy = inputs.round_trips("read and write images", trips, CALLS_AT_ONCE * tars)
+    return [(inputs.demand("write the set", inputs.clusters, "materialize", tars), *copy)]
 
 
 def _materialize_disk_bytes(inputs: Inputs) -> float:
