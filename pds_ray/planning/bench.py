@@ -439,10 +439,10 @@ def _pass_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Entr
     plain = replace(config, {"cluster.normalize": False})
 
     def four_passes() -> None:
-        prune.histogram(shard, store, None)
-        prune.histogram(shard, store, 1 << 15)
-        prune.count_ties(shard, store, Threshold(1 << 31, 0))
-        prune.write_mask((shard, 0), store, run, Threshold(0, 0))  # all are kept
+        prune.histogram([shard], store, None)
+        prune.histogram([shard], store, 1 << 15)
+        prune.count_ties([shard], store, Threshold(1 << 31, 0))
+        prune.write_masks([(shard, 0)], store, run, Threshold(0, 0))  # all are kept
 
     passes: dict[str, tuple[str, Callable[[], object]]] = {  # each reads the files of those before
         "store": ("pairs", commit),
@@ -450,13 +450,13 @@ def _pass_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Entr
         "sample": ("vectors", lambda: cluster.sampled([shard], "text", store, run, 0.5, plain)),
         "label_rows": (
             "pairs",
-            lambda: cluster.label_shard((shard, False), store, run, centroids, False),
+            lambda: cluster.label_shards([(shard, False)], store, run, centroids, False, "cpu"),
         ),
-        "match": ("pairs", lambda: match.count_pairs(shard, store, run, FEW)),
-        "sums": ("pairs", lambda: averaging.sum_shard(shard, store, run, matches, FEW)),
+        "match": ("pairs", lambda: match.count_pairs([shard], store, run, FEW)),
+        "sums": ("pairs", lambda: averaging.sum_shards([shard], store, run, matches, FEW)),
         "search_rows": (
             "rows",
-            lambda: nearest.search_shards([(0, shard)], "captions", store, few[:1]),
+            lambda: nearest.search_shards([(0, shard)], store, {"captions": few[:1]}, {}, "cpu"),
         ),
     }
     text = stored / SHARD_PAIRS - 2 * dim * np.dtype(dtype).itemsize

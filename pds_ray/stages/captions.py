@@ -76,6 +76,41 @@ def merge_rows(total: TopRows, part: TopRows) -> TopRows:
     )
 
 
+@dataclass
+class Entries:
+    """Rows of a part of the shards that belong in the lists of some queries."""
+
+    query: np.ndarray
+    """int32 [m], ascending; of each query the rows are in the order of its list."""
+    cosine: np.ndarray
+    """float32 [m]."""
+    shard: np.ndarray
+    """int32 [m]."""
+    row: np.ndarray
+    """int32 [m]."""
+
+
+def entries(part: TopRows, at_least: np.ndarray) -> Entries:
+    """Return the rows that are above the last ones of the lists so far, float32 [B]."""
+    query, place = np.nonzero(part.cosine > at_least[:, None])
+    columns = (getattr(part, name)[query, place] for name in ("cosine", "shard", "row"))
+    return Entries(query.astype(np.int32), *columns)
+
+
+def merge_entries(total: TopRows, part: Entries) -> None:
+    """Put rows into the lists; called in shard order, the earlier shard comes first in a tie."""
+    queries, starts, counts = np.unique(part.query, return_index=True, return_counts=True)
+    rows = np.repeat(np.arange(len(queries)), counts)
+    places = np.arange(len(part.query)) - np.repeat(starts, counts)
+    new = no_rows(len(queries), max(counts, default=0))
+    mine = TopRows(total.cosine[queries], total.shard[queries], total.row[queries])
+    for name in ("cosine", "shard", "row"):
+        getattr(new, name)[rows, places] = getattr(part, name)
+    merged = merge_rows(mine, new)
+    for name in ("cosine", "shard", "row"):
+        getattr(total, name)[queries] = getattr(merged, name)
+
+
 def finds(captions: np.ndarray, images: np.ndarray) -> np.ndarray:
     """Return the image of highest cosine to each caption, the first of equals. int32 [n].
 

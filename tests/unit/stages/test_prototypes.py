@@ -315,11 +315,12 @@ def test_a_set_that_is_smaller_than_asked_for_says_why(capsys: pytest.CaptureFix
     assert capsys.readouterr().err == f"pds-ray: 1 of the 10 pairs asked for: {why}\n"
 
 
-def medoids_of(seed: int, places: tuple[int, ...]) -> core.Prototypes:
+def medoids_of(seed: int, places: tuple[int, ...], together: int) -> core.Prototypes:
     image_vectors, text_vectors, image, text, matches = world(seed)
     clusters = len(matches.image_cluster)
     centers = core.means(sums_of(seed))
     total = core.no_medoids(clusters, image_vectors.shape[1])
+    parts = []
     for number, mine in enumerate(np.split(np.arange(len(image)), sorted(places))):
         pairs = core.ShardPairs(
             f"s{number}",
@@ -329,16 +330,24 @@ def medoids_of(seed: int, places: tuple[int, ...]) -> core.Prototypes:
             image[mine],
             text[mine],
         )
-        core.merge_medoids(total, core.shard_medoids(pairs, matches, clusters, centers))
+        parts.append(core.shard_medoids(pairs, matches, clusters, centers))
+    behind = total.score
+    for start in range(0, len(parts), together):
+        part = core.best_medoids(parts[start : start + together], behind)
+        if start % 2:
+            behind = total.score.copy()  # an answer to what was known some time ago
+        core.merge_medoids(total, part)
     return core.of_medoids(total, centers)
 
 
 @settings(max_examples=25)
-@given(st.integers(0, 10**6), st.lists(st.integers(0, 200), max_size=5))
-def test_medoids_are_the_pairs_nearest_to_both_means_however_the_shards_are_cut(seed, places):
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 200), max_size=5), st.sampled_from([1, 2, 6]))
+def test_medoids_are_the_pairs_nearest_to_both_means_however_the_shards_are_cut(
+    seed, places, together
+):
     image_vectors, text_vectors, _, _, _ = world(seed)
     rows, centers = brute_force(seed), core.means(sums_of(seed))
-    found = medoids_of(seed, tuple(places))
+    found = medoids_of(seed, tuple(places), together)
     assert sorted(found.match) == sorted(centers.match)
     assert (np.diff(found.cosine) <= 0).all()
     for place, match in enumerate(found.match):
