@@ -18,7 +18,7 @@ from pds_ray.distributed.in_flight import InFlight
 from pds_ray.distributed.sizes import product_seconds, task_count
 from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import cluster as core
-from pds_ray.stages import vectors
+from pds_ray.stages import products, vectors
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import fingerprint
 from pds_ray.store.run_folder import RunFolder
@@ -128,9 +128,10 @@ def label_shards(
     """
     clusters = len(next(iter(centroids.values())))
     sizes = np.zeros((len(centroids), clusters), np.int64)
+    prepared = {space: products.as_centroids(fitted, device) for space, fitted in centroids.items()}
     for shard, done in group:
         if not done:
-            _label(shard, store, folder, centroids, normalize, device)
+            _label(shard, store, folder, prepared, normalize)
         for space, labels in enumerate(folder.labels(shard)[: len(centroids)]):
             sizes[space] += np.bincount(labels[labels >= 0], minlength=clusters)
     return [(np.flatnonzero(size), size[size > 0]) for size in sizes]
@@ -140,14 +141,13 @@ def _label(
     shard: str,
     store: EmbeddingStore,
     folder: RunFolder,
-    centroids: dict[str, np.ndarray],
+    centroids: dict[str, products.Vectors],
     normalize: bool,
-    device: str,
 ) -> None:
     kept, owner = folder.keep(shard), _owner(shard, store)
     labels = []
     for space, fitted in centroids.items():
-        found = core.assign(_vectors(space, shard, store, normalize), fitted)
+        found = products.assign(_vectors(space, shard, store, normalize), fitted)
         labels.append(
             np.where(kept, found[owner] if space == "image" else found, -1).astype(np.int32)
         )

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pds_ray.distributed import pools, tasks
 from pds_ray.distributed.sizes import column_seconds, product_seconds, task_count
 from pds_ray.methods.base import Run
+from pds_ray.stages import products
 from pds_ray.stages import prototypes as core
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.schemas import embeddings
@@ -44,11 +45,12 @@ def search_shards(
     best = {side: core.no_nearest(len(own)) for side, own in queries.items()}
     for side, cosine in at_least.items():
         best[side].cosine[:] = cosine
+    prepared = {side: products.as_queries(own, device) for side, own in queries.items()}
     for number, shard in group:
-        for side, own in queries.items():
+        for side, own in prepared.items():
             rows = embeddings(_read(side, shard, store, ["embedding"]))
-            cosine, row = core.nearest_rows(own, rows)
-            shards = np.full(len(own), number, np.int32)
+            cosine, row = products.nearest_rows(own, rows, best[side].cosine)
+            shards = np.full(len(row), number, np.int32)
             core.merge_nearest(best[side], core.Nearest(cosine, shards, row))
     return {side: core.improved(found) for side, found in best.items()}
 

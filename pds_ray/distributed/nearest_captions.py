@@ -13,6 +13,7 @@ from pds_ray.distributed import pools, tasks
 from pds_ray.distributed.sizes import product_seconds, task_count
 from pds_ray.methods.base import Run
 from pds_ray.stages import captions as core
+from pds_ray.stages import products
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.schemas import embeddings
 
@@ -37,15 +38,16 @@ def _search(
     at_least: np.ndarray,
     device: str,
 ) -> core.Entries:
-    best = core.no_rows(len(queries), count)
+    best, prepared = core.no_rows(len(queries), count), products.as_queries(queries, device)
     for number, shard in group:
         rows = embeddings(store.captions(shard, ["embedding"]))
-        best = core.merge_rows(best, core.top_rows(queries, rows, number, count))
+        reached = np.maximum(best.cosine[:, -1], at_least)
+        best = core.merge_rows(best, core.top_rows(prepared, rows, number, count, reached))
     return core.entries(best, at_least)
 
 
 def _look_up(
-    group: list[tuple[str, np.ndarray]], store: EmbeddingStore, images: np.ndarray
+    group: list[tuple[str, np.ndarray]], store: EmbeddingStore, images: np.ndarray, device: str
 ) -> list[tuple[str, str, int]]:
     """Return the text and the key of rows of some shards, and the image that each is nearest to."""
     names, rows = ["key", "caption", "embedding"], []
@@ -53,7 +55,7 @@ def _look_up(
         rows.append(store.captions(shard, names).take(places))
     found = pa.concat_tables(rows)
     columns = (found.column(name).to_pylist() for name in ("caption", "key"))
-    return list(zip(*columns, core.finds(embeddings(found), images).tolist(), strict=True))
+    return list(zip(*columns, core.finds(embeddings(found), images, device).tolist(), strict=True))
 
 
 def nearest_captions(
@@ -79,18 +81,19 @@ def nearest_captions(
 
 def _listed(run: Run, best: core.TopRows, images: np.ndarray) -> list[list[Listed]]:
     """Return the rows of the lists with all that is read of them from their shards."""
-    shards = run.shard_names
+    shards, share = run.shard_names, pools.products()
     place = np.flatnonzero(best.shard.ravel() >= 0)
     place = place[np.argsort(best.shard.ravel()[place], kind="stable")]
     numbers, starts = np.unique(best.shard.ravel()[place], return_index=True)
     rows = np.split(best.row.ravel()[place], starts[1:])
     items = [(shards[number], mine) for number, mine in zip(numbers, rows, strict=True)]
     mean_rows = run.counts("embed")["pairs"] / max(1, len(shards))
-    shard_s = product_seconds(mean_rows, 0, images.shape[1], "cpu") + product_seconds(
-        len(place) / max(1, len(items)), *images.shape, "cpu"
+    shard_s = product_seconds(mean_rows, 0, images.shape[1], share.device) + product_seconds(
+        len(place) / max(1, len(items)), *images.shape, share.device
     )
     groups = tasks.groups(items, task_count(len(items), shard_s))
-    looked_up = chain.from_iterable(tasks.map_in_order(_look_up, groups, run.store, images))
+    given = (run.store, images, share.device)
+    looked_up = chain.from_iterable(tasks.map_in_order(_look_up, groups, *given, share=share))
     lists: list[list[Listed | None]] = [[None] * best.row.shape[1] for _ in images]
     for at, (text, key, finds) in zip(place, looked_up, strict=True):
         query, within = divmod(int(at), best.row.shape[1])
