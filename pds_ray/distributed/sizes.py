@@ -76,10 +76,9 @@ def sum_task_count(shards: int, rows: float, matches: float, dim: int) -> int:
     `rows` are those of a shard, `matches` those that its pairs are of, for which it has two float64
     vectors each.
     """
-    by_bytes = math.ceil(shards * 2 * 8 * dim * matches / SUMS_BYTES)
-    return min(
-        max(1, shards), max(task_count(shards, product_seconds(rows, 0, dim, "cpu")), by_bytes)
-    )
+    together = max(1, int(SUMS_BYTES / (2 * 8 * dim * max(1.0, matches))))
+    by_time = task_count(shards, product_seconds(rows, 0, dim, "cpu"))
+    return max(by_time, math.ceil(shards / together))
 
 
 def match_ranges(matches: int, dim: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -140,6 +142,33 @@ def test_means_are_those_of_the_rows_in_falling_cosine(seed):
         cosine = image @ text / (np.linalg.norm(image) * np.linalg.norm(text))
         assert made.cosine[place] == pytest.approx(cosine, abs=1e-9)
     assert (np.diff(made.cosine) <= 0).all()
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 5), max_size=3))
+def test_ranges_of_matches_that_are_summed_apart_give_the_same_bytes(seed, cuts):
+    """Two shards, cut by ranges of matches, of which some are empty."""
+    image_vectors, text_vectors, image, text, matches = world(seed)
+    clusters, dim = len(matches.image_cluster), image_vectors.shape[1]
+    bounds = [0, *sorted(cut * clusters // 5 for cut in cuts), clusters]
+    ranges = [np.arange(start, end) for start, end in pairwise(bounds)]
+    apart = [core.empty_sums(own, dim) for own in ranges]
+    whole = core.empty_sums(np.arange(clusters), dim)
+    for mine in np.array_split(np.arange(len(image)), 2):
+        sides = *shared_images(image_vectors[mine]), text_vectors[mine], image[mine], text[mine]
+        pairs = core.ShardPairs("s", [f"k{row}" for row in mine], *sides)
+        part = core.shard_sums(pairs, matches, clusters)
+        core.add_sums(whole, part)
+        for total, own in zip(apart, part.split(bounds), strict=True):
+            core.add_sums(total, own)
+    found = core.merged([core.means(total) for total in apart])
+    expected = core.means(whole)
+    for name in ("image", "text", "cosine", "match"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    members = core.joined_members([core.members(total) for total in apart])
+    assert members.names == whole.members
+    mean_norms = whole.image_norm / np.maximum(whole.image_count, 1)
+    np.testing.assert_array_equal(members.norm, mean_norms)
 
 
 def test_equal_cosines_keep_the_order_of_the_matches():
