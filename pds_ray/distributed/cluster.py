@@ -17,7 +17,7 @@ from pds_ray.distributed import tasks
 from pds_ray.distributed.in_flight import InFlight
 from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import cluster as core
-from pds_ray.stages import vectors
+from pds_ray.stages import products, vectors
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import fingerprint
 from pds_ray.store.run_folder import RunFolder
@@ -129,7 +129,7 @@ def label_shard(
         kept, owner = folder.keep(shard), _owner(shard, store)
         labels = []
         for space, fitted in centroids.items():
-            found = core.assign(_vectors(space, shard, store, normalize), fitted)
+            found = products.assign(_vectors(space, shard, store, normalize), fitted)
             labels.append(
                 np.where(kept, found[owner] if space == "image" else found, -1).astype(np.int32)
             )

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from pds_ray.distributed import tasks
 from pds_ray.distributed.sizes import QUERIES_PER_SHARD
+from pds_ray.stages import products
 from pds_ray.stages import prototypes as core
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.schemas import embeddings
@@ -27,9 +28,10 @@ def search_shards(
 ) -> core.Nearest:
     """Find the nearest row of some shards, with their numbers, to each query."""
     best = core.no_nearest(len(queries))
+    prepared = products.as_queries(queries)
     for number, shard in group:
         rows = embeddings(_read(side, shard, store, ["embedding"]))
-        cosine, row = core.nearest_rows(queries, rows)
+        cosine, row = products.nearest_rows(prepared, rows, best.cosine)
         core.merge_nearest(best, core.Nearest(cosine, np.full(len(queries), number, np.int32), row))
     return best
 

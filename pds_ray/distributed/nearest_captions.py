@@ -10,6 +10,7 @@ from tqdm import tqdm
 from pds_ray.distributed import tasks
 from pds_ray.distributed.sizes import QUERIES_PER_SHARD
 from pds_ray.stages import captions as core
+from pds_ray.stages import products
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.schemas import embeddings
 
@@ -30,9 +31,11 @@ def _search(
     group: list[tuple[int, str]], store: EmbeddingStore, queries: np.ndarray, count: int
 ) -> core.TopRows:
     best = core.no_rows(len(queries), count)
+    prepared = products.as_queries(queries)
     for number, shard in group:
         rows = embeddings(store.captions(shard, ["embedding"]))
-        best = core.merge_rows(best, core.top_rows(queries, rows, number, count))
+        last = best.cosine[:, -1]
+        best = core.merge_rows(best, core.top_rows(prepared, rows, number, count, last))
     return best
 
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pds_ray.stages.prototypes import nearest_rows
-from pds_ray.stages.vectors import normalized
+from pds_ray.stages import products
+from pds_ray.stages.products import Vectors
 
 LONGEST_LIST = 64
 """Captions looked at per image; equal texts count as often as they occur."""
-COSINES_AT_ONCE = 2**25  # 128 MiB
 
 
 @dataclass
@@ -36,31 +35,20 @@ def no_rows(queries: int, count: int) -> TopRows:
     return TopRows(np.full((queries, count), -np.inf, np.float32), nowhere, nowhere.copy())
 
 
-def top_rows(queries: np.ndarray, rows: np.ndarray, shard: int, count: int) -> TopRows:
+def top_rows(
+    queries: np.ndarray | Vectors,
+    rows: np.ndarray,
+    shard: int,
+    count: int,
+    at_least: np.ndarray | None = None,
+) -> TopRows:
     """Return the `count` rows of highest cosine to each query, exactly.
 
-    float32 [B, d], [n, d]; `shard` is the number of their shard.
+    float32 [B, d], [n, d]; `shard` is the number of their shard. Rows below the cosine `at_least`,
+    float32 [B], are left out.
     """
-    unit_queries, unit_rows = normalized(queries), normalized(rows)
-    found = no_rows(len(queries), count)
-    together = max(1, COSINES_AT_ONCE // max(1, len(rows)))
-    for start in range(0, len(queries), together):
-        for query, cosines in enumerate(
-            unit_queries[start : start + together] @ unit_rows.T, start
-        ):
-            best = _highest(cosines, count)
-            found.cosine[query, : len(best)] = cosines[best]
-            found.shard[query, : len(best)] = shard
-            found.row[query, : len(best)] = best
-    return found
-
-
-def _highest(values: np.ndarray, count: int) -> np.ndarray:
-    """Return the places of the `count` highest values [n], the earlier of equals first."""
-    places = np.arange(len(values))
-    if len(values) > count:  # sort few of many
-        places = np.flatnonzero(values >= np.partition(values, -count)[-count])
-    return places[np.argsort(-values[places], kind="stable")][:count]
+    cosine, row = products.top_rows(queries, rows, count, at_least)
+    return TopRows(cosine, np.where(row < 0, -1, shard).astype(np.int32), row)
 
 
 def merge_rows(total: TopRows, part: TopRows) -> TopRows:
@@ -81,7 +69,7 @@ def finds(captions: np.ndarray, images: np.ndarray) -> np.ndarray:
 
     float32 [n, d], [B, d].
     """
-    return nearest_rows(captions, images)[1]
+    return products.nearest_rows(captions, images)[1]
 
 
 def choose(texts: list[list[str]], found: list[list[int]]) -> tuple[list[int], list[bool]]:

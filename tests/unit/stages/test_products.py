@@ -41,7 +41,7 @@ def true_distances(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 def check_nearest(queries: np.ndarray, rows: np.ndarray, found: tuple, at_least=None) -> None:
     """Compare with all cosines, rounded to float32: their first highest, if high enough."""
     cosine, row = found
-    assert cosine.dtype == np.float32 and row.dtype == np.int32
+    assert (cosine.dtype, row.dtype) == (np.float32, np.int32)
     whole = true_cosines(queries, rows).astype(np.float32)
     expected = whole.argmax(axis=1)
     best = whole.max(axis=1)
@@ -135,7 +135,7 @@ arithmetics = st.sampled_from(sorted(ARITHMETICS))
 
 def by(name: str) -> AbstractContextManager[object]:
     """Make the first pass use an arithmetic, whatever this CPU is fast at."""
-    return mock.patch.object(products, "coarse", lambda _device: ARITHMETICS[name])
+    return mock.patch.object(products, "coarse", return_value=ARITHMETICS[name])
 
 
 # ---- properties --------------------------------------------------------------------------------
@@ -246,9 +246,7 @@ def test_no_row_is_lost_that_may_be_the_nearest(arithmetic, unit, drawn, block):
     found = {pair for pairs, _ in first for pair in zip(*astuple(pairs), strict=True)}
     assert {pair for pair in nearest if pair[0] not in crowded} <= found
     everybody = np.arange(len(queries))
-    fine = {
-        pair for pairs in search.fine(everybody) for pair in zip(*astuple(pairs), strict=True)
-    }
+    fine = {pair for pairs in search.fine(everybody) for pair in zip(*astuple(pairs), strict=True)}
     assert nearest <= fine
 
 
@@ -314,6 +312,21 @@ def test_equal_distances_take_the_first():
     for name in ARITHMETICS:
         with by(name):
             np.testing.assert_array_equal(products.assign(points, centroids), expected)
+
+
+def test_cosines_ignore_length():
+    queries = np.array([[1, 0], [0, 2]], np.float32)
+    rows = np.array([[100, 90], [0.1, 0], [0, 0], [-5, 0.5]], np.float32)
+    cosine, row = products.nearest_rows(queries, rows)
+    assert row.tolist() == [1, 0]
+    np.testing.assert_allclose(cosine, [1, 90 / np.hypot(100, 90)], rtol=1e-6)
+
+
+def test_an_empty_cluster_keeps_its_label():
+    """Centroid 1 is far from everything: labels stay 0 and 2."""
+    centroids = np.array([[0, 0], [1e6, 1e6], [5, 5]], np.float32)
+    labels = products.assign(np.array([[0.1, 0], [5, 5.1], [4, 4]], np.float32), centroids)
+    assert labels.tolist() == [0, 2, 2]
 
 
 def test_a_search_of_nothing():
