@@ -44,7 +44,7 @@ from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import cluster as clustering
 from pds_ray.stages import embed as embedding
 from pds_ray.stages import match as matching
-from pds_ray.stages import prototypes
+from pds_ray.stages import products, prototypes
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import versions
 from pds_ray.store.run_folder import RunFolder
@@ -487,10 +487,10 @@ def _arithmetic_figures(dim: int) -> dict[str, Entry]:
 
     return {
         "fit": _rate(fit, (ITERATIONS + 1) * flop, "FLOP", "GPU" if _faiss_has_gpus() else "core"),
-        "label": _rate(lambda: clustering.assign(rows, centroids), flop, "FLOP"),
+        "label": _rate(lambda: products.assign(rows, centroids), flop, "FLOP"),
         "solve_dense": solve(DENSE, "dense", 3),
         "solve_sparse": solve(SPARSE, "sparse", 2),
-        "search": _rate(lambda: prototypes.nearest_rows(centroids, rows), flop, "FLOP"),
+        "search": _rate(lambda: products.nearest_rows(centroids, rows), flop, "FLOP"),
     }
 
 

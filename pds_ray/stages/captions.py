@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pds_ray.stages import products
+from pds_ray.stages.products import Vectors
 
 LONGEST_LIST = 64
 """Captions looked at per image; equal texts count as often as they occur."""
@@ -35,7 +36,7 @@ def no_rows(queries: int, count: int) -> TopRows:
 
 
 def top_rows(
-    queries: np.ndarray | products.Vectors,
+    queries: np.ndarray | Vectors,
     rows: np.ndarray,
     shard: int,
     count: int,
@@ -47,7 +48,7 @@ def top_rows(
     float32 [B], are left out.
     """
     cosine, row = products.top_rows(queries, rows, count, at_least)
-    return TopRows(cosine, np.where(row >= 0, shard, -1).astype(np.int32), row)
+    return TopRows(cosine, np.where(row < 0, -1, shard).astype(np.int32), row)
 
 
 def merge_rows(total: TopRows, part: TopRows) -> TopRows:

@@ -44,7 +44,7 @@ class Block:
 # A CPU's products are 4 MiB, which its cache holds, and 16 MiB are kept; a GPU's are 512 MiB.
 BLOCKS = {"cpu": Block(512, 4_096, 16_384), "cuda": Block(8_192, 16_384, 16_384)}
 GROUP = 32  # rows of which only the highest score is looked at first
-VECTORS_AT_ONCE = 1_024  # rounded at once
+VECTORS_AT_ONCE = 512  # rounded at once
 PAIRS_AT_ONCE = 128  # ranked exactly at once: they stay in the cache
 # candidates of a query from which a fine product is cheaper than an exact sum for each: one more
 # for every so many rows
@@ -104,24 +104,24 @@ def has_fast_bfloat16() -> bool:
         tries = []
         for _ in range(4):  # the first one sets up
             began = time.perf_counter()
-            _product(left, right)
+            _product(left, right, torch.empty(rows, queries, dtype=dtype))
             tries.append(time.perf_counter() - began)
         seconds[dtype] = min(tries)
     return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
-def _product(rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """Return the scores [n, b] of vectors [n, k] and [b, k]."""
+def _product(rows: torch.Tensor, queries: torch.Tensor, scores: torch.Tensor) -> None:
+    """Multiply vectors [n, k] and [b, k] into scores [n, b]."""
     import torch
 
-    if rows.dtype == torch.bfloat16:
-        if rows.is_cuda:
-            return torch.mm(rows, queries.T, out_dtype=torch.float32)
-        return rows @ queries.T
+    low = rows.dtype == torch.bfloat16
     if rows.is_cuda:
-        return rows @ queries.T
-    # not torch's, which is less than float32 wherever somebody in the process asked for that
-    return torch.from_numpy(rows.numpy() @ queries.numpy().T)
+        scores[:] = torch.mm(rows, queries.T, out_dtype=torch.float32) if low else rows @ queries.T
+    elif low:
+        torch.mm(rows, queries.T, out=scores)
+    else:
+        # not torch's, which is less than float32 wherever somebody in the process asked for that
+        np.matmul(rows.numpy(), queries.numpy().T, out=scores.numpy())
 
 
 # ---- vectors -----------------------------------------------------------------------------------
@@ -352,13 +352,16 @@ class Search:
         """
         import torch
 
-        parts, count = [], len(rows.usable)
+        count, asked = len(rows.usable), len(queries.usable)
+        low = queries.columns.is_cuda and queries.columns.dtype == torch.bfloat16
+        dtype = torch.float32 if low else queries.columns.dtype
+        groups = -(-count // GROUP)
+        scores = queries.columns.new_empty(groups * GROUP, asked, dtype=dtype)
+        scores[count:] = -torch.inf
         for start in range(0, count, self.block.rows):
-            parts.append(_product(rows.columns[start : start + self.block.rows], queries.columns))
-        if lacking := -count % GROUP:
-            parts.append(parts[0].new_full((lacking, len(queries.usable)), -torch.inf))
-        scores = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return scores, scores.view(-1, GROUP, len(queries.usable)).amax(dim=1)
+            some = slice(start, min(start + self.block.rows, count))
+            _product(rows.columns[some], queries.columns, scores[some])
+        return scores, scores.view(groups, GROUP, asked).amax(dim=1)
 
     def _last(self, scores: torch.Tensor, highest: torch.Tensor) -> torch.Tensor:
         """Return a score that at least `count` rows reach, [b], as high as is found quickly."""
@@ -428,13 +431,19 @@ def cosines(queries: np.ndarray, rows: np.ndarray, pairs: Pairs) -> np.ndarray:
 
 
 def squared_distances(queries: np.ndarray, rows: np.ndarray, pairs: Pairs) -> np.ndarray:
-    """Return the squared distance of each pair, float64 [pairs]."""
+    """Return the squared distance of each pair, float64 [pairs]; 0 if it is its query's only one.
+
+    That needs none to be the nearest.
+    """
 
     def terms(query: np.ndarray, row: np.ndarray) -> np.ndarray:
         apart = np.subtract(queries[query], rows[row], dtype=np.float64)
         return np.square(apart, out=apart)
 
-    return _by_parts(terms, pairs.query, pairs.row)
+    several = np.bincount(pairs.query)[pairs.query] > 1
+    found = np.zeros(len(several))
+    found[several] = _by_parts(terms, pairs.query[several], pairs.row[several])
+    return found
 
 
 # ---- answers -----------------------------------------------------------------------------------

@@ -319,10 +319,6 @@ def of_medoids(medoids: Medoids, centers: Prototypes) -> Prototypes:
     return _in_order(image.astype(np.float64), text.astype(np.float64), match)
 
 
-# their cosines are 128 MiB, however many there are of both
-QUERIES_AT_ONCE, ROWS_AT_ONCE = 2_048, 16_384
-
-
 @dataclass
 class Nearest:
     """The best row so far for each of B queries."""
@@ -339,33 +335,6 @@ def no_nearest(queries: int) -> Nearest:
     """Return the neutral element of `merge_nearest`."""
     nowhere = np.full(queries, -1, np.int32)
     return Nearest(np.full(queries, -np.inf, np.float32), nowhere, nowhere.copy())
-
-
-def nearest_rows(
-    queries: np.ndarray, rows: np.ndarray, block: tuple[int, int] = (QUERIES_AT_ONCE, ROWS_AT_ONCE)
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the highest cosine and its row for each query, the first of equals.
-
-    float32 [B, d], [n, d] -> float32 [B], int32 [B]. Exact, in blocks of queries and rows; -inf and
-    -1 where there are no rows.
-    """
-    some_queries, some_rows = block
-    unit = normalized(queries)
-    best = np.full(len(queries), -np.inf, np.float32)
-    where = np.full(len(queries), -1, np.int32)
-    for start in range(0, len(rows), some_rows):
-        some = rows[start : start + some_rows]
-        norms = np.sqrt(np.einsum("nd,nd->n", some, some))
-        norms[norms == 0] = 1
-        for first in range(0, len(queries), some_queries):
-            mine = slice(first, first + some_queries)
-            similarity = unit[mine] @ some.T
-            similarity /= norms  # cheaper than to bring the rows to unit length
-            top = similarity.argmax(axis=1)
-            value = similarity[np.arange(len(top)), top]
-            better = value > best[mine]
-            best[mine][better], where[mine][better] = value[better], top[better] + start
-    return best, where
 
 
 def merge_nearest(total: Nearest, part: Nearest) -> None:

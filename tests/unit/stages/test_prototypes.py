@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pds_ray.stages import products
 from pds_ray.stages import prototypes as core
 from pds_ray.store.schemas import MEMBER_SAMPLE
 
@@ -218,57 +219,19 @@ def exact_vectors(seed: int, count: int) -> np.ndarray:
     return np.random.default_rng(seed).choice(np.array([-1, 1], np.float32), (count, 16))
 
 
-@pytest.mark.parametrize("block", [(1, 1), (2_048, 7), (3, 64), (7, 16_384)])
-def test_nearest_is_the_first_of_the_best(block):
-    queries, rows = exact_vectors(0, 20), exact_vectors(1, 150)
-    rows[100:] = rows[:50]  # every one of these appears twice
-    cosine, where = core.nearest_rows(queries, rows, block)
-    whole = queries @ rows.T / 16
-    np.testing.assert_array_equal(where, whole.argmax(axis=1))
-    np.testing.assert_array_equal(cosine, whole.max(axis=1))
-
-
-def test_nearest_ignores_length():
-    queries = np.array([[1, 0], [0, 2]], np.float32)
-    rows = np.array([[100, 90], [0.1, 0], [0, 0], [-5, 0.5]], np.float32)
-    cosine, where = core.nearest_rows(queries, rows)
-    assert where.tolist() == [1, 0]
-    np.testing.assert_allclose(cosine, [1, 90 / np.hypot(100, 90)], rtol=1e-6)
-
-
-@pytest.mark.parametrize("block", [(4, 3), (1000, 1000)])
-def test_nearest_on_random_vectors(block):
-    rng = np.random.default_rng(6)
-    queries, rows = (
-        rng.standard_normal((11, 9)).astype(np.float32),
-        rng.standard_normal((90, 9)).astype(np.float32),
-    )
-    cosine, where = core.nearest_rows(queries, rows, block)
-    a, b = queries.astype(np.float64), rows.astype(np.float64)
-    whole = a @ b.T / (np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(b, axis=1))
-    np.testing.assert_array_equal(where, whole.argmax(axis=1))
-    np.testing.assert_allclose(cosine, whole.max(axis=1), atol=1e-6)
-
-
-def test_nearest_of_nothing():
-    cosine, where = core.nearest_rows(np.ones((2, 3), np.float32), np.zeros((0, 3), np.float32))
-    assert where.tolist() == [-1, -1]
-    assert np.isneginf(cosine).all()
-
-
 @pytest.mark.parametrize("edges", [[], [75], [0, 3, 4, 149]])
 @pytest.mark.parametrize("together", [1, 2])
 def test_nearest_over_shards_equals_the_whole(edges, together):
     """However rows are cut into shards, and however many shards are merged before the rest."""
     queries, rows = exact_vectors(2, 20), exact_vectors(3, 150)
     rows[75:] = rows[:75]
-    expected = core.nearest_rows(queries, rows)
+    expected = products.nearest_rows(queries, rows)
     shards = np.split(np.arange(len(rows)), edges)
     total = core.no_nearest(len(queries))
     for start in range(0, len(shards), together):
         group = core.no_nearest(len(queries))
         for number, mine in enumerate(shards[start : start + together], start):
-            cosine, where = core.nearest_rows(queries, rows[mine])
+            cosine, where = products.nearest_rows(queries, rows[mine])
             core.merge_nearest(
                 group, core.Nearest(cosine, np.full(len(queries), number, np.int32), where)
             )
