@@ -21,7 +21,8 @@ eight cores with a GPU.
 TASK_S = 1.5
 TASKS_AT_LEAST = 1_000  # where there are so many shards: enough for some hundreds of cores
 SUMS_BYTES = 128 << 20  # at most, of what is summed in one task
-SUMS_ADDED_TOGETHER = 32  # answers with sums, in one task per range of matches
+RANGE_BYTES = 64 << 20  # sums of a range of matches, which are added up side by side
+SUMS_ADDED_TOGETHER = 64  # answers with sums, in one task per range
 # Rates for the number of tasks, which no result depends on: seconds to open a file, rows
 # that a core reads in a second, of a few columns and with vectors, FLOP of one task
 FILE_S = 0.02
@@ -82,8 +83,8 @@ def sum_task_count(shards: int, rows: float, matches: float, dim: int) -> int:
 
 
 def match_ranges(matches: int, dim: int) -> int:
-    """Return the number of ranges of matches, of SUMS_BYTES each, that are summed side by side."""
-    return max(1, math.ceil(2 * 8 * dim * matches / SUMS_BYTES))
+    """Return the number of ranges of matches, with sums of RANGE_BYTES each at most."""
+    return max(1, math.ceil(2 * 8 * dim * matches / RANGE_BYTES))
 
 
 def task_places(cpus: float, gpus: float = 0) -> int:

@@ -62,6 +62,7 @@ REPEATS, BUDGET_S = 3, 6.0
 RUNS, RUN_IMAGES, RUN_PAIRS = 2, 16, 2  # whole runs, so small that their start is nearly all
 BATCHES = (16, 64, 256)
 SHARD_PAIRS, CLUSTERS, ITERATIONS = 10_000, 1_000, 3
+GPU_QUERIES = 32_768
 FEW = 16  # clusters where distances shall cost next to nothing
 DENSE, SPARSE, CELLS = 1_000, 5_000, 30  # clusters of assignments, and cells per row
 TASKS, BLOCKS, TASKS_PER_BLOCK = 500, 60, 3
@@ -491,7 +492,21 @@ def _arithmetic_figures(dim: int) -> dict[str, Entry]:
         "solve_dense": solve(DENSE, "dense", 3),
         "solve_sparse": solve(SPARSE, "sparse", 2),
         "search": _rate(lambda: products.nearest_rows(centroids, rows), flop, "FLOP"),
+        **_product_figure(rows),
     }
+
+
+def _product_figure(rows: np.ndarray) -> dict[str, Entry]:
+    """Measure products on a GPU, if there is one, with as many queries as keep it busy."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    vectors = np.random.default_rng(2).standard_normal((GPU_QUERIES, rows.shape[1]), np.float32)
+    queries = products.as_queries(vectors, "cuda")
+    flop = distance_flop(len(rows), GPU_QUERIES, rows.shape[1])
+    rate = _rate(lambda: products.nearest_rows(queries, rows), flop, "FLOP", "GPU")
+    return {"products": rate}
 
 
 def _table(clusters: int) -> tuple[np.ndarray, np.ndarray]:

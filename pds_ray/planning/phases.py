@@ -347,7 +347,19 @@ def _prototypes(inputs: Inputs) -> list[Phase]:
     read = inputs.over_network("read vectors", inputs.vector_bytes)
     vectors = inputs.demand("sum vectors", work.pairs, "sums")
     summed, added = _sum_tasks(inputs)
-    sums = (vectors, inputs.demand("schedule", summed + added, "tasks"), *read)
+    # what shards have summed is added up match by match, in the order of the shards
+    matches = min(inputs.kept_pairs / work.shards, inputs.clusters)
+    sums = (
+        vectors,
+        inputs.demand(
+            "add sums",
+            work.shards * matches * 2 * 8 * inputs.dim,
+            "add",
+            match_ranges(inputs.clusters, inputs.dim),
+        ),
+        inputs.demand("schedule", summed + added, "tasks"),
+        *read,
+    )
     # medoids are found in a second pass over all vectors
     medoids = (vectors, inputs.demand("schedule", summed, "tasks"), *read)
     return [

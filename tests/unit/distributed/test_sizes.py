@@ -53,7 +53,7 @@ def test_sums_of_a_task_are_bounded() -> None:
 def test_ranges_of_matches() -> None:
     assert sizes.match_ranges(500, 512) == 1
     assert sizes.match_ranges(0, 512) == 1
-    assert sizes.match_ranges(CLUSTERS, DIM) == 10, "1.2 GB of sums"
+    assert sizes.match_ranges(CLUSTERS, DIM) == 19, "1.2 GB of sums"
 
 
 @pytest.mark.parametrize(
