@@ -60,14 +60,17 @@ def _parts(pairs: int, workers: int, batch: int) -> list[range]:
 
 def caption(run: Run) -> Counts:
     """Write captions.parquet, the caption of each pair; return how many were not retrieved."""
-    config, folder, shards = run.config, run.folder, run.shard_names
+    config, folder = run.config, run.folder
     prototypes = folder.prototypes()
     pairs = prototypes.num_rows
     if config.caption.nearest_to == "prototype":
         columns = ("pair", "caption", "caption_shard", "caption_key", "caption_cosine")
         folder.save_captions(prototypes.select(columns))
         return {"pairs": pairs, "changed": 0}
-    with InFlight() as in_flight, progress_bar("caption", pairs + len(shards), "steps") as bar:
+    with (
+        InFlight() as in_flight,
+        progress_bar("caption", pairs + len(run.shard_names), "steps") as bar,
+    ):
         bar.follow(in_flight.reports())
         actors = pools.pool(config.ray.embed_actors)
         # the images are compared with what is in the store, hence embedded in its precision
@@ -88,10 +91,10 @@ def caption(run: Run) -> Counts:
         else:
             queries = images
         if config.caption.round_trip:
-            lists = nearest_captions(shards, run.store, queries, images, bar)
+            lists = nearest_captions(run, queries, images, bar)
             found, counts = _accepted(lists)
         else:
-            found, counts = nearest("captions", shards, run.store, queries, bar), {}
+            found, counts = nearest(run, {"captions": queries}, bar)["captions"], {}
     chosen = found["caption"]
     folder.save_captions(
         pa.table(

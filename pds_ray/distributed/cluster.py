@@ -13,11 +13,12 @@ import numpy as np
 import ray
 
 from pds_ray.config import ConfigError, RunConfig
-from pds_ray.distributed import tasks
+from pds_ray.distributed import pools, tasks
 from pds_ray.distributed.in_flight import InFlight
+from pds_ray.distributed.sizes import product_seconds, task_count
 from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import cluster as core
-from pds_ray.stages import vectors
+from pds_ray.stages import products, vectors
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import fingerprint
 from pds_ray.store.run_folder import RunFolder
@@ -112,30 +113,45 @@ def _vectors(
     return vectors.normalized(found) if normalize else found
 
 
-def label_shard(
-    item: tuple[str, bool],
+def label_shards(
+    group: list[tuple[str, bool]],
     store: EmbeddingStore,
     folder: RunFolder,
     centroids: dict[str, np.ndarray],
     normalize: bool,
+    device: str,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Save the labels of a shard's pairs, unless they exist.
+    """Save the labels of the pairs of shards, each given with whether they exist already.
 
     `centroids` are float32 [K, d], by space. Returns for each space the clusters that have pairs
     and how many each has.
     """
-    shard, done = item
-    if not done:
-        kept, owner = folder.keep(shard), _owner(shard, store)
-        labels = []
-        for space, fitted in centroids.items():
-            found = core.assign(_vectors(space, shard, store, normalize), fitted)
-            labels.append(
-                np.where(kept, found[owner] if space == "image" else found, -1).astype(np.int32)
-            )
-        folder.save_labels(shard, labels[0], labels[-1])  # one k-means alone labels both sides
-    saved = folder.labels(shard)[: len(centroids)]
-    return [np.unique(label[label >= 0], return_counts=True) for label in saved]
+    clusters = len(next(iter(centroids.values())))
+    sizes = np.zeros((len(centroids), clusters), np.int64)
+    prepared = {space: products.as_centroids(fitted, device) for space, fitted in centroids.items()}
+    for shard, done in group:
+        if not done:
+            _label(shard, store, folder, prepared, normalize)
+        for space, labels in enumerate(folder.labels(shard)[: len(centroids)]):
+            sizes[space] += np.bincount(labels[labels >= 0], minlength=clusters)
+    return [(np.flatnonzero(size), size[size > 0]) for size in sizes]
+
+
+def _label(
+    shard: str,
+    store: EmbeddingStore,
+    folder: RunFolder,
+    centroids: dict[str, products.Vectors],
+    normalize: bool,
+) -> None:
+    kept, owner = folder.keep(shard), _owner(shard, store)
+    labels = []
+    for space, fitted in centroids.items():
+        found = products.assign(_vectors(space, shard, store, normalize), fitted)
+        labels.append(
+            np.where(kept, found[owner] if space == "image" else found, -1).astype(np.int32)
+        )
+    folder.save_labels(shard, labels[0], labels[-1])  # one k-means alone labels both sides
 
 
 def _begin(run: Run) -> dict[str, Any]:
@@ -233,14 +249,20 @@ def _label_shards(run: Run, shards: list[str]) -> np.ndarray:
     folder, config = run.folder, run.config
     centroids = {space: folder.centroids(space) for space in config.cluster.spaces}
     sizes = np.zeros((len(centroids), config.pairs), np.int64)
+    share, counts = pools.products(), run.counts("embed")
+    rows, each = counts["images"] + counts["pairs"], max(1, len(shards))
+    shard_s = product_seconds(rows / each, config.pairs, run.encoder.dim, share.device)
     done = folder.labelled()
-    items = [(shard, shard in done) for shard in shards]
-    shared = (run.store, folder, centroids, config.cluster.normalize)
+    groups = tasks.groups(
+        [(shard, shard in done) for shard in shards], task_count(len(shards), shard_s)
+    )
+    shared = (run.store, folder, centroids, config.cluster.normalize, share.device)
     with progress_bar("cluster", len(shards), "shards") as bar:
-        for labelled in tasks.map_in_order(label_shard, items, *shared):
-            for size, (labels, found) in zip(sizes, labelled, strict=True):
-                size[labels] += found
-            bar.update()
+        labelled = tasks.map_in_order(label_shards, groups, *shared, share=share)
+        for group, parts in zip(groups, labelled, strict=True):
+            for total, (labels, found) in zip(sizes, parts, strict=True):
+                total[labels] += found
+            bar.update(len(group))
     return sizes
 
 

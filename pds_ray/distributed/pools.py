@@ -17,7 +17,8 @@ import ray
 
 from pds_ray.config import Actors
 from pds_ray.distributed import TASK_RETRIES, malloc_env, ray_private
-from pds_ray.distributed.sizes import pool_size
+from pds_ray.distributed.sizes import PRODUCTS_PER_GPU, pool_size, task_places
+from pds_ray.telemetry import log
 
 READ_CPUS, DECODE_CPUS, SMALL_TASK_CPUS = 0.5, 0.25, 1.0
 
@@ -66,6 +67,50 @@ def pool(wish: Actors, on_gpu: bool = True) -> Pool:
     # Ray Data starts no actor that there is no GPU for, so that the number of GPUs is limit enough
     limit = None if each and not wish.workers else count
     return Pool(wish.min_workers, count, limit, num_cpus, each, wish.resources)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a machine that each task of one kind takes: a CPU, and some of a GPU."""
+
+    num_gpus: float = 0.0
+    device: str = "cpu"
+    """The place of its products, by torch's name: "cpu" or "cuda"."""
+
+    @property
+    def places(self) -> int:
+        """The number of such tasks that the cluster can run at once."""
+        resources = ray.cluster_resources()
+        return task_places(resources.get("CPU", 1), resources["GPU"] if self.num_gpus else 0)
+
+
+ONE_CPU = Share()
+
+
+def products() -> Share:
+    """Return what a task of matrix products takes: a share of a GPU if there are any, else a CPU.
+
+    GPUs of Ray that torch cannot use count as none, as they do for models and k-means; a warning
+    says so.
+    """
+    if most("GPU") < 1:
+        return ONE_CPU
+    # not in .options(): so the process, and its hold on the GPU, ends with the task
+    look = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=1 / PRODUCTS_PER_GPU)(_sees_gpu)
+    if ray.get(look.remote()):
+        return Share(1 / PRODUCTS_PER_GPU, "cuda")
+    text = (
+        "pds-ray: Ray has GPUs that PyTorch cannot use, so labels and nearest captions are found "
+        "on CPUs; pds-ray doctor on a machine with a GPU says what it lacks"
+    )
+    log.event("gpus_unused", text, "warning")
+    return ONE_CPU
+
+
+def _sees_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def precision(wish: str, actors: Pool, on_gpu: str) -> str:

@@ -12,7 +12,25 @@ FILES_PER_TASK = 1_000  # hashed by one task: a few seconds of round trips to an
 ENCODED_TOGETHER = 4_096  # finished images at least, by one task: it loads the encoder for them
 TARS_AT_ONCE = 16  # one of 10,000 images waits on a machine's disk, a gigabyte, for its upload
 LOOKED_UP_TOGETHER = 256  # real images at least: each lookup reads the shards they are in
-QUERIES_PER_SHARD = 10_000  # an answer is 12 bytes per query: more queries, more shards per answer
+PRODUCTS_PER_GPU = 8
+"""Tasks that share a GPU for their products.
+
+Each reads on one core what the GPU multiplies in a fraction of that time, and clouds sell about
+eight cores with a GPU.
+"""
+
+# Work of one task: the driver's part of it, about a millisecond, is then a thousandth, and what a
+# lost task had done is soon done again
+TASK_S = 1.5
+TASKS_AT_LEAST = 1_000  # where there are so many shards: enough for some hundreds of cores
+SUMS_BYTES = 128 << 20  # at most, of what is summed in one task
+RANGE_BYTES = 64 << 20  # sums of a range of matches, which are added up side by side
+SUMS_ADDED_TOGETHER = 64  # answers with sums, in one task per range
+# Rates for the number of tasks, which no result depends on: seconds to open a file, rows
+# that a core reads in a second, of a few columns and with vectors, FLOP of one task
+FILE_S = 0.02
+COLUMN_ROWS_S, VECTOR_ROWS_S = 1e6, 200e3
+FLOP_S = {"cpu": 50e9, "cuda": 10e12}
 
 
 def pool_size(
@@ -33,3 +51,45 @@ def pool_size(
         gpus_each = wish.gpus
         workers = wish.workers or (max(1, int(gpus / gpus_each)) if gpus_each else by_cpus)
     return max(workers, wish.min_workers), gpus_each
+
+
+def task_count(shards: int, shard_s: float) -> int:
+    """Return the number of tasks for shards that take `shard_s` seconds each.
+
+    A task has work of about TASK_S, or less where that makes fewer than TASKS_AT_LEAST.
+    """
+    return max(1, min(shards, max(TASKS_AT_LEAST, math.ceil(shards * shard_s / TASK_S))))
+
+
+def column_seconds(rows: float) -> float:
+    """Return about how long a task takes for a file of a shard of which it reads few columns."""
+    return FILE_S + rows / COLUMN_ROWS_S
+
+
+def product_seconds(rows: float, others: int, dim: int, device: str) -> float:
+    """Return about how long a task takes for the products of a shard's vectors with others.
+
+    float32 [rows, dim] by [others, dim], on `device` "cpu" or "cuda".
+    """
+    return 2 * FILE_S + rows / VECTOR_ROWS_S + 2 * rows * others * dim / FLOP_S[device]
+
+
+def sum_task_count(shards: int, rows: float, matches: float, dim: int) -> int:
+    """Return the number of tasks that sum vectors of matches, SUMS_BYTES each at most.
+
+    `rows` are those of a shard, `matches` those that its pairs are of, for which it has two float64
+    vectors each.
+    """
+    together = max(1, int(SUMS_BYTES / (2 * 8 * dim * max(1.0, matches))))
+    by_time = task_count(shards, product_seconds(rows, 0, dim, "cpu"))
+    return max(by_time, math.ceil(shards / together))
+
+
+def match_ranges(matches: int, dim: int) -> int:
+    """Return the number of ranges of matches, with sums of RANGE_BYTES each at most."""
+    return max(1, math.ceil(2 * 8 * dim * matches / RANGE_BYTES))
+
+
+def task_places(cpus: float, gpus: float = 0) -> int:
+    """Return how many tasks run at once: one per CPU, of those that share GPUs no more than may."""
+    return max(1, int(min(cpus, PRODUCTS_PER_GPU * gpus) if gpus else cpus))

@@ -44,7 +44,7 @@ from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import cluster as clustering
 from pds_ray.stages import embed as embedding
 from pds_ray.stages import match as matching
-from pds_ray.stages import prototypes
+from pds_ray.stages import products, prototypes
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import versions
 from pds_ray.store.run_folder import RunFolder
@@ -62,6 +62,7 @@ REPEATS, BUDGET_S = 3, 6.0
 RUNS, RUN_IMAGES, RUN_PAIRS = 2, 16, 2  # whole runs, so small that their start is nearly all
 BATCHES = (16, 64, 256)
 SHARD_PAIRS, CLUSTERS, ITERATIONS = 10_000, 1_000, 3
+GPU_QUERIES = 32_768
 FEW = 16  # clusters where distances shall cost next to nothing
 DENSE, SPARSE, CELLS = 1_000, 5_000, 30  # clusters of assignments, and cells per row
 TASKS, BLOCKS, TASKS_PER_BLOCK = 500, 60, 3
@@ -439,10 +440,10 @@ def _pass_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Entr
     plain = replace(config, {"cluster.normalize": False})
 
     def four_passes() -> None:
-        prune.histogram(shard, store, None)
-        prune.histogram(shard, store, 1 << 15)
-        prune.count_ties(shard, store, Threshold(1 << 31, 0))
-        prune.write_mask((shard, 0), store, run, Threshold(0, 0))  # all are kept
+        prune.histogram([shard], store, None)
+        prune.histogram([shard], store, 1 << 15)
+        prune.count_ties([shard], store, Threshold(1 << 31, 0))
+        prune.write_masks([(shard, 0)], store, run, Threshold(0, 0))  # all are kept
 
     passes: dict[str, tuple[str, Callable[[], object]]] = {  # each reads the files of those before
         "store": ("pairs", commit),
@@ -450,13 +451,13 @@ def _pass_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Entr
         "sample": ("vectors", lambda: cluster.sampled([shard], "text", store, run, 0.5, plain)),
         "label_rows": (
             "pairs",
-            lambda: cluster.label_shard((shard, False), store, run, centroids, False),
+            lambda: cluster.label_shards([(shard, False)], store, run, centroids, False, "cpu"),
         ),
-        "match": ("pairs", lambda: match.count_pairs(shard, store, run, FEW)),
-        "sums": ("pairs", lambda: averaging.sum_shard(shard, store, run, matches, FEW)),
+        "match": ("pairs", lambda: match.count_pairs([shard], store, run, FEW)),
+        "sums": ("pairs", lambda: averaging.sum_shards([shard], store, run, matches, FEW)),
         "search_rows": (
             "rows",
-            lambda: nearest.search_shards([(0, shard)], "captions", store, few[:1]),
+            lambda: nearest.search_shards([(0, shard)], store, {"captions": few[:1]}, {}, "cpu"),
         ),
     }
     text = stored / SHARD_PAIRS - 2 * dim * np.dtype(dtype).itemsize
@@ -495,11 +496,25 @@ def _arithmetic_figures(dim: int) -> dict[str, Entry]:
             "FLOP",
             "GPU" if gpus else "core",
         ),
-        "label": _rate(lambda: clustering.assign(rows, centroids), flop, "FLOP"),
+        "label": _rate(lambda: products.assign(rows, centroids), flop, "FLOP"),
         "solve_dense": solve(DENSE, "dense", 3),
         "solve_sparse": solve(SPARSE, "sparse", 2),
-        "search": _rate(lambda: prototypes.nearest_rows(centroids, rows), flop, "FLOP"),
+        "search": _rate(lambda: products.nearest_rows(centroids, rows), flop, "FLOP"),
+        **_product_figure(rows),
     }
+
+
+def _product_figure(rows: np.ndarray) -> dict[str, Entry]:
+    """Measure products on a GPU, if there is one, with as many queries as keep it busy."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    vectors = np.random.default_rng(2).standard_normal((GPU_QUERIES, rows.shape[1]), np.float32)
+    queries = products.as_queries(vectors, "cuda")
+    flop = distance_flop(len(rows), GPU_QUERIES, rows.shape[1])
+    rate = _rate(lambda: products.nearest_rows(queries, rows), flop, "FLOP", "GPU")
+    return {"products": rate}
 
 
 def _table(clusters: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ work. The constants at the end, one per stage, are named by the stages of a meth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pds_ray.config import Actors, RunConfig
@@ -17,9 +17,16 @@ from pds_ray.distributed.sizes import (
     ENCODED_TOGETHER,
     FILES_PER_TASK,
     LOOKED_UP_TOGETHER,
-    QUERIES_PER_SHARD,
+    SUMS_ADDED_TOGETHER,
+    SUMS_BYTES,
     TARS_AT_ONCE,
+    column_seconds,
+    match_ranges,
     pool_size,
+    product_seconds,
+    sum_task_count,
+    task_count,
+    task_places,
 )
 from pds_ray.planning.figures import Estimate, Figures
 from pds_ray.planning.workload import Cluster, Workload
@@ -121,6 +128,15 @@ class Inputs:
         """Return a demand at the rate of a named figure."""
         return Demand(what, work, self.figures[figure], at_most)
 
+    def products(self, what: str, flop: float, figure: str) -> Demand:
+        """Return the demand for products of vectors: of GPUs, or of cores at a named figure."""
+        return self.demand(what, flop, "products" if self.cluster.gpus else figure)
+
+    def product_seconds(self, rows: int, others: int, width: int) -> float:
+        """Return about how long the products of the vectors of a shard take; `rows` are of all."""
+        device = "cuda" if self.cluster.gpus else "cpu"
+        return product_seconds(rows / self.work.shards, others, width, device)
+
     def over_network(self, what: str, bytes_: float) -> Phase:
         """Return the demand for traffic; none if all is on a disk."""
         return (self.demand(what, bytes_, "network"),) if self.work.remote else ()
@@ -201,9 +217,11 @@ def _embed_store_bytes(inputs: Inputs) -> float:
 
 
 def _prune(inputs: Inputs) -> list[Phase]:
+    work = inputs.work
+    each = task_count(work.shards, column_seconds(work.pairs / work.shards))
     passes = (
-        inputs.demand("four passes over the cosines", inputs.work.pairs, "prune"),
-        inputs.demand("schedule", 4.0 * inputs.work.shards, "tasks"),
+        inputs.demand("four passes over the cosines", work.pairs, "prune"),
+        inputs.demand("schedule", 4.0 * each, "tasks"),
     )
     return [passes, inputs.hashes(inputs.work.shards)]
 
@@ -256,10 +274,13 @@ def _cluster(inputs: Inputs) -> list[Phase]:
         distance_flop(_stored_rows(inputs, space), inputs.clusters, _width(inputs, space))
         for space in spaces
     )
+    work = inputs.work
+    shard_s = inputs.product_seconds(work.images + work.pairs, inputs.clusters, inputs.dim)
+    tasks = task_count(work.shards, shard_s)
     labels = (
-        inputs.demand("distances of labels", flop, "label"),
-        inputs.demand("read vectors, write labels", inputs.work.pairs, "label_rows"),
-        inputs.demand("schedule", inputs.work.shards, "tasks"),
+        inputs.products("distances of labels", flop, "label"),
+        inputs.demand("read vectors, write labels", work.pairs, "label_rows"),
+        inputs.demand("schedule", tasks, "tasks"),
         *inputs.over_network("read vectors", inputs.vector_bytes),
     )
     fits = [phase for space in spaces for phase in _fit(inputs, space)]
@@ -282,56 +303,95 @@ def _cluster_store_bytes(inputs: Inputs) -> float:
 def _match(inputs: Inputs) -> list[Phase]:
     solver = inputs.config.match.solver
     dense = solver == "dense" or (solver == "auto" and inputs.clusters <= DENSE_LIMIT)
+    work = inputs.work
+    tasks = task_count(work.shards, 2 * column_seconds(work.pairs / work.shards))
     count = (
-        inputs.demand("count", inputs.work.pairs, "match"),
-        inputs.demand("schedule", inputs.work.shards, "tasks"),
+        inputs.demand("count", work.pairs, "match"),
+        inputs.demand("schedule", tasks, "tasks"),
     )
-    work = float(inputs.clusters) ** (3 if dense else 2)
-    return [count, (inputs.demand("solve", work, "solve_dense" if dense else "solve_sparse"),)]
+    steps = float(inputs.clusters) ** (3 if dense else 2)
+    return [count, (inputs.demand("solve", steps, "solve_dense" if dense else "solve_sparse"),)]
 
 
 def _match_disk_bytes(inputs: Inputs) -> float:
     return 25.0 * inputs.clusters  # a row: two int32, an int64, a bool and a float64
 
 
-def _search(inputs: Inputs, side: str, rows: int) -> Phase:
-    """Return the phase that finds the nearest of all rows for every query."""
-    groups = math.ceil(inputs.work.shards / (1 + inputs.clusters // QUERIES_PER_SHARD))
-    look_ups = min(inputs.clusters, inputs.work.shards)
-    share = rows / (inputs.work.images + inputs.work.pairs)
+def _search(inputs: Inputs, sides: Mapping[str, int]) -> Phase:
+    """Return the phase that finds the nearest rows for every query; sides and their rows."""
+    work, rows, what = inputs.work, sum(sides.values()), " and ".join(sides)
+    shard_s = sum(
+        inputs.product_seconds(each, inputs.clusters, inputs.dim) for each in sides.values()
+    )
+    searched = task_count(work.shards, shard_s)
+    winning = min(len(sides) * inputs.clusters, work.shards)
+    names_s = sum(column_seconds(each / work.shards) for each in sides.values())
     flop = distance_flop(rows, inputs.clusters, inputs.dim)
+    share = rows / (work.images + work.pairs)
     return (
-        inputs.demand(f"nearest {side}", flop, "search"),
-        inputs.demand(f"read {side}", rows, "search_rows"),
-        inputs.demand("schedule", groups + look_ups, "tasks"),
-        *inputs.over_network(f"read {side}", inputs.vector_bytes * share),
+        inputs.products(f"nearest {what}", flop, "search"),
+        inputs.demand(f"read {what}", rows, "search_rows"),
+        inputs.demand("schedule", searched + task_count(winning, names_s), "tasks"),
+        *inputs.over_network(f"read {what}", inputs.vector_bytes * share),
     )
 
 
-def _search_store_bytes(inputs: Inputs) -> float:
+def _search_store_bytes(inputs: Inputs, sides: int) -> float:
     """Return the bytes of the queries on every node and of the answers under way.
 
-    An answer holds cosine, shard and row of every query: 12 bytes.
+    The first answers hold query, cosine, shard and row of every query: 16 bytes. Later ones hold
+    those of queries that a shard improves.
     """
-    answers = 2 * inputs.cluster.cpus
-    queries = inputs.cluster.units("node") * inputs.prototype_bytes
-    return queries + answers * 12.0 * inputs.clusters
+    answers = 2 * task_places(inputs.cluster.cpus, inputs.cluster.gpus) * sides
+    queries = inputs.cluster.units("node") * inputs.prototype_bytes * sides
+    return queries + answers * 16.0 * inputs.clusters
+
+
+def _sum_tasks(inputs: Inputs) -> tuple[int, int]:
+    """Return the number of tasks that sum shards, and of those that add sums up."""
+    shards, pairs = inputs.work.shards, inputs.work.pairs
+    rows, matches = (inputs.work.images + pairs) / shards, min(pairs / shards, inputs.clusters)
+    summed = sum_task_count(shards, rows, matches, inputs.dim)
+    ranges = match_ranges(inputs.clusters, inputs.dim)
+    return summed, ranges * (2 + math.ceil(summed / SUMS_ADDED_TOGETHER))
 
 
 def _prototypes(inputs: Inputs) -> list[Phase]:
     work = inputs.work
+    read = inputs.over_network("read vectors", inputs.vector_bytes)
+    vectors = inputs.demand("sum vectors", work.pairs, "sums")
+    summed, added = _sum_tasks(inputs)
+    # what shards have summed is added up match by match, in the order of the shards
+    matches = min(inputs.kept_pairs / work.shards, inputs.clusters)
     sums = (
-        inputs.demand("sum vectors", work.pairs, "sums"),
-        inputs.demand("schedule", work.shards, "tasks"),
-        *inputs.over_network("read vectors", inputs.vector_bytes),
+        vectors,
+        inputs.demand(
+            "add sums",
+            work.shards * matches * 2 * 8 * inputs.dim,
+            "add",
+            match_ranges(inputs.clusters, inputs.dim),
+        ),
+        inputs.demand("schedule", summed + added, "tasks"),
+        *read,
     )
     # medoids are found in a second pass over all vectors
-    passes = 2 if inputs.config.prototypes.center == "medoid" else 1
+    medoids = (vectors, inputs.demand("schedule", summed, "tasks"), *read)
     return [
-        *[sums] * passes,
-        _search(inputs, "captions", work.pairs),
-        _search(inputs, "images", work.images),
+        sums,
+        *([medoids] if inputs.config.prototypes.center == "medoid" else []),
+        _search(inputs, {"captions": work.pairs, "images": work.images}),
     ]
+
+
+def _prototypes_store_bytes(inputs: Inputs) -> float:
+    """Return the bytes of a search, or of sums under way if more.
+
+    These wait to be added up, or are of tasks of a window.
+    """
+    waiting = 2 * SUMS_ADDED_TOGETHER + 2 * inputs.cluster.cpus
+    summed, _ = _sum_tasks(inputs)
+    totals = 2 * 2 * 8.0 * inputs.dim * inputs.clusters
+    return max(_search_store_bytes(inputs, 2), min(waiting, summed) * SUMS_BYTES + totals)
 
 
 def _prototypes_disk_bytes(inputs: Inputs) -> float:
@@ -400,7 +460,7 @@ def _caption(inputs: Inputs) -> list[Phase]:
         inputs.demand("encode images", inputs.clusters, "encode_images", processors),
         *inputs.round_trips("read images", READ_TRIPS * inputs.clusters, CALLS_AT_ONCE * parts),
     )
-    return [embedded, _search(inputs, "captions", inputs.work.pairs)]
+    return [embedded, _search(inputs, {"captions": inputs.work.pairs})]
 
 
 def _caption_disk_bytes(inputs: Inputs) -> float:
@@ -423,7 +483,7 @@ EMBED = StageModel(_embed, _embed_disk_bytes, _embed_store_bytes)
 PRUNE = StageModel(_prune, _prune_disk_bytes)
 CLUSTER = StageModel(_cluster, _cluster_disk_bytes, _cluster_store_bytes)
 MATCH = StageModel(_match, _match_disk_bytes)
-PROTOTYPES = StageModel(_prototypes, _prototypes_disk_bytes, _search_store_bytes)
+PROTOTYPES = StageModel(_prototypes, _prototypes_disk_bytes, _prototypes_store_bytes)
 DECODE = StageModel(_decode, _decode_disk_bytes)
-CAPTION = StageModel(_caption, _caption_disk_bytes, _search_store_bytes)
+CAPTION = StageModel(_caption, _caption_disk_bytes, lambda inputs: _search_store_bytes(inputs, 1))
 MATERIALIZE = StageModel(_materialize, _materialize_disk_bytes)

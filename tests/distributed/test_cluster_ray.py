@@ -11,6 +11,7 @@ import pytest
 
 from pds_ray.config import ClusterConfig, RunConfig
 from pds_ray.distributed import cluster as stage
+from pds_ray.distributed import pools
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
@@ -130,7 +131,12 @@ def test_shards_may_be_sampled_together(
     assert contents(together) == contents(run)
 
 
-def in_reverse(function: Callable[..., Any], items: Iterable[Any], *shared: Any) -> Iterator[Any]:
+def in_reverse(
+    function: Callable[..., Any],
+    items: Iterable[Any],
+    *shared: Any,
+    share: pools.Share,  # noqa: ARG001
+) -> Iterator[Any]:
     """Do as `map_in_order`, but run the last task first."""
     return reversed([function(item, *shared) for item in reversed(list(items))])
 
