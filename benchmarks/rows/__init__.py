@@ -21,6 +21,7 @@ ROWS = {
     9: "whole_run",
     10: "workers",
     11: "startup",
+    12: "driver",
 }
 
 

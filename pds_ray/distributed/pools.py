@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -20,6 +20,8 @@ from pds_ray.distributed import TASK_RETRIES, malloc_env, ray_private
 from pds_ray.distributed.sizes import pool_size
 
 READ_CPUS, DECODE_CPUS, SMALL_TASK_CPUS = 0.5, 0.25, 1.0
+# Of a process that runs a data set, busy or not: any would do, to keep it off a head without CPUs.
+EXECUTION_CPUS = 0.01
 
 SETTLE_S, POLL_S = 2.0, 0.05  # Ray reports the CPUs of tasks that have ended as free a little later
 
@@ -66,6 +68,22 @@ def pool(wish: Actors, on_gpu: bool = True) -> Pool:
     # Ray Data starts no actor that there is no GPU for, so that the number of GPUs is limit enough
     limit = None if each and not wish.workers else count
     return Pool(wish.min_workers, count, limit, num_cpus, each, wish.resources)
+
+
+def parts(actors: Pool, count: int) -> list[Pool]:
+    """Return a pool as `count` pools, each of one actor at least, together as large."""
+    return [
+        replace(
+            actors,
+            min_workers=max(1, actors.min_workers // count),
+            workers=workers,
+            max_workers=workers,
+        )
+        for workers in (
+            max(1, actors.workers // count + (part < actors.workers % count))
+            for part in range(count)
+        )
+    ]
 
 
 def precision(wish: str, actors: Pool, on_gpu: str) -> str:
