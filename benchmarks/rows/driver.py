@@ -50,13 +50,12 @@ def tasks(task: Task) -> Found:
     from pds_ray.store.embeddings import EmbeddingStore
     from pds_ray.store.storage import Folder
 
-    config = replace(RunConfig(), {"ray.object_store_gib": 1.0})
+    config = replace(RunConfig(), {"ray.object_store_gib": 1.0, "embed.precision": "fp32"})
     source = catalog.make_source(f"{task.data}/one/*.tar")
     store = EmbeddingStore(Folder(str(task.out / "store")))
     store.folder.create()
-    embed = replace(config.embed, {"precision": "fp32"})
     info = describe_blank(SIDE)
-    work = embed_executions.Work(source, info, config.read, embed, config.ray, store)
+    work = embed_executions.Work(source, info, config.read, config.embed, config.ray, store)
     files = [ShardFile(shard, changed=False) for shard in source.shards()]
     session.start(config.ray)
     actors = pools.pool(config.ray.embed_actors)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import ray
@@ -79,7 +79,7 @@ def reports(
     work: Work,
     in_flight: InFlight,
     again: Callable[[list[ShardFile]], list[ShardFile]],
-) -> Iterator[Report]:
+) -> Generator[Report, None, None]:
     """Embed shards; yield what is reported of them. Raises what a data set raises.
 
     A process of an execution that is lost is replaced, as often as `RetryBudget` allows: `again`
@@ -109,41 +109,37 @@ def _side_by_side(
     again: Callable[[list[ShardFile]], list[ShardFile]],
 ) -> Iterator[Report]:
     """Run an execution per layout, each on the next group that is left."""
-    remote = ray.remote(_execution).options(
-        num_cpus=pools.EXECUTION_CPUS,
-        num_returns="streaming",
-        max_retries=0,
-        scheduling_strategy="SPREAD",
-    )
-    running: dict[ray.ObjectRefGenerator, _Group] = {}
+    remote = ray.remote(num_cpus=0, num_returns="streaming", max_retries=0)(_execution)
+    running: dict[Any, _Group] = {}  # by the generators of their reports
 
     def start(group: _Group) -> None:
-        layout = layouts[group.slot]
-        running[remote.remote(group.files, work, layout, in_flight, 1 / len(layouts))] = group
+        place = remote.options(scheduling_strategy=pools.place(group.slot))
+        layout, share = layouts[group.slot], 1 / len(layouts)
+        running[place.remote(group.files, work, layout, in_flight, share)] = group
 
     waiting = iter(groups)
     try:
         for slot, files in zip(range(len(layouts)), waiting):  # noqa: B905
             start(_Group(files, slot))
         while running:
-            (ready,), _ = ray.wait(list(running), num_returns=1)
-            group = running.pop(ready)
+            (ready,), _ = cast(Any, ray.wait(list(running), num_returns=1))
+            group = running[ready]
             try:
-                report = ray.get(next(ready))
-            except StopIteration:
-                if files := next(waiting, None):
-                    start(_Group(files, group.slot))
+                yield cast(Report, ray.get(next(ready)))
+                running[ready] = running.pop(ready)  # behind the others, which have their turn
                 continue
+            except StopIteration:
+                group.files = []
             except tasks.LOST as error:
                 if not group.budget.spend(error):
                     raise
                 group.files = again(group.files)
                 _warn_of_loss(error, len(group.files))
-                if group.files or (files := next(waiting, None)):
-                    start(group if group.files else _Group(files, group.slot))
-                continue
-            running[ready] = group  # behind the others, which have their turn
-            yield report
+            del running[ready]
+            if group.files:
+                start(group)
+            elif more := next(waiting, None):
+                start(_Group(more, group.slot))
     finally:
         for reference in running:
             ray.cancel(reference, force=True)

@@ -14,14 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pds_ray.config import Actors
 from pds_ray.distributed import TASK_RETRIES, malloc_env, ray_private
 from pds_ray.distributed.sizes import pool_size
 
 READ_CPUS, DECODE_CPUS, SMALL_TASK_CPUS = 0.5, 0.25, 1.0
-# Of a process that runs a data set, busy or not: any would do, to keep it off a head without CPUs.
-EXECUTION_CPUS = 0.01
 
 SETTLE_S, POLL_S = 2.0, 0.05  # Ray reports the CPUs of tasks that have ended as free a little later
 
@@ -121,6 +120,19 @@ def map_blocks(
     """Return `dataset` mapped block by block, as Arrow tables, by actors `worker(*arguments)`."""
     options = actor_options(actors, threads)
     return ray_private.map_whole_blocks(dataset, worker, arguments, **options)
+
+
+def place(number: int) -> NodeAffinitySchedulingStrategy:
+    """Return the place of the process of that number, one of several that take no CPUs.
+
+    They are spread over the nodes that have CPUs: a head often has none to spare.
+    """
+    nodes = sorted(
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU", 0) > 0
+    )
+    return NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=True)
 
 
 def start_model(actors: Pool, function: Callable[..., Any], *args: Any) -> ray.ObjectRef:

@@ -182,3 +182,16 @@ def test_groups_of_shards(shards: int, executions: int) -> None:
 )
 def test_executions(wish: int, cpus: int, actors: int, shards: int, executions: int) -> None:
     assert sizes.executions(wish, cpus, actors, shards) == executions
+
+
+def test_processes_without_cpus_are_spread_over_nodes_with_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpus = {"a": 2.0, "head": 0.0, "b": 8.0, "gone": 64.0}
+    nodes = [
+        {"NodeID": name, "Alive": name != "gone", "Resources": {"CPU": count} if count else {}}
+        for name, count in cpus.items()
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert [pools.place(number).node_id for number in range(4)] == ["a", "b", "a", "b"]
+    assert pools.place(0).soft, "it must find another place if the node is gone"
