@@ -187,11 +187,13 @@ def test_executions(wish: int, cpus: int, actors: int, shards: int, executions: 
 def test_processes_without_cpus_are_spread_over_nodes_with_some(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cpus = {"a": 2.0, "head": 0.0, "b": 8.0, "gone": 64.0}
+    small, head, large, gone = (digit * 56 for digit in "1234")
+    cpus = {small: 2.0, head: 0.0, large: 8.0, gone: 64.0}
     nodes = [
-        {"NodeID": name, "Alive": name != "gone", "Resources": {"CPU": count} if count else {}}
+        {"NodeID": name, "Alive": name != gone, "Resources": {"CPU": count} if count else {}}
         for name, count in cpus.items()
     ]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    assert [pools.place(number).node_id for number in range(4)] == ["a", "b", "a", "b"]
+    places = [pools.place(number).node_id for number in range(4)]
+    assert places == [small, large, small, large]
     assert pools.place(0).soft, "it must find another place if the node is gone"
