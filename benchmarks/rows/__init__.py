@@ -22,6 +22,7 @@ ROWS = {
     10: "workers",
     11: "startup",
     12: "nearest",
+    13: "driver",
 }
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pds_ray.config import Actors
 from pds_ray.distributed import TASK_RETRIES, malloc_env, ray_private
@@ -113,6 +114,22 @@ def _sees_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def parts(actors: Pool, count: int) -> list[Pool]:
+    """Return a pool as `count` pools, each of one actor at least, together as large."""
+    return [
+        replace(
+            actors,
+            min_workers=max(1, actors.min_workers // count),
+            workers=workers,
+            max_workers=workers,
+        )
+        for workers in (
+            max(1, actors.workers // count + (part < actors.workers % count))
+            for part in range(count)
+        )
+    ]
+
+
 def precision(wish: str, actors: Pool, on_gpu: str) -> str:
     """Return the precision that `auto` stands for: `on_gpu` if actors have GPUs, else fp32."""
     if wish != "auto":
@@ -148,6 +165,19 @@ def map_blocks(
     """Return `dataset` mapped block by block, as Arrow tables, by actors `worker(*arguments)`."""
     options = actor_options(actors, threads)
     return ray_private.map_whole_blocks(dataset, worker, arguments, **options)
+
+
+def place(number: int) -> NodeAffinitySchedulingStrategy:
+    """Return the place of the process of that number, one of several that take no CPUs.
+
+    They are spread over the nodes that have CPUs: a head often has none to spare.
+    """
+    nodes = sorted(
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU", 0) > 0
+    )
+    return NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=True)
 
 
 def start_model(actors: Pool, function: Callable[..., Any], *args: Any) -> ray.ObjectRef:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pds_ray.config import Actors, RunConfig
 from pds_ray.distributed.process import MODEL_THREADS
@@ -21,7 +21,11 @@ from pds_ray.distributed.sizes import (
     SUMS_BYTES,
     TARS_AT_ONCE,
     column_seconds,
+    decoded_where_read,
+    executions,
+    groups_each,
     match_ranges,
+    pixel_block_bytes,
     pool_size,
     product_seconds,
     sum_task_count,
@@ -171,39 +175,69 @@ class StageModel:
     sent to each machine."""
 
 
+def _whole_shards(inputs: Inputs) -> bool:
+    return decoded_where_read(inputs.work.shards, inputs.cluster.cpus)
+
+
+def _pixel_block_bytes(inputs: Inputs) -> int:
+    return pixel_block_bytes(_whole_shards(inputs), inputs.cluster.gpus > 0)
+
+
 def _encoded_blocks(work: Workload) -> float:
     return max(work.shards, work.bytes / BLOCK_BYTES)
 
 
-def decoded_blocks(work: Workload, pixel_bytes: float) -> float:
+def decoded_blocks(inputs: Inputs) -> float:
     """Return the number of blocks for the encoders; each leaves its tables in the store."""
-    return max(_encoded_blocks(work), pixel_bytes / BLOCK_BYTES)
+    read = inputs.work.shards if _whole_shards(inputs) else _encoded_blocks(inputs.work)
+    return max(read, inputs.pixel_bytes / _pixel_block_bytes(inputs))
 
 
-def embed_tasks(work: Workload, pixel_bytes: float) -> float:
+def embed_tasks(inputs: Inputs) -> float:
     """Return the number of Ray Data's tasks.
 
-    One read per shard, one decode per block of encoded images, one encode per decoded block.
+    One read per shard, which decodes it or is followed by one decode per block of encoded images;
+    one encode per decoded block.
     """
-    return work.shards + _encoded_blocks(work) + decoded_blocks(work, pixel_bytes)
+    work = inputs.work
+    decodes = 0.0 if _whole_shards(inputs) else _encoded_blocks(work)
+    return work.shards + decodes + decoded_blocks(inputs)
 
 
 def _embed(inputs: Inputs) -> list[Phase]:
     work, wish = inputs.work, inputs.config.ray.embed_actors
-    together = inputs.shared_by(wish)
+    together, actors = inputs.shared_by(wish), inputs.actors(wish)
+    processes = executions(inputs.config.ray.executions, inputs.cluster.cpus, actors, work.shards)
     # an actor writes its tables side by side, and encodes meanwhile
-    written = WRITE_TRIPS * decoded_blocks(work, inputs.pixel_bytes)
+    written = WRITE_TRIPS * decoded_blocks(inputs)
+    scheduled = embed_tasks(inputs) / processes
     phase = (
         inputs.demand("read", work.images, "read"),
         inputs.demand("decode and resize", work.images, "preprocess"),
         inputs.demand("encode images", work.images, "encode_images", together),
         inputs.demand("encode captions", work.pairs, "encode_captions", together),
         inputs.demand("commit", work.pairs, "commit"),
-        *inputs.round_trips("write tables", written, inputs.actors(wish)),
-        inputs.demand("schedule blocks", embed_tasks(work, inputs.pixel_bytes), "blocks"),
+        *inputs.round_trips("write tables", written, actors),
+        inputs.demand("schedule blocks of an execution", scheduled, "blocks"),
+        inputs.demand("schedule commits", work.shards, "tasks"),
         *inputs.over_network("read and write", work.bytes + inputs.vector_bytes),
     )
-    return [phase]
+    return [phase, *_groups_of_shards(inputs, processes)]
+
+
+def _groups_of_shards(inputs: Inputs, processes: int) -> list[Phase]:
+    """Return the phase in which encoders load again, for all groups of an execution but one."""
+    groups = groups_each(inputs.work.shards, processes)
+    load = inputs.figures["start_embed"]
+    per_s = replace(
+        load,
+        value=1 / load.value,
+        worst=1 / load.worst,
+        best=1 / load.best,
+        unit="groups",
+        per="driver",
+    )
+    return [(Demand("load the encoders for more shards", groups - 1.0, per_s),)] * (groups > 1)
 
 
 def _embed_disk_bytes(inputs: Inputs) -> float:
@@ -213,7 +247,7 @@ def _embed_disk_bytes(inputs: Inputs) -> float:
 def _embed_store_bytes(inputs: Inputs) -> float:
     actors = inputs.actors(inputs.config.ray.embed_actors)
     blocks = inputs.cluster.cpus + QUEUED_BLOCKS * actors
-    return min(blocks * BLOCK_BYTES, inputs.pixel_bytes + inputs.work.bytes)
+    return min(blocks * _pixel_block_bytes(inputs), inputs.pixel_bytes + inputs.work.bytes)
 
 
 def _prune(inputs: Inputs) -> list[Phase]:
