@@ -23,6 +23,7 @@ from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import fingerprint
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import embeddings
+from pds_ray.store.storage import side_by_side
 from pds_ray.telemetry.progress import progress_bar
 
 SAMPLE_TASKS = 1_000  # at most, as Ray keeps results below 100 KB in the driver
@@ -186,29 +187,55 @@ def cluster(run: Run) -> Counts:
             f"{counts['images_kept']:,} images; lower --pairs or --prune.ratio"
         )
     begun, spaces = _begin(run), config.cluster.spaces
-    for number, space in enumerate(spaces):
-        if space in begun["fits"]:
-            if run.folder.has_centroids(space):
-                continue
-            # new centroids may differ from those that are gone in their last bits
-            run.folder.delete_labels()
-        parts = _sample(space, shards, run.store, run.folder, _sample_share(run, space), config)
-        rounds = config.cluster.restarts * config.cluster.iterations
-        with (
-            InFlight() as in_flight,
-            progress_bar("cluster", len(spaces) * rounds, "iterations", number * rounds) as bar,
-        ):
-            bar.set_postfix_str(f"{space}, K = {config.pairs:,}", refresh=False)
-            bar.follow(in_flight.reports())
-            begun["fits"][space] = _fit_space(parts, space, run.folder, config, in_flight)
-            run.folder.save_fits(begun)
-            bar.follow(None)
-            bar.update(rounds)
+    fitted = {space for space in spaces if _is_fitted(run, begun, space)}
+    todo = [space for space in spaces if space not in fitted]
+    places = tasks.kmeans_places()
+    for start in range(0, len(todo), places):
+        _fit_spaces(run, begun, todo[start : start + places], fitted)
     sizes = _label_shards(run, shards)
     return {
         space: {**begun["fits"][space], **_spread(size)}
         for space, size in zip(spaces, sizes, strict=True)
     }
+
+
+def _is_fitted(run: Run, begun: dict[str, Any], space: str) -> bool:
+    """Return whether the k-means of a space is there; if it is gone, labels by it are removed."""
+    if space not in begun["fits"]:
+        return False
+    there = run.folder.has_centroids(space)
+    if not there:  # new centroids may differ from those that are gone in their last bits
+        run.folder.delete_labels()
+    return there
+
+
+def _fit_spaces(run: Run, begun: dict[str, Any], spaces: list[str], fitted: set[str]) -> None:
+    """Fit the k-means of some spaces, each on a node of its own; record them in `begun`.
+
+    `fitted` are the spaces that have one; these are added.
+    """
+    config, rounds = run.config, run.config.cluster.restarts * run.config.cluster.iterations
+    samples = {
+        space: _sample(
+            space, run.shard_names, run.store, run.folder, _sample_share(run, space), config
+        )
+        for space in spaces
+    }
+    done, total = len(fitted) * rounds, len(config.cluster.spaces) * rounds
+    with InFlight() as in_flight, progress_bar("cluster", total, "iterations", done) as bar:
+        bar.set_postfix_str(f"{' and '.join(spaces)}, K = {config.pairs:,}", refresh=False)
+        bar.follow(in_flight.reports(fitted.__contains__))
+
+        def fit(space: str) -> dict[str, Any]:
+            return _fit_space(samples[space], space, run.folder, config, in_flight)
+
+        # in threads, which an interrupt would not reach, only where there are several
+        fits = (side_by_side if len(spaces) > 1 else map)(fit, spaces)
+        for space, found in zip(spaces, fits, strict=True):
+            begun["fits"][space] = found
+            run.folder.save_fits(begun)
+            fitted.add(space)
+            bar.update(rounds)
 
 
 def _sample_share(run: Run, space: str) -> float:

@@ -78,6 +78,13 @@ def run_kmeans(
                 raise
 
 
+def kmeans_places() -> int:
+    """Return the number of nodes that can have a k-means each: those as large as any."""
+    kind = "GPU" if most("GPU") >= 1 else "CPU"
+    sizes = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
+    return max(1, sizes.count(max(sizes, default=0)))
+
+
 def retried(start: Callable[[], ray.ObjectRef]) -> Any:
     """Return the result of a task; it is started again where `RetryBudget` allows."""
     budget = RetryBudget()

@@ -145,7 +145,7 @@ class Inputs:
         """Return the demand for traffic; none if all is on a disk."""
         return (self.demand(what, bytes_, "network"),) if self.work.remote else ()
 
-    def round_trips(self, what: str, trips: float, at_once: int) -> Phase:
+    def round_trips(self, what: str, trips: float, at_once: float) -> Phase:
         """Return the demand for requests to the store of the run folder; none of a disk.
 
         Without a run folder the store is that of the source.
@@ -158,8 +158,8 @@ class Inputs:
 
         Tasks share them if there are many.
         """
-        tasks = math.ceil(files / FILES_PER_TASK)
-        at_once = CALLS_AT_ONCE * max(1, min(tasks, self.cluster.cpus))
+        tasks = min(max(1.0, files / FILES_PER_TASK), self.cluster.cpus)
+        at_once = CALLS_AT_ONCE * tasks
         return self.round_trips("hash the files", READ_TRIPS * files, at_once)
 
 
@@ -284,22 +284,35 @@ def _sample_rows(inputs: Inputs, space: str) -> float:
     return rows * sample_share(round(rows), width, config, inputs.clusters)
 
 
-def _fit(inputs: Inputs, space: str) -> list[Phase]:
-    """Return the phases of one k-means: its sample, then its iterations in one task."""
+def _sample(inputs: Inputs, space: str) -> Phase:
+    what = f"sample {space} vectors"
+    return (
+        inputs.demand(what, _stored_rows(inputs, space), "sample"),
+        *inputs.over_network(what, inputs.vector_bytes / 2),
+    )
+
+
+def _fit(inputs: Inputs, space: str) -> Demand:
+    """Return the demand of one k-means: its iterations, in one task."""
     config, rows = inputs.config.cluster, _sample_rows(inputs, space)
     distances = distance_flop(rows, inputs.clusters, _width(inputs, space))
     flop = distances * (config.iterations + 1) * config.restarts
     on_gpu, cluster = inputs.figures["fit"].per == "GPU", inputs.cluster
     gpus = min(FIT_GPUS, max(1.0, cluster.gpus / cluster.units("node")))
     processors = gpus if on_gpu else cluster.node_cpus
-    sample = f"sample {space} vectors"
-    return [
-        (
-            inputs.demand(sample, _stored_rows(inputs, space), "sample"),
-            *inputs.over_network(sample, inputs.vector_bytes / 2),
-        ),
-        (inputs.demand(f"fit {space} k-means", flop, "fit", processors),),
-    ]
+    return inputs.demand(f"fit {space} k-means", flop, "fit", processors)
+
+
+def _fits(inputs: Inputs) -> list[Phase]:
+    """Return the phases of all k-means: side by side on several nodes, else one after the other."""
+    spaces = inputs.config.cluster.spaces
+    samples = [_sample(inputs, space) for space in spaces]
+    fits = [_fit(inputs, space) for space in spaces]
+    if inputs.cluster.units("node") < len(spaces):
+        return [
+            phase for sample, fit in zip(samples, fits, strict=True) for phase in (sample, (fit,))
+        ]
+    return [*samples, tuple(fits)]
 
 
 def _cluster(inputs: Inputs) -> list[Phase]:
@@ -317,8 +330,7 @@ def _cluster(inputs: Inputs) -> list[Phase]:
         inputs.demand("schedule", tasks, "tasks"),
         *inputs.over_network("read vectors", inputs.vector_bytes),
     )
-    fits = [phase for space in spaces for phase in _fit(inputs, space)]
-    return [*fits, labels, inputs.hashes(inputs.work.shards)]
+    return [*_fits(inputs), labels, inputs.hashes(inputs.work.shards)]
 
 
 def _cluster_disk_bytes(inputs: Inputs) -> float:
@@ -326,12 +338,13 @@ def _cluster_disk_bytes(inputs: Inputs) -> float:
 
 
 def _cluster_store_bytes(inputs: Inputs) -> float:
-    """Return the bytes of the largest sample, or of the centroids on every node if more."""
-    samples = (
-        4.0 * math.prod((_sample_rows(inputs, space), _width(inputs, space)))
-        for space in inputs.config.cluster.spaces
-    )
-    return max(inputs.cluster.units("node") * 2 * inputs.prototype_bytes, *samples)
+    """Return the bytes of the samples at one time, or of the centroids on every node if more."""
+    spaces, nodes = inputs.config.cluster.spaces, inputs.cluster.units("node")
+    samples = [
+        4.0 * math.prod((_sample_rows(inputs, space), _width(inputs, space))) for space in spaces
+    ]
+    together = max(samples) if nodes < len(spaces) else sum(samples)
+    return max(nodes * 2 * inputs.prototype_bytes, together)
 
 
 def _match(inputs: Inputs) -> list[Phase]:
@@ -503,7 +516,7 @@ def _caption_disk_bytes(inputs: Inputs) -> float:
 
 def _materialize(inputs: Inputs) -> list[Phase]:
     trips = (READ_TRIPS + WRITE_TRIPS) * inputs.clusters
-    tars = min(math.ceil(inputs.clusters / PAIRS_PER_TAR), TARS_AT_ONCE, inputs.cluster.cpus)
+    tars = min(max(1.0, inputs.clusters / PAIRS_PER_TAR), TARS_AT_ONCE, inputs.cluster.cpus)
     copy = inputs.round_trips("read and write images", trips, CALLS_AT_ONCE * tars)
     return [(inputs.demand("write the set", inputs.clusters, "materialize", tars), *copy)]
 

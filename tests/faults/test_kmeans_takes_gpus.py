@@ -21,7 +21,7 @@ cluster.add_node(num_cpus=2, num_gpus=3, **store)
 cluster.add_node(num_cpus=2, num_gpus=2, **store)
 session.start(RayConfig(address=cluster.address))
 given = lambda _: ray.get_runtime_context().get_assigned_resources()["GPU"]
-found = [tasks.run_kmeans(given, [])]
+found = [tasks.kmeans_places(), tasks.run_kmeans(given, [])]
 
 @ray.remote(num_cpus=0, num_gpus=3)
 class Other:
@@ -38,4 +38,4 @@ cluster.shutdown()
 
 
 def test_a_k_means_takes_the_gpus_of_a_machine() -> None:
-    assert output_of(DRIVER)[-1] == "[3.0, 2.0]"
+    assert output_of(DRIVER)[-1] == "[1, 3.0, 2.0]"

@@ -216,6 +216,21 @@ def test_executions_share_the_scheduling(
     assert embed.seconds == pytest.approx(busy + 60 * groups)
 
 
+def test_k_means_side_by_side_on_several_nodes() -> None:
+    """20 iterations and the seeds' on a sample of the memory's size: each on 4 GPUs of a node."""
+    one, two = (forecast(gpus=f"{gpus}xH100", pairs=100_000) for gpus in (8, 16))
+    image, text = (demand(one, "cluster", f"fit {side} k-means") for side in ("image", "text"))
+
+    def fitting(plan: Plan) -> float:
+        fits = [phase for phase in stage(plan, "cluster").phases if "fit" in phase[0].what]
+        return sum(phase_seconds(phase, plan.cluster)[0] for phase in fits)
+
+    assert fitting(one) == pytest.approx((image.unit_seconds + text.unit_seconds) / 4)
+    assert fitting(two) == pytest.approx(max(image.unit_seconds, text.unit_seconds) / 4)
+    sample = stage(one, "cluster").store_bytes
+    assert stage(two, "cluster").store_bytes == pytest.approx(2 * sample)
+
+
 def test_images_looked_through_by_nearest() -> None:
     """In one shard of n images the last of b wanted lies at n b / (b + 1) on average."""
     work = Workload(1000, 1000, 0.0, 1, False)
