@@ -255,7 +255,7 @@ def test_no_row_is_lost_that_may_be_the_nearest(arithmetic, unit, drawn, block):
 def test_the_residual_bounds_what_rounding_took(arithmetic, unit, drawn):
     raw, _ = world(drawn)
     shift = np.random.default_rng(drawn[0]).standard_normal(raw.shape[1]).astype(np.float32) / 8
-    made = products.rounded(raw, "query", unit, shift, "cpu", ARITHMETICS[arithmetic])
+    made = products.rounded(torch.tensor(raw), "query", unit, shift, ARITHMETICS[arithmetic])
     exact = raw.astype(np.longdouble)
     if unit:
         norms = np.sqrt((exact**2).sum(axis=1, keepdims=True))
