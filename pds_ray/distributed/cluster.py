@@ -73,9 +73,13 @@ def _sample(
         bar.set_postfix_str(
             f"{share:.3%} of {space} vectors" if share < 1 else f"{space} vectors", refresh=False
         )
-        for part in tasks.map_to_store(sampled, groups, space, store, folder, share, config):
-            bar.update(len(groups[len(parts)]))
-            parts.append(part)
+        for group, (sample, weights) in zip(
+            groups,
+            tasks.map_to_store(sampled, groups, space, store, folder, share, config),
+            strict=True,
+        ):
+            bar.update(len(group))
+            parts.append((sample, weights))
     return parts
 
 

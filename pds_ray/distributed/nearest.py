@@ -79,7 +79,7 @@ def nearest(
     best = {side: core.no_nearest(len(own)) for side, own in queries.items()}
     share, each = pools.products(), max(1, len(shards))
     shard_s = sum(
-        product_seconds(counts[COUNTED[side]] / each, *own.shape, share.device)
+        product_seconds(counts[COUNTED[side]] / each, len(own), own.shape[1], share.device)
         for side, own in queries.items()
     )
     groups = tasks.groups(list(enumerate(shards)), task_count(len(shards), shard_s))

@@ -69,7 +69,9 @@ def nearest_captions(
     count, shards, store = core.LONGEST_LIST, run.shard_names, run.store
     best = core.no_rows(len(queries), count)
     share, pairs = pools.products(), run.counts("embed")["pairs"]
-    shard_s = product_seconds(pairs / max(1, len(shards)), *queries.shape, share.device)
+    shard_s = product_seconds(
+        pairs / max(1, len(shards)), len(queries), queries.shape[1], share.device
+    )
     groups = tasks.groups(list(enumerate(shards)), task_count(len(shards), shard_s))
     given = (store, queries, count, tasks.Latest(lambda: best.cosine[:, -1]), share.device)
     parts = tasks.map_in_order(_search, groups, *given, share=share)
@@ -89,7 +91,7 @@ def _listed(run: Run, best: core.TopRows, images: np.ndarray) -> list[list[Liste
     items = [(shards[number], mine) for number, mine in zip(numbers, rows, strict=True)]
     mean_rows = run.counts("embed")["pairs"] / max(1, len(shards))
     shard_s = product_seconds(mean_rows, 0, images.shape[1], share.device) + product_seconds(
-        len(place) / max(1, len(items)), *images.shape, share.device
+        len(place) / max(1, len(items)), len(images), images.shape[1], share.device
     )
     groups = tasks.groups(items, task_count(len(items), shard_s))
     given = (run.store, images, share.device)

@@ -98,6 +98,8 @@ def bench(config: RunConfig) -> dict[str, Any]:
             figures = _in_a_process(_model_figures, info, decoder, jpegs, config)
         bar.update()
         figures |= _pass_figures(Folder(folder), info.dim, config) | _arithmetic_figures(info.dim)
+        if _gpus():
+            figures |= _in_a_process(_gpu_figures, info.dim)
         figures["commit"] = _one_after_the_other(
             figures.pop("around_encoder"), figures.pop("store")
         )
@@ -454,7 +456,10 @@ def _pass_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Entr
             lambda: cluster.label_shards([(shard, False)], store, run, centroids, False, "cpu"),
         ),
         "match": ("pairs", lambda: match.count_pairs([shard], store, run, FEW)),
-        "sums": ("pairs", lambda: averaging.sum_shards([shard], store, run, matches, FEW)),
+        "sums": (
+            "pairs",
+            lambda: averaging.sum_shards([shard], store, run, matches, FEW, [0, FEW]),
+        ),
         "search_rows": (
             "rows",
             lambda: nearest.search_shards([(0, shard)], store, {"captions": few[:1]}, {}, "cpu"),
@@ -500,19 +505,17 @@ def _arithmetic_figures(dim: int) -> dict[str, Entry]:
         "solve_dense": solve(DENSE, "dense", 3),
         "solve_sparse": solve(SPARSE, "sparse", 2),
         "search": _rate(lambda: products.nearest_rows(centroids, rows), flop, "FLOP"),
-        **_product_figure(rows),
     }
 
 
-def _product_figure(rows: np.ndarray) -> dict[str, Entry]:
-    """Measure products on a GPU, if there is one, with as many queries as keep it busy."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return {}
-    vectors = np.random.default_rng(2).standard_normal((GPU_QUERIES, rows.shape[1]), np.float32)
+def _gpu_figures(dim: int) -> dict[str, Entry]:
+    """Measure products on a GPU, with as many queries as keep it busy."""
+    rng = np.random.default_rng(1)
+    rows, vectors = (
+        rng.standard_normal((count, dim), np.float32) for count in (SHARD_PAIRS, GPU_QUERIES)
+    )
     queries = products.as_queries(vectors, "cuda")
-    flop = distance_flop(len(rows), GPU_QUERIES, rows.shape[1])
+    flop = distance_flop(SHARD_PAIRS, GPU_QUERIES, dim)
     rate = _rate(lambda: products.nearest_rows(queries, rows), flop, "FLOP", "GPU")
     return {"products": rate}
 

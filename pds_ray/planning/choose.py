@@ -88,8 +88,8 @@ def choose_figures(
     if config.decode.decoder == "unclip":
         chosen["draw"] = _draw(config, cluster, measured)
     if cluster.gpus:
-        own = measured and _carried_over(cluster, measured.figures.get("products"), measured)
-        chosen["products"] = own or _assumed_by_flop(cluster, "products", 1.0, "FLOP")
+        rate = measured and _carried_over(cluster, measured.figures.get("products"), measured)
+        chosen["products"] = rate or _assumed_by_flop(cluster, "products", 1.0, "FLOP")
     if config.method in DISTILLERS:
         chosen["train"] = _assumed_by_flop(cluster, "train", 1.0, "FLOP")
     return chosen

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -43,13 +44,14 @@ class Block:
 
 # A CPU's products are 4 MiB, which its cache holds, and 16 MiB are kept; a GPU's are 512 MiB.
 BLOCKS = {"cpu": Block(512, 4_096, 16_384), "cuda": Block(8_192, 16_384, 16_384)}
+VECTORS_AT_ONCE = {"cpu": 512, "cuda": 65_536}  # rounded at once
+PAIRS_AT_ONCE = {"cpu": 256, "cuda": 16_384}  # ranked exactly at once
 GROUP = 32  # rows of which only the highest score is looked at first
-VECTORS_AT_ONCE = 512  # rounded at once
-PAIRS_AT_ONCE = 128  # ranked exactly at once: they stay in the cache
 # candidates of a query from which a fine product is cheaper than an exact sum for each: one more
 # for every so many rows
 FEW, ROWS_PER_CANDIDATE = 16, 64
 LARGEST = 2.0**40  # far larger values have no squares in float32
+SHIFTED_BY = 1_000  # vectors whose mean all are shifted by
 TRIED = (512, 512, 768)  # rows, queries and dimensions of the product that is timed
 
 # The error of a sum of products, per term and in units of the sum of their sizes. A CPU rounds
@@ -115,9 +117,9 @@ def _product(rows: torch.Tensor, queries: torch.Tensor, scores: torch.Tensor) ->
     import torch
 
     low = rows.dtype == torch.bfloat16
-    if rows.is_cuda:
-        scores[:] = torch.mm(rows, queries.T, out_dtype=torch.float32) if low else rows @ queries.T
-    elif low:
+    if rows.is_cuda and low:
+        torch.mm(rows, queries.T, out_dtype=torch.float32, out=scores)
+    elif rows.is_cuda or low:
         torch.mm(rows, queries.T, out=scores)
     else:
         # not torch's, which is less than float32 wherever somebody in the process asked for that
@@ -149,11 +151,12 @@ class Rounded:
 
 
 def rounded(
-    raw: np.ndarray, role: Role, unit: bool, shift: np.ndarray, device: str, arithmetic: Arithmetic
+    raw: torch.Tensor, role: Role, unit: bool, shift: np.ndarray, arithmetic: Arithmetic
 ) -> Rounded:
     """Bring vectors, float32 [n, d], to unit length if asked to, shift them and round them."""
     import torch
 
+    device, step = raw.device, VECTORS_AT_ONCE[raw.device.type]
     work, dtype = getattr(torch, arithmetic.work), getattr(torch, arithmetic.stored)
     (count, dim), pieces = raw.shape, arithmetic.pieces
     own, ones = dim + pieces * (role == "row"), dim + pieces * (role == "query")
@@ -163,12 +166,12 @@ def rounded(
     residual, square, largest = torch.zeros(3, count, dtype=torch.float64, device=device)
     moved = torch.tensor(shift, dtype=work, device=device)
     eps, least = torch.finfo(work).eps, torch.finfo(work).tiny ** 0.5
-    for start in range(0, count, VECTORS_AT_ONCE):
-        some = slice(start, start + VECTORS_AT_ONCE)
-        values = torch.tensor(raw[some], device=device)
+    for start in range(0, count, step):
+        some = slice(start, start + step)
+        values = raw[some]
         largest[some] = values.abs().amax(dim=1)
-        unusable = ~torch.isfinite(largest[some])
-        values[unusable] = 0
+        usable = torch.isfinite(largest[some])
+        values = values.where(usable[:, None], 0)
         zero = 0.0
         if unit:
             values = values.double()
@@ -188,7 +191,7 @@ def rounded(
         for piece in range(own, own + pieces):
             columns[some, piece] = rest
             rest = rest - columns[some, piece].to(work)
-        columns[some, own][unusable] = -(2.0**100)  # further than any
+        columns[some, own][~usable] = -(2.0**100)  # further than any
     usable = torch.isfinite(largest)
     highest = float(largest[usable].max()) if bool(usable.any()) else 0.0
     return Rounded(columns, residual, square, usable, highest)
@@ -214,16 +217,25 @@ class Vectors:
         self.shift = _middle(self.raw, unit) if shift is None else shift
 
     @functools.cached_property
+    def values(self) -> torch.Tensor:
+        """The vectors on the device, float32 [n, d], not to be written to."""
+        import torch
+
+        with warnings.catch_warnings():  # of arrays that are read-only, as Ray's are
+            warnings.simplefilter("ignore")
+            return torch.from_numpy(self.raw).to(self.device)
+
+    @functools.cached_property
     def coarse(self) -> Rounded:
         """The form for the first pass."""
-        return self._rounded(self.raw, coarse(self.device))
+        return self._rounded(self.values, coarse(self.device))
 
     def fine(self, which: np.ndarray | slice) -> Rounded:
         """Return some vectors in their form for the second pass, which is not kept."""
-        return self._rounded(self.raw[which], FINE)
+        return self._rounded(self.values[which], FINE)
 
-    def _rounded(self, raw: np.ndarray, arithmetic: Arithmetic) -> Rounded:
-        return rounded(raw, self.role, self.unit, self.shift, self.device, arithmetic)
+    def _rounded(self, values: torch.Tensor, arithmetic: Arithmetic) -> Rounded:
+        return rounded(values, self.role, self.unit, self.shift, arithmetic)
 
     def opposite(self, raw: np.ndarray) -> Vectors:
         """Return vectors as the other side of a search."""
@@ -233,7 +245,7 @@ class Vectors:
 
 def _middle(raw: np.ndarray, unit: bool) -> np.ndarray:
     """Return the mean of some vectors, float32 [d]. Any shift is right; this makes them short."""
-    some = raw[:: 1 + len(raw) // VECTORS_AT_ONCE].astype(np.float64)
+    some = raw[:: 1 + len(raw) // SHIFTED_BY].astype(np.float64)
     some = some[(np.abs(some) < LARGEST).all(axis=1)]
     if unit:
         norms = np.linalg.norm(some, axis=1, keepdims=True)
@@ -385,10 +397,10 @@ class Search:
 # ---- exact values ------------------------------------------------------------------------------
 
 
-def _folded(terms: np.ndarray) -> np.ndarray:
+def _folded(terms: torch.Tensor) -> torch.Tensor:
     """Sum terms, float64 [m, d], which are overwritten: halves are added until one is left.
 
-    The order depends on d alone, so that the bytes are the same on every machine.
+    The order depends on d alone, so that the bytes are the same on every machine and device.
     """
     width = terms.shape[1]
     while width > 1:
@@ -398,51 +410,55 @@ def _folded(terms: np.ndarray) -> np.ndarray:
     return terms[:, 0]
 
 
-def _by_parts(
-    terms: Callable[[np.ndarray, np.ndarray], np.ndarray], left: np.ndarray, right: np.ndarray
+def _sums(
+    terms: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], pairs: Pairs, device: str
 ) -> np.ndarray:
-    """Sum the terms of pairs, int64 [m] twice, some at once. float64 [m]."""
-    sums = np.empty(len(left))
-    for start in range(0, len(left), PAIRS_AT_ONCE):
-        some = slice(start, start + PAIRS_AT_ONCE)
-        sums[some] = _folded(terms(left[some], right[some]))
-    return sums
+    """Sum the terms of each pair, float64 [pairs], some pairs at once."""
+    import torch
+
+    found, step = np.empty(len(pairs.query)), PAIRS_AT_ONCE[device]
+    for start in range(0, len(found), step):
+        some = slice(start, start + step)
+        query, row = (torch.from_numpy(each[some]).to(device) for each in (pairs.query, pairs.row))
+        found[some] = _folded(terms(query, row)).cpu().numpy()
+    return found
 
 
-def _norms(vectors: np.ndarray, which: np.ndarray) -> np.ndarray:
-    """Return the norms of rows `which` of vectors, float32 [n, d]. float64 [m]."""
+def _norms(vectors: Vectors, which: np.ndarray) -> np.ndarray:
+    """Return the norms of some vectors, float64 [m]."""
     own, place = np.unique(which, return_inverse=True)
 
-    def terms(rows: np.ndarray, _same: np.ndarray) -> np.ndarray:
-        return np.square(vectors[rows], dtype=np.float64)
+    def terms(row: torch.Tensor, _same: torch.Tensor) -> torch.Tensor:
+        return vectors.values[row].double().square_()
 
-    return np.sqrt(_by_parts(terms, own, own))[place]
+    return np.sqrt(_sums(terms, Pairs(own, own), vectors.device))[place]
 
 
-def cosines(queries: np.ndarray, rows: np.ndarray, pairs: Pairs) -> np.ndarray:
+def cosines(queries: Vectors, rows: Vectors, pairs: Pairs) -> np.ndarray:
     """Return the cosine of each pair, float32 [pairs]: rounded once, from float64."""
 
-    def terms(query: np.ndarray, row: np.ndarray) -> np.ndarray:
-        return np.multiply(queries[query], rows[row], dtype=np.float64)
+    def terms(query: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        # exact: float64 holds any product of two float32
+        return queries.values[query].double().mul_(rows.values[row])
 
     norms = _norms(queries, pairs.query) * _norms(rows, pairs.row)
-    products = _by_parts(terms, pairs.query, pairs.row)
+    products = _sums(terms, pairs, queries.device)
     return (products / np.where(norms > 0, norms, 1)).astype(np.float32)
 
 
-def squared_distances(queries: np.ndarray, rows: np.ndarray, pairs: Pairs) -> np.ndarray:
+def squared_distances(queries: Vectors, rows: Vectors, pairs: Pairs) -> np.ndarray:
     """Return the squared distance of each pair, float64 [pairs]; 0 if it is its query's only one.
 
     That needs none to be the nearest.
     """
 
-    def terms(query: np.ndarray, row: np.ndarray) -> np.ndarray:
-        apart = np.subtract(queries[query], rows[row], dtype=np.float64)
-        return np.square(apart, out=apart)
+    def terms(query: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        return queries.values[query].double().sub_(rows.values[row]).square_()
 
     several = np.bincount(pairs.query)[pairs.query] > 1
     found = np.zeros(len(several))
-    found[several] = _by_parts(terms, pairs.query[several], pairs.row[several])
+    some = Pairs(pairs.query[several], pairs.row[several])
+    found[several] = _sums(terms, some, queries.device)
     return found
 
 
@@ -479,7 +495,7 @@ def _without_copies(rows: np.ndarray, pairs: Pairs) -> tuple[Pairs, np.ndarray]:
     return Pairs(*np.divmod(codes, len(rows))), like
 
 
-Measure = Callable[[np.ndarray, np.ndarray, Pairs], np.ndarray]
+Measure = Callable[[Vectors, Vectors, Pairs], np.ndarray]
 
 
 def _ranked(search: Search, measure: Measure, dtype: str) -> Ranked:
@@ -488,17 +504,17 @@ def _ranked(search: Search, measure: Measure, dtype: str) -> Ranked:
     found = Ranked(np.full(shape, np.inf, dtype), np.full(shape, -1, np.int32))
     if not len(search.queries.raw) or not len(search.rows.raw):
         return found
-    queries, rows, crowded = search.queries.raw, search.rows.raw, []
+    crowded = []
     for pairs, many in search.coarse():
-        found.add(pairs, measure(queries, rows, pairs))
+        found.add(pairs, measure(search.queries, search.rows, pairs))
         crowded.append(many)
     for pairs in search.fine(np.concatenate(crowded)):
-        different, like = _without_copies(rows, pairs)
-        found.add(pairs, measure(queries, rows, different)[like])
+        different, like = _without_copies(search.rows.raw, pairs)
+        found.add(pairs, measure(search.queries, search.rows, different)[like])
     return found
 
 
-def _negative_cosines(queries: np.ndarray, rows: np.ndarray, pairs: Pairs) -> np.ndarray:
+def _negative_cosines(queries: Vectors, rows: Vectors, pairs: Pairs) -> np.ndarray:
     return -cosines(queries, rows, pairs)
 
 

@@ -43,8 +43,12 @@ class Sums:
 
     def copy(self) -> Sums:
         """Return sums that can be added to: those from an object store are read-only."""
-        arrays = (getattr(self, each.name).copy() for each in fields(self)[:-1])
-        return Sums(*arrays, [list(own) for own in self.members])
+        arrays = {
+            each.name: getattr(self, each.name).copy()
+            for each in fields(self)
+            if each.name != "members"
+        }
+        return Sums(**arrays, members=[list(own) for own in self.members])
 
     def split(self, bounds: Sequence[int]) -> list[Sums]:
         """Return the sums of the matches between each two bounds, which ascend."""

@@ -141,7 +141,7 @@ def by(name: str) -> AbstractContextManager[object]:
 # ---- properties --------------------------------------------------------------------------------
 
 
-@settings(max_examples=150)
+@settings(max_examples=40)
 @given(arithmetics, worlds, blocks)
 def test_nearest_rows_are_those_of_brute_force(arithmetic, drawn, block):
     queries, rows = world(drawn)
@@ -150,7 +150,7 @@ def test_nearest_rows_are_those_of_brute_force(arithmetic, drawn, block):
     check_nearest(queries, rows, found)
 
 
-@settings(max_examples=150)
+@settings(max_examples=40)
 @given(arithmetics, worlds, blocks)
 def test_labels_are_those_of_brute_force(arithmetic, drawn, block):
     queries, rows = world(drawn)
@@ -159,7 +159,7 @@ def test_labels_are_those_of_brute_force(arithmetic, drawn, block):
     check_labels(queries, rows, labels)
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(arithmetics, worlds, blocks, st.integers(1, 70))
 def test_lists_are_those_of_a_whole_sort(arithmetic, drawn, block, count):
     queries, rows = world(drawn)
@@ -174,7 +174,7 @@ def test_lists_are_those_of_a_whole_sort(arithmetic, drawn, block, count):
     assert np.isneginf(cosine[:, listed:]).all()
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(arithmetics, worlds, blocks, st.integers(-3, 3))
 def test_rows_below_a_known_cosine_are_left_out(arithmetic, drawn, block, steps):
     """The cosine asked for is the best one, or one some float32 steps above or below it."""
@@ -187,7 +187,7 @@ def test_rows_below_a_known_cosine_are_left_out(arithmetic, drawn, block, steps)
     check_nearest(queries, rows, found, at_least)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(worlds, st.integers(0, 150), blocks)
 def test_searching_part_by_part_is_searching_the_whole(drawn, cut, block):
     """What one part found is asked of the other; both orders, so the first of equals is known."""
@@ -206,7 +206,7 @@ def test_searching_part_by_part_is_searching_the_whole(drawn, cut, block):
         np.testing.assert_array_equal(place, whole[1])
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(worlds, st.lists(st.tuples(arithmetics, blocks), min_size=2, max_size=4))
 def test_bytes_do_not_depend_on_blocks_arithmetic_or_neighbours(drawn, ways):
     queries, rows = world(drawn)
@@ -224,7 +224,7 @@ def test_bytes_do_not_depend_on_blocks_arithmetic_or_neighbours(drawn, ways):
     assert len(found) == 1
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(arithmetics, st.booleans(), worlds, blocks)
 def test_no_row_is_lost_that_may_be_the_nearest(arithmetic, unit, drawn, block):
     """The bound itself: whatever is as near as the nearest is a candidate of each pass."""
@@ -250,12 +250,12 @@ def test_no_row_is_lost_that_may_be_the_nearest(arithmetic, unit, drawn, block):
     assert nearest <= fine
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(arithmetics, st.booleans(), worlds)
 def test_the_residual_bounds_what_rounding_took(arithmetic, unit, drawn):
     raw, _ = world(drawn)
     shift = np.random.default_rng(drawn[0]).standard_normal(raw.shape[1]).astype(np.float32) / 8
-    made = products.rounded(raw, "query", unit, shift, "cpu", ARITHMETICS[arithmetic])
+    made = products.rounded(torch.tensor(raw), "query", unit, shift, ARITHMETICS[arithmetic])
     exact = raw.astype(np.longdouble)
     if unit:
         norms = np.sqrt((exact**2).sum(axis=1, keepdims=True))
