@@ -5,7 +5,8 @@
 | ceiling | bf16 matrix products, the best of some sizes | |
 | encoder | ViT-L-14 on pixels in memory, engine and bare model | 0.6 of the ceiling at best |
 | engine | the embedding stage with JPEG decode in front | GPU idle under 10 % with 16 cores |
-| kmeans | FAISS on the GPU against FAISS on the CPUs | |
+| kmeans | the fit: FAISS on the GPU against FAISS on the CPUs | |
+| products | labels and nearest rows of a shard, 1,000 to 100,000 clusters | the CPU's answers |
 | unclip | size of SD 2.1 unCLIP: batched bf16 against one by one fp16 | 3x at equal steps |
 | evaluation | one trial of a timm model trained on 100 pairs | |
 
@@ -262,6 +263,47 @@ def kmeans(repeats: int, quick: bool) -> Found:
     return found
 
 
+def products(repeats: int, quick: bool) -> Found:
+    """Measure labels and nearest rows of one shard; the side that stays is prepared before.
+
+    `share`: of the ceiling, by the FLOPs of one product of all pairs.
+    """
+    from pds_ray.stages import products as core
+
+    top = ceiling(repeats, quick)["tflops"]
+    rows = 500 if quick else 10_000
+    concepts = Concepts(768, seed=0)
+    vectors = concepts.vectors(concepts.draw(rows))
+    found: Found = {}
+    for clusters in (50, 100) if quick else (1_000, 10_000, 100_000):
+        centres = concepts.vectors(concepts.draw(clusters))
+        centroids = core.as_centroids(centres, "cuda")
+        queries = core.as_queries(centres, "cuda")
+        if clusters <= 1_000:
+            same = [
+                np.array_equal(core.assign(vectors, centroids), core.assign(vectors, centres)),
+                *map(
+                    np.array_equal,
+                    core.nearest_rows(queries, vectors),
+                    core.nearest_rows(centres, vectors),
+                ),
+            ]
+            found["same_as_cpu"] = all(same)
+        works = {
+            "labels": partial(core.assign, vectors, centroids),
+            "nearest": partial(core.nearest_rows, queries, vectors),
+        }
+        for name, work in works.items():
+            seconds = seconds_of(work, repeats)
+            tflops = 2 * rows * clusters * 768 / seconds / 1e12
+            found[f"{name}_{clusters}"] = {
+                "seconds": seconds,
+                "tflops": tflops,
+                "share": tflops / top,
+            }
+    return found
+
+
 def _sd21_unclip(quick: bool) -> Any:
     """Build stable-diffusion-2-1-unclip-small with random weights and a tokenizer of letters."""
     import diffusers
@@ -420,6 +462,7 @@ PARTS: dict[str, Callable[[int, bool], Found]] = {
     "encoder": encoder,
     "engine": engine,
     "kmeans": kmeans,
+    "products": products,
     "unclip": unclip,
     "evaluation": evaluation,
 }

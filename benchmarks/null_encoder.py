@@ -22,8 +22,22 @@ class NullInfo(EncoderInfo):
     """An encoder's description; unpickling it imports this module."""
 
 
+@dataclass(frozen=True)
+class Blank(Preprocess):
+    """Black images instead of resized ones: blocks of full size that cost nothing to make."""
+
+    def __call__(self, _: object) -> np.ndarray:
+        """Return black pixels, uint8 [size, size, 3]."""
+        return np.zeros((self.size, self.size, 3), np.uint8)
+
+
 def describe(name: str = NAME) -> NullInfo:
     return NullInfo(name, DIM, NAME, NAME, Preprocess(SIDE), ())
+
+
+def describe_blank(side: int) -> NullInfo:
+    """Return an encoder that takes black images of this side."""
+    return NullInfo(NAME, DIM, NAME, NAME, Blank(side), ())
 
 
 def load(_info: EncoderInfo, _precision: str) -> NullEncoder:

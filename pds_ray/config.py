@@ -644,6 +644,12 @@ class RayConfig(Options, section="ray"):
         "",
         "custom resources of each task that reads or decodes images, NAME=AMOUNT,...; default none",
     )
+    executions: int = option(
+        0,
+        "parts of the cluster that embed side by side, each scheduled by a process of its own, "
+        "at most one per embedding actor; 0 is one per 256 CPUs",
+        at_least=0,
+    )
     embed_workers: int = option(
         0, "embedding actors at most; 0 is one per GPU, or what the CPUs allow", at_least=0
     )

@@ -21,6 +21,8 @@ ROWS = {
     9: "whole_run",
     10: "workers",
     11: "startup",
+    12: "nearest",
+    13: "driver",
 }
 
 

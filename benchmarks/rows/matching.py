@@ -153,7 +153,7 @@ def ours(task: Task) -> Found:
     clock.lap("prototypes and captions")
     table = folder.prototypes()
     began = time.perf_counter()
-    nearest("images", shards, store, vectors(table, "image_prototype"), tqdm(disable=True))
+    nearest(run, {"images": vectors(table, "image_prototype")}, tqdm(disable=True))
     nearest_images_s = time.perf_counter() - began
     session.stop()
     del seconds["labels"]  # clustering belongs to another row

@@ -20,7 +20,7 @@ from transformers import CLIPTokenizer
 
 from pds_ray.demo.data import CaptionedImages
 from pds_ray.demo.train_clip import CaptionTokens, embed_captions, embed_images
-from pds_ray.stages.prototypes import nearest_rows
+from pds_ray.stages.products import nearest_rows
 
 BATCH_SIZE = 50
 KMEANS_ITERATIONS = 25

@@ -1,8 +1,9 @@
-"""Captions of the images: one task embeds them; each takes the nearest caption of the source."""
+"""Captions of the images: they are embedded; each takes the nearest caption of the source."""
 
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pds_ray.distributed import pools, process
 from pds_ray.distributed.in_flight import InFlight
 from pds_ray.distributed.nearest import nearest
 from pds_ray.distributed.nearest_captions import Listed, nearest_captions
+from pds_ray.distributed.sizes import ENCODED_TOGETHER
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import captions as core
@@ -30,13 +32,13 @@ IMAGES = "images"
 
 
 def _embed(
-    pairs: int, info: EncoderInfo, config: EmbedConfig, folder: RunFolder, in_flight: InFlight
+    pairs: range, info: EncoderInfo, config: EmbedConfig, folder: RunFolder, in_flight: InFlight
 ) -> np.ndarray:
     with in_flight.doing("the encoder to load"):
         encoder = process.load_model(catalog.load_encoder, info, config.precision)
-    files = side_by_side(folder.images.read_bytes, map(folder.image_name, range(pairs)))
+    files = side_by_side(folder.images.read_bytes, map(folder.image_name, pairs))
     images = (Image.open(io.BytesIO(file)) for file in files)
-    with in_flight.doing("the images to be encoded", IMAGES) as doing:
+    with in_flight.doing("the images to be encoded", f"{IMAGES}/{pairs.start}") as doing:
         return embed_images(
             images,
             encoder,
@@ -46,23 +48,40 @@ def _embed(
         )
 
 
+def _parts(pairs: int, workers: int, batch: int) -> list[range]:
+    """Cut the images into a part per worker, of ENCODED_TOGETHER images at least.
+
+    Each part has whole batches, so that last bits do not depend on the number of parts.
+    """
+    count = min(workers, math.ceil(pairs / ENCODED_TOGETHER))
+    each = math.ceil(pairs / count / batch) * batch
+    return [range(start, min(start + each, pairs)) for start in range(0, pairs, each)]
+
+
 def caption(run: Run) -> Counts:
     """Write captions.parquet, the caption of each pair; return how many were not retrieved."""
-    config, folder, shards = run.config, run.folder, run.shard_names
+    config, folder = run.config, run.folder
     prototypes = folder.prototypes()
     pairs = prototypes.num_rows
     if config.caption.nearest_to == "prototype":
         columns = ("pair", "caption", "caption_shard", "caption_key", "caption_cosine")
         folder.save_captions(prototypes.select(columns))
         return {"pairs": pairs, "changed": 0}
-    with InFlight() as in_flight, progress_bar("caption", pairs + len(shards), "steps") as bar:
+    with (
+        InFlight() as in_flight,
+        progress_bar("caption", pairs + len(run.shard_names), "steps") as bar,
+    ):
         bar.follow(in_flight.reports())
         actors = pools.pool(config.ray.embed_actors)
         # the images are compared with what is in the store, hence embedded in its precision
         precision = next(iter(run.embedded.values()))["precision"]
         settings = EmbedConfig(precision=precision)
-        embedding = (_embed, pairs, run.encoder, settings, folder, in_flight)
-        images = ray.get(pools.start_model(actors, *embedding))
+        embedding = (run.encoder, settings, folder, in_flight)
+        parts = [
+            pools.start_model(actors, _embed, part, *embedding)
+            for part in _parts(pairs, actors.workers, settings.batch_size)
+        ]
+        images = np.concatenate(ray.get(parts))
         bar.follow(None)
         bar.update(pairs)
         if config.caption.nearest_to == "both":
@@ -72,10 +91,10 @@ def caption(run: Run) -> Counts:
         else:
             queries = images
         if config.caption.round_trip:
-            lists = nearest_captions(shards, run.store, queries, images, bar)
+            lists = nearest_captions(run, queries, images, bar)
             found, counts = _accepted(lists)
         else:
-            found, counts = nearest("captions", shards, run.store, queries, bar), {}
+            found, counts = nearest(run, {"captions": queries}, bar)["captions"], {}
     chosen = found["caption"]
     folder.save_captions(
         pa.table(

@@ -13,15 +13,17 @@ import numpy as np
 import ray
 
 from pds_ray.config import ConfigError, RunConfig
-from pds_ray.distributed import tasks
+from pds_ray.distributed import pools, tasks
 from pds_ray.distributed.in_flight import InFlight
+from pds_ray.distributed.sizes import product_seconds, task_count
 from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import cluster as core
-from pds_ray.stages import vectors
+from pds_ray.stages import products, vectors
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import fingerprint
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import embeddings
+from pds_ray.store.storage import side_by_side
 from pds_ray.telemetry.progress import progress_bar
 
 SAMPLE_TASKS = 1_000  # at most, as Ray keeps results below 100 KB in the driver
@@ -71,9 +73,13 @@ def _sample(
         bar.set_postfix_str(
             f"{share:.3%} of {space} vectors" if share < 1 else f"{space} vectors", refresh=False
         )
-        for part in tasks.map_to_store(sampled, groups, space, store, folder, share, config):
-            bar.update(len(groups[len(parts)]))
-            parts.append(part)
+        for group, (sample, weights) in zip(
+            groups,
+            tasks.map_to_store(sampled, groups, space, store, folder, share, config),
+            strict=True,
+        ):
+            bar.update(len(group))
+            parts.append((sample, weights))
     return parts
 
 
@@ -112,30 +118,45 @@ def _vectors(
     return vectors.normalized(found) if normalize else found
 
 
-def label_shard(
-    item: tuple[str, bool],
+def label_shards(
+    group: list[tuple[str, bool]],
     store: EmbeddingStore,
     folder: RunFolder,
     centroids: dict[str, np.ndarray],
     normalize: bool,
+    device: str,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Save the labels of a shard's pairs, unless they exist.
+    """Save the labels of the pairs of shards, each given with whether they exist already.
 
     `centroids` are float32 [K, d], by space. Returns for each space the clusters that have pairs
     and how many each has.
     """
-    shard, done = item
-    if not done:
-        kept, owner = folder.keep(shard), _owner(shard, store)
-        labels = []
-        for space, fitted in centroids.items():
-            found = core.assign(_vectors(space, shard, store, normalize), fitted)
-            labels.append(
-                np.where(kept, found[owner] if space == "image" else found, -1).astype(np.int32)
-            )
-        folder.save_labels(shard, labels[0], labels[-1])  # one k-means alone labels both sides
-    saved = folder.labels(shard)[: len(centroids)]
-    return [np.unique(label[label >= 0], return_counts=True) for label in saved]
+    clusters = len(next(iter(centroids.values())))
+    sizes = np.zeros((len(centroids), clusters), np.int64)
+    prepared = {space: products.as_centroids(fitted, device) for space, fitted in centroids.items()}
+    for shard, done in group:
+        if not done:
+            _label(shard, store, folder, prepared, normalize)
+        for space, labels in enumerate(folder.labels(shard)[: len(centroids)]):
+            sizes[space] += np.bincount(labels[labels >= 0], minlength=clusters)
+    return [(np.flatnonzero(size), size[size > 0]) for size in sizes]
+
+
+def _label(
+    shard: str,
+    store: EmbeddingStore,
+    folder: RunFolder,
+    centroids: dict[str, products.Vectors],
+    normalize: bool,
+) -> None:
+    kept, owner = folder.keep(shard), _owner(shard, store)
+    labels = []
+    for space, fitted in centroids.items():
+        found = products.assign(_vectors(space, shard, store, normalize), fitted)
+        labels.append(
+            np.where(kept, found[owner] if space == "image" else found, -1).astype(np.int32)
+        )
+    folder.save_labels(shard, labels[0], labels[-1])  # one k-means alone labels both sides
 
 
 def _begin(run: Run) -> dict[str, Any]:
@@ -170,29 +191,55 @@ def cluster(run: Run) -> Counts:
             f"{counts['images_kept']:,} images; lower --pairs or --prune.ratio"
         )
     begun, spaces = _begin(run), config.cluster.spaces
-    for number, space in enumerate(spaces):
-        if space in begun["fits"]:
-            if run.folder.has_centroids(space):
-                continue
-            # new centroids may differ from those that are gone in their last bits
-            run.folder.delete_labels()
-        parts = _sample(space, shards, run.store, run.folder, _sample_share(run, space), config)
-        rounds = config.cluster.restarts * config.cluster.iterations
-        with (
-            InFlight() as in_flight,
-            progress_bar("cluster", len(spaces) * rounds, "iterations", number * rounds) as bar,
-        ):
-            bar.set_postfix_str(f"{space}, K = {config.pairs:,}", refresh=False)
-            bar.follow(in_flight.reports())
-            begun["fits"][space] = _fit_space(parts, space, run.folder, config, in_flight)
-            run.folder.save_fits(begun)
-            bar.follow(None)
-            bar.update(rounds)
+    fitted = {space for space in spaces if _is_fitted(run, begun, space)}
+    todo = [space for space in spaces if space not in fitted]
+    places = tasks.kmeans_places()
+    for start in range(0, len(todo), places):
+        _fit_spaces(run, begun, todo[start : start + places], fitted)
     sizes = _label_shards(run, shards)
     return {
         space: {**begun["fits"][space], **_spread(size)}
         for space, size in zip(spaces, sizes, strict=True)
     }
+
+
+def _is_fitted(run: Run, begun: dict[str, Any], space: str) -> bool:
+    """Return whether the k-means of a space is there; if it is gone, labels by it are removed."""
+    if space not in begun["fits"]:
+        return False
+    there = run.folder.has_centroids(space)
+    if not there:  # new centroids may differ from those that are gone in their last bits
+        run.folder.delete_labels()
+    return there
+
+
+def _fit_spaces(run: Run, begun: dict[str, Any], spaces: list[str], fitted: set[str]) -> None:
+    """Fit the k-means of some spaces, each on a node of its own; record them in `begun`.
+
+    `fitted` are the spaces that have one; these are added.
+    """
+    config, rounds = run.config, run.config.cluster.restarts * run.config.cluster.iterations
+    samples = {
+        space: _sample(
+            space, run.shard_names, run.store, run.folder, _sample_share(run, space), config
+        )
+        for space in spaces
+    }
+    done, total = len(fitted) * rounds, len(config.cluster.spaces) * rounds
+    with InFlight() as in_flight, progress_bar("cluster", total, "iterations", done) as bar:
+        bar.set_postfix_str(f"{' and '.join(spaces)}, K = {config.pairs:,}", refresh=False)
+        bar.follow(in_flight.reports(fitted.__contains__))
+
+        def fit(space: str) -> dict[str, Any]:
+            return _fit_space(samples[space], space, run.folder, config, in_flight)
+
+        # in threads, which an interrupt would not reach, only where there are several
+        fits = (side_by_side if len(spaces) > 1 else map)(fit, spaces)
+        for space, found in zip(spaces, fits, strict=True):
+            begun["fits"][space] = found
+            run.folder.save_fits(begun)
+            fitted.add(space)
+            bar.update(rounds)
 
 
 def _sample_share(run: Run, space: str) -> float:
@@ -233,14 +280,20 @@ def _label_shards(run: Run, shards: list[str]) -> np.ndarray:
     folder, config = run.folder, run.config
     centroids = {space: folder.centroids(space) for space in config.cluster.spaces}
     sizes = np.zeros((len(centroids), config.pairs), np.int64)
+    share, counts = pools.products(), run.counts("embed")
+    rows, each = counts["images"] + counts["pairs"], max(1, len(shards))
+    shard_s = product_seconds(rows / each, config.pairs, run.encoder.dim, share.device)
     done = folder.labelled()
-    items = [(shard, shard in done) for shard in shards]
-    shared = (run.store, folder, centroids, config.cluster.normalize)
+    groups = tasks.groups(
+        [(shard, shard in done) for shard in shards], task_count(len(shards), shard_s)
+    )
+    shared = (run.store, folder, centroids, config.cluster.normalize, share.device)
     with progress_bar("cluster", len(shards), "shards") as bar:
-        for labelled in tasks.map_in_order(label_shard, items, *shared):
-            for size, (labels, found) in zip(sizes, labelled, strict=True):
-                size[labels] += found
-            bar.update()
+        labelled = tasks.map_in_order(label_shards, groups, *shared, share=share)
+        for group, parts in zip(groups, labelled, strict=True):
+            for total, (labels, found) in zip(sizes, parts, strict=True):
+                total[labels] += found
+            bar.update(len(group))
     return sizes
 
 

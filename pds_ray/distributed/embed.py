@@ -1,4 +1,4 @@
-"""Embedding on Ray Data: read (CPU) -> decode and resize (CPU) -> encode (actor pool) -> commit.
+"""Embedding on Ray Data: read, decode and resize (CPU) -> encode (actor pool) -> commit.
 
 There is one commit per shard. A shard whose rows arrive in one block is committed by the actor that
 embedded it; a larger one is put together from its parts by a small task. Commits are what a restart
@@ -12,29 +12,19 @@ the samples before the damage: it is read again once its file has changed.
 
 from __future__ import annotations
 
-import gc
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
 import ray
 
 from pds_ray import catalog
-from pds_ray.config import ConfigError, EmbedConfig, RayConfig, ReadConfig, RunConfig
-from pds_ray.distributed import (
-    TASK_RETRIES,
-    isolated,
-    limits,
-    metrics,
-    pools,
-    process,
-    tasks,
-    watch,
-)
+from pds_ray.config import ConfigError, EmbedConfig, RunConfig
+from pds_ray.distributed import isolated, limits, metrics, pools, process, tasks
 from pds_ray.distributed.embed_account import (
     Account,
     Outcome,
@@ -42,22 +32,19 @@ from pds_ray.distributed.embed_account import (
     check_failed_share,
     examples_of,
 )
+from pds_ray.distributed.embed_executions import Report, Work, reports
 from pds_ray.distributed.embed_workers import (
     FATAL,
     STORE,
-    EmbedWorker,
-    ShardDatasource,
     ShardFile,
     commit_info,
     commit_parts,
-    decode,
 )
 from pds_ray.distributed.in_flight import InFlight
-from pds_ray.encoders.base import EncoderInfo
 from pds_ray.errors import UserError, first_line
 from pds_ray.methods.base import Counts, Run
 from pds_ray.sources.advice import Tally
-from pds_ray.sources.base import Source, SourceError
+from pds_ray.sources.base import SourceError
 from pds_ray.stages import embed as core
 from pds_ray.stages.embed import ShardCounts
 from pds_ray.store.embeddings import EmbeddingStore
@@ -68,8 +55,6 @@ _Embedded = tuple[ShardCounts, str]
 """Counts of a shard, and how its file is damaged, "" if it is whole."""
 # A process may grow by so much while it decodes one image: half of what is free, within these.
 LEAST_GROWTH_BYTES, MOST_GROWTH_BYTES = 512 << 20, 4 << 30
-# Shards of one data set: the driver keeps a kilobyte per block until its data set ends.
-SHARDS_TOGETHER = 2_000
 FAILED_SHOWN = 20  # failed shards that run.json names, with the reason
 
 
@@ -111,19 +96,6 @@ def _row_counts(row: dict[str, Any]) -> ShardCounts:
     return ShardCounts(**json.loads(row["counts"])) if row["counts"] else ShardCounts()
 
 
-@dataclass(frozen=True)
-class _Work:
-    """Settings for every worker."""
-
-    source: Source
-    info: EncoderInfo
-    read: ReadConfig
-    config: EmbedConfig
-    """With its precision resolved."""
-    ray: RayConfig
-    store: EmbeddingStore
-
-
 def embed(run: Run) -> Counts:
     """Embed the shards that are not committed yet; return the counts of all that are then.
 
@@ -163,7 +135,7 @@ def fill_store(run: Run) -> Counts:
         embed_config = _resolve_precision(config, done, store)
         store.parts.delete_all()
         files = [ShardFile(shard, shard.name in run.changed) for shard in todo]
-        work = _Work(run.source, run.encoder, config.read, embed_config, config.ray, store)
+        work = Work(run.source, run.encoder, config.read, embed_config, config.ray, store)
         outcome = _embed(files, work, outcome, before, len(shards), encoders)
         store.parts.delete_all()
         store.folder.sweep()  # actors that were killed may have left parts of files
@@ -205,7 +177,7 @@ def _resolve_precision(
 
 def _embed(
     todo: list[ShardFile],
-    work: _Work,
+    work: Work,
     outcome: Outcome,
     before: dict[str, dict[str, Any]],
     shards: int,
@@ -225,10 +197,9 @@ def _embed(
         bar.follow(in_flight.reports(partial(_has_arrived, arrived)))
         account = Account(shards, shards - len(todo), outcome, work.ray, bar, work.store)
         account.show()
-        for start in range(0, len(todo), SHARDS_TOGETHER):
-            group = todo[start : start + SHARDS_TOGETHER]
-            for name, counts, committed in _stream(group, work, arrived, in_flight, encoders):
-                _count(name, counts, committed, arrived[name], account)
+        coming = reports(todo, work, in_flight, partial(_begun_again, arrived, reused, outcome))
+        with closing(coming):
+            _follow(coming, arrived, _Commits(work, in_flight), account, encoders)
         lost = [shard.file for shard in arrived.values() if not shard.closed]
         if lost:
             closed = (shard.counts for shard in arrived.values() if shard.closed)
@@ -248,6 +219,49 @@ def _has_arrived(arrived: Mapping[str, _Progress], item: str) -> bool:
     return shard.ended or (first != "" and int(first) in shard.rows)
 
 
+def _begun_again(
+    arrived: dict[str, _Progress],
+    reused: ShardCounts,
+    outcome: Outcome,
+    files: list[ShardFile],
+) -> list[ShardFile]:
+    """Forget those of the shards of which not all rows have arrived; return them."""
+    left = [file for file in files if not arrived[file.shard.name].closed]
+    for file in left:
+        arrived[file.shard.name] = _Progress(file)
+        outcome.failed.pop(file.shard.name, None)
+    outcome.totals = sum((shard.counts for shard in arrived.values()), reused)
+    return left
+
+
+def _follow(
+    coming: Iterator[Report],
+    arrived: dict[str, _Progress],
+    commits: _Commits,
+    account: Account,
+    encoders: metrics.ActorTime,
+) -> None:
+    """Record what is reported in `arrived` and `encoders`, commit and count it."""
+    for rows, lost in coming:
+        for row in rows:
+            _raise_fault(row)
+            encoders.add(row)
+            name, committed = row["shard"], bool(row["committed"])
+            shard = arrived[name]
+            shard.add(row)
+            if shard.closed and not committed:
+                commits.start(shard)
+            _count(name, _row_counts(row), committed, shard, account)
+        for name in commits.ended():
+            _count(name, ShardCounts(), True, arrived[name], account)
+        if lost:
+            counts = ", ".join(f"{count} by {kind}" for kind, count in lost.items())
+            text = f"pds-ray: blocks were lost, {counts}; their shards are read again"
+            log.event("blocks_lost", text, "warning", kinds=lost)
+    for name in commits.all():
+        _count(name, ShardCounts(), True, arrived[name], account)
+
+
 def _count(
     name: str, counts: ShardCounts, committed: bool, shard: _Progress, account: Account
 ) -> None:
@@ -264,7 +278,7 @@ def _count(
 
 def _retry(
     lost: list[ShardFile],
-    work: _Work,
+    work: Work,
     before: dict[str, dict[str, Any]],
     arrived: dict[str, _Progress],
     in_flight: InFlight,
@@ -285,68 +299,6 @@ def _retry(
         account.show()
 
 
-def _stream(
-    files: list[ShardFile],
-    work: _Work,
-    arrived: dict[str, _Progress],
-    in_flight: InFlight,
-    encoders: metrics.ActorTime,
-) -> Iterator[tuple[str, ShardCounts, bool]]:
-    """Run the data set; record what comes in `arrived` and `encoders`.
-
-    Yields shard and counts of each block, and whether its shard is committed; if not, once more
-    when it is.
-    """
-    commits = _Commits(work, in_flight)
-    with watch.LostBlocks() as lost:
-        blocks = _dataset(files, work, in_flight)
-        for batch in blocks.iter_batches(batch_size=None, batch_format="pyarrow"):
-            lost.check_space()
-            for row in pa.table(batch).to_pylist():
-                _raise_fault(row)
-                encoders.add(row)
-                shard = arrived[row["shard"]]
-                shard.add(row)
-                if shard.closed and not row["committed"]:
-                    commits.start(shard)
-                yield row["shard"], _row_counts(row), bool(row["committed"])
-            for name in commits.ended():
-                yield name, ShardCounts(), True
-    lost.check_space()
-    if lost.kinds:
-        counts = ", ".join(f"{count} by {kind}" for kind, count in lost.kinds.items())
-        text = f"pds-ray: blocks were lost, {counts}; their shards are read again"
-        log.event("blocks_lost", text, "warning", kinds=lost.kinds)
-    for name in commits.all():
-        yield name, ShardCounts(), True
-    # The error of a lost block is in a reference cycle with the actors' handles: until it is
-    # collected they keep CPUs.
-    gc.collect()
-
-
-def _dataset(files: list[ShardFile], work: _Work, in_flight: InFlight) -> ray.data.Dataset:
-    """Return the data set of the summary rows of shards, embedded when it is read."""
-    with watch.lost_blocks_allowed():
-        decoded = ray.data.read_datasource(
-            ShardDatasource(work.source, files, in_flight),
-            override_num_blocks=len(files),
-            num_cpus=pools.READ_CPUS,
-            resources=work.ray.reader_resources,
-            ray_remote_args={"max_retries": TASK_RETRIES},
-        ).map_batches(
-            decode,
-            fn_args=(work.info, work.read, work.ray.sample_timeout_s, in_flight),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=pools.DECODE_CPUS,
-            resources=work.ray.reader_resources,
-            max_retries=TASK_RETRIES,
-        )
-        actors = pools.pool(work.ray.embed_actors)
-        arguments = (work.info, work.config, work.store, in_flight)
-        return pools.map_blocks(decoded, EmbedWorker, arguments, actors, EmbedWorker.THREADS)
-
-
 def _raise_fault(row: dict[str, Any]) -> None:
     """Raise what ends the run: EmbedError if a store fails, RuntimeError for a bug."""
     if row["fault"] == STORE:
@@ -358,7 +310,7 @@ def _raise_fault(row: dict[str, Any]) -> None:
 class _Commits:
     """The tasks that commit shards of several parts. A commit that fails raises where it is met."""
 
-    def __init__(self, work: _Work, in_flight: InFlight) -> None:
+    def __init__(self, work: Work, in_flight: InFlight) -> None:
         self._work = work
         self._in_flight = in_flight
         self._task = ray.remote(commit_parts).options(num_cpus=pools.DECODE_CPUS)
@@ -388,7 +340,7 @@ class _Commits:
 
 
 def retry_lost_shards(
-    files: list[ShardFile], work: _Work, in_flight: InFlight
+    files: list[ShardFile], work: Work, in_flight: InFlight
 ) -> Iterator[tuple[str, _Embedded | str]]:
     """Re-embed lost shards in isolated subprocesses; yield each, or why it failed."""
     actors = pools.pool(work.ray.embed_actors)
@@ -407,7 +359,7 @@ def retry_lost_shards(
             yield file.shard.name, f"whatever embeds it is lost ({budget}, the last by {last})"
 
 
-def _embed_in_subprocess(file: ShardFile, work: _Work, in_flight: InFlight) -> _Embedded | str:
+def _embed_in_subprocess(file: ShardFile, work: Work, in_flight: InFlight) -> _Embedded | str:
     """Embed and commit a shard in a child process, or return why it cannot be read."""
     shard = file.shard
     load = partial(process.load_model, catalog.load_encoder, work.info, work.config.precision)

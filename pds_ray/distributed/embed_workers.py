@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,11 +38,18 @@ FATAL, STORE = "fatal", "store"
 class ShardDatasource(Datasource):
     """One read task per shard: a fault can cost one shard's remainder, never its neighbours."""
 
-    def __init__(self, source: Source, files: list[ShardFile], in_flight: InFlight) -> None:
+    def __init__(
+        self,
+        source: Source,
+        files: list[ShardFile],
+        in_flight: InFlight,
+        decoder: Decoder | None = None,
+    ) -> None:
         super().__init__()
         self._source = source
         self._files = files
         self._in_flight = in_flight
+        self._decoder = decoder
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -51,21 +58,27 @@ class ShardDatasource(Datasource):
         """Return one task per shard, whatever parallelism Ray asks for."""
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         return [
-            ReadTask(ShardReader(self._source, file, self._in_flight), unknown)
+            ReadTask(ShardReader(self._source, file, self._in_flight, self._decoder), unknown)
             for file in self._files
         ]
 
 
 @dataclass
 class ShardReader:
-    """A read task: all blocks of one shard."""
+    """A read task: all blocks of one shard, decoded if it has a decoder."""
 
     source: Source
     file: ShardFile
     in_flight: InFlight
+    decoder: Decoder | None = None
 
     def __call__(self) -> Iterable[pa.Table]:
-        """Yield the shard's blocks; an error is the last.
+        """Yield the shard's blocks; an error is the last."""
+        blocks = self._read()
+        return blocks if self.decoder is None else map(self.decoder, blocks)
+
+    def _read(self) -> Iterator[pa.Table]:
+        """Yield the shard's blocks as they are read; an error is the last.
 
         A shard that cannot be read costs itself; a disk or a store that is down would cost more
         shards than may be lost, and ends the run.
@@ -103,16 +116,29 @@ def _message(error: Exception) -> str:
     return line if _classify(error) == STORE else f"{type(error).__name__}: {line}"
 
 
-def decode(
-    block: pa.Table, info: EncoderInfo, read: ReadConfig, seconds: float, in_flight: InFlight
-) -> pa.Table:
-    """Return `core.decode_block`; an image that takes more than `seconds` ends the process."""
-    doing = f"images of shard {block.column('shard')[0]} to be decoded"
-    try:
-        with in_flight.doing(doing), process.time_limit(seconds) as begin:
-            return core.decode_block(block, info.preprocess, read, lambda _: begin())
-    except Exception as error:
-        return _problem(_classify(error), error)
+@dataclass(frozen=True)
+class Decoder:
+    """The decoding of a block of one shard."""
+
+    info: EncoderInfo
+    read: ReadConfig
+    seconds: float
+    """An image that takes longer ends the process."""
+    in_flight: InFlight
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Return `core.decode_block`."""
+        doing = f"images of shard {block.column('shard')[0]} to be decoded"
+        try:
+            with self.in_flight.doing(doing), process.time_limit(self.seconds) as begin:
+                return core.decode_block(block, self.info.preprocess, self.read, lambda _: begin())
+        except Exception as error:
+            return _problem(_classify(error), error)
+
+
+def decode(block: pa.Table, decoder: Decoder) -> pa.Table:
+    """Return `decoder(block)`; Ray Data takes functions."""
+    return decoder(block)
 
 
 class EmbedWorker:

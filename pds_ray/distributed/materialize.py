@@ -1,21 +1,21 @@
-"""The distilled set: what `extras` asks for is gathered from the shards, the driver writes."""
+"""The distilled set: what `extras` asks for is gathered from the shards; tasks write the tars."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 
 import numpy as np
 import pyarrow as pa
 
 from pds_ray.distributed import tasks
-from pds_ray.distributed.match import count_pairs
+from pds_ray.distributed.match import counted
+from pds_ray.distributed.sizes import TARS_AT_ONCE
 from pds_ray.methods.base import Counts, Run
 from pds_ray.methods.pds import judged
 from pds_ray.stages import extras as core
 from pds_ray.stages import materialize as writing
 from pds_ray.stages.candidates import REAL
-from pds_ray.stages.match import Counts as Counted
 from pds_ray.stages.match import sum_counts
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
@@ -31,7 +31,8 @@ def materialize(run: Run) -> Counts:
     config = run.config.extras
     captions = _captions(run) if config.captions else None
     similarity = _similarity(run) if config.similarity != "off" else None
-    return writing.materialize(run, core.Extras(captions, similarity))
+    share = partial(tasks.map_in_order, at_once=TARS_AT_ONCE)
+    return writing.materialize(run, core.Extras(captions, similarity), share)
 
 
 def _similarity(run: Run) -> np.ndarray:
@@ -40,15 +41,9 @@ def _similarity(run: Run) -> np.ndarray:
     if config.similarity == "clip":
         image, text = (vectors(prototypes, f"{side}_prototype") for side in ("image", "text"))
         return core.clip_similarity(image, text, config.temperature, config.share)
-    shards, clusters = run.shard_names, run.config.pairs
-    with progress_bar("soft targets", len(shards), "shards") as bar:
-
-        def parts() -> Iterator[Counted]:
-            for part in tasks.map_in_order(count_pairs, shards, run.store, run.folder, clusters):
-                bar.update()
-                yield part
-
-        cells, counts, _ = sum_counts(parts())
+    with progress_bar("soft targets", len(run.shard_names), "shards") as bar:
+        cells, counts, _ = sum_counts(counted(run, bar))
+    clusters = run.config.pairs
     image, text = (prototypes.column(f"{side}_cluster").to_numpy() for side in ("image", "text"))
     return core.table_similarity(cells, counts, clusters, image, text, config.share)
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
+import pyarrow as pa
 from tqdm import tqdm
 
-from pds_ray.distributed import tasks
-from pds_ray.distributed.sizes import QUERIES_PER_SHARD
+from pds_ray.distributed import pools, tasks
+from pds_ray.distributed.sizes import product_seconds, task_count
+from pds_ray.methods.base import Run
 from pds_ray.stages import captions as core
+from pds_ray.stages import products
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.schemas import embeddings
 
@@ -27,48 +31,74 @@ class Listed:
 
 
 def _search(
-    group: list[tuple[int, str]], store: EmbeddingStore, queries: np.ndarray, count: int
-) -> core.TopRows:
-    best = core.no_rows(len(queries), count)
+    group: list[tuple[int, str]],
+    store: EmbeddingStore,
+    queries: np.ndarray,
+    count: int,
+    at_least: np.ndarray,
+    device: str,
+) -> core.Entries:
+    best, prepared = core.no_rows(len(queries), count), products.as_queries(queries, device)
     for number, shard in group:
         rows = embeddings(store.captions(shard, ["embedding"]))
-        best = core.merge_rows(best, core.top_rows(queries, rows, number, count))
-    return best
+        reached = np.maximum(best.cosine[:, -1], at_least)
+        best = core.merge_rows(best, core.top_rows(prepared, rows, number, count, reached))
+    return core.entries(best, at_least)
 
 
 def _look_up(
-    item: tuple[str, np.ndarray], store: EmbeddingStore, images: np.ndarray
+    group: list[tuple[str, np.ndarray]], store: EmbeddingStore, images: np.ndarray, device: str
 ) -> list[tuple[str, str, int]]:
-    shard, rows = item
-    found = store.captions(shard, ["key", "caption", "embedding"]).take(rows)
-    texts, keys = found.column("caption").to_pylist(), found.column("key").to_pylist()
-    return list(zip(texts, keys, core.finds(embeddings(found), images).tolist(), strict=True))
+    """Return the text and the key of rows of some shards, and the image that each is nearest to."""
+    names, rows = ["key", "caption", "embedding"], []
+    for shard, places in group:
+        rows.append(store.captions(shard, names).take(places))
+    found = pa.concat_tables(rows)
+    columns = (found.column(name).to_pylist() for name in ("caption", "key"))
+    return list(zip(*columns, core.finds(embeddings(found), images, device).tolist(), strict=True))
 
 
 def nearest_captions(
-    shards: list[str], store: EmbeddingStore, queries: np.ndarray, images: np.ndarray, bar: tqdm
+    run: Run, queries: np.ndarray, images: np.ndarray, bar: tqdm
 ) -> list[list[Listed]]:
     """Return for each query, float32 [B, d], the captions of highest cosine, the highest first.
 
     Each comes with the image, of `images` float32 [B, d], that it is nearest to. `bar` counts
     shards.
     """
-    count = core.LONGEST_LIST
+    count, shards, store = core.LONGEST_LIST, run.shard_names, run.store
     best = core.no_rows(len(queries), count)
-    numbered = list(enumerate(shards))
-    size = 1 + len(queries) * count // QUERIES_PER_SHARD
-    groups = [numbered[start : start + size] for start in range(0, len(shards), size)]
-    parts = tasks.map_in_order(_search, groups, store, queries, count)
+    share, pairs = pools.products(), run.counts("embed")["pairs"]
+    shard_s = product_seconds(
+        pairs / max(1, len(shards)), len(queries), queries.shape[1], share.device
+    )
+    groups = tasks.groups(list(enumerate(shards)), task_count(len(shards), shard_s))
+    given = (store, queries, count, tasks.Latest(lambda: best.cosine[:, -1]), share.device)
+    parts = tasks.map_in_order(_search, groups, *given, share=share)
     for group, part in zip(groups, parts, strict=True):
-        best = core.merge_rows(best, part)
+        core.merge_entries(best, part)
         bar.update(len(group))
-    of_shard = {int(number): best.shard == number for number in np.unique(best.shard)}
-    of_shard.pop(-1, None)
-    items = [(shards[number], best.row[where]) for number, where in of_shard.items()]
-    lists: list[list[Listed | None]] = [[None] * count for _ in queries]
-    looked_up = tasks.map_in_order(_look_up, items, store, images)
-    for (shard, _), where, found in zip(items, of_shard.values(), looked_up, strict=True):
-        for (query, place), (text, key, finds) in zip(np.argwhere(where), found, strict=True):
-            cosine = float(best.cosine[query, place])
-            lists[query][place] = Listed(text, shard, key, cosine, finds)
+    return _listed(run, best, images)
+
+
+def _listed(run: Run, best: core.TopRows, images: np.ndarray) -> list[list[Listed]]:
+    """Return the rows of the lists with all that is read of them from their shards."""
+    shards, share = run.shard_names, pools.products()
+    place = np.flatnonzero(best.shard.ravel() >= 0)
+    place = place[np.argsort(best.shard.ravel()[place], kind="stable")]
+    numbers, starts = np.unique(best.shard.ravel()[place], return_index=True)
+    rows = np.split(best.row.ravel()[place], starts[1:])
+    items = [(shards[number], mine) for number, mine in zip(numbers, rows, strict=True)]
+    mean_rows = run.counts("embed")["pairs"] / max(1, len(shards))
+    shard_s = product_seconds(mean_rows, 0, images.shape[1], share.device) + product_seconds(
+        len(place) / max(1, len(items)), len(images), images.shape[1], share.device
+    )
+    groups = tasks.groups(items, task_count(len(items), shard_s))
+    given = (run.store, images, share.device)
+    looked_up = chain.from_iterable(tasks.map_in_order(_look_up, groups, *given, share=share))
+    lists: list[list[Listed | None]] = [[None] * best.row.shape[1] for _ in images]
+    for at, (text, key, finds) in zip(place, looked_up, strict=True):
+        query, within = divmod(int(at), best.row.shape[1])
+        shard, cosine = shards[best.shard[query, within]], float(best.cosine[query, within])
+        lists[query][within] = Listed(text, shard, key, cosine, finds)
     return [[each for each in own if each is not None] for own in lists]

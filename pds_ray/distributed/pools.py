@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pds_ray.config import Actors
 from pds_ray.distributed import TASK_RETRIES, malloc_env, ray_private
-from pds_ray.distributed.sizes import pool_size
+from pds_ray.distributed.sizes import PRODUCTS_PER_GPU, pool_size, task_places
+from pds_ray.telemetry import log
 
 READ_CPUS, DECODE_CPUS, SMALL_TASK_CPUS = 0.5, 0.25, 1.0
 
@@ -68,6 +70,66 @@ def pool(wish: Actors, on_gpu: bool = True) -> Pool:
     return Pool(wish.min_workers, count, limit, num_cpus, each, wish.resources)
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of a machine that each task of one kind takes: a CPU, and some of a GPU."""
+
+    num_gpus: float = 0.0
+    device: str = "cpu"
+    """The place of its products, by torch's name: "cpu" or "cuda"."""
+
+    @property
+    def places(self) -> int:
+        """The number of such tasks that the cluster can run at once."""
+        resources = ray.cluster_resources()
+        return task_places(resources.get("CPU", 1), resources["GPU"] if self.num_gpus else 0)
+
+
+ONE_CPU = Share()
+
+
+def products() -> Share:
+    """Return what a task of matrix products takes: a share of a GPU if there are any, else a CPU.
+
+    GPUs of Ray that torch cannot use count as none, as they do for models and k-means; a warning
+    says so.
+    """
+    if most("GPU") < 1:
+        return ONE_CPU
+    # not in .options(): so the process, and its hold on the GPU, ends with the task
+    look = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=1 / PRODUCTS_PER_GPU)(_sees_gpu)
+    if ray.get(look.remote()):
+        return Share(1 / PRODUCTS_PER_GPU, "cuda")
+    text = (
+        "pds-ray: Ray has GPUs that PyTorch cannot use, so labels and nearest captions are found "
+        "on CPUs; pds-ray doctor on a machine with a GPU says what it lacks"
+    )
+    log.event("gpus_unused", text, "warning")
+    return ONE_CPU
+
+
+def _sees_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def parts(actors: Pool, count: int) -> list[Pool]:
+    """Return a pool as `count` pools, each of one actor at least, together as large."""
+    return [
+        replace(
+            actors,
+            min_workers=max(1, actors.min_workers // count),
+            workers=workers,
+            max_workers=workers,
+        )
+        for workers in (
+            max(1, actors.workers // count + (part < actors.workers % count))
+            for part in range(count)
+        )
+    ]
+
+
 def precision(wish: str, actors: Pool, on_gpu: str) -> str:
     """Return the precision that `auto` stands for: `on_gpu` if actors have GPUs, else fp32."""
     if wish != "auto":
@@ -105,13 +167,31 @@ def map_blocks(
     return ray_private.map_whole_blocks(dataset, worker, arguments, **options)
 
 
+def place(number: int) -> NodeAffinitySchedulingStrategy:
+    """Return the place of the process of that number, one of several that take no CPUs.
+
+    They are spread over the nodes that have CPUs: a head often has none to spare.
+    """
+    nodes = sorted(
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU", 0) > 0
+    )
+    return NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=True)
+
+
 def start_model(actors: Pool, function: Callable[..., Any], *args: Any) -> ray.ObjectRef:
     """Start `function`, which loads a model, where one of the actors would run."""
     return ray.remote(**{**actors.options(), "num_cpus": SMALL_TASK_CPUS})(function).remote(*args)
 
 
 def most_cpus() -> int:
-    """Return the largest number of CPUs that is free on one node.
+    """Return the largest number of CPUs that is free on one node, at least 1."""
+    return max(1, most_free("CPU"))
+
+
+def most_free(resource: str) -> int:
+    """Return the largest number of a resource, such as CPU or GPU, that is free on one node.
 
     On a shared cluster some may stay taken by others. Waits up to SETTLE_S for a node as large as
     any to be free as a whole.
@@ -120,11 +200,13 @@ def most_cpus() -> int:
     while True:
         free = ray_private.free_resources()
         alive = {
-            node["NodeID"]: node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]
+            node["NodeID"]: node["Resources"].get(resource, 0)
+            for node in ray.nodes()
+            if node["Alive"]
         }
-        most = max((free.get(node, {}).get("CPU", 0) for node in alive), default=0)
-        if most >= max(alive.values(), default=0) or time.monotonic() >= deadline:
-            return max(1, int(most))
+        found = max((free.get(node, {}).get(resource, 0) for node in alive), default=0)
+        if found >= max(alive.values(), default=0) or time.monotonic() >= deadline:
+            return int(found)
         time.sleep(POLL_S)
 
 

@@ -101,3 +101,16 @@ def with_faiss_threads(threads: int, function: Callable[..., Result], *args: Any
 
     faiss.omp_set_num_threads(threads)
     return function(*args)
+
+
+def with_gpu_emptied(function: Callable[..., Result], *args: Any) -> Result:
+    """Return `function(*args)`, after which torch keeps no memory of the GPU for a next call.
+
+    The process stays for the next task, and idle, while other work needs the GPU.
+    """
+    import torch
+
+    try:
+        return function(*args)
+    finally:
+        torch.cuda.empty_cache()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pds_ray.distributed import tasks
+from pds_ray.distributed.sizes import column_seconds, task_count
 from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import prune as core
 from pds_ray.store.embeddings import EmbeddingStore
@@ -16,25 +17,37 @@ def _similarity(shard: str, store: EmbeddingStore) -> np.ndarray:
     return store.captions(shard, ["similarity"]).column("similarity").to_numpy()
 
 
-def histogram(shard: str, store: EmbeddingStore, high: int | None) -> np.ndarray:
-    """Count the cosines of a shard by their upper or, below `high`, their lower bits."""
-    return core.histogram(_similarity(shard, store), high)
+def histogram(shards: list[str], store: EmbeddingStore, high: int | None) -> np.ndarray:
+    """Count the cosines of some shards by their upper or, below `high`, their lower bits."""
+    counts = np.zeros(core.BUCKETS, np.int64)
+    for shard in shards:
+        counts += core.histogram(_similarity(shard, store), high)
+    return counts
 
 
-def count_ties(shard: str, store: EmbeddingStore, threshold: core.Threshold) -> int:
-    """Count the cosines of a shard that equal the threshold."""
-    return core.count_ties(_similarity(shard, store), threshold)
+def count_ties(shards: list[str], store: EmbeddingStore, threshold: core.Threshold) -> list[int]:
+    """Count the cosines of each of some shards that equal the threshold."""
+    return [core.count_ties(_similarity(shard, store), threshold) for shard in shards]
 
 
-def write_mask(
-    item: tuple[str, int], store: EmbeddingStore, folder: RunFolder, threshold: core.Threshold
+def write_masks(
+    group: list[tuple[str, int]],
+    store: EmbeddingStore,
+    folder: RunFolder,
+    threshold: core.Threshold,
 ) -> tuple[int, int]:
-    """Save the keep mask of a shard; return how many pairs and images it keeps."""
-    shard, ties_before = item
-    captions = store.captions(shard, ["image_row", "similarity"])
-    kept = core.keep_mask(captions.column("similarity").to_numpy(), threshold, ties_before)
-    folder.save_keep(shard, kept)
-    return int(kept.sum()), len(np.unique(captions.column("image_row").to_numpy()[kept]))
+    """Save the keep masks of shards, each given with the ties before it.
+
+    Returns how many pairs and images they keep.
+    """
+    pairs = images = 0
+    for shard, ties_before in group:
+        captions = store.captions(shard, ["image_row", "similarity"])
+        kept = core.keep_mask(captions.column("similarity").to_numpy(), threshold, ties_before)
+        folder.save_keep(shard, kept)
+        pairs += int(kept.sum())
+        images += len(np.unique(captions.column("image_row").to_numpy()[kept]))
+    return pairs, images
 
 
 def prune(run: Run) -> Counts:
@@ -42,33 +55,36 @@ def prune(run: Run) -> Counts:
     shards, pairs = run.shard_names, run.counts("embed")["pairs"]
     store, folder = run.store, run.folder
     drop = core.drop_count(run.config.prune.ratio, pairs)
+    shard_s = column_seconds(pairs / max(1, len(shards)))
+    count = task_count(len(shards), shard_s)
+    groups = tasks.groups(shards, count)
     with progress_bar("prune", 4 * len(shards), "shards") as bar:
+
+        def counted(high: int | None) -> np.ndarray:
+            total = np.zeros(core.BUCKETS, np.int64)
+            parts = tasks.map_in_order(histogram, groups, store, high)
+            for group, counts in zip(groups, parts, strict=True):
+                total += counts
+                bar.update(len(group))
+            return total
+
         if drop == 0:
             threshold, ties = core.Threshold(0, 0), [0] * len(shards)
             bar.update(3 * len(shards))
         else:
-            upper = np.zeros(core.BUCKETS, np.int64)
-            for counts in tasks.map_in_order(histogram, shards, store, None):
-                upper += counts
-                bar.update()
-            high, before = core.find_bucket(upper, drop - 1)
-            lower = np.zeros(core.BUCKETS, np.int64)
-            for counts in tasks.map_in_order(histogram, shards, store, high):
-                lower += counts
-                bar.update()
-            low, before_low = core.find_bucket(lower, drop - 1 - before)
+            high, before = core.find_bucket(counted(None), drop - 1)
+            low, before_low = core.find_bucket(counted(high), drop - 1 - before)
             threshold = core.Threshold((high << 16) | low, drop - before - before_low)
             ties = []
-            for tied in tasks.map_in_order(count_ties, shards, store, threshold):
-                ties.append(tied)
-                bar.update()
+            for tied in tasks.map_in_order(count_ties, groups, store, threshold):
+                ties += tied
+                bar.update(len(tied))
         starts = [int(start) for start in np.cumsum([0, *ties[:-1]])]
         kept = images = 0
-        items = zip(shards, starts, strict=True)
-        for kept_here, images_here in tasks.map_in_order(
-            write_mask, items, store, folder, threshold
-        ):
+        items = tasks.groups(list(zip(shards, starts, strict=True)), count)
+        parts = tasks.map_in_order(write_masks, items, store, folder, threshold)
+        for group, (kept_here, images_here) in zip(items, parts, strict=True):
             kept += kept_here
             images += images_here
-            bar.update()
+            bar.update(len(group))
     return {"pairs": pairs, "kept": kept, "dropped": pairs - kept, "images_kept": images}

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import ray
@@ -20,6 +22,9 @@ DATA_LOG = "ray.data._internal.execution.streaming_executor_state"
 
 A name, because importing the module, and with it `ray.data`, costs every process 0.4 s.
 """
+
+DATA_COORDINATOR = "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator"
+"""Module of what tells a data set its share of the cluster."""
 
 KEYS_NAMESPACE, KEYS_TIMEOUT_S = b"pds_ray", 5.0
 
@@ -65,6 +70,30 @@ def map_whole_blocks(
     return dataset.map_batches_internal(
         worker, fn_constructor_args=arguments, batch_size=None, batch_format="pyarrow", **options
     )
+
+
+@contextmanager
+def share_of_cluster(share: float) -> Iterator[None]:
+    """Let data sets that this process runs meanwhile take this share of every node.
+
+    Ray Data itself gives each of several data sets whole CPUs and GPUs of a node alone: none of a
+    node with fewer GPUs than there are data sets.
+    """
+
+    def reserved(_: object) -> dict[str, dict[str, float]]:
+        return {
+            node["NodeID"]: {name: share * amount for name, amount in node["Resources"].items()}
+            for node in ray.nodes()
+            if node["Alive"] and node["Resources"].keys() & {"CPU", "GPU"}
+        }
+
+    coordinator: Any = import_module(DATA_COORDINATOR).DefaultAutoscalingCoordinator
+    before = coordinator.get_reserved_resources
+    coordinator.get_reserved_resources = reserved
+    try:
+        yield
+    finally:
+        coordinator.get_reserved_resources = before
 
 
 def put_key(key: bytes, value: bytes) -> None:

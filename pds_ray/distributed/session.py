@@ -76,7 +76,7 @@ def start(config: RayConfig, run: str = "") -> dict[str, Any]:
             undo.callback(_limits_read.clear)
             undo.enter_context(_ray(address, config))
             _limits_read.update(_limits_of_environment(local=address is None))
-        undo.enter_context(_data_options())
+        undo.enter_context(data_options())
         metrics.count_for(run)
         lifetime.undo().callback(undo.pop_all().close)
     resources = ray.cluster_resources()
@@ -320,10 +320,10 @@ def _limits_in_force() -> dict[str, Any]:
 
 
 @contextmanager
-def _data_options() -> Iterator[None]:
+def data_options() -> Iterator[None]:
     """Set Ray Data's options and quieten its logs; restore both afterwards.
 
-    A data set keeps the options that it was made with.
+    They are those of this process. A data set keeps the options that it was made with.
     """
     context = ray.data.DataContext.get_current()
     options: dict[str, Any] = {

@@ -7,9 +7,38 @@ import math
 from pds_ray.config import Actors
 
 BLOCK_BYTES = 64 << 20  # Ray Data's blocks: the images of one are decoded and encoded together
+# Of pixels for a GPU, which encodes them within seconds: fewer are fewer tasks to schedule.
+GPU_BLOCK_BYTES = 256 << 20
+SHARDS_PER_CPU = 4  # at least, for tasks that read and decode a whole shard to spread over CPUs
+CPUS_PER_EXECUTION = 256  # read and decode as much as one process schedules
+# Shards of one data set. At most: its process keeps a kilobyte per block until the data set ends.
+# At least, if there are as many: the encoders of an execution load anew for each of its data sets.
+SHARDS_TOGETHER, FEW_SHARDS = 8_000, 2_000
+GROUPS_EACH = 4  # of an execution, so that all end at about the same time
 CPUS_PER_WORKER = 8  # an actor without GPU and its readers; all of a node that has fewer
+FILES_PER_TASK = 1_000  # hashed by one task: a few seconds of round trips to an object store
+ENCODED_TOGETHER = 4_096  # finished images at least, by one task: it loads the encoder for them
+TARS_AT_ONCE = 16  # one of 10,000 images waits on a machine's disk, a gigabyte, for its upload
 LOOKED_UP_TOGETHER = 256  # real images at least: each lookup reads the shards they are in
-QUERIES_PER_SHARD = 10_000  # an answer is 12 bytes per query: more queries, more shards per answer
+PRODUCTS_PER_GPU = 8
+"""Tasks that share a GPU for their products.
+
+Each reads on one core what the GPU multiplies in a fraction of that time, and clouds sell about
+eight cores with a GPU.
+"""
+
+# Work of one task: the driver's part of it, about a millisecond, is then a thousandth, and what a
+# lost task had done is soon done again
+TASK_S = 1.5
+TASKS_AT_LEAST = 1_000  # where there are so many shards: enough for some hundreds of cores
+SUMS_BYTES = 128 << 20  # at most, of what is summed in one task
+RANGE_BYTES = 64 << 20  # sums of a range of matches, which are added up side by side
+SUMS_ADDED_TOGETHER = 64  # answers with sums, in one task per range
+# Rates for the number of tasks, which no result depends on: seconds to open a file, rows
+# that a core reads in a second, of a few columns and with vectors, FLOP of one task
+FILE_S = 0.02
+COLUMN_ROWS_S, VECTOR_ROWS_S = 1e6, 200e3
+FLOP_S = {"cpu": 50e9, "cuda": 10e12}
 
 
 def pool_size(
@@ -30,3 +59,77 @@ def pool_size(
         gpus_each = wish.gpus
         workers = wish.workers or (max(1, int(gpus / gpus_each)) if gpus_each else by_cpus)
     return max(workers, wish.min_workers), gpus_each
+
+
+def task_count(shards: int, shard_s: float) -> int:
+    """Return the number of tasks for shards that take `shard_s` seconds each.
+
+    A task has work of about TASK_S, or less where that makes fewer than TASKS_AT_LEAST.
+    """
+    return max(1, min(shards, max(TASKS_AT_LEAST, math.ceil(shards * shard_s / TASK_S))))
+
+
+def column_seconds(rows: float) -> float:
+    """Return about how long a task takes for a file of a shard of which it reads few columns."""
+    return FILE_S + rows / COLUMN_ROWS_S
+
+
+def product_seconds(rows: float, others: int, dim: int, device: str) -> float:
+    """Return about how long a task takes for the products of a shard's vectors with others.
+
+    float32 [rows, dim] by [others, dim], on `device` "cpu" or "cuda".
+    """
+    return 2 * FILE_S + rows / VECTOR_ROWS_S + 2 * rows * others * dim / FLOP_S[device]
+
+
+def sum_task_count(shards: int, rows: float, matches: float, dim: int) -> int:
+    """Return the number of tasks that sum vectors of matches, SUMS_BYTES each at most.
+
+    `rows` are those of a shard, `matches` those that its pairs are of, for which it has two float64
+    vectors each.
+    """
+    together = max(1, int(SUMS_BYTES / (2 * 8 * dim * max(1.0, matches))))
+    by_time = task_count(shards, product_seconds(rows, 0, dim, "cpu"))
+    return max(by_time, math.ceil(shards / together))
+
+
+def match_ranges(matches: int, dim: int) -> int:
+    """Return the number of ranges of matches, with sums of RANGE_BYTES each at most."""
+    return max(1, math.ceil(2 * 8 * dim * matches / RANGE_BYTES))
+
+
+def task_places(cpus: float, gpus: float = 0) -> int:
+    """Return how many tasks run at once: one per CPU, of those that share GPUs no more than may."""
+    return max(1, int(min(cpus, PRODUCTS_PER_GPU * gpus) if gpus else cpus))
+
+
+def decoded_where_read(shards: int, cpus: float) -> bool:
+    """Return whether one task reads and decodes a shard, on as many CPUs.
+
+    Otherwise the blocks of a shard are decoded side by side, by tasks of their own.
+    """
+    return shards >= SHARDS_PER_CPU * cpus
+
+
+def pixel_block_bytes(whole_shards: bool, on_gpu: bool) -> int:
+    """Return the bytes of a block of decoded images.
+
+    They are larger for GPUs only where tasks decode whole shards (`decoded_where_read`), little by
+    little: other tasks hold all that they decode.
+    """
+    return GPU_BLOCK_BYTES if whole_shards and on_gpu else BLOCK_BYTES
+
+
+def executions(wish: int, cpus: float, actors: int, shards: int) -> int:
+    """Return the number of data sets that embed side by side; each has an actor and a shard.
+
+    It is `wish`, if that is not 0, or else one per CPUS_PER_EXECUTION.
+    """
+    return max(1, min(wish or math.ceil(cpus / CPUS_PER_EXECUTION), actors, shards))
+
+
+def groups_each(shards: int, executions: int) -> int:
+    """Return the number of groups in which an execution is given its part of the shards."""
+    share = shards / executions
+    wanted = 1 if executions == 1 else min(GROUPS_EACH, int(share / FEW_SHARDS))
+    return max(1, wanted, math.ceil(share / SHARDS_TOGETHER))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
+from typing import TypeVar
 
 import pyarrow as pa
 import ray
@@ -27,7 +28,10 @@ from pds_ray.stages import candidates
 from pds_ray.stages import synthesize as core
 from pds_ray.store.manifest import fingerprint
 from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.storage import side_by_side
 from pds_ray.telemetry.progress import progress_bar
+
+Item = TypeVar("Item")
 
 
 class SynthesizeWorker:
@@ -83,7 +87,7 @@ class SynthesizeWorker:
         )
 
     def _write(self, pairs: range, lacks: int, doing: Doing) -> tuple[int, float]:
-        """Decode a chunk that lacks some images and write those.
+        """Decode a chunk that lacks some images and write those, while others are decoded.
 
         Returns how many were written, and the seconds that decoding took.
         """
@@ -91,26 +95,30 @@ class SynthesizeWorker:
         def tell(share: float) -> None:
             doing.reach(min(1.0, share) * lacks)
 
-        written, busy_s, began = 0, 0.0, time.monotonic()
+        made: Iterator[tuple[Image.Image, candidates.Choice | None]]
         if self.judge is None:
-            images = self._decode(pairs, tell)
-            made: Iterator[tuple[Image.Image, candidates.Choice | None]]
-            made = ((image, None) for image in images)
+            made = ((image, None) for image in self._decode(pairs, tell))
         else:
             chosen = self._choose(self.judge(), pairs, tell)
             made = ((best.image, best.choice) for best in chosen)
-        for pair, (image, choice) in zip(pairs, made, strict=True):
-            busy_s += time.monotonic() - began
-            name = self.folder.image_name(pair)
-            if not self.folder.images.exists(name) or not self._recorded(pair, choice):
-                if choice:
-                    self.folder.save_choice(asdict(choice))
-                data = encode_image(image, self.config.decode.format, self.config.decode.quality)
-                self.folder.images.write_bytes(name, data)
-                written += 1
+        timed = _Timed(made)
+        written = 0
+        for new in side_by_side(self._save, zip(pairs, timed, strict=True)):
+            written += new
             doing.reach(max(written, doing.done))  # a decoder that works image by image
-            began = time.monotonic()
-        return written, busy_s
+        return written, timed.seconds
+
+    def _save(self, item: tuple[int, tuple[Image.Image, candidates.Choice | None]]) -> bool:
+        """Write the image of a pair, unless it is there; return whether it was not."""
+        pair, (image, choice) = item
+        name = self.folder.image_name(pair)
+        if self.folder.images.exists(name) and self._recorded(pair, choice):
+            return False
+        if choice:
+            self.folder.save_choice(asdict(choice))
+        data = encode_image(image, self.config.decode.format, self.config.decode.quality)
+        self.folder.images.write_bytes(name, data)
+        return True
 
     def _recorded(self, pair: int, choice: candidates.Choice | None) -> bool:
         return choice is None or self.folder.images.exists(self.folder.choice_name(pair))
@@ -148,6 +156,21 @@ class SynthesizeWorker:
         nearest = catalog.load_decoder(DecoderInfo("nearest", None, "nearest"), config, self.source)
         request = core.make_batch(self.prototypes, pairs, self.config.seed, config)
         return core.synthesize_chunk(nearest, request, config)
+
+
+class _Timed(Iterator[Item]):
+    """An iterator that adds up the seconds for which it is waited for."""
+
+    def __init__(self, values: Iterator[Item]) -> None:
+        self.seconds = 0.0
+        self._values = values
+
+    def __next__(self) -> Item:
+        began = time.monotonic()
+        try:
+            return next(self._values)
+        finally:
+            self.seconds += time.monotonic() - began
 
 
 def synthesize(run: Run) -> Counts:

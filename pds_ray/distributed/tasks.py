@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
-from typing import Any
+from itertools import islice, pairwise
+from typing import Any, TypeVar
 
 import ray
 
 from pds_ray.distributed import MACHINES_LOST, TASK_RETRIES
-from pds_ray.distributed.pools import SMALL_TASK_CPUS, most_cpus
-from pds_ray.distributed.process import Result, with_faiss_threads
+from pds_ray.distributed.pools import (
+    ONE_CPU,
+    SMALL_TASK_CPUS,
+    Share,
+    most,
+    most_cpus,
+    most_free,
+)
+from pds_ray.distributed.process import Result, with_faiss_threads, with_gpu_emptied
 from pds_ray.telemetry.progress import waiting_for
+
+Item = TypeVar("Item")
 
 FETCH_S = 60.0  # for one value to reach a task
 
@@ -55,7 +64,7 @@ class RetryBudget:
 def run_kmeans(
     function: Callable[..., Result], parts: Sequence[tuple[ray.ObjectRef, ...]], *args: Any
 ) -> Result:
-    """Return `function(parts, *args)`, run with all CPUs of one node, or a GPU, for FAISS.
+    """Return `function(parts, *args)`, run with all CPUs of one node, or all GPUs, for FAISS.
 
     If the process, its machine or some of the parts, which it fetches, are lost, it runs again on
     what the cluster has then, as often as `RetryBudget` allows.
@@ -67,6 +76,13 @@ def run_kmeans(
         except LOST as error:
             if not budget.spend(error):
                 raise
+
+
+def kmeans_places() -> int:
+    """Return the number of nodes that can have a k-means each: those as large as any."""
+    kind = "GPU" if most("GPU") >= 1 else "CPU"
+    sizes = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
+    return max(1, sizes.count(max(sizes, default=0)))
 
 
 def retried(start: Callable[[], ray.ObjectRef]) -> Any:
@@ -90,13 +106,14 @@ def _run_kmeans(
     function: Callable[..., Result], parts: Sequence[tuple[ray.ObjectRef, ...]], *args: Any
 ) -> Result:
     await_all([reference for part in parts for reference in part])
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if any(node.get("GPU", 0) >= 1 for node in nodes):
+    if most("GPU") >= 1:
         # GPUs named here and not in .options(): Ray then ends the process with the task, and with
         # it what it holds
-        with_gpu = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=1, max_retries=0)
-        if ray.get(with_gpu(_faiss_gpus).remote()):
-            return ray.get(with_gpu(function).remote(parts, *args))
+        one = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=1, max_retries=0)
+        if ray.get(one(_faiss_gpus).remote()):
+            gpus = max(1, most_free("GPU"))
+            several = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=gpus, max_retries=0)
+            return ray.get(several(function).remote(parts, *args))
     cpus = most_cpus()
     remote = ray.remote(with_faiss_threads).options(num_cpus=cpus, max_retries=0)
     return ray.get(remote.remote(cpus, function, parts, *args))
@@ -166,45 +183,94 @@ def fetch(reference: ray.ObjectRef) -> Any:
     return ray.get(reference, timeout=FETCH_S)
 
 
+class Latest:
+    """A shared argument that changes: tasks are given its value of about when they were started.
+
+    It is sent once per window of tasks.
+    """
+
+    def __init__(self, value: Callable[[], Any]) -> None:
+        self.value = value
+
+
+def groups(items: Sequence[Item], count: int) -> list[list[Item]]:
+    """Cut items into `count` lists of about the same length, one per task; none if there are none.
+
+    There are no fewer items than lists.
+    """
+    bounds = [len(items) * place // count for place in range(count + 1)]
+    return [list(items[start:end]) for start, end in pairwise(bounds)] if items else []
+
+
 def map_in_order(
-    function: Callable[..., Result], items: Iterable[Any], *shared: Any
+    function: Callable[..., Result],
+    items: Iterable[Any],
+    *shared: Any,
+    share: Share = ONE_CPU,
+    at_once: int | None = None,
 ) -> Iterator[Result]:
     """Yield `function(item, *shared)` for each item, in order, computed on the cluster.
 
-    `shared` is sent to each node once. Only a window of tasks is in flight, so that a slow consumer
-    holds few results.
+    `shared` is sent to each node once, but for what is `Latest`. Only a window of tasks is in
+    flight, so that a slow consumer holds few results; it has at most `at_once`. Each task takes
+    `share`.
     """
-    for item, reference in _started(function, items, shared, 1):
+    for item, reference in _started(function, items, shared, 1, share, at_once):
         yield wait_for(reference, item)
 
 
 def map_to_store(
-    function: Callable[..., tuple[Any, Any]], items: Iterable[Any], *shared: Any
-) -> Iterator[tuple[ray.ObjectRef, ray.ObjectRef]]:
-    """Yield references to both results of a function that returns two, the second small.
+    function: Callable[..., tuple[Any, ...]], items: Iterable[Any], *shared: Any, results: int = 2
+) -> Iterator[tuple[ray.ObjectRef, ...]]:
+    """Yield references to the results of a function that returns several, the last one small.
 
     Otherwise as `map_in_order`. The values stay in the object stores of the cluster and are
     recomputed if a node is lost.
     """
-    for item, references in _started(function, items, shared, 2):
-        wait_for(references[1], item)
+    for item, references in _started(function, items, shared, results, ONE_CPU):
+        wait_for(references[-1], item)
         yield tuple(references)
 
 
+def in_store(function: Callable[..., Any], *args: Any) -> ray.ObjectRef:
+    """Start `function`, with the values of references among its arguments; return one to its own.
+
+    It stays in the object stores of the cluster, and is recomputed if a node is lost.
+    """
+    options = {"num_cpus": SMALL_TASK_CPUS, "max_retries": TASK_RETRIES}
+    return ray.remote(function).options(**options).remote(*args)
+
+
 def _started(
-    function: Callable[..., Any], items: Iterable[Any], shared: Iterable[Any], results: int
+    function: Callable[..., Any],
+    items: Iterable[Any],
+    shared: Sequence[Any],
+    results: int,
+    share: Share,
+    at_once: int | None = None,
 ) -> Iterator[Any]:
     """Yield each item with the reference(s) to its results; a window of tasks runs ahead."""
-    window = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
-    references = [ray.put(value) for value in shared]
-    remote = ray.remote(function).options(
-        num_cpus=SMALL_TASK_CPUS, num_returns=results, max_retries=TASK_RETRIES
-    )
+    window = max(2, 2 * share.places)
+    window = min(window, at_once or window)
+    options = {"num_cpus": SMALL_TASK_CPUS, "num_returns": results, "max_retries": TASK_RETRIES}
+    if share.num_gpus:
+        # in .options(), so that Ray keeps the process and torch in it for the next task
+        remote = ray.remote(with_gpu_emptied).options(**options, num_gpus=share.num_gpus)
+        start = partial(remote.remote, function)
+    else:
+        start = ray.remote(function).options(**options).remote
+    references = [None if isinstance(value, Latest) else ray.put(value) for value in shared]
     pending: deque[tuple[Any, Any]] = deque()
     coming = iter(items)
+    started = 0
     while True:
         for item in islice(coming, window - len(pending)):
-            pending.append((item, remote.remote(item, *references)))
+            if started % window == 0:
+                for place, value in enumerate(shared):
+                    if isinstance(value, Latest):
+                        references[place] = ray.put(value.value())
+            started += 1
+            pending.append((item, start(item, *references)))
         if not pending:
             return
         yield pending.popleft()

@@ -17,14 +17,18 @@ FULL = (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError)
 
 
 @contextmanager
-def lost_blocks_allowed() -> Iterator[None]:
-    """Let data sets made in here go on without lost blocks; their maker looks for the gaps."""
+def lost_blocks_allowed() -> Iterator[ray.data.DataContext]:
+    """Let data sets made in here go on without lost blocks; their maker looks for the gaps.
+
+    Yields the options that they are made with, which are afterwards as before.
+    """
     context = ray.data.DataContext.get_current()
-    before, context.max_errored_blocks = context.max_errored_blocks, -1
+    before = context.max_errored_blocks, context.target_max_block_size
+    context.max_errored_blocks = -1
     try:
-        yield
+        yield context
     finally:
-        context.max_errored_blocks = before
+        context.max_errored_blocks, context.target_max_block_size = before
 
 
 class LostBlocks(logging.Handler):

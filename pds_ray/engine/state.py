@@ -161,11 +161,14 @@ def recorded(run: Run, stage: Stage) -> Iterator[Counts]:
 
 def keep_hashes(run: Run, stage: Stage) -> None:
     """Keep the hashes of what a stage wrote; later stages stand as long as these do not change."""
+    from pds_ray.distributed.hashing import hash_files
+
     assert stage.files is not None
     files = stage.files(run)
+    run.folder.sweep_beside(files)
     with progress_bar("hash", len(files), "files", delay_s=QUIET_S) as bar:
         bar.set_postfix_str(f"the files of {stage.name}", refresh=False)
-        hashes = run.folder.hash_files(files, bar.update)
+        hashes = hash_files(run.folder, files, bar.update)
     if hashes != run.folder.hashes(stage.name):
         forget_after(run, stage)
     run.folder.save_hashes(stage.name, hashes)

@@ -37,14 +37,14 @@ from pds_ray.engine.run import distill
 from pds_ray.errors import without_secrets
 from pds_ray.planning.choose import decoder_name, unet_passes
 from pds_ray.planning.figures import JPEG, SCHEMA_VERSION, parse_rates, read_prices
-from pds_ray.planning.phases import distance_flop
+from pds_ray.planning.phases import FIT_GPUS, distance_flop
 from pds_ray.planning.plan import make_plan
 from pds_ray.planning.workload import make_cluster, survey
 from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import cluster as clustering
 from pds_ray.stages import embed as embedding
 from pds_ray.stages import match as matching
-from pds_ray.stages import prototypes
+from pds_ray.stages import products, prototypes
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import versions
 from pds_ray.store.run_folder import RunFolder
@@ -62,6 +62,7 @@ REPEATS, BUDGET_S = 3, 6.0
 RUNS, RUN_IMAGES, RUN_PAIRS = 2, 16, 2  # whole runs, so small that their start is nearly all
 BATCHES = (16, 64, 256)
 SHARD_PAIRS, CLUSTERS, ITERATIONS = 10_000, 1_000, 3
+GPU_QUERIES = 32_768
 FEW = 16  # clusters where distances shall cost next to nothing
 DENSE, SPARSE, CELLS = 1_000, 5_000, 30  # clusters of assignments, and cells per row
 TASKS, BLOCKS, TASKS_PER_BLOCK = 500, 60, 3
@@ -97,6 +98,8 @@ def bench(config: RunConfig) -> dict[str, Any]:
             figures = _in_a_process(_model_figures, info, decoder, jpegs, config)
         bar.update()
         figures |= _pass_figures(Folder(folder), info.dim, config) | _arithmetic_figures(info.dim)
+        if _gpus():
+            figures |= _in_a_process(_gpu_figures, info.dim)
         figures["commit"] = _one_after_the_other(
             figures.pop("around_encoder"), figures.pop("store")
         )
@@ -439,10 +442,10 @@ def _pass_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Entr
     plain = replace(config, {"cluster.normalize": False})
 
     def four_passes() -> None:
-        prune.histogram(shard, store, None)
-        prune.histogram(shard, store, 1 << 15)
-        prune.count_ties(shard, store, Threshold(1 << 31, 0))
-        prune.write_mask((shard, 0), store, run, Threshold(0, 0))  # all are kept
+        prune.histogram([shard], store, None)
+        prune.histogram([shard], store, 1 << 15)
+        prune.count_ties([shard], store, Threshold(1 << 31, 0))
+        prune.write_masks([(shard, 0)], store, run, Threshold(0, 0))  # all are kept
 
     passes: dict[str, tuple[str, Callable[[], object]]] = {  # each reads the files of those before
         "store": ("pairs", commit),
@@ -450,13 +453,16 @@ def _pass_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Entr
         "sample": ("vectors", lambda: cluster.sampled([shard], "text", store, run, 0.5, plain)),
         "label_rows": (
             "pairs",
-            lambda: cluster.label_shard((shard, False), store, run, centroids, False),
+            lambda: cluster.label_shards([(shard, False)], store, run, centroids, False, "cpu"),
         ),
-        "match": ("pairs", lambda: match.count_pairs(shard, store, run, FEW)),
-        "sums": ("pairs", lambda: averaging.sum_shard(shard, store, run, matches, FEW)),
+        "match": ("pairs", lambda: match.count_pairs([shard], store, run, FEW)),
+        "sums": (
+            "pairs",
+            lambda: averaging.sum_shards([shard], store, run, matches, FEW, [0, FEW]),
+        ),
         "search_rows": (
             "rows",
-            lambda: nearest.search_shards([(0, shard)], "captions", store, few[:1]),
+            lambda: nearest.search_shards([(0, shard)], store, {"captions": few[:1]}, {}, "cpu"),
         ),
     }
     text = stored / SHARD_PAIRS - 2 * dim * np.dtype(dtype).itemsize
@@ -473,6 +479,8 @@ def _arithmetic_figures(dim: int) -> dict[str, Entry]:
     config = ClusterConfig(iterations=ITERATIONS, tolerance=0)  # all of them: the rate is theirs
     weights, flop = np.ones(len(rows), np.float32), distance_flop(SHARD_PAIRS, CLUSTERS, dim)
 
+    gpus = _faiss_gpus()
+
     def fit() -> None:
         clustering.lloyd(rows, weights, CLUSTERS, centroids, 0, config)
 
@@ -486,12 +494,30 @@ def _arithmetic_figures(dim: int) -> dict[str, Entry]:
         )
 
     return {
-        "fit": _rate(fit, (ITERATIONS + 1) * flop, "FLOP", "GPU" if _faiss_has_gpus() else "core"),
-        "label": _rate(lambda: clustering.assign(rows, centroids), flop, "FLOP"),
+        # it takes all GPUs of the machine, which the plan counts alike
+        "fit": _rate(
+            fit,
+            (ITERATIONS + 1) * flop / min(FIT_GPUS, max(1, gpus)),
+            "FLOP",
+            "GPU" if gpus else "core",
+        ),
+        "label": _rate(lambda: products.assign(rows, centroids), flop, "FLOP"),
         "solve_dense": solve(DENSE, "dense", 3),
         "solve_sparse": solve(SPARSE, "sparse", 2),
-        "search": _rate(lambda: prototypes.nearest_rows(centroids, rows), flop, "FLOP"),
+        "search": _rate(lambda: products.nearest_rows(centroids, rows), flop, "FLOP"),
     }
+
+
+def _gpu_figures(dim: int) -> dict[str, Entry]:
+    """Measure products on a GPU, with as many queries as keep it busy."""
+    rng = np.random.default_rng(1)
+    rows, vectors = (
+        rng.standard_normal((count, dim), np.float32) for count in (SHARD_PAIRS, GPU_QUERIES)
+    )
+    queries = products.as_queries(vectors, "cuda")
+    flop = distance_flop(SHARD_PAIRS, GPU_QUERIES, dim)
+    rate = _rate(lambda: products.nearest_rows(queries, rows), flop, "FLOP", "GPU")
+    return {"products": rate}
 
 
 def _table(clusters: int) -> tuple[np.ndarray, np.ndarray]:
@@ -501,10 +527,10 @@ def _table(clusters: int) -> tuple[np.ndarray, np.ndarray]:
     return cells, rng.zipf(1.6, len(cells)).clip(max=100_000)
 
 
-def _faiss_has_gpus() -> bool:
+def _faiss_gpus() -> int:
     import faiss
 
-    return hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() > 0
+    return faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
 
 
 # ---- Ray and whole runs ------------------------------------------------------------------------

@@ -82,14 +82,32 @@ def choose_figures(
         own = {**measured.figures, **_source_figures(config.source, measured)}
         unfit = {"fit", *_figures_of_other_models(config, measured)}
         chosen |= {name: own[name] for name in (chosen.keys() & own.keys()) - unfit}
-        chosen["fit"] = _carried_over(cluster, own["fit"], measured) or chosen["fit"]
+    chosen["fit"] = _fit(cluster, measured) or chosen["fit"]
     chosen["encode_images"] = _encode(config, cluster, measured, "image")
     chosen["encode_captions"] = _encode(config, cluster, measured, "caption")
     if config.decode.decoder == "unclip":
         chosen["draw"] = _draw(config, cluster, measured)
+    if cluster.gpus:
+        rate = measured and _carried_over(cluster, measured.figures.get("products"), measured)
+        chosen["products"] = rate or _assumed_by_flop(cluster, "products", 1.0, "FLOP")
     if config.method in DISTILLERS:
         chosen["train"] = _assumed_by_flop(cluster, "train", 1.0, "FLOP")
     return chosen
+
+
+def _fit(cluster: Cluster, measured: Measured | None) -> Estimate | None:
+    """Return the rate of a k-means, None where it is the assumed one of cores.
+
+    On GPUs it is that of FAISS's own, which the extra `gpu` installs, but for one that was measured
+    on a machine that has GPUs and a FAISS that uses none.
+    """
+    if measured is not None:
+        fit = measured.figures["fit"]
+        if found := _carried_over(cluster, fit, measured):
+            return found
+        if fit.per == "core" and measured.gpus:
+            return fit
+    return _assumed_by_flop(cluster, "fit", 1.0, "FLOP") if cluster.gpus else None
 
 
 def _source_figures(source: str, measured: Measured) -> dict[str, Estimate]:
@@ -157,8 +175,7 @@ def _carried_over(cluster: Cluster, rate: Estimate | None, measured: Measured) -
     if rate is None:
         return None
     if (rate.per == "GPU") != (cluster.gpus > 0):
-        # FAISS runs on CPUs wherever it was not measured on a GPU
-        return rate if rate.unit == "FLOP" and rate.per == "core" else None
+        return None
     if rate.per == "core":
         return rate
     peaks, kind = assumptions()["gpus"], gpu_kind(measured.gpus[0])

@@ -7,23 +7,41 @@ work. The constants at the end, one per stage, are named by the stages of a meth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from pds_ray.config import Actors, RunConfig
 from pds_ray.distributed.process import MODEL_THREADS
 from pds_ray.distributed.sizes import (
     BLOCK_BYTES,
+    ENCODED_TOGETHER,
+    FILES_PER_TASK,
     LOOKED_UP_TOGETHER,
-    QUERIES_PER_SHARD,
+    SUMS_ADDED_TOGETHER,
+    SUMS_BYTES,
+    TARS_AT_ONCE,
+    column_seconds,
+    decoded_where_read,
+    executions,
+    groups_each,
+    match_ranges,
+    pixel_block_bytes,
     pool_size,
+    product_seconds,
+    sum_task_count,
+    task_count,
+    task_places,
 )
 from pds_ray.planning.figures import Estimate, Figures
 from pds_ray.planning.workload import Cluster, Workload
 from pds_ray.stages.cluster import sample_share
 from pds_ray.stages.match import DENSE_LIMIT
+from pds_ray.stages.materialize import PAIRS_PER_TAR
 from pds_ray.store.calls import CALLS_AT_ONCE, is_remote
 
+FIT_GPUS = (
+    4.0  # of a machine, at most: FAISS's wiki has 8 GPUs fit a k-means 3.9 times as fast as one
+)
 QUEUED_BLOCKS = 4  # per actor: waiting for it, or in its hands
 # requests to an object store: is a file there, read it, write it
 LOOK_TRIPS, READ_TRIPS, WRITE_TRIPS = 2, 2, 4
@@ -114,11 +132,20 @@ class Inputs:
         """Return a demand at the rate of a named figure."""
         return Demand(what, work, self.figures[figure], at_most)
 
+    def products(self, what: str, flop: float, figure: str) -> Demand:
+        """Return the demand for products of vectors: of GPUs, or of cores at a named figure."""
+        return self.demand(what, flop, "products" if self.cluster.gpus else figure)
+
+    def product_seconds(self, rows: int, others: int, width: int) -> float:
+        """Return about how long the products of the vectors of a shard take; `rows` are of all."""
+        device = "cuda" if self.cluster.gpus else "cpu"
+        return product_seconds(rows / self.work.shards, others, width, device)
+
     def over_network(self, what: str, bytes_: float) -> Phase:
         """Return the demand for traffic; none if all is on a disk."""
         return (self.demand(what, bytes_, "network"),) if self.work.remote else ()
 
-    def round_trips(self, what: str, trips: float, at_once: int) -> Phase:
+    def round_trips(self, what: str, trips: float, at_once: float) -> Phase:
         """Return the demand for requests to the store of the run folder; none of a disk.
 
         Without a run folder the store is that of the source.
@@ -127,8 +154,13 @@ class Inputs:
         return (self.demand(what, trips, "round_trips", at_once),) if remote else ()
 
     def hashes(self, files: int) -> Phase:
-        """Return the demand for reading the files of a stage once more, to hash them."""
-        return self.round_trips("hash the files", READ_TRIPS * files, CALLS_AT_ONCE)
+        """Return the demand for reading the files of a stage once more, to hash them.
+
+        Tasks share them if there are many.
+        """
+        tasks = min(max(1.0, files / FILES_PER_TASK), self.cluster.cpus)
+        at_once = CALLS_AT_ONCE * tasks
+        return self.round_trips("hash the files", READ_TRIPS * files, at_once)
 
 
 @dataclass(frozen=True)
@@ -143,39 +175,69 @@ class StageModel:
     sent to each machine."""
 
 
+def _whole_shards(inputs: Inputs) -> bool:
+    return decoded_where_read(inputs.work.shards, inputs.cluster.cpus)
+
+
+def _pixel_block_bytes(inputs: Inputs) -> int:
+    return pixel_block_bytes(_whole_shards(inputs), inputs.cluster.gpus > 0)
+
+
 def _encoded_blocks(work: Workload) -> float:
     return max(work.shards, work.bytes / BLOCK_BYTES)
 
 
-def decoded_blocks(work: Workload, pixel_bytes: float) -> float:
+def decoded_blocks(inputs: Inputs) -> float:
     """Return the number of blocks for the encoders; each leaves its tables in the store."""
-    return max(_encoded_blocks(work), pixel_bytes / BLOCK_BYTES)
+    read = inputs.work.shards if _whole_shards(inputs) else _encoded_blocks(inputs.work)
+    return max(read, inputs.pixel_bytes / _pixel_block_bytes(inputs))
 
 
-def embed_tasks(work: Workload, pixel_bytes: float) -> float:
+def embed_tasks(inputs: Inputs) -> float:
     """Return the number of Ray Data's tasks.
 
-    One read per shard, one decode per block of encoded images, one encode per decoded block.
+    One read per shard, which decodes it or is followed by one decode per block of encoded images;
+    one encode per decoded block.
     """
-    return work.shards + _encoded_blocks(work) + decoded_blocks(work, pixel_bytes)
+    work = inputs.work
+    decodes = 0.0 if _whole_shards(inputs) else _encoded_blocks(work)
+    return work.shards + decodes + decoded_blocks(inputs)
 
 
 def _embed(inputs: Inputs) -> list[Phase]:
     work, wish = inputs.work, inputs.config.ray.embed_actors
-    together = inputs.shared_by(wish)
+    together, actors = inputs.shared_by(wish), inputs.actors(wish)
+    processes = executions(inputs.config.ray.executions, inputs.cluster.cpus, actors, work.shards)
     # an actor writes its tables side by side, and encodes meanwhile
-    written = WRITE_TRIPS * decoded_blocks(work, inputs.pixel_bytes)
+    written = WRITE_TRIPS * decoded_blocks(inputs)
+    scheduled = embed_tasks(inputs) / processes
     phase = (
         inputs.demand("read", work.images, "read"),
         inputs.demand("decode and resize", work.images, "preprocess"),
         inputs.demand("encode images", work.images, "encode_images", together),
         inputs.demand("encode captions", work.pairs, "encode_captions", together),
         inputs.demand("commit", work.pairs, "commit"),
-        *inputs.round_trips("write tables", written, inputs.actors(wish)),
-        inputs.demand("schedule blocks", embed_tasks(work, inputs.pixel_bytes), "blocks"),
+        *inputs.round_trips("write tables", written, actors),
+        inputs.demand("schedule blocks of an execution", scheduled, "blocks"),
+        inputs.demand("schedule commits", work.shards, "tasks"),
         *inputs.over_network("read and write", work.bytes + inputs.vector_bytes),
     )
-    return [phase]
+    return [phase, *_groups_of_shards(inputs, processes)]
+
+
+def _groups_of_shards(inputs: Inputs, processes: int) -> list[Phase]:
+    """Return the phase in which encoders load again, for all groups of an execution but one."""
+    groups = groups_each(inputs.work.shards, processes)
+    load = inputs.figures["start_embed"]
+    per_s = replace(
+        load,
+        value=1 / load.value,
+        worst=1 / load.worst,
+        best=1 / load.best,
+        unit="groups",
+        per="driver",
+    )
+    return [(Demand("load the encoders for more shards", groups - 1.0, per_s),)] * (groups > 1)
 
 
 def _embed_disk_bytes(inputs: Inputs) -> float:
@@ -185,13 +247,15 @@ def _embed_disk_bytes(inputs: Inputs) -> float:
 def _embed_store_bytes(inputs: Inputs) -> float:
     actors = inputs.actors(inputs.config.ray.embed_actors)
     blocks = inputs.cluster.cpus + QUEUED_BLOCKS * actors
-    return min(blocks * BLOCK_BYTES, inputs.pixel_bytes + inputs.work.bytes)
+    return min(blocks * _pixel_block_bytes(inputs), inputs.pixel_bytes + inputs.work.bytes)
 
 
 def _prune(inputs: Inputs) -> list[Phase]:
+    work = inputs.work
+    each = task_count(work.shards, column_seconds(work.pairs / work.shards))
     passes = (
-        inputs.demand("four passes over the cosines", inputs.work.pairs, "prune"),
-        inputs.demand("schedule", 4.0 * inputs.work.shards, "tasks"),
+        inputs.demand("four passes over the cosines", work.pairs, "prune"),
+        inputs.demand("schedule", 4.0 * each, "tasks"),
     )
     return [passes, inputs.hashes(inputs.work.shards)]
 
@@ -220,20 +284,35 @@ def _sample_rows(inputs: Inputs, space: str) -> float:
     return rows * sample_share(round(rows), width, config, inputs.clusters)
 
 
-def _fit(inputs: Inputs, space: str) -> list[Phase]:
-    """Return the phases of one k-means: its sample, then its iterations in one task."""
+def _sample(inputs: Inputs, space: str) -> Phase:
+    what = f"sample {space} vectors"
+    return (
+        inputs.demand(what, _stored_rows(inputs, space), "sample"),
+        *inputs.over_network(what, inputs.vector_bytes / 2),
+    )
+
+
+def _fit(inputs: Inputs, space: str) -> Demand:
+    """Return the demand of one k-means: its iterations, in one task."""
     config, rows = inputs.config.cluster, _sample_rows(inputs, space)
     distances = distance_flop(rows, inputs.clusters, _width(inputs, space))
     flop = distances * (config.iterations + 1) * config.restarts
-    processors = 1 if inputs.figures["fit"].per == "GPU" else inputs.cluster.node_cpus
-    sample = f"sample {space} vectors"
-    return [
-        (
-            inputs.demand(sample, _stored_rows(inputs, space), "sample"),
-            *inputs.over_network(sample, inputs.vector_bytes / 2),
-        ),
-        (inputs.demand(f"fit {space} k-means", flop, "fit", processors),),
-    ]
+    on_gpu, cluster = inputs.figures["fit"].per == "GPU", inputs.cluster
+    gpus = min(FIT_GPUS, max(1.0, cluster.gpus / cluster.units("node")))
+    processors = gpus if on_gpu else cluster.node_cpus
+    return inputs.demand(f"fit {space} k-means", flop, "fit", processors)
+
+
+def _fits(inputs: Inputs) -> list[Phase]:
+    """Return the phases of all k-means: side by side on several nodes, else one after the other."""
+    spaces = inputs.config.cluster.spaces
+    samples = [_sample(inputs, space) for space in spaces]
+    fits = [_fit(inputs, space) for space in spaces]
+    if inputs.cluster.units("node") < len(spaces):
+        return [
+            phase for sample, fit in zip(samples, fits, strict=True) for phase in (sample, (fit,))
+        ]
+    return [*samples, tuple(fits)]
 
 
 def _cluster(inputs: Inputs) -> list[Phase]:
@@ -242,14 +321,16 @@ def _cluster(inputs: Inputs) -> list[Phase]:
         distance_flop(_stored_rows(inputs, space), inputs.clusters, _width(inputs, space))
         for space in spaces
     )
+    work = inputs.work
+    shard_s = inputs.product_seconds(work.images + work.pairs, inputs.clusters, inputs.dim)
+    tasks = task_count(work.shards, shard_s)
     labels = (
-        inputs.demand("distances of labels", flop, "label"),
-        inputs.demand("read vectors, write labels", inputs.work.pairs, "label_rows"),
-        inputs.demand("schedule", inputs.work.shards, "tasks"),
+        inputs.products("distances of labels", flop, "label"),
+        inputs.demand("read vectors, write labels", work.pairs, "label_rows"),
+        inputs.demand("schedule", tasks, "tasks"),
         *inputs.over_network("read vectors", inputs.vector_bytes),
     )
-    fits = [phase for space in spaces for phase in _fit(inputs, space)]
-    return [*fits, labels, inputs.hashes(inputs.work.shards)]
+    return [*_fits(inputs), labels, inputs.hashes(inputs.work.shards)]
 
 
 def _cluster_disk_bytes(inputs: Inputs) -> float:
@@ -257,67 +338,107 @@ def _cluster_disk_bytes(inputs: Inputs) -> float:
 
 
 def _cluster_store_bytes(inputs: Inputs) -> float:
-    """Return the bytes of the largest sample, or of the centroids on every node if more."""
-    samples = (
-        4.0 * math.prod((_sample_rows(inputs, space), _width(inputs, space)))
-        for space in inputs.config.cluster.spaces
-    )
-    return max(inputs.cluster.units("node") * 2 * inputs.prototype_bytes, *samples)
+    """Return the bytes of the samples at one time, or of the centroids on every node if more."""
+    spaces, nodes = inputs.config.cluster.spaces, inputs.cluster.units("node")
+    samples = [
+        4.0 * math.prod((_sample_rows(inputs, space), _width(inputs, space))) for space in spaces
+    ]
+    together = max(samples) if nodes < len(spaces) else sum(samples)
+    return max(nodes * 2 * inputs.prototype_bytes, together)
 
 
 def _match(inputs: Inputs) -> list[Phase]:
     solver = inputs.config.match.solver
     dense = solver == "dense" or (solver == "auto" and inputs.clusters <= DENSE_LIMIT)
+    work = inputs.work
+    tasks = task_count(work.shards, 2 * column_seconds(work.pairs / work.shards))
     count = (
-        inputs.demand("count", inputs.work.pairs, "match"),
-        inputs.demand("schedule", inputs.work.shards, "tasks"),
+        inputs.demand("count", work.pairs, "match"),
+        inputs.demand("schedule", tasks, "tasks"),
     )
-    work = float(inputs.clusters) ** (3 if dense else 2)
-    return [count, (inputs.demand("solve", work, "solve_dense" if dense else "solve_sparse"),)]
+    steps = float(inputs.clusters) ** (3 if dense else 2)
+    return [count, (inputs.demand("solve", steps, "solve_dense" if dense else "solve_sparse"),)]
 
 
 def _match_disk_bytes(inputs: Inputs) -> float:
     return 25.0 * inputs.clusters  # a row: two int32, an int64, a bool and a float64
 
 
-def _search(inputs: Inputs, side: str, rows: int) -> Phase:
-    """Return the phase that finds the nearest of all rows for every query."""
-    groups = math.ceil(inputs.work.shards / (1 + inputs.clusters // QUERIES_PER_SHARD))
-    look_ups = min(inputs.clusters, inputs.work.shards)
-    share = rows / (inputs.work.images + inputs.work.pairs)
+def _search(inputs: Inputs, sides: Mapping[str, int]) -> Phase:
+    """Return the phase that finds the nearest rows for every query; sides and their rows."""
+    work, rows, what = inputs.work, sum(sides.values()), " and ".join(sides)
+    shard_s = sum(
+        inputs.product_seconds(each, inputs.clusters, inputs.dim) for each in sides.values()
+    )
+    searched = task_count(work.shards, shard_s)
+    winning = min(len(sides) * inputs.clusters, work.shards)
+    names_s = sum(column_seconds(each / work.shards) for each in sides.values())
     flop = distance_flop(rows, inputs.clusters, inputs.dim)
+    share = rows / (work.images + work.pairs)
     return (
-        inputs.demand(f"nearest {side}", flop, "search"),
-        inputs.demand(f"read {side}", rows, "search_rows"),
-        inputs.demand("schedule", groups + look_ups, "tasks"),
-        *inputs.over_network(f"read {side}", inputs.vector_bytes * share),
+        inputs.products(f"nearest {what}", flop, "search"),
+        inputs.demand(f"read {what}", rows, "search_rows"),
+        inputs.demand("schedule", searched + task_count(winning, names_s), "tasks"),
+        *inputs.over_network(f"read {what}", inputs.vector_bytes * share),
     )
 
 
-def _search_store_bytes(inputs: Inputs) -> float:
+def _search_store_bytes(inputs: Inputs, sides: int) -> float:
     """Return the bytes of the queries on every node and of the answers under way.
 
-    An answer holds cosine, shard and row of every query: 12 bytes.
+    The first answers hold query, cosine, shard and row of every query: 16 bytes. Later ones hold
+    those of queries that a shard improves.
     """
-    answers = 2 * inputs.cluster.cpus
-    queries = inputs.cluster.units("node") * inputs.prototype_bytes
-    return queries + answers * 12.0 * inputs.clusters
+    answers = 2 * task_places(inputs.cluster.cpus, inputs.cluster.gpus) * sides
+    queries = inputs.cluster.units("node") * inputs.prototype_bytes * sides
+    return queries + answers * 16.0 * inputs.clusters
+
+
+def _sum_tasks(inputs: Inputs) -> tuple[int, int]:
+    """Return the number of tasks that sum shards, and of those that add sums up."""
+    shards, pairs = inputs.work.shards, inputs.work.pairs
+    rows, matches = (inputs.work.images + pairs) / shards, min(pairs / shards, inputs.clusters)
+    summed = sum_task_count(shards, rows, matches, inputs.dim)
+    ranges = match_ranges(inputs.clusters, inputs.dim)
+    return summed, ranges * (2 + math.ceil(summed / SUMS_ADDED_TOGETHER))
 
 
 def _prototypes(inputs: Inputs) -> list[Phase]:
     work = inputs.work
+    read = inputs.over_network("read vectors", inputs.vector_bytes)
+    vectors = inputs.demand("sum vectors", work.pairs, "sums")
+    summed, added = _sum_tasks(inputs)
+    # what shards have summed is added up match by match, in the order of the shards
+    matches = min(inputs.kept_pairs / work.shards, inputs.clusters)
     sums = (
-        inputs.demand("sum vectors", work.pairs, "sums"),
-        inputs.demand("schedule", work.shards, "tasks"),
-        *inputs.over_network("read vectors", inputs.vector_bytes),
+        vectors,
+        inputs.demand(
+            "add sums",
+            work.shards * matches * 2 * 8 * inputs.dim,
+            "add",
+            match_ranges(inputs.clusters, inputs.dim),
+        ),
+        inputs.demand("schedule", summed + added, "tasks"),
+        *read,
     )
     # medoids are found in a second pass over all vectors
-    passes = 2 if inputs.config.prototypes.center == "medoid" else 1
+    medoids = (vectors, inputs.demand("schedule", summed, "tasks"), *read)
     return [
-        *[sums] * passes,
-        _search(inputs, "captions", work.pairs),
-        _search(inputs, "images", work.images),
+        sums,
+        *([medoids] if inputs.config.prototypes.center == "medoid" else []),
+        _search(inputs, {"captions": work.pairs, "images": work.images}),
     ]
+
+
+def _prototypes_store_bytes(inputs: Inputs) -> float:
+    """Return the bytes of a search, or of sums under way if more.
+
+    These wait to be added up, or are of tasks of a window.
+    """
+    waiting = 2 * SUMS_ADDED_TOGETHER + 2 * inputs.cluster.cpus
+    summed, _ = _sum_tasks(inputs)
+    totals = 2 * 2 * 8.0 * inputs.dim * inputs.clusters
+    return max(_search_store_bytes(inputs, 2), min(waiting, summed) * SUMS_BYTES + totals)
 
 
 def _prototypes_disk_bytes(inputs: Inputs) -> float:
@@ -339,17 +460,17 @@ def images_looked_through(pairs: int, batch: int, work: Workload) -> float:
 def _decode(inputs: Inputs) -> list[Phase]:
     config = inputs.config
     wish, drawn = config.ray.decode_actors, config.decode.decoder == "unclip"
-    actors = inputs.actors(wish, on_gpu=drawn)
+    actors, together = inputs.actors(wish, on_gpu=drawn), config.decode.batch_size
     if drawn:
         drawings = inputs.clusters * config.decode.candidates
         work = inputs.demand("draw", drawings, "draw", inputs.shared_by(wish))
     else:
-        together = max(config.decode.batch_size, LOOKED_UP_TOGETHER)
+        together = max(together, LOOKED_UP_TOGETHER)
         images = images_looked_through(inputs.clusters, together, inputs.work)
         work = inputs.demand("look images up", images, "read", actors)
-    # each image by the actor that made it, one after the other
-    trips = (LOOK_TRIPS + WRITE_TRIPS) * inputs.clusters
-    written = inputs.round_trips("write images", trips, actors)
+    # an actor writes the images of a chunk side by side
+    rounds = math.ceil(inputs.clusters / together) * math.ceil(together / CALLS_AT_ONCE)
+    written = inputs.round_trips("write images", (LOOK_TRIPS + WRITE_TRIPS) * rounds, actors)
     judged = _judge(inputs) if drawn and config.decode.judged else []
     return [(work,), *judged, written, inputs.hashes(inputs.clusters)]
 
@@ -376,10 +497,17 @@ def _decode_disk_bytes(inputs: Inputs) -> float:
 def _caption(inputs: Inputs) -> list[Phase]:
     if inputs.config.caption.nearest_to == "prototype":
         return []
-    processors = 1 if inputs.figures["encode_images"].per == "GPU" else MODEL_THREADS
-    read = inputs.round_trips("read images", READ_TRIPS * inputs.clusters, CALLS_AT_ONCE)
-    encode = inputs.demand("encode images", inputs.clusters, "encode_images", processors)
-    return [read, (encode,), _search(inputs, "captions", inputs.work.pairs)]
+    parts = min(
+        inputs.actors(inputs.config.ray.embed_actors),
+        math.ceil(inputs.clusters / ENCODED_TOGETHER),
+    )
+    on_gpu = inputs.figures["encode_images"].per == "GPU"
+    processors = parts if on_gpu else MODEL_THREADS * parts
+    embedded = (  # an image is read while another is encoded
+        inputs.demand("encode images", inputs.clusters, "encode_images", processors),
+        *inputs.round_trips("read images", READ_TRIPS * inputs.clusters, CALLS_AT_ONCE * parts),
+    )
+    return [embedded, _search(inputs, {"captions": inputs.work.pairs})]
 
 
 def _caption_disk_bytes(inputs: Inputs) -> float:
@@ -388,8 +516,9 @@ def _caption_disk_bytes(inputs: Inputs) -> float:
 
 def _materialize(inputs: Inputs) -> list[Phase]:
     trips = (READ_TRIPS + WRITE_TRIPS) * inputs.clusters
-    copy = inputs.round_trips("read and write images", trips, CALLS_AT_ONCE)
-    return [(inputs.demand("write the set", inputs.clusters, "materialize"), *copy)]
+    tars = min(max(1.0, inputs.clusters / PAIRS_PER_TAR), TARS_AT_ONCE, inputs.cluster.cpus)
+    copy = inputs.round_trips("read and write images", trips, CALLS_AT_ONCE * tars)
+    return [(inputs.demand("write the set", inputs.clusters, "materialize", tars), *copy)]
 
 
 def _materialize_disk_bytes(inputs: Inputs) -> float:
@@ -401,7 +530,7 @@ EMBED = StageModel(_embed, _embed_disk_bytes, _embed_store_bytes)
 PRUNE = StageModel(_prune, _prune_disk_bytes)
 CLUSTER = StageModel(_cluster, _cluster_disk_bytes, _cluster_store_bytes)
 MATCH = StageModel(_match, _match_disk_bytes)
-PROTOTYPES = StageModel(_prototypes, _prototypes_disk_bytes, _search_store_bytes)
+PROTOTYPES = StageModel(_prototypes, _prototypes_disk_bytes, _prototypes_store_bytes)
 DECODE = StageModel(_decode, _decode_disk_bytes)
-CAPTION = StageModel(_caption, _caption_disk_bytes, _search_store_bytes)
+CAPTION = StageModel(_caption, _caption_disk_bytes, lambda inputs: _search_store_bytes(inputs, 1))
 MATERIALIZE = StageModel(_materialize, _materialize_disk_bytes)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pds_ray.stages.prototypes import nearest_rows
+from pds_ray.stages.products import nearest_rows
 from pds_ray.stages.vectors import normalized
 
 

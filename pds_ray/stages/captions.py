@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pds_ray.stages.prototypes import nearest_rows
-from pds_ray.stages.vectors import normalized
+from pds_ray.stages import products
+from pds_ray.stages.products import Vectors
 
 LONGEST_LIST = 64
 """Captions looked at per image; equal texts count as often as they occur."""
-COSINES_AT_ONCE = 2**25  # 128 MiB
 
 
 @dataclass
@@ -36,31 +35,20 @@ def no_rows(queries: int, count: int) -> TopRows:
     return TopRows(np.full((queries, count), -np.inf, np.float32), nowhere, nowhere.copy())
 
 
-def top_rows(queries: np.ndarray, rows: np.ndarray, shard: int, count: int) -> TopRows:
+def top_rows(
+    queries: np.ndarray | Vectors,
+    rows: np.ndarray,
+    shard: int,
+    count: int,
+    at_least: np.ndarray | None = None,
+) -> TopRows:
     """Return the `count` rows of highest cosine to each query, exactly.
 
-    float32 [B, d], [n, d]; `shard` is the number of their shard.
+    float32 [B, d], [n, d]; `shard` is the number of their shard. Rows below the cosine `at_least`,
+    float32 [B], are left out.
     """
-    unit_queries, unit_rows = normalized(queries), normalized(rows)
-    found = no_rows(len(queries), count)
-    together = max(1, COSINES_AT_ONCE // max(1, len(rows)))
-    for start in range(0, len(queries), together):
-        for query, cosines in enumerate(
-            unit_queries[start : start + together] @ unit_rows.T, start
-        ):
-            best = _highest(cosines, count)
-            found.cosine[query, : len(best)] = cosines[best]
-            found.shard[query, : len(best)] = shard
-            found.row[query, : len(best)] = best
-    return found
-
-
-def _highest(values: np.ndarray, count: int) -> np.ndarray:
-    """Return the places of the `count` highest values [n], the earlier of equals first."""
-    places = np.arange(len(values))
-    if len(values) > count:  # sort few of many
-        places = np.flatnonzero(values >= np.partition(values, -count)[-count])
-    return places[np.argsort(-values[places], kind="stable")][:count]
+    cosine, row = products.top_rows(queries, rows, count, at_least)
+    return TopRows(cosine, np.where(row < 0, -1, shard).astype(np.int32), row)
 
 
 def merge_rows(total: TopRows, part: TopRows) -> TopRows:
@@ -76,12 +64,47 @@ def merge_rows(total: TopRows, part: TopRows) -> TopRows:
     )
 
 
-def finds(captions: np.ndarray, images: np.ndarray) -> np.ndarray:
+@dataclass
+class Entries:
+    """Rows of a part of the shards that belong in the lists of some queries."""
+
+    query: np.ndarray
+    """int32 [m], ascending; of each query the rows are in the order of its list."""
+    cosine: np.ndarray
+    """float32 [m]."""
+    shard: np.ndarray
+    """int32 [m]."""
+    row: np.ndarray
+    """int32 [m]."""
+
+
+def entries(part: TopRows, at_least: np.ndarray) -> Entries:
+    """Return the rows that are above the last ones of the lists so far, float32 [B]."""
+    query, place = np.nonzero(part.cosine > at_least[:, None])
+    columns = (getattr(part, name)[query, place] for name in ("cosine", "shard", "row"))
+    return Entries(query.astype(np.int32), *columns)
+
+
+def merge_entries(total: TopRows, part: Entries) -> None:
+    """Put rows into the lists; called in shard order, the earlier shard comes first in a tie."""
+    queries, starts, counts = np.unique(part.query, return_index=True, return_counts=True)
+    rows = np.repeat(np.arange(len(queries)), counts)
+    places = np.arange(len(part.query)) - np.repeat(starts, counts)
+    new = no_rows(len(queries), max(counts, default=0))
+    mine = TopRows(total.cosine[queries], total.shard[queries], total.row[queries])
+    for name in ("cosine", "shard", "row"):
+        getattr(new, name)[rows, places] = getattr(part, name)
+    merged = merge_rows(mine, new)
+    for name in ("cosine", "shard", "row"):
+        getattr(total, name)[queries] = getattr(merged, name)
+
+
+def finds(captions: np.ndarray, images: np.ndarray, device: str = "cpu") -> np.ndarray:
     """Return the image of highest cosine to each caption, the first of equals. int32 [n].
 
     float32 [n, d], [B, d].
     """
-    return nearest_rows(captions, images)[1]
+    return products.nearest_rows(captions, images, device=device)[1]
 
 
 def choose(texts: list[list[str]], found: list[list[int]]) -> tuple[list[int], list[bool]]:

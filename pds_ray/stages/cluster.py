@@ -261,13 +261,3 @@ def _objective(
         apart = vectors[some].astype(np.float64) - centroids[labels[some]]
         total += float((np.einsum("nd,nd->n", apart, apart) * weights[some]).sum())
     return total
-
-
-def assign(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Return the nearest centroid of each row. float32 [n, d], [K, d] -> int32 [n]."""
-    import faiss
-
-    if not len(vectors):
-        return np.zeros(0, np.int32)
-    _, found = faiss.knn(np.ascontiguousarray(vectors, np.float32), centroids, 1)
-    return found[:, 0].astype(np.int32)

@@ -6,8 +6,9 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -52,8 +53,11 @@ OPTIMISE = "optimise"
 _ACTIVE = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
-def materialize(run: Run, extras: Extras) -> Counts:
-    """Write the distilled set of a run whose other stages are done; return its counts."""
+def materialize(run: Run, extras: Extras, share: Share = map) -> Counts:
+    """Write the distilled set of a run whose other stages are done; return its counts.
+
+    `share` applies a function to tars, in order.
+    """
     folder, budget = run.folder, run.config.budget_bytes
     folder.distilled.delete_all()
     captions = folder.captions() if "caption" in run.method.names else None
@@ -67,7 +71,7 @@ def materialize(run: Run, extras: Extras) -> Counts:
     with progress_bar("materialize", pairs, "pairs", delay_s=QUIET_S) as bar:
         text, parts = run.method.card, (extras, choices)
         return write_distilled(
-            folder, about(run), text, captions, bar.update, *parts, budget, asked
+            folder, about(run), text, captions, bar.update, *parts, budget, asked, share
         )
 
 
@@ -215,11 +219,12 @@ def write_distilled(
     about: dict[str, Any],
     text: CardText,
     captions: pa.Table | None = None,
-    step: Callable[[], object] = lambda: None,
+    step: Callable[[int], object] = lambda _: None,
     extras: Extras | None = None,
     choices: pa.Table | None = None,
     budget: int = 0,
     asked: int = 0,
+    share: Share = map,
 ) -> dict[str, Any]:
     """Write the distilled set of a finished run; return its counts.
 
@@ -228,9 +233,10 @@ def write_distilled(
 
     `about` is what card and manifest say of the making, `text` the method's part of the card.
     `captions` (rows of captions.parquet) replace those of the prototypes; `choices` (rows of
-    choices.parquet) go into the records. `step` is called after each pair, `extras` are more parts.
-    Few images are in memory at a time. The manifest comes last: a folder without it is no distilled
-    set. Raises FileNotFoundError if an image of the run is missing.
+    choices.parquet) go into the records. `step` is called with the number of pairs that were
+    written, `extras` are more parts. `share` applies a function to tars, in order. Few images are
+    in memory at a time. The manifest comes last: a folder without it is no distilled set. Raises
+    FileNotFoundError if an image of the run is missing.
     """
     prototypes = run.prototypes()
     extras, short = extras or Extras(), {}
@@ -246,7 +252,7 @@ def write_distilled(
     about = {**about, **_describe_images(about, rows), **describe_extras(extras)}
     target = run.distilled
     target.delete(MANIFEST)
-    images, tars, pixels = _write_images(run.images, target, rows, step)
+    images, tars, pixels = _write_images(run.images, target, rows, step, share)
     others: Files = {}
     if extras.learned is not None:
         write(target, LEARNED, pack(*extras.learned), others)
@@ -299,12 +305,33 @@ def _with_size(about: dict[str, Any], size: SetSize) -> dict[str, Any]:
     return {**about, "counts": {**about["counts"], **counted}}
 
 
-def _write_images(
-    source: Folder, target: Folder, rows: list[Record], step: Callable[[], object]
-) -> tuple[Files, Files, int]:
-    """Copy the images into the set, and write them into tars with text and metadata.
+@dataclass(frozen=True)
+class Tar:
+    """A part of the set: some images, copied into it and written into one tar."""
 
-    Returns the files of both, and the pixels of all images.
+    number: int
+    rows: list[Record]
+    source: Folder
+    target: Folder
+
+
+@dataclass(frozen=True)
+class TarWritten:
+    """Files that a tar added to the set, and the pixels of its images."""
+
+    images: Files
+    tars: Files
+    pixels: int
+
+
+Share = Callable[[Callable[[Tar], TarWritten], list[Tar]], Iterable[TarWritten]]
+"""A `map`, which may be one over a cluster."""
+
+
+def write_tar(tar: Tar, step: Callable[[int], object] = lambda _: None) -> TarWritten:
+    """Copy images into the set, and write them into a tar with text and metadata.
+
+    `step` is called with 1 after each. Raises FileNotFoundError if one is missing.
     """
     from webdataset import TarWriter
 
@@ -313,26 +340,53 @@ def _write_images(
     pixels = 0
 
     def copy(row: Record) -> tuple[bytes, Files]:
-        image, listed = source.read_bytes(row["file_name"]), Files()
-        write(target, image_path(row["file_name"]), image, listed)
+        image, listed = tar.source.read_bytes(row["file_name"]), Files()
+        write(tar.target, image_path(row["file_name"]), image, listed)
         return image, listed
 
-    for number, start in enumerate(range(0, len(rows), PAIRS_PER_TAR)):
-        with (
-            written(target, tar_path(number), tars) as stream,
-            # without times and owners: the same pairs give the same bytes
-            TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False) as tar,
-        ):
-            some = rows[start : start + PAIRS_PER_TAR]
-            for row, (image, listed) in zip(some, side_by_side(copy, some), strict=True):
-                images |= listed
-                text, record = row["text"].encode(), _json_line(row).encode()
-                key, _, kind = row["file_name"].rpartition(".")
-                tar.write({"__key__": key, kind: image, "txt": text, "json": record})
-                with Image.open(io.BytesIO(image)) as opened:
-                    pixels += math.prod(opened.size)
-                step()
-    return images, tars, pixels
+    with (
+        written(tar.target, tar_path(tar.number), tars) as stream,
+        # without times and owners: the same pairs give the same bytes
+        TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False) as writer,
+    ):
+        for row, (image, listed) in zip(tar.rows, side_by_side(copy, tar.rows), strict=True):
+            images |= listed
+            text, record = row["text"].encode(), _json_line(row).encode()
+            key, _, kind = row["file_name"].rpartition(".")
+            writer.write({"__key__": key, kind: image, "txt": text, "json": record})
+            with Image.open(io.BytesIO(image)) as opened:
+                pixels += math.prod(opened.size)
+            step(1)
+    return TarWritten(images, tars, pixels)
+
+
+def _write_images(
+    source: Folder,
+    target: Folder,
+    rows: list[Record],
+    step: Callable[[int], object],
+    share: Share,
+) -> tuple[Files, Files, int]:
+    """Write the images of the set and its tars; `share` makes several.
+
+    Returns the files of both, and the pixels of all images.
+    """
+    tars = [
+        Tar(number, rows[start : start + PAIRS_PER_TAR], source, target)
+        for number, start in enumerate(range(0, len(rows), PAIRS_PER_TAR))
+    ]
+    images: Files = {}
+    files: Files = {}
+    pixels = 0
+    alone = len(tars) < 2
+    parts = map(partial(write_tar, step=step), tars) if alone else share(write_tar, tars)
+    for tar, part in zip(tars, parts, strict=True):
+        images |= part.images
+        files |= part.tars
+        pixels += part.pixels
+        if not alone:
+            step(len(tar.rows))
+    return images, files, pixels
 
 
 def _json_line(row: Record) -> str:

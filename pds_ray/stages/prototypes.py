@@ -9,8 +9,9 @@ match does. Both passes are a map over shards and a merge in shard order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,33 @@ class Sums:
     image_norm: np.ndarray
     """float64 [T]: summed norms of the image vectors."""
     members: list[list[str]]
+    """The first MEMBER_SAMPLE pairs of each match, as shard/key."""
+
+    def copy(self) -> Sums:
+        """Return sums that can be added to: those from an object store are read-only."""
+        arrays = {
+            each.name: getattr(self, each.name).copy()
+            for each in fields(self)
+            if each.name != "members"
+        }
+        return Sums(**arrays, members=[list(own) for own in self.members])
+
+    def split(self, bounds: Sequence[int]) -> list[Sums]:
+        """Return the sums of the matches between each two bounds, which ascend."""
+        rows = np.searchsorted(self.match, bounds)
+        return [
+            Sums(*(getattr(self, each.name)[start:end] for each in fields(self)))
+            for start, end in pairwise(rows)
+        ]
+
+
+@dataclass(frozen=True)
+class Members:
+    """Facts on the pairs of T matches."""
+
+    norm: np.ndarray
+    """float64 [T]: mean norm of the image vectors; 0 without any."""
+    names: list[list[str]]
     """The first MEMBER_SAMPLE pairs of each match, as shard/key."""
 
 
@@ -136,11 +164,11 @@ def _summed(vectors: np.ndarray, rows: np.ndarray, group: np.ndarray, groups: in
 
 
 def add_sums(total: Sums, part: Sums) -> None:
-    """Add a shard's sums to those of all matches.
+    """Add a shard's sums to those of all matches, or of a range that its matches are in.
 
     Called in shard order, so that rounding never differs.
     """
-    rows = part.match
+    rows = np.searchsorted(total.match, part.match)
     total.image[rows] += part.image
     total.text[rows] += part.text
     total.image_count[rows] += part.image_count
@@ -176,6 +204,27 @@ def means(sums: Sums) -> Prototypes:
     return _in_order(image, text, sums.match[alive])
 
 
+def merged(parts: Sequence[Prototypes]) -> Prototypes:
+    """Join the prototypes of several ranges of matches, in their order."""
+    joined = (
+        np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(Prototypes)
+    )
+    image, text, cosine, match = joined
+    order = np.lexsort((match, -cosine))
+    return Prototypes(image[order], text[order], cosine[order], match[order])
+
+
+def members(sums: Sums) -> Members:
+    """Return the facts on the summed pairs that go with prototypes."""
+    return Members(sums.image_norm / np.maximum(sums.image_count, 1), sums.members)
+
+
+def joined_members(parts: Sequence[Members]) -> Members:
+    """Join the facts on several ranges of matches, which are in order."""
+    names = [own for part in parts for own in part.names]
+    return Members(np.concatenate([part.norm for part in parts]), names)
+
+
 def _in_order(image: np.ndarray, text: np.ndarray, match: np.ndarray) -> Prototypes:
     """Return vectors, float [B, d], of matches, ascending, as prototypes in their order."""
     norms = np.linalg.norm(image, axis=1) * np.linalg.norm(text, axis=1)
@@ -192,6 +241,8 @@ class Medoids:
     Nearest is the pair of the highest sum of both cosines.
     """
 
+    match: np.ndarray
+    """int64 [T]: numbers of the matches, ascending."""
     score: np.ndarray
     """float64 [T], the sum of the cosines; -inf before any pair was seen."""
     image: np.ndarray
@@ -199,11 +250,15 @@ class Medoids:
     text: np.ndarray
     """float32 [T, d]."""
 
+    def taken(self, rows: np.ndarray) -> Medoids:
+        """Return those of some rows: integers [m], or bool [T]."""
+        return Medoids(self.match[rows], self.score[rows], self.image[rows], self.text[rows])
+
 
 def no_medoids(matches: int, dim: int) -> Medoids:
-    """Return the neutral element of `merge_medoids`."""
+    """Return the neutral element of `merge_medoids`, for all matches."""
     image, text = np.zeros((2, matches, dim), np.float32)
-    return Medoids(np.full(matches, -np.inf), image, text)
+    return Medoids(np.arange(matches), np.full(matches, -np.inf), image, text)
 
 
 def shard_medoids(
@@ -212,15 +267,15 @@ def shard_medoids(
     """Find the medoids among the pairs of one shard; of equals the first pair.
 
     Candidates are the shared pairs; of a match that is averaged whole, the pairs of both clusters.
+    Matches without any are left out.
     """
-    found = no_medoids(len(matches.image_cluster), pairs.image_vectors.shape[1])
     image_match, text_match = _matches_of(pairs, matches, clusters)
     whole = np.append(matches.whole, False)
     shared = np.flatnonzero((image_match == text_match) & (image_match >= 0))
     on_image, on_text = np.flatnonzero(whole[image_match]), np.flatnonzero(whole[text_match])
     pair = np.concatenate([shared, on_image, on_text])
     match = np.concatenate([image_match[shared], image_match[on_image], text_match[on_text]])
-    center = np.full(len(found.score), -1)
+    center = np.full(len(matches.image_cluster), -1)
     center[centers.match] = np.arange(len(centers.match))
     alive = center[match] >= 0
     pair, match = pair[alive], match[alive]
@@ -232,16 +287,33 @@ def shard_medoids(
     order = np.lexsort((pair, -score, match))
     matched, first = np.unique(match[order], return_index=True)
     best = order[first]
-    found.score[matched] = score[best]
-    found.image[matched], found.text[matched] = image[best], text[best]
-    return found
+    return Medoids(matched, score[best], image[best], text[best])
+
+
+def best_medoids(parts: Sequence[Medoids], at_least: np.ndarray) -> Medoids:
+    """Return the best of some shards, in order, that are above the scores so far, float64 [C].
+
+    The earlier shard wins a tie.
+    """
+    both = Medoids(
+        *(
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("match", "score", "image", "text")
+        )
+    )
+    order = np.lexsort((-both.score, both.match))  # stable: of equals the earlier shard comes first
+    best = both.taken(order[np.unique(both.match[order], return_index=True)[1]])
+    return best.taken(best.score > at_least[best.match])
 
 
 def merge_medoids(total: Medoids, part: Medoids) -> None:
-    """Keep the better of both; called in shard order, the earlier shard wins a tie."""
-    better = part.score > total.score
+    """Keep the better of both; called in shard order, the earlier shard wins a tie.
+
+    `total` is of all matches.
+    """
+    part = part.taken(part.score > total.score[part.match])
     for name in ("score", "image", "text"):
-        getattr(total, name)[better] = getattr(part, name)[better]
+        getattr(total, name)[part.match] = getattr(part, name)
 
 
 def of_medoids(medoids: Medoids, centers: Prototypes) -> Prototypes:
@@ -249,10 +321,6 @@ def of_medoids(medoids: Medoids, centers: Prototypes) -> Prototypes:
     match = np.sort(centers.match)
     image, text = medoids.image[match], medoids.text[match]
     return _in_order(image.astype(np.float64), text.astype(np.float64), match)
-
-
-# their cosines are 128 MiB, however many there are of both
-QUERIES_AT_ONCE, ROWS_AT_ONCE = 2_048, 16_384
 
 
 @dataclass
@@ -273,38 +341,39 @@ def no_nearest(queries: int) -> Nearest:
     return Nearest(np.full(queries, -np.inf, np.float32), nowhere, nowhere.copy())
 
 
-def nearest_rows(
-    queries: np.ndarray, rows: np.ndarray, block: tuple[int, int] = (QUERIES_AT_ONCE, ROWS_AT_ONCE)
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the highest cosine and its row for each query, the first of equals.
-
-    float32 [B, d], [n, d] -> float32 [B], int32 [B]. Exact, in blocks of queries and rows; -inf and
-    -1 where there are no rows.
-    """
-    some_queries, some_rows = block
-    unit = normalized(queries)
-    best = np.full(len(queries), -np.inf, np.float32)
-    where = np.full(len(queries), -1, np.int32)
-    for start in range(0, len(rows), some_rows):
-        some = rows[start : start + some_rows]
-        norms = np.sqrt(np.einsum("nd,nd->n", some, some))
-        norms[norms == 0] = 1
-        for first in range(0, len(queries), some_queries):
-            mine = slice(first, first + some_queries)
-            similarity = unit[mine] @ some.T
-            similarity /= norms  # cheaper than to bring the rows to unit length
-            top = similarity.argmax(axis=1)
-            value = similarity[np.arange(len(top)), top]
-            better = value > best[mine]
-            best[mine][better], where[mine][better] = value[better], top[better] + start
-    return best, where
-
-
 def merge_nearest(total: Nearest, part: Nearest) -> None:
     """Keep the better of both; called in shard order, the earlier shard wins a tie."""
     better = part.cosine > total.cosine
     for name in ("cosine", "shard", "row"):
         getattr(total, name)[better] = getattr(part, name)[better]
+
+
+@dataclass
+class Improved:
+    """Rows that are better than the best so far of m of the B queries."""
+
+    query: np.ndarray
+    """int32 [m], ascending."""
+    cosine: np.ndarray
+    """float32 [m]."""
+    shard: np.ndarray
+    """int32 [m]."""
+    row: np.ndarray
+    """int32 [m]."""
+
+
+def improved(nearest: Nearest) -> Improved:
+    """Return the queries for which any row was found: what a shard has to say, and no more."""
+    query = np.flatnonzero(nearest.shard >= 0).astype(np.int32)
+    return Improved(query, nearest.cosine[query], nearest.shard[query], nearest.row[query])
+
+
+def merge_improved(total: Nearest, part: Improved) -> None:
+    """Keep the better of both; called in shard order, the earlier shard wins a tie."""
+    better = part.cosine > total.cosine[part.query]
+    query = part.query[better]
+    for name in ("cosine", "shard", "row"):
+        getattr(total, name)[query] = getattr(part, name)[better]
 
 
 def by_shard(nearest: Nearest) -> list[tuple[int, np.ndarray, np.ndarray]]:

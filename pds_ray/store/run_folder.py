@@ -182,17 +182,19 @@ class RunFolder:
         """Return the names below the run folder of the images of the first `pairs` pairs."""
         return [f"{self.image_folder}/{self.image_name(pair)}" for pair in range(pairs)]
 
+    def sweep_beside(self, names: Iterable[str]) -> None:
+        """Delete the temporary files that killed workers left beside files of these names."""
+        for place in {name.rpartition("/")[0] for name in names} - {""}:
+            (self.folder / place).sweep()
+
     def hash_files(
         self, names: list[str], step: Callable[[], object] = lambda: None
     ) -> dict[str, str]:
         """Return the SHA-256 of files by their names below the run folder.
 
-        Temporary files that killed workers left beside them are deleted. `step` is called after
-        each file. The names are given, not listed, so that a lost file is noticed. Raises
-        StorageError if one is missing.
+        `step` is called after each file. The names are given, not listed, so that a lost file is
+        noticed. Raises StorageError if one is missing.
         """
-        for place in {name.rpartition("/")[0] for name in names} - {""}:
-            (self.folder / place).sweep()
         try:
             found = {}
             for name, digest in zip(names, side_by_side(self.folder.sha256, names), strict=True):

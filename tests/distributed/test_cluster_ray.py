@@ -11,6 +11,7 @@ import pytest
 
 from pds_ray.config import ClusterConfig, RunConfig
 from pds_ray.distributed import cluster as stage
+from pds_ray.distributed import pools
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
@@ -104,6 +105,21 @@ def test_a_fit_that_is_finished_is_kept(pruned: tuple[Path, Pruned], tmp_path: P
     assert times(run)["image.safetensors"] == written["image.safetensors"]
 
 
+def test_k_means_of_several_nodes_run_side_by_side(
+    pruned: tuple[Path, Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the bytes of one after the other; a fit that is lost is made again by itself."""
+    run, call = new_run(pruned, tmp_path / "one")
+    undisturbed = call()
+    other, call_other = new_run(pruned, tmp_path / "two")
+    monkeypatch.setattr("pds_ray.distributed.tasks.kmeans_places", lambda: 2)
+    assert call_other() == undisturbed
+    assert contents(other) == contents(run)
+    other.clusters.delete("image.safetensors")
+    assert call_other() == undisturbed
+    assert contents(other) == contents(run)
+
+
 @pytest.mark.parametrize("change", ["fingerprint", "pairs"])
 def test_cluster_refits_when_its_input_changes(
     pruned: tuple[Path, Pruned], tmp_path: Path, change: str
@@ -130,7 +146,12 @@ def test_shards_may_be_sampled_together(
     assert contents(together) == contents(run)
 
 
-def in_reverse(function: Callable[..., Any], items: Iterable[Any], *shared: Any) -> Iterator[Any]:
+def in_reverse(
+    function: Callable[..., Any],
+    items: Iterable[Any],
+    *shared: Any,
+    share: pools.Share,  # noqa: ARG001
+) -> Iterator[Any]:
     """Do as `map_in_order`, but run the last task first."""
     return reversed([function(item, *shared) for item in reversed(list(items))])
 

@@ -7,8 +7,10 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -17,6 +19,7 @@ import ray
 from pds_ray import catalog
 from pds_ray.config import ConfigError, EmbedConfig, RayConfig, RunConfig
 from pds_ray.distributed import embed as embed_module
+from pds_ray.distributed import embed_executions, sizes
 from pds_ray.distributed.embed import fill_store
 from pds_ray.distributed.embed_account import check_bad_share, check_failed_share
 from pds_ray.distributed.embed_workers import EmbedWorker, ShardDatasource, ShardFile
@@ -34,6 +37,7 @@ from tests.support.poisoned import write_shard
 from tests.support.stage_run import stage_run
 
 pytestmark = pytest.mark.ray
+LONG = pytest.mark.long
 CONFIG = RunConfig(embed=EmbedConfig(encoder="demo"), ray=RayConfig(max_bad_share=1.0))
 
 
@@ -60,11 +64,16 @@ def same_as_one_process(source, shards, store: EmbeddingStore) -> None:
         assert store.errors(shard.name).equals(errors)
 
 
-@pytest.mark.parametrize("together", [pytest.param(1, marks=pytest.mark.long), 2_000])
+@pytest.mark.parametrize(
+    ("together", "per_cpu"),
+    [pytest.param(1, 4, marks=LONG), pytest.param(2_000, 4, marks=LONG), (2_000, 0)],
+)
 def test_equals_one_process_and_is_not_repeated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int, per_cpu: int
 ) -> None:
-    monkeypatch.setattr(embed_module, "SHARDS_TOGETHER", together)
+    """Group by group or all at once; a task decodes what it has read, or others do."""
+    monkeypatch.setattr(sizes, "SHARDS_TOGETHER", together)
+    monkeypatch.setattr(sizes, "SHARDS_PER_CPU", per_cpu)
     source = ScenesSource("scenes:50:0:0:30")
     shards = source.shards()
     store = open_store(tmp_path)
@@ -80,10 +89,8 @@ def test_equals_one_process_and_is_not_repeated(
 def test_shards_larger_than_a_block_are_put_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context = ray.data.DataContext.get_current()
-    block_size = context.target_max_block_size
     # the pixels of 100 scenes take 1.2 MB: many blocks per shard
-    context.target_max_block_size = 1 << 18
+    monkeypatch.setattr(sizes, "BLOCK_BYTES", 1 << 18)
     put_together, log = embed_module.commit_parts, tmp_path / "log"
     log.mkdir()
 
@@ -92,17 +99,87 @@ def test_shards_larger_than_a_block_are_put_together(
         put_together(shard, firsts, *rest)
 
     monkeypatch.setattr(embed_module, "commit_parts", logged)
-    try:
-        source = ScenesSource("scenes:200:3:0:100")
-        store = open_store(tmp_path / "store")
-        embed(source, source.shards(), catalog.describe_encoder(CONFIG.embed), CONFIG, store)
-    finally:
-        context.target_max_block_size = block_size
+    source = ScenesSource("scenes:200:3:0:100")
+    store = open_store(tmp_path / "store")
+    embed(source, source.shards(), catalog.describe_encoder(CONFIG.embed), CONFIG, store)
     same_as_one_process(source, source.shards(), store)
     assert {shard.name: int((log / shard.name).read_text()) > 1 for shard in source.shards()} == {
         "scenes-00000": True, "scenes-00001": True,
     }, "the data came in one block: nothing was put together"  # fmt: skip
     assert not (tmp_path / "store" / "parts").exists()
+
+
+def with_executions(count: int) -> RunConfig:
+    ray_config = RayConfig(max_bad_share=1.0, executions=count, embed_workers=count)
+    return dataclasses.replace(CONFIG, ray=ray_config)
+
+
+def watched(folder: Path, killed: bool) -> Callable[..., Iterator[Any]]:
+    """Return an execution that leaves a file named by its process; the first may kill itself.
+
+    It does so when it has reported a block and has more.
+    """
+    execution = embed_executions._execution
+
+    def alike(*args: Any) -> Iterator[Any]:
+        embed_executions.REPORT_S = 0.0
+        first = not list(folder.iterdir())
+        (folder / f"{os.getpid()}-{len(args[0])}").touch()
+        for number, report in enumerate(execution(*args)):
+            if killed and first and number == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield report
+
+    return alike
+
+
+@pytest.mark.parametrize(
+    ("executions", "killed", "per_cpu", "groups"),
+    [
+        (2, True, 0, 1),
+        pytest.param(2, True, 4, 2, marks=LONG),
+        pytest.param(2, False, 0, 2, marks=LONG),
+        pytest.param(4, False, 4, 1, marks=LONG),
+    ],
+)
+def test_executions_side_by_side_leave_the_same_bytes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    executions: int,
+    killed: bool,
+    per_cpu: int,
+    groups: int,
+) -> None:
+    """Also where one is killed in the middle of its shards: no row is lost or there twice."""
+    monkeypatch.setattr(sizes, "BLOCK_BYTES", 1 << 16)  # five blocks per shard
+    monkeypatch.setattr(sizes, "SHARDS_PER_CPU", per_cpu)
+    shards, log = 2 * executions * groups, tmp_path / "log"
+    monkeypatch.setattr(sizes, "FEW_SHARDS", shards // executions // groups)
+    monkeypatch.setattr(embed_executions, "_execution", watched(log, killed))
+    log.mkdir()
+    source = ScenesSource(f"scenes:{30 * shards}:0:0:30")
+    store, config = open_store(tmp_path / "store"), with_executions(executions)
+    counts = embed(source, source.shards(), catalog.describe_encoder(CONFIG.embed), config, store)
+    assert (counts["images"], counts["pairs"], counts["bad"]) == (30 * shards, 150 * shards, 0)
+    assert (counts["shards_embedded"], counts["failed"]) == (shards, {})
+    same_as_one_process(source, source.shards(), store)
+    begun = [path.name.split("-") for path in log.iterdir()]
+    assert len({process for process, _ in begun}) >= executions
+    assert ("an execution was lost (WorkerCrashedError)" in capsys.readouterr().err) == killed
+
+
+def test_what_ends_the_run_ends_its_executions(tmp_path: Path) -> None:
+    """A little later nothing of them is at work, though most shards are still to be embedded."""
+    for number in range(300):
+        (tmp_path / f"{number}.tar").write_text("<html>404</html>")
+    source, info = WebDatasetSource(str(tmp_path / "*.tar")), catalog.describe_encoder(CONFIG.embed)
+    with pytest.raises(ConfigError, match="of 300 shards cannot be read"):
+        embed(source, source.shards(), info, with_executions(2), open_store(tmp_path / "store"))
+    until = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < until, "executions are still at work"
+        time.sleep(0.1)
 
 
 def test_a_store_begun_in_another_precision_is_not_continued(tmp_path: Path) -> None:
@@ -154,7 +231,7 @@ def test_a_shard_that_loses_every_process_is_set_aside(
     monkeypatch.setattr(embed_module.tasks, "TASK_RETRIES", 1)
     source = ScenesSource("scenes:2000")
     info = catalog.describe_encoder(CONFIG.embed)
-    work = embed_module._Work(
+    work = embed_executions.Work(
         source, info, CONFIG.read, CONFIG.embed, CONFIG.ray, open_store(tmp_path)
     )
     files = [ShardFile(shard, changed=False) for shard in source.shards()]

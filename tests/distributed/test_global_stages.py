@@ -13,7 +13,15 @@ from scipy.optimize import linear_sum_assignment
 
 from pds_ray.config import ClusterConfig, MatchConfig, RunConfig, replace
 from pds_ray.decoders.base import DecoderInfo
-from pds_ray.distributed import materialize, nearest
+from pds_ray.distributed import (
+    cluster,
+    match,
+    materialize,
+    nearest,
+    prototypes,
+    prune,
+    tasks,
+)
 from pds_ray.distributed.cluster import sampled
 from pds_ray.distributed.tasks import map_in_order
 from pds_ray.store.embeddings import EmbeddingStore
@@ -154,37 +162,40 @@ def test_cutting_the_data_in_other_shards_changes_nothing(
     assert whole == cut
 
 
-@pytest.mark.parametrize("queries_per_shard", [1, 5, 10])
-def test_shards_searched_together_find_the_same(
+@pytest.mark.parametrize("count", [1, 2])
+def test_shards_of_one_task_find_the_same(
     finished: tuple[RunFolder, Gathered, dict],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    queries_per_shard: int,
+    count: int,
 ) -> None:
-    """All four shards in one task, or in twos, or each by itself; at most nine prototypes."""
-    monkeypatch.setattr(nearest, "QUERIES_PER_SHARD", queries_per_shard)
+    """Each shard is a task of its own in `finished`; here all four are one, or two are."""
+    for module in (prune, cluster, match, prototypes, nearest):
+        name = "sum_task_count" if module is prototypes else "task_count"
+        monkeypatch.setattr(module, name, lambda *_: count)
     answers = []
 
-    def counted(*args: Any) -> Iterator[Any]:
-        for answer in map_in_order(*args):
-            answers.append(args[0])
+    def counted(function: Any, *args: Any, **share: Any) -> Iterator[Any]:
+        for answer in map_in_order(function, *args, **share):
+            answers.append(function)
             yield answer
 
-    monkeypatch.setattr(nearest.tasks, "map_in_order", counted)
-    run, _data, _ = finished
-    other = RunFolder(Folder(str(tmp_path)))
-    for folder in ("clusters", "matching"):
-        (tmp_path / folder).symlink_to(Path(run.folder.path) / folder)
-    store = EmbeddingStore(Folder(run.folder.path) / "../store")
-    alone = stage_run(store, other, CONFIG, DIM)
-    counts = {"clusters": 0, "couples": 0}
-    alone.manifest.stages.update(cluster={"counts": {}}, match={"counts": counts})
-    do(alone, "prototypes")
-    assert other.folder.read_bytes("prototypes.parquet") == run.folder.read_bytes(
-        "prototypes.parquet"
-    )
-    together = 1 + run.prototypes().num_rows // queries_per_shard
-    assert answers.count(nearest.search_shards) == 2 * -(-4 // together)  # captions, then images
+    monkeypatch.setattr(tasks, "map_in_order", counted)
+    run, _, counts = finished
+    other, _, found = run_stages(tmp_path, [40, 1, 120, 39])
+    assert found == counts
+    assert contents(other) == contents(run)
+    assert answers.count(nearest.search_shards) == count, "captions and images in one pass"
+    assert answers.count(prune.write_masks) == answers.count(cluster.label_shards) == count
+
+
+def contents(run: RunFolder) -> dict[str, bytes]:
+    root = Path(run.folder.path)
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file()
+    }
 
 
 def clustered_rows(modality: str, data: Gathered) -> np.ndarray:

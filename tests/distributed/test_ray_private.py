@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -109,3 +111,20 @@ def test_the_log_of_lost_blocks_has_this_name() -> None:
     from ray.data._internal.execution import streaming_executor_state
 
     assert streaming_executor_state.logger is logging.getLogger(ray_private.DATA_LOG)
+
+
+def test_data_sets_take_the_share_that_they_are_given() -> None:
+    """Half of two CPUs: tasks that take one each run one after the other, and begin at all."""
+
+    def span(_: pa.Table) -> pa.Table:
+        began = time.monotonic()
+        time.sleep(0.3)
+        return pa.table({"began": [began], "ended": [time.monotonic()]})
+
+    with ray_private.share_of_cluster(0.5):
+        blocks = ray.data.range(4, override_num_blocks=4).map_batches(
+            span, batch_size=None, batch_format="pyarrow", num_cpus=1
+        )
+        spans = sorted((row["began"], row["ended"]) for row in blocks.take_all())
+    assert len(spans) == 4
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))

@@ -130,6 +130,47 @@ def test_results_come_in_the_order_of_the_items() -> None:
     assert found == [item * item + 6 for item in range(20)]
 
 
+@pytest.mark.parametrize(("items", "count"), [(10, 3), (7, 7), (5, 1), (0, 1)])
+def test_groups_are_even_and_in_order(items: int, count: int) -> None:
+    found = tasks.groups(list(range(items)), count)
+    assert len(found) == (count if items else 0)
+    assert [item for group in found for item in group] == list(range(items))
+    assert max(map(len, found), default=0) - min(map(len, found), default=0) <= 1
+
+
+def test_what_changes_is_sent_again_with_each_window() -> None:
+    """It is never newer than what was counted, nor older than a window."""
+    seen = []
+
+    def known(_: int, counted: int, never_changes: int) -> int:
+        return counted + never_changes
+
+    for value in tasks.map_in_order(known, range(40), tasks.Latest(lambda: len(seen)), 100):
+        seen.append(value - 100)
+    window = 4  # two CPUs
+    assert seen == sorted(seen)
+    assert seen[:window] == [0] * window
+    for number, counted in enumerate(seen):
+        assert max(0, number - 2 * window) <= counted <= number
+
+
+def test_values_stay_in_the_object_stores() -> None:
+    def parts(item: int) -> tuple[int, int, str]:
+        return item, 10 * item, "small"
+
+    first, second = 0, 0
+    totals = [tasks.in_store(int), tasks.in_store(int)]
+    for number, (one, ten, small) in enumerate(tasks.map_to_store(parts, range(6), results=3)):
+        assert ray.get(small) == "small"
+        totals = [tasks.in_store(sum_of, totals[0], one), tasks.in_store(sum_of, totals[1], ten)]
+        first, second = first + number, second + 10 * number
+    assert ray.get(totals) == [first, second]
+
+
+def sum_of(*values: int) -> int:
+    return sum(values)
+
+
 def test_a_model_on_cpus_keeps_freed_memory():
     actors = pools.pool(Actors(1, 1, None, {}), on_gpu=False)
     found = ray.get(pools.start_model(actors, lambda: dict(os.environ)))

@@ -24,8 +24,17 @@ def poisoned(*args: str) -> subprocess.CompletedProcess:
     return process(*args, PYTHONPATH=path)
 
 
-def test_poison_costs_itself_and_can_be_tried_again(tmp_path: Path) -> None:
-    poison = {"a": {}, "b": {7: "crash", 8: "crash", 30: "hang"}, "c": {39: "crash"}}
+@pytest.mark.parametrize(
+    "place",
+    [
+        (),
+        ("--ray.num_cpus", "1"),  # a task decodes a whole shard
+        ("--ray.executions", "2", "--ray.embed_workers", "2"),
+    ],
+    ids=["by blocks", "whole shards", "executions"],
+)
+def test_poison_costs_itself_and_can_be_tried_again(tmp_path: Path, place: tuple[str, ...]) -> None:
+    poison = {"a": {}, "b": {7: "crash", 8: "crash", 30: "hang"}, "c": {39: "crash"}, "d": {}}
     (tmp_path / "data").mkdir()
     for seed, (name, samples) in enumerate(poison.items()):
         write_shard(tmp_path / "data" / f"{name}.tar", samples, seed=seed)
@@ -35,11 +44,11 @@ def test_poison_costs_itself_and_can_be_tried_again(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
     limit = ("--ray.sample_timeout_s", "20")  # of a healthy one on a busy machine too
-    done = poisoned("distill", *ENCODER, *source, "--out", str(run), *limit)
+    done = poisoned("distill", *ENCODER, *source, "--out", str(run), *limit, *place)
     assert done.returncode == 0, done.stderr
     counts = json.loads((run / "run.json").read_text())["stages"]["embed"]["counts"]
     assert counts["reasons"] == {"crashed_process": 3, "timed_out": 1}
-    assert (counts["images"], counts["failed_shards"]) == (116, 0)
+    assert (counts["images"], counts["failed_shards"]) == (156, 0)
     for name, samples in poison.items():
         for table in ("images", "captions"):
             mine, theirs = (

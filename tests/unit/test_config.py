@@ -37,6 +37,7 @@ RAY = {  # option: values at the edges of what is allowed, values just beyond th
     "ray.num_cpus": ([1], [0]),
     "ray.object_store_gib": ([0.08, 0.5], [0.07, 0.0, -1.0]),
     "ray.read_resources": (["reader=1"], ["reader=-1"]),
+    "ray.executions": ([0, 4], [-1]),
     "ray.embed_workers": ([0, 2], [-1]),
     "ray.embed_min_workers": ([2], [0]),
     "ray.embed_gpus": ([0.0, 0.5, 1.0, 2.0], [-0.5, 1.5]),

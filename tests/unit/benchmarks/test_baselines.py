@@ -22,7 +22,7 @@ from pds_ray.encoders.open_clip import OpenClipEncoder
 from pds_ray.sources.base import Sample
 from pds_ray.sources.karpathy import KarpathySource
 from pds_ray.sources.webdataset import WebDatasetSource
-from pds_ray.stages import cluster, match, prototypes, prune
+from pds_ray.stages import match, products, prototypes, prune
 from pds_ray.stages.embed import cosine, embed_shard
 from pds_ray.stages.trial import TextInput, Trial, TrialData, run_trial
 from pds_ray.store.schemas import embeddings
@@ -152,14 +152,14 @@ def test_the_nearest_caption_is_that_of_the_package(pairs):
     queries = image[:20]
     expected = cdist(queries, text, "cosine").argmin(axis=1).tolist()
     assert pds.nearest_captions(queries, text).tolist() == expected
-    assert prototypes.nearest_rows(queries, text)[1].tolist() == expected
+    assert products.nearest_rows(queries, text)[1].tolist() == expected
 
 
 def test_mini_batch_kmeans_gives_labels_of_its_centroids(pairs):
     image, *_ = pairs
     centroids, labels = pds.cluster(image, 4)
     assert labels.tolist() == cdist(image, centroids).argmin(axis=1).tolist()
-    assert cluster.assign(image, centroids.astype(np.float32)).tolist() == labels.tolist()
+    assert products.assign(image, centroids.astype(np.float32)).tolist() == labels.tolist()
 
 
 @pytest.mark.parametrize("seed", range(5))

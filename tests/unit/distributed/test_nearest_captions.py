@@ -2,62 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from tqdm import tqdm
 
-from pds_ray.distributed import caption, nearest_captions, tasks
+from pds_ray.config import RunConfig
+from pds_ray.distributed import caption, nearest_captions
 from pds_ray.stages import captions as core
-from pds_ray.store.embeddings import EmbeddingStore
-from pds_ray.store.schemas import caption_schema, embedding_array
+from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
+from tests.support.in_this_process import without_ray
+from tests.support.stage_run import stage_run
+from tests.support.synthetic_store import make_store
 
 DIM = 6
 
 
-def in_this_process(
-    function: Callable[..., Any], items: Iterable[Any], *shared: Any
-) -> Iterator[Any]:
-    return (function(item, *shared) for item in items)
-
-
-def fill(store: EmbeddingStore, shard: str, texts: list[str], vectors: np.ndarray) -> None:
-    columns = {
-        "key": [f"{shard}-{n}" for n in range(len(texts))],
-        "image_row": np.zeros(len(texts), np.int32),
-        "caption_index": np.zeros(len(texts), np.int32),
-        "caption": texts,
-        "embedding": embedding_array(vectors, "float32"),
-        "similarity": np.zeros(len(texts), np.float32),
-    }
-    table = pa.table(columns, schema=caption_schema(DIM, "float32"))
-    store.folder.write_table(shard + store.CAPTIONS, table)
-
-
+@pytest.mark.parametrize("count", [1, 2, 3])
 def test_lists_are_exact_and_name_the_nearest_image(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    monkeypatch.setattr(tasks, "map_in_order", in_this_process)
+    without_ray(monkeypatch)
+    monkeypatch.setattr(nearest_captions, "task_count", lambda *_: count)
     monkeypatch.setattr(core, "LONGEST_LIST", 12)
     rng = np.random.default_rng(0)
-    store = EmbeddingStore(Folder(str(tmp_path)))
-    store.folder.create()
-    shards, texts, parts = ["a", "b", "c"], [], []
-    for shard, count in zip(shards, (20, 3, 30), strict=True):
-        vectors = rng.standard_normal((count, DIM)).astype(np.float32)
-        fill(store, shard, [f"{shard} {n}" for n in range(count)], vectors)
-        texts += [f"{shard} {n}" for n in range(count)]
-        parts.append(vectors)
-    vectors = np.concatenate(parts)
+    store, data = make_store(tmp_path / "store", [12, 2, 15], dim=DIM)
+    run = stage_run(store, RunFolder(Folder(str(tmp_path / "run"))), RunConfig(), DIM)
+    texts, vectors = data.captions, data.text
+    key_of = dict(zip(texts, data.keys, strict=True))
     images = rng.standard_normal((5, DIM)).astype(np.float32)
     queries = rng.standard_normal((5, DIM)).astype(np.float32)
     with tqdm(disable=True) as bar:
-        lists = nearest_captions.nearest_captions(shards, store, queries, images, bar)
+        lists = nearest_captions.nearest_captions(run, queries, images, bar)
 
     def cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         norms = np.outer(np.linalg.norm(left, axis=1), np.linalg.norm(right, axis=1))
@@ -70,8 +48,9 @@ def test_lists_are_exact_and_name_the_nearest_image(
         assert [each.finds for each in own] == to_images[order].argmax(axis=1).tolist()
         found = [each.cosine for each in own]
         np.testing.assert_allclose(found, to_queries[query][order], atol=1e-6)
-        assert all(each.key == each.text.replace(" ", "-") for each in own)
-        assert all(each.shard == each.text[0] for each in own)
+        assert all(each.key == key_of[each.text] for each in own)
+        for each in own:
+            assert each.text in store.captions(each.shard, ["caption"]).column(0).to_pylist()
 
     columns, counts = caption._accepted(lists)
     for image, own in enumerate(lists):

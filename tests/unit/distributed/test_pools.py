@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import ray
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pds_ray import distributed
 from pds_ray.config import Actors
-from pds_ray.distributed import optimise, pools
+from pds_ray.distributed import optimise, pools, sizes
 from tests.support.tiny_experts import wanted
 
 
@@ -142,3 +144,56 @@ def test_an_optimisation_fits_a_node(
     stand_in(monkeypatch, *nodes)
     place = optimise._place(wanted(tmp_path))
     assert (place.num_cpus, place.num_gpus) == (cpus, gpus)
+
+
+@given(st.integers(1, 600), st.integers(1, 8), st.integers(1, 64))
+def test_parts_of_a_pool_are_as_large_together(workers: int, least: int, count: int) -> None:
+    whole = pools.Pool(least, workers, None, 1.0, 0.5, {"embed": 0.1})
+    found = pools.parts(whole, count)
+    assert len(found) == count
+    assert sum(part.workers for part in found) == max(workers, count)
+    assert all(1 <= part.min_workers <= max(1, least) for part in found)
+    assert {part.max_workers - part.workers for part in found if part.max_workers} == {0}
+    assert max(part.workers for part in found) - min(part.workers for part in found) <= 1
+    assert {(part.num_cpus, part.num_gpus) for part in found} == {(1.0, 0.5)}
+
+
+@given(st.integers(1, 10**6), st.integers(1, 64))
+def test_groups_of_shards(shards: int, executions: int) -> None:
+    groups = sizes.groups_each(shards, executions)
+    share = shards / executions
+    assert share / groups <= sizes.SHARDS_TOGETHER
+    if share < sizes.FEW_SHARDS:
+        assert groups == 1
+
+
+@pytest.mark.parametrize(
+    ("wish", "cpus", "actors", "shards", "executions"),
+    [
+        (0, 2, 1, 10, 1),
+        (0, 256, 32, 40_000, 1),
+        (0, 257, 32, 40_000, 2),
+        (0, 4096, 512, 40_000, 16),
+        (0, 4096, 512, 5, 5),
+        (0, 4096, 3, 40_000, 3),
+        (1, 4096, 512, 40_000, 1),
+        (4, 2, 4, 40_000, 4),
+    ],
+)
+def test_executions(wish: int, cpus: int, actors: int, shards: int, executions: int) -> None:
+    assert sizes.executions(wish, cpus, actors, shards) == executions
+
+
+def test_processes_without_cpus_are_spread_over_nodes_with_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small, head, large, gone = (digit * 56 for digit in "1234")
+    cpus = {small: 2.0, head: 0.0, large: 8.0, gone: 64.0}
+    nodes = [
+        {"NodeID": name, "Alive": name != gone, "Resources": {"CPU": count} if count else {}}
+        for name, count in cpus.items()
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    places = [pools.place(number).node_id for number in range(4)]
+    assert places == [small, large, small, large]
+    assert pools.place(0).soft, "it must find another place if the node is gone"

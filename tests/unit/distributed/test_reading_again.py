@@ -9,10 +9,14 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 
+from pds_ray.config import ReadConfig
 from pds_ray.distributed import embed_workers
 from pds_ray.distributed.embed_workers import ShardFile
 from pds_ray.distributed.in_flight import InFlight
+from pds_ray.encoders.base import EncoderInfo
+from pds_ray.modalities.image import Preprocess
 from pds_ray.sources import base
 from pds_ray.sources.base import READ_RETRY_WAITS_S, Fault, Sample, Shard
 from pds_ray.sources.webdataset import WebDatasetSource
@@ -71,6 +75,37 @@ def test_a_disk_that_goes_on_failing_ends_the_shard(waits: list[float]) -> None:
     assert (rows[-1]["shard"], rows[-1]["reason"]) == ("s", embed_workers.UNREADABLE)
     assert "Input/output error" in rows[-1]["detail"]
     assert len(waits) == len(READ_RETRY_WAITS_S)
+
+
+def test_a_shard_is_decoded_where_it_is_read(waits: list[float]) -> None:
+    """Block by block, as tasks of their own would; an error is the last row here, too."""
+    info = EncoderInfo("none", 4, "none", "none", Preprocess(8), ())
+    decoder = embed_workers.Decoder(info, ReadConfig(), 60.0, InFlight())
+    for failures in ([], [5] * 99):
+        raw, decoded = (
+            list(reader())
+            for reader in (
+                embed_workers.ShardReader(
+                    PictureSource(*failures), shard_file("s"), InFlight(), each
+                )
+                for each in (None, decoder)
+            )
+        )
+        assert [embed_workers.decode(block, decoder) for block in raw] == decoded
+        assert [block.num_rows for block in decoded][:1] == [3]
+        assert len(decoded[0].column("image")[0].as_py()) == 8 * 8 * 3
+    assert raw[-1].column("reason")[-1].as_py() == embed_workers.UNREADABLE
+    assert waits
+
+
+class PictureSource(FailingSource):
+    """The samples with an image that can be decoded."""
+
+    def read(self, shard: Shard) -> Iterator[Sample | Fault]:
+        encoded = io.BytesIO()
+        Image.new("RGB", (12, 12), "red").save(encoded, "PNG")
+        for sample in super().read(shard):
+            yield Sample(sample.key, encoded.getvalue(), sample.captions)
 
 
 class BrokenSource(FailingSource):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pds_ray.config import RunConfig, replace
-from pds_ray.distributed import embed, pools, session, tasks
+from pds_ray.distributed import embed, pools, session
 from pds_ray.engine.plan import make_run
 from pds_ray.engine.run import _run_stage, distill
 from pds_ray.recipes import recipe
@@ -21,6 +21,7 @@ from pds_ray.stages.embed import shard_counts
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import ManifestError
 from pds_ray.store.storage import StorageError
+from tests.support import in_this_process
 from tests.support.synthetic_store import make_store
 
 ROWS = [10, 13, 8, 11]
@@ -30,9 +31,6 @@ FIRST = ("embed", "prune")
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Call tasks one after the other; leave unread shards unread; cut scenes into shards of ten."""
 
-    def in_turn(function: Callable[..., Any], items: Iterable[Any], *shared: Any) -> Iterator[Any]:
-        return (function(item, *shared) for item in items)
-
     def in_vain(todo: list[Any], work: Any, outcome: Any, *_: object) -> Any:
         for file in todo:
             work.store.fail(file.shard.name, "is still away")
@@ -41,7 +39,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(scenes, "SHARD_SIZE", 10)
     monkeypatch.setattr(session, "start", lambda *_: {})
-    monkeypatch.setattr(tasks, "map_in_order", in_turn)
+    in_this_process.without_ray(monkeypatch)
     monkeypatch.setattr(pools, "pool", lambda *_: None)
     monkeypatch.setattr(pools, "precision", lambda *_: "fp32")
     monkeypatch.setattr(embed, "_embed", in_vain)

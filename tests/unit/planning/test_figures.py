@@ -80,23 +80,38 @@ def with_faiss_on_gpu(gpu: str) -> Measured:
     return replace(measured, figures=measured.figures | FAISS_GPU)
 
 
-@pytest.mark.parametrize(
-    ("cluster", "gpu"),
-    [
-        (Cluster(0, "", 64, 64), "NVIDIA H100 80GB HBM3"),
-        (H100S, "NVIDIA GeForce RTX 4090"),
-        (H100S, "NVIDIA L40"),
-    ],
-    ids=["no GPU", "unknown", "not an L4"],
-)
-def test_k_means_on_a_gpu_says_nothing_where_that_does_not_carry_over(
-    cluster: Cluster, gpu: str
-) -> None:
-    """The assumed rate of a core is then used, straight from the file: 30 GFLOP/s."""
+def fit_rate(cluster: Cluster, measured: Measured | None) -> tuple[float, str, float | None]:
     work, config = web_workload(10**6, 1, 1), web(pairs=1000)
-    plan = make_plan(config, work, cluster, with_faiss_on_gpu(gpu), PRICES)
-    fit = demand(plan, "cluster", "fit image k-means")
-    assert (fit.rate.value, fit.rate.per, fit.at_most) == (30e9, "core", 64)
+    fit = demand(make_plan(config, work, cluster, measured, PRICES), "cluster", "fit image k-means")
+    return fit.rate.value, fit.rate.per, fit.at_most
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA GeForce RTX 4090", "NVIDIA L40"])
+def test_k_means_on_a_gpu_says_nothing_where_that_does_not_carry_over(gpu: str) -> None:
+    """An L40 is not an L4. The assumed rates are then used.
+
+    Of an H100, 3 % of 989 TFLOP/s; of a core, straight from the file, 30 GFLOP/s.
+    """
+    measured = with_faiss_on_gpu(gpu)
+    assert fit_rate(H100S, measured) == (pytest.approx(0.03 * 989e12), "GPU", 4)
+    assert fit_rate(Cluster(0, "", 64, 64), measured) == (30e9, "core", 64)
+
+
+def test_k_means_where_nothing_was_measured() -> None:
+    """GPUs bring the extra that installs FAISS for them; 8 of one machine count as 4."""
+    assert fit_rate(H100S, None) == (pytest.approx(0.03 * 989e12), "GPU", 4)
+    assert fit_rate(Cluster(16, "H100", 128, 64), None)[2] == 4
+    assert fit_rate(Cluster(2, "H100", 16, 16), None)[2] == 2
+    assert fit_rate(Cluster(4, "H100", 32, 8), None)[2] == 1, "on four machines"
+    assert fit_rate(Cluster(0, "", 64, 64), None) == (30e9, "core", 64)
+
+
+def test_k_means_measured_on_cores_says_nothing_of_gpus() -> None:
+    """Unless the machine had some: then its FAISS is one that uses none."""
+    on_cores = machine("core", ())
+    assert fit_rate(H100S, on_cores)[1] == "GPU"
+    fit = machine("GPU", A100_NAMES).figures["fit"]
+    assert fit_rate(H100S, machine("GPU", A100_NAMES)) == (fit.value, "core", 64)
 
 
 def test_k_means_on_a_gpu_carries_over_by_the_peaks() -> None:

@@ -175,10 +175,60 @@ def test_embedding_on_two_cores_is_the_sum_of_its_work() -> None:
 
 
 def test_tasks_of_embedding() -> None:
-    """40,000 shards of 240 MB are as many reads; blocks have 64 MiB, pixels 150,528 bytes."""
-    work = web_workload(400_000_000, 1, 24_000)
-    encoded, decoded = 9.6e12 / 2**26, 400e6 * 150_528 / 2**26
-    assert embed_tasks(work, 400e6 * 150_528) == pytest.approx(40_000 + encoded + decoded)
+    """40,000 shards of 10,000 images, 240 MB; pixels take 150,528 bytes each.
+
+    Where there are four shards per CPU, a task reads and decodes one, and blocks for GPUs have
+    256 MiB. Elsewhere blocks have 64 MiB, before they are decoded and afterwards.
+    """
+    work, pixels = web_workload(400_000_000, 1, 24_000), 400e6 * 150_528
+
+    def tasks(cluster: Cluster) -> float:
+        return embed_tasks(Inputs(web(), work, cluster, {}, 768, 224))
+
+    assert tasks(Cluster(64, "H100", 512, 64)) == pytest.approx(40_000 + pixels / 2**28)
+    assert tasks(Cluster(0, "", 512, 64)) == pytest.approx(40_000 + pixels / 2**26)
+    many = Cluster(1250, "H100", 10_001, 64)
+    assert tasks(many) == pytest.approx(40_000 + 9.6e12 / 2**26 + pixels / 2**26)
+    tiny = Workload(8000, 8000, 1e6, 1000, False)
+    assert embed_tasks(Inputs(web(), tiny, Cluster(0, "", 2, 2), {}, 768, 16)) == 2000
+
+
+@pytest.mark.parametrize(
+    ("gpus", "wish", "executions", "groups"),
+    [
+        ("8xH100", 0, 1, 5),  # 64 CPUs; 8,000 shards at once
+        ("64xH100", 0, 2, 4),  # 512 CPUs; a quarter of what an execution embeds, 5,000 shards
+        ("512xH100", 0, 16, 1),  # 2,500 shards each, too few for two groups of 2,000
+        ("64xH100", 100, 64, 1),  # one per actor at most
+        ("64xH100", 3, 3, 4),
+    ],
+)
+def test_executions_share_the_scheduling(
+    gpus: str, wish: int, executions: int, groups: int
+) -> None:
+    """A minute to load the encoders, and 130 tasks per second, are what is assumed."""
+    plan = forecast(gpus=gpus, ray__executions=wish)
+    embed = stage(plan, "embed")
+    tasks = 40_000 + 400e6 * 150_528 / 2**28
+    scheduled = demand(plan, "embed", "schedule blocks of an execution")
+    assert scheduled.unit_seconds == pytest.approx(tasks / executions / 130)
+    busy, _ = phase_seconds(embed.phases[0], plan.cluster)
+    assert embed.seconds == pytest.approx(busy + 60 * groups)
+
+
+def test_k_means_side_by_side_on_several_nodes() -> None:
+    """20 iterations and the seeds' on a sample of the memory's size: each on 4 GPUs of a node."""
+    one, two = (forecast(gpus=f"{gpus}xH100", pairs=100_000) for gpus in (8, 16))
+    image, text = (demand(one, "cluster", f"fit {side} k-means") for side in ("image", "text"))
+
+    def fitting(plan: Plan) -> float:
+        fits = [phase for phase in stage(plan, "cluster").phases if "fit" in phase[0].what]
+        return sum(phase_seconds(phase, plan.cluster)[0] for phase in fits)
+
+    assert fitting(one) == pytest.approx((image.unit_seconds + text.unit_seconds) / 4)
+    assert fitting(two) == pytest.approx(max(image.unit_seconds, text.unit_seconds) / 4)
+    sample = stage(one, "cluster").store_bytes
+    assert stage(two, "cluster").store_bytes == pytest.approx(2 * sample)
 
 
 def test_images_looked_through_by_nearest() -> None:
@@ -199,9 +249,10 @@ def test_images_looked_through_by_nearest() -> None:
     ],
 )
 def test_round_trips_to_a_store(out: str, source_is_remote: bool, counted: bool) -> None:
-    """A round trip takes 50 ms. 64 actors write the tables of each 64 MiB of pixels (4 trips), look
-    for 100,000 images (2) and write them (4). With 32 at once, images are hashed (2), read (2) and
-    copied (2 + 4), and a file per shard is hashed (2)."""
+    """A round trip takes 50 ms, and a process makes 32 at once. 64 actors write the tables of each
+    256 MiB of pixels (4 trips), and the 32 images of each of 3,125 chunks side by side (look for
+    one, 2, write it, 4). Tasks of 1,000 files hash a file per shard (2) and 100,000 images (2),
+    of 4,096 images read (2), and of 10,000 copy them (2 + 4)."""
     work = replace(web_workload(400_000_000, 1, 24_000), remote=source_is_remote)
     plan = make_plan(web(out=out), work, make_cluster("64xH100", None, None), None, PRICES)
     found: dict[str, list[float]] = {}
@@ -214,17 +265,17 @@ def test_round_trips_to_a_store(out: str, source_is_remote: bool, counted: bool)
         assert found == {}
         return
     shards, images = 40_000 * 0.05 / 32, 100_000 * 0.05 / 32
-    blocks = 400_000_000 * 3 * 224**2 / 2**26
+    blocks = 400_000_000 * 3 * 224**2 / 2**28
     expected = {
         "embed": [4 * blocks * 0.05 / 64],
-        "prune": [2 * shards],
-        "cluster": [2 * shards],
-        "decode": [6 * images / 2, 2 * images],
-        "caption": [2 * images],
-        "materialize": [6 * images],
+        "prune": [2 * shards / 40],
+        "cluster": [2 * shards / 40],
+        "decode": [6 * 3125 * 0.05 / 64, 2 * images / 100],
+        "caption": [2 * images / 25],
+        "materialize": [6 * images / 10],
     }
     assert found == {name: pytest.approx(seconds) for name, seconds in expected.items()}
-    assert stage(plan, "materialize").seconds == pytest.approx(1 + 6 * images)
+    assert stage(plan, "materialize").seconds == pytest.approx(1 + 6 * images / 10)
     assert stage(plan, "materialize").bottleneck == "round trips: read and write images"
 
 

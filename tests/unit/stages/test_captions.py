@@ -35,6 +35,35 @@ def test_lists_are_those_of_a_whole_sort_however_the_shards_are_cut(seed, places
     assert (best.row[:, listed:] == -1).all()
 
 
+@settings(max_examples=40)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.integers(0, 60), max_size=5),
+    st.lists(st.integers(0, 6), min_size=6, max_size=6),
+    st.sampled_from([1, 5, 70]),
+)
+def test_answers_to_what_was_known_earlier_make_the_same_lists(seed, places, behind, count):
+    """A task answers with what is above the ends of the lists as they were some time ago."""
+    rng = np.random.default_rng(seed)
+    rows = np.zeros((60, 3), np.float32)
+    rows[np.arange(60), rng.integers(0, 3, 60)] = rng.choice([-4, -1, 1, 2], 60)
+    queries = rng.standard_normal((7, 3)).astype(np.float32)
+    lists = core.no_rows(len(queries), count)
+    ends = [lists.cosine[:, -1].copy()]
+    for number, (start, stop) in enumerate(pairwise([0, *sorted(places), 60])):
+        at_least = ends[max(0, number - behind[number])]
+        part = core.top_rows(queries, rows[start:stop], number, count, at_least)
+        answer = core.entries(part, at_least)
+        assert (answer.cosine > at_least[answer.query]).all()
+        core.merge_entries(lists, answer)
+        ends.append(lists.cosine[:, -1].copy())
+    whole = core.no_rows(len(queries), count)
+    for number, (start, stop) in enumerate(pairwise([0, *sorted(places), 60])):
+        whole = core.merge_rows(whole, core.top_rows(queries, rows[start:stop], number, count))
+    for name in ("cosine", "shard", "row"):
+        np.testing.assert_array_equal(getattr(lists, name), getattr(whole, name))
+
+
 def whole_cosines(query: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return np.sign(rows) @ (query / np.linalg.norm(query))
 

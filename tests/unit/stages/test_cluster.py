@@ -264,26 +264,6 @@ def test_all_rows_are_used():
     np.testing.assert_allclose(fitted.centroids[0], data.astype(np.float64).mean(axis=0), rtol=1e-4)
 
 
-def test_assign_equals_brute_force():
-    rng = np.random.default_rng(9)
-    data, centroids = (rng.standard_normal((n, 12)).astype(np.float32) * 3 for n in (700, 40))
-    data[17] = 0
-    labels = cluster.assign(data, centroids)
-    assert labels.dtype == np.int32
-    np.testing.assert_array_equal(labels, squared_distances(data, centroids).argmin(axis=1))
-
-
-def test_assign_nothing():
-    assert cluster.assign(np.zeros((0, 3), np.float32), np.ones((2, 3), np.float32)).shape == (0,)
-
-
-def test_an_empty_cluster_keeps_its_label():
-    """Centroid 1 is far from everything: labels stay 0 and 2."""
-    centroids = np.array([[0, 0], [1e6, 1e6], [5, 5]], np.float32)
-    labels = cluster.assign(np.array([[0.1, 0], [5, 5.1], [4, 4]], np.float32), centroids)
-    assert labels.tolist() == [0, 2, 2]
-
-
 def test_duplicate_rows_still_give_k_centroids():
     """Three points and four clusters: one must stay empty or double, none may vanish or be NaN."""
     data = np.repeat(np.array([[0, 0], [9, 0], [0, 9]], np.float32), 4, axis=0)

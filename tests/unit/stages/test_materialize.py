@@ -176,6 +176,25 @@ def test_the_same_pairs_are_the_same_bytes(finished, tmp_path):
     assert contents(tmp_path / "distilled") == first
 
 
+@pytest.mark.parametrize("pairs_per_tar", [1, 2, 1000])
+def test_tars_may_be_shared(finished, tmp_path, monkeypatch, pairs_per_tar):
+    """Whoever writes them, and in whatever order they end, the set has the same bytes."""
+    monkeypatch.setattr(materialize, "PAIRS_PER_TAR", pairs_per_tar)
+    alone, together = (tmp_path / name for name in ("alone", "together"))
+    done: list[int] = []
+    write_distilled(make_run(alone), ABOUT, PDS_CARD, step=done.append)
+    assert sum(done) == len(CAPTIONS)
+
+    def last_first(function, tars):
+        return reversed([function(tar) for tar in reversed(tars)])
+
+    write_distilled(make_run(together), ABOUT, PDS_CARD, step=done.append, share=last_first)
+    assert sum(done) == 2 * len(CAPTIONS)
+    assert contents(together / "distilled") == contents(alone / "distilled")
+    if pairs_per_tar >= len(CAPTIONS):
+        assert contents(alone / "distilled") == contents(finished / "distilled")
+
+
 def test_the_manifest_lists_every_other_file_truly(finished):
     files = contents(finished / "distilled")
     manifest = json.loads(files.pop("manifest.json"))

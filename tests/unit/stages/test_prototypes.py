@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pds_ray.stages import products
 from pds_ray.stages import prototypes as core
 from pds_ray.store.schemas import MEMBER_SAMPLE
 
@@ -142,6 +145,33 @@ def test_means_are_those_of_the_rows_in_falling_cosine(seed):
     assert (np.diff(made.cosine) <= 0).all()
 
 
+@settings(max_examples=25)
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 5), max_size=3))
+def test_ranges_of_matches_that_are_summed_apart_give_the_same_bytes(seed, cuts):
+    """Two shards, cut by ranges of matches, of which some are empty."""
+    image_vectors, text_vectors, image, text, matches = world(seed)
+    clusters, dim = len(matches.image_cluster), image_vectors.shape[1]
+    bounds = [0, *sorted(cut * clusters // 5 for cut in cuts), clusters]
+    ranges = [np.arange(start, end) for start, end in pairwise(bounds)]
+    apart = [core.empty_sums(own, dim) for own in ranges]
+    whole = core.empty_sums(np.arange(clusters), dim)
+    for mine in np.array_split(np.arange(len(image)), 2):
+        sides = *shared_images(image_vectors[mine]), text_vectors[mine], image[mine], text[mine]
+        pairs = core.ShardPairs("s", [f"k{row}" for row in mine], *sides)
+        part = core.shard_sums(pairs, matches, clusters)
+        core.add_sums(whole, part)
+        for total, own in zip(apart, part.split(bounds), strict=True):
+            core.add_sums(total, own)
+    found = core.merged([core.means(total) for total in apart])
+    expected = core.means(whole)
+    for name in ("image", "text", "cosine", "match"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    members = core.joined_members([core.members(total) for total in apart])
+    assert members.names == whole.members
+    mean_norms = whole.image_norm / np.maximum(whole.image_count, 1)
+    np.testing.assert_array_equal(members.norm, mean_norms)
+
+
 def test_equal_cosines_keep_the_order_of_the_matches():
     sums = core.empty_sums(np.arange(3), 2)
     sums.image[:] = sums.text[:] = [[2, 0], [0, 1], [3, 0]]
@@ -189,57 +219,19 @@ def exact_vectors(seed: int, count: int) -> np.ndarray:
     return np.random.default_rng(seed).choice(np.array([-1, 1], np.float32), (count, 16))
 
 
-@pytest.mark.parametrize("block", [(1, 1), (2_048, 7), (3, 64), (7, 16_384)])
-def test_nearest_is_the_first_of_the_best(block):
-    queries, rows = exact_vectors(0, 20), exact_vectors(1, 150)
-    rows[100:] = rows[:50]  # every one of these appears twice
-    cosine, where = core.nearest_rows(queries, rows, block)
-    whole = queries @ rows.T / 16
-    np.testing.assert_array_equal(where, whole.argmax(axis=1))
-    np.testing.assert_array_equal(cosine, whole.max(axis=1))
-
-
-def test_nearest_ignores_length():
-    queries = np.array([[1, 0], [0, 2]], np.float32)
-    rows = np.array([[100, 90], [0.1, 0], [0, 0], [-5, 0.5]], np.float32)
-    cosine, where = core.nearest_rows(queries, rows)
-    assert where.tolist() == [1, 0]
-    np.testing.assert_allclose(cosine, [1, 90 / np.hypot(100, 90)], rtol=1e-6)
-
-
-@pytest.mark.parametrize("block", [(4, 3), (1000, 1000)])
-def test_nearest_on_random_vectors(block):
-    rng = np.random.default_rng(6)
-    queries, rows = (
-        rng.standard_normal((11, 9)).astype(np.float32),
-        rng.standard_normal((90, 9)).astype(np.float32),
-    )
-    cosine, where = core.nearest_rows(queries, rows, block)
-    a, b = queries.astype(np.float64), rows.astype(np.float64)
-    whole = a @ b.T / (np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(b, axis=1))
-    np.testing.assert_array_equal(where, whole.argmax(axis=1))
-    np.testing.assert_allclose(cosine, whole.max(axis=1), atol=1e-6)
-
-
-def test_nearest_of_nothing():
-    cosine, where = core.nearest_rows(np.ones((2, 3), np.float32), np.zeros((0, 3), np.float32))
-    assert where.tolist() == [-1, -1]
-    assert np.isneginf(cosine).all()
-
-
 @pytest.mark.parametrize("edges", [[], [75], [0, 3, 4, 149]])
 @pytest.mark.parametrize("together", [1, 2])
 def test_nearest_over_shards_equals_the_whole(edges, together):
     """However rows are cut into shards, and however many shards are merged before the rest."""
     queries, rows = exact_vectors(2, 20), exact_vectors(3, 150)
     rows[75:] = rows[:75]
-    expected = core.nearest_rows(queries, rows)
+    expected = products.nearest_rows(queries, rows)
     shards = np.split(np.arange(len(rows)), edges)
     total = core.no_nearest(len(queries))
     for start in range(0, len(shards), together):
         group = core.no_nearest(len(queries))
         for number, mine in enumerate(shards[start : start + together], start):
-            cosine, where = core.nearest_rows(queries, rows[mine])
+            cosine, where = products.nearest_rows(queries, rows[mine])
             core.merge_nearest(
                 group, core.Nearest(cosine, np.full(len(queries), number, np.int32), where)
             )
@@ -315,11 +307,12 @@ def test_a_set_that_is_smaller_than_asked_for_says_why(capsys: pytest.CaptureFix
     assert capsys.readouterr().err == f"pds-ray: 1 of the 10 pairs asked for: {why}\n"
 
 
-def medoids_of(seed: int, places: tuple[int, ...]) -> core.Prototypes:
+def medoids_of(seed: int, places: tuple[int, ...], together: int) -> core.Prototypes:
     image_vectors, text_vectors, image, text, matches = world(seed)
     clusters = len(matches.image_cluster)
     centers = core.means(sums_of(seed))
     total = core.no_medoids(clusters, image_vectors.shape[1])
+    parts = []
     for number, mine in enumerate(np.split(np.arange(len(image)), sorted(places))):
         pairs = core.ShardPairs(
             f"s{number}",
@@ -329,16 +322,24 @@ def medoids_of(seed: int, places: tuple[int, ...]) -> core.Prototypes:
             image[mine],
             text[mine],
         )
-        core.merge_medoids(total, core.shard_medoids(pairs, matches, clusters, centers))
+        parts.append(core.shard_medoids(pairs, matches, clusters, centers))
+    behind = total.score
+    for start in range(0, len(parts), together):
+        part = core.best_medoids(parts[start : start + together], behind)
+        if start % 2:
+            behind = total.score.copy()  # an answer to what was known some time ago
+        core.merge_medoids(total, part)
     return core.of_medoids(total, centers)
 
 
 @settings(max_examples=25)
-@given(st.integers(0, 10**6), st.lists(st.integers(0, 200), max_size=5))
-def test_medoids_are_the_pairs_nearest_to_both_means_however_the_shards_are_cut(seed, places):
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 200), max_size=5), st.sampled_from([1, 2, 6]))
+def test_medoids_are_the_pairs_nearest_to_both_means_however_the_shards_are_cut(
+    seed, places, together
+):
     image_vectors, text_vectors, _, _, _ = world(seed)
     rows, centers = brute_force(seed), core.means(sums_of(seed))
-    found = medoids_of(seed, tuple(places))
+    found = medoids_of(seed, tuple(places), together)
     assert sorted(found.match) == sorted(centers.match)
     assert (np.diff(found.cosine) <= 0).all()
     for place, match in enumerate(found.match):

@@ -1,0 +1,63 @@
+"""Numbers of tasks and bytes of their answers: for web data they stay small."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pds_ray.distributed import sizes
+
+SHARDS, PAIRS, CLUSTERS, DIM = 40_000, 10_000, 100_000, 768
+SECONDS = st.floats(1e-4, 1e3)
+
+
+@given(st.integers(0, 10**6), SECONDS)
+def test_a_task_has_work_of_seconds_or_there_are_enough_tasks(shards: int, shard_s: float) -> None:
+    count = sizes.task_count(shards, shard_s)
+    assert 1 <= count <= max(1, shards)
+    assert count == max(1, shards) or count >= sizes.TASKS_AT_LEAST
+    together = math.ceil(shards / count)
+    assert together <= 1 or (together - 1) * shard_s <= sizes.TASK_S
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6), SECONDS)
+def test_more_shards_are_never_fewer_tasks(few: int, more: int, shard_s: float) -> None:
+    assert sizes.task_count(few, shard_s) <= sizes.task_count(few + more, shard_s)
+
+
+def test_tasks_of_400m_pairs() -> None:
+    """40,000 shards of 10,000 pairs for 100,000 prototypes of width 768."""
+    assert sizes.task_count(SHARDS, sizes.column_seconds(PAIRS)) == 1_000
+    on_gpu = sizes.product_seconds(2 * PAIRS, CLUSTERS, DIM, "cuda")
+    assert on_gpu == pytest.approx(0.04 + 0.1 + 3.072e12 / 1e13)
+    assert sizes.task_count(SHARDS, on_gpu) == pytest.approx(12_000, rel=0.01)
+    # a core has work of a minute with a shard
+    assert (
+        sizes.task_count(SHARDS, sizes.product_seconds(2 * PAIRS, CLUSTERS, DIM, "cpu")) == SHARDS
+    )
+
+
+def test_sums_of_a_task_are_bounded() -> None:
+    """Of a shard whose pairs are all of different matches there are 123 MB."""
+    assert sizes.sum_task_count(SHARDS, 2 * PAIRS, PAIRS, DIM) == SHARDS
+    small = sizes.sum_task_count(SHARDS, 200, 100, DIM)
+    assert SHARDS / small * 100 * 2 * 8 * DIM <= sizes.SUMS_BYTES
+    assert small == math.ceil(SHARDS * 0.041 / 1.5)
+    few = sizes.sum_task_count(SHARDS, 2 * PAIRS, 500, DIM)
+    assert few == math.ceil(SHARDS * 0.14 / 1.5), "of 500 matches there are 6 MB"
+
+
+def test_ranges_of_matches() -> None:
+    assert sizes.match_ranges(500, 512) == 1
+    assert sizes.match_ranges(0, 512) == 1
+    assert sizes.match_ranges(CLUSTERS, DIM) == 19, "1.2 GB of sums"
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "places"), [(64, 0, 64), (64, 8, 64), (64, 4, 32), (4, 8, 4), (0.5, 0, 1)]
+)
+def test_places(cpus: float, gpus: float, places: int) -> None:
+    assert sizes.task_places(cpus, gpus) == places

@@ -1,0 +1,109 @@
+"""The plan of passes over the embeddings: where they run, their tasks, their memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pds_ray.planning.choose import choose_figures
+from pds_ray.planning.workload import Cluster
+from tests.support.plans import demand, forecast, machine, rate, stage, web
+
+PRODUCTS = [("cluster", "distances of labels"), ("prototypes", "nearest captions and images")]
+CAPTIONS = ("caption", "nearest captions")
+SHARDS, PAIRS = 40_000, 400_000_000  # of web data: one caption per image, 10,000 per shard
+H100_PEAK = 989e12
+
+
+@pytest.mark.parametrize(("name", "what"), [*PRODUCTS, CAPTIONS])
+def test_products_are_of_gpus_where_there_are_any(name: str, what: str) -> None:
+    """With 100,000 clusters of width 768; a tenth of the peak is assumed."""
+    sides = 1 if (name, what) == CAPTIONS else 2
+    for gpus in (8, 64):
+        found = demand(forecast(gpus=f"{gpus}xH100"), name, what)
+        assert found.rate.per == "GPU"
+        assert found.at_most is None
+        assert found.work == sides * 2 * PAIRS * 100_000 * 768
+        assert found.unit_seconds == pytest.approx(found.work / (0.1 * H100_PEAK))
+    cores = demand(forecast(gpus="0", cpus=512), name, what)
+    assert cores.rate.per == "core"
+    assert cores.work == found.work
+
+
+def test_labels_and_searches_are_no_bottleneck_beside_embedding() -> None:
+    """They take minutes of a plan of many hours."""
+    for gpus in ("8xH100", "64xH100", "512xH100"):
+        plan = forecast(gpus=gpus)
+        labels = [
+            phase for phase in stage(plan, "cluster").phases if phase[0].what == PRODUCTS[0][1]
+        ]
+        assert len(labels) == 1
+        for name in ("prune", "match", "prototypes"):
+            assert stage(plan, name).seconds < 0.05 * plan.seconds
+
+
+def test_each_pass_reads_the_store_once() -> None:
+    """After labels the vectors are read for sums, for both searches at once, and for captions."""
+
+    def reads(**changes: object) -> list[str]:
+        plan = forecast(**changes)
+        return [
+            d.what
+            for name in ("prototypes", "caption")
+            for phase in stage(plan, name).phases
+            for d in phase
+            if d.rate.per == "node"
+        ]
+
+    once = ["read vectors", "read captions and images", "read captions"]
+    assert reads() == once
+    assert reads(prototypes__center="medoid") == ["read vectors", *once]
+    assert reads(caption__nearest_to="prototype") == once[:2]
+
+
+@pytest.mark.parametrize(
+    ("name", "tasks"),
+    [
+        # 1,000 tasks are enough for passes that take less than 25 minutes of a core
+        ("prune", [4 * 1_000]),
+        # 20,000 vectors of a shard: 0.447 s with a share of a GPU, so three shards per task
+        ("cluster", [pytest.approx(SHARDS * 0.4472 / 1.5, abs=1)]),
+        ("match", [1_600]),  # two files of a shard: 60 ms
+        # sums: a shard of 10,000 pairs has 123 MB at most, and 625 times 64 of them are added up in
+        # 19 ranges, which are begun and ended as well; then a search like labels, and look-ups
+        ("prototypes", [SHARDS + 19 * 627, pytest.approx(SHARDS * 0.4872 / 1.5 + 1_600, abs=2)]),
+        ("caption", [pytest.approx(SHARDS * 0.2436 / 1.5 + 1_000, abs=1)]),
+    ],
+)
+def test_tasks_of_web_data(name: str, tasks: list[object]) -> None:
+    plan = forecast()
+    found = [d.work for phase in stage(plan, name).phases for d in phase if d.what == "schedule"]
+    assert found == tasks
+
+
+def test_answers_under_way() -> None:
+    """512 tasks share 64 GPUs, and a window has twice as many; of each query 16 bytes per side."""
+    caption, prototypes = (
+        stage(forecast(), name).store_bytes for name in ("caption", "prototypes")
+    )
+    queries = 8 * 100_000 * 768 * 4  # on eight nodes
+    assert caption == queries + 2 * 512 * 16 * 100_000
+    assert prototypes > 2 * caption, "sums of a window, and of those that wait to be added up"
+    few = forecast(pairs=1_000)
+    assert stage(few, "caption").store_bytes == caption / 100
+
+
+def test_a_measured_rate_of_products_carries_over_to_another_gpu() -> None:
+    a100, h100 = Cluster(8, "A100", 64, 64), Cluster(8, "H100", 64, 64)
+    measured = machine("GPU", ("NVIDIA A100-SXM4-80GB",))
+    measured.figures["products"] = rate(50e12, "GPU", "FLOP")
+    assert choose_figures(web(), a100, measured)["products"].value == 50e12
+    assert choose_figures(web(), h100, measured)["products"].value == pytest.approx(
+        50e12 * 989 / 312
+    )
+    of_cores = replace(measured, figures={**machine().figures}, gpus=())
+    assumed = choose_figures(web(), h100, of_cores)["products"]
+    assert assumed.value == pytest.approx(0.1 * H100_PEAK)
+    assert "assumed" in assumed.origin
+    assert "products" not in choose_figures(web(), Cluster(0, "", 64, 64), None)
