@@ -289,7 +289,7 @@ def products(repeats: int, quick: bool) -> Found:
                 ),
             ]
             found["same_as_cpu"] = all(same)
-        works = {
+        works: dict[str, Callable[[], object]] = {
             "labels": partial(core.assign, vectors, centroids),
             "nearest": partial(core.nearest_rows, queries, vectors),
         }

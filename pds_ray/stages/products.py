@@ -21,7 +21,7 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -146,8 +146,13 @@ class Rounded:
 
     def part(self, some: slice) -> Rounded:
         """Return some of them."""
-        known = (getattr(self, name)[some] for name in ("residual", "square", "usable"))
-        return Rounded(self.columns[some], *known, self.largest)
+        return replace(
+            self,
+            columns=self.columns[some],
+            residual=self.residual[some],
+            square=self.square[some],
+            usable=self.usable[some],
+        )
 
 
 def rounded(
@@ -351,11 +356,11 @@ class Search:
             row, query = row[exists], query[exists]
             usable = some.usable[row] & queries.usable[query]
             found.append((query[usable].cpu().numpy(), row[usable].cpu().numpy() + start))
-        query, row = (np.concatenate(each) for each in zip(*found, strict=True))
+        pairs = Pairs(*(np.concatenate(each) for each in zip(*found, strict=True)))
         many = ((seen > most) & queries.usable).cpu().numpy()
-        many |= np.bincount(query, minlength=len(many)) > most
-        given = ~many[query]
-        return Pairs(query[given], row[given]), np.flatnonzero(many)
+        many |= np.bincount(pairs.query, minlength=len(many)) > most
+        given = ~many[pairs.query]
+        return Pairs(pairs.query[given], pairs.row[given]), np.flatnonzero(many)
 
     def _scores(self, queries: Rounded, rows: Rounded) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the score -D^2 / 2 of each row, [n, b], and the highest of each GROUP rows.
