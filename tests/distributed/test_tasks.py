@@ -159,7 +159,7 @@ def test_values_stay_in_the_object_stores() -> None:
         return item, 10 * item, "small"
 
     first, second = 0, 0
-    totals = [tasks.in_store(int), tasks.in_store(int)]
+    totals = [tasks.in_store(sum_of), tasks.in_store(sum_of)]
     for number, (one, ten, small) in enumerate(tasks.map_to_store(parts, range(6), results=3)):
         assert ray.get(small) == "small"
         totals = [tasks.in_store(sum_of, totals[0], one), tasks.in_store(sum_of, totals[1], ten)]
