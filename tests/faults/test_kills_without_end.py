@@ -21,6 +21,8 @@ ARGS = ["distill", "--preset", "demo", "--source", "scenes:1200:0:0:60", "--pair
 NODE = {"num_cpus": 2, "object_store_memory": 200 << 20}
 KILLS = ("worker", "node", "worker", "driver", "worker")
 """Kinds of what is killed, one after the other and then from the first on; chance says which."""
+SPARED = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Workers that would not be missed, and processes that take their raylet with them."""
 FIRST_WAIT_S, LONGER = 3.0, 1.08
 """Seconds to the first kill, and how much longer each wait is than the one before.
 
@@ -38,7 +40,7 @@ def start(out: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def busy_workers(nodes: list[Any]) -> list[psutil.Process]:
-    """Return the processes of tasks and actors on nodes; idle ones would not be missed."""
+    """Return the processes of tasks and actors on nodes."""
     found = []
     for node in nodes:
         for child in psutil.Process(raylet(node)).children(recursive=True):
@@ -46,7 +48,7 @@ def busy_workers(nodes: list[Any]) -> list[psutil.Process]:
                 title = " ".join(child.cmdline())
             except psutil.NoSuchProcess:
                 continue
-            if title.startswith("ray::") and not title.startswith("ray::IDLE"):
+            if title.startswith("ray::") and not title.startswith(SPARED):
                 found.append(child)
     return sorted(found, key=lambda child: child.pid)
 
