@@ -220,13 +220,15 @@ def repair(path: str, problems: list[Problem], changes: Mapping[str, Any]) -> di
 
     def prepare(run: Run) -> None:
         for problem in problems:
+            if problem.stage == RUN:
+                continue
             if problem.name == RunFolder.hashes_name(problem.stage) and found[problem.stage] == 1:
                 delete_unproven(run, run.method.stage(problem.stage))
             if problem.name == EmbeddingStore.SHARDS:
                 begin_store(run)
             elif problem.shard:
                 run.store.forget(problem.shard)
-            elif problem.stage not in (RUN, "embed", "materialize"):
+            elif problem.stage not in ("embed", "materialize"):
                 run.folder.folder.delete(problem.name)  # a file that is there is taken for good
 
     run = _open(path, changes)
