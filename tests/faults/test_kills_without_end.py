@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,12 @@ def start(out: Path, *more: str) -> subprocess.Popen[str]:
         command(*ARGS, "--out", str(out), *more),
         start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=PATIENCE_S)
 
 
 def busy_workers(nodes: list[Any]) -> list[psutil.Process]:
@@ -86,10 +93,12 @@ def test_one_kill_every_few_seconds(tmp_path: Path) -> None:
     killed: list[str] = []
     turn = begun = 0
     pools = ("--ray.embed-workers", "3", "--ray.decode-workers", "3")
-    cluster = Cluster(initialize_head=True, head_node_args=NODE)
-    try:
+    with ExitStack() as ends:
+        cluster = Cluster(initialize_head=True, head_node_args=NODE)
+        ends.callback(cluster.shutdown)
         nodes = [cluster.add_node(**NODE) for _ in range(2)]
         process = start(out, "--address", cluster.address, *pools)
+        ends.callback(lambda: kill(process))
         deadline = time.monotonic() + PATIENCE_S
         while not ended(process, wait_s):
             assert time.monotonic() < deadline, killed
@@ -100,15 +109,15 @@ def test_one_kill_every_few_seconds(tmp_path: Path) -> None:
                 turn += 1
             workers = busy_workers([cluster.head_node, *nodes])
             if what == "worker" and workers:
-                chance.choice(workers).kill()
+                with suppress(psutil.NoSuchProcess):
+                    chance.choice(workers).kill()
             elif what == "node":
                 node = nodes.pop(chance.randrange(len(nodes)))
                 os.kill(raylet(node), signal.SIGKILL)
                 cluster.remove_node(node, allow_graceful=False)
                 nodes.append(cluster.add_node(**NODE))
             elif what == "driver":
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate(timeout=PATIENCE_S)
+                kill(process)
                 begun = made(out)
                 process = start(out, "--address", cluster.address, *pools)
             else:
@@ -117,8 +126,6 @@ def test_one_kill_every_few_seconds(tmp_path: Path) -> None:
             wait_s *= LONGER
         _, errors = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, (killed, errors)
-    finally:
-        cluster.shutdown()
     check_same(out, undisturbed)
     assert len(killed) >= LEAST_KILLS
     assert set(killed) == set(KILLS)
