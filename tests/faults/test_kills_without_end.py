@@ -69,7 +69,8 @@ def joined(cluster: Any) -> Any:
         try:
             return cluster.add_node(**NODE)
         except Exception as error:  # Ray raises no narrower one
-            assert "timed out during startup" in str(error)
+            if "timed out during startup" not in str(error):
+                raise
     return cluster.add_node(**NODE)
 
 
