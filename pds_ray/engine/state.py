@@ -12,7 +12,7 @@ from pds_ray.errors import some_of, without_secrets
 from pds_ray.methods.base import Counts, Run, Stage
 from pds_ray.sources.base import Shard
 from pds_ray.store.manifest import ManifestError, RunManifest, fingerprint
-from pds_ray.store.storage import StorageError
+from pds_ray.store.storage import StorageError, json_sha256
 from pds_ray.telemetry import log
 from pds_ray.telemetry.progress import QUIET_S, progress_bar
 
@@ -169,9 +169,33 @@ def keep_hashes(run: Run, stage: Stage) -> None:
     with progress_bar("hash", len(files), "files", delay_s=QUIET_S) as bar:
         bar.set_postfix_str(f"the files of {stage.name}", refresh=False)
         hashes = hash_files(run.folder, files, bar.update)
-    if hashes != run.folder.hashes(stage.name):
+    known, digest = run.manifest.data.get("hashes", {}), json_sha256(hashes)
+    if stage.name in known:
+        same = known[stage.name] == digest
+    else:  # an earlier version recorded no hash of the file
+        same = run.folder.hashes(stage.name) == hashes
+    if not same:
         forget_after(run, stage)
     run.folder.save_hashes(stage.name, hashes)
+    run.manifest.update(hashes={**known, stage.name: digest})
+
+
+def delete_unproven(run: Run, stage: Stage) -> None:
+    """Delete the files of a stage whose hashes are lost, unless they are those that it left."""
+    recorded = run.manifest.data.get("hashes", {}).get(stage.name)
+    if not recorded:  # by an earlier version: files that are there are taken for good
+        return
+    assert stage.files is not None
+    try:
+        names = stage.files(replace(run, embedded=_markers(run)))
+    except (OSError, ValueError):  # they are as many as a file says that is damaged too
+        return
+    try:
+        proven = json_sha256(run.folder.hash_files(names)) == recorded
+    except StorageError:
+        proven = False
+    if not proven:
+        run.folder.folder.delete_each(names)
 
 
 def forget_after(run: Run, stage: Stage) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pds_ray import catalog
 from pds_ray.config import ConfigError, RunConfig, flatten, replace
 from pds_ray.engine import run as engine
 from pds_ray.engine.plan import make_run
-from pds_ray.engine.state import begin_store
+from pds_ray.engine.state import begin_store, delete_unproven
 from pds_ray.errors import first_line, some_of
 from pds_ray.methods.base import Run
 from pds_ray.sources.base import RETRYABLE
@@ -19,9 +20,13 @@ from pds_ray.store.distilled_set import MANIFEST
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import RunManifest
 from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.sealed import CORRUPT, MISSING, damage
 from pds_ray.store.storage import Folder, side_by_side
 from pds_ray.telemetry import log
 from pds_ray.telemetry.progress import progress_bar
+
+RUN = "run"
+"""Stage of a problem with the record of the run itself."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,9 @@ class _Promise:
     def problem(self) -> Problem | None:
         """Return the problem if the file is missing, unreadable or another one."""
         try:
-            what = "" if self.folder.sha256(self.name) == self.sha256 else "corrupt"
+            what = "" if self.folder.sha256(self.name) == self.sha256 else CORRUPT
         except FileNotFoundError:
-            what = "missing"
+            what = MISSING
         except OSError as error:
             what = f"unreadable ({first_line(error)})"
         return Problem(self.stage, self.name, what, self.shard) if what else None
@@ -66,6 +71,8 @@ class _Run:
     manifest: RunManifest
     config: RunConfig
     """As recorded, with the changes that were given."""
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    """Which of run.json and its copy is not as it was written, and what is wrong with it."""
 
     @property
     def done(self) -> list[str]:
@@ -82,21 +89,23 @@ class _Run:
 
 
 def _open(path: str, changes: Mapping[str, Any]) -> _Run:
-    manifest = RunManifest.open(path)
+    manifest, damaged = RunManifest.open_whole(path)
     recorded = flatten(manifest.data.get("config", {}))
-    return _Run(manifest.run, manifest, replace(RunConfig(), {**recorded, "out": path, **changes}))
+    config = replace(RunConfig(), {**recorded, "out": path, **changes})
+    return _Run(manifest.run, manifest, config, damaged)
 
 
 def verify(path: str, changes: Mapping[str, Any]) -> tuple[int, list[Problem]]:
     """Check every file and count of the finished stages of a run.
 
     Returns how many files were checked, and the problems. `changes` to the recorded configuration
-    may say where the embedding store is now. Raises ManifestError if `path` is no run folder or a
-    damaged one.
+    may say where the embedding store is now. Raises ManifestError if `path` is no run folder, or
+    one whose run.json is damaged and its copy too.
     """
     run = _open(path, changes)
     markers = run.store.committed() if "embed" in run.done else {}
-    problems = list(_disagreements(run, markers)) if "embed" in run.done else []
+    problems = [Problem(RUN, name, what) for name, what in run.damaged.items()]
+    problems += _disagreements(run, markers) if "embed" in run.done else []
     found = list(_promised(run, markers))
     problems += [each for each in found if isinstance(each, Problem)]
     promises = [each for each in found if isinstance(each, _Promise)]
@@ -117,27 +126,41 @@ def _promised(run: _Run, markers: dict[str, dict[str, Any]]) -> Iterator[_Promis
     folder = run.folder.folder
     if recorded := run.manifest.data.get("shards_sha256"):
         yield _Promise("embed", folder, RunFolder.SHARDS, recorded)
-    if "embed" in run.done and (recorded := run.store.about().get("shards_sha256")):
-        yield _Promise("embed", run.store.folder, EmbeddingStore.SHARDS, recorded)
+    if "embed" in run.done:
+        if what := damage(run.store.folder, EmbeddingStore.STORE):
+            yield Problem("embed", EmbeddingStore.STORE, what)
+        elif recorded := run.store.about().get("shards_sha256"):
+            yield _Promise("embed", run.store.folder, EmbeddingStore.SHARDS, recorded)
     for shard, marker in markers.items():
         for name, sha256 in marker["sha256"].items():
             yield _Promise("embed", run.store.folder, name, sha256, shard)
     for stage in run.done:
         if stage == "embed":  # its markers are its manifest
             continue
-        manifest = RunFolder.hashes_name(stage)
-        try:
-            hashes = folder.read_json(manifest).items()
-        except FileNotFoundError:
-            yield Problem(stage, manifest, "missing")
-        except (ValueError, AttributeError):
-            yield Problem(stage, manifest, "corrupt")
-        else:
-            for name, sha256 in hashes:
-                yield _Promise(stage, folder, name, sha256)
+        problem, hashes = _hashes(run, stage)
+        if problem:
+            yield problem
+        for name, sha256 in hashes.items():
+            yield _Promise(stage, folder, name, sha256)
         if stage == "materialize":
             for name, sha256 in _set_files(run):
                 yield _Promise(stage, run.folder.distilled, name, sha256)
+
+
+def _hashes(run: _Run, stage: str) -> tuple[Problem | None, dict[str, str]]:
+    """Return the hashes of a stage's files, and the problem if their file is another one.
+
+    Those of a file that is another one are promises too: all but few of them are what they were.
+    """
+    folder, name = run.folder.folder, RunFolder.hashes_name(stage)
+    recorded = run.manifest.data.get("hashes", {}).get(stage)  # none by an earlier version
+    problem = _Promise(stage, folder, name, recorded).problem() if recorded else None
+    try:
+        return problem, dict(folder.read_json(name).items())
+    except FileNotFoundError:
+        return Problem(stage, name, MISSING), {}
+    except (ValueError, AttributeError):
+        return Problem(stage, name, CORRUPT), {}
 
 
 def _set_files(run: _Run) -> list[tuple[str, str]]:
@@ -193,9 +216,14 @@ def repair(path: str, problems: list[Problem], changes: Mapping[str, Any]) -> di
 
     Raises what `engine.run.distill` does: source and models are needed again.
     """
+    found = Counter(problem.stage for problem in problems)
 
     def prepare(run: Run) -> None:
         for problem in problems:
+            if problem.stage == RUN:
+                continue
+            if problem.name == RunFolder.hashes_name(problem.stage) and found[problem.stage] == 1:
+                delete_unproven(run, run.method.stage(problem.stage))
             if problem.name == EmbeddingStore.SHARDS:
                 begin_store(run)
             elif problem.shard:
@@ -205,10 +233,13 @@ def repair(path: str, problems: list[Problem], changes: Mapping[str, Any]) -> di
 
     run = _open(path, changes)
     names = {problem.name for problem in problems}
+    if run.damaged:
+        with run.folder.folder.lock():
+            run.manifest.update()
     if RunFolder.SHARDS in names:
         run.folder.folder.delete(RunFolder.SHARDS)  # written again from the source
-    if EmbeddingStore.SHARDS in names:
-        run.store.folder.delete(EmbeddingStore.SHARDS)
+    for name in names & {EmbeddingStore.SHARDS, EmbeddingStore.STORE}:
+        run.store.folder.delete(name)  # the store is begun again, with the shards that it has
     stages = {problem.stage for problem in problems}
     return engine.redo(make_run(run.config), stages, prepare)
 

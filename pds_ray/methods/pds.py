@@ -77,8 +77,9 @@ def judged(run: Run) -> bool:
 
 
 def _image_files(run: Run) -> list[str]:
-    images = run.folder.image_files(run.folder.prototypes().num_rows)
-    return [*images, run.folder.CHOICES] if judged(run) else images
+    pairs = run.folder.prototypes().num_rows
+    images = run.folder.image_files(pairs)
+    return [*images, *run.folder.choice_files(pairs)] if judged(run) else images
 
 
 def _captions(run: Run) -> dict[str, Any]:

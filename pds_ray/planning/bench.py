@@ -445,7 +445,7 @@ def _pass_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Entr
         prune.histogram([shard], store, None)
         prune.histogram([shard], store, 1 << 15)
         prune.count_ties([shard], store, Threshold(1 << 31, 0))
-        prune.write_masks([(shard, 0)], store, run, Threshold(0, 0))  # all are kept
+        prune.write_masks([(shard, 0, False)], store, run, Threshold(0, 0))  # all are kept
 
     passes: dict[str, tuple[str, Callable[[], object]]] = {  # each reads the files of those before
         "store": ("pairs", commit),

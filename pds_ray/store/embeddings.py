@@ -11,7 +11,10 @@ import pyarrow as pa
 from pds_ray.config import PRECISIONS
 from pds_ray.errors import first_line
 from pds_ray.store.schemas import MARKER_FIELDS, SHARD_SCHEMA, STORE_SCHEMA_VERSION
+from pds_ray.store.sealed import sealed
 from pds_ray.store.storage import Folder, StorageError, is_remote, side_by_side
+
+ADVICE = "verify --repair makes it anew"
 
 
 def write_shards(folder: Folder, name: str, shards: list[dict[str, Any]]) -> str:
@@ -52,21 +55,29 @@ class EmbeddingStore:
         listed = write_shards(self.folder, self.SHARDS, shards)
         made_from = {"fingerprint": self.fingerprint, **about}
         content = {"shards": len(shards), "shards_sha256": listed}
-        self.folder.write_json(self.STORE, made_from | content)
+        self.folder.write_json(self.STORE, sealed(made_from | content))
 
     def about(self) -> dict[str, Any]:
         """Return what `begin` wrote, fingerprint included; empty if the store is not begun.
 
-        A store of an earlier version has no shards_sha256.
+        A store of an earlier version has no shards_sha256. Raises StorageError in one line if the
+        file is damaged.
         """
-        return self.folder.read_json(self.STORE) if self.folder.exists(self.STORE) else {}
+        if not self.folder.exists(self.STORE):
+            return {}
+        try:
+            return dict(self.folder.read_json(self.STORE))
+        except (ValueError, TypeError) as error:
+            place = self.folder.full(self.STORE)
+            problem = f"{place} cannot be read ({first_line(error)}); {ADVICE}"
+            raise StorageError(problem) from error
 
     def shards(self) -> list[dict[str, Any]]:
         """Return the shards that the store was begun with, empty if that is not recorded.
 
         Raises StorageError in one line if the file cannot be read.
         """
-        return read_shards(self.folder, self.SHARDS, "verify --repair makes it anew")
+        return read_shards(self.folder, self.SHARDS, ADVICE)
 
     @property
     def parts(self) -> Folder:

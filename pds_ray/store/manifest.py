@@ -15,6 +15,7 @@ from typing import Any
 
 from pds_ray.errors import UserError, first_line
 from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.sealed import SEAL, damage, sealed
 from pds_ray.store.storage import Folder
 
 PACKAGES = (
@@ -54,6 +55,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _damaged(run: RunFolder, name: str, why: str) -> ManifestError:
+    return ManifestError(
+        f"{run.folder.full(name)} is not a run manifest, or a damaged one ({why}); pds-ray verify "
+        "RUN --repair takes its copy; or give another --out, or delete it: a run goes on without "
+        "it from the shards that are embedded"
+    )
+
+
 def rate(stage: dict[str, Any], count: str) -> float:
     """Return the rate of a stage's last session: its count of that name per second, 0 if unknown.
 
@@ -64,25 +73,22 @@ def rate(stage: dict[str, Any], count: str) -> float:
 
 
 class RunManifest:
-    """A run.json in memory; every change is written at once.
+    """A run.json in memory; every change is written at once, and a copy of the file with it.
 
     Raises ManifestError in one line if the file is damaged or no run manifest.
     """
 
-    def __init__(self, run: RunFolder) -> None:
+    def __init__(self, run: RunFolder, name: str = RunFolder.MANIFEST) -> None:
         self.run = run
         self.data: dict[str, Any] = {"stages": {}}
-        if self.run.folder.exists(RunFolder.MANIFEST):
+        if self.run.folder.exists(name):
             try:
-                self.data = self.run.folder.read_json(RunFolder.MANIFEST)
+                self.data = self.run.folder.read_json(name)
                 self.data["stages"].items()
             except (ValueError, KeyError, AttributeError, TypeError) as error:
-                where = self.run.folder.full(RunFolder.MANIFEST)
-                raise ManifestError(
-                    f"{where} is not a run manifest, or a damaged one ({first_line(error)}); "
-                    "give another --out, or delete it: a run goes on without it from the shards "
-                    "that are embedded"
-                ) from error
+                raise _damaged(run, name, first_line(error)) from error
+        self.sealed = self.data.pop(SEAL, None) is not None
+        """It has a seal and a copy: an earlier version wrote neither."""
 
     @property
     def stages(self) -> dict[str, dict[str, Any]]:
@@ -91,7 +97,9 @@ class RunManifest:
     def update(self, **values: Any) -> None:
         """Set top-level entries and write the file."""
         self.data.update(values)
-        self.run.folder.write_json(RunFolder.MANIFEST, self.data)
+        record = sealed(self.data)
+        for name in (RunFolder.MANIFEST, RunFolder.MANIFEST_COPY):
+            self.run.folder.write_json(name, record)
 
     def is_done(self, stage: str, fingerprint: str) -> bool:
         entry = self.stages.get(stage, {})
@@ -109,6 +117,22 @@ class RunManifest:
                 f"{path} is no run folder: it has no {RunFolder.MANIFEST}; give the --out of a run"
             )
         return cls(run)
+
+    @classmethod
+    def open_whole(cls, path: str) -> tuple[RunManifest, dict[str, str]]:
+        """Open the manifest of an existing run, or the copy where the manifest is damaged.
+
+        Returns it with what is wrong, if anything, by the name of the file. Raises ManifestError as
+        `open` does, and if neither is as it was written.
+        """
+        run = RunFolder(Folder(path))
+        names = (RunFolder.MANIFEST, RunFolder.MANIFEST_COPY)
+        found = {name: what for name in names if (what := damage(run.folder, name))}
+        if len(found) == len(names):
+            cls.open(path)
+            raise _damaged(run, RunFolder.MANIFEST, "it has changed since it was written")
+        manifest = cls(run, next(name for name in names if name not in found))
+        return manifest, found if manifest.sealed else {}
 
     def forget(self, *stages: str) -> None:
         """Clear the recorded status of stages."""

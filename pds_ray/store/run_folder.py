@@ -5,15 +5,16 @@ evaluation_folder.py, those of the portable result in distilled_set.py.
 
 N images, M captions (one pair per caption), d embedding width, K clusters, B distilled pairs.
 
-run.json
-    configuration, versions, stage status, counts and times (see manifest.py)
+run.json, hashes/run.json
+    configuration, versions, stage status, counts and times (see manifest.py), and a copy of it
 heartbeat.json
     progress of the driver while one works (see heartbeat.py)
 shards.parquet, one row per shard:
 name, location (str), size (int64, null if not known), version (str)
     the shards that the run began with, in order
 hashes/STAGE.json
-    SHA-256 of each file that a finished stage left, by its name below the run folder
+    SHA-256 of each file that a finished stage left, by its name below the run folder; run.json has
+    that of this file
 
 embeddings/store
     JSON: what the embeddings were made from; guards reuse (no shard can take its name)
@@ -87,8 +88,8 @@ report.html
 
 Pairs are numbered from 0 by falling prototype cosine. Real pairs that a selection chose are
 numbered in the order of the picks, and their own embeddings are their prototypes. Everything but
-run.json, report.html, and shards.parquet and the two files of embeddings/store, which record
-versions of files, is a function of configuration, data and seed, byte for byte.
+run.json and its copy, report.html, and shards.parquet and the two files of embeddings/store, which
+record versions of files, is a function of configuration, data and seed, byte for byte.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class RunFolder:
     image_folder: str = IMAGES
     """Name of the folder of its images: decoded, or learned."""
 
-    MANIFEST = "run.json"
+    MANIFEST, MANIFEST_COPY = "run.json", "hashes/run.json"
     HEARTBEAT = "heartbeat.json"
     SHARDS = "shards.parquet"
     REPORT = "report.html"
@@ -148,7 +149,7 @@ class RunFolder:
 
     def check_ours(self) -> None:
         """Raise StorageError if this is no run folder and a run would delete what lies in it."""
-        if self.folder.exists(self.MANIFEST):
+        if self.folder.exists(self.MANIFEST) or self.folder.exists(self.MANIFEST_COPY):
             return
         learned = self.of_learned().images
         for replaced in (self.distilled, self.images, self.clusters, learned):
@@ -186,6 +187,11 @@ class RunFolder:
         """Delete the temporary files that killed workers left beside files of these names."""
         for place in {name.rpartition("/")[0] for name in names} - {""}:
             (self.folder / place).sweep()
+
+    def choice_files(self, pairs: int) -> list[str]:
+        """Return the names below the run folder of what tells how images were chosen."""
+        single = [f"{self.image_folder}/{self.choice_name(pair)}" for pair in range(pairs)]
+        return [*single, self.CHOICES]
 
     def hash_files(
         self, names: list[str], step: Callable[[], object] = lambda: None
@@ -273,6 +279,15 @@ class RunFolder:
             .column("kept")
             .to_numpy(zero_copy_only=False)
         )
+
+    def masked(self) -> set[str]:
+        """Return the shards that have keep masks."""
+        suffix = self.keep_name("")
+        return {name.removesuffix(suffix) for name in self.pruning.names(suffix)}
+
+    def delete_masks(self) -> None:
+        """Delete the keep masks of all shards."""
+        self.pruning.delete_each(map(self.keep_name, self.masked()))
 
     def save_centroids(self, space: str, centroids: np.ndarray) -> None:
         self.clusters.write_bytes(

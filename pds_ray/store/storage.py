@@ -351,7 +351,7 @@ class Folder:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        self.write_bytes(name, json_bytes(value))
 
     def read_json(self, name: str) -> Any:
         return json.loads(self.read_bytes(name))
@@ -372,6 +372,16 @@ class Folder:
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         fs, root = self._fs
         return pq.read_table(f"{root}/{name}", columns=columns, filesystem=fs, partitioning=None)
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return JSON values as `Folder.write_json` writes them."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def json_sha256(value: Any) -> str:
+    """Return the hex SHA-256 of the file that `Folder.write_json` writes."""
+    return hashlib.sha256(json_bytes(value)).hexdigest()
 
 
 @contextlib.contextmanager

@@ -6,11 +6,13 @@ Few tests use a process of its own (`tests.support.command_line.process`): those
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support.command_line import DEMO, Run, in_process
+from tests.support.finished_runs import finished_runs
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +31,9 @@ def finished(
     done = pds_ray("distill", *DEMO, "--out", str(out))
     assert done.returncode == 0, done.stderr
     return out, done
+
+
+@pytest.fixture(scope="session")
+def finished_by(tmp_path_factory: pytest.TempPathFactory, pds_ray: Run) -> Callable[[str], Path]:
+    """Return the finished run of a method, to be copied."""
+    return finished_runs(pds_ray, tmp_path_factory.mktemp("finished_by"))

@@ -60,11 +60,12 @@ def in_process(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def content(run: Path) -> dict[str, bytes]:
-    """Return every file of a run but run.json and the report, which tell times."""
+    """Return every file of a run but run.json, its copy and the report, which tell times."""
     files = {
         str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()
     }
-    files.pop("run.json")
+    for name in ("run.json", "hashes/run.json"):
+        files.pop(name)
     files.pop("report.html", None)
     return files
 

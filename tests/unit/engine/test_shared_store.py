@@ -19,7 +19,7 @@ from pds_ray.recipes import recipe
 from pds_ray.sources import scenes
 from pds_ray.stages.embed import shard_counts
 from pds_ray.store.embeddings import EmbeddingStore
-from pds_ray.store.manifest import ManifestError
+from pds_ray.store.manifest import ManifestError, RunManifest
 from pds_ray.store.storage import StorageError
 from tests.support import in_this_process
 from tests.support.synthetic_store import make_store
@@ -134,6 +134,33 @@ def test_nothing_is_done_twice_where_nothing_changed(
     before = mask.stat().st_mtime_ns
     distill(config, only=FIRST)
     assert mask.stat().st_mtime_ns == before
+
+
+def test_masks_that_are_there_are_kept(
+    config: RunConfig, fill: Callable[..., EmbeddingStore]
+) -> None:
+    """Killed in pruning, a run makes those that lack; with another share, it makes all anew."""
+
+    def killed_without(mask: str, config: RunConfig, redo: bool = False) -> set[str]:
+        """Return the masks that the next session writes."""
+        manifest = RunManifest.open(str(config.out))
+        manifest.start("prune", manifest.stages["prune"]["fingerprint"])
+        before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+        (folder / mask).unlink()
+        distill(config, redo, only=FIRST)
+        after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+        return {name for name in after if after[name] != before[name]}
+
+    fill(0, 1, 2, 3)
+    folder, lost = Path(config.out) / "pruning", "scenes-00001.keep.parquet"
+    counts = distill(config, only=FIRST)["stages"]["prune"]["counts"]
+    masks = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert killed_without(lost, config) == {lost}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == masks
+    stages = json.loads((Path(config.out) / "run.json").read_text())["stages"]
+    assert stages["prune"]["counts"] == counts
+    assert killed_without(lost, replace(config, {"prune.ratio": 0.5}), redo=True) == masks.keys()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} != masks
 
 
 def test_without_its_manifest_a_run_goes_on_from_what_is_embedded(

@@ -28,6 +28,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EmbeddingStore
     """A run that has embedded three shards."""
     path = tmp_path_factory.mktemp("made") / "run"
     store, _ = make_store(path / "embeddings", [9, 5, 7])
+    store.begin({}, [])
     manifest = RunManifest(RunFolder(Folder(str(path))))
     manifest.update(config=to_dict(RunConfig(source="x", pairs=2)))
     manifest.start("embed", "")
@@ -40,7 +41,7 @@ def problems(path: Path) -> list[Problem]:
 
 
 def test_a_good_store_has_none(made: tuple[Path, EmbeddingStore]) -> None:
-    assert verify(str(made[0]), {}) == (9, [])
+    assert verify(str(made[0]), {}) == (10, [])
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -69,16 +70,17 @@ def test_a_count_that_is_not_that_of_the_files_is_named(
 ) -> None:
     """Even where run.json has been made to agree with it."""
     path, _ = made
-    marker, manifest = path / "embeddings" / f"{SHARD}.json", path / "run.json"
-    before = marker.read_bytes(), manifest.read_bytes()
-    wrong, told = json.loads(before[0]), json.loads(before[1])
+    marker, manifest = path / "embeddings" / f"{SHARD}.json", RunManifest.open(str(path))
+    before = marker.read_bytes()
+    wrong, told = json.loads(before), manifest.stages["embed"]["counts"]
     wrong[count] += 1
-    told["stages"]["embed"]["counts"][count] += 1
     marker.write_text(json.dumps(wrong))
-    manifest.write_text(json.dumps(told))
+    told[count] += 1
+    manifest.update()
     found = problems(path)
-    marker.write_bytes(before[0])
-    manifest.write_bytes(before[1])
+    marker.write_bytes(before)
+    told[count] -= 1
+    manifest.update()
     assert [(problem.name, problem.shard) for problem in found] == [(f"{SHARD}.json", SHARD)]
     assert f"'{count}': {wrong[count]}" in found[0].what
 

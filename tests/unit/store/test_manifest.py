@@ -132,6 +132,40 @@ def test_another_file_under_that_name_is_refused_in_one_line(run, tmp_path, cont
     assert "delete it" in str(caught.value)
 
 
+def test_the_copy_stands_in_for_a_damaged_manifest(run, tmp_path):
+    manifest = RunManifest(run)
+    manifest.start("embed", "f")
+    names = ("run.json", "hashes/run.json")
+    for name, other in (names, names[::-1]):
+        path = tmp_path / name
+        whole = path.read_bytes()
+        for broken in (None, whole[:-9], whole.replace(b'"f"', b'"g"')):
+            path.unlink()
+            if broken is not None:
+                path.write_bytes(broken)
+            found, damaged = RunManifest.open_whole(str(tmp_path))
+            assert damaged == {name: "missing" if broken is None else "corrupt"}
+            assert found.data == manifest.data
+            found.update()
+            assert path.read_bytes() == whole == (tmp_path / other).read_bytes()
+    assert RunManifest.open_whole(str(tmp_path))[1] == {}
+
+
+def test_both_damaged_are_refused(run, tmp_path):
+    manifest = RunManifest(run)
+    manifest.start("embed", "f")
+    for name in ("run.json", "hashes/run.json"):
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes().replace(b'"f"', b'"g"'))
+    with pytest.raises(ManifestError, match=r"run\.json is not a run manifest.* has changed since"):
+        RunManifest.open_whole(str(tmp_path))
+
+
+def test_a_manifest_of_an_earlier_version_has_neither_seal_nor_copy(tmp_path):
+    (tmp_path / "run.json").write_text('{"stages": {}}')
+    assert RunManifest.open_whole(str(tmp_path))[1] == {}
+
+
 def test_versions_of_what_decides_results():
     found = versions()
     assert {"python", "numpy", "pyarrow", "pds-ray"} <= set(found)
