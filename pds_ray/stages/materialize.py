@@ -109,10 +109,7 @@ def _sentences(learned: Learned) -> str:
             f"{about.loss}"
         )
     if learned.step_sizes is not None:
-        parts.append(
-            "`step_sizes`, the learning rates of SGD for images and text"
-            + (f" over {about.epochs} epochs" if about.epochs else "")
-        )
+        parts.append("`step_sizes`, the learning rates of SGD for images and text")
     return (
         f"Images and text vectors were learned by {about.distiller}: `{LEARNED}` holds "
         f"{'; '.join(parts)}. `load_distilled` gives them as `learned` and `learned_images()`. The "
