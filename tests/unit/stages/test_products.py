@@ -329,6 +329,18 @@ def test_an_empty_cluster_keeps_its_label():
     assert labels.tolist() == [0, 2, 2]
 
 
+@pytest.mark.parametrize("name", ARITHMETICS)
+def test_scores_that_are_stored_in_low_precision_lose_no_row(name):
+    """Whole numbers are exact in bfloat16; squared distances, far from zero, are not."""
+    rng = np.random.default_rng(12)
+    half = rng.integers(-3, 4, (400, 16)).astype(np.float32)
+    centroids = np.concatenate([half, -half])  # their mean, which all are shifted by, is 0
+    points = rng.integers(-40, 41, (300, 16)).astype(np.float32)
+    expected = ((points[:, None] - centroids) ** 2).sum(axis=2).argmin(axis=1)
+    with by(name):
+        np.testing.assert_array_equal(products.assign(points, centroids), expected)
+
+
 def test_a_search_of_nothing():
     some, none = np.ones((2, 3), np.float32), np.zeros((0, 3), np.float32)
     cosine, row = products.nearest_rows(some, none)
