@@ -32,7 +32,7 @@ for cpus, count in ((1, 11), (2, 4), (4, 1)):
     for module in (cluster, match, nearest, nearest_captions, prune):
         module.task_count = lambda shards, _, count=count: min(shards, count)
     prototypes.sum_task_count = lambda shards, *_, count=count: min(shards, count)
-    ray.init(num_cpus=cpus, object_store_memory=200 << 20, include_dashboard=False)
+    ray.init("local", num_cpus=cpus, object_store_memory=200 << 20)
     digest = hashlib.sha256()
     for center in ("mean", "medoid"):
         config = RunConfig(

@@ -22,7 +22,7 @@ from pds_ray.store.storage import Folder
 from tests.support.stage_run import do, stage_run
 from tests.support.synthetic_store import make_store
 
-ray.init(num_cpus=2, num_gpus=1, object_store_memory=200 << 20, include_dashboard=False)
+ray.init("local", num_cpus=2, num_gpus=1, object_store_memory=200 << 20)
 here = Path(tempfile.mkdtemp())
 store, _ = make_store(here / "store", [40, 1, 120, 39])
 config = RunConfig(pairs=9, cluster=ClusterConfig(iterations=5))
