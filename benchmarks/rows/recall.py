@@ -17,13 +17,16 @@ from benchmarks.measure import (
     Row,
     Runs,
     Task,
-    at_least,
+    factor,
     median,
+    median_and_range,
 )
 
 DIM = 1_000  # the logits that the published evaluation compares
 NOISE = 10.0  # spread of captions around their image
 TELLING = (10.0, 90.0)  # IR@1: where all or nothing is found, wrong ranks would not show
+TOGETHER = 512  # images of a product that is timed by itself
+SHARE = 0.9  # of the rate of two products of all images and all captions, one per direction
 BOUND_GIB = 1.0  # memory above the embeddings
 
 
@@ -61,10 +64,16 @@ def _side(task: Task, published: bool) -> Found:
         found = evaluation.recalls(image, text, split["owner"])
     else:
         found = retrieval.recalls(image, text, torch.from_numpy(split["owner"]))
+    seconds, added = time.perf_counter() - began, (peak_rss() - before) / GIB
+    began = time.perf_counter()
+    for rows in image.split(TOGETHER):  # right after it: other work on the machine slows both
+        rows @ text.T
+    products = 2 * (time.perf_counter() - began)
     return {
-        "seconds": time.perf_counter() - began,
+        "seconds": seconds,
         "recalls": found,
-        "added_gib": (peak_rss() - before) / GIB,
+        "added_gib": added,
+        "share": products / seconds,
     }
 
 
@@ -84,7 +93,12 @@ def checks(runs: Runs, _: Found) -> list[Check]:
     added = median(runs[OURS], "added_gib")
     first = runs[OURS][0]["recalls"]["ir@1"]
     return [
-        at_least(runs, 30),
+        Check("faster", f"{factor(runs):.2f}x", None),
+        Check(
+            f"{SHARE:g} of the rate of two products, one for each direction",
+            median_and_range(runs[OURS], "share", 2),
+            median(runs[OURS], "share") >= SHARE,
+        ),
         Check(
             f"no more than {BOUND_GIB:g} GiB above the embeddings",
             f"{added:.2f} GiB (theirs {median(runs[BASELINE], 'added_gib'):.2f})",
