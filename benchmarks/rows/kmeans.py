@@ -49,7 +49,7 @@ def ours(task: Task) -> Found:
 
 def after(task: Task) -> Found:
     """Return the mean squared distance of all vectors to their nearest centroid, for both sides."""
-    from pds_ray.stages.cluster import assign
+    from pds_ray.stages.products import assign
 
     vectors = np.load(task.data / "vectors.npy")
     found = {}
