@@ -78,6 +78,7 @@ def test_a_method_that_improves_a_start_is_none() -> None:
         ({"distill__anchor": 0.005}, "optimise"),
         ({"distill__evaluate_every": 7}, "optimise"),
         ({"distill__smooth": True}, "optimise"),
+        ({"distill__augment": True}, "optimise"),
         ({"experts__store": "elsewhere"}, ""),
         ({"experts__cpus": 2}, ""),
         ({"extras__captions": 2}, "materialize"),

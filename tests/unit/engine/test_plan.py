@@ -192,6 +192,7 @@ def test_clusters_of_two_levels_are_not_continued(pairs: int, continued: bool) -
         {"distill__mix": False},
         {"distill__merge_branches": True},
         {"distill__dropout": "replay"},
+        {"distill__augment": True},
         {"distill__anchor": 0.5},
         {"distill__evaluate_every": 7},
         {"distill__patience": 7},
@@ -391,7 +392,7 @@ def test_every_option_is_judged() -> None:
         "distill.text_rate", "distill.similarity_rate", "distill.step_rate", "distill.step_size",
         "distill.step_floor", "distill.momentum", "distill.loss", "distill.similarity",
         "distill.rank", "distill.alpha", "distill.mix", "distill.merge_branches", "distill.dropout",
-        "distill.anchor", "distill.evaluate_every", "distill.patience",
+        "distill.augment", "distill.anchor", "distill.evaluate_every", "distill.patience",
     }  # fmt: skip
     assert {name for name in flatten(to_dict(RunConfig())) if not name.startswith("ray.")} == judged
 
