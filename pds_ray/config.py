@@ -601,6 +601,9 @@ class DistillConfig(Options, section="distill"):
     dropout: Literal["off", "replay"] = option(
         "off", "replay drops units in the student's steps, the same ones whenever a step is redone"
     )
+    augment: bool = option(
+        False, "the student's steps see images moved and scaled at random, as experts do"
+    )
     anchor: float = option(
         0.0, "weight of the squared distance of the pixels to those of the start", at_least=0
     )

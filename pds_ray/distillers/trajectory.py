@@ -14,6 +14,7 @@ from torch.func import functional_call
 from pds_ray.distillers.base import Problem, Snapshot, Step, Variables
 from pds_ray.distillers.matching import Loss, match
 from pds_ray.distillers.similarity import Similarity
+from pds_ray.training.data import augment
 from pds_ray.training.loop import generator
 from pds_ray.training.losses import SOFT_LOSSES
 from pds_ray.training.two_towers import TwoTowers, dropout_masks
@@ -115,8 +116,12 @@ def student_loss(
         draw, masks = generator(problem.seed, "student", iteration, step), None
         if config.dropout == "replay":
             masks = dropout_masks(len(rows), model.width, draw).to(images)
+        batch = images[rows]
+        if config.augment:
+            moves = generator(problem.seed, "augment", iteration, step)
+            batch = augment(batch, torch.rand(len(rows), 3, generator=moves).to(batch))
         weights = layout.views(theta, phi)
-        embedded = student(model, weights, images[rows], text[rows], masks, draw)
+        embedded = student(model, weights, batch, text[rows], masks, draw)
         logits = (1 / config.temperature) * embedded[0] @ embedded[1].T
         return SOFT_LOSSES[config.loss](logits, similarity(rows))
 

@@ -140,6 +140,7 @@ RUN = {
     "distill.mix": ([False, True], []),
     "distill.merge_branches": ([True, False], []),
     "distill.dropout": (["off", "replay"], ["on"]),
+    "distill.augment": ([True], []),
     "distill.anchor": ([0.0, 1.0], [-0.1]),
     "distill.evaluate_every": ([0, 1], [-1]),
     "distill.patience": ([1], [0]),

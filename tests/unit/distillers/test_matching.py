@@ -82,6 +82,7 @@ CASES = {
     "lors_soft": (lors, {"loss": "soft_wbce"}),
     "lors_full_ence_merged": (lors, {"similarity": "full", "loss": "ence", "merge_branches": True}),
     "lors_dropout": (lors, {"dropout": "replay"}),
+    "lors_augmented": (lors, {"augment": True}),
     "repblend": (repblend, {}),
     "repblend_apart": (repblend, {"merge_branches": False, "dropout": "replay"}),
 }
@@ -93,7 +94,9 @@ def case(name: str, **options: Any) -> Case:
 
 
 @pytest.mark.parametrize("gradient", ["unrolled", "adjoint"])
-@pytest.mark.parametrize("name", ["bi_trajectory", "lors", "lors_full_ence_merged", "repblend"])
+@pytest.mark.parametrize(
+    "name", ["bi_trajectory", "lors", "lors_full_ence_merged", "lors_augmented", "repblend"]
+)
 def test_gradients_are_those_of_finite_differences(name: str, gradient: str) -> None:
     made = case(name)
     found, step = made(gradient), 1e-6

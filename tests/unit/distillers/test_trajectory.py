@@ -201,3 +201,15 @@ def test_features_are_mixed_after_the_backbone_and_alike_for_both() -> None:
         assert torch.allclose(found, torch.nn.functional.normalize(head(mixed, None), dim=1))
     whole = two_towers(model, weights, made.images, made.text, None, draw)
     assert not torch.allclose(whole[0], image)
+
+
+def test_augmented_steps_see_moved_images() -> None:
+    """Images of one colour look the same wherever they are moved; others do not."""
+    plain, moved = problem(lors), problem(lors, augment=True)
+    begun = start()
+    colours = begun.images.mean((2, 3), keepdim=True).expand_as(begun.images)
+    for images, same in ((begun.images, False), (colours, True)):
+        variables = lors.variables(dataclasses.replace(begun, images=images), plain.config, 0)
+        one, other = (lors.step(made, variables, 3).losses for made in (plain, moved))
+        assert (one == pytest.approx(other, rel=1e-9)) is same
+        assert lors.step(moved, variables, 3).losses == other

@@ -193,6 +193,7 @@ def test_clusters_of_two_levels_are_not_continued(pairs: int, continued: bool) -
         {"distill__mix": False},
         {"distill__merge_branches": True},
         {"distill__dropout": "replay"},
+        {"distill__augment": True},
         {"distill__anchor": 0.5},
         {"distill__evaluate_every": 7},
         {"distill__patience": 7},
@@ -393,7 +394,7 @@ def test_every_option_is_judged() -> None:
         "distill.step_floor", "distill.momentum", "distill.loss", "distill.temperature",
         "distill.similarity", "distill.rank", "distill.alpha", "distill.mix",
         "distill.merge_branches", "distill.dropout", "distill.anchor", "distill.evaluate_every",
-        "distill.patience",
+        "distill.patience", "distill.augment",
     }  # fmt: skip
     assert {name for name in flatten(to_dict(RunConfig())) if not name.startswith("ray.")} == judged
 
