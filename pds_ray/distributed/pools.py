@@ -82,7 +82,7 @@ class Share:
     def places(self) -> int:
         """The number of such tasks that the cluster can run at once."""
         resources = ray.cluster_resources()
-        return task_places(resources.get("CPU", 1), resources["GPU"] if self.num_gpus else 0)
+        return task_places(resources.get("CPU", 1), resources.get("GPU", 0) if self.num_gpus else 0)
 
 
 ONE_CPU = Share()

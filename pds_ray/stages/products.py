@@ -196,7 +196,7 @@ def rounded(
         for piece in range(own, own + pieces):
             columns[some, piece] = rest
             rest = rest - columns[some, piece].to(work)
-        columns[some, own][~usable] = -(2.0**100)  # further than any
+        columns[some, own][~usable] = torch.finfo(dtype).min / 8  # further than any
     usable = torch.isfinite(largest)
     highest = float(largest[usable].max()) if bool(usable.any()) else 0.0
     return Rounded(columns, residual, square, usable, highest)

@@ -291,7 +291,7 @@ def crowded_galleries(draw: st.DrawFn) -> list[np.ndarray]:
 
 @given(crowded_galleries(), st.sampled_from([9, 300, 1 << 25]))
 def test_ranks_are_those_of_exact_products(gallery, block):
-    """What rounding could tell apart, or put in another order, block by block."""
+    """Rounding could tell them apart, or put them in another order, block by block."""
     image, text, owner, subject = gallery
     tensors = [torch.from_numpy(array) for array in (image, text, subject, subject[owner])]
     with pytest.MonkeyPatch.context() as patch:
