@@ -322,3 +322,23 @@ def test_rounding_of_the_product_does_not_count(monkeypatch):
     tensors = [torch.from_numpy(array) for array in (image, text, subject, subject[owner])]
     found = tuple(ranks.tolist() for ranks in retrieval._first_ranks(*tensors))
     assert found == exact
+
+
+def test_products_are_of_whole_float32_whatever_the_program_asked_for(monkeypatch):
+    asked, seen, numbers = torch.get_float32_matmul_precision(), [], retrieval._numbers
+
+    def watched(scores: torch.Tensor) -> torch.Tensor:
+        if scores.dtype == torch.float32:
+            kinds = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+            seen.append([kind.fp32_precision for kind in kinds])
+        return numbers(scores)
+
+    monkeypatch.setattr(retrieval, "_numbers", watched)
+    rows = torch.eye(4)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert recalls(rows, rows, torch.arange(4))["r_mean"] == 100
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(asked)
+    assert seen == [["ieee", "ieee"]]
