@@ -196,17 +196,37 @@ def most_free(resource: str) -> int:
     On a shared cluster some may stay taken by others. Waits up to SETTLE_S for a node as large as
     any to be free as a whole.
     """
+    return _settled(resource, 1)[0]
+
+
+def places_as_free(resource: str) -> int:
+    """Return the number of nodes that have as much of a resource free as any; 1 if none has any.
+
+    Waits up to SETTLE_S for all nodes as large as any to be free as a whole.
+    """
+    free = _settled(resource)
+    return free.count(free[0]) if free[0] else 1
+
+
+def _settled(resource: str, nodes: int | None = None) -> list[int]:
+    """Return the whole units of a resource that are free on each node, the most first.
+
+    Waits up to SETTLE_S for so many of the nodes that are as large as any to be free as a whole;
+    None: for all of them.
+    """
     deadline = time.monotonic() + SETTLE_S
     while True:
         free = ray_private.free_resources()
-        alive = {
+        sizes = {
             node["NodeID"]: node["Resources"].get(resource, 0)
             for node in ray.nodes()
             if node["Alive"]
         }
-        found = max((free.get(node, {}).get(resource, 0) for node in alive), default=0)
-        if found >= max(alive.values(), default=0) or time.monotonic() >= deadline:
-            return int(found)
+        found = [free.get(node, {}).get(resource, 0) for node in sizes] or [0]
+        largest = max(sizes.values(), default=0)
+        whole, wanted = sum(each >= largest for each in found), list(sizes.values()).count(largest)
+        if whole >= (wanted if nodes is None else nodes) or time.monotonic() >= deadline:
+            return sorted(map(int, found), reverse=True)
         time.sleep(POLL_S)
 
 

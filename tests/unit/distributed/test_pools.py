@@ -197,3 +197,46 @@ def test_processes_without_cpus_are_spread_over_nodes_with_some(
     places = [pools.place(number).node_id for number in range(4)]
     assert places == [small, large, small, large]
     assert pools.place(0).soft, "it must find another place if the node is gone"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "free", "most", "places"),
+    [
+        ([16, 16], [16, 16], 16, 2),
+        ([16, 16, 16], [16, 15, 1], 16, 1),
+        ([16, 16, 4], [3, 3, 3], 3, 3),
+        ([0, 16, 16, 4], [0, 16, 16, 4], 16, 2),
+        ([2, 2], [0, 0], 0, 1),
+        ([4, 4], [3.5, 3], 3, 2),
+        ([], [], 0, 1),
+    ],
+)
+def test_what_others_leave(
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: list[float],
+    free: list[float],
+    most: int,
+    places: int,
+) -> None:
+    """A k-means beside another has a node as free as any, or none."""
+    nodes = [
+        {"Alive": True, "NodeID": str(node), "Resources": {"CPU": size}}
+        for node, size in enumerate(sizes)
+    ]
+    left = {str(node): {"CPU": amount} for node, amount in enumerate(free)}
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(pools.ray_private, "free_resources", lambda: left)
+    monkeypatch.setattr(pools, "SETTLE_S", 0.0)
+    assert pools.most_free("CPU") == most
+    assert pools.most_cpus() == max(1, most)
+    assert pools.places_as_free("CPU") == places
+
+
+def test_cpus_that_are_told_late_to_be_free_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"Alive": True, "NodeID": name, "Resources": {"CPU": 8}} for name in "ab"]
+    told = iter([{"a": {"CPU": 7}}, {"a": {"CPU": 8}}, {"a": {"CPU": 8}, "b": {"CPU": 8}}])
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(pools.ray_private, "free_resources", lambda: next(told))
+    monkeypatch.setattr(pools, "SETTLE_S", 60.0)
+    assert pools.most_free("CPU") == 8, "one node is enough"
+    assert pools.places_as_free("CPU") == 2

@@ -190,7 +190,7 @@ def test_rows_below_a_known_cosine_are_left_out(arithmetic, drawn, block, steps)
 @settings(max_examples=40)
 @given(worlds, st.integers(0, 150), blocks)
 def test_searching_part_by_part_is_searching_the_whole(drawn, cut, block):
-    """The other part is asked for more than one found; in both orders, as of equals one is first."""
+    """A part is asked for what beats the other; both orders, so the first of equals is known."""
     queries, rows = world(drawn)
     whole = products.nearest_rows(queries, rows)
     prepared = products.as_queries(queries)
