@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pds_ray.config import Actors
 from pds_ray.distributed import TASK_RETRIES, malloc_env, ray_private
-from pds_ray.distributed.sizes import PRODUCTS_PER_GPU, pool_size, task_places
+from pds_ray.distributed.sizes import PRODUCTS_PER_GPU, pool_size, products_per_gpu, task_places
 from pds_ray.telemetry import log
 
 READ_CPUS, DECODE_CPUS, SMALL_TASK_CPUS = 0.5, 0.25, 1.0
@@ -99,13 +99,22 @@ def products() -> Share:
     # not in .options(): so the process, and its hold on the GPU, ends with the task
     look = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=1 / PRODUCTS_PER_GPU)(_sees_gpu)
     if ray.get(look.remote()):
-        return Share(1 / PRODUCTS_PER_GPU, "cuda")
+        return Share(1 / _together(), "cuda")
     text = (
         "pds-ray: Ray has GPUs that PyTorch cannot use, so labels and nearest captions are found "
         "on CPUs; pds-ray doctor on a machine with a GPU says what it lacks"
     )
     log.event("gpus_unused", text, "warning")
     return ONE_CPU
+
+
+def _together() -> int:
+    """Return how many tasks share a GPU: as many as there are CPUs for on each node."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return min(
+        (products_per_gpu(node.get("CPU", 0), node["GPU"]) for node in nodes if node.get("GPU")),
+        default=PRODUCTS_PER_GPU,
+    )
 
 
 def _sees_gpu() -> bool:

@@ -240,3 +240,26 @@ def test_cpus_that_are_told_late_to_be_free_are_waited_for(monkeypatch: pytest.M
     monkeypatch.setattr(pools, "SETTLE_S", 60.0)
     assert pools.most_free("CPU") == 8, "one node is enough"
     assert pools.places_as_free("CPU") == 2
+
+
+@pytest.mark.parametrize(
+    ("nodes", "together"),
+    [
+        ([{"CPU": 192, "GPU": 8}], 8),
+        ([{"CPU": 32, "GPU": 8}], 4),
+        ([{"CPU": 4, "GPU": 1}, {"CPU": 0}, {"CPU": 64}], 4),
+        ([{"CPU": 100, "GPU": 16}, {"CPU": 64, "GPU": 4}], 6),
+        ([{"CPU": 2, "GPU": 8}], 1),
+        ([{"CPU": 2}], 8),
+    ],
+)
+def test_no_gpu_is_without_products_where_there_are_cpus(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]], together: int
+) -> None:
+    """With fewer CPUs, eight tasks on each GPU would leave the last GPUs without any."""
+    stand_in(monkeypatch, *nodes)
+    assert pools._together() == together
+    for node in nodes:
+        if cpus := int(node.get("GPU", 0)) and int(node["CPU"]):
+            filled = min(node["GPU"], -(-cpus // together))
+            assert filled == min(node["GPU"], cpus), "one after the other"
