@@ -181,11 +181,9 @@ def place(number: int) -> NodeAffinitySchedulingStrategy:
 
     They are spread over the nodes that have CPUs: a head often has none to spare.
     """
-    nodes = sorted(
-        node["NodeID"]
-        for node in ray.nodes()
-        if node["Alive"] and node["Resources"].get("CPU", 0) > 0
-    )
+    alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"])
+    with_cpus = [node for node in alive if node["Resources"].get("CPU", 0) > 0]
+    nodes = [node["NodeID"] for node in with_cpus or alive]  # the others may be back soon
     return NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=True)
 
 
