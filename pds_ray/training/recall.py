@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -135,7 +136,8 @@ class _Direction:
 @contextmanager
 def _whole_float32() -> Iterator[None]:
     """Multiply float32 as such, though the program or its environment may ask for less, as TF32."""
-    kinds = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    on_cpus: Any = torch.backends.mkldnn  # whose stubs have no matmul
+    kinds = torch.backends.cuda.matmul, on_cpus.matmul
     before = [kind.fp32_precision for kind in kinds]
     for kind in kinds:
         kind.fp32_precision = "ieee"
