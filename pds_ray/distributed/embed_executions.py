@@ -56,7 +56,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a data set is made."""
+    """The making of a data set."""
 
     actors: pools.Pool
     whole_shards: bool

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pds_ray.config import Actors
 from pds_ray.distributed import TASK_RETRIES, malloc_env, ray_private
-from pds_ray.distributed.sizes import PRODUCTS_PER_GPU, pool_size, task_places
+from pds_ray.distributed.sizes import PRODUCTS_PER_GPU, pool_size, products_per_gpu, task_places
 from pds_ray.telemetry import log
 
 READ_CPUS, DECODE_CPUS, SMALL_TASK_CPUS = 0.5, 0.25, 1.0
@@ -82,7 +82,7 @@ class Share:
     def places(self) -> int:
         """The number of such tasks that the cluster can run at once."""
         resources = ray.cluster_resources()
-        return task_places(resources.get("CPU", 1), resources["GPU"] if self.num_gpus else 0)
+        return task_places(resources.get("CPU", 1), resources.get("GPU", 0) if self.num_gpus else 0)
 
 
 ONE_CPU = Share()
@@ -99,13 +99,22 @@ def products() -> Share:
     # not in .options(): so the process, and its hold on the GPU, ends with the task
     look = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=1 / PRODUCTS_PER_GPU)(_sees_gpu)
     if ray.get(look.remote()):
-        return Share(1 / PRODUCTS_PER_GPU, "cuda")
+        return Share(1 / _together(), "cuda")
     text = (
         "pds-ray: Ray has GPUs that PyTorch cannot use, so labels and nearest captions are found "
         "on CPUs; pds-ray doctor on a machine with a GPU says what it lacks"
     )
     log.event("gpus_unused", text, "warning")
     return ONE_CPU
+
+
+def _together() -> int:
+    """Return how many tasks share a GPU: as many as there are CPUs for on each node."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return min(
+        (products_per_gpu(node.get("CPU", 0), node["GPU"]) for node in nodes if node.get("GPU")),
+        default=PRODUCTS_PER_GPU,
+    )
 
 
 def _sees_gpu() -> bool:
@@ -172,11 +181,9 @@ def place(number: int) -> NodeAffinitySchedulingStrategy:
 
     They are spread over the nodes that have CPUs: a head often has none to spare.
     """
-    nodes = sorted(
-        node["NodeID"]
-        for node in ray.nodes()
-        if node["Alive"] and node["Resources"].get("CPU", 0) > 0
-    )
+    alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"])
+    with_cpus = [node for node in alive if node["Resources"].get("CPU", 0) > 0]
+    nodes = [node["NodeID"] for node in with_cpus or alive]  # the others may be back soon
     return NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=True)
 
 
@@ -196,17 +203,37 @@ def most_free(resource: str) -> int:
     On a shared cluster some may stay taken by others. Waits up to SETTLE_S for a node as large as
     any to be free as a whole.
     """
+    return _settled(resource, 1)[0]
+
+
+def places_as_free(resource: str) -> int:
+    """Return the number of nodes that have as much of a resource free as any; 1 if none has any.
+
+    Waits up to SETTLE_S for all nodes as large as any to be free as a whole.
+    """
+    free = _settled(resource)
+    return free.count(free[0]) if free[0] else 1
+
+
+def _settled(resource: str, nodes: int | None = None) -> list[int]:
+    """Return the whole units of a resource that are free on each node, the most first.
+
+    Waits up to SETTLE_S for so many of the nodes that are as large as any to be free as a whole;
+    None: for all of them.
+    """
     deadline = time.monotonic() + SETTLE_S
     while True:
         free = ray_private.free_resources()
-        alive = {
+        sizes = {
             node["NodeID"]: node["Resources"].get(resource, 0)
             for node in ray.nodes()
             if node["Alive"]
         }
-        found = max((free.get(node, {}).get(resource, 0) for node in alive), default=0)
-        if found >= max(alive.values(), default=0) or time.monotonic() >= deadline:
-            return int(found)
+        found = [free.get(node, {}).get(resource, 0) for node in sizes] or [0]
+        largest = max(sizes.values(), default=0)
+        whole, wanted = sum(each >= largest for each in found), list(sizes.values()).count(largest)
+        if whole >= (wanted if nodes is None else nodes) or time.monotonic() >= deadline:
+            return sorted(map(int, found), reverse=True)
         time.sleep(POLL_S)
 
 

@@ -21,7 +21,7 @@ ENCODED_TOGETHER = 4_096  # finished images at least, by one task: it loads the 
 TARS_AT_ONCE = 16  # one of 10,000 images waits on a machine's disk, a gigabyte, for its upload
 LOOKED_UP_TOGETHER = 256  # real images at least: each lookup reads the shards they are in
 PRODUCTS_PER_GPU = 8
-"""Tasks that share a GPU for their products.
+"""Tasks that share a GPU for their products, at most.
 
 Each reads on one core what the GPU multiplies in a fraction of that time, and clouds sell about
 eight cores with a GPU.
@@ -101,6 +101,14 @@ def match_ranges(matches: int, dim: int) -> int:
 def task_places(cpus: float, gpus: float = 0) -> int:
     """Return how many tasks run at once: one per CPU, of those that share GPUs no more than may."""
     return max(1, int(min(cpus, PRODUCTS_PER_GPU * gpus) if gpus else cpus))
+
+
+def products_per_gpu(cpus: float, gpus: float) -> int:
+    """Return how many tasks share each GPU of a node: so few that all of its GPUs have some.
+
+    Ray fills one after the other.
+    """
+    return max(1, min(PRODUCTS_PER_GPU, int(cpus / gpus)))
 
 
 def decoded_where_read(shards: int, cpus: float) -> bool:

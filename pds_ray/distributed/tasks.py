@@ -18,6 +18,7 @@ from pds_ray.distributed.pools import (
     most,
     most_cpus,
     most_free,
+    places_as_free,
 )
 from pds_ray.distributed.process import Result, with_faiss_threads, with_gpu_emptied
 from pds_ray.telemetry.progress import waiting_for
@@ -79,10 +80,11 @@ def run_kmeans(
 
 
 def kmeans_places() -> int:
-    """Return the number of nodes that can have a k-means each: those as large as any."""
-    kind = "GPU" if most("GPU") >= 1 else "CPU"
-    sizes = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
-    return max(1, sizes.count(max(sizes, default=0)))
+    """Return the number of nodes that can have a k-means each: those with as much free as any.
+
+    A node of which others leave less would prolong its k-means, which waits for a free one instead.
+    """
+    return places_as_free("GPU" if most("GPU") >= 1 else "CPU")
 
 
 def retried(start: Callable[[], ray.ObjectRef]) -> Any:

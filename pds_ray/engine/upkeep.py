@@ -72,7 +72,7 @@ class _Run:
     config: RunConfig
     """As recorded, with the changes that were given."""
     damaged: Mapping[str, str] = field(default_factory=dict)
-    """Which of run.json and its copy is not as it was written, and what is wrong with it."""
+    """Problems with run.json and its copy, by name: either is not as it was written."""
 
     @property
     def done(self) -> list[str]:

@@ -311,6 +311,10 @@ class Tar:
     source: Folder
     target: Folder
 
+    def __str__(self) -> str:
+        """Return its name, by which a person knows what is waited for."""
+        return tar_path(self.number)
+
 
 @dataclass(frozen=True)
 class TarWritten:

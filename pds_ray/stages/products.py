@@ -44,7 +44,7 @@ class Block:
 
 # A CPU's products are 4 MiB, which its cache holds, and 16 MiB are kept; a GPU's are 512 MiB.
 BLOCKS = {"cpu": Block(512, 4_096, 16_384), "cuda": Block(8_192, 16_384, 16_384)}
-VECTORS_AT_ONCE = {"cpu": 512, "cuda": 65_536}  # rounded at once
+VECTORS_AT_ONCE = {"cpu": 512, "cuda": 8_192}  # rounded at once, in float64
 PAIRS_AT_ONCE = {"cpu": 256, "cuda": 16_384}  # ranked exactly at once
 GROUP = 32  # rows of which only the highest score is looked at first
 # candidates of a query from which a fine product is cheaper than an exact sum for each: one more
@@ -196,7 +196,7 @@ def rounded(
         for piece in range(own, own + pieces):
             columns[some, piece] = rest
             rest = rest - columns[some, piece].to(work)
-        columns[some, own][~usable] = -(2.0**100)  # further than any
+        columns[some, own][~usable] = torch.finfo(dtype).min / 8  # further than any
     usable = torch.isfinite(largest)
     highest = float(largest[usable].max()) if bool(usable.any()) else 0.0
     return Rounded(columns, residual, square, usable, highest)

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -70,7 +72,8 @@ def _first_ranks(
         some_images = image[above : above + edge]
         for left in range(0, len(text), edge):
             some_captions = text[left : left + edge]
-            scores = _numbers(some_images @ some_captions.T)
+            with _whole_float32():
+                scores = _numbers(some_images @ some_captions.T)
             near_image = by_image.count(scores, above)
             near_caption = by_caption.count(scores.T, left).T
             rows, columns = (near_image | near_caption).nonzero(as_tuple=True)
@@ -128,6 +131,21 @@ class _Direction:
         best, tie = self.best[queries], self.tie[queries]
         earlier = (scores >= best - tie) & (items < self.first[queries])
         self.ranks.index_add_(0, queries, ((scores > best + tie) | earlier).long())
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Multiply float32 as such, though the program or its environment may ask for less, as TF32."""
+    on_cpus: Any = torch.backends.mkldnn  # whose stubs have no matmul
+    kinds = torch.backends.cuda.matmul, on_cpus.matmul
+    before = [kind.fp32_precision for kind in kinds]
+    for kind in kinds:
+        kind.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
 
 
 def _norms(vectors: torch.Tensor) -> torch.Tensor:

@@ -126,7 +126,7 @@ def test_repair_brings_the_bytes_back(
 def test_a_file_is_not_believed_without_its_hash(
     list_of_hashes: str, finished_by: Callable[[str], Path], tmp_path: Path, pds_ray: Run
 ) -> None:
-    """Where a list of hashes is lost, the files in it stand only if they are those of the list."""
+    """The files of a list of hashes that is lost stand only if they are those of the list."""
     reference, run = finished_by("pds"), tmp_path / "run"
     shutil.copytree(reference, run)
     flip(run / "clusters" / "scenes-00003.labels.parquet", random.Random(3))

@@ -197,3 +197,72 @@ def test_processes_without_cpus_are_spread_over_nodes_with_some(
     places = [pools.place(number).node_id for number in range(4)]
     assert places == [small, large, small, large]
     assert pools.place(0).soft, "it must find another place if the node is gone"
+    for node in nodes:
+        node["Alive"] = node["NodeID"] == head
+    assert pools.place(1).node_id == head, "the others may be back soon"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "free", "most", "places"),
+    [
+        ([16, 16], [16, 16], 16, 2),
+        ([16, 16, 16], [16, 15, 1], 16, 1),
+        ([16, 16, 4], [3, 3, 3], 3, 3),
+        ([0, 16, 16, 4], [0, 16, 16, 4], 16, 2),
+        ([2, 2], [0, 0], 0, 1),
+        ([4, 4], [3.5, 3], 3, 2),
+        ([], [], 0, 1),
+    ],
+)
+def test_what_others_leave(
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: list[float],
+    free: list[float],
+    most: int,
+    places: int,
+) -> None:
+    """A k-means beside another has a node as free as any, or none."""
+    nodes = [
+        {"Alive": True, "NodeID": str(node), "Resources": {"CPU": size}}
+        for node, size in enumerate(sizes)
+    ]
+    left = {str(node): {"CPU": amount} for node, amount in enumerate(free)}
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(pools.ray_private, "free_resources", lambda: left)
+    monkeypatch.setattr(pools, "SETTLE_S", 0.0)
+    assert pools.most_free("CPU") == most
+    assert pools.most_cpus() == max(1, most)
+    assert pools.places_as_free("CPU") == places
+
+
+def test_cpus_that_are_told_late_to_be_free_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"Alive": True, "NodeID": name, "Resources": {"CPU": 8}} for name in "ab"]
+    told = iter([{"a": {"CPU": 7}}, {"a": {"CPU": 8}}, {"a": {"CPU": 8}, "b": {"CPU": 8}}])
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(pools.ray_private, "free_resources", lambda: next(told))
+    monkeypatch.setattr(pools, "SETTLE_S", 60.0)
+    assert pools.most_free("CPU") == 8, "one node is enough"
+    assert pools.places_as_free("CPU") == 2
+
+
+@pytest.mark.parametrize(
+    ("nodes", "together"),
+    [
+        ([{"CPU": 192, "GPU": 8}], 8),
+        ([{"CPU": 32, "GPU": 8}], 4),
+        ([{"CPU": 4, "GPU": 1}, {"CPU": 0}, {"CPU": 64}], 4),
+        ([{"CPU": 100, "GPU": 16}, {"CPU": 64, "GPU": 4}], 6),
+        ([{"CPU": 2, "GPU": 8}], 1),
+        ([{"CPU": 2}], 8),
+    ],
+)
+def test_no_gpu_is_without_products_where_there_are_cpus(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]], together: int
+) -> None:
+    """With fewer CPUs, eight tasks on each GPU would leave the last GPUs without any."""
+    stand_in(monkeypatch, *nodes)
+    assert pools._together() == together
+    for node in nodes:
+        if cpus := int(node.get("GPU", 0)) and int(node["CPU"]):
+            filled = min(node["GPU"], -(-cpus // together))
+            assert filled == min(node["GPU"], cpus), "one after the other"

@@ -41,7 +41,7 @@ def test_tasks_of_400m_pairs() -> None:
 
 
 def test_sums_of_a_task_are_bounded() -> None:
-    """Of a shard whose pairs are all of different matches there are 123 MB."""
+    """A shard whose pairs are all of different matches has 123 MB of them."""
     assert sizes.sum_task_count(SHARDS, 2 * PAIRS, PAIRS, DIM) == SHARDS
     small = sizes.sum_task_count(SHARDS, 200, 100, DIM)
     assert SHARDS / small * 100 * 2 * 8 * DIM <= sizes.SUMS_BYTES

@@ -19,13 +19,14 @@ import yaml
 from PIL import Image
 
 from pds_ray import load_distilled
+from pds_ray.distributed.tasks import _named
 from pds_ray.methods.pds import PDS_CARD
 from pds_ray.modalities.image import encode_image
 from pds_ray.stages import materialize
 from pds_ray.stages.extras import Extras
 from pds_ray.stages.materialize import write_distilled
 from pds_ray.store.calls import CALLS_AT_ONCE
-from pds_ray.store.distilled_set import DistilledSetError
+from pds_ray.store.distilled_set import DistilledSetError, tar_path
 from pds_ray.store.learned import LEARNED_CAPTION_SCHEMA, LearnedError, unpack
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import prototype_schema, vector_array
@@ -193,6 +194,12 @@ def test_tars_may_be_shared(finished, tmp_path, monkeypatch, pairs_per_tar):
     assert contents(together / "distilled") == contents(alone / "distilled")
     if pairs_per_tar >= len(CAPTIONS):
         assert contents(alone / "distilled") == contents(finished / "distilled")
+
+
+def test_the_stall_watchdog_names_a_tar_in_few_words(tmp_path):
+    folder = Folder(str(tmp_path))
+    tar = materialize.Tar(3, [{"file_name": "a.png", "text": "a dog"}] * 10_000, folder, folder)
+    assert _named(tar) == tar_path(3)
 
 
 def test_the_manifest_lists_every_other_file_truly(finished):

@@ -190,7 +190,7 @@ def test_rows_below_a_known_cosine_are_left_out(arithmetic, drawn, block, steps)
 @settings(max_examples=40)
 @given(worlds, st.integers(0, 150), blocks)
 def test_searching_part_by_part_is_searching_the_whole(drawn, cut, block):
-    """What one part found is asked of the other; both orders, so the first of equals is known."""
+    """A part is asked for what beats the other; both orders, so the first of equals is known."""
     queries, rows = world(drawn)
     whole = products.nearest_rows(queries, rows)
     prepared = products.as_queries(queries)
@@ -379,6 +379,14 @@ def test_only_nonsense_is_nothing():
     assert np.isneginf(cosine).all()
     assert row.tolist() == [-1, -1]
     assert products.assign(bad, np.ones((1, 2), np.float32)).tolist() == [-1, -1, -1]
+
+
+@pytest.mark.parametrize("length", [1e-30, 1.0, 1e11, 1e13, 1e17, 1e30, 3e38])
+def test_nonsense_is_further_than_any_length(length):
+    far = np.array([[length, 0]], np.float32)
+    centroids = np.concatenate([np.full((1, 2), np.nan, np.float32), far, far / 2])
+    assert products.assign(-far, centroids).tolist() == [2]
+    assert products.assign(-far, centroids[:2]).tolist() == [1]
 
 
 def test_zeros_have_cosine_zero_with_all():

@@ -291,7 +291,7 @@ def crowded_galleries(draw: st.DrawFn) -> list[np.ndarray]:
 
 @given(crowded_galleries(), st.sampled_from([9, 300, 1 << 25]))
 def test_ranks_are_those_of_exact_products(gallery, block):
-    """What rounding could tell apart, or put in another order, block by block."""
+    """Rounding could tell them apart, or put them in another order, block by block."""
     image, text, owner, subject = gallery
     tensors = [torch.from_numpy(array) for array in (image, text, subject, subject[owner])]
     with pytest.MonkeyPatch.context() as patch:
@@ -322,3 +322,23 @@ def test_rounding_of_the_product_does_not_count(monkeypatch):
     tensors = [torch.from_numpy(array) for array in (image, text, subject, subject[owner])]
     found = tuple(ranks.tolist() for ranks in retrieval._first_ranks(*tensors))
     assert found == exact
+
+
+def test_products_are_of_whole_float32_whatever_the_program_asked_for(monkeypatch):
+    asked, seen, numbers = torch.get_float32_matmul_precision(), [], retrieval._numbers
+
+    def watched(scores: torch.Tensor) -> torch.Tensor:
+        if scores.dtype == torch.float32:
+            kinds = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+            seen.append([kind.fp32_precision for kind in kinds])
+        return numbers(scores)
+
+    monkeypatch.setattr(retrieval, "_numbers", watched)
+    rows = torch.eye(4)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert recalls(rows, rows, torch.arange(4))["r_mean"] == 100
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(asked)
+    assert seen == [["ieee", "ieee"]]
