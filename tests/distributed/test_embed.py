@@ -114,19 +114,27 @@ def with_executions(count: int) -> RunConfig:
     return dataclasses.replace(CONFIG, ray=ray_config)
 
 
+def _is_first(claim: Path) -> bool:
+    """Return whether nobody has come before; of several at once only one is first."""
+    try:
+        claim.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def watched(folder: Path, killed: bool) -> Callable[..., Iterator[Any]]:
     """Return an execution that leaves a file named by its process; the first may kill itself.
 
-    It does so when it has reported a block and has more.
+    It does so with rows in its hands that nobody has received.
     """
     execution = embed_executions._execution
 
     def alike(*args: Any) -> Iterator[Any]:
         embed_executions.REPORT_S = 0.0
-        first = not list(folder.iterdir())
         (folder / f"{os.getpid()}-{len(args[0])}").touch()
-        for number, report in enumerate(execution(*args)):
-            if killed and first and number == 2:
+        for report in execution(*args):
+            if killed and _is_first(folder.parent / "first"):
                 os.kill(os.getpid(), signal.SIGKILL)
             yield report
 
