@@ -82,6 +82,7 @@ def caption(run: Run) -> Counts:
             for part in _parts(pairs, actors.workers, settings.batch_size)
         ]
         images = np.concatenate(ray.get(parts))
+        core.check_images(images)
         bar.follow(None)
         bar.update(pairs)
         if config.caption.nearest_to == "both":

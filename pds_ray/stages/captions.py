@@ -10,11 +10,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pds_ray.errors import ConfigError
 from pds_ray.stages import products
 from pds_ray.stages.products import Vectors
 
 LONGEST_LIST = 64
 """Captions looked at per image; equal texts count as often as they occur."""
+
+
+def check_images(vectors: np.ndarray) -> None:
+    """Raise ConfigError if embeddings of finished images, float32 [B, d], are not all finite."""
+    if bad := int((~np.isfinite(vectors).all(axis=1)).sum()):
+        raise ConfigError(
+            f"the encoder gave NaN or infinity for {bad:,} of the {len(vectors):,} finished images, to "
+            "which no caption is near; take --embed.precision fp32 with another --out"
+        )
 
 
 @dataclass

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pds_ray.errors import ConfigError
 from pds_ray.stages import captions as core
 
 
@@ -105,3 +106,11 @@ def test_captions_are_accepted_exactly_where_a_list_holds_one_and_never_twice(se
 def test_a_list_needs_a_caption():
     with pytest.raises(IndexError):
         core.choose([[]], [[]])
+
+
+def test_images_that_no_caption_is_near_to_are_counted():
+    vectors = np.ones((5, 3), np.float32)
+    core.check_images(vectors)
+    vectors[1, 2], vectors[4, 0], vectors[4, 1] = np.nan, np.inf, np.nan
+    with pytest.raises(ConfigError, match="for 2 of the 5 finished images"):
+        core.check_images(vectors)
