@@ -22,8 +22,8 @@ def check_images(vectors: np.ndarray) -> None:
     """Raise ConfigError if embeddings of finished images, float32 [B, d], are not all finite."""
     if bad := int((~np.isfinite(vectors).all(axis=1)).sum()):
         raise ConfigError(
-            f"the encoder gave NaN or infinity for {bad:,} of the {len(vectors):,} finished images, to "
-            "which no caption is near; take --embed.precision fp32 with another --out"
+            f"the encoder gave NaN or infinity for {bad:,} of the {len(vectors):,} finished "
+            "images, to which no caption is near; take --embed.precision fp32 with another --out"
         )
 
 
