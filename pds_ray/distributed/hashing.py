@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from pds_ray.distributed import tasks
@@ -18,9 +19,7 @@ def hash_files(
     """
     if len(names) <= FILES_PER_TASK:
         return folder.hash_files(names, lambda: step(1))
-    groups = [
-        names[start : start + FILES_PER_TASK] for start in range(0, len(names), FILES_PER_TASK)
-    ]
+    groups = tasks.groups(names, math.ceil(len(names) / FILES_PER_TASK))
     found: dict[str, str] = {}
     for part in tasks.map_in_order(_hashed, groups, folder):
         found |= part

@@ -70,13 +70,7 @@ def run_kmeans(
     If the process, its machine or some of the parts, which it fetches, are lost, it runs again on
     what the cluster has then, as often as `RetryBudget` allows.
     """
-    budget = RetryBudget()
-    while True:
-        try:
-            return _run_kmeans(function, parts, *args)
-        except LOST as error:
-            if not budget.spend(error):
-                raise
+    return _again_where_lost(lambda: _run_kmeans(function, parts, *args))
 
 
 def kmeans_places() -> int:
@@ -89,10 +83,14 @@ def kmeans_places() -> int:
 
 def retried(start: Callable[[], ray.ObjectRef]) -> Any:
     """Return the result of a task; it is started again where `RetryBudget` allows."""
+    return _again_where_lost(lambda: ray.get(start()))
+
+
+def _again_where_lost(work: Callable[[], Result]) -> Result:
     budget = RetryBudget()
     while True:
         try:
-            return ray.get(start())
+            return work()
         except LOST as error:
             if not budget.spend(error):
                 raise
