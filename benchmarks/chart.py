@@ -3,7 +3,8 @@
     python -m benchmarks.chart docs/methods.svg 'exact captions, 100 pairs=runs/clean/100' ...
 
 Each argument after the file is a panel: its title, the folder of the comparison and, after the last
-slash, the number of pairs or the bytes of the budget. Bars are the average of the backbones; a line
+slash, the number of pairs or the bytes of the budget. Of several of these, by comma, a later one
+adds its methods, in place of those of the same names. Bars are the average of the backbones; a line
 through the end of a bar is one deviation over the sets to either side, where several were made.
 """
 
@@ -90,11 +91,13 @@ def main() -> None:
     """Write the chart."""
     if len(sys.argv) < 3:
         raise SystemExit(__doc__)
-    panels = {}
+    panels: dict[str, dict[str, Json]] = {}
     for argument in sys.argv[2:]:
-        title, _, place = argument.rpartition("=")
-        folder, _, size = place.rpartition("/")
-        panels[title] = cells_of(folder, int(size))
+        title, _, places = argument.rpartition("=")
+        panels[title] = {}
+        for place in places.split(","):
+            folder, _, size = place.rpartition("/")
+            panels[title] |= cells_of(folder, int(size))
     Path(sys.argv[1]).write_text(draw(panels))
 
 
