@@ -30,7 +30,8 @@ eight cores with a GPU.
 # Work of one task: the driver's part of it, about a millisecond, is then a thousandth, and what a
 # lost task had done is soon done again
 TASK_S = 1.5
-TASKS_AT_LEAST = 1_000  # where there are so many shards: enough for some hundreds of cores
+TASKS_AT_LEAST = 1_000  # where there is work for them: enough for some hundreds of cores
+TASK_AT_LEAST_S = 0.25  # Ray takes some milliseconds of CPU for a task, on the machine that has it
 SUMS_BYTES = 128 << 20  # at most, of what is summed in one task
 RANGE_BYTES = 64 << 20  # sums of a range of matches, which are added up side by side
 SUMS_ADDED_TOGETHER = 64  # answers with sums, in one task per range
@@ -64,9 +65,12 @@ def pool_size(
 def task_count(shards: int, shard_s: float) -> int:
     """Return the number of tasks for shards that take `shard_s` seconds each.
 
-    A task has work of about TASK_S, or less where that makes fewer than TASKS_AT_LEAST.
+    A task has work of about TASK_S, or less, down to TASK_AT_LEAST_S, where that makes fewer than
+    TASKS_AT_LEAST.
     """
-    return max(1, min(shards, max(TASKS_AT_LEAST, math.ceil(shards * shard_s / TASK_S))))
+    work_s = shards * shard_s
+    enough = min(TASKS_AT_LEAST, math.ceil(work_s / TASK_AT_LEAST_S))
+    return max(1, min(shards, max(enough, math.ceil(work_s / TASK_S))))
 
 
 def column_seconds(rows: float) -> float:
@@ -90,7 +94,8 @@ def sum_task_count(shards: int, rows: float, matches: float, dim: int) -> int:
     """
     together = max(1, int(SUMS_BYTES / (2 * 8 * dim * max(1.0, matches))))
     by_time = task_count(shards, product_seconds(rows, 0, dim, "cpu"))
-    return max(by_time, math.ceil(shards / together))
+    # answers wait for each other in the object store: where shards are few, each has one of its own
+    return max(by_time, min(shards, TASKS_AT_LEAST), math.ceil(shards / together))
 
 
 def match_ranges(matches: int, dim: int) -> int:

@@ -11,6 +11,10 @@ bounded, too. So no row is lost that may be the nearest. The few that are left a
 float64, by sums in a fixed order. Thus an answer is the same bytes for any precision of the
 products, size of blocks, number of threads and device.
 
+Arrays are PyTorch's where it multiplies, on a GPU or bfloat16, else NumPy's, so that a CPU without
+bfloat16 never imports PyTorch. All is written once: both libraries have the functions that are
+used, under the same names.
+
 Vectors with NaN or infinity are near to nothing: such a row is never found, such a query finds no
 row.
 """
@@ -22,13 +26,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
-if TYPE_CHECKING:
-    import torch
-
+Array = Any  # of NumPy or of PyTorch
 Role = Literal["query", "row"]
 
 
@@ -44,7 +47,7 @@ class Block:
 
 # A CPU's products are 4 MiB, which its cache holds, and 16 MiB are kept; a GPU's are 512 MiB.
 BLOCKS = {"cpu": Block(512, 4_096, 16_384), "cuda": Block(8_192, 16_384, 16_384)}
-VECTORS_AT_ONCE = {"cpu": 512, "cuda": 8_192}  # rounded at once, in float64
+VECTORS_AT_ONCE = {"cpu": 128, "cuda": 8_192}  # rounded at once, in float64
 PAIRS_AT_ONCE = {"cpu": 256, "cuda": 16_384}  # ranked exactly at once
 GROUP = 32  # rows of which only the highest score is looked at first
 # candidates of a query from which a fine product is cheaper than an exact sum for each: one more
@@ -53,6 +56,7 @@ FEW, ROWS_PER_CANDIDATE = 16, 64
 LARGEST = 2.0**40  # far larger values have no squares in float32
 SHIFTED_BY = 1_000  # vectors whose mean all are shifted by
 TRIED = (512, 512, 768)  # rows, queries and dimensions of the product that is timed
+CPU_INFO = Path("/proc/cpuinfo")  # of Linux
 
 # The error of a sum of products, per term and in units of the sum of their sizes. A CPU rounds
 # each step to the nearest float32, 2^-24. A tensor core cuts off, at 2^-23, what it has aligned to
@@ -67,6 +71,8 @@ class Arithmetic:
 
     stored: str
     """Type of the vectors that are multiplied."""
+    scores: str
+    """Type of the results."""
     work: str
     """Type in which they are shifted."""
     pieces: int
@@ -77,10 +83,10 @@ class Arithmetic:
     """Error of storing a result, relative."""
 
 
-FINE = Arithmetic("float64", "float64", 1, 2.0**-50, 0.0)
-PLAIN = Arithmetic("float32", "float32", 1, CPU_SUM, 0.0)
-FAST = Arithmetic("bfloat16", "float32", 3, CPU_SUM, 2.0**-8)
-GPU = Arithmetic("bfloat16", "float32", 3, GPU_SUM, 0.0)
+FINE = Arithmetic("float64", "float64", "float64", 1, 2.0**-50, 0.0)
+PLAIN = Arithmetic("float32", "float32", "float32", 1, CPU_SUM, 0.0)
+FAST = Arithmetic("bfloat16", "bfloat16", "float32", 3, CPU_SUM, 2.0**-8)
+GPU = Arithmetic("bfloat16", "float32", "float32", 3, GPU_SUM, 0.0)
 
 
 def coarse(device: str) -> Arithmetic:
@@ -95,35 +101,69 @@ def has_fast_bfloat16() -> bool:
     """Return whether this CPU multiplies bfloat16 faster than float32.
 
     It is tried, in some 20 ms, as each kind of CPU has another name for that. No answer depends on
-    it.
+    it. A CPU that lacks bfloat16 is not tried, as PyTorch takes seconds and 0.5 GiB to import.
     """
+    if not _knows_bfloat16():
+        return False
     import torch
 
     rows, queries, dim = TRIED
-    seconds = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        left, right = torch.ones(rows, dim, dtype=dtype), torch.ones(queries, dim, dtype=dtype)
+    seconds = []
+    for xp, dtype in ((torch, torch.bfloat16), (np, np.float32)):
+        left, right = xp.ones((rows, dim), dtype=dtype), xp.ones((queries, dim), dtype=dtype)
         tries = []
         for _ in range(4):  # the first one sets up
             began = time.perf_counter()
-            _product(left, right, torch.empty(rows, queries, dtype=dtype))
+            _product(left, right, xp.empty((rows, queries), dtype=dtype))
             tries.append(time.perf_counter() - began)
-        seconds[dtype] = min(tries)
-    return seconds[torch.bfloat16] < seconds[torch.float32]
+        seconds.append(min(tries))
+    low, plain = seconds
+    return low < plain
 
 
-def _product(rows: torch.Tensor, queries: torch.Tensor, scores: torch.Tensor) -> None:
-    """Multiply vectors [n, k] and [b, k] into scores [n, b]."""
+def _knows_bfloat16() -> bool:
+    """Return whether this CPU may have instructions for bfloat16: on Linux their names say so."""
+    return not CPU_INFO.exists() or "bf16" in CPU_INFO.read_text()
+
+
+def _library(array: Array) -> Any:
+    """Return numpy or torch, to which an array belongs."""
+    if isinstance(array, np.ndarray):
+        return np
     import torch
 
-    low = rows.dtype == torch.bfloat16
-    if rows.is_cuda and low:
-        torch.mm(rows, queries.T, out_dtype=torch.float32, out=scores)
-    elif rows.is_cuda or low:
+    return torch
+
+
+def _on(array: np.ndarray, device: str) -> Array:
+    """Return an array that is not to be written to, of PyTorch if on a GPU."""
+    return array if device == "cpu" else _tensor(array).to(device)
+
+
+def _tensor(array: Array) -> Array:
+    """Return an array of either library as one of PyTorch that is not to be written to."""
+    import torch
+
+    with warnings.catch_warnings():  # of arrays that are read-only, as Ray's are
+        warnings.simplefilter("ignore")
+        return torch.as_tensor(array)
+
+
+def _on_host(array: Array) -> np.ndarray:
+    return array if isinstance(array, np.ndarray) else array.cpu().numpy()
+
+
+def _product(rows: Array, queries: Array, scores: Array) -> None:
+    """Multiply vectors [n, k] and [b, k] into scores [n, b]."""
+    if isinstance(scores, np.ndarray):
+        np.matmul(rows, queries.T, out=scores)
+        return
+    import torch
+
+    if rows.dtype == scores.dtype:
         torch.mm(rows, queries.T, out=scores)
     else:
-        # not torch's, which is less than float32 wherever somebody in the process asked for that
-        np.matmul(rows.numpy(), queries.numpy().T, out=scores.numpy())
+        torch.mm(rows, queries.T, out_dtype=scores.dtype, out=scores)
 
 
 # ---- vectors -----------------------------------------------------------------------------------
@@ -133,16 +173,16 @@ def _product(rows: torch.Tensor, queries: torch.Tensor, scores: torch.Tensor) ->
 class Rounded:
     """Rounded vectors on a device, and what is known of them."""
 
-    columns: torch.Tensor
+    columns: Array
     """[n, k]: h, its own -|h|^2 / 2, ones for that of the other side; a row has them swapped."""
-    residual: torch.Tensor
+    residual: Array
     """float64 [n]: a bound of the norm of what rounding took."""
-    square: torch.Tensor
+    square: Array
     """float64 [n]: |h|^2, and 1 more for a vector of zeros that should be a unit vector."""
-    usable: torch.Tensor
+    usable: Array
     """bool [n]: True where finite."""
-    largest: float
-    """The largest value of those."""
+    longest: float
+    """The largest norm of those."""
 
     def part(self, some: slice) -> Rounded:
         """Return some of them."""
@@ -155,51 +195,51 @@ class Rounded:
         )
 
 
+@np.errstate(all="ignore")  # values that are too large or not finite
 def rounded(
-    raw: torch.Tensor, role: Role, unit: bool, shift: np.ndarray, arithmetic: Arithmetic
+    raw: Array, role: Role, unit: bool, shift: np.ndarray, arithmetic: Arithmetic
 ) -> Rounded:
     """Bring vectors, float32 [n, d], to unit length if asked to, shift them and round them."""
-    import torch
-
-    device, step = raw.device, VECTORS_AT_ONCE[raw.device.type]
-    work, dtype = getattr(torch, arithmetic.work), getattr(torch, arithmetic.stored)
+    xp, device = _library(raw), raw.device
+    step = VECTORS_AT_ONCE["cpu" if str(device) == "cpu" else "cuda"]
+    work, stored = getattr(xp, arithmetic.work), getattr(xp, arithmetic.stored)
     (count, dim), pieces = raw.shape, arithmetic.pieces
     own, ones = dim + pieces * (role == "row"), dim + pieces * (role == "query")
     width = -(-(dim + 2 * pieces) // 8) * 8  # as tensor cores like it
-    columns = torch.zeros(count, width, dtype=dtype, device=device)
+    columns = xp.zeros((count, width), dtype=stored, device=device)
     columns[:, ones : ones + pieces] = 1
-    residual, square, largest = torch.zeros(3, count, dtype=torch.float64, device=device)
-    moved = torch.tensor(shift, dtype=work, device=device)
-    eps, least = torch.finfo(work).eps, torch.finfo(work).tiny ** 0.5
+    residual, square, norm = xp.zeros((3, count), dtype=xp.float64, device=device)
+    moved = xp.asarray(shift, dtype=work, device=device)
+    eps, least = float(xp.finfo(work).eps), float(xp.finfo(work).tiny) ** 0.5
     for start in range(0, count, step):
         some = slice(start, start + step)
-        values = raw[some]
-        largest[some] = values.abs().amax(dim=1)
-        usable = torch.isfinite(largest[some])
-        values = values.where(usable[:, None], 0)
+        values = xp.asarray(raw[some], dtype=xp.float64)  # which holds all their squares
+        norms = xp.sqrt(xp.square(values).sum(axis=1))
+        norm[some], usable = norms, xp.isfinite(norms)
+        values[~usable] = 0
         zero = 0.0
         if unit:
-            values = values.double()
-            norms = torch.linalg.vector_norm(values, dim=1, keepdim=True)
-            zero = (norms[:, 0] == 0).to(work)
-            values /= norms.where(norms > 0, 1)
-        values = values.to(work) - moved
+            zero = norms == 0
+            values *= (1 / xp.where(norms > 0, norms, 1.0))[:, None]
+        values = xp.asarray(values, dtype=work) - moved
         columns[some, :dim] = values
-        near = columns[some, :dim].to(work)
-        squares = near.square().sum(dim=1) + zero
+        near = xp.asarray(columns[some, :dim], dtype=work)
+        squares = xp.square(near).sum(axis=1) + zero
         square[some] = squares
         # rounding, which is summed; shifting; unit length; values too small for the type
-        residual[some] = torch.linalg.vector_norm(values - near, dim=1) * (1 + dim * eps)
-        residual[some] += 2 * eps * (square[some].sqrt() + unit) + dim * 2.0**-52 * unit
+        if stored != work:
+            lost = xp.sqrt(xp.square(values - near).sum(axis=1))
+            residual[some] = lost * (1 + dim * eps)
+        residual[some] += 2 * eps * (xp.sqrt(square[some]) + unit) + dim * 2.0**-52 * unit
         residual[some] += 2**12 * least
         rest = squares / -2
         for piece in range(own, own + pieces):
             columns[some, piece] = rest
-            rest = rest - columns[some, piece].to(work)
-        columns[some, own][~usable] = torch.finfo(dtype).min / 8  # further than any
-    usable = torch.isfinite(largest)
-    highest = float(largest[usable].max()) if bool(usable.any()) else 0.0
-    return Rounded(columns, residual, square, usable, highest)
+            rest = rest - xp.asarray(columns[some, piece], dtype=work)
+        columns[some, own][~usable] = float(xp.finfo(stored).min) / 8  # further than any
+    usable = xp.isfinite(norm)
+    longest = float(norm[usable].max()) if bool(usable.any()) else 0.0
+    return Rounded(columns, residual, square, usable, longest)
 
 
 class Vectors:
@@ -222,24 +262,22 @@ class Vectors:
         self.shift = _middle(self.raw, unit) if shift is None else shift
 
     @functools.cached_property
-    def values(self) -> torch.Tensor:
+    def values(self) -> Array:
         """The vectors on the device, float32 [n, d], not to be written to."""
-        import torch
-
-        with warnings.catch_warnings():  # of arrays that are read-only, as Ray's are
-            warnings.simplefilter("ignore")
-            return torch.from_numpy(self.raw).to(self.device)
+        return _on(self.raw, self.device)
 
     @functools.cached_property
     def coarse(self) -> Rounded:
         """The form for the first pass."""
-        return self._rounded(self.values, coarse(self.device))
+        arithmetic = coarse(self.device)
+        low = arithmetic.stored == "bfloat16"  # which NumPy lacks
+        return self._rounded(_tensor(self.values) if low else self.values, arithmetic)
 
     def fine(self, which: np.ndarray | slice) -> Rounded:
         """Return some vectors in their form for the second pass, which is not kept."""
         return self._rounded(self.values[which], FINE)
 
-    def _rounded(self, values: torch.Tensor, arithmetic: Arithmetic) -> Rounded:
+    def _rounded(self, values: Array, arithmetic: Arithmetic) -> Rounded:
         return rounded(values, self.role, self.unit, self.shift, arithmetic)
 
     def opposite(self, raw: np.ndarray) -> Vectors:
@@ -298,9 +336,9 @@ class Search:
         most = FEW + 4 * self.count + len(self.rows.raw) // ROWS_PER_CANDIDATE
         arithmetic = coarse(self.queries.device)
         queries, rows = self.queries.coarse, self.rows.coarse
-        if max(queries.largest, rows.largest) > LARGEST and not self.queries.unit:
+        if max(queries.longest, rows.longest) > LARGEST and not self.queries.unit:
             nothing = np.zeros(0, np.int64)
-            yield Pairs(nothing, nothing), np.flatnonzero(queries.usable.cpu().numpy())
+            yield Pairs(nothing, nothing), np.flatnonzero(_on_host(queries.usable))
             return
         for first in range(0, len(self.reach), self.block.queries):
             some = slice(first, first + self.block.queries)
@@ -318,6 +356,7 @@ class Search:
             pairs, _ = self._pairs(queries, self.rows.fine, reach, FINE, np.inf)
             yield Pairs(mine[pairs.query], pairs.row)
 
+    @np.errstate(all="ignore")  # distances that are infinite
     def _pairs(
         self,
         queries: Rounded,
@@ -327,82 +366,85 @@ class Search:
         most: float,
     ) -> tuple[Pairs, np.ndarray]:
         """Return candidates, and the queries that have more than `most`, of one block."""
-        import torch
-
-        device = queries.columns.device
-        nearest = torch.tensor(reach, dtype=torch.float64, device=device)
-        seen = torch.zeros(len(reach), device=device)
+        xp, device = _library(queries.columns), queries.columns.device
+        nearest = xp.asarray(reach, dtype=xp.float64, device=device)
+        seen = xp.zeros(len(reach), dtype=xp.float64, device=device)
         found = []
         for start in range(0, len(self.rows.raw), self.block.kept):
             some = rows(slice(start, start + self.block.kept))
-            scores, highest = self._scores(queries, some)
+            scores, highest = self._scores(queries, some, arithmetic)
             apart = queries.residual + some.residual.max()
             sizes = queries.square + some.square.max()
             slack = arithmetic.summed * queries.columns.shape[1] * sizes + 2.0**-100
-            score = self._last(scores, highest).double().clamp(max=0)
+            score = xp.asarray(self._last(scores, highest), dtype=xp.float64)
+            score = xp.where(score > 0, 0.0, score)
             # of the last row that counts, at most
-            distance = (2 * (slack - score / (1 - arithmetic.result))).sqrt() + apart
-            nearest = torch.minimum(nearest, distance)
-            lowest = ((self._tied(nearest) + apart).square() / -2 - slack) * (1 + arithmetic.result)
-            lowest = (lowest * (1 + 2.0**-20)).float()  # rounded down
+            distance = xp.sqrt(2 * (slack - score / (1 - arithmetic.result))) + apart
+            nearest = xp.minimum(nearest, distance)
+            furthest = self._tied(nearest) + apart
+            lowest = (xp.square(furthest) / -2 - slack) * (1 + arithmetic.result)
+            lowest = xp.asarray(lowest * (1 + 2.0**-20), dtype=xp.float32)  # rounded down
             near = highest >= lowest
-            seen += near.sum(dim=0)
-            group, query = (near & (seen <= most)).nonzero(as_tuple=True)
-            place, row = (
-                scores.view(-1, GROUP, len(reach))[group, :, query] >= lowest[query, None]
-            ).nonzero(as_tuple=True)
+            seen += near.sum(axis=0)
+            group, query = xp.where(near & (seen <= most))
+            place, row = xp.where(
+                scores.reshape(-1, GROUP, len(reach))[group, :, query] >= lowest[query, None]
+            )
             row, query = row + GROUP * group[place], query[place]
             exists = row < len(some.usable)  # scores are padded to whole groups
             row, query = row[exists], query[exists]
             usable = some.usable[row] & queries.usable[query]
-            found.append((query[usable].cpu().numpy(), row[usable].cpu().numpy() + start))
+            found.append((_on_host(query[usable]), _on_host(row[usable]) + start))
         pairs = Pairs(*(np.concatenate(each) for each in zip(*found, strict=True)))
-        many = ((seen > most) & queries.usable).cpu().numpy()
+        many = _on_host((seen > most) & queries.usable)
         many |= np.bincount(pairs.query, minlength=len(many)) > most
         given = ~many[pairs.query]
         return Pairs(pairs.query[given], pairs.row[given]), np.flatnonzero(many)
 
-    def _scores(self, queries: Rounded, rows: Rounded) -> tuple[torch.Tensor, torch.Tensor]:
+    def _scores(
+        self, queries: Rounded, rows: Rounded, arithmetic: Arithmetic
+    ) -> tuple[Array, Array]:
         """Return the score -D^2 / 2 of each row, [n, b], and the highest of each GROUP rows.
 
         n is a multiple of GROUP: there are further rows of score -inf.
         """
-        import torch
-
+        xp, device = _library(queries.columns), queries.columns.device
         count, asked = len(rows.usable), len(queries.usable)
-        low = queries.columns.is_cuda and queries.columns.dtype == torch.bfloat16
-        dtype = torch.float32 if low else queries.columns.dtype
         groups = -(-count // GROUP)
-        scores = queries.columns.new_empty(groups * GROUP, asked, dtype=dtype)
-        scores[count:] = -torch.inf
+        dtype = getattr(xp, arithmetic.scores)
+        scores = xp.empty((groups * GROUP, asked), dtype=dtype, device=device)
+        scores[count:] = -np.inf
         for start in range(0, count, self.block.rows):
             some = slice(start, min(start + self.block.rows, count))
             _product(rows.columns[some], queries.columns, scores[some])
-        return scores, scores.view(groups, GROUP, asked).amax(dim=1)
+        return scores, xp.amax(scores.reshape(groups, GROUP, asked), axis=1)
 
-    def _last(self, scores: torch.Tensor, highest: torch.Tensor) -> torch.Tensor:
+    def _last(self, scores: Array, highest: Array) -> Array:
         """Return a score that at least `count` rows reach, [b], as high as is found quickly."""
+        xp = _library(scores)
         if self.count == 1:
-            return highest.amax(dim=0)
+            return xp.amax(highest, axis=0)
         if self.count > len(scores):
-            return highest.new_full((scores.shape[1],), -float("inf"))
+            return xp.full_like(highest[0], -np.inf)
         several = highest if self.count <= len(highest) else scores
+        if xp is np:
+            return np.partition(several, -self.count, axis=0)[-self.count]
         return several.float().topk(self.count, dim=0).values[-1]
 
-    def _tied(self, distance: torch.Tensor) -> torch.Tensor:
+    def _tied(self, distance: Array) -> Array:
         """Return the distance up to which a row may rank with one of this distance.
 
         Cosines are compared in float32, squared distances as far as float64 sums tell them apart.
         """
         if self.queries.unit:
-            return (distance.square() + 2.0**-21).sqrt()
+            return (distance**2 + 2.0**-21) ** 0.5
         return distance * (1 + self.queries.raw.shape[1] * 2.0**-50)
 
 
 # ---- exact values ------------------------------------------------------------------------------
 
 
-def _folded(terms: torch.Tensor) -> torch.Tensor:
+def _folded(terms: Array) -> Array:
     """Sum terms, float64 [m, d], which are overwritten: halves are added until one is left.
 
     The order depends on d alone, so that the bytes are the same on every machine and device.
@@ -415,26 +457,30 @@ def _folded(terms: torch.Tensor) -> torch.Tensor:
     return terms[:, 0]
 
 
-def _sums(
-    terms: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], pairs: Pairs, device: str
-) -> np.ndarray:
+def _sums(terms: Callable[[Array, Array], Array], pairs: Pairs, device: str) -> np.ndarray:
     """Sum the terms of each pair, float64 [pairs], some pairs at once."""
-    import torch
-
     found, step = np.empty(len(pairs.query)), PAIRS_AT_ONCE[device]
     for start in range(0, len(found), step):
         some = slice(start, start + step)
-        query, row = (torch.from_numpy(each[some]).to(device) for each in (pairs.query, pairs.row))
-        found[some] = _folded(terms(query, row)).cpu().numpy()
+        query, row = (_on(each[some], device) for each in (pairs.query, pairs.row))
+        found[some] = _on_host(_folded(terms(query, row)))
     return found
+
+
+def _exactly(vectors: Array) -> Array:
+    """Return float32 vectors as new ones of float64, which holds the product of any two of them."""
+    xp = _library(vectors)
+    return xp.asarray(vectors, dtype=xp.float64)
 
 
 def _norms(vectors: Vectors, which: np.ndarray) -> np.ndarray:
     """Return the norms of some vectors, float64 [m]."""
     own, place = np.unique(which, return_inverse=True)
 
-    def terms(row: torch.Tensor, _same: torch.Tensor) -> torch.Tensor:
-        return vectors.values[row].double().square_()
+    def terms(row: Array, _same: Array) -> Array:
+        values = _exactly(vectors.values[row])
+        values *= values
+        return values
 
     return np.sqrt(_sums(terms, Pairs(own, own), vectors.device))[place]
 
@@ -442,9 +488,10 @@ def _norms(vectors: Vectors, which: np.ndarray) -> np.ndarray:
 def cosines(queries: Vectors, rows: Vectors, pairs: Pairs) -> np.ndarray:
     """Return the cosine of each pair, float32 [pairs]: rounded once, from float64."""
 
-    def terms(query: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-        # exact: float64 holds any product of two float32
-        return queries.values[query].double().mul_(rows.values[row])
+    def terms(query: Array, row: Array) -> Array:
+        values = _exactly(queries.values[query])
+        values *= rows.values[row]
+        return values
 
     norms = _norms(queries, pairs.query) * _norms(rows, pairs.row)
     products = _sums(terms, pairs, queries.device)
@@ -457,8 +504,11 @@ def squared_distances(queries: Vectors, rows: Vectors, pairs: Pairs) -> np.ndarr
     That needs none to be the nearest.
     """
 
-    def terms(query: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-        return queries.values[query].double().sub_(rows.values[row]).square_()
+    def terms(query: Array, row: Array) -> Array:
+        values = _exactly(queries.values[query])
+        values -= rows.values[row]
+        values *= values
+        return values
 
     several = np.bincount(pairs.query)[pairs.query] > 1
     found = np.zeros(len(several))

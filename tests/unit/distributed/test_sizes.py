@@ -18,7 +18,8 @@ SECONDS = st.floats(1e-4, 1e3)
 def test_a_task_has_work_of_seconds_or_there_are_enough_tasks(shards: int, shard_s: float) -> None:
     count = sizes.task_count(shards, shard_s)
     assert 1 <= count <= max(1, shards)
-    assert count == max(1, shards) or count >= sizes.TASKS_AT_LEAST
+    few = count < min(shards, sizes.TASKS_AT_LEAST)
+    assert not few or count == max(1, math.ceil(shards * shard_s / sizes.TASK_AT_LEAST_S))
     together = math.ceil(shards / count)
     assert together <= 1 or (together - 1) * shard_s <= sizes.TASK_S
 
@@ -26,6 +27,13 @@ def test_a_task_has_work_of_seconds_or_there_are_enough_tasks(shards: int, shard
 @given(st.integers(1, 10**6), st.integers(1, 10**6), SECONDS)
 def test_more_shards_are_never_fewer_tasks(few: int, more: int, shard_s: float) -> None:
     assert sizes.task_count(few, shard_s) <= sizes.task_count(few + more, shard_s)
+
+
+def test_tasks_of_few_shards() -> None:
+    """A hundred shards of 5,000 pairs on a laptop: Ray's own work is no more than theirs."""
+    assert sizes.task_count(100, sizes.column_seconds(5_000)) == 10
+    assert sizes.task_count(100, sizes.product_seconds(5_000, 10_000, DIM, "cpu")) == 100
+    assert sizes.sum_task_count(100, 6_000, 500, DIM) == 100
 
 
 def test_tasks_of_400m_pairs() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import astuple
@@ -251,19 +253,20 @@ def test_no_row_is_lost_that_may_be_the_nearest(arithmetic, unit, drawn, block):
 
 
 @settings(max_examples=40)
-@given(arithmetics, st.booleans(), worlds)
-def test_the_residual_bounds_what_rounding_took(arithmetic, unit, drawn):
+@given(arithmetics, st.booleans(), worlds, st.booleans())
+def test_the_residual_bounds_what_rounding_took(arithmetic, unit, drawn, by_torch):
     raw, _ = world(drawn)
     shift = np.random.default_rng(drawn[0]).standard_normal(raw.shape[1]).astype(np.float32) / 8
-    made = products.rounded(torch.tensor(raw), "query", unit, shift, ARITHMETICS[arithmetic])
+    given = torch.tensor(raw) if by_torch or arithmetic == "bfloat16" else raw
+    made = products.rounded(given, "query", unit, shift, ARITHMETICS[arithmetic])
     exact = raw.astype(np.longdouble)
     if unit:
         norms = np.sqrt((exact**2).sum(axis=1, keepdims=True))
         exact = exact / np.where(norms == 0, 1, norms)
-    near = made.columns[:, : raw.shape[1]].double().numpy().astype(np.longdouble)
+    near = torch.as_tensor(made.columns[:, : raw.shape[1]]).double().numpy()
     taken = np.sqrt(((exact - shift - near) ** 2).sum(axis=1))
     small = np.abs(raw).max(axis=1) < products.LARGEST  # larger ones are for the second pass
-    assert (taken <= made.residual.numpy())[small | unit].all()
+    assert (taken <= np.asarray(made.residual))[small | unit].all()
 
 
 # ---- single cases ------------------------------------------------------------------------------
@@ -424,6 +427,48 @@ def test_the_first_pass_leaves_few_candidates():
         found = list(search.coarse())
     assert sum(len(pairs.query) for pairs, _ in found) < 3 * 50
     assert sum(len(many) for _, many in found) == 0
+
+
+def test_a_cpu_without_bfloat16_imports_no_torch(tmp_path):
+    """It is megabytes by the hundred in each worker, and seconds, which no product is worth."""
+    flags = tmp_path / "cpuinfo"
+    flags.write_text("flags : fpu sse2 avx2\n")
+    code = f"""
+import sys
+from pathlib import Path
+import numpy as np
+from pds_ray.stages import products
+products.CPU_INFO = Path({str(flags)!r})
+some = np.eye(40, dtype=np.float32)
+some[20:] += 1  # many rows tie, so that both passes are made
+assert products.nearest_rows(some, some)[1].tolist() == list(range(40))
+assert products.assign(some, some).tolist() == list(range(40))
+assert products.top_rows(some, some, 3)[1].shape == (40, 3)
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "knows"),
+    [
+        ("flags : avx2 fma avx512_bf16", True),
+        ("flags : avx512f amx_bf16 amx_tile", True),
+        ("Features : asimd bf16 i8mm", True),
+        ("flags : avx2 fma f16c", False),
+        (None, True),  # not Linux
+    ],
+)
+def test_bfloat16_is_tried_where_the_cpu_may_know_it(text, knows, tmp_path, monkeypatch):
+    file = tmp_path / "cpuinfo"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(products, "CPU_INFO", file)
+    tried = []
+    monkeypatch.setattr(products, "_product", lambda *_: tried.append(1))
+    fast = products.has_fast_bfloat16.__wrapped__()
+    assert bool(tried) == knows
+    assert knows or not fast
 
 
 def test_a_gpu_gives_the_same_bytes():

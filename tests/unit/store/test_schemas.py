@@ -56,6 +56,20 @@ def test_embeddings_are_little_endian_numbers_one_after_the_other():
     assert found == struct.pack("<2f", 1.0, 1e30)
 
 
+def test_every_half_is_read_bit_for_bit():
+    """Zeros, subnormals, infinities and all that are not numbers; of finite ones alone, too."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    for halves in (every, every[np.isfinite(every)]):
+        schema = pa.schema([schemas.embedding_field(len(halves), "float16")])
+        table = pa.table({"embedding": embedding_array(halves[None], "float16")}, schema=schema)
+        exact = [struct.unpack("<e", half.tobytes())[0] for half in halves]
+        expected = np.array(exact, np.float32)
+        found = embeddings(table)[0]
+        numbers = ~np.isnan(expected)
+        np.testing.assert_array_equal(np.isnan(found), ~numbers)
+        assert found[numbers].tobytes() == expected[numbers].tobytes()
+
+
 def test_no_rows_keep_the_width():
     schema = schemas.image_schema(7, "float16")
     assert embeddings(schema.empty_table()).shape == (0, 7)
