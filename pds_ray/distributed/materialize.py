@@ -16,7 +16,6 @@ from pds_ray.methods.pds import judged
 from pds_ray.stages import extras as core
 from pds_ray.stages import materialize as writing
 from pds_ray.stages.candidates import REAL
-from pds_ray.stages.match import sum_counts
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import embeddings, vectors
@@ -42,10 +41,9 @@ def _similarity(run: Run) -> np.ndarray:
         image, text = (vectors(prototypes, f"{side}_prototype") for side in ("image", "text"))
         return core.clip_similarity(image, text, config.temperature, config.share)
     with progress_bar("soft targets", len(run.shard_names), "shards") as bar:
-        cells, counts, _ = sum_counts(counted(run, bar))
-    clusters = run.config.pairs
+        table = counted(run, bar)
     image, text = (prototypes.column(f"{side}_cluster").to_numpy() for side in ("image", "text"))
-    return core.table_similarity(cells, counts, clusters, image, text, config.share)
+    return core.table_similarity(table, image, text, config.share)
 
 
 def _captions(run: Run) -> list[list[str]]:
