@@ -73,9 +73,9 @@ def table_similarity(
     for cells, counts in table.parts:
         row, column = rows[cells // table.clusters], columns[cells % table.clusters]
         chosen = (row >= 0) & (column >= 0)
-        row, column, counts = row[chosen], column[chosen], counts[chosen]
-        shared = np.bincount(row, weights=counts, minlength=len(found))
-        found[row, column] = counts / shared[row]
+        row, column, shared = row[chosen], column[chosen], counts[chosen]
+        of_row = np.bincount(row, weights=shared, minlength=len(found))
+        found[row, column] = shared / of_row[row]
     found[(alone := np.flatnonzero(~found.any(axis=1))), alone] = 1
     return _blended(found, share)
 

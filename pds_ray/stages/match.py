@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import scipy.sparse as sp
@@ -63,10 +64,7 @@ def merge_counts(*parts: Counts) -> Counts:
 def split_counts(counts: Counts, bounds: Sequence[int], clusters: int) -> list[Counts]:
     """Return the parts of a table between each two bounds of image clusters, which ascend."""
     places = np.searchsorted(counts[0], np.asarray(bounds, np.int64) * clusters)
-    return [
-        (counts[0][start:end], counts[1][start:end])
-        for start, end in zip(places[:-1], places[1:], strict=True)
-    ]
+    return [(counts[0][start:end], counts[1][start:end]) for start, end in pairwise(places)]
 
 
 def size_of(counts: Counts) -> tuple[int, int]:
@@ -104,8 +102,8 @@ def _assign_dense(table: Table) -> tuple[np.ndarray, np.ndarray]:
 class _Given(sp.csr_array):
     """An array that is given away: the solver copies others before it begins."""
 
-    def astype(self, dtype: type, casting: str = "unsafe", copy: bool = True) -> sp.csr_array:
-        return super().astype(dtype, casting, copy=False)
+    def astype(self, dtype: type, **_: object) -> sp.csr_array:
+        return super().astype(dtype, copy=False)
 
 
 def _assign_sparse(table: Table) -> tuple[np.ndarray, np.ndarray]:
