@@ -6,6 +6,7 @@ process to receive. A tree of tasks adds it up, range by range.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,10 +14,8 @@ import numpy as np
 import ray
 from tqdm import tqdm
 
-from pds_ray.distributed import tasks
-from pds_ray.distributed.sizes import ADDED_TOGETHER
-
-ADDED_AT_ONCE = 8  # by tasks for each range; else answers would come sooner than they are added up
+from pds_ray.distributed import pools, tasks
+from pds_ray.distributed.sizes import ADDED_TOGETHER, additions_at_once
 
 Parts = Sequence[ray.ObjectRef]
 """A part of an answer for each range."""
@@ -41,6 +40,8 @@ def added_up(
     `add(*parts)` returns the sum of neighbours, in their order. `bar` counts shards.
     """
     levels: list[list[Parts]] = [[]]
+    started: deque[Parts] = deque()
+    at_once = additions_at_once(pools.ONE_CPU.places)
     answers = tasks.map_to_store(function, groups, *shared, results=ranges + 1)
     for group, (*parts, _) in zip(groups, answers, strict=True):
         levels[0].append(parts)
@@ -50,9 +51,10 @@ def added_up(
                 break
             if level + 1 == len(levels):
                 levels.append([])
-            for earlier in levels[level + 1][:-ADDED_AT_ONCE]:
-                tasks.await_all(earlier)
-            levels[level + 1].append(_sum(add, waiting))
+            if len(started) == at_once:  # else answers would come sooner than they are added up
+                tasks.await_all(started.popleft())
+            started.append(_sum(add, waiting))
+            levels[level + 1].append(started[-1])
             waiting.clear()
     left = [parts for waiting in reversed(levels) for parts in waiting]
     while len(left) > 1:

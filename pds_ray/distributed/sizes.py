@@ -117,6 +117,11 @@ def table_ranges(pairs: int, clusters: int) -> int:
     return max(1, min(clusters, TABLE_RANGES, math.ceil(CELL_BYTES * cells / RANGE_BYTES)))
 
 
+def additions_at_once(cpus: float) -> int:
+    """Return the number of tasks per range that add up at once: of answers as many as CPUs."""
+    return max(1, int(cpus / ADDED_TOGETHER))
+
+
 def additions(answers: int) -> int:
     """Return the number of tasks for each range in which a tree adds up answers."""
     found = 0

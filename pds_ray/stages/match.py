@@ -91,10 +91,9 @@ def assign_clusters(table: Table, solver: str = "auto") -> tuple[np.ndarray, np.
 
 def _assign_dense(table: Table) -> tuple[np.ndarray, np.ndarray]:
     # negative and to be minimised: to maximise, the solver would work on a negative copy
-    costs = np.zeros(table.clusters**2)
+    costs = np.zeros((table.clusters, table.clusters))
     for cells, counts in table.parts:
-        costs[cells] = -counts
-    costs = costs.reshape(table.clusters, table.clusters)
+        costs.reshape(-1)[cells] = -counts
     image, text_of = linear_sum_assignment(costs)
     return text_of, -costs[image, text_of].astype(np.int64)
 

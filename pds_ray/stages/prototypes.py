@@ -233,15 +233,12 @@ def merged(parts: Sequence[Prototypes]) -> Prototypes:
         np.concatenate([getattr(part, name) for part in parts]) for name in ("cosine", "match")
     )
     order = np.lexsort((match, -cosine))
-    sides = []
-    for name in ("image", "text"):
-        vectors = [getattr(part, name) for part in parts]
-        found = np.empty((len(order), vectors[0].shape[1]), np.float32)  # the one copy of them
-        places = np.split(np.argsort(order), np.cumsum([len(own) for own in vectors[:-1]]))
-        for place, own in zip(places, vectors, strict=True):
-            found[place] = own
-        sides.append(found)
-    return Prototypes(*sides, cosine[order], match[order])
+    # the one copy of the vectors
+    image, text = np.empty((2, len(order), parts[0].image.shape[1]), np.float32)
+    places = np.split(np.argsort(order), np.cumsum([len(part.match) for part in parts[:-1]]))
+    for place, part in zip(places, parts, strict=True):
+        image[place], text[place] = part.image, part.text
+    return Prototypes(image, text, cosine[order], match[order])
 
 
 def members(sums: Sums) -> Members:
