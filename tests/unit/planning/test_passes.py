@@ -141,9 +141,11 @@ def test_memory_of_the_driver() -> None:
     assert beyond("cluster") == 2 * vectors
     assert beyond("prototypes") == 2 * vectors + 1_500 * 100_000
     assert beyond("prototypes", prototypes__center="medoid") == 6 * vectors + 1_500 * 100_000
-    lists = 2 * 64 * 24 * 100_000
-    assert beyond("caption", caption__nearest_to="picture") == 3 * vectors + lists
-    assert beyond("caption", caption__nearest_to="both") == 4 * vectors + lists
+    assert beyond("caption", caption__round_trip=False) == 3 * vectors
+    lists = {"caption__round_trip": True}
+    assert beyond("caption", **lists) == 3 * vectors + 2 * 64 * 24 * 100_000
+    both = {**lists, "caption__nearest_to": "both"}
+    assert beyond("caption", **both) == beyond("caption", **lists) + vectors
     assert beyond("caption", caption__nearest_to="prototype") == 2 * vectors
     assert beyond("materialize") == 4 * vectors + 5_000 * 100_000
     with_targets = beyond("materialize", pairs=1_000, extras__similarity="clip")
