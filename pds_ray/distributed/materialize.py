@@ -1,9 +1,10 @@
-"""The distilled set: what `extras` asks for is gathered from the shards; tasks write the tars."""
+"""The distilled set: what `extras` asks for is gathered from the shards; tasks write it."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable, Iterator
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,8 +31,13 @@ def materialize(run: Run) -> Counts:
     config = run.config.extras
     captions = _captions(run) if config.captions else None
     similarity = _similarity(run) if config.similarity != "off" else None
-    share = partial(tasks.map_in_order, at_once=TARS_AT_ONCE)
-    return writing.materialize(run, core.Extras(captions, similarity), share)
+    return writing.materialize(run, core.Extras(captions, similarity), _shared)
+
+
+def _shared(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
+    """Apply a function to parts of a set in tasks: to few tars at once."""
+    tars = TARS_AT_ONCE if function is writing.write_tar else None
+    return tasks.map_in_order(function, items, at_once=tars)
 
 
 def _similarity(run: Run) -> np.ndarray:

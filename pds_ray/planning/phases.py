@@ -41,7 +41,7 @@ from pds_ray.planning.workload import Cluster, Workload
 from pds_ray.stages.captions import LONGEST_LIST
 from pds_ray.stages.cluster import sample_share
 from pds_ray.stages.match import DENSE_LIMIT
-from pds_ray.stages.materialize import PAIRS_PER_TAR
+from pds_ray.stages.materialize import IMAGES_TOGETHER, PAIRS_PER_TAR
 from pds_ray.store.calls import CALLS_AT_ONCE, is_remote
 
 FIT_GPUS = (
@@ -590,10 +590,19 @@ def _caption_driver_bytes(inputs: Inputs) -> float:
 
 
 def _materialize(inputs: Inputs) -> list[Phase]:
-    trips = (READ_TRIPS + WRITE_TRIPS) * inputs.clusters
+    """Return the phases that copy images and then read them again for tars, each in one task."""
+    copies = min(max(1.0, inputs.clusters / IMAGES_TOGETHER), inputs.cluster.cpus)
     tars = min(max(1.0, inputs.clusters / PAIRS_PER_TAR), TARS_AT_ONCE, inputs.cluster.cpus)
-    copy = inputs.round_trips("read and write images", trips, CALLS_AT_ONCE * tars)
-    return [(inputs.demand("write the set", inputs.clusters, "materialize", tars), *copy)]
+    copied = (READ_TRIPS + WRITE_TRIPS) * inputs.clusters
+    return [
+        inputs.round_trips("copy images", copied, CALLS_AT_ONCE * copies),
+        (
+            inputs.demand("write the set", inputs.clusters, "materialize", tars),
+            *inputs.round_trips(
+                "read images for tars", READ_TRIPS * inputs.clusters, CALLS_AT_ONCE * tars
+            ),
+        ),
+    ]
 
 
 def _materialize_disk_bytes(inputs: Inputs) -> float:
