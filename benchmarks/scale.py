@@ -38,6 +38,7 @@ import pyarrow as pa
 from benchmarks.measure import GIB, peak_rss
 from pds_ray.config import ClusterConfig, PruneConfig, RayConfig, RunConfig
 from pds_ray.stages.embed import cosine
+from pds_ray.stages.match import Counts, assign_clusters, table_of
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import ERROR_SCHEMA, caption_schema, embedding_array, image_schema
@@ -223,7 +224,7 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     return {"options": vars(args), "load": load, "stages": watch.stages, "counts": counts}
 
 
-def random_table(clusters: int, each: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def random_table(clusters: int, each: int, seed: int) -> Counts:
     """Return a contingency table with at most `each` cells per row and skewed counts.
 
     Some text clusters are far more popular than others.
@@ -240,17 +241,12 @@ def random_table(clusters: int, each: int, seed: int) -> tuple[np.ndarray, np.nd
 def run_assignment(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the matching of a random table on one core."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    from pds_ray.stages.match import assign_clusters
-
-    cells, counts = random_table(args.clusters, args.each, args.seed)
+    table = table_of([random_table(args.clusters, args.each, args.seed)], args.clusters)
     load, watch = os.getloadavg(), Watch()
     with watch.stage("assign"):
-        text_of = assign_clusters(cells, counts, args.clusters)
-    wanted = np.arange(args.clusters) * args.clusters + text_of
-    place = np.minimum(np.searchsorted(cells, wanted), len(cells) - 1)
-    shared = np.where(cells[place] == wanted, counts[place], 0)
+        _, shared = assign_clusters(table)
     found = {
-        "cells": len(cells),
+        "cells": table.cells,
         "shared_pairs": int(shared.sum()),
         "pairless": int((shared == 0).sum()),
     }

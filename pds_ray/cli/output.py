@@ -388,6 +388,8 @@ def print_forecast(plan: Forecast, measured: Measured | None) -> None:
     best, worst = _time(plan.seconds_best), _time(plan.seconds_worst)
     say("", f"range     {best} to {worst}, all rates at their best or worst")
     say(f"also      {_usd(plan.storage_usd_month)} USD a month to keep what is written")
+    largest = max(plan.stages, key=lambda stage: stage.driver_bytes)
+    say(f"also      {_bytes(largest.driver_bytes)} of memory on the driver, in {largest.name}")
     if work.remote:
         say(f"also      {_usd(plan.egress_usd)} USD if the source is read from another region")
     if cluster.gpus and _fit_on_cpu(plan):

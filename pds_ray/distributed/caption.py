@@ -15,13 +15,14 @@ from pds_ray import catalog
 from pds_ray.config import EmbedConfig
 from pds_ray.distributed import pools, process
 from pds_ray.distributed.in_flight import InFlight
-from pds_ray.distributed.nearest import nearest
-from pds_ray.distributed.nearest_captions import Listed, nearest_captions
+from pds_ray.distributed.nearest import named, nearest
+from pds_ray.distributed.nearest_captions import nearest_captions
 from pds_ray.distributed.sizes import ENCODED_TOGETHER
 from pds_ray.encoders.base import EncoderInfo
 from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import captions as core
 from pds_ray.stages.embed import embed_images
+from pds_ray.stages.prototypes import Nearest
 from pds_ray.stages.vectors import normalized
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import CHOSEN_CAPTION_SCHEMA, vectors
@@ -92,8 +93,7 @@ def caption(run: Run) -> Counts:
         else:
             queries = images
         if config.caption.round_trip:
-            lists = nearest_captions(run, queries, images, bar)
-            found, counts = _accepted(lists)
+            found, counts = _accepted(run, *nearest_captions(run, queries, images, bar))
         else:
             found, counts = nearest(run, {"captions": queries}, bar)["captions"], {}
     chosen = found["caption"]
@@ -118,15 +118,9 @@ def caption(run: Run) -> Counts:
     }
 
 
-def _accepted(lists: list[list[Listed]]) -> tuple[dict[str, Any], Counts]:
+def _accepted(run: Run, lists: core.TopRows, finds: core.Finds) -> tuple[dict[str, Any], Counts]:
     """Return the columns of the captions that are chosen from lists, and how many are accepted."""
-    texts = [[each.text for each in own] for own in lists]
-    places, accepted = core.choose(texts, [[each.finds for each in own] for own in lists])
-    chosen = [own[place] for own, place in zip(lists, places, strict=True)]
-    columns = {
-        "caption": [each.text for each in chosen],
-        "shard": [each.shard for each in chosen],
-        "key": [each.key for each in chosen],
-        "cosine": np.array([each.cosine for each in chosen], np.float32),
-    }
-    return columns, {"round_trip": sum(accepted)}
+    places, accepted = core.choose(finds)
+    chosen = np.arange(len(places)), places
+    rows = Nearest(lists.cosine[chosen], lists.shard[chosen], lists.row[chosen])
+    return named(run, {"captions": rows})["captions"], {"round_trip": int(accepted.sum())}

@@ -1,14 +1,15 @@
-"""Matching: shards count, the driver adds up and solves."""
+"""Matching: shards count, tasks add up, the driver solves."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from pds_ray.distributed import tasks
-from pds_ray.distributed.sizes import column_seconds, task_count
+from pds_ray.distributed import ranges, tasks
+from pds_ray.distributed.sizes import column_seconds, table_ranges, task_count
 from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import match as core
 from pds_ray.store.embeddings import EmbeddingStore
@@ -18,46 +19,77 @@ from pds_ray.telemetry.progress import progress_bar
 
 
 def count_pairs(
-    shards: list[str], store: EmbeddingStore, folder: RunFolder, clusters: int
-) -> list[core.Counts]:
-    """Count the pairs of each of some shards in each cell of the contingency table."""
-    counts = []
+    shards: list[str], folder: RunFolder, clusters: int, bounds: list[int]
+) -> Iterator[core.Counts | int]:
+    """Count the pairs of some shards in each cell, cut into ranges of image clusters.
+
+    Yields the cells of each range, and at last the number of shards.
+    """
+    counts = [core.count_pairs(*folder.labels(shard), clusters) for shard in shards]
+    yield from core.split_counts(core.merge_counts(*counts), bounds, clusters)
+    yield len(shards)
+
+
+def _sum_cosines(
+    shards: list[str], store: EmbeddingStore, folder: RunFolder, text_of: np.ndarray
+) -> np.ndarray:
+    """Sum the cosines of the pairs of some shards that matched clusters share, float64 [K]."""
+    total = np.zeros(len(text_of))
     for shard in shards:
         similarity = store.captions(shard, ["similarity"]).column("similarity").to_numpy()
-        counts.append(core.count_pairs(*folder.labels(shard), similarity, clusters))
-    return counts
+        total += core.matched_cosines(*folder.labels(shard), similarity, text_of)
+    return total
 
 
-def counted(run: Run, bar: tqdm) -> Iterator[core.Counts]:
-    """Yield the contingency table of each shard, in order; `bar` counts shards."""
-    shards, pairs = run.shard_names, run.counts("embed")["pairs"]
-    # not added up in the task: the cosines of a cell are summed in the order of the shards
-    shard_s = 2 * column_seconds(pairs / max(1, len(shards)))
-    groups = tasks.groups(shards, task_count(len(shards), shard_s))
-    given = (run.store, run.folder, run.config.pairs)
-    for parts in tasks.map_in_order(count_pairs, groups, *given):
-        yield from parts
-        bar.update(len(parts))
+def _groups(run: Run) -> list[list[str]]:
+    shards = run.shard_names
+    seconds = column_seconds(run.counts("embed")["pairs"] / max(1, len(shards)))
+    return tasks.groups(shards, task_count(len(shards), 2 * seconds))
+
+
+def counted(run: Run, bar: tqdm) -> core.Table:
+    """Return the contingency table, which is added up in tasks; `bar` counts shards.
+
+    Its parts are fetched one after the other.
+    """
+    clusters = run.config.pairs
+    count = table_ranges(run.counts("embed")["pairs"], clusters)
+    bounds = ranges.bounds(clusters, count)
+    given = (run.folder, clusters, bounds)
+    parts = ranges.added_up(
+        count_pairs, _groups(run), *given, ranges=count, add=core.merge_counts, bar=bar
+    )
+    sizes = [
+        tasks.wait_for(size, "the contingency table")
+        for size in [tasks.in_store(core.size_of, part) for part in parts]
+    ]
+    cells, pairs = (sum(column) for column in zip(*sizes, strict=True))
+    fetched = (tasks.wait_for(part, "the contingency table") for part in parts)
+    return core.Table(clusters, cells, pairs, fetched)
 
 
 def match(run: Run) -> Counts:
     """Write the matched clusters; return how many there are and what they share."""
     shards, config = run.shard_names, run.config
-    with progress_bar("match", len(shards) + 1, "shards") as bar:
-        cells, counts, cosines = core.sum_counts(counted(run, bar))
+    with progress_bar("match", 2 * len(shards) + 1, "shards") as bar:
+        table = counted(run, bar)
         bar.set_postfix_str("the assignment", refresh=False)
-        text_of = core.assign_clusters(cells, counts, config.pairs, config.match.solver)
+        text_of, shared = core.assign_clusters(table, config.match.solver)
         bar.update()
-    columns = core.matched_clusters(cells, counts, cosines, text_of, config.pairs, config.match)
+        cosines, groups = np.zeros(config.pairs), _groups(run)
+        sums = tasks.map_in_order(_sum_cosines, groups, run.store, run.folder, text_of)
+        for group, part in zip(groups, sums, strict=True):
+            cosines += part
+            bar.update(len(group))
+    columns = core.matched_clusters(text_of, shared, cosines, config.pairs, config.match)
     run.folder.save_couples(pa.table(columns, schema=COUPLE_SCHEMA))
-    shared = int(columns["shared"].sum())
     pairless = config.pairs - int((~columns["pairless"]).sum())
     return {
         "clusters": config.pairs,
-        "cells": len(cells),
+        "cells": table.cells,
         "couples": len(columns["shared"]),
         "pairless": pairless,
         "pairless_policy": "kept" if core.keeps_empty(config.pairs, config.match) else "dropped",
-        "shared_pairs": shared,
-        "pairs_not_shared": int(counts.sum()) - shared,
+        "shared_pairs": int(shared.sum()),
+        "pairs_not_shared": table.pairs - int(shared.sum()),
     }

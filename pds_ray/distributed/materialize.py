@@ -1,9 +1,10 @@
-"""The distilled set: what `extras` asks for is gathered from the shards; tasks write the tars."""
+"""The distilled set: what `extras` asks for is gathered from the shards; tasks write it."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable, Iterator
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,6 @@ from pds_ray.methods.pds import judged
 from pds_ray.stages import extras as core
 from pds_ray.stages import materialize as writing
 from pds_ray.stages.candidates import REAL
-from pds_ray.stages.match import sum_counts
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import embeddings, vectors
@@ -31,8 +31,13 @@ def materialize(run: Run) -> Counts:
     config = run.config.extras
     captions = _captions(run) if config.captions else None
     similarity = _similarity(run) if config.similarity != "off" else None
-    share = partial(tasks.map_in_order, at_once=TARS_AT_ONCE)
-    return writing.materialize(run, core.Extras(captions, similarity), share)
+    return writing.materialize(run, core.Extras(captions, similarity), _shared)
+
+
+def _shared(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
+    """Apply a function to parts of a set in tasks: to few tars at once."""
+    tars = TARS_AT_ONCE if function is writing.write_tar else None
+    return tasks.map_in_order(function, items, at_once=tars)
 
 
 def _similarity(run: Run) -> np.ndarray:
@@ -42,10 +47,9 @@ def _similarity(run: Run) -> np.ndarray:
         image, text = (vectors(prototypes, f"{side}_prototype") for side in ("image", "text"))
         return core.clip_similarity(image, text, config.temperature, config.share)
     with progress_bar("soft targets", len(run.shard_names), "shards") as bar:
-        cells, counts, _ = sum_counts(counted(run, bar))
-    clusters = run.config.pairs
+        table = counted(run, bar)
     image, text = (prototypes.column(f"{side}_cluster").to_numpy() for side in ("image", "text"))
-    return core.table_similarity(cells, counts, clusters, image, text, config.share)
+    return core.table_similarity(table, image, text, config.share)
 
 
 def _captions(run: Run) -> list[list[str]]:

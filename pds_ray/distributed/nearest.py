@@ -90,10 +90,10 @@ def nearest(
         for side, found in part.items():
             core.merge_improved(best[side], found)
         bar.update(len(group))
-    return _named(run, best)
+    return named(run, best)
 
 
-def _named(run: Run, best: Mapping[Side, core.Nearest]) -> dict[Side, dict[str, Any]]:
+def named(run: Run, best: Mapping[Side, core.Nearest]) -> dict[Side, dict[str, Any]]:
     """Return the columns of the nearest rows, whose names are read from their shards."""
     shards, counts = run.shard_names, run.counts("embed")
     winners = {

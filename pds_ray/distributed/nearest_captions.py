@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import chain
-
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
@@ -16,18 +13,6 @@ from pds_ray.stages import captions as core
 from pds_ray.stages import products
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.schemas import embeddings
-
-
-@dataclass
-class Listed:
-    """A caption in the list of an image."""
-
-    text: str
-    shard: str
-    key: str
-    cosine: float
-    finds: int
-    """The image that it is nearest to."""
 
 
 def _search(
@@ -48,19 +33,17 @@ def _search(
 
 def _look_up(
     group: list[tuple[str, np.ndarray]], store: EmbeddingStore, images: np.ndarray, device: str
-) -> list[tuple[str, str, int]]:
-    """Return the text and the key of rows of some shards, and the image that each is nearest to."""
-    names, rows = ["key", "caption", "embedding"], []
-    for shard, places in group:
-        rows.append(store.captions(shard, names).take(places))
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return for rows of some shards the image that each is nearest to, and its text's number."""
+    rows = [store.captions(shard, ["caption", "embedding"]).take(places) for shard, places in group]
     found = pa.concat_tables(rows)
-    columns = (found.column(name).to_pylist() for name in ("caption", "key"))
-    return list(zip(*columns, core.finds(embeddings(found), images, device).tolist(), strict=True))
+    texts = core.text_numbers(found.column("caption").to_pylist())
+    return core.finds(embeddings(found), images, device), texts
 
 
 def nearest_captions(
     run: Run, queries: np.ndarray, images: np.ndarray, bar: tqdm
-) -> list[list[Listed]]:
+) -> tuple[core.TopRows, core.Finds]:
     """Return for each query, float32 [B, d], the captions of highest cosine, the highest first.
 
     Each comes with the image, of `images` float32 [B, d], that it is nearest to. `bar` counts
@@ -78,11 +61,11 @@ def nearest_captions(
     for group, part in zip(groups, parts, strict=True):
         core.merge_entries(best, part)
         bar.update(len(group))
-    return _listed(run, best, images)
+    return best, _finds(run, best, images)
 
 
-def _listed(run: Run, best: core.TopRows, images: np.ndarray) -> list[list[Listed]]:
-    """Return the rows of the lists with all that is read of them from their shards."""
+def _finds(run: Run, best: core.TopRows, images: np.ndarray) -> core.Finds:
+    """Return what is found out of the rows of lists from their shards: 12 bytes for each."""
     shards, share = run.shard_names, pools.products()
     place = np.flatnonzero(best.shard.ravel() >= 0)
     place = place[np.argsort(best.shard.ravel()[place], kind="stable")]
@@ -95,10 +78,9 @@ def _listed(run: Run, best: core.TopRows, images: np.ndarray) -> list[list[Liste
     )
     groups = tasks.groups(items, task_count(len(items), shard_s))
     given = (run.store, images, share.device)
-    looked_up = chain.from_iterable(tasks.map_in_order(_look_up, groups, *given, share=share))
-    lists: list[list[Listed | None]] = [[None] * best.row.shape[1] for _ in images]
-    for at, (text, key, finds) in zip(place, looked_up, strict=True):
-        query, within = divmod(int(at), best.row.shape[1])
-        shard, cosine = shards[best.shard[query, within]], float(best.cosine[query, within])
-        lists[query][within] = Listed(text, shard, key, cosine, finds)
-    return [[each for each in own if each is not None] for own in lists]
+    found, done = core.no_finds(*best.row.shape), 0
+    for image, text in tasks.map_in_order(_look_up, groups, *given, share=share):
+        mine = place[done : done + len(image)]
+        found.image.ravel()[mine], found.text.ravel()[mine] = image, text
+        done += len(image)
+    return found

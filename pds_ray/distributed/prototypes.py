@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import chain, pairwise
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from pds_ray.distributed import tasks
+from pds_ray.distributed import ranges, tasks
 from pds_ray.distributed.nearest import nearest
-from pds_ray.distributed.sizes import (
-    SUMS_ADDED_TOGETHER,
-    match_ranges,
-    sum_task_count,
-)
+from pds_ray.distributed.sizes import match_ranges, sum_task_count
 from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import prototypes as core
 from pds_ray.store.embeddings import EmbeddingStore
@@ -30,25 +26,18 @@ def sum_shards(
     folder: RunFolder,
     matches: core.Matches,
     clusters: int,
+    dim: int,
     bounds: list[int],
-) -> tuple[Any, ...]:
-    """Sum the vectors of each of some shards per matched clusters, cut into ranges of matches.
+) -> Iterator[core.Sums | int]:
+    """Sum the vectors of some shards per matched clusters, cut into ranges of matches.
 
-    Returns the sums of each range, shard by shard, and at last the number of shards.
+    Yields the sums of each range, of the matches that have any, and at last the number of shards.
     """
-    parts = [
-        core.shard_sums(_pairs(shard, store, folder), matches, clusters).split(bounds)
-        for shard in shards
-    ]
-    return *zip(*parts, strict=True), len(shards)
-
-
-def _add_up(total: core.Sums, *groups: list[core.Sums]) -> core.Sums:
-    # shard by shard, however they are grouped: sums are rounded in the order of the shards
-    total = total.copy()
-    for part in chain.from_iterable(groups):
-        core.add_sums(total, part)
-    return total
+    total = core.empty_sums(np.arange(len(matches.whole)), dim)
+    for shard in shards:
+        core.add_sums(total, core.shard_sums(_pairs(shard, store, folder), matches, clusters))
+    yield from map(core.touched, total.split(bounds))
+    yield len(shards)
 
 
 def _averaged(total: core.Sums) -> tuple[core.Prototypes, core.Members]:
@@ -58,31 +47,17 @@ def _averaged(total: core.Sums) -> tuple[core.Prototypes, core.Members]:
 def _average(run: Run, matches: core.Matches, bar: tqdm) -> tuple[core.Prototypes, core.Members]:
     """Return the mean vectors of the matches.
 
-    Their sums never come to the driver: for 100,000 matches, every shard has many megabytes of
-    them. They are added up in the object stores of the cluster, in ranges of matches.
+    Their sums never come to the driver: for 100,000 matches, a task may have a gigabyte of them.
     """
-    count, dim = len(matches.whole), run.encoder.dim
-    ranges = match_ranges(count, dim)
-    bounds = np.linspace(0, count, ranges + 1).astype(int).tolist()
-    totals = [
-        tasks.in_store(core.empty_sums, np.arange(start, end), dim)
-        for start, end in pairwise(bounds)
-    ]
-    groups, waiting = _groups(run), []
-    given = (run.store, run.folder, matches, run.config.pairs, bounds)
-    parts = tasks.map_to_store(sum_shards, groups, *given, results=ranges + 1)
-    for number, (group, (*part, _)) in enumerate(zip(groups, parts, strict=True), 1):
-        waiting.append(part)
-        bar.update(len(group))
-        if len(waiting) == SUMS_ADDED_TOGETHER or number == len(groups):
-            tasks.await_all(totals)  # else sums would come sooner than they are added up
-            totals = [
-                tasks.in_store(_add_up, total, *own)
-                for total, own in zip(totals, zip(*waiting, strict=True), strict=True)
-            ]
-            waiting.clear()
-    averaged = [tasks.wait_for(tasks.in_store(_averaged, total), "the means") for total in totals]
-    prototypes, members = zip(*averaged, strict=True)
+    dim, clusters = run.encoder.dim, run.config.pairs
+    count = match_ranges(len(matches.whole), dim)
+    bounds = ranges.bounds(len(matches.whole), count)
+    given = (run.store, run.folder, matches, clusters, dim, bounds)
+    totals = ranges.added_up(
+        sum_shards, _groups(run, matches), *given, ranges=count, add=core.added_sums, bar=bar
+    )
+    means = [tasks.in_store(_averaged, total) for total in totals]
+    prototypes, members = zip(*(tasks.wait_for(own, "the means") for own in means), strict=True)
     return core.merged(prototypes), core.joined_members(members)
 
 
@@ -108,11 +83,11 @@ def _find_medoids(
     at_least: np.ndarray,
 ) -> core.Medoids:
     """Find the pairs of some shards that are nearer to the means than any before."""
-    parts = [
-        core.shard_medoids(_pairs(shard, store, folder), matches, clusters, centers)
-        for shard in shards
-    ]
-    return core.best_medoids(parts, at_least)
+    best = core.no_medoids(0, centers.image.shape[1])
+    for shard in shards:
+        part = core.shard_medoids(_pairs(shard, store, folder), matches, clusters, centers)
+        best = core.best_medoids([best, part], at_least)
+    return best
 
 
 def _medoids(
@@ -121,7 +96,7 @@ def _medoids(
     """Return the real pairs nearest to the means, as prototypes."""
     total = core.no_medoids(len(matches.whole), run.encoder.dim)
     given = (run.store, run.folder, matches, run.config.pairs, centers)
-    groups = _groups(run)
+    groups = _groups(run, matches)
     so_far = tasks.Latest(lambda: total.score)
     parts = tasks.map_in_order(_find_medoids, groups, *given, so_far)
     for group, part in zip(groups, parts, strict=True):
@@ -130,13 +105,14 @@ def _medoids(
     return core.of_medoids(total, centers)
 
 
-def _groups(run: Run) -> list[list[str]]:
+def _groups(run: Run, matches: core.Matches) -> list[list[str]]:
     """Return the shards of each task whose answer holds vectors of matches."""
     counts, shards = run.counts("embed"), run.shard_names
     each = max(1, len(shards))
-    pairs, rows = counts["pairs"] / each, (counts["pairs"] + counts["images"]) / each
-    matches = min(pairs, run.config.pairs)
-    return tasks.groups(shards, sum_task_count(len(shards), rows, matches, run.encoder.dim))
+    rows = (counts["pairs"] + counts["images"]) / each
+    members = counts["pairs"] if matches.whole.any() else run.counts("match")["shared_pairs"]
+    count = sum_task_count(len(shards), rows, members / each, len(matches.whole), run.encoder.dim)
+    return tasks.groups(shards, count)
 
 
 def _matches(couples: pa.Table, only_shared: bool) -> core.Matches:

@@ -27,14 +27,17 @@ Each reads on one core what the GPU multiplies in a fraction of that time, and c
 eight cores with a GPU.
 """
 
-# Work of one task: the driver's part of it, about a millisecond, is then a thousandth, and what a
-# lost task had done is soon done again
-TASK_S = 1.5
+# Work of one task: the driver's part of it, about a millisecond, is then less than a thousandth,
+# and what a lost task had done is soon done again
+TASK_S, LONG_TASK_S = 5.0, 30.0
 TASKS_AT_LEAST = 1_000  # where there is work for them: enough for some hundreds of cores
 TASK_AT_LEAST_S = 0.25  # Ray takes some milliseconds of CPU for a task, on the machine that has it
-SUMS_BYTES = 128 << 20  # at most, of what is summed in one task
-RANGE_BYTES = 64 << 20  # sums of a range of matches, which are added up side by side
-SUMS_ADDED_TOGETHER = 64  # answers with sums, in one task per range
+MANY_TASKS = 10_000  # take ten seconds of the driver: rather than more, tasks are longer
+SUMS_BYTES = 1 << 30  # at most, of what is summed in one task
+RANGE_BYTES = 256 << 20  # of sums of matches, or of cells, which are added up side by side
+TABLE_RANGES = 32  # at most, of a contingency table: each task answers with as many parts
+CELL_BYTES = 16  # of a contingency table, as tasks add it up
+ADDED_TOGETHER = 16  # neighbouring answers, in one task per range
 # Rates for the number of tasks, which no result depends on: seconds to open a file, rows
 # that a core reads in a second, of a few columns and with vectors, FLOP of one task
 FILE_S = 0.02
@@ -65,12 +68,13 @@ def pool_size(
 def task_count(shards: int, shard_s: float) -> int:
     """Return the number of tasks for shards that take `shard_s` seconds each.
 
-    A task has work of about TASK_S, or less, down to TASK_AT_LEAST_S, where that makes fewer than
-    TASKS_AT_LEAST.
+    A task has work of about TASK_S: less, down to TASK_AT_LEAST_S, where that makes fewer than
+    TASKS_AT_LEAST, up to LONG_TASK_S where it makes more than MANY_TASKS.
     """
     work_s = shards * shard_s
     enough = min(TASKS_AT_LEAST, math.ceil(work_s / TASK_AT_LEAST_S))
-    return max(1, min(shards, max(enough, math.ceil(work_s / TASK_S))))
+    short, long = (math.ceil(work_s / seconds) for seconds in (TASK_S, LONG_TASK_S))
+    return max(1, min(shards, max(enough, min(short, max(MANY_TASKS, long)))))
 
 
 def column_seconds(rows: float) -> float:
@@ -86,21 +90,47 @@ def product_seconds(rows: float, others: int, dim: int, device: str) -> float:
     return 2 * FILE_S + rows / VECTOR_ROWS_S + 2 * rows * others * dim / FLOP_S[device]
 
 
-def sum_task_count(shards: int, rows: float, matches: float, dim: int) -> int:
+def sum_task_count(shards: int, rows: float, members: float, matches: int, dim: int) -> int:
     """Return the number of tasks that sum vectors of matches, SUMS_BYTES each at most.
 
-    `rows` are those of a shard, `matches` those that its pairs are of, for which it has two float64
-    vectors each.
+    `rows` are those of a shard, `members` those of its pairs that are of any of the matches. A task
+    has two float64 vectors for each match that its pairs are of, which are most if all matches are
+    as frequent.
     """
-    together = max(1, int(SUMS_BYTES / (2 * 8 * dim * max(1.0, matches))))
     by_time = task_count(shards, product_seconds(rows, 0, dim, "cpu"))
-    # answers wait for each other in the object store: where shards are few, each has one of its own
-    return max(by_time, min(shards, TASKS_AT_LEAST), math.ceil(shards / together))
+    share = SUMS_BYTES / (2 * 8 * dim * max(1, matches))
+    if share >= 1 or not members:
+        return by_time
+    together = max(1, int(-math.log1p(-share) * matches / members))
+    return max(by_time, math.ceil(shards / together))
 
 
 def match_ranges(matches: int, dim: int) -> int:
     """Return the number of ranges of matches, with sums of RANGE_BYTES each at most."""
     return max(1, math.ceil(2 * 8 * dim * matches / RANGE_BYTES))
+
+
+def table_ranges(pairs: int, clusters: int) -> int:
+    """Return the number of ranges of image clusters in which a contingency table is added up.
+
+    They have RANGE_BYTES each at most, even if no two pairs are of one cell, but for TABLE_RANGES.
+    """
+    cells = min(pairs, clusters**2)
+    return max(1, min(clusters, TABLE_RANGES, math.ceil(CELL_BYTES * cells / RANGE_BYTES)))
+
+
+def additions_at_once(cpus: float) -> int:
+    """Return the number of tasks per range that add up at once: of answers as many as CPUs."""
+    return max(1, int(cpus / ADDED_TOGETHER))
+
+
+def additions(answers: int) -> int:
+    """Return the number of tasks for each range in which a tree adds up answers."""
+    found = 0
+    while answers > 1:
+        answers = math.ceil(answers / ADDED_TOGETHER)
+        found += answers
+    return found
 
 
 def task_places(cpus: float, gpus: float = 0) -> int:

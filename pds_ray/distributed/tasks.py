@@ -220,9 +220,11 @@ def map_in_order(
 
 
 def map_to_store(
-    function: Callable[..., tuple[Any, ...]], items: Iterable[Any], *shared: Any, results: int = 2
+    function: Callable[..., Iterable[Any]], items: Iterable[Any], *shared: Any, results: int = 2
 ) -> Iterator[tuple[ray.ObjectRef, ...]]:
-    """Yield references to the results of a function that returns several, the last one small.
+    """Yield references to the results of a function that has several, the last one small.
+
+    It returns a tuple, or yields them one by one and need not hold them together.
 
     Otherwise as `map_in_order`. The values stay in the object stores of the cluster and are
     recomputed if a node is lost.

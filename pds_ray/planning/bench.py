@@ -455,10 +455,10 @@ def _pass_figures(folder: Folder, dim: int, config: RunConfig) -> dict[str, Entr
             "pairs",
             lambda: cluster.label_shards([(shard, False)], store, run, centroids, False, "cpu"),
         ),
-        "match": ("pairs", lambda: match.count_pairs([shard], store, run, FEW)),
+        "match": ("pairs", lambda: list(match.count_pairs([shard], run, FEW, [0, FEW]))),
         "sums": (
             "pairs",
-            lambda: averaging.sum_shards([shard], store, run, matches, FEW, [0, FEW]),
+            lambda: list(averaging.sum_shards([shard], store, run, matches, FEW, dim, [0, FEW])),
         ),
         "search_rows": (
             "rows",
@@ -487,7 +487,7 @@ def _arithmetic_figures(dim: int) -> dict[str, Entry]:
     def solve(clusters: int, solver: str, power: int) -> Entry:
         table = _table(clusters)
         return _rate(
-            lambda: matching.assign_clusters(*table, clusters, solver),
+            lambda: matching.assign_clusters(table, solver),
             clusters**power,
             f"clusters^{power}",
             "driver",
@@ -520,11 +520,11 @@ def _gpu_figures(dim: int) -> dict[str, Entry]:
     return {"products": rate}
 
 
-def _table(clusters: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return a contingency table of CELLS cells per row with skewed counts: int64, int64."""
+def _table(clusters: int) -> matching.Table:
+    """Return a contingency table of CELLS cells per row with skewed counts."""
     rng = np.random.default_rng(clusters)
     cells = np.unique(rng.integers(0, clusters**2, clusters * CELLS))
-    return cells, rng.zipf(1.6, len(cells)).clip(max=100_000)
+    return matching.table_of([(cells, rng.zipf(1.6, len(cells)).clip(max=100_000))], clusters)
 
 
 def _faiss_gpus() -> int:

@@ -13,13 +13,16 @@ from dataclasses import dataclass, replace
 from pds_ray.config import Actors, RunConfig
 from pds_ray.distributed.process import MODEL_THREADS
 from pds_ray.distributed.sizes import (
+    ADDED_TOGETHER,
     BLOCK_BYTES,
+    CELL_BYTES,
     ENCODED_TOGETHER,
     FILES_PER_TASK,
     LOOKED_UP_TOGETHER,
-    SUMS_ADDED_TOGETHER,
     SUMS_BYTES,
     TARS_AT_ONCE,
+    additions,
+    additions_at_once,
     column_seconds,
     decoded_where_read,
     executions,
@@ -29,19 +32,23 @@ from pds_ray.distributed.sizes import (
     pool_size,
     product_seconds,
     sum_task_count,
+    table_ranges,
     task_count,
     task_places,
 )
 from pds_ray.planning.figures import Estimate, Figures
 from pds_ray.planning.workload import Cluster, Workload
+from pds_ray.stages.captions import LONGEST_LIST
 from pds_ray.stages.cluster import sample_share
 from pds_ray.stages.match import DENSE_LIMIT
-from pds_ray.stages.materialize import PAIRS_PER_TAR
+from pds_ray.stages.materialize import IMAGES_TOGETHER, PAIRS_PER_TAR
 from pds_ray.store.calls import CALLS_AT_ONCE, is_remote
 
 FIT_GPUS = (
     4.0  # of a machine, at most: FAISS's wiki has 8 GPUs fit a k-means 3.9 times as fast as one
 )
+# of a pair on the driver, as Python's objects: caption, keys and members; the record of the set
+NAMES_BYTES, RECORD_BYTES = 1_500, 5_000
 QUEUED_BLOCKS = 4  # per actor: waiting for it, or in its hands
 # requests to an object store: is a file there, read it, write it
 LOOK_TRIPS, READ_TRIPS, WRITE_TRIPS = 2, 2, 4
@@ -173,6 +180,8 @@ class StageModel:
     store_bytes: Callable[[Inputs], float] = lambda _: 0.0
     """Bytes in Ray's object store, in the whole cluster: blocks and results under way, and what is
     sent to each machine."""
+    driver_bytes: Callable[[Inputs], float] = lambda _: 0.0
+    """Bytes of the driver's own memory, beyond what it takes to start."""
 
 
 def _whole_shards(inputs: Inputs) -> bool:
@@ -347,17 +356,50 @@ def _cluster_store_bytes(inputs: Inputs) -> float:
     return max(nodes * 2 * inputs.prototype_bytes, together)
 
 
-def _match(inputs: Inputs) -> list[Phase]:
+def _solves_dense(inputs: Inputs) -> bool:
     solver = inputs.config.match.solver
-    dense = solver == "dense" or (solver == "auto" and inputs.clusters <= DENSE_LIMIT)
-    work = inputs.work
+    return solver == "dense" or (solver == "auto" and inputs.clusters <= DENSE_LIMIT)
+
+
+def _match(inputs: Inputs) -> list[Phase]:
+    dense, work = _solves_dense(inputs), inputs.work
     tasks = task_count(work.shards, 2 * column_seconds(work.pairs / work.shards))
+    ranges = table_ranges(work.pairs, inputs.clusters)
     count = (
         inputs.demand("count", work.pairs, "match"),
-        inputs.demand("schedule", tasks, "tasks"),
+        inputs.demand("schedule", tasks + ranges * (1 + additions(tasks)), "tasks"),
     )
     steps = float(inputs.clusters) ** (3 if dense else 2)
-    return [count, (inputs.demand("solve", steps, "solve_dense" if dense else "solve_sparse"),)]
+    solve = (inputs.demand("solve", steps, "solve_dense" if dense else "solve_sparse"),)
+    # the cosines of matched clusters are summed in a second pass
+    cosines = (
+        inputs.demand("sum cosines", work.pairs, "match"),
+        inputs.demand("schedule", tasks, "tasks"),
+    )
+    return [count, solve, cosines]
+
+
+def _cells(inputs: Inputs) -> float:
+    """Return the number of cells of the contingency table that have a pair."""
+    found = inputs.figures["cells"].value * inputs.kept_pairs
+    return min(found, float(inputs.clusters) ** 2)
+
+
+def _match_store_bytes(inputs: Inputs) -> float:
+    """Return the bytes of the answers of all tasks: few cells occur in several."""
+    return CELL_BYTES * min(float(inputs.kept_pairs), 2 * _cells(inputs) * ADDED_TOGETHER)
+
+
+def _match_driver_bytes(inputs: Inputs) -> float:
+    """Return the bytes of a table as it is solved, and of a part of it that is put in its place.
+
+    A cell of a sparse table has a weight, a column and three flags; each of its part six numbers.
+    """
+    if _solves_dense(inputs):
+        return 8.0 * inputs.clusters**2
+    cells = _cells(inputs)
+    part = 6 * 8 * cells / table_ranges(inputs.work.pairs, inputs.clusters)
+    return 12 * cells + max(3 * cells, part)
 
 
 def _match_disk_bytes(inputs: Inputs) -> float:
@@ -396,11 +438,24 @@ def _search_store_bytes(inputs: Inputs, sides: int) -> float:
 
 def _sum_tasks(inputs: Inputs) -> tuple[int, int]:
     """Return the number of tasks that sum shards, and of those that add sums up."""
-    shards, pairs = inputs.work.shards, inputs.work.pairs
-    rows, matches = (inputs.work.images + pairs) / shards, min(pairs / shards, inputs.clusters)
-    summed = sum_task_count(shards, rows, matches, inputs.dim)
-    ranges = match_ranges(inputs.clusters, inputs.dim)
-    return summed, ranges * (2 + math.ceil(summed / SUMS_ADDED_TOGETHER))
+    shards = inputs.work.shards
+    rows = (inputs.work.images + inputs.work.pairs) / shards
+    members = _members(inputs) / shards
+    summed = sum_task_count(shards, rows, members, inputs.clusters, inputs.dim)
+    return summed, match_ranges(inputs.clusters, inputs.dim) * (1 + additions(summed))
+
+
+def _members(inputs: Inputs) -> float:
+    """Return the number of pairs that are averaged."""
+    shared = inputs.figures["shared"].value if inputs.config.match.filter else 1.0
+    return shared * inputs.kept_pairs
+
+
+def _answer_bytes(inputs: Inputs) -> float:
+    """Return the bytes of sums with which a task answers, on average."""
+    summed, _ = _sum_tasks(inputs)
+    matches = inputs.clusters * -math.expm1(-_members(inputs) / summed / inputs.clusters)
+    return 2 * 8.0 * inputs.dim * matches
 
 
 def _prototypes(inputs: Inputs) -> list[Phase]:
@@ -408,16 +463,14 @@ def _prototypes(inputs: Inputs) -> list[Phase]:
     read = inputs.over_network("read vectors", inputs.vector_bytes)
     vectors = inputs.demand("sum vectors", work.pairs, "sums")
     summed, added = _sum_tasks(inputs)
-    # what shards have summed is added up match by match, in the order of the shards
-    matches = min(inputs.kept_pairs / work.shards, inputs.clusters)
+    # a tree adds up what tasks have summed; the first of its levels has nearly all of the work
+    answers = math.ceil(summed / ADDED_TOGETHER)
+    at_once = match_ranges(inputs.clusters, inputs.dim) * min(
+        answers, additions_at_once(inputs.cluster.cpus)
+    )
     sums = (
         vectors,
-        inputs.demand(
-            "add sums",
-            work.shards * matches * 2 * 8 * inputs.dim,
-            "add",
-            match_ranges(inputs.clusters, inputs.dim),
-        ),
+        inputs.demand("add sums", summed * _answer_bytes(inputs), "add", at_once),
         inputs.demand("schedule", summed + added, "tasks"),
         *read,
     )
@@ -433,12 +486,22 @@ def _prototypes(inputs: Inputs) -> list[Phase]:
 def _prototypes_store_bytes(inputs: Inputs) -> float:
     """Return the bytes of a search, or of sums under way if more.
 
-    These wait to be added up, or are of tasks of a window.
+    These wait to be added up, are being added up, or are of tasks of a window.
     """
-    waiting = 2 * SUMS_ADDED_TOGETHER + 2 * inputs.cluster.cpus
+    cpus = inputs.cluster.cpus
+    waiting = ADDED_TOGETHER * (1 + additions_at_once(cpus)) + 2 * cpus
     summed, _ = _sum_tasks(inputs)
-    totals = 2 * 2 * 8.0 * inputs.dim * inputs.clusters
-    return max(_search_store_bytes(inputs, 2), min(waiting, summed) * SUMS_BYTES + totals)
+    answers = min(waiting, summed) * min(SUMS_BYTES, _answer_bytes(inputs))
+    return max(_search_store_bytes(inputs, 2), answers + 2 * 8.0 * inputs.dim * inputs.clusters)
+
+
+def _prototypes_driver_bytes(inputs: Inputs) -> float:
+    """Return the bytes of both vectors of each prototype, and of its texts and names.
+
+    Medoids are found beside the means, and are put in order at the end.
+    """
+    copies = 3 if inputs.config.prototypes.center == "medoid" else 1
+    return copies * 2 * inputs.prototype_bytes + NAMES_BYTES * inputs.clusters
 
 
 def _prototypes_disk_bytes(inputs: Inputs) -> float:
@@ -514,11 +577,32 @@ def _caption_disk_bytes(inputs: Inputs) -> float:
     return inputs.clusters * inputs.figures["text"].value
 
 
+def _caption_driver_bytes(inputs: Inputs) -> float:
+    """Return the bytes of images, queries and lists: of each row its place and what it finds.
+
+    A list is 24 bytes per row; as much again while the rows are put in the order of their shards.
+    """
+    if inputs.config.caption.nearest_to == "prototype":
+        return 2 * inputs.prototype_bytes
+    lists = 2 * 24.0 * LONGEST_LIST * inputs.clusters if inputs.config.caption.round_trip else 0.0
+    queries = 2 if inputs.config.caption.nearest_to == "both" else 1
+    return (2 + queries) * inputs.prototype_bytes + lists
+
+
 def _materialize(inputs: Inputs) -> list[Phase]:
-    trips = (READ_TRIPS + WRITE_TRIPS) * inputs.clusters
+    """Return the phases that copy images and then read them again for tars, each in one task."""
+    copies = min(max(1.0, inputs.clusters / IMAGES_TOGETHER), inputs.cluster.cpus)
     tars = min(max(1.0, inputs.clusters / PAIRS_PER_TAR), TARS_AT_ONCE, inputs.cluster.cpus)
-    copy = inputs.round_trips("read and write images", trips, CALLS_AT_ONCE * tars)
-    return [(inputs.demand("write the set", inputs.clusters, "materialize", tars), *copy)]
+    copied = (READ_TRIPS + WRITE_TRIPS) * inputs.clusters
+    return [
+        inputs.round_trips("copy images", copied, CALLS_AT_ONCE * copies),
+        (
+            inputs.demand("write the set", inputs.clusters, "materialize", tars),
+            *inputs.round_trips(
+                "read images for tars", READ_TRIPS * inputs.clusters, CALLS_AT_ONCE * tars
+            ),
+        ),
+    ]
 
 
 def _materialize_disk_bytes(inputs: Inputs) -> float:
@@ -526,11 +610,28 @@ def _materialize_disk_bytes(inputs: Inputs) -> float:
     return 2 * images + 2 * inputs.prototype_bytes
 
 
+def _materialize_driver_bytes(inputs: Inputs) -> float:
+    """Return the bytes of both vectors of each pair, twice while they are packed, and records."""
+    similarity = 4.0 * inputs.clusters**2 if inputs.config.extras.similarity != "off" else 0.0
+    return 4 * inputs.prototype_bytes + RECORD_BYTES * inputs.clusters + 2 * similarity
+
+
 EMBED = StageModel(_embed, _embed_disk_bytes, _embed_store_bytes)
 PRUNE = StageModel(_prune, _prune_disk_bytes)
-CLUSTER = StageModel(_cluster, _cluster_disk_bytes, _cluster_store_bytes)
-MATCH = StageModel(_match, _match_disk_bytes)
-PROTOTYPES = StageModel(_prototypes, _prototypes_disk_bytes, _prototypes_store_bytes)
+CLUSTER = StageModel(
+    _cluster, _cluster_disk_bytes, _cluster_store_bytes, lambda inputs: 2 * inputs.prototype_bytes
+)
+MATCH = StageModel(_match, _match_disk_bytes, _match_store_bytes, _match_driver_bytes)
+PROTOTYPES = StageModel(
+    _prototypes, _prototypes_disk_bytes, _prototypes_store_bytes, _prototypes_driver_bytes
+)
 DECODE = StageModel(_decode, _decode_disk_bytes)
-CAPTION = StageModel(_caption, _caption_disk_bytes, lambda inputs: _search_store_bytes(inputs, 1))
-MATERIALIZE = StageModel(_materialize, _materialize_disk_bytes)
+CAPTION = StageModel(
+    _caption,
+    _caption_disk_bytes,
+    lambda inputs: _search_store_bytes(inputs, 1),
+    _caption_driver_bytes,
+)
+MATERIALIZE = StageModel(
+    _materialize, _materialize_disk_bytes, driver_bytes=_materialize_driver_bytes
+)

@@ -49,6 +49,8 @@ class StagePlan:
     """Bytes over the network."""
     store_bytes: float
     """Bytes in Ray's object store, in the whole cluster."""
+    driver_bytes: float
+    """Bytes of memory on the driver."""
     usd: float | None
     """None where a price is not known."""
     start: Estimate
@@ -186,6 +188,7 @@ def _plan_stage(
         disk_bytes=model.disk_bytes(inputs),
         traffic_bytes=sum(demand.work for demand in demands if demand.rate.per == "node"),
         store_bytes=model.store_bytes(inputs),
+        driver_bytes=inputs.figures["driver"].value + model.driver_bytes(inputs),
         usd=cost(seconds, inputs.cluster, prices),
         start=start,
         phases=every_phase,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from pds_ray.stages.match import Table
 from pds_ray.stages.vectors import normalized
 from pds_ray.store.learned import Learned
 
@@ -58,28 +59,24 @@ def clip_similarity(
 
 
 def table_similarity(
-    cells: np.ndarray,
-    counts: np.ndarray,
-    clusters: int,
-    image_cluster: np.ndarray,
-    text_cluster: np.ndarray,
-    share: float,
+    table: Table, image_cluster: np.ndarray, text_cluster: np.ndarray, share: float
 ) -> np.ndarray:
     """Return soft targets by the pairs that clusters share, blended with the own caption.
 
-    `cells` (int64, ascending, image cluster * clusters + text cluster) and `counts` (int64) are the
-    contingency table; int [B] are the clusters of each pair -> float32 [B, B]. An image cluster
-    that shares nothing with any chosen text cluster has its own caption alone.
+    int [B] are the clusters of each pair, all different -> float32 [B, B]. An image cluster that
+    shares nothing with any chosen text cluster has its own caption alone.
     """
     found = np.zeros((len(image_cluster), len(text_cluster)), np.float32)
-    for row, cluster in enumerate(np.asarray(image_cluster, np.int64)):
-        wanted = cluster * clusters + np.asarray(text_cluster, np.int64)
-        place = np.minimum(np.searchsorted(cells, wanted), max(len(cells) - 1, 0))
-        hit = cells[place] == wanted if len(cells) else np.zeros(len(wanted), bool)
-        shared = np.where(hit, counts[place] if len(cells) else 0, 0)
-        found[row] = shared / max(1, shared.sum())
-        if not shared.any():
-            found[row, row] = 1
+    rows, columns = np.full((2, table.clusters), -1)
+    rows[image_cluster] = np.arange(len(image_cluster))
+    columns[text_cluster] = np.arange(len(text_cluster))
+    for cells, counts in table.parts:
+        row, column = rows[cells // table.clusters], columns[cells % table.clusters]
+        chosen = (row >= 0) & (column >= 0)
+        row, column, shared = row[chosen], column[chosen], counts[chosen]
+        of_row = np.bincount(row, weights=shared, minlength=len(found))
+        found[row, column] = shared / of_row[row]
+    found[(alone := np.flatnonzero(~found.any(axis=1))), alone] = 1
     return _blended(found, share)
 
 

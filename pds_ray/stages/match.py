@@ -9,7 +9,9 @@ clusters that share no pair is an empty match.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,128 +19,155 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 from pds_ray.config import MatchConfig
+from pds_ray.stages.vectors import summable
 
 DENSE_LIMIT = 5_000
 KEEP_EMPTY_BELOW = 300  # pairs; the published code keeps empty matches in small sets only
+COSINE_BITS = 32
+"""Sums of cosines are multiples of 2^-32: exact for two million pairs per match and more."""
 
-Counts = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""A sparse contingency table: cells, counts and summed cosines.
-
-Cells are i * K + j, int64, ascending; counts int64; summed cosines float64.
-"""
+Counts = tuple[np.ndarray, np.ndarray]
+"""A part of a sparse contingency table: cells i * K + j, int64, ascending, and counts, int64."""
 
 
-def count_pairs(
-    image_cluster: np.ndarray, text_cluster: np.ndarray, similarity: np.ndarray, clusters: int
-) -> Counts:
-    """Count the contingency table of some pairs.
+@dataclass(frozen=True)
+class Table:
+    """A contingency table of K x K clusters, in parts that need not be in memory together."""
 
-    Labels int32 [n] twice (-1 where pruned), cosines float32 [n].
-    """
+    clusters: int
+    """K."""
+    cells: int
+    """Cells with a pair, in all parts."""
+    pairs: int
+    parts: Iterable[Counts]
+    """Ranges of image clusters, in order."""
+
+
+def count_pairs(image_cluster: np.ndarray, text_cluster: np.ndarray, clusters: int) -> Counts:
+    """Count the contingency table of some pairs: labels int32 [n] twice, -1 where pruned."""
     kept = image_cluster >= 0
     packed = image_cluster[kept].astype(np.int64) * clusters + text_cluster[kept]
-    cells, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
-    cosines = np.bincount(inverse, weights=similarity[kept], minlength=len(cells))
-    return cells, counts.astype(np.int64), cosines
+    cells, counts = np.unique(packed, return_counts=True)
+    return cells, counts.astype(np.int64)
 
 
-def merge_counts(parts: list[Counts]) -> Counts:
-    """Sum a few contingency tables; a cell's cosines are added in the order of the tables."""
+def merge_counts(*parts: Counts) -> Counts:
+    """Sum some contingency tables."""
     cells = np.concatenate([part[0] for part in parts])
-    unique, inverse = np.unique(cells, return_inverse=True)
-    counts = np.zeros(len(unique), np.int64)
-    np.add.at(counts, inverse, np.concatenate([part[1] for part in parts]))
-    weights = np.concatenate([part[2] for part in parts])
-    return unique, counts, np.bincount(inverse, weights=weights, minlength=len(unique))
+    order = np.argsort(cells, kind="stable")  # which merges what is in order already
+    cells = cells[order]
+    first = np.flatnonzero(np.diff(cells, prepend=-1))
+    counts = np.concatenate([part[1] for part in parts])[order]
+    return cells[first], np.add.reduceat(counts, first) if len(first) else counts
 
 
-def sum_counts(parts: Iterable[Counts]) -> Counts:
-    """Sum any number of contingency tables: `merge_counts` of all of them, bit for bit.
+def split_counts(counts: Counts, bounds: Sequence[int], clusters: int) -> list[Counts]:
+    """Return the parts of a table between each two bounds of image clusters, which ascend."""
+    places = np.searchsorted(counts[0], np.asarray(bounds, np.int64) * clusters)
+    return [(counts[0][start:end], counts[1][start:end]) for start, end in pairwise(places)]
 
-    Counts of known cells are added in place; new cells wait until they are half as many as the
-    known ones, so that little more than the sum is held and all merges together cost O(n).
+
+def size_of(counts: Counts) -> tuple[int, int]:
+    """Return the number of cells and of pairs of a part of a table."""
+    return len(counts[0]), int(counts[1].sum())
+
+
+def table_of(parts: Sequence[Counts], clusters: int) -> Table:
+    """Return the table that parts in memory are ranges of."""
+    sizes = [size_of(part) for part in parts]
+    return Table(clusters, sum(size[0] for size in sizes), sum(size[1] for size in sizes), parts)
+
+
+def assign_clusters(table: Table, solver: str = "auto") -> tuple[np.ndarray, np.ndarray]:
+    """Return the text cluster matched to each image cluster, and the pairs that the two share.
+
+    The first is a permutation; int64 [K] twice. Dense and sparse reach the same total; where
+    several assignments do, the choice is the solver's.
     """
-    last = np.iinfo(np.int64).max  # a cell beyond all others: every search ends at one
-    known: list[np.ndarray] = [np.array([last]), np.zeros(1, np.int64), np.zeros(1)]
-    new: list[Counts] = []
-    waiting = 0
-
-    def add_new() -> None:
-        merged = merge_counts(new)
-        place = np.searchsorted(known[0], merged[0])
-        for column, theirs in enumerate(merged):
-            known[column] = np.insert(known[column], place, theirs)
-        new.clear()
-
-    for cells, counts, cosines in parts:
-        place = np.searchsorted(known[0], cells)
-        hit = known[0][place] == cells
-        known[1][place[hit]] += counts[hit]
-        known[2][place[hit]] += cosines[hit]
-        new.append((cells[~hit], counts[~hit], cosines[~hit]))
-        waiting += len(new[-1][0])
-        if 2 * waiting > len(known[0]):
-            add_new()
-            waiting = 0
-    if new:
-        add_new()
-    return known[0][:-1], known[1][:-1], known[2][:-1]
+    if solver == "dense" or (solver == "auto" and table.clusters <= DENSE_LIMIT):
+        return _assign_dense(table)
+    return _assign_sparse(table)
 
 
-def assign_clusters(
-    cells: np.ndarray, counts: np.ndarray, clusters: int, solver: str = "auto"
-) -> np.ndarray:
-    """Return the text cluster matched to each image cluster: a permutation, int64 [K].
-
-    Dense and sparse reach the same total; where several assignments do, the choice is the solver's.
-    """
-    if solver == "dense" or (solver == "auto" and clusters <= DENSE_LIMIT):
-        table = np.zeros(clusters * clusters)
-        table[cells] = counts
-        return linear_sum_assignment(table.reshape(clusters, clusters), maximize=True)[1]
-    return _assign_sparse(cells, counts, clusters)
+def _assign_dense(table: Table) -> tuple[np.ndarray, np.ndarray]:
+    # negative and to be minimised: to maximise, the solver would work on a negative copy
+    costs = np.zeros((table.clusters, table.clusters))
+    for cells, counts in table.parts:
+        costs.reshape(-1)[cells] = -counts
+    image, text_of = linear_sum_assignment(costs)
+    return text_of, -costs[image, text_of].astype(np.int64)
 
 
-def _assign_sparse(cells: np.ndarray, counts: np.ndarray, clusters: int) -> np.ndarray:
+class _Given(sp.csr_array):
+    """An array that is given away: the solver copies others before it begins."""
+
+    def astype(self, dtype: type, **_: object) -> sp.csr_array:
+        return super().astype(dtype, copy=False)
+
+
+def _assign_sparse(table: Table) -> tuple[np.ndarray, np.ndarray]:
     """Assign with a private dummy column of weight 0 per image cluster: a full matching exists."""
-    own = np.arange(clusters)
-    # the cells are in the order of a CSR array already
-    ends = np.searchsorted(cells, (own + 1) * clusters)
-    # the solver takes no zero weights: everything is shifted by 1, the same for every full matching
-    weights = np.insert(counts + 1.0, ends, 1.0)
-    columns = np.insert((cells % clusters).astype(np.int32), ends, clusters + own)
-    starts = np.concatenate([[0], ends + own + 1])
-    graph = sp.csr_array((weights, columns, starts), shape=(clusters, 2 * clusters))
-    matched = min_weight_full_bipartite_matching(graph, maximize=True)[1].astype(np.int64)
+    graph, own = _graph(table), np.arange(table.clusters)
+    matched = min_weight_full_bipartite_matching(graph)[1].astype(np.int64)
+    shared = -1 - graph[own, matched].astype(np.int64)
     # those on their dummy share no pair with a free text cluster: they take the free ones in order
-    left_over = np.flatnonzero(matched >= clusters)
-    matched[left_over] = np.setdiff1d(own, matched[matched < clusters])
-    return matched
+    left_over = np.flatnonzero(matched >= table.clusters)
+    matched[left_over] = np.setdiff1d(own, matched[matched < table.clusters])
+    return matched, shared
+
+
+def _graph(table: Table) -> _Given:
+    """Return a table with its dummy columns for the solver, 12 bytes per cell: [K, 2K].
+
+    The solver takes no zero weights: everything is shifted by 1, the same for every full matching.
+    Weights are negative and to be minimised: to maximise, it would work on a negative copy.
+    """
+    clusters = table.clusters
+    weights = np.full(table.cells + clusters, -1.0)
+    columns = np.empty(table.cells + clusters, np.int32)
+    lengths, done = np.ones(clusters, np.int64), 0
+    for cells, counts in table.parts:
+        row, column = np.divmod(cells, clusters)
+        place = np.arange(done, done + len(cells)) + row  # after the dummy of each row before
+        columns[place] = column
+        weights[place] -= counts
+        lengths += np.bincount(row, minlength=clusters)
+        done += len(cells)
+    ends = np.cumsum(lengths)
+    columns[ends - 1] = clusters + np.arange(clusters)
+    starts = np.concatenate([[0], ends]).astype(sp.get_index_dtype(maxval=len(weights)))
+    return _Given((weights, columns, starts), shape=(clusters, 2 * clusters))
+
+
+def matched_cosines(
+    image_cluster: np.ndarray, text_cluster: np.ndarray, similarity: np.ndarray, text_of: np.ndarray
+) -> np.ndarray:
+    """Return the summed cosines of the pairs that matched clusters share, float64 [K].
+
+    Labels int32 [n] twice (-1 where pruned), cosines float32 [n]. Sums of such sums are exact.
+    """
+    shared = (image_cluster >= 0) & (text_of[image_cluster] == text_cluster)
+    image = image_cluster[shared]
+    sums = np.bincount(image, weights=similarity[shared], minlength=len(text_of))
+    return summable(sums, COSINE_BITS)
 
 
 def matched_clusters(
-    cells: np.ndarray,
-    counts: np.ndarray,
-    cosines: np.ndarray,
-    text_of: np.ndarray,
-    pairs: int,
-    config: MatchConfig,
+    text_of: np.ndarray, shared: np.ndarray, cosines: np.ndarray, pairs: int, config: MatchConfig
 ) -> dict[str, np.ndarray]:
-    """Return the matched clusters as columns of couples.parquet, empty matches only if kept."""
-    image_cluster = np.arange(len(text_of))
-    wanted = image_cluster * len(text_of) + text_of
-    found = np.minimum(np.searchsorted(cells, wanted), max(len(cells) - 1, 0))
-    hit = (cells[found] == wanted) if len(cells) else np.zeros(len(wanted), bool)
-    shared = np.where(hit, counts[found], 0) if len(cells) else np.zeros(len(wanted), np.int64)
-    total = np.where(hit, cosines[found], 0.0) if len(cells) else np.zeros(len(wanted))
+    """Return the matched clusters as columns of couples.parquet, empty matches only if kept.
+
+    The text cluster of each image cluster, int64 [K], the pairs that they share, int64 [K], and
+    the summed cosines of these, float64 [K].
+    """
     empty = shared == 0
     kept = ~empty | keeps_empty(pairs, config)
     return {
-        "image_cluster": image_cluster[kept].astype(np.int32),
+        "image_cluster": np.flatnonzero(kept).astype(np.int32),
         "text_cluster": text_of[kept].astype(np.int32),
         "shared": shared[kept],
         "pairless": empty[kept],
-        "mean_cosine": (total / np.maximum(shared, 1))[kept],
+        "mean_cosine": (cosines / np.maximum(shared, 1))[kept],
     }
 
 

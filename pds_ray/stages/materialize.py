@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 from PIL import Image
@@ -45,6 +45,7 @@ from pds_ray.store.storage import Folder, side_by_side
 from pds_ray.telemetry.progress import QUIET_S, progress_bar
 
 PAIRS_PER_TAR = 10_000
+IMAGES_TOGETHER = 1_000  # copied by one task: some seconds of round trips to an object store
 OPTIMISE = "optimise"
 """The stage that leaves learned parts."""
 
@@ -56,7 +57,7 @@ _ACTIVE = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 def materialize(run: Run, extras: Extras, share: Share = map) -> Counts:
     """Write the distilled set of a run whose other stages are done; return its counts.
 
-    `share` applies a function to tars, in order.
+    `share` applies a function to parts of the set, in order.
     """
     folder, budget = run.folder, run.config.budget_bytes
     folder.distilled.delete_all()
@@ -231,9 +232,9 @@ def write_distilled(
     `about` is what card and manifest say of the making, `text` the method's part of the card.
     `captions` (rows of captions.parquet) replace those of the prototypes; `choices` (rows of
     choices.parquet) go into the records. `step` is called with the number of pairs that were
-    written, `extras` are more parts. `share` applies a function to tars, in order. Few images are
-    in memory at a time. The manifest comes last: a folder without it is no distilled set. Raises
-    FileNotFoundError if an image of the run is missing.
+    written, `extras` are more parts. `share` applies a function to parts of the set, in order. Few
+    images are in memory at a time. The manifest comes last: a folder without it is no distilled
+    set. Raises FileNotFoundError if an image of the run is missing.
     """
     prototypes = run.prototypes()
     extras, short = extras or Extras(), {}
@@ -303,8 +304,22 @@ def _with_size(about: dict[str, Any], size: SetSize) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Images:
+    """Some images, to be copied into the set."""
+
+    names: list[str]
+    """Their names in `source`."""
+    source: Folder
+    target: Folder
+
+    def __str__(self) -> str:
+        """Return the first name, by which a person knows what is waited for."""
+        return image_path(self.names[0])
+
+
+@dataclass(frozen=True)
 class Tar:
-    """A part of the set: some images, copied into it and written into one tar."""
+    """Some pairs, to be written into one tar of the set."""
 
     number: int
     rows: list[Record]
@@ -316,49 +331,57 @@ class Tar:
         return tar_path(self.number)
 
 
-@dataclass(frozen=True)
-class TarWritten:
-    """Files that a tar added to the set, and the pixels of its images."""
-
-    images: Files
-    tars: Files
-    pixels: int
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-Share = Callable[[Callable[[Tar], TarWritten], list[Tar]], Iterable[TarWritten]]
-"""A `map`, which may be one over a cluster."""
+class Share(Protocol):
+    """A `map` over lists, which may be one over a cluster."""
+
+    def __call__(
+        self, function: Callable[[Item], Result], items: list[Item], /
+    ) -> Iterable[Result]: ...
 
 
-def write_tar(tar: Tar, step: Callable[[int], object] = lambda _: None) -> TarWritten:
-    """Copy images into the set, and write them into a tar with text and metadata.
+def copy_images(images: Images) -> tuple[Files, int]:
+    """Copy images into the set; return their files, and the pixels of all of them.
+
+    Raises FileNotFoundError if one is missing.
+    """
+
+    def copy(name: str) -> tuple[Files, int]:
+        image, listed = images.source.read_bytes(name), Files()
+        write(images.target, image_path(name), image, listed)
+        with Image.open(io.BytesIO(image)) as opened:
+            return listed, math.prod(opened.size)
+
+    files, pixels = Files(), 0
+    for listed, own in side_by_side(copy, images.names):
+        files |= listed
+        pixels += own
+    return files, pixels
+
+
+def write_tar(tar: Tar, step: Callable[[int], object] = lambda _: None) -> Files:
+    """Write images into a tar with text and metadata; return its entry.
 
     `step` is called with 1 after each. Raises FileNotFoundError if one is missing.
     """
     from webdataset import TarWriter
 
-    images: Files = {}
-    tars: Files = {}
-    pixels = 0
-
-    def copy(row: Record) -> tuple[bytes, Files]:
-        image, listed = tar.source.read_bytes(row["file_name"]), Files()
-        write(tar.target, image_path(row["file_name"]), image, listed)
-        return image, listed
-
+    files = Files()
+    images = side_by_side(tar.source.read_bytes, [row["file_name"] for row in tar.rows])
     with (
-        written(tar.target, tar_path(tar.number), tars) as stream,
+        written(tar.target, tar_path(tar.number), files) as stream,
         # without times and owners: the same pairs give the same bytes
         TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False) as writer,
     ):
-        for row, (image, listed) in zip(tar.rows, side_by_side(copy, tar.rows), strict=True):
-            images |= listed
+        for row, image in zip(tar.rows, images, strict=True):
             text, record = row["text"].encode(), _json_line(row).encode()
             key, _, kind = row["file_name"].rpartition(".")
             writer.write({"__key__": key, kind: image, "txt": text, "json": record})
-            with Image.open(io.BytesIO(image)) as opened:
-                pixels += math.prod(opened.size)
             step(1)
-    return TarWritten(images, tars, pixels)
+    return files
 
 
 def _write_images(
@@ -368,23 +391,28 @@ def _write_images(
     step: Callable[[int], object],
     share: Share,
 ) -> tuple[Files, Files, int]:
-    """Write the images of the set and its tars; `share` makes several.
+    """Write the images of the set, then its tars; `share` makes several.
 
-    Returns the files of both, and the pixels of all images.
+    Images are read twice: many tasks copy them, where a tar has one. Returns the files of both, and
+    the pixels of all images.
     """
+    names = [row["file_name"] for row in rows]
+    copies = [
+        Images(names[start : start + IMAGES_TOGETHER], source, target)
+        for start in range(0, len(rows), IMAGES_TOGETHER)
+    ]
     tars = [
         Tar(number, rows[start : start + PAIRS_PER_TAR], source, target)
         for number, start in enumerate(range(0, len(rows), PAIRS_PER_TAR))
     ]
-    images: Files = {}
-    files: Files = {}
-    pixels = 0
+    images, files, pixels = Files(), Files(), 0
+    for listed, own in (map if len(copies) < 2 else share)(copy_images, copies):
+        images |= listed
+        pixels += own
     alone = len(tars) < 2
-    parts = map(partial(write_tar, step=step), tars) if alone else share(write_tar, tars)
-    for tar, part in zip(tars, parts, strict=True):
-        images |= part.images
-        files |= part.tars
-        pixels += part.pixels
+    written_tars = map(partial(write_tar, step=step), tars) if alone else share(write_tar, tars)
+    for tar, entry in zip(tars, written_tars, strict=True):
+        files |= entry
         if not alone:
             step(len(tar.rows))
     return images, files, pixels

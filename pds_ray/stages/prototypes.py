@@ -4,7 +4,8 @@
 
 (docs/methods.md, "prototypes"). Means are plain means of raw vectors, summed in float64. An empty
 match that is kept takes the means of its two clusters' kept pairs; without `match.filter` every
-match does. Both passes are a map over shards and a merge in shard order.
+match does. Both passes are a map over shards and a merge: of sums in any grouping, with the same
+bytes, of nearest rows in shard order.
 """
 
 from __future__ import annotations
@@ -17,9 +18,15 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from pds_ray.stages.vectors import normalized
+from pds_ray.stages.vectors import normalized, summable
 from pds_ray.store.schemas import MEMBER_SAMPLE
 from pds_ray.telemetry import log
+
+SUM_BITS = 28
+"""The sums of a shard are rounded to multiples of 2^-28, which changes no sum of float16.
+
+So they are added up without rounding, the same in any grouping, while none is beyond 2^25.
+"""
 
 
 @dataclass
@@ -40,15 +47,6 @@ class Sums:
     """float64 [T]: summed norms of the image vectors."""
     members: list[list[str]]
     """The first MEMBER_SAMPLE pairs of each match, as shard/key."""
-
-    def copy(self) -> Sums:
-        """Return sums that can be added to: those from an object store are read-only."""
-        arrays = {
-            each.name: getattr(self, each.name).copy()
-            for each in fields(self)
-            if each.name != "members"
-        }
-        return Sums(**arrays, members=[list(own) for own in self.members])
 
     def split(self, bounds: Sequence[int]) -> list[Sums]:
         """Return the sums of the matches between each two bounds, which ascend."""
@@ -133,6 +131,8 @@ def shard_sums(pairs: ShardPairs, matches: Matches, clusters: int) -> Sums:
     sums.image_norm += np.bincount(image_group, weights=norms, minlength=len(touched))
     sums.image_count += np.bincount(image_group, minlength=len(touched))
     sums.text_count += np.bincount(text_group, minlength=len(touched))
+    for name in ("image", "text", "image_norm"):
+        setattr(sums, name, summable(getattr(sums, name), SUM_BITS))
     for pair, row in zip(on_image, image_group, strict=True):
         if len(sums.members[row]) < MEMBER_SAMPLE:
             sums.members[row].append(f"{pairs.shard}/{pairs.keys[pair]}")
@@ -164,9 +164,9 @@ def _summed(vectors: np.ndarray, rows: np.ndarray, group: np.ndarray, groups: in
 
 
 def add_sums(total: Sums, part: Sums) -> None:
-    """Add a shard's sums to those of all matches, or of a range that its matches are in.
+    """Add the sums of some shards to those of matches that theirs are among.
 
-    Called in shard order, so that rounding never differs.
+    Called in shard order, for the members.
     """
     rows = np.searchsorted(total.match, part.match)
     total.image[rows] += part.image
@@ -177,6 +177,29 @@ def add_sums(total: Sums, part: Sums) -> None:
     for row, theirs in zip(rows, part.members, strict=True):
         mine = total.members[row]
         mine.extend(theirs[: MEMBER_SAMPLE - len(mine)])
+
+
+def touched(sums: Sums) -> Sums:
+    """Return the sums of those matches that have any pair."""
+    rows = np.flatnonzero(sums.image_count + sums.text_count)
+    return Sums(
+        sums.match[rows],
+        sums.image[rows],
+        sums.text[rows],
+        sums.image_count[rows],
+        sums.text_count[rows],
+        sums.image_norm[rows],
+        [sums.members[row] for row in rows],
+    )
+
+
+def added_sums(*parts: Sums) -> Sums:
+    """Return the sums of neighbouring groups of shards, in their order."""
+    match = np.unique(np.concatenate([part.match for part in parts]))
+    total = empty_sums(match, parts[0].image.shape[1])
+    for part in parts:
+        add_sums(total, part)
+    return total
 
 
 @dataclass(frozen=True)
@@ -206,12 +229,16 @@ def means(sums: Sums) -> Prototypes:
 
 def merged(parts: Sequence[Prototypes]) -> Prototypes:
     """Join the prototypes of several ranges of matches, in their order."""
-    joined = (
-        np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(Prototypes)
+    cosine, match = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("cosine", "match")
     )
-    image, text, cosine, match = joined
     order = np.lexsort((match, -cosine))
-    return Prototypes(image[order], text[order], cosine[order], match[order])
+    # the one copy of the vectors
+    image, text = np.empty((2, len(order), parts[0].image.shape[1]), np.float32)
+    places = np.split(np.argsort(order), np.cumsum([len(part.match) for part in parts[:-1]]))
+    for place, part in zip(places, parts, strict=True):
+        image[place], text[place] = part.image, part.text
+    return Prototypes(image, text, cosine[order], match[order])
 
 
 def members(sums: Sums) -> Members:
@@ -281,7 +308,7 @@ def shard_medoids(
     pair, match = pair[alive], match[alive]
     image, text = pairs.image_vectors[pairs.image_row[pair]], pairs.text_vectors[pair]
     score = sum(
-        np.einsum("md,md->m", normalized(own.astype(np.float64)), normalized(means)[center[match]])
+        np.einsum("md,md->m", normalized(own.astype(np.float64)), normalized(means[center[match]]))
         for own, means in ((image, centers.image), (text, centers.text))
     )
     order = np.lexsort((pair, -score, match))

@@ -1,4 +1,4 @@
-"""Vectors at unit length."""
+"""Vectors at unit length, and sums that are the same in any order."""
 
 from __future__ import annotations
 
@@ -20,3 +20,13 @@ def joined(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
     """
     both = [normalized(images), normalized(texts)]
     return np.concatenate(both, axis=1) * np.float32(math.sqrt(0.5))
+
+
+def summable(values: np.ndarray, bits: int) -> np.ndarray:
+    """Return float64 values as the nearest multiples of 2^-bits.
+
+    Sums of such are exact, hence the same in any order and grouping, while none is beyond
+    2^(53 - bits).
+    """
+    found = np.rint(np.ldexp(values, bits))
+    return np.ldexp(found, -bits, out=found)

@@ -53,6 +53,7 @@ def test_few_tasks_at_once(tmp_path: Path) -> None:
 def test_a_set_of_several_tars(run_folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks write the bytes that the driver would; a missing image ends it."""
     monkeypatch.setattr(materialize, "PAIRS_PER_TAR", 3)
+    monkeypatch.setattr(materialize, "IMAGES_TOGETHER", 2)
     rng = np.random.default_rng(0)
     rows = [{"file_name": run_folder.image_name(pair), "text": str(pair)} for pair in range(8)]
     for row in rows:

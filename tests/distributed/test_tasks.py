@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from tqdm import tqdm
 
 from pds_ray import distributed
 from pds_ray.config import Actors
-from pds_ray.distributed import pools, tasks
+from pds_ray.distributed import pools, ranges, tasks
 from pds_ray.telemetry import progress
 
 pytestmark = pytest.mark.ray
@@ -165,6 +166,28 @@ def test_values_stay_in_the_object_stores() -> None:
         totals = [tasks.in_store(sum_of, totals[0], one), tasks.in_store(sum_of, totals[1], ten)]
         first, second = first + number, second + 10 * number
     assert ray.get(totals) == [first, second]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 8, 29])
+def test_answers_are_added_up_in_their_order(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
+    """Each task answers for two ranges; three neighbours at a time are joined, one task at once."""
+    monkeypatch.setattr(ranges, "ADDED_TOGETHER", 3)
+    monkeypatch.setattr(ranges, "additions_at_once", lambda _: 1)
+
+    def parts(group: list[str], end: str) -> Iterator[list[str] | int]:
+        yield [name + end for name in group]
+        yield [name + end + end for name in group]
+        yield len(group)
+
+    def join(*neighbours: list[str]) -> list[str]:
+        assert 2 <= len(neighbours) <= 3 or groups == 1
+        return [name for part in neighbours for name in part]
+
+    items = [[f"{number}a", f"{number}b"] for number in range(groups)]
+    with tqdm(disable=True) as bar:
+        found = ranges.added_up(parts, items, "!", ranges=2, add=join, bar=bar)
+    names = [name for group in items for name in group]
+    assert ray.get(list(found)) == [[name + end for name in names] for end in ("!", "!!")]
 
 
 def sum_of(*values: int) -> int:

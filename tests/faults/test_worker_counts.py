@@ -17,7 +17,7 @@ import ray
 from tqdm import tqdm
 
 from pds_ray.config import ClusterConfig, PrototypesConfig, RunConfig
-from pds_ray.distributed import cluster, match, nearest, nearest_captions, prototypes, prune
+from pds_ray.distributed import cluster, match, nearest, nearest_captions, prototypes, prune, ranges
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import vectors
 from pds_ray.store.storage import Folder
@@ -26,8 +26,8 @@ from tests.support.synthetic_store import make_store
 
 here = Path(tempfile.mkdtemp())
 store, _ = make_store(here / "store", [40, 1, 120, 39, 17, 60, 2, 80, 5, 31, 44], dim=16)
-prototypes.match_ranges = lambda *_: 3
-prototypes.SUMS_ADDED_TOGETHER = 2
+prototypes.match_ranges = match.table_ranges = lambda *_: 3
+ranges.ADDED_TOGETHER = 2
 for cpus, count in ((1, 11), (2, 4), (4, 1)):
     for module in (cluster, match, nearest, nearest_captions, prune):
         module.task_count = lambda shards, _, count=count: min(shards, count)
@@ -44,8 +44,10 @@ for cpus, count in ((1, 11), (2, 4), (4, 1)):
         run = stage_run(store, folder, config, 16)
         counts = do(run, "prune", "cluster", "match", "prototypes")
         image = vectors(folder.prototypes(), "image_prototype")
-        lists = nearest_captions.nearest_captions(run, image, image, tqdm(disable=True))
-        digest.update(repr((counts, lists)).encode())
+        lists, finds = nearest_captions.nearest_captions(run, image, image, tqdm(disable=True))
+        digest.update(repr(counts).encode())
+        for array in (lists.cosine, lists.shard, lists.row, finds.image, finds.text):
+            digest.update(array.tobytes())
         for path in sorted(Path(folder.folder.path).rglob("*")):
             if path.is_file():
                 digest.update(path.name.encode() + path.read_bytes())

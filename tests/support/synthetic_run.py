@@ -92,9 +92,10 @@ def make_run(
         )
         start += here
     matrix = np.concatenate(images)
-    table = match.count_pairs(image_cluster, text_cluster, data.similarity, pairs)
-    text_of = match.assign_clusters(table[0], table[1], pairs)
-    columns = match.matched_clusters(*table, text_of, pairs, MatchConfig())
+    table = match.table_of([match.count_pairs(image_cluster, text_cluster, pairs)], pairs)
+    text_of, shared = match.assign_clusters(table)
+    cosines = match.matched_cosines(image_cluster, text_cluster, data.similarity, text_of)
+    columns = match.matched_clusters(text_of, shared, cosines, pairs, MatchConfig())
     run.save_couples(pa.table(columns))
     prototypes = (
         matrix[rng.integers(len(matrix), size=pairs)] + rng.normal(size=(pairs, 8))

@@ -72,9 +72,7 @@ def test_the_table_counts_and_keeps_empty_clusters(pairs):
     counted = Counter(zip(image_labels.tolist(), text_labels.tolist(), strict=True))
     assert {(i, j): int(table[i, j]) for i, j in np.ndindex(table.shape) if table[i, j]} == counted
     assert table.shape == (CLUSTERS, CLUSTERS)
-    cells, counts, _ = match.count_pairs(
-        image_labels, text_labels, np.zeros(ROWS, np.float32), CLUSTERS
-    )
+    cells, counts = match.count_pairs(image_labels, text_labels, CLUSTERS)
     assert table.ravel()[cells].tolist() == counts.tolist()
     assert table.sum() == counts.sum()
 
@@ -86,20 +84,17 @@ def test_no_assignment_shares_more(pairs):
     assert total == max(
         sum(table[range(CLUSTERS), columns]) for columns in permutations(range(CLUSTERS))
     )
-    cells, counts, _ = match.count_pairs(
-        image_labels, text_labels, np.zeros(ROWS, np.float32), CLUSTERS
-    )
-    ours = match.assign_clusters(cells, counts, CLUSTERS)
+    counted = match.count_pairs(image_labels, text_labels, CLUSTERS)
+    ours, _ = match.assign_clusters(match.table_of([counted], CLUSTERS))
     assert total == table[range(CLUSTERS), ours].sum()
 
 
 def test_prototypes_are_those_of_the_package(pairs):
     image, text, image_labels, text_labels = pairs
-    cells, counts, cosines = match.count_pairs(
-        image_labels, text_labels, cosine(image, text), CLUSTERS
-    )
-    text_of = match.assign_clusters(cells, counts, CLUSTERS)
-    found = match.matched_clusters(cells, counts, cosines, text_of, CLUSTERS, MatchConfig())
+    counted = match.count_pairs(image_labels, text_labels, CLUSTERS)
+    text_of, shared = match.assign_clusters(match.table_of([counted], CLUSTERS))
+    cosines = match.matched_cosines(image_labels, text_labels, cosine(image, text), text_of)
+    found = match.matched_clusters(text_of, shared, cosines, CLUSTERS, MatchConfig())
     matches = prototypes.Matches(found["image_cluster"], found["text_cluster"], found["pairless"])
     keys = [str(row) for row in range(ROWS)]
     ours = prototypes.means(

@@ -21,7 +21,10 @@ def test_a_task_has_work_of_seconds_or_there_are_enough_tasks(shards: int, shard
     few = count < min(shards, sizes.TASKS_AT_LEAST)
     assert not few or count == max(1, math.ceil(shards * shard_s / sizes.TASK_AT_LEAST_S))
     together = math.ceil(shards / count)
-    assert together <= 1 or (together - 1) * shard_s <= sizes.TASK_S
+    longest = sizes.LONG_TASK_S if count >= sizes.MANY_TASKS else sizes.TASK_S
+    assert together <= 1 or (together - 1) * shard_s <= longest
+    if count > sizes.MANY_TASKS:  # not one more than tasks of that length need
+        assert count == shards or shards * shard_s / count > sizes.LONG_TASK_S * 0.99
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**6), SECONDS)
@@ -33,7 +36,7 @@ def test_tasks_of_few_shards() -> None:
     """A hundred shards of 5,000 pairs on a laptop: Ray's own work is no more than theirs."""
     assert sizes.task_count(100, sizes.column_seconds(5_000)) == 10
     assert sizes.task_count(100, sizes.product_seconds(5_000, 10_000, DIM, "cpu")) == 100
-    assert sizes.sum_task_count(100, 6_000, 500, DIM) == 100
+    assert sizes.sum_task_count(100, 6_000, 5_000, 500, DIM) == 28
 
 
 def test_tasks_of_400m_pairs() -> None:
@@ -41,7 +44,8 @@ def test_tasks_of_400m_pairs() -> None:
     assert sizes.task_count(SHARDS, sizes.column_seconds(PAIRS)) == 1_000
     on_gpu = sizes.product_seconds(2 * PAIRS, CLUSTERS, DIM, "cuda")
     assert on_gpu == pytest.approx(0.04 + 0.1 + 3.072e12 / 1e13)
-    assert sizes.task_count(SHARDS, on_gpu) == pytest.approx(12_000, rel=0.01)
+    assert sizes.task_count(SHARDS, on_gpu) == pytest.approx(SHARDS * 0.4472 / 5, abs=1)
+    assert sizes.task_count(15 * SHARDS, on_gpu) == 10_000, "of 27 seconds"
     # a core has work of a minute with a shard
     assert (
         sizes.task_count(SHARDS, sizes.product_seconds(2 * PAIRS, CLUSTERS, DIM, "cpu")) == SHARDS
@@ -49,19 +53,39 @@ def test_tasks_of_400m_pairs() -> None:
 
 
 def test_sums_of_a_task_are_bounded() -> None:
-    """A shard whose pairs are all of different matches has 123 MB of them."""
-    assert sizes.sum_task_count(SHARDS, 2 * PAIRS, PAIRS, DIM) == SHARDS
-    small = sizes.sum_task_count(SHARDS, 200, 100, DIM)
-    assert SHARDS / small * 100 * 2 * 8 * DIM <= sizes.SUMS_BYTES
-    assert small == math.ceil(SHARDS * 0.041 / 1.5)
-    few = sizes.sum_task_count(SHARDS, 2 * PAIRS, 500, DIM)
-    assert few == math.ceil(SHARDS * 0.14 / 1.5), "of 500 matches there are 6 MB"
+    """As many as a gigabyte: 87,381 of 100,000 matches of width 768, for two vectors each."""
+    count = sizes.sum_task_count(SHARDS, 2 * PAIRS, PAIRS, CLUSTERS, DIM)
+    members = PAIRS * SHARDS / count
+    hit = CLUSTERS * (1 - (1 - 1 / CLUSTERS) ** members)
+    assert hit * 2 * 8 * DIM == pytest.approx(sizes.SUMS_BYTES, rel=0.02)
+    assert count == 2_000
+    small = sizes.sum_task_count(SHARDS, 200, 100, CLUSTERS, DIM)
+    assert small == sizes.task_count(SHARDS, 0.041), "20 pairs of each match in all, 40 shards each"
+    few = sizes.sum_task_count(SHARDS, 2 * PAIRS, PAIRS, 500, DIM)
+    assert few == math.ceil(SHARDS * 0.14 / 5), "of 500 matches there are 6 MB"
+    assert sizes.sum_task_count(SHARDS, 2 * PAIRS, 0, CLUSTERS, DIM) == few
 
 
 def test_ranges_of_matches() -> None:
     assert sizes.match_ranges(500, 512) == 1
     assert sizes.match_ranges(0, 512) == 1
-    assert sizes.match_ranges(CLUSTERS, DIM) == 19, "1.2 GB of sums"
+    assert sizes.match_ranges(CLUSTERS, DIM) == 5, "1.2 GB of sums"
+
+
+def test_ranges_of_a_table() -> None:
+    assert sizes.table_ranges(10**9, 1_000) == 1, "16 MB of cells at most"
+    assert sizes.table_ranges(10**6, CLUSTERS) == 1, "a cell per pair at most"
+    assert sizes.table_ranges(10**8, CLUSTERS) == 6
+    assert sizes.table_ranges(10**10, CLUSTERS) == sizes.TABLE_RANGES
+    assert sizes.table_ranges(10**10, 3) == 1
+
+
+@given(st.integers(0, 5_000))
+def test_a_tree_adds_answers_up(answers: int) -> None:
+    """Each task takes 16 answers at most and leaves one."""
+    tasks = sizes.additions(answers)
+    assert tasks >= (answers - 1) / 15
+    assert tasks <= answers / 15 + 4
 
 
 @pytest.mark.parametrize(

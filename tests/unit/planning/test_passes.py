@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -65,15 +66,17 @@ def test_each_pass_reads_the_store_once() -> None:
 @pytest.mark.parametrize(
     ("name", "tasks"),
     [
-        # 1,000 tasks are enough for passes that take less than 25 minutes of a core
+        # 1,000 tasks are enough for passes that take less than 80 minutes of a core
         ("prune", [4 * 1_000]),
-        # 20,000 vectors of a shard: 0.447 s with a share of a GPU, so three shards per task
-        ("cluster", [pytest.approx(SHARDS * 0.4472 / 1.5, abs=1)]),
-        ("match", [1_600]),  # two files of a shard: 60 ms
-        # sums: a shard of 10,000 pairs has 123 MB at most, and 625 times 64 of them are added up in
-        # 19 ranges, which are begun and ended as well; then a search like labels, and look-ups
-        ("prototypes", [SHARDS + 19 * 627, pytest.approx(SHARDS * 0.4872 / 1.5 + 1_600, abs=2)]),
-        ("caption", [pytest.approx(SHARDS * 0.2436 / 1.5 + 1_000, abs=1)]),
+        # 20,000 vectors of a shard: 0.447 s with a share of a GPU, so eleven shards per task
+        ("cluster", [pytest.approx(SHARDS * 0.4472 / 5, abs=1)]),
+        # two files of a shard: 60 ms. The cells of 24 ranges are added up by 63 + 4 + 1 tasks each,
+        # and counted; then a pass for the cosines
+        ("match", [1_000 + 24 * 69, 1_000]),
+        # 112,000 pairs of 40 shards are summed in 826 MB by each task, and added up in 5 ranges;
+        # then a search like labels, and look-ups
+        ("prototypes", [1_121 + 5 * 78, pytest.approx(SHARDS * 0.4872 / 5 + 1_000, abs=2)]),
+        ("caption", [pytest.approx(SHARDS * 0.2436 / 5 + 1_000, abs=1)]),
     ],
 )
 def test_tasks_of_web_data(name: str, tasks: list[object]) -> None:
@@ -92,6 +95,61 @@ def test_answers_under_way() -> None:
     assert prototypes > 2 * caption, "sums of a window, and of those that wait to be added up"
     few = forecast(pairs=1_000)
     assert stage(few, "caption").store_bytes == caption / 100
+
+
+def test_scheduling_is_bounded_however_much_data_there_is() -> None:
+    """Of a pass at most 10,000 tasks for shards, where these have less than a minute of work."""
+    plan = forecast(5_850_000_000, "512xH100")
+    for name in ("cluster", "match", "prototypes", "caption"):
+        for phase in stage(plan, name).phases:
+            for d in (d for d in phase if d.what == "schedule"):
+                assert d.work <= 2.3 * 10_000
+
+
+def test_sums_under_way() -> None:
+    """On 512 CPUs: 1,024 answers of a window, and 33 times 16 that are added up, or wait for it."""
+    plan, matches = forecast(), 100_000 * (1 - math.exp(-0.35 * 0.8 * PAIRS / 1_121 / 100_000))
+    answer = 2 * 8 * 768 * matches
+    add = demand(plan, "prototypes", "add sums")
+    assert add.work == pytest.approx(1_121 * answer)
+    assert add.at_most == 5 * 32
+    totals = 2 * 8 * 768 * 100_000
+    assert stage(plan, "prototypes").store_bytes == pytest.approx(1_121 * answer + totals)
+    small = forecast(gpus="8xH100")
+    waiting = 2 * 64 + 16 * 5
+    assert stage(small, "prototypes").store_bytes == pytest.approx(waiting * answer + totals)
+    assert demand(small, "prototypes", "add sums").at_most == 5 * 4
+
+
+def test_memory_of_the_driver() -> None:
+    """Beyond the 350 MB of its start."""
+
+    def beyond(name: str, pairs_in: int = PAIRS, **changes: object) -> float:
+        return stage(forecast(pairs_in, **changes), name).driver_bytes - 0.35e9
+
+    kept, vectors = 0.8 * PAIRS, 100_000 * 768 * 4
+    # 96 million cells, in 24 parts: 12 bytes, and three flags
+    assert beyond("match") == pytest.approx(15 * 0.3 * kept)
+    assert beyond("match", 10**9) == pytest.approx(15 * 0.3 * 0.8 * 10**9)
+    # a million pairs are in one part: six numbers of each cell
+    assert beyond("match", 10**6) == pytest.approx((12 + 48) * 0.3 * 0.8 * 10**6)
+    few = {"pairs": 5_000, "match__solver": "auto"}
+    assert beyond("match", **few) == beyond("match", 10**9, **few) == 8 * 5_000**2
+    # a table of so few clusters is full
+    assert beyond("match", pairs=1_000) == pytest.approx((12 + 48) * 1_000**2)
+    assert beyond("embed") == beyond("prune") == 0
+    assert beyond("cluster") == 2 * vectors
+    assert beyond("prototypes") == 2 * vectors + 1_500 * 100_000
+    assert beyond("prototypes", prototypes__center="medoid") == 6 * vectors + 1_500 * 100_000
+    assert beyond("caption", caption__round_trip=False) == 3 * vectors
+    lists = {"caption__round_trip": True}
+    assert beyond("caption", **lists) == 3 * vectors + 2 * 64 * 24 * 100_000
+    both = {**lists, "caption__nearest_to": "both"}
+    assert beyond("caption", **both) == beyond("caption", **lists) + vectors
+    assert beyond("caption", caption__nearest_to="prototype") == 2 * vectors
+    assert beyond("materialize") == 4 * vectors + 5_000 * 100_000
+    with_targets = beyond("materialize", pairs=1_000, extras__similarity="clip")
+    assert with_targets == beyond("materialize", pairs=1_000) + 2 * 4 * 1_000**2
 
 
 def test_a_measured_rate_of_products_carries_over_to_another_gpu() -> None:

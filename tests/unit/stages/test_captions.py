@@ -75,15 +75,28 @@ def test_a_caption_finds_the_first_of_the_nearest_images():
     assert core.finds(captions, images).tolist() == [0, 1]
 
 
+def finds_of(texts: list[list[str]], images: list[list[int]]) -> core.Finds:
+    """Return the facts on lists of these texts, which are nearest to these images."""
+    found = core.no_finds(len(texts), 8)
+    for place, (own, nearest) in enumerate(zip(texts, images, strict=True)):
+        found.text[place, : len(own)] = core.text_numbers(own)
+        found.image[place, : len(own)] = nearest
+    return found
+
+
+def chosen(texts: list[list[str]], images: list[list[int]]) -> tuple[list[int], list[bool]]:
+    places, accepted = core.choose(finds_of(texts, images))
+    return places.tolist(), accepted.tolist()
+
+
 def test_the_first_caption_that_finds_its_image_is_taken():
     texts = [["a", "b", "c"], ["a", "d"]]
-    places, accepted = core.choose(texts, [[1, 0, 0], [1, 1]])
-    assert (places, accepted) == ([1, 0], [True, True])
+    assert chosen(texts, [[1, 0, 0], [1, 1]]) == ([1, 0], [True, True])
 
 
 def test_without_one_the_first_that_no_other_image_has_is_taken():
     texts = [["a", "b"], ["a", "c"], ["a"]]
-    places, accepted = core.choose(texts, [[1, 1], [1, 1], [1]])
+    places, accepted = chosen(texts, [[1, 1], [1, 1], [1]])
     assert places == [1, 0, 0], "the third image has no other"
     assert accepted == [False, True, False]
 
@@ -93,19 +106,34 @@ def test_captions_are_accepted_exactly_where_a_list_holds_one_and_never_twice(se
     rng = np.random.default_rng(seed)
     images = int(rng.integers(1, 6))
     nearest = {f"t{n}": int(rng.integers(0, images)) for n in range(8)}  # a text, its image
-    texts = [list(rng.choice(list(nearest), int(rng.integers(1, 6)))) for _ in range(images)]
-    places, accepted = core.choose(texts, [[nearest[text] for text in own] for own in texts])
+    texts = [
+        [str(text) for text in rng.choice(list(nearest), int(rng.integers(1, 6)))]
+        for _ in range(images)
+    ]
+    places, accepted = chosen(texts, [[nearest[text] for text in own] for own in texts])
     for image, own in enumerate(texts):
         assert accepted[image] == any(nearest[text] == image for text in own)
         if accepted[image]:
             assert nearest[own[places[image]]] == image
-    kept = [own[place] for own, place, is_in in zip(texts, places, accepted, strict=True) if is_in]
+    taken = [own[place] for own, place in zip(texts, places, strict=True)]
+    kept = [text for text, is_in in zip(taken, accepted, strict=True) if is_in]
     assert len(set(kept)) == len(kept)
+    for image in np.flatnonzero(~np.array(accepted)):
+        earlier = {*kept, *(taken[i] for i in range(image) if not accepted[i])}
+        free = [text for text in texts[image] if text not in earlier]
+        assert taken[image] == (free or texts[image])[0]
 
 
 def test_a_list_needs_a_caption():
     with pytest.raises(IndexError):
-        core.choose([[]], [[]])
+        chosen([["a"], []], [[0], []])
+
+
+def test_equal_texts_have_equal_numbers():
+    numbers = core.text_numbers(["a", "b", "", "a", "\U0001f600 a"])
+    assert (numbers.dtype, len(set(numbers.tolist()))) == (np.int64, 4)
+    assert numbers[0] == numbers[3]
+    assert core.text_numbers([]).shape == (0,)
 
 
 def test_images_that_no_caption_is_near_to_are_counted():

@@ -17,6 +17,7 @@ from pds_ray.stages.extras import (
     member_captions,
     table_similarity,
 )
+from pds_ray.stages.match import table_of
 
 
 @pytest.mark.parametrize("block", [3, 1024])
@@ -38,7 +39,9 @@ def test_soft_targets_by_the_table_are_counted(clusters: int, pairs: int, seed: 
     cells, counts = np.unique(labels[:, 0] * clusters + labels[:, 1], return_counts=True)
     chosen = rng.integers(1, clusters + 1)
     image, text = (rng.permutation(clusters)[:chosen] for _ in range(2))
-    found = table_similarity(cells, counts, clusters, image, text, share=0.25)
+    cut = np.searchsorted(cells, rng.integers(0, clusters) * clusters)
+    parts = [(cells[:cut], counts[:cut]), (cells[cut:], counts[cut:])]
+    found = table_similarity(table_of(parts, clusters), image, text, share=0.25)
     for i in range(chosen):
         row = [sum((labels == (image[i], text[j])).all(axis=1)) for j in range(chosen)]
         likely = np.array(row) / sum(row) if sum(row) else np.eye(chosen)[i]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,9 +15,13 @@ from pds_ray.config import MatchConfig
 from pds_ray.stages import match, prototypes
 
 
-def sparse(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def sparse(table: np.ndarray, cuts: tuple[int, ...] = ()) -> match.Table:
+    """Return the table in parts, cut before these image clusters."""
     cells = np.flatnonzero(table)
-    return cells.astype(np.int64), table.reshape(-1)[cells].astype(np.int64)
+    counts = cells.astype(np.int64), table.reshape(-1)[cells].astype(np.int64)
+    clusters = len(table)
+    bounds = [0, *sorted(cuts), clusters]
+    return match.table_of(match.split_counts(counts, bounds, clusters), clusters)
 
 
 def total(table: np.ndarray, text_of: np.ndarray) -> int:
@@ -36,14 +42,20 @@ TABLES = st.integers(1, 6).flatmap(
 
 
 @settings(max_examples=60)
-@given(TABLES)
-def test_both_solvers_reach_the_best_total(table):
+@given(TABLES, st.lists(st.integers(0, 6), max_size=3))
+def test_both_solvers_reach_the_best_total(table, places):
+    """However the table is cut into parts, with the same answer."""
     clusters = len(table)
     best = max(total(table, np.array(p)) for p in itertools.permutations(range(clusters)))
+    cuts = tuple(place % (clusters + 1) for place in places)
     for solver in ("dense", "sparse", "auto"):
-        text_of = match.assign_clusters(*sparse(table), clusters, solver)
+        text_of, shared = match.assign_clusters(sparse(table, cuts), solver)
         assert_permutation(text_of, clusters)
         assert total(table, text_of) == best
+        assert shared.dtype == np.int64
+        np.testing.assert_array_equal(shared, table[np.arange(clusters), text_of])
+        whole, _ = match.assign_clusters(sparse(table), solver)
+        np.testing.assert_array_equal(text_of, whole)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -60,8 +72,8 @@ def test_solvers_agree_on_large_skewed_tables(clusters, seed):
     )
     table[rng.integers(0, clusters, 3)] = 0
     table[:, rng.integers(0, clusters, 3)] = 0
-    dense = match.assign_clusters(*sparse(table), clusters, "dense")
-    thin = match.assign_clusters(*sparse(table), clusters, "sparse")
+    dense, _ = match.assign_clusters(sparse(table), "dense")
+    thin, _ = match.assign_clusters(sparse(table), "sparse")
     assert_permutation(dense, clusters)
     assert_permutation(thin, clusters)
     assert total(table, dense) == total(table, thin)
@@ -72,7 +84,7 @@ def test_perfectly_paired_clusters_give_the_permutation(solver):
     planted = np.random.default_rng(0).permutation(30)
     table = np.zeros((30, 30), np.int64)
     table[np.arange(30), planted] = np.random.default_rng(1).integers(1, 9, 30)
-    np.testing.assert_array_equal(match.assign_clusters(*sparse(table), 30, solver), planted)
+    np.testing.assert_array_equal(match.assign_clusters(sparse(table), solver)[0], planted)
 
 
 @pytest.mark.parametrize("solver", ["dense", "sparse"])
@@ -82,15 +94,36 @@ def test_empty_rows_and_columns_shift_nothing(solver):
     table = np.zeros((5, 5), np.int64)
     for image, text in planted.items():
         table[image, text] = 7
-    text_of = match.assign_clusters(*sparse(table), 5, solver)
+    text_of, _ = match.assign_clusters(sparse(table), solver)
     assert_permutation(text_of, 5)
     assert {image: text_of[image] for image in planted} == planted
 
 
 @pytest.mark.parametrize("solver", ["dense", "sparse"])
 def test_an_empty_table_is_still_matched(solver):
-    nothing = np.zeros(0, np.int64)
-    assert_permutation(match.assign_clusters(nothing, nothing, 4, solver), 4)
+    text_of, shared = match.assign_clusters(sparse(np.zeros((4, 4), np.int64)), solver)
+    assert_permutation(text_of, 4)
+    assert shared.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("solver", ["dense", "sparse"])
+def test_the_driver_holds_no_more_than_what_is_solved(solver):
+    """Float64 per cell of the dense table; of the sparse one as well, with int32 and 3 flags."""
+    clusters, ranges = 1_000, 20
+    rng = np.random.default_rng(0)
+    cells = np.unique(rng.integers(0, clusters**2, 400_000))
+    counts = cells, rng.integers(1, 9, len(cells))
+    bounds = np.linspace(0, clusters, ranges + 1).astype(int)
+    parts = match.split_counts(counts, bounds, clusters)
+    tracemalloc.start()
+    fetched = ((cells.copy(), counts.copy()) for cells, counts in parts)
+    table = match.Table(clusters, len(cells), int(counts[1].sum()), fetched)
+    match.assign_clusters(table, solver)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    held = 8 * clusters**2 if solver == "dense" else 15 * (len(cells) + clusters)
+    one_part = 8 * 6 * len(cells) / ranges  # the part, and where its cells belong
+    assert peak <= held + one_part + 200 * clusters
 
 
 def labelled(seed: int, pairs: int, clusters: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -108,61 +141,49 @@ def labelled(seed: int, pairs: int, clusters: int) -> tuple[np.ndarray, np.ndarr
     st.integers(0, 200),
     st.integers(1, 9),
     st.lists(st.integers(0, 200), max_size=4),
+    st.integers(1, 4),
 )
-def test_counts_equal_a_dense_table_however_the_shards_are_cut(seed, pairs, clusters, places):
+def test_counts_equal_a_dense_table_however_the_shards_are_cut(seed, pairs, clusters, places, cuts):
     image, text, similarity = labelled(seed, pairs, clusters)
     counts = np.zeros((clusters, clusters), np.int64)
-    cosines = np.zeros((clusters, clusters))
     kept = image >= 0
     np.add.at(counts, (image[kept], text[kept]), 1)
-    np.add.at(cosines, (image[kept], text[kept]), similarity[kept].astype(np.float64))
 
     edges = sorted({0, pairs, *(place % (pairs + 1) for place in places)})
     edges = edges if len(edges) > 1 else [0, 0]
-    parts = [
-        match.count_pairs(image[a:b], text[a:b], similarity[a:b], clusters)
-        for a, b in itertools.pairwise(edges)
-    ]
-    merged = match.merge_counts(parts)
-    one_by_one = match.sum_counts(iter(parts))
-    for cells, counted, summed in (merged, one_by_one):
-        assert (np.diff(cells) > 0).all()
-        np.testing.assert_array_equal(cells, np.flatnonzero(counts))
-        np.testing.assert_array_equal(counted, counts.reshape(-1)[cells])
-        np.testing.assert_allclose(summed, cosines.reshape(-1)[cells], atol=1e-9)
-    for at_once, column in zip(merged, one_by_one, strict=True):
-        assert at_once.tobytes() == column.tobytes()
-    assert [column.dtype for column in one_by_one] == [np.int64, np.int64, np.float64]
+    shards = [slice(a, b) for a, b in itertools.pairwise(edges)]
+    parts = [match.count_pairs(image[mine], text[mine], clusters) for mine in shards]
+    cells, counted = match.merge_counts(match.merge_counts(*parts[:2]), *parts[2:])
+    assert [column.dtype for column in (cells, counted)] == [np.int64, np.int64]
+    np.testing.assert_array_equal(cells, np.flatnonzero(counts))
+    np.testing.assert_array_equal(counted, counts.reshape(-1)[cells])
+    assert match.size_of((cells, counted)) == ((counts > 0).sum(), kept.sum())
 
+    bounds = np.linspace(0, clusters, cuts + 1).astype(int)
+    for place, (mine, found) in enumerate(match.split_counts((cells, counted), bounds, clusters)):
+        rows = slice(bounds[place], bounds[place + 1])
+        dense = np.zeros_like(counts)
+        dense[rows] = counts[rows]
+        np.testing.assert_array_equal(mine, np.flatnonzero(dense))
+        np.testing.assert_array_equal(found, dense.reshape(-1)[mine])
 
-@pytest.mark.parametrize("clusters", [3, 40])
-def test_many_tables_are_added_in_their_order(clusters):
-    """Cosines of such different size that adding them in another order would round otherwise."""
-    rng = np.random.default_rng(clusters)
-    parts, expected = [], {}
-    for _ in range(200):
-        cells = np.sort(
-            rng.choice(clusters**2, rng.integers(0, clusters**2 // 3), replace=False)
-        ).astype(np.int64)
-        parts.append(
-            (cells, rng.integers(1, 9, len(cells)), 10.0 ** rng.uniform(-8, 8, len(cells)))
-        )
-        for cell, count, cosine in zip(*parts[-1], strict=True):
-            counted, summed = expected.get(cell, (0, 0.0))
-            expected[cell] = counted + count, summed + cosine
-    cells, counts, cosines = match.sum_counts(parts)
-    assert cells.tolist() == sorted(expected)
-    assert [(count, cosine) for count, cosine in zip(counts, cosines, strict=True)] == [
-        expected[c] for c in cells
-    ]
+    text_of = np.random.default_rng(seed).permutation(clusters)
+    sums = [match.matched_cosines(image[m], text[m], similarity[m], text_of) for m in shards]
+    for cluster in range(clusters):
+        shared = (image == cluster) & (text == text_of[cluster])
+        exact = math.fsum(similarity[shared].tolist())
+        assert sum(sums)[cluster] == pytest.approx(exact, abs=len(sums) * 2.0**-32)
+    assert sum(sums).tobytes() == sum(reversed(sums)).tobytes()
 
 
 def test_cell_numbers_do_not_overflow():
     """K * K is beyond 32 bits for K = 100,000."""
-    cells, counts, _ = match.count_pairs(
-        np.array([99_999], np.int32), np.array([99_998], np.int32), np.zeros(1, np.float32), 100_000
+    cells, counts = match.count_pairs(
+        np.array([99_999], np.int32), np.array([99_998], np.int32), 100_000
     )
     assert (cells.tolist(), counts.tolist()) == ([99_999 * 100_000 + 99_998], [1])
+    parts = match.split_counts((cells, counts), [0, 99_999, 100_000], 100_000)
+    assert [len(part[0]) for part in parts] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -177,12 +198,8 @@ def test_cell_numbers_do_not_overflow():
     ],
 )
 def test_empty_matches_stay_by_policy(policy, pairs, kept):
-    table = np.array([[4, 0, 0], [0, 0, 1], [0, 0, 0]])
-    cells, counts = sparse(table)
-    text_of = np.array([0, 2, 1])
-    found = match.matched_clusters(
-        cells, counts, np.array([2.0, 0.25]), text_of, pairs, MatchConfig(pairless=policy)
-    )
+    text_of, shared, cosines = np.array([0, 2, 1]), np.array([4, 1, 0]), np.array([2.0, 0.25, 0])
+    found = match.matched_clusters(text_of, shared, cosines, pairs, MatchConfig(pairless=policy))
     assert found["image_cluster"].tolist() == ([0, 1, 2] if kept else [0, 1])
     assert found["text_cluster"].tolist() == ([0, 2, 1] if kept else [0, 2])
     assert found["shared"].tolist() == ([4, 1, 0] if kept else [4, 1])
@@ -191,46 +208,15 @@ def test_empty_matches_stay_by_policy(policy, pairs, kept):
 
 
 def test_without_filter_the_matches_are_the_same():
-    cells, counts = sparse(np.array([[4, 0, 0], [0, 0, 1], [0, 0, 0]]))
+    columns = np.array([0, 2, 1]), np.array([4, 1, 0]), np.array([1.0, 1.0, 0])
     for pairless, pairs in (("auto", 299), ("auto", 300), ("keep", 300), ("drop", 2)):
         plain, unfiltered = (
-            match.matched_clusters(
-                cells,
-                counts,
-                np.ones(2),
-                np.array([0, 2, 1]),
-                pairs,
-                MatchConfig(pairless=pairless, filter=on),
-            )
+            match.matched_clusters(*columns, pairs, MatchConfig(pairless=pairless, filter=on))
             for on in (True, False)
         )
         assert {name: column.tolist() for name, column in plain.items()} == {
             name: column.tolist() for name, column in unfiltered.items()
         }
-
-
-def test_matches_of_an_empty_table():
-    nothing = np.zeros(0, np.int64)
-    found = match.matched_clusters(
-        nothing, nothing, np.zeros(0), np.array([1, 0]), 2, MatchConfig(pairless="keep")
-    )
-    assert found["pairless"].all()
-    assert found["shared"].tolist() == [0, 0]
-
-
-@settings(max_examples=30)
-@given(TABLES, st.integers(0, 10**6))
-def test_matches_look_up_the_right_cells(table, seed):
-    clusters = len(table)
-    text_of = np.random.default_rng(seed).permutation(clusters)
-    cells, counts = sparse(table)
-    found = match.matched_clusters(
-        cells, counts, counts * 0.5, text_of, clusters, MatchConfig(pairless="keep")
-    )
-    expected = table[np.arange(clusters), text_of]
-    np.testing.assert_array_equal(found["shared"], expected)
-    np.testing.assert_array_equal(found["pairless"], expected == 0)
-    np.testing.assert_array_equal(found["mean_cosine"], np.where(expected > 0, 0.5, 0))
 
 
 @pytest.mark.parametrize(("clusters", "expected"), [(300, 299), (299, 299), (100, 100)])
@@ -244,12 +230,12 @@ def test_a_forced_empty_match(clusters, expected):
     image = np.concatenate([others, [0], [1]]).astype(np.int32)
     text = np.concatenate([others, [1], [0]]).astype(np.int32)
     vectors = rng.standard_normal((2, len(image), 6)).astype(np.float32)
-    cells, counts, cosines = match.merge_counts(
-        [match.count_pairs(image, text, np.ones(len(image)), clusters)]
-    )
-    text_of = match.assign_clusters(cells, counts, clusters)
+    table = match.table_of([match.count_pairs(image, text, clusters)], clusters)
+    text_of, shared = match.assign_clusters(table)
     np.testing.assert_array_equal(text_of, np.arange(clusters))
-    found = match.matched_clusters(cells, counts, cosines, text_of, clusters, MatchConfig())
+    cosines = match.matched_cosines(image, text, np.ones(len(image), np.float32), text_of)
+    found = match.matched_clusters(text_of, shared, cosines, clusters, MatchConfig())
+    np.testing.assert_array_equal(found["mean_cosine"], found["shared"] > 0)
     assert len(found["shared"]) == expected
     assert found["pairless"].sum() == (expected == clusters)
     pairs = prototypes.Matches(found["image_cluster"], found["text_cluster"], found["pairless"])

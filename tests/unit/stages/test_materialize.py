@@ -26,7 +26,7 @@ from pds_ray.stages import materialize
 from pds_ray.stages.extras import Extras
 from pds_ray.stages.materialize import write_distilled
 from pds_ray.store.calls import CALLS_AT_ONCE
-from pds_ray.store.distilled_set import DistilledSetError, tar_path
+from pds_ray.store.distilled_set import DistilledSetError, image_path, tar_path
 from pds_ray.store.learned import LEARNED_CAPTION_SCHEMA, LearnedError, unpack
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import prototype_schema, vector_array
@@ -181,13 +181,14 @@ def test_the_same_pairs_are_the_same_bytes(finished, tmp_path):
 def test_tars_may_be_shared(finished, tmp_path, monkeypatch, pairs_per_tar):
     """Whoever writes them, and in whatever order they end, the set has the same bytes."""
     monkeypatch.setattr(materialize, "PAIRS_PER_TAR", pairs_per_tar)
+    monkeypatch.setattr(materialize, "IMAGES_TOGETHER", 2)
     alone, together = (tmp_path / name for name in ("alone", "together"))
     done: list[int] = []
     write_distilled(make_run(alone), ABOUT, PDS_CARD, step=done.append)
     assert sum(done) == len(CAPTIONS)
 
-    def last_first(function, tars):
-        return reversed([function(tar) for tar in reversed(tars)])
+    def last_first(function, parts):
+        return reversed([function(part) for part in reversed(parts)])
 
     write_distilled(make_run(together), ABOUT, PDS_CARD, step=done.append, share=last_first)
     assert sum(done) == 2 * len(CAPTIONS)
@@ -200,6 +201,7 @@ def test_the_stall_watchdog_names_a_tar_in_few_words(tmp_path):
     folder = Folder(str(tmp_path))
     tar = materialize.Tar(3, [{"file_name": "a.png", "text": "a dog"}] * 10_000, folder, folder)
     assert _named(tar) == tar_path(3)
+    assert _named(materialize.Images(["a.png", "b.png"], folder, folder)) == image_path("a.png")
 
 
 def test_the_manifest_lists_every_other_file_truly(finished):

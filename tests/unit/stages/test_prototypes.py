@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -64,9 +65,9 @@ def sums_of(seed: int, places: tuple[int, ...] = (), **size: int) -> core.Sums:
     return total
 
 
-def brute_force(seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def brute_force(seed: int, *size: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(rows of the image side, rows of the text side) of each match, by masks."""
-    _, _, image, text, matches = world(seed)
+    _, _, image, text, matches = world(seed, *size)
     found = []
     for i, j, pairless in zip(
         matches.image_cluster, matches.text_cluster, matches.whole, strict=True
@@ -104,7 +105,10 @@ def test_sums_equal_masks_however_the_shards_are_cut(seed, places):
 @settings(max_examples=50)
 @given(st.integers(0, 10**6), st.sampled_from([0, 1, 37, 400]))
 def test_rounding_is_that_of_one_addition_after_the_other(seed, pairs):
-    """To the last bit, where sums of parts would differ: many pairs per match, of all lengths."""
+    """To the last bit, where sums of parts would differ: many pairs per match, of all lengths.
+
+    Then it is to the nearest multiple of 2^-28.
+    """
     image_vectors, text_vectors, image, text, matches = world(seed, pairs, clusters=3)
     lengths = 10.0 ** np.random.default_rng(seed).integers(-30, 30, (pairs, 1))
     image_vectors = (image_vectors * lengths).astype(np.float32)
@@ -124,7 +128,57 @@ def test_rounding_is_that_of_one_addition_after_the_other(seed, pairs):
             )
             mine = (on_image, on_text)[side] if matches.whole[match] else on_image & on_text
             np.add.at(expected, np.full(mine.sum(), match), vectors[mine].astype(np.float64))
-        assert found.tobytes() == expected[part.match].tobytes()
+        multiples = np.array([[round(value * 2**28) for value in row] for row in expected])
+        expected = (multiples / 2**28).astype(np.float64)
+        assert (found == expected[part.match]).all()
+
+
+@settings(max_examples=30)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([np.float16, np.float32]),
+    st.lists(st.integers(0, 400), min_size=1, max_size=9),
+    st.lists(st.integers(0, 9), max_size=3),
+)
+def test_sums_are_exact_hence_the_same_in_any_grouping(seed, dtype, places, cuts):
+    """Of float16 they are the sums of the rows; of float32 each shard is rounded once."""
+    image_vectors, text_vectors, image, text, matches = world(seed, 400, 3)
+    lengths = 10.0 ** np.random.default_rng(seed).uniform(-4, 2, (400, 1))
+    image_vectors = (image_vectors * lengths).astype(dtype).astype(np.float32)
+    text_vectors = (text_vectors * lengths).astype(dtype).astype(np.float32)
+    shards = np.split(np.arange(400), sorted(places))
+    parts = []
+    for number, mine in enumerate(shards):
+        sides = *shared_images(image_vectors[mine]), text_vectors[mine], image[mine], text[mine]
+        pairs = core.ShardPairs(f"s{number}", [f"k{row}" for row in mine], *sides)
+        parts.append(core.shard_sums(pairs, matches, 3))
+    whole = core.added_sums(*parts)
+    bounds = [0, *sorted(cut % (len(parts) + 1) for cut in cuts), len(parts)]
+    groups = [core.added_sums(*parts[a:b]) for a, b in pairwise(bounds) if a < b]
+    assert_same(core.added_sums(*groups), whole)
+    rows = brute_force(seed, 400, 3)
+    for place, match in enumerate(whole.match):
+        for vectors, found, mine in zip(
+            (image_vectors, text_vectors), (whole.image, whole.text), rows[match], strict=True
+        ):
+            exact = [math.fsum(column) for column in vectors[mine].astype(np.float64).T]
+            error = 0 if dtype is np.float16 else len(parts) * 2.0**-28
+            np.testing.assert_allclose(found[place], exact, rtol=0, atol=error)
+
+
+def assert_same(found: core.Sums, expected: core.Sums) -> None:
+    for name in ("match", "image", "text", "image_count", "text_count", "image_norm"):
+        assert getattr(found, name).tobytes() == getattr(expected, name).tobytes(), name
+    assert found.members == expected.members
+
+
+def test_matches_without_pairs_are_left_out_of_the_answer():
+    total = core.empty_sums(np.arange(4), 2)
+    total.image_count[2] = total.text_count[0] = 1
+    total.members[2].append("s/k")
+    found = core.touched(total)
+    assert (found.match.tolist(), found.members) == ([0, 2], [[], ["s/k"]])
+    assert_same(core.added_sums(found), found)
 
 
 @pytest.mark.parametrize("seed", range(3))
