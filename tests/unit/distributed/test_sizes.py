@@ -36,7 +36,7 @@ def test_tasks_of_few_shards() -> None:
     """A hundred shards of 5,000 pairs on a laptop: Ray's own work is no more than theirs."""
     assert sizes.task_count(100, sizes.column_seconds(5_000)) == 10
     assert sizes.task_count(100, sizes.product_seconds(5_000, 10_000, DIM, "cpu")) == 100
-    assert sizes.sum_task_count(100, 6_000, 5_000, 500, DIM) == 28
+    assert sizes.sum_task_count(100, 5_800, 5_000, 500, DIM) == 28
 
 
 def test_tasks_of_400m_pairs() -> None:
