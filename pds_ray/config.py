@@ -275,12 +275,17 @@ class CoverConfig(Options, section="cover"):
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig(Options, section="cluster"):
-    """FAISS k-means, once per modality, with as many clusters as pairs requested."""
+    """K-means, once per modality, with as many clusters as pairs requested."""
 
+    solver: Literal["faiss", "distributed"] = option(
+        "faiss",
+        "faiss fits on one node, with all its CPUs or GPUs; distributed fits on all nodes",
+    )
     iterations: int = option(25, "Lloyd iterations at most", above=0)
     tolerance: float = option(
         1e-4,
-        "a fit of equal weights ends when an iteration changes its objective by a smaller share",
+        "a fit ends when an iteration changes its objective by a smaller share; with faiss, only "
+        "one of equal weights does",
         at_least=0,
         below=1,
     )

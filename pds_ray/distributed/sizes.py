@@ -34,6 +34,7 @@ TASKS_AT_LEAST = 1_000  # where there are so many shards: enough for some hundre
 SUMS_BYTES = 128 << 20  # at most, of what is summed in one task
 RANGE_BYTES = 64 << 20  # sums of a range of matches, which are added up side by side
 SUMS_ADDED_TOGETHER = 64  # answers with sums, in one task per range
+RANGES_ADDED_TOGETHER = 16  # the same of a k-means, whose order is free: tasks add side by side
 # Rates for the number of tasks, which no result depends on: seconds to open a file, rows
 # that a core reads in a second, of a few columns and with vectors, FLOP of one task
 FILE_S = 0.02
@@ -96,6 +97,20 @@ def sum_task_count(shards: int, rows: float, matches: float, dim: int) -> int:
 def match_ranges(matches: int, dim: int) -> int:
     """Return the number of ranges of matches, with sums of RANGE_BYTES each at most."""
     return max(1, math.ceil(2 * 8 * dim * matches / RANGE_BYTES))
+
+
+def fit_tasks(flop: float, places: int, device: str) -> int:
+    """Return the number of tasks of an iteration of k-means, with work of TASK_S or one per place.
+
+    Each has the centroids to prepare and sums of up to all clusters to hand over, so that more
+    than there are places for would only be more work.
+    """
+    return max(1, min(places, math.ceil(flop / FLOP_S[device] / TASK_S)))
+
+
+def cluster_ranges(clusters: int, width: int) -> int:
+    """Return the number of ranges of clusters, with sums of RANGE_BYTES each at most."""
+    return max(1, math.ceil(8 * width * clusters / RANGE_BYTES))
 
 
 def task_places(cpus: float, gpus: float = 0) -> int:
