@@ -144,7 +144,7 @@ def share_out(
     if sum(rows) < clusters:
         raise ValueError(f"{sum(rows)} vectors cannot make {clusters} clusters")
     share = pools.products()
-    count = fit_tasks(2.0 * sum(rows) * clusters * width, share.places, share.device)
+    count = fit_tasks(sum(rows), clusters, width, share.places, share.device)
     ranges = cluster_ranges(clusters, width)
     return Work(
         space,

@@ -30,6 +30,7 @@ eight cores with a GPU.
 # Work of one task: the driver's part of it, about a millisecond, is then a thousandth, and what a
 # lost task had done is soon done again
 TASK_S = 1.5
+SCHEDULED_S = 1e-3  # of the driver, by one task
 TASKS_AT_LEAST = 1_000  # where there are so many shards: enough for some hundreds of cores
 SUMS_BYTES = 128 << 20  # at most, of what is summed in one task
 RANGE_BYTES = 64 << 20  # sums of a range of matches, which are added up side by side
@@ -99,13 +100,15 @@ def match_ranges(matches: int, dim: int) -> int:
     return max(1, math.ceil(2 * 8 * dim * matches / RANGE_BYTES))
 
 
-def fit_tasks(flop: float, places: int, device: str) -> int:
-    """Return the number of tasks of an iteration of k-means, with work of TASK_S or one per place.
+def fit_tasks(rows: float, clusters: int, width: int, places: int, device: str) -> int:
+    """Return the number of tasks of an iteration of k-means: one per place, or fewer.
 
-    Each has the centroids to prepare and sums of up to all clusters to hand over, so that more
-    than there are places for would only be more work.
+    n tasks take T / n side by side, and the driver n * SCHEDULED_S one after the other, with those
+    that add their sums up. The first is longer up to n = sqrt(T / SCHEDULED_S).
     """
-    return max(1, min(places, math.ceil(flop / FLOP_S[device] / TASK_S)))
+    seconds = rows / VECTOR_ROWS_S + 2 * rows * clusters * width / FLOP_S[device]
+    each = SCHEDULED_S * (1 + cluster_ranges(clusters, width) / RANGES_ADDED_TOGETHER)
+    return max(1, min(places, int(math.sqrt(seconds / each))))
 
 
 def cluster_ranges(clusters: int, width: int) -> int:
