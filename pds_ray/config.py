@@ -298,8 +298,8 @@ class ClusterConfig(Options, section="cluster"):
     )
     memory_gib: float = option(
         8.0,
-        "budget for the training vectors; more rows than fit are sampled, and Ray's object store "
-        "briefly holds half as much",
+        "budget for the training vectors; more rows than fit are sampled, and Ray's object stores "
+        "hold half as much, with solver distributed until the fit ends",
         above=0,
     )
     modality: Literal["separate", "joint", "image", "text"] = option(

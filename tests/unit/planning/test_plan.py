@@ -219,7 +219,9 @@ def test_executions_share_the_scheduling(
 
 def test_k_means_side_by_side_on_several_nodes() -> None:
     """20 iterations and the seeds' on a sample of the memory's size: each on 4 GPUs of a node."""
-    one, two = (forecast(gpus=f"{gpus}xH100", pairs=100_000) for gpus in (8, 16))
+    one, two = (
+        forecast(gpus=f"{gpus}xH100", pairs=100_000, cluster__solver="faiss") for gpus in (8, 16)
+    )
     image, text = (demand(one, "cluster", f"fit {side} k-means") for side in ("image", "text"))
 
     def fitting(plan: Plan) -> float:
