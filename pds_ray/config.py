@@ -275,12 +275,17 @@ class CoverConfig(Options, section="cover"):
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig(Options, section="cluster"):
-    """FAISS k-means, once per modality, with as many clusters as pairs requested."""
+    """K-means, once per modality, with as many clusters as pairs requested."""
 
+    solver: Literal["faiss", "distributed"] = option(
+        "faiss",
+        "faiss fits on one node, with all its CPUs or GPUs; distributed fits on all nodes",
+    )
     iterations: int = option(25, "Lloyd iterations at most", above=0)
     tolerance: float = option(
         1e-4,
-        "a fit of equal weights ends when an iteration changes its objective by a smaller share",
+        "a fit ends when an iteration changes its objective by a smaller share; with faiss, only "
+        "one of equal weights does",
         at_least=0,
         below=1,
     )
@@ -293,8 +298,8 @@ class ClusterConfig(Options, section="cluster"):
     )
     memory_gib: float = option(
         8.0,
-        "budget for the training vectors; more rows than fit are sampled, and Ray's object store "
-        "briefly holds half as much",
+        "budget for the training vectors; more rows than fit are sampled, and Ray's object stores "
+        "hold half as much, with solver distributed until the fit ends",
         above=0,
     )
     modality: Literal["separate", "joint", "image", "text"] = option(

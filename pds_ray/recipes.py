@@ -72,13 +72,15 @@ def paper() -> RunConfig:
 def web_scale() -> RunConfig:
     """Return a run for hundreds of millions of pairs.
 
-    It has large batches, k-means on a sample, a sparse assignment and fewer denoising steps.
+    It has large batches, k-means on a sample over all nodes, a sparse assignment and fewer
+    denoising steps.
     """
     return replace(
         RunConfig(),
         {
             "pairs": 10_000,
             "embed.batch_size": 1024,
+            "cluster.solver": "distributed",
             "cluster.memory_gib": 64,
             "match.solver": "sparse",
             "match.pairless": "drop",

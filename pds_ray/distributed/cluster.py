@@ -1,4 +1,6 @@
-"""Clustering: shards are sampled, one heavy task per k-means fits the sample, shards are labelled.
+"""Clustering: shards are sampled, a k-means is fitted on the sample, shards are labelled.
+
+The fit is one heavy task on one node, FAISS's, or shared out over all nodes (`lloyd`).
 
 A finished k-means and the labels of a shard are kept as long as they belong to the same
 configuration and the same pairs.
@@ -6,15 +8,16 @@ configuration and the same pairs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import ray
 
 from pds_ray.config import ConfigError, RunConfig
-from pds_ray.distributed import pools, tasks
+from pds_ray.distributed import lloyd, pools, tasks
 from pds_ray.distributed.in_flight import InFlight
+from pds_ray.distributed.sample import Parts, gathered
 from pds_ray.distributed.sizes import product_seconds, task_count
 from pds_ray.methods.base import Counts, Run
 from pds_ray.stages import cluster as core
@@ -27,8 +30,6 @@ from pds_ray.store.storage import side_by_side
 from pds_ray.telemetry.progress import progress_bar
 
 SAMPLE_TASKS = 1_000  # at most, as Ray keeps results below 100 KB in the driver
-Parts = tuple[ray.ObjectRef, ray.ObjectRef]
-"""Training vectors and weights of some shards."""
 
 
 def sampled(
@@ -81,16 +82,6 @@ def _sample(
             bar.update(len(group))
             parts.append((sample, weights))
     return parts
-
-
-def _gathered(parts: list[Parts]) -> tuple[np.ndarray, np.ndarray]:
-    """Return a sample as float32 [n, width] and weights [n]; holds one part at a time besides."""
-    weights = [tasks.fetch(reference) for _, reference in parts]
-    ends = np.cumsum([len(weight) for weight in weights])
-    sample = np.empty((ends[-1], tasks.fetch(parts[0][0]).shape[1]), np.float32)
-    for (reference, _), weight, end in zip(parts, weights, ends, strict=True):
-        sample[end - len(weight) : end] = tasks.fetch(reference)
-    return sample, np.concatenate(weights)
 
 
 def _owner(shard: str, store: EmbeddingStore) -> np.ndarray:
@@ -193,7 +184,7 @@ def cluster(run: Run) -> Counts:
     begun, spaces = _begin(run), config.cluster.spaces
     fitted = {space for space in spaces if _is_fitted(run, begun, space)}
     todo = [space for space in spaces if space not in fitted]
-    places = tasks.kmeans_places()
+    places = tasks.kmeans_places() if config.cluster.solver == "faiss" else 1
     for start in range(0, len(todo), places):
         _fit_spaces(run, begun, todo[start : start + places], fitted)
     sizes = _label_shards(run, shards)
@@ -214,9 +205,9 @@ def _is_fitted(run: Run, begun: dict[str, Any], space: str) -> bool:
 
 
 def _fit_spaces(run: Run, begun: dict[str, Any], spaces: list[str], fitted: set[str]) -> None:
-    """Fit the k-means of some spaces, each on a node of its own; record them in `begun`.
+    """Fit the k-means of some spaces, each on a node of its own or one on all of them.
 
-    `fitted` are the spaces that have one; these are added.
+    They are recorded in `begun`. `fitted` are the spaces that have a k-means; these are added.
     """
     config, rounds = run.config, run.config.cluster.restarts * run.config.cluster.iterations
     samples = {
@@ -231,7 +222,12 @@ def _fit_spaces(run: Run, begun: dict[str, Any], spaces: list[str], fitted: set[
         bar.follow(in_flight.reports(fitted.__contains__))
 
         def fit(space: str) -> dict[str, Any]:
+            if config.cluster.solver == "distributed":
+                return _fit_shared_out(run, samples[space], space, in_flight, reach)
             return _fit_space(samples[space], space, run.folder, config, in_flight)
+
+        def reach(iterations: int) -> None:
+            bar.update(len(fitted) * rounds + iterations - bar.finished)
 
         # in threads, which an interrupt would not reach, only where there are several
         fits = (side_by_side if len(spaces) > 1 else map)(fit, spaces)
@@ -239,15 +235,18 @@ def _fit_spaces(run: Run, begun: dict[str, Any], spaces: list[str], fitted: set[
             begun["fits"][space] = found
             run.folder.save_fits(begun)
             fitted.add(space)
-            bar.update(rounds)
+            reach(0)
 
 
 def _sample_share(run: Run, space: str) -> float:
     """Return the share of the rows of `space` that its k-means is fitted on."""
     counts, config = run.counts("prune"), run.config
     rows = counts["images_kept"] if space == "image" else counts["kept"]
-    width = 2 * run.encoder.dim if space == "joint" else run.encoder.dim
-    return core.sample_share(rows, width, config.cluster, config.pairs)
+    return core.sample_share(rows, _width(run, space), config.cluster, config.pairs)
+
+
+def _width(run: Run, space: str) -> int:
+    return 2 * run.encoder.dim if space == "joint" else run.encoder.dim
 
 
 def _fit(
@@ -260,10 +259,30 @@ def _fit(
                 doing.now(what)
                 doing.reach(iterations)
 
-        fitted = core.fit(*_gathered(parts), config.pairs, config.seed, config.cluster, tell)
+        fitted = core.fit(*gathered(parts), config.pairs, config.seed, config.cluster, tell)
+    return _save(fitted, space, folder)
+
+
+def _save(fitted: core.Fit, space: str, folder: RunFolder) -> dict[str, Any]:
+    """Save centroids; return the record of the fit."""
     folder.save_centroids(space, fitted.centroids)
-    few = {"distinct": fitted.distinct} if fitted.distinct < config.pairs else {}
+    few = {"distinct": fitted.distinct} if fitted.distinct < len(fitted.centroids) else {}
     return {"rows": fitted.rows, "objective": fitted.objective, **few}
+
+
+def _fit_shared_out(
+    run: Run,
+    parts: list[Parts],
+    space: str,
+    in_flight: InFlight,
+    reach: Callable[[int], object],
+) -> dict[str, Any]:
+    """Fit a k-means over all nodes on a sample, which is dropped."""
+    config = run.config
+    work = lloyd.share_out(parts, space, config.pairs, _width(run, space), in_flight)
+    fitted = lloyd.fit(work, config.seed, config.cluster, reach)
+    parts.clear()
+    return _save(fitted, space, run.folder)
 
 
 def _fit_space(

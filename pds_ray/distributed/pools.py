@@ -108,6 +108,14 @@ def products() -> Share:
     return ONE_CPU
 
 
+def of_few(share: Share, tasks: int) -> Share:
+    """Return a larger share for `tasks` tasks that are all at once: as few on a GPU as can be."""
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if not share.num_gpus or not gpus:
+        return share
+    return replace(share, num_gpus=max(share.num_gpus, 1 / math.ceil(tasks / gpus)))
+
+
 def _together() -> int:
     """Return how many tasks share a GPU: as many as there are CPUs for on each node."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -30,11 +30,13 @@ eight cores with a GPU.
 # Work of one task: the driver's part of it, about a millisecond, is then less than a thousandth,
 # and what a lost task had done is soon done again
 TASK_S, LONG_TASK_S = 5.0, 30.0
+SCHEDULED_S = 1e-3  # of the driver, by one task
 TASKS_AT_LEAST = 1_000  # where there is work for them: enough for some hundreds of cores
 TASK_AT_LEAST_S = 0.25  # Ray takes some milliseconds of CPU for a task, on the machine that has it
 MANY_TASKS = 10_000  # take ten seconds of the driver: rather than more, tasks are longer
 SUMS_BYTES = 1 << 30  # at most, of what is summed in one task
 RANGE_BYTES = 256 << 20  # of sums of matches, or of cells, which are added up side by side
+FIT_RANGE_BYTES = 64 << 20  # of sums of a k-means, smaller: its next iteration waits for them
 TABLE_RANGES = 32  # at most, of a contingency table: each task answers with as many parts
 CELL_BYTES = 16  # of a contingency table, as tasks add it up
 ADDED_TOGETHER = 16  # neighbouring answers, in one task per range
@@ -131,6 +133,22 @@ def additions(answers: int) -> int:
         answers = math.ceil(answers / ADDED_TOGETHER)
         found += answers
     return found
+
+
+def fit_tasks(rows: float, clusters: int, width: int, places: int, device: str) -> int:
+    """Return the number of tasks of an iteration of k-means: one per place, or fewer.
+
+    n tasks take T / n side by side, and the driver n * SCHEDULED_S one after the other, with those
+    that add their sums up. The first is longer up to n = sqrt(T / SCHEDULED_S).
+    """
+    seconds = rows / VECTOR_ROWS_S + 2 * rows * clusters * width / FLOP_S[device]
+    each = SCHEDULED_S * (1 + cluster_ranges(clusters, width) / ADDED_TOGETHER)
+    return max(1, min(places, int(math.sqrt(seconds / each))))
+
+
+def cluster_ranges(clusters: int, width: int) -> int:
+    """Return the number of ranges of clusters, with sums of FIT_RANGE_BYTES each at most."""
+    return max(1, math.ceil(8 * width * clusters / FIT_RANGE_BYTES))
 
 
 def task_places(cpus: float, gpus: float = 0) -> int:

@@ -234,13 +234,25 @@ def map_to_store(
         yield tuple(references)
 
 
-def in_store(function: Callable[..., Any], *args: Any) -> ray.ObjectRef:
+def in_store(
+    function: Callable[..., Any], *args: Any, results: int = 1, share: Share = ONE_CPU
+) -> Any:
     """Start `function`, with the values of references among its arguments; return one to its own.
 
-    It stays in the object stores of the cluster, and is recomputed if a node is lost.
+    It stays in the object stores of the cluster, and is recomputed if a node is lost. There is a
+    list of references to the results of a function that returns several.
     """
-    options = {"num_cpus": SMALL_TASK_CPUS, "max_retries": TASK_RETRIES}
-    return ray.remote(function).options(**options).remote(*args)
+    return _remote(function, results, share)(*args)
+
+
+def _remote(function: Callable[..., Any], results: int, share: Share) -> Callable[..., Any]:
+    """Return `function` as one that starts a task, which is tried again where it is lost."""
+    options = {"num_cpus": SMALL_TASK_CPUS, "num_returns": results, "max_retries": TASK_RETRIES}
+    if not share.num_gpus:
+        return ray.remote(function).options(**options).remote
+    # in .options(), so that Ray keeps the process and torch in it for the next task
+    remote = ray.remote(with_gpu_emptied).options(**options, num_gpus=share.num_gpus)
+    return partial(remote.remote, function)
 
 
 def _started(
@@ -254,13 +266,7 @@ def _started(
     """Yield each item with the reference(s) to its results; a window of tasks runs ahead."""
     window = max(2, 2 * share.places)
     window = min(window, at_once or window)
-    options = {"num_cpus": SMALL_TASK_CPUS, "num_returns": results, "max_retries": TASK_RETRIES}
-    if share.num_gpus:
-        # in .options(), so that Ray keeps the process and torch in it for the next task
-        remote = ray.remote(with_gpu_emptied).options(**options, num_gpus=share.num_gpus)
-        start = partial(remote.remote, function)
-    else:
-        start = ray.remote(function).options(**options).remote
+    start = _remote(function, results, share)
     references = [None if isinstance(value, Latest) else ray.put(value) for value in shared]
     pending: deque[tuple[Any, Any]] = deque()
     coming = iter(items)

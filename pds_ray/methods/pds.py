@@ -55,7 +55,10 @@ def _clusters(run: Run) -> list[Any]:
     config = run.config
     # above 100,000 clusters earlier versions fitted two levels: their labels must not be continued
     flat = ["flat"] if config.pairs > 100_000 else []
-    return [config.pairs, config.seed, asdict(config.cluster), *flat]
+    options = asdict(config.cluster)
+    if config.cluster.solver == "faiss":  # earlier versions had nothing else
+        del options["solver"]
+    return [config.pairs, config.seed, options, *flat]
 
 
 def _images(run: Run) -> list[Any]:

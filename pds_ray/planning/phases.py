@@ -23,9 +23,11 @@ from pds_ray.distributed.sizes import (
     TARS_AT_ONCE,
     additions,
     additions_at_once,
+    cluster_ranges,
     column_seconds,
     decoded_where_read,
     executions,
+    fit_tasks,
     groups_each,
     match_ranges,
     pixel_block_bytes,
@@ -39,7 +41,8 @@ from pds_ray.distributed.sizes import (
 from pds_ray.planning.figures import Estimate, Figures
 from pds_ray.planning.workload import Cluster, Workload
 from pds_ray.stages.captions import LONGEST_LIST
-from pds_ray.stages.cluster import sample_share
+from pds_ray.stages.cluster import SEED_LIMIT, sample_share
+from pds_ray.stages.lloyd import START_ROUNDS
 from pds_ray.stages.match import DENSE_LIMIT
 from pds_ray.stages.materialize import IMAGES_TOGETHER, PAIRS_PER_TAR
 from pds_ray.store.calls import CALLS_AT_ONCE, is_remote
@@ -312,16 +315,89 @@ def _fit(inputs: Inputs, space: str) -> Demand:
     return inputs.demand(f"fit {space} k-means", flop, "fit", processors)
 
 
+def _draw_seeds(inputs: Inputs, space: str) -> Phase:
+    """Return the demand of FAISS's start from many clusters: one core compares all pairs."""
+    if inputs.clusters <= SEED_LIMIT:
+        return ()
+    work = float(inputs.clusters) ** 2 * _width(inputs, space) * inputs.config.cluster.restarts
+    return (inputs.demand(f"draw {space} seeds", work, "seeds", 1),)
+
+
 def _fits(inputs: Inputs) -> list[Phase]:
-    """Return the phases of all k-means: side by side on several nodes, else one after the other."""
+    """Return the phases of all k-means.
+
+    Those of one node each are side by side on several nodes, else one after the other, as those of
+    all nodes are.
+    """
     spaces = inputs.config.cluster.spaces
     samples = [_sample(inputs, space) for space in spaces]
+    if inputs.config.cluster.solver == "distributed":
+        return [
+            phase
+            for sample, space in zip(samples, spaces, strict=True)
+            for phase in (sample, *_iterations(inputs, space))
+        ]
+    seeds = [_draw_seeds(inputs, space) for space in spaces]
     fits = [_fit(inputs, space) for space in spaces]
     if inputs.cluster.units("node") < len(spaces):
         return [
-            phase for sample, fit in zip(samples, fits, strict=True) for phase in (sample, (fit,))
+            phase
+            for sample, drawn, fit in zip(samples, seeds, fits, strict=True)
+            for phase in (sample, drawn, (fit,))
         ]
-    return [*samples, tuple(fits)]
+    return [*samples, tuple(demand for drawn in seeds for demand in drawn), tuple(fits)]
+
+
+@dataclass(frozen=True)
+class _SharedOut:
+    """An iteration of a k-means over all nodes."""
+
+    rows: float
+    tasks: int
+    """Tasks that label and sum vectors."""
+    added: int
+    """Tasks that add their sums up."""
+    sums_bytes: float
+    """Bytes of the sums of all tasks."""
+
+
+def _shared_out(inputs: Inputs, space: str) -> _SharedOut:
+    cluster, clusters, width = inputs.cluster, inputs.clusters, _width(inputs, space)
+    rows, device = _sample_rows(inputs, space), "cuda" if cluster.gpus else "cpu"
+    places = task_places(cluster.cpus, cluster.gpus)
+    tasks = fit_tasks(rows, clusters, width, places, device)
+    # clusters that the rows of a task are of, if these are drawn independently of each other
+    touched = clusters * (1 - math.exp(-rows / tasks / clusters))
+    first = math.ceil(tasks / ADDED_TOGETHER)
+    added = cluster_ranges(clusters, width) * (first + (first > 1))
+    return _SharedOut(rows, tasks, added, 8.0 * tasks * touched * width)
+
+
+def _iterations(inputs: Inputs, space: str) -> list[Phase]:
+    """Return the phases of a k-means over all nodes: labels and sums, then the centroids.
+
+    Of each there are as many as iterations, with one for the objective at the end and one for the
+    start from many clusters.
+    """
+    config, width = inputs.config.cluster, _width(inputs, space)
+    one, drawn = _shared_out(inputs, space), inputs.clusters > SEED_LIMIT
+    passes = (config.iterations + 1 + drawn) * config.restarts
+    tasks = one.tasks + one.added + drawn * 2 * START_ROUNDS * one.tasks / passes
+    flop = distance_flop(one.rows, inputs.clusters, width) * passes
+    labels = inputs.products(f"label {space} vectors", flop, "label")
+    at_once = min(one.tasks, inputs.cluster.gpus) if inputs.cluster.gpus else one.tasks
+    nodes, centroids = inputs.cluster.units("node"), 4.0 * inputs.clusters * width
+    sent = (nodes * centroids + one.sums_bytes) * passes if nodes > 1 else 0.0
+    return [
+        (
+            replace(labels, at_most=at_once),
+            inputs.demand(f"sum {space} vectors", one.rows * passes, "fit_rows", one.tasks),
+            inputs.demand("add sums", one.sums_bytes * passes, "add", one.added),
+            inputs.demand("schedule", tasks * passes, "tasks"),
+            *((inputs.demand("send centroids and sums", sent, "network"),) if sent else ()),
+        ),
+        (inputs.demand("collect centroids", centroids * passes, "collect"),),
+    ]
 
 
 def _cluster(inputs: Inputs) -> list[Phase]:
@@ -347,11 +423,17 @@ def _cluster_disk_bytes(inputs: Inputs) -> float:
 
 
 def _cluster_store_bytes(inputs: Inputs) -> float:
-    """Return the bytes of the samples at one time, or of the centroids on every node if more."""
+    """Return the bytes of the samples at one time, or of the centroids on every node if more.
+
+    A k-means over all nodes has sums and centroids there besides its sample.
+    """
     spaces, nodes = inputs.config.cluster.spaces, inputs.cluster.units("node")
     samples = [
         4.0 * math.prod((_sample_rows(inputs, space), _width(inputs, space))) for space in spaces
     ]
+    if inputs.config.cluster.solver == "distributed":
+        sums = [_shared_out(inputs, space).sums_bytes for space in spaces]
+        return max(map(sum, zip(samples, sums, strict=True))) + nodes * inputs.prototype_bytes
     together = max(samples) if nodes < len(spaces) else sum(samples)
     return max(nodes * 2 * inputs.prototype_bytes, together)
 

@@ -17,7 +17,7 @@ import hashlib
 import importlib.util
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,14 +116,15 @@ def fit(
 
     # not FAISS's nredo: its objective leaves the weights out
     best = min(map(attempt, range(config.restarts)), key=lambda fitted: fitted.objective)
-    return replace(best, distinct=count_distinct(training, weights, clusters))
+    weighted = (training[row] for row in np.flatnonzero(weights))
+    return replace(best, distinct=count_distinct(weighted, clusters))
 
 
-def count_distinct(vectors: np.ndarray, weights: np.ndarray, most: int) -> int:
-    """Count the different rows of [n, d] that have a weight, up to `most`: soon, in real data."""
+def count_distinct(rows: Iterable[np.ndarray], most: int) -> int:
+    """Count the different rows, [d] each, up to `most`: soon, in real data."""
     seen: set[bytes] = set()
-    for row in np.flatnonzero(weights):
-        seen.add(hashlib.blake2b(vectors[row].tobytes(), digest_size=16).digest())
+    for row in rows:
+        seen.add(hashlib.blake2b(row.tobytes(), digest_size=16).digest())
         if len(seen) == most:
             break
     return len(seen)
@@ -203,10 +204,22 @@ def seeds(
     # ours, as from FAISS's own k-means++ the objective is worse by more than 0.1 %: by 0.2 to 0.4 %
     # on the demo, by 12 % on clustered data, for the same CPU time (docs/methods.md, "cluster")
     rows = np.flatnonzero(weights)
-    if len(rows) > SEED_ROWS * clusters:
-        rows = rng.choice(rows, SEED_ROWS * clusters, replace=False)
-    weight = weights[rows].astype(np.float64)
-    points = _whole(vectors[rows])
+    rows = rows[seed_rows(len(rows), clusters, rng)]
+    return seeds_among(vectors[rows], weights[rows], clusters, rng)
+
+
+def seed_rows(rows: int, clusters: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw the rows that seeds are chosen among, int64 [m]: all, or SEED_ROWS per cluster."""
+    most = SEED_ROWS * clusters
+    return rng.choice(rows, most, replace=False) if rows > most else np.arange(rows)
+
+
+def seeds_among(
+    vectors: np.ndarray, weights: np.ndarray, clusters: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Choose `seeds` among all rows, of positive weights."""
+    weight = weights.astype(np.float64)
+    points = _whole(vectors)
     squares = np.einsum("nd,nd->n", points, points)
 
     def nearer(candidates: np.ndarray, nearest: np.ndarray | float) -> np.ndarray:
@@ -220,19 +233,19 @@ def seeds(
         apart += squares[candidates, None]
         return np.minimum(apart, nearest, out=apart)
 
-    chosen = [int(rng.choice(len(rows), p=weight / weight.sum()))]
+    chosen = [int(rng.choice(len(points), p=weight / weight.sum()))]
     nearest = nearer(np.array(chosen), np.inf)[0]
     while len(chosen) < clusters:
         mass = np.cumsum(weight * nearest)
         places = rng.random(2 + int(math.log(clusters))) * mass[-1]
         drawn = np.searchsorted(mass, places, side="right")
         # beyond the last row if only copies of seeds are left
-        candidates = np.minimum(drawn, len(rows) - 1)
+        candidates = np.minimum(drawn, len(points) - 1)
         apart = nearer(candidates, nearest)
         best = np.einsum("cn,n->c", apart, weight).argmin()
         chosen.append(int(candidates[best]))
         nearest = apart[best]
-    return vectors[rows[chosen]]
+    return vectors[chosen]
 
 
 def _whole(vectors: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 
 from pds_ray.config import ClusterConfig, RunConfig
 from pds_ray.distributed import cluster as stage
-from pds_ray.distributed import pools
+from pds_ray.distributed import lloyd, pools
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.storage import Folder
@@ -202,3 +202,64 @@ def test_normalize_clusters_unit_vectors(pruned: tuple[Path, Pruned], tmp_path: 
         np.testing.assert_allclose(
             centroids[label], rows[found == label].mean(axis=0), rtol=1e-4, atol=1e-5
         )
+
+
+SHARED_OUT = RunConfig(pairs=CLUSTERS, cluster=ClusterConfig(solver="distributed", iterations=5))
+
+
+@pytest.mark.parametrize("most_seeds", [0, CLUSTERS], ids=["drawn in rounds", "greedy seeds"])
+def test_a_k_means_over_all_nodes_is_the_same_for_any_grouping(
+    pruned: tuple[Path, Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_seeds: int
+) -> None:
+    """One task or several, in few or many ranges of clusters, give the same bytes."""
+    monkeypatch.setattr(stage.core, "SEED_LIMIT", most_seeds)
+    made = []
+    for tasks, ranges in ((1, 1), (3, 2)):
+        monkeypatch.setattr(lloyd, "fit_tasks", lambda *_, tasks=tasks: tasks)
+        monkeypatch.setattr(lloyd, "cluster_ranges", lambda *_, ranges=ranges: ranges)
+        run, call = new_run(pruned, tmp_path / str(tasks))
+        made.append((call(SHARED_OUT), contents(run)))
+    assert made[0] == made[1]
+
+
+def test_a_k_means_over_all_nodes_ends_as_in_one_process(
+    pruned: tuple[Path, Pruned], tmp_path: Path
+) -> None:
+    """From the same seeds; brute force reaches the same objective within rounding."""
+    _, (store, data, _) = pruned
+    run, call = new_run(pruned, tmp_path)
+    counts = call(SHARED_OUT)
+    for space in ("image", "text"):
+        rows, weights = stage.sampled(data.shards, space, store, run, 1.0, SHARED_OUT)
+        centroids = stage.core.seeds(rows, weights, CLUSTERS, np.random.default_rng([0, 0]))
+        for _ in range(5):
+            distances = ((rows.astype(np.float64)[:, None] - centroids[None]) ** 2).sum(axis=2)
+            labels = distances.argmin(axis=1)
+            centroids = np.stack(
+                [
+                    np.average(rows[labels == label], axis=0, weights=weights[labels == label])
+                    for label in range(CLUSTERS)
+                ]
+            )
+        np.testing.assert_allclose(run.centroids(space), centroids, rtol=1e-5, atol=1e-6)
+        distances = ((rows.astype(np.float64)[:, None] - centroids[None]) ** 2).sum(axis=2)
+        expected = (distances.min(axis=1) * weights).sum()
+        assert counts[space]["objective"] == pytest.approx(expected, rel=1e-5)
+        assert counts[space]["rows"] == len(rows)
+
+
+def test_restarts_and_tolerance_of_a_k_means_over_all_nodes(
+    pruned: tuple[Path, Pruned], tmp_path: Path
+) -> None:
+    found = []
+    for number, changes in enumerate(
+        ({"iterations": 2}, {"iterations": 9, "tolerance": 0.9}, {"iterations": 2, "restarts": 3})
+    ):
+        _, call = new_run(pruned, tmp_path / str(number))
+        config = ClusterConfig(solver="distributed", **{"tolerance": 0, **changes})
+        found.append(call(RunConfig(pairs=CLUSTERS, cluster=config)))
+    two, at_rest, best = found
+    assert two == at_rest, "at 0.9 the first change is small enough"
+    for space in ("image", "text"):
+        assert best[space]["objective"] <= two[space]["objective"]
+    assert best != two

@@ -13,7 +13,7 @@ import ray
 from ray.cluster_utils import Cluster
 from pds_ray.config import RayConfig
 from pds_ray.distributed import session, tasks
-from pds_ray.distributed.cluster import _gathered
+from pds_ray.distributed.sample import gathered
 
 def sampled(number, rows):
     vectors = np.random.default_rng(number).standard_normal((rows, 8), np.float32)
@@ -27,7 +27,7 @@ session.start(RayConfig(address=cluster.address))
 parts = list(tasks.map_to_store(sampled, range(5), 40_000))  # beyond what Ray keeps in the driver
 cluster.add_node(**node)
 cluster.remove_node(first, allow_graceful=False)
-vectors, weights = tasks.run_kmeans(_gathered, parts)
+vectors, weights = tasks.run_kmeans(gathered, parts)
 expected = [sampled(number, 40_000)[0] for number in range(5)]
 np.testing.assert_array_equal(vectors, np.concatenate(expected))
 np.testing.assert_array_equal(weights, np.repeat(np.arange(5, dtype=np.float32), 40_000))

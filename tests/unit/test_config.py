@@ -81,6 +81,7 @@ RUN = {
     "cover.candidates": ([0, 1], [-1]),
     "cover.herded": ([0.0, 1.0], [-0.1, 1.1]),
     "prune.ratio": ([0.0, 0.999], [-1e-9, 1.0]),
+    "cluster.solver": (["faiss", "distributed"], ["auto"]),
     "cluster.iterations": ([1], [0]),
     "cluster.tolerance": ([0.0, 0.999], [-1e-9, 1.0]),
     "cluster.restarts": ([2], [0]),

@@ -66,6 +66,7 @@ def reference() -> dict[str, str]:
         ({"prune__ratio": 0.3}, "prune"),
         ({"pairs": 6}, "cluster"),
         ({"seed": 1}, "cluster"),
+        ({"cluster__solver": "distributed"}, "cluster"),
         ({"cluster__iterations": 3}, "cluster"),
         ({"cluster__tolerance": 0.01}, "cluster"),
         ({"cluster__normalize": True}, "cluster"),
@@ -115,11 +116,13 @@ def test_options_that_came_later_leave_earlier_runs_as_they_are() -> None:
 
 @pytest.mark.parametrize(("pairs", "continued"), [(100_000, True), (100_001, False)])
 def test_clusters_of_two_levels_are_not_continued(pairs: int, continued: bool) -> None:
-    """Earlier versions fitted more than 100,000 clusters in two levels."""
+    """Earlier versions fitted more than 100,000 clusters in two levels, and had no solvers."""
     run = make_run(replace(recipe("demo"), BASE))
     config = replace(run.config, {"pairs": pairs})
     found = PDS.stage("cluster").depends_on(dataclasses.replace(run, config=config))
-    before = [pairs, config.seed, dataclasses.asdict(config.cluster)]
+    options = dataclasses.asdict(config.cluster)
+    assert options.pop("solver") == "faiss"
+    before = [pairs, config.seed, options]
     assert (fingerprint(found) == fingerprint(before)) == continued
 
 
@@ -372,7 +375,7 @@ def test_every_option_is_judged() -> None:
         "read.caption_suffixes", "read.caption_keys", "read.caption_lines", "embed.encoder",
         "whiten.ridge", "cover.candidates", "cover.herded",
         "embed.precision", "embed.batch_size", "embed.store", "embed.store_dtype", "prune.ratio",
-        "cluster.iterations",
+        "cluster.solver", "cluster.iterations",
         "cluster.tolerance", "cluster.restarts", "cluster.normalize", "cluster.memory_gib",
         "cluster.modality", "match.solver", "match.pairless", "match.filter", "decode.decoder",
         "decode.model", "decode.revision", "decode.condition", "decode.steps", "decode.guidance",

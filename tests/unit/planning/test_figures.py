@@ -81,7 +81,8 @@ def with_faiss_on_gpu(gpu: str) -> Measured:
 
 
 def fit_rate(cluster: Cluster, measured: Measured | None) -> tuple[float, str, float | None]:
-    work, config = web_workload(10**6, 1, 1), web(pairs=1000)
+    work = web_workload(10**6, 1, 1)
+    config = web(pairs=1000, cluster__solver="faiss")
     fit = demand(make_plan(config, work, cluster, measured, PRICES), "cluster", "fit image k-means")
     return fit.rate.value, fit.rate.per, fit.at_most
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -218,7 +219,9 @@ def test_executions_share_the_scheduling(
 
 def test_k_means_side_by_side_on_several_nodes() -> None:
     """20 iterations and the seeds' on a sample of the memory's size: each on 4 GPUs of a node."""
-    one, two = (forecast(gpus=f"{gpus}xH100", pairs=100_000) for gpus in (8, 16))
+    one, two = (
+        forecast(gpus=f"{gpus}xH100", pairs=100_000, cluster__solver="faiss") for gpus in (8, 16)
+    )
     image, text = (demand(one, "cluster", f"fit {side} k-means") for side in ("image", "text"))
 
     def fitting(plan: Plan) -> float:
@@ -229,6 +232,57 @@ def test_k_means_side_by_side_on_several_nodes() -> None:
     assert fitting(two) == pytest.approx(max(image.unit_seconds, text.unit_seconds) / 4)
     sample = stage(one, "cluster").store_bytes
     assert stage(two, "cluster").store_bytes == pytest.approx(2 * sample)
+
+
+def test_faiss_draws_seeds_on_one_core() -> None:
+    """AFK-MC2 takes 3 ns per squared number of clusters and dimension, and one thread."""
+    for clusters, seconds in ((2_000, 0), (10_000, 233), (100_000, 23_273)):
+        plan = forecast(gpus="16xH100", pairs=clusters, cluster__solver="faiss")
+        drawn = [
+            phase_seconds(phase, plan.cluster)[0]
+            for phase in stage(plan, "cluster").phases
+            if phase[0].what == "draw image seeds"
+        ]
+        assert sum(drawn) == pytest.approx(seconds, rel=2e-3), "side by side"
+
+
+def test_a_k_means_over_all_nodes() -> None:
+    """25 iterations, the start's and the objective's pass, of 11,184,810 vectors by 374 tasks."""
+    plan = forecast(gpus="512xH100", pairs=100_000, cluster__solver="distributed")
+    rows = 64 * 2**30 / (8 * 768)
+
+    def found(what: str) -> Demand:
+        return demand(plan, "cluster", what)
+
+    labels = found("label image vectors")
+    assert labels.work == pytest.approx(27 * distance_flop(rows, 1e5, 768), rel=1e-6)
+    assert labels.rate.per == "GPU"
+    assert labels.at_most == 374
+    assert found("sum image vectors").work == pytest.approx(27 * rows, rel=1e-6)
+    own = rows / 374
+    sums = 374 * 1e5 * (1 - math.exp(-own / 1e5)) * 768 * 8
+    assert found("add sums").work == pytest.approx(27 * sums, rel=1e-6)
+    assert found("send centroids and sums").work == pytest.approx(
+        27 * (64 * 1e5 * 768 * 4 + sums), rel=1e-6
+    )
+    first, *_ = (d for p in stage(plan, "cluster").phases for d in p if d.what == "schedule")
+    assert first.work == pytest.approx(27 * (374 + 10 * (24 + 1)) + 20 * 374)
+    assert found("collect centroids").work == pytest.approx(27 * 1e5 * 768 * 4)
+    assert stage(plan, "cluster").store_bytes == pytest.approx(
+        4 * rows * 768 + sums + 64 * 1e5 * 768 * 4, rel=1e-6
+    )
+    assert not any("fit" in d.what for phase in stage(plan, "cluster").phases for d in phase)
+
+
+def test_a_k_means_over_all_nodes_of_one_machine_sends_nothing() -> None:
+    plan = forecast(gpus="0", cpus=64, pairs=1_000, cluster__solver="distributed")
+    names = [d.what for phase in stage(plan, "cluster").phases for d in phase]
+    assert "send centroids and sums" not in names
+    assert demand(plan, "cluster", "label image vectors").rate.per == "core"
+    # the seeds of so few are no pass of their own
+    assert demand(plan, "cluster", "sum image vectors").work == pytest.approx(
+        26 * 64 * 2**30 / (8 * 768), rel=1e-6
+    )
 
 
 def test_images_looked_through_by_nearest() -> None:

@@ -427,8 +427,14 @@ def test_a_fit_tells_how_far_it_is(monkeypatch):
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 5))
 def test_different_rows_are_counted_up_to_the_clusters(values, most):
     rows = np.asarray(values, np.float32)[:, None].repeat(2, axis=1)
-    weights = (np.arange(len(rows)) % 2 == 0).astype(np.float32)
-    assert cluster.count_distinct(rows, weights, most) == min(most, len(set(values[::2])))
+    assert cluster.count_distinct(rows, most) == min(most, len(set(values)))
+
+
+def test_rows_without_weight_are_not_counted():
+    rows = np.arange(6, dtype=np.float32)[:, None]
+    fitted = cluster.fit(rows, np.array([1, 0, 2, 0, 1, 0], np.float32), 3, 0, ClusterConfig())
+    assert fitted.distinct == 3
+    assert cluster.count_distinct(rows, 9) == 6
 
 
 def test_equal_rows_are_one():
