@@ -13,8 +13,11 @@ WORLD = ["--preset", "demo", "--source", "scenes:96:0:0:8", "--pairs", "12"]
 DECODED = ["--decoder", "unclip", "--decode.steps", "2", "--decode.batch_size", "2"]
 COMMANDS = {
     "pds": ["distill", *WORLD, *DECODED],
+    "pds with a k-means over all nodes": [
+        "distill", *WORLD, *DECODED, "--cluster.solver", "distributed",
+    ],
     "coverage": ["distill", "--method", "coverage", *WORLD, *DECODED],
-}
+}  # fmt: skip
 
 
 def run(method: str, workers: int, out: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The sample of a k-means that is lost with its node before the fit is taken again."""
+"""The sample of a k-means that is lost with its node, before the fit or in it, is taken again."""
 
 from __future__ import annotations
 
@@ -38,3 +38,48 @@ cluster.shutdown()
 
 def test_a_lost_sample_is_taken_again() -> None:
     output_of(DRIVER)
+
+
+FIT = """
+import numpy as np
+from ray.cluster_utils import Cluster
+from pds_ray.config import ClusterConfig, RayConfig
+from pds_ray.distributed import lloyd, session, tasks
+from pds_ray.distributed.in_flight import InFlight
+from pds_ray.stages import cluster as core
+
+def sampled(number, rows):
+    vectors = np.random.default_rng(number).standard_normal((rows, 8), np.float32)
+    return vectors, np.full(rows, number + 1, np.float32)
+
+node = {"num_cpus": 2, "object_store_memory": 200 << 20}
+cluster = Cluster(
+    initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 200 << 20}
+)
+first = cluster.add_node(**node)
+session.start(RayConfig(address=cluster.address))
+parts = list(tasks.map_to_store(sampled, range(5), 40_000))  # beyond what Ray keeps in the driver
+core.SEED_LIMIT = 0
+lloyd.fit_tasks = lambda *_: 3
+
+def lose(iterations):
+    if iterations == 2:
+        cluster.add_node(**node)
+        cluster.remove_node(first, allow_graceful=False)
+
+found = []
+with InFlight() as in_flight:
+    for iterated in (lambda _: None, lose):
+        work = lloyd.share_out(parts, "image", 20, 8, in_flight)
+        found.append(lloyd.fit(work, 0, ClusterConfig(iterations=4, tolerance=0), iterated))
+undisturbed, disturbed = found
+assert disturbed.centroids.tobytes() == undisturbed.centroids.tobytes()
+assert disturbed.objective == undisturbed.objective
+session.stop()
+cluster.shutdown()
+"""
+
+
+def test_a_fit_over_all_nodes_outlives_a_node() -> None:
+    """It ends with the bytes of one that lost none."""
+    output_of(FIT)
