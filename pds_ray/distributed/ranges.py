@@ -66,5 +66,7 @@ def added_up(
 
 
 def _sum(add: Callable[..., Any], neighbours: Sequence[Parts]) -> Parts:
-    """Start adding up neighbouring parts, range by range."""
+    """Start adding up neighbouring parts, range by range; those of one answer are their own sum."""
+    if len(neighbours) == 1:
+        return neighbours[0]
     return [tasks.in_store(add, *parts) for parts in zip(*neighbours, strict=True)]
