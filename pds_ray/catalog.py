@@ -54,7 +54,7 @@ TEXT_ENCODERS = {  # prefix of a text encoder's name -> module, as for encoders
     "distilbert": "pds_ray.encoders.hf_text",
 }
 
-BACKBONES = {  # name -> module with describe(name) and build(info, image_size); else a timm model
+BACKBONES = {  # NAME or NAME:FILE -> module with describe(name), build(info, size); else timm's
     "small_conv": "pds_ray.backbones.small",
     "small_vit": "pds_ray.backbones.small",
     "small_mixer": "pds_ray.backbones.small",
@@ -174,7 +174,8 @@ def build_backbone(info: BackboneInfo, image_size: int) -> nn.Module:
 
 
 def _backbone_module(name: str) -> BackboneModule:
-    return cast("BackboneModule", import_module(BACKBONES.get(name, BACKBONES[""])))
+    entry = BACKBONES.get(name.partition(":")[0], BACKBONES[""])
+    return cast("BackboneModule", import_module(entry))
 
 
 def _encoder_module(name: str) -> EncoderModule:

@@ -1,7 +1,8 @@
 """Small networks for the built-in world: convolutions, attention, mixed tokens.
 
-They start from random weights, take images of 64 pixels and train in seconds on one CPU core. None
-has batch statistics, so that an image's features never depend on the other images.
+`NAME` starts from random weights, `NAME:FILE` from those of a safetensors file, such as
+`pds_ray.demo.train_backbone` writes. They take images of 64 pixels and train in seconds on one CPU
+core. None has batch statistics, so that an image's features never depend on the other images.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pds_ray.backbones.base import BackboneInfo
+from pds_ray.backbones.files import find_weights, require_fitting, unbuildable
+from pds_ray.config import ConfigError
+from pds_ray.store.storage import file_sha256
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,13 +24,41 @@ HALF = (0.5, 0.5, 0.5)
 
 
 def describe(name: str) -> BackboneInfo:
-    """Describe one of small_conv, small_vit, small_mixer."""
-    return BackboneInfo(name, f"{name} 1", IMAGE_SIZE, HALF, HALF, pretrained=False)
+    """Describe one of small_conv, small_vit, small_mixer, with the weights of a file or without.
+
+    Raises ConfigError in one line if there is no such file, or if its weights do not fit.
+    """
+    model, _, file = name.partition(":")
+    identity = f"{model} 1"
+    if not file:
+        return BackboneInfo(name, identity, IMAGE_SIZE, HALF, HALF, pretrained=False)
+    path = find_weights(name, f"{model}:FILE or {model}")
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"backbone {name}: {file} is no .safetensors file; save its weights so")
+    identity += f" {file_sha256(path)}"
+    args = (("file", str(path)),)
+    info = BackboneInfo(name, identity, IMAGE_SIZE, HALF, HALF, pretrained=True, load_args=args)
+    require_fitting(info, path, build)
+    return info
 
 
 def build(info: BackboneInfo, image_size: int) -> nn.Module:
-    """Return the network with fresh weights: 128 features for small_conv, 64 for the others."""
-    return {"small_conv": _conv, "small_vit": _vit, "small_mixer": _mixer}[info.name](image_size)
+    """Return the network, of 128 features for small_conv and 64 for the others.
+
+    Raises ConfigError in one line if the weights of its file do not fit, as those of small_vit and
+    small_mixer do not at another size.
+    """
+    model = info.name.partition(":")[0]
+    network = {"small_conv": _conv, "small_vit": _vit, "small_mixer": _mixer}[model](image_size)
+    if info.pretrained:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            network.load_state_dict(load_file(dict(info.load_args)["file"]))
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise unbuildable(info, error) from error
+    return network
 
 
 def _conv(image_size: int) -> nn.Module:  # noqa: ARG001 - takes any size

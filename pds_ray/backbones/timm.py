@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pds_ray.backbones.base import BackboneInfo
+from pds_ray.backbones.files import find_weights, require_fitting, unbuildable
 from pds_ray.config import ConfigError
 from pds_ray.errors import squashed
 from pds_ray.store.hub import require_repository
 from pds_ray.store.storage import file_sha256
-from pds_ray.store.weights import loading_reason, require_whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,8 +48,7 @@ def describe(name: str) -> BackboneInfo:
     size = cfg.input_size[-1] if cfg else 224
     info = BackboneInfo(name, identity, size, mean, std, pretrained, tuple(args.items()))
     if file:
-        require_whole(file, f"backbone {name}")
-        _try_loading(info)
+        require_fitting(info, file, build)
     return info
 
 
@@ -85,13 +83,8 @@ def _weights(name: str, cfg: Any) -> tuple[str, dict[str, Any], Path | None]:
     """
     model, _, file = name.partition(":")
     if file:
-        path = Path(file).expanduser()
-        if not path.is_file():
-            raise ConfigError(
-                f"backbone {name}: {file} is no file; "
-                f"give {model}:FILE, {model}:{SCRATCH} or {model}"
-            )
-        overlay = {"file": str(path.resolve())}
+        path = find_weights(name, f"{model}:FILE, {model}:{SCRATCH} or {model}")
+        overlay = {"file": str(path)}
         return f"{model} {file_sha256(path)}", {"pretrained_cfg_overlay": overlay}, path
     if not cfg or not (cfg.hf_hub_id or cfg.url or cfg.file):
         raise ConfigError(
@@ -102,15 +95,6 @@ def _weights(name: str, cfg: Any) -> tuple[str, dict[str, Any], Path | None]:
         instead = f"give a checkpoint as {model}:FILE, or {model}:{SCRATCH}"
         cached = require_repository(cfg.hf_hub_id, None, WEIGHT_FILES, f"backbone {name}", instead)
     return f"{model}.{cfg.tag}", {}, cached
-
-
-def _try_loading(info: BackboneInfo) -> None:
-    """Raise ConfigError unless the weights fit, on torch's meta device: no tensor is computed."""
-    import torch
-
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # that copies to that device copy nothing
-        build(info, info.image_size)
 
 
 def _triple(values: Any) -> tuple[float, float, float]:
@@ -132,5 +116,4 @@ def build(info: BackboneInfo, image_size: int) -> nn.Module:
     try:
         return timm.create_model(**args)
     except Exception as error:  # timm, torch and the hub client raise many kinds of errors
-        reason = loading_reason(error)
-        raise ConfigError(f"backbone {info.name}: cannot be built ({reason})") from error
+        raise unbuildable(info, error) from error

@@ -257,14 +257,22 @@ class ScenesSource:
 
     def sample(self, index: int) -> Sample:
         """Draw sample `index`. Its key is the index in nine digits, its image a PNG."""
-        rng = random.Random(f"{self.seed}:{index}")
-        scene = make_scene(rng)
+        scene, rng = self._scene(index)
         file = io.BytesIO()
         draw_scene(scene).save(file, "PNG", compress_level=1)
         captions = write_captions(scene, rng)
         if self.noise:
             captions = self._disturb(captions, random.Random(f"{self.seed}:{index}:noise"))
         return Sample(f"{index:09d}", file.getvalue(), captions)
+
+    def scene(self, index: int) -> Scene:
+        """Return what there is to see in sample `index`."""
+        return self._scene(index)[0]
+
+    def _scene(self, index: int) -> tuple[Scene, random.Random]:
+        """Return a scene and the generator that then writes its captions."""
+        rng = random.Random(f"{self.seed}:{index}")
+        return make_scene(rng), rng
 
     def _disturb(self, captions: tuple[str, ...], rng: random.Random) -> tuple[str, ...]:
         """Replace each caption, with the probability of the noise, by one of an absent image."""
