@@ -97,9 +97,9 @@ def products() -> Share:
     if most("GPU") < 1:
         return ONE_CPU
     # not in .options(): so the process, and its hold on the GPU, ends with the task
-    look = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=1 / PRODUCTS_PER_GPU)(_sees_gpu)
-    if ray.get(look.remote()):
-        return Share(1 / _together(), "cuda")
+    look = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=1 / PRODUCTS_PER_GPU)(_gpu_memory)
+    if memory := ray.get(look.remote()):
+        return Share(1 / _together(memory), "cuda")
     text = (
         "pds-ray: Ray has GPUs that PyTorch cannot use, so labels and nearest captions are found "
         "on CPUs; pds-ray doctor on a machine with a GPU says what it lacks"
@@ -116,19 +116,24 @@ def of_few(share: Share, tasks: int) -> Share:
     return replace(share, num_gpus=max(share.num_gpus, 1 / math.ceil(tasks / gpus)))
 
 
-def _together() -> int:
-    """Return how many tasks share a GPU: as many as there are CPUs for on each node."""
+def _together(memory: float) -> int:
+    """Return how many tasks share a GPU of so many bytes: as many as each node has CPUs for."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return min(
-        (products_per_gpu(node.get("CPU", 0), node["GPU"]) for node in nodes if node.get("GPU")),
-        default=PRODUCTS_PER_GPU,
+    shares = (
+        products_per_gpu(node.get("CPU", 0), node["GPU"], memory)
+        for node in nodes
+        if node.get("GPU")
     )
+    return min(shares, default=PRODUCTS_PER_GPU)  # none: the node that had GPUs is just gone
 
 
-def _sees_gpu() -> bool:
+def _gpu_memory() -> int:
+    """Return the bytes of this process's GPU; 0 if torch can use none."""
     import torch
 
-    return torch.cuda.is_available()
+    if not torch.cuda.is_available():
+        return 0
+    return torch.cuda.get_device_properties(0).total_memory
 
 
 def parts(actors: Pool, count: int) -> list[Pool]:

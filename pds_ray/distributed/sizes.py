@@ -26,6 +26,9 @@ PRODUCTS_PER_GPU = 8
 Each reads on one core what the GPU multiplies in a fraction of that time, and clouds sell about
 eight cores with a GPU.
 """
+PRODUCT_BYTES = 2.5e9
+"""Of a GPU's memory, for such a task: CUDA itself, a product of half a GiB and its masks, and what
+is searched for, of both modalities, 1 GB at 100,000 vectors of width 768."""
 
 # Work of one task: the driver's part of it, about a millisecond, is then less than a thousandth,
 # and what a lost task had done is soon done again
@@ -156,12 +159,13 @@ def task_places(cpus: float, gpus: float = 0) -> int:
     return max(1, int(min(cpus, PRODUCTS_PER_GPU * gpus) if gpus else cpus))
 
 
-def products_per_gpu(cpus: float, gpus: float) -> int:
-    """Return how many tasks share each GPU of a node: so few that all of its GPUs have some.
+def products_per_gpu(cpus: float, gpus: float, memory: float) -> int:
+    """Return how many tasks share each GPU of a node, whose GPUs have `memory` bytes.
 
-    Ray fills one after the other.
+    They are so few that the memory holds PRODUCT_BYTES for each, and that all of its GPUs have
+    some: Ray fills one after the other.
     """
-    return max(1, min(PRODUCTS_PER_GPU, int(cpus / gpus)))
+    return max(1, min(PRODUCTS_PER_GPU, int(cpus / gpus), int(memory / PRODUCT_BYTES)))
 
 
 def decoded_where_read(shards: int, cpus: float) -> bool:

@@ -261,8 +261,17 @@ def test_no_gpu_is_without_products_where_there_are_cpus(
 ) -> None:
     """With fewer CPUs, eight tasks on each GPU would leave the last GPUs without any."""
     stand_in(monkeypatch, *nodes)
-    assert pools._together() == together
+    assert pools._together(80e9) == together
     for node in nodes:
         if cpus := int(node.get("GPU", 0)) and int(node["CPU"]):
             filled = min(node["GPU"], -(-cpus // together))
             assert filled == min(node["GPU"], cpus), "one after the other"
+
+
+@pytest.mark.parametrize(("memory", "together"), [(80e9, 8), (15.8e9, 6), (6e9, 2), (2e9, 1)])
+def test_tasks_on_a_gpu_fit_its_memory(
+    monkeypatch: pytest.MonkeyPatch, memory: float, together: int
+) -> None:
+    """An H100 has room for all, a T4 of 16 GB for six."""
+    stand_in(monkeypatch, {"CPU": 64, "GPU": 1})
+    assert pools._together(memory) == together
