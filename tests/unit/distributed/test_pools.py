@@ -266,3 +266,21 @@ def test_no_gpu_is_without_products_where_there_are_cpus(
         if cpus := int(node.get("GPU", 0)) and int(node["CPU"]):
             filled = min(node["GPU"], -(-cpus // together))
             assert filled == min(node["GPU"], cpus), "one after the other"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "share", "tasks", "each"),
+    [
+        (512, 1 / 8, 374, 1.0),
+        (8, 1 / 8, 64, 1 / 8),
+        (8, 1 / 8, 17, 1 / 3),
+        (8, 1 / 4, 64, 1 / 4),  # no more on a GPU than there are CPUs for
+        (0, 0.0, 3, 0.0),
+    ],
+)
+def test_few_tasks_have_more_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, share: float, tasks: int, each: float
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, "GPU": float(gpus)})
+    device = "cuda" if gpus else "cpu"
+    assert pools.of_few(pools.Share(share, device), tasks) == pools.Share(each, device)
