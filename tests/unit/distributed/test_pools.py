@@ -275,3 +275,21 @@ def test_tasks_on_a_gpu_fit_its_memory(
     """An H100 has room for all, a T4 of 16 GB for six."""
     stand_in(monkeypatch, {"CPU": 64, "GPU": 1})
     assert pools._together(memory) == together
+
+
+@pytest.mark.parametrize(
+    ("gpus", "share", "tasks", "each"),
+    [
+        (512, 1 / 8, 374, 1.0),
+        (8, 1 / 8, 64, 1 / 8),
+        (8, 1 / 8, 17, 1 / 3),
+        (8, 1 / 4, 64, 1 / 4),  # no more on a GPU than there are CPUs for
+        (0, 0.0, 3, 0.0),
+    ],
+)
+def test_few_tasks_have_more_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, share: float, tasks: int, each: float
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, "GPU": float(gpus)})
+    device = "cuda" if gpus else "cpu"
+    assert pools.of_few(pools.Share(share, device), tasks) == pools.Share(each, device)
