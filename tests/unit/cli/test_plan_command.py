@@ -44,7 +44,8 @@ def test_a_plan_names_every_stage_its_bottleneck_and_its_formulas(
     )
     assert "989 TFLOP/s x 17.5% / 162 GFLOP (published: clip-retrieval" in out
     assert "assumed, every one" in out
-    assert "989 TFLOP/s x 3.0% (published: FAISS" in out
+    assert "label image vectors: " in out
+    assert "989 TFLOP/s x 10.0% (assumed: bf16 products" in out
     assert "k-means is planned on CPUs" not in out
     assert "of memory on the driver, in materialize" in out
 

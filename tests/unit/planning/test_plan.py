@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pds_ray import catalog
 from pds_ray.config import Actors
+from pds_ray.distributed.sizes import decoded_where_read
 from pds_ray.errors import ConfigError
 from pds_ray.methods.coverage import COVERAGE
 from pds_ray.methods.pds import PDS
@@ -428,6 +429,8 @@ def test_twice_the_gpus_are_never_slower(case: dict[str, Any]) -> None:
 @given(st.fixed_dictionaries(CASES))
 def test_twice_the_pairs_are_never_cheaper(case: dict[str, Any]) -> None:
     few, many = random_plan(**case), random_plan(**{**case, "pairs": 2 * case["pairs"]})
+    ways = {decoded_where_read(p.workload.shards, p.cluster.cpus) for p in (few, many)}
+    assume(len(ways) == 1)  # few shards for the CPUs are read by more and smaller tasks
     for before, after in zip(few.stages, many.stages, strict=True):
         assert after.seconds >= before.seconds * (1 - 1e-12)
         assert after.disk_bytes >= before.disk_bytes
