@@ -28,9 +28,9 @@ def describe(name: str) -> BackboneInfo:
 
     Raises ConfigError in one line if there is no such file, or if its weights do not fit.
     """
-    model, _, file = name.partition(":")
+    model, given, file = name.partition(":")
     identity = f"{model} 1"
-    if not file:
+    if not given:
         return BackboneInfo(name, identity, IMAGE_SIZE, HALF, HALF, pretrained=False)
     path = find_weights(name, f"{model}:FILE or {model}")
     if path.suffix != ".safetensors":

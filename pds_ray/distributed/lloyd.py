@@ -231,11 +231,13 @@ def _start(work: Work, clusters: int, rng: np.random.Generator) -> np.ndarray:
         rows = cluster.seed_rows(work.rows, clusters, rng)
         return tasks.run_kmeans(_seeds, _picked(work, rows), rows, clusters, rng)
     first, *others = core.round_sizes(clusters)
-    chosen, _ = gathered(_picked(work, rng.choice(work.rows, first, replace=False)))
+    picked = _picked(work, rng.choice(work.rows, first, replace=False))
+    chosen = np.concatenate(work.wait_for([vectors for vectors, _ in picked]))
     found, distances = [chosen], [None] * len(work.groups)
     for count in others:
         each = [(known,) for known in distances]
-        looks = work.start(_nearest, chosen, work.share.device, each=each, results=2)
+        centres = ray.put(chosen)  # once, not for each task
+        looks = work.start(_nearest, centres, work.share.device, each=each, results=2)
         distances, masses = [look[0] for look in looks], work.wait_for([look[1] for look in looks])
         draws = core.draw(chain.from_iterable(masses), count, rng)
         ends = accumulate(map(len, masses), initial=0)

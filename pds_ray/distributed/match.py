@@ -74,7 +74,9 @@ def match(run: Run) -> Counts:
     with progress_bar("match", 2 * len(shards) + 1, "shards") as bar:
         table = counted(run, bar)
         bar.set_postfix_str("the assignment", refresh=False)
+        cells, pairs = table.cells, table.pairs
         text_of, shared = core.assign_clusters(table, config.match.solver)
+        del table  # and with it what object stores hold of its parts
         bar.update()
         cosines, groups = np.zeros(config.pairs), _groups(run)
         sums = tasks.map_in_order(_sum_cosines, groups, run.store, run.folder, text_of)
@@ -86,10 +88,10 @@ def match(run: Run) -> Counts:
     pairless = config.pairs - int((~columns["pairless"]).sum())
     return {
         "clusters": config.pairs,
-        "cells": table.cells,
+        "cells": cells,
         "couples": len(columns["shared"]),
         "pairless": pairless,
         "pairless_policy": "kept" if core.keeps_empty(config.pairs, config.match) else "dropped",
         "shared_pairs": int(shared.sum()),
-        "pairs_not_shared": table.pairs - int(shared.sum()),
+        "pairs_not_shared": pairs - int(shared.sum()),
     }

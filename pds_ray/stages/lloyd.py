@@ -23,6 +23,7 @@ import numpy as np
 from pds_ray.stages import products
 
 BLOCK_ROWS = 4_096  # summed at once, into one float64 of the objective
+LABELLED_ROWS = 65_536  # labelled at once: a device holds no more of them, however long a slice is
 SUM_BITS = 62  # of the size of a sum, which int64 holds with its sign
 SPLIT = np.float32(2.0**-10)  # share by which the copy of a centroid is moved, as FAISS does
 START_ROUNDS = 10  # of draws; fewer cost a percent of the objective at 4,000 clusters
@@ -97,9 +98,10 @@ def blocks(rows: Rows) -> Iterator[tuple[np.ndarray, np.ndarray, slice]]:
 
 
 def label(rows: Rows, centroids: products.Vectors) -> Iterator[np.ndarray]:
-    """Yield the nearest centroid of each row, int32 [m], slice by slice."""
+    """Yield the nearest centroid of each row, int32 [m], LABELLED_ROWS at once."""
     for vectors, _ in rows:
-        yield products.assign(vectors, centroids)
+        for start in range(0, len(vectors), LABELLED_ROWS):
+            yield products.assign(vectors[start : start + LABELLED_ROWS], centroids)
 
 
 def objectives(rows: Rows, labels: np.ndarray, centroids: np.ndarray) -> list[float]:

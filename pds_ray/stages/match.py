@@ -24,7 +24,10 @@ from pds_ray.stages.vectors import summable
 DENSE_LIMIT = 5_000
 KEEP_EMPTY_BELOW = 300  # pairs; the published code keeps empty matches in small sets only
 COSINE_BITS = 32
-"""Sums of cosines are multiples of 2^-32: exact for two million pairs per match and more."""
+"""Sums of cosines are multiples of 2^-32: exact up to a sum of 2^21, of two million pairs at least.
+
+Beyond it the bytes still depend on no number of workers: tasks are grouped alike on any cluster.
+"""
 
 Counts = tuple[np.ndarray, np.ndarray]
 """A part of a sparse contingency table: cells i * K + j, int64, ascending, and counts, int64."""
@@ -144,7 +147,8 @@ def matched_cosines(
 ) -> np.ndarray:
     """Return the summed cosines of the pairs that matched clusters share, float64 [K].
 
-    Labels int32 [n] twice (-1 where pruned), cosines float32 [n]. Sums of such sums are exact.
+    Labels int32 [n] twice (-1 where pruned), cosines float32 [n]. Sums of such sums are exact up
+    to 2^21.
     """
     shared = (image_cluster >= 0) & (text_of[image_cluster] == text_cluster)
     image = image_cluster[shared]
