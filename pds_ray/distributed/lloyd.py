@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
@@ -168,17 +169,19 @@ def fit(
 
     def attempt(restart: int) -> tuple[ray.ObjectRef, float]:
         done, before = restart * config.iterations, math.inf
-        centroids = ray.put(_start(work, clusters, np.random.default_rng([seed, restart])))
+        centroids = ray.put(tasks.again_where_lost(partial(_start, work, clusters, seed, restart)))
         for iteration in range(1, config.iterations + 1):
-            centroids, now = _iterate(work, centroids, exponent)
+            iterate = partial(_iterate, work, centroids, exponent)
+            centroids, now = tasks.again_where_lost(iterate)
             iterated(done + iteration)
             if core.resting(before, now, config.tolerance):
                 break
             before = now
-        return centroids, _objective(work, centroids)
+        return centroids, tasks.again_where_lost(partial(_objective, work, centroids))
 
     best, objective = min(map(attempt, range(config.restarts)), key=lambda fitted: fitted[1])
-    distinct = tasks.retried(lambda: tasks.in_store(_distinct, work.parts, clusters))
+    count = partial(tasks.in_store, _distinct, work.parts, clusters)
+    distinct = tasks.retried(count, [vectors for vectors, _ in work.parts])
     return cluster.Fit(ray.get(best), objective, work.rows, distinct)
 
 
@@ -221,15 +224,18 @@ def _distinct(parts: list[Parts], most: int) -> int:
 # ---- the start ---------------------------------------------------------------------------------
 
 
-def _start(work: Work, clusters: int, rng: np.random.Generator) -> np.ndarray:
+def _start(work: Work, clusters: int, seed: int, restart: int) -> np.ndarray:
     """Choose rows to begin from, float32 [clusters, d].
 
     Few are the seeds of `cluster.seeds`, chosen on one node. Many are drawn in rounds: the first
     ones uniformly, the others by weight times squared distance to those of earlier rounds.
     """
+    rng = np.random.default_rng([seed, restart])
     if clusters <= cluster.SEED_LIMIT:
         rows = cluster.seed_rows(work.rows, clusters, rng)
-        return tasks.run_kmeans(_seeds, _picked(work, rows), rows, clusters, rng)
+        parts = _picked(work, rows)
+        choose = partial(tasks.in_store, _seeds, parts, rows, clusters, rng)
+        return tasks.retried(choose, list(chain.from_iterable(parts)))
     first, *others = core.round_sizes(clusters)
     picked = _picked(work, rng.choice(work.rows, first, replace=False))
     chosen = np.concatenate(work.wait_for([vectors for vectors, _ in picked]))

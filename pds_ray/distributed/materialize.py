@@ -31,10 +31,10 @@ def materialize(run: Run) -> Counts:
     config = run.config.extras
     captions = _captions(run) if config.captions else None
     similarity = _similarity(run) if config.similarity != "off" else None
-    return writing.materialize(run, core.Extras(captions, similarity), _shared)
+    return writing.materialize(run, core.Extras(captions, similarity), _in_tasks)
 
 
-def _shared(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
+def _in_tasks(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
     """Apply a function to parts of a set in tasks: to few tars at once."""
     tars = TARS_AT_ONCE if function is writing.write_tar else None
     return tasks.map_in_order(function, items, at_once=tars)

@@ -7,6 +7,7 @@ rest feeds it.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -82,7 +83,10 @@ class Share:
     def places(self) -> int:
         """The number of such tasks that the cluster can run at once."""
         resources = ray.cluster_resources()
-        return task_places(resources.get("CPU", 1), resources.get("GPU", 0) if self.num_gpus else 0)
+        cpus, gpus = resources.get("CPU", 1), resources.get("GPU", 0)
+        if not self.num_gpus:
+            return task_places(cpus)
+        return task_places(cpus, gpus, round(1 / self.num_gpus))
 
 
 ONE_CPU = Share()
@@ -100,12 +104,17 @@ def products() -> Share:
     look = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=1 / PRODUCTS_PER_GPU)(_gpu_memory)
     if memory := ray.get(look.remote()):
         return Share(1 / _together(memory), "cuda")
+    _say_unused()
+    return ONE_CPU
+
+
+@functools.cache  # each pass over the shards asks for its share
+def _say_unused() -> None:
     text = (
         "pds-ray: Ray has GPUs that PyTorch cannot use, so labels and nearest captions are found "
         "on CPUs; pds-ray doctor on a machine with a GPU says what it lacks"
     )
     log.event("gpus_unused", text, "warning")
-    return ONE_CPU
 
 
 def of_few(share: Share, tasks: int) -> Share:

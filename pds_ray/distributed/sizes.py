@@ -154,9 +154,9 @@ def cluster_ranges(clusters: int, width: int) -> int:
     return max(1, math.ceil(8 * width * clusters / FIT_RANGE_BYTES))
 
 
-def task_places(cpus: float, gpus: float = 0) -> int:
-    """Return how many tasks run at once: one per CPU, of those that share GPUs no more than may."""
-    return max(1, int(min(cpus, PRODUCTS_PER_GPU * gpus) if gpus else cpus))
+def task_places(cpus: float, gpus: float = 0, per_gpu: int = PRODUCTS_PER_GPU) -> int:
+    """Return how many tasks run at once: one per CPU, of those that share GPUs `per_gpu` each."""
+    return max(1, int(min(cpus, per_gpu * gpus) if gpus else cpus))
 
 
 def products_per_gpu(cpus: float, gpus: float, memory: float) -> int:

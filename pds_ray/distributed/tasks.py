@@ -26,6 +26,9 @@ from pds_ray.telemetry.progress import waiting_for
 Item = TypeVar("Item")
 
 FETCH_S = 60.0  # for one value to reach a task
+# Of tasks whose values stay in object stores: a value that is lost with its node, long after, is a
+# retry of its task, too.
+STORED_RETRIES = TASK_RETRIES + MACHINES_LOST
 
 # Errors of tasks whose process or machine is gone. They are tried again here and not by Ray, which
 # would ask for the same number of CPUs, and no node may have so many any more.
@@ -70,7 +73,7 @@ def run_kmeans(
     If the process, its machine or some of the parts, which it fetches, are lost, it runs again on
     what the cluster has then, as often as `RetryBudget` allows.
     """
-    return _again_where_lost(lambda: _run_kmeans(function, parts, *args))
+    return again_where_lost(lambda: _run_kmeans(function, parts, *args))
 
 
 def kmeans_places() -> int:
@@ -81,12 +84,21 @@ def kmeans_places() -> int:
     return places_as_free("GPU" if most("GPU") >= 1 else "CPU")
 
 
-def retried(start: Callable[[], ray.ObjectRef]) -> Any:
-    """Return the result of a task; it is started again where `RetryBudget` allows."""
-    return _again_where_lost(lambda: ray.get(start()))
+def retried(start: Callable[[], ray.ObjectRef], needed: Sequence[ray.ObjectRef] = ()) -> Any:
+    """Return the result of a task; it is started again where `RetryBudget` allows.
+
+    `needed` are the values that it fetches itself.
+    """
+
+    def work() -> Any:
+        await_all(needed)
+        return ray.get(start())
+
+    return again_where_lost(work)
 
 
-def _again_where_lost(work: Callable[[], Result]) -> Result:
+def again_where_lost(work: Callable[[], Result]) -> Result:
+    """Return `work()`; it is called again where `RetryBudget` allows."""
     budget = RetryBudget()
     while True:
         try:
@@ -215,7 +227,8 @@ def map_in_order(
     flight, so that a slow consumer holds few results; it has at most `at_once`. Each task takes
     `share`.
     """
-    for item, reference in _started(function, items, shared, 1, share, at_once):
+    started = _started(function, items, shared, 1, share, TASK_RETRIES, at_once)
+    for item, reference in started:
         yield wait_for(reference, item)
 
 
@@ -229,7 +242,8 @@ def map_to_store(
     Otherwise as `map_in_order`. The values stay in the object stores of the cluster and are
     recomputed if a node is lost.
     """
-    for item, references in _started(function, items, shared, results, ONE_CPU):
+    started = _started(function, items, shared, results, ONE_CPU, STORED_RETRIES)
+    for item, references in started:
         wait_for(references[-1], item)
         yield tuple(references)
 
@@ -242,12 +256,14 @@ def in_store(
     It stays in the object stores of the cluster, and is recomputed if a node is lost. There is a
     list of references to the results of a function that returns several.
     """
-    return _remote(function, results, share)(*args)
+    return _remote(function, results, share, STORED_RETRIES)(*args)
 
 
-def _remote(function: Callable[..., Any], results: int, share: Share) -> Callable[..., Any]:
+def _remote(
+    function: Callable[..., Any], results: int, share: Share, retries: int
+) -> Callable[..., Any]:
     """Return `function` as one that starts a task, which is tried again where it is lost."""
-    options = {"num_cpus": SMALL_TASK_CPUS, "num_returns": results, "max_retries": TASK_RETRIES}
+    options = {"num_cpus": SMALL_TASK_CPUS, "num_returns": results, "max_retries": retries}
     if not share.num_gpus:
         return ray.remote(function).options(**options).remote
     # in .options(), so that Ray keeps the process and torch in it for the next task
@@ -261,12 +277,13 @@ def _started(
     shared: Sequence[Any],
     results: int,
     share: Share,
+    retries: int,
     at_once: int | None = None,
 ) -> Iterator[Any]:
     """Yield each item with the reference(s) to its results; a window of tasks runs ahead."""
     window = max(2, 2 * share.places)
     window = min(window, at_once or window)
-    start = _remote(function, results, share)
+    start = _remote(function, results, share, retries)
     references = [None if isinstance(value, Latest) else ray.put(value) for value in shared]
     pending: deque[tuple[Any, Any]] = deque()
     coming = iter(items)

@@ -368,8 +368,7 @@ def _shared_out(inputs: Inputs, space: str) -> _SharedOut:
     tasks = fit_tasks(rows, clusters, width, places, device)
     # clusters that the rows of a task are of, if these are drawn independently of each other
     touched = clusters * (1 - math.exp(-rows / tasks / clusters))
-    first = math.ceil(tasks / ADDED_TOGETHER)
-    added = cluster_ranges(clusters, width) * (first + (first > 1))
+    added = cluster_ranges(clusters, width) * max(1, additions(tasks))
     return _SharedOut(rows, tasks, added, 8.0 * tasks * touched * width)
 
 
@@ -382,7 +381,8 @@ def _iterations(inputs: Inputs, space: str) -> list[Phase]:
     config, width = inputs.config.cluster, _width(inputs, space)
     one, drawn = _shared_out(inputs, space), inputs.clusters > SEED_LIMIT
     passes = (config.iterations + 1 + drawn) * config.restarts
-    tasks = one.tasks + one.added + drawn * 2 * START_ROUNDS * one.tasks / passes
+    draws = drawn * config.restarts * 2 * (START_ROUNDS - 1) * one.tasks
+    tasks = one.tasks + one.added + draws / passes
     flop = distance_flop(one.rows, inputs.clusters, width) * passes
     labels = inputs.products(f"label {space} vectors", flop, "label")
     at_once = min(one.tasks, inputs.cluster.gpus) if inputs.cluster.gpus else one.tasks
@@ -693,9 +693,9 @@ def _materialize_disk_bytes(inputs: Inputs) -> float:
 
 
 def _materialize_driver_bytes(inputs: Inputs) -> float:
-    """Return the bytes of both vectors of each pair, twice while they are packed, and records."""
+    """Return the bytes of both vectors of each pair, and records."""
     similarity = 4.0 * inputs.clusters**2 if inputs.config.extras.similarity != "off" else 0.0
-    return 4 * inputs.prototype_bytes + RECORD_BYTES * inputs.clusters + 2 * similarity
+    return 2 * inputs.prototype_bytes + RECORD_BYTES * inputs.clusters + 2 * similarity
 
 
 EMBED = StageModel(_embed, _embed_disk_bytes, _embed_store_bytes)

@@ -1,4 +1,4 @@
-"""K-means with FAISS, once per modality, on raw un-normalised vectors (docs/methods.md, "cluster").
+"""K-means, once per modality, on raw un-normalised vectors (docs/methods.md, "cluster").
 
     images:    minimise  sum over images m    w_m |v_m - c_a(m)|^2,  w_m = kept captions of image m
     captions:  minimise  sum over kept pairs n    |t_n - c'_b(n)|^2
@@ -6,6 +6,8 @@
 An image counts as often as it has kept captions: by weight, not by copies. Small data is used
 whole; of large data a seeded sample is used that fits the memory budget. Each shard's sample
 depends on (seed, shard) alone.
+
+Fits are FAISS's here, on one node; `lloyd` has those over all nodes.
 
 As ablations there is one k-means alone, of either modality or of both joined; every pair then has
 one label for both its sides, and matching has nothing left to decide.

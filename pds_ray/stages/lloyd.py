@@ -6,7 +6,8 @@
 
 Weights are whole numbers above 0: kept captions. The exponent e depends on the weight and the
 largest value of the whole sample, so that no sum overflows int64: sums are exact in any order. The
-objective is summed per block of BLOCK_ROWS rows, and the blocks' sums are added exactly.
+objective is summed per block of BLOCK_ROWS rows, and the blocks' sums are added exactly: the same
+bytes on CPUs of one kind, as NumPy's order within a block depends on the width of their registers.
 
 Vectors are finite: embeddings that are not never reach a store.
 """

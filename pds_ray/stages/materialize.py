@@ -13,7 +13,6 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 from PIL import Image
-from safetensors.numpy import save as save_safetensors
 
 from pds_ray import catalog
 from pds_ray.config import FREE_FIELDS, ConfigError, public, sections
@@ -40,7 +39,7 @@ from pds_ray.store.distilled_set import (
 from pds_ray.store.learned import LEARNED, Learned, pack
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import vectors
-from pds_ray.store.set_writer import Files, write, written
+from pds_ray.store.set_writer import Files, write, write_tensors, written
 from pds_ray.store.storage import Folder, side_by_side
 from pds_ray.telemetry.progress import QUIET_S, progress_bar
 
@@ -54,10 +53,10 @@ OPTIMISE = "optimise"
 _ACTIVE = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
-def materialize(run: Run, extras: Extras, share: Share = map) -> Counts:
+def materialize(run: Run, extras: Extras, apply: Apply = map) -> Counts:
     """Write the distilled set of a run whose other stages are done; return its counts.
 
-    `share` applies a function to parts of the set, in order.
+    `apply` applies a function to parts of the set, in order.
     """
     folder, budget = run.folder, run.config.budget_bytes
     folder.distilled.delete_all()
@@ -72,7 +71,7 @@ def materialize(run: Run, extras: Extras, share: Share = map) -> Counts:
     with progress_bar("materialize", pairs, "pairs", delay_s=QUIET_S) as bar:
         text, parts = run.method.card, (extras, choices)
         return write_distilled(
-            folder, about(run), text, captions, bar.update, *parts, budget, asked, share
+            folder, about(run), text, captions, bar.update, *parts, budget, asked, apply
         )
 
 
@@ -222,7 +221,7 @@ def write_distilled(
     choices: pa.Table | None = None,
     budget: int = 0,
     asked: int = 0,
-    share: Share = map,
+    apply: Apply = map,
 ) -> dict[str, Any]:
     """Write the distilled set of a finished run; return its counts.
 
@@ -232,7 +231,7 @@ def write_distilled(
     `about` is what card and manifest say of the making, `text` the method's part of the card.
     `captions` (rows of captions.parquet) replace those of the prototypes; `choices` (rows of
     choices.parquet) go into the records. `step` is called with the number of pairs that were
-    written, `extras` are more parts. `share` applies a function to parts of the set, in order. Few
+    written, `extras` are more parts. `apply` applies a function to parts of the set, in order. Few
     images are in memory at a time. The manifest comes last: a folder without it is no distilled
     set. Raises FileNotFoundError if an image of the run is missing.
     """
@@ -250,7 +249,7 @@ def write_distilled(
     about = {**about, **_describe_images(about, rows), **describe_extras(extras)}
     target = run.distilled
     target.delete(MANIFEST)
-    images, tars, pixels = _write_images(run.images, target, rows, step, share)
+    images, tars, pixels = _write_images(run.images, target, rows, step, apply)
     others: Files = {}
     if extras.learned is not None:
         write(target, LEARNED, pack(*extras.learned), others)
@@ -269,7 +268,7 @@ def write_distilled(
     }
     if extras.similarity is not None:
         tensors["similarity"] = extras.similarity
-    write(target, PROTOTYPES, save_safetensors(tensors), others)
+    write_tensors(target, PROTOTYPES, tensors, others)
     write(target, CARD, card(rows, _with_size(about, size), text).encode(), others)
     files = images | tars | others
     manifest = {"schema": SET_SCHEMA_VERSION, "pairs": len(rows), "size": size.to_json()}
@@ -335,7 +334,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Share(Protocol):
+class Apply(Protocol):
     """A `map` over lists, which may be one over a cluster."""
 
     def __call__(
@@ -389,9 +388,9 @@ def _write_images(
     target: Folder,
     rows: list[Record],
     step: Callable[[int], object],
-    share: Share,
+    apply: Apply,
 ) -> tuple[Files, Files, int]:
-    """Write the images of the set, then its tars; `share` makes several.
+    """Write the images of the set, then its tars; `apply` makes several.
 
     Images are read twice: many tasks copy them, where a tar has one. Returns the files of both, and
     the pixels of all images.
@@ -406,11 +405,11 @@ def _write_images(
         for number, start in enumerate(range(0, len(rows), PAIRS_PER_TAR))
     ]
     images, files, pixels = Files(), Files(), 0
-    for listed, own in (map if len(copies) < 2 else share)(copy_images, copies):
+    for listed, own in (map if len(copies) < 2 else apply)(copy_images, copies):
         images |= listed
         pixels += own
     alone = len(tars) < 2
-    written_tars = map(partial(write_tar, step=step), tars) if alone else share(write_tar, tars)
+    written_tars = map(partial(write_tar, step=step), tars) if alone else apply(write_tar, tars)
     for tar, entry in zip(tars, written_tars, strict=True):
         files |= entry
         if not alone:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 from pds_ray.config import ClusterConfig, RunConfig
 from pds_ray.distributed import cluster as stage
@@ -246,6 +247,27 @@ def test_a_k_means_over_all_nodes_ends_as_in_one_process(
         expected = (distances.min(axis=1) * weights).sum()
         assert counts[space]["objective"] == pytest.approx(expected, rel=1e-5)
         assert counts[space]["rows"] == len(rows)
+
+
+def test_an_iteration_that_is_lost_is_made_again(
+    pruned: tuple[Path, Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its own centroids, and so with the same bytes, by tasks of a CPU each."""
+    run, call = new_run(pruned, tmp_path / "one")
+    undisturbed = call(SHARED_OUT)
+    lost, iterate = iter([False, True, True, False, True]), lloyd._iterate
+
+    def lose_some(*given: Any) -> Any:
+        if next(lost, False):
+            raise ray.exceptions.ObjectLostError("", None, "")
+        return iterate(*given)
+
+    monkeypatch.setattr(lloyd, "_iterate", lose_some)
+    monkeypatch.setattr("pds_ray.distributed.tasks.run_kmeans", no_fit)
+    other, call_other = new_run(pruned, tmp_path / "two")
+    assert call_other(SHARED_OUT) == undisturbed
+    assert contents(other) == contents(run)
+    assert next(lost, None) is None
 
 
 def test_restarts_and_tolerance_of_a_k_means_over_all_nodes(

@@ -190,7 +190,7 @@ def test_tars_may_be_shared(finished, tmp_path, monkeypatch, pairs_per_tar):
     def last_first(function, parts):
         return reversed([function(part) for part in reversed(parts)])
 
-    write_distilled(make_run(together), ABOUT, PDS_CARD, step=done.append, share=last_first)
+    write_distilled(make_run(together), ABOUT, PDS_CARD, step=done.append, apply=last_first)
     assert sum(done) == 2 * len(CAPTIONS)
     assert contents(together / "distilled") == contents(alone / "distilled")
     if pairs_per_tar >= len(CAPTIONS):
