@@ -73,7 +73,7 @@ def test_tasks_of_products_share_the_gpus_and_answer_the_same() -> None:
     assert lines[0] == "seen as Share(num_gpus=0.0, device='cpu')", "torch finds no GPU here"
     assert lines[1:] == [
         "_look_up: 1 CPU, 0 GPU",
-        "count_pairs: 1 CPU, 0 GPU",
+        "_sum_cosines: 1 CPU, 0 GPU",
         "count_ties: 1 CPU, 0 GPU",
         "histogram: 1 CPU, 0 GPU",
         "label_shards: 1 CPU, 0.125 GPU",
