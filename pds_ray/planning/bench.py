@@ -43,6 +43,7 @@ from pds_ray.planning.workload import make_cluster, survey
 from pds_ray.sources.base import Shard, Source, SourceError
 from pds_ray.stages import cluster as clustering
 from pds_ray.stages import embed as embedding
+from pds_ray.stages import assign
 from pds_ray.stages import match as matching
 from pds_ray.stages import products, prototypes
 from pds_ray.store.embeddings import EmbeddingStore
@@ -487,7 +488,7 @@ def _arithmetic_figures(dim: int) -> dict[str, Entry]:
     def solve(clusters: int, solver: str, power: int) -> Entry:
         table = _table(clusters)
         return _rate(
-            lambda: matching.assign_clusters(table, solver),
+            lambda: assign.assign_clusters(table, solver),
             clusters**power,
             f"clusters^{power}",
             "driver",
