@@ -56,7 +56,8 @@ def assign_clusters(table: Table, solver: str = "auto") -> Assigned:
 def assign_by_core(clusters: int, grow: Callable[[Prices, int], Table]) -> Assigned:
     """Return the best assignment of a table of which only a core need be in one memory.
 
-    The core is empty at first. `grow(prices, most)` grows each range of it by `grown`, and returns it.
+    The core is empty at first. `grow(prices, most)` grows each range of it by `grown`, and returns
+    it.
 
     It reaches the total of the whole table; where several assignments do, the choice may be another
     than that of `assign_clusters`. It is the same however the table is cut into ranges.
@@ -83,7 +84,7 @@ def _solve_core(core: Table) -> tuple[Assigned, Prices]:
 
 
 def grown(core: Counts, part: Counts, prices: Prices, most: int) -> Counts:
-    """Return a range of the core with cells of the table whose pairs exceed the sum of their prices.
+    """Return a range of the core with cells of the table that exceed the sum of their prices.
 
     At most `most` of each image cluster: half of them exceed their prices most, half are drawn by
     lot. Those that exceed them most may all be of the same few text clusters. But of n cells, few
@@ -185,28 +186,69 @@ def _assigned(graph: _Given, matched: np.ndarray) -> Assigned:
 
 
 def _prices(graph: _Given, matched: np.ndarray) -> Prices:
-    """Return the lowest prices of text clusters at which a best matching is one, and of the others.
+    """Return the prices half-way between the lowest and the highest ones of text clusters.
 
-    From 0 on, a text cluster's price rises to the most that any image cluster would gain by it
-    instead of its own: longest paths, by Bellman and Ford, on from those whose own price rose.
-    It ends after K rounds at most, as no cycle of exchanges gains anything; one that did would
-    sooner or later make a dummy, which is free, worth more than 0.
+    Either end would do, but in the middle fewer cells exceed them: the lowest cover few cells of a
+    weak image cluster, the highest few of a weak text cluster. Half-way between two solutions of
+    differences v[j] - v[k] <= c lies another, rounded down, too.
     """
-    clusters, lengths = len(matched), np.diff(graph.indptr)
-    owner = np.full(2 * clusters, -1)
-    owner[matched] = np.arange(clusters)
-    shared, price = _shared(graph, matched), np.zeros(2 * clusters, np.int64)
-    rows = np.arange(clusters)
+    clusters, shared = len(matched), _shared(graph, matched)
+    price = (_lowest(graph, matched, shared) + _highest(graph, matched, shared)) // 2
+    return shared - price[matched], price[:clusters]
+
+
+def _lowest(graph: _Given, matched: np.ndarray, shared: np.ndarray) -> np.ndarray:
+    """Return the lowest prices of all columns at which no row would rather have another: int64.
+
+    From 0 on, a price rises to the most that any row would gain by its column. Those are longest
+    paths, by Bellman and Ford: in each round on from the columns whose prices rose. It ends after K
+    rounds, as no cycle of exchanges gains anything. If one did, prices would rise until a row would
+    rather have its dummy, which no other has.
+    """
+    owner = np.full(graph.shape[1], -1)
+    owner[matched] = rows = np.arange(len(matched))
+    price = np.zeros(graph.shape[1], np.int64)
     while len(rows):
         before = price.copy()
-        ends = np.cumsum(lengths[rows], dtype=np.int64)
-        for some in np.split(rows, np.searchsorted(ends, np.arange(BLOCK_CELLS, ends[-1], BLOCK_CELLS))):
-            length = lengths[some]
-            first = np.repeat(graph.indptr[some] - np.cumsum(length) + length, length)
-            places = first + np.arange(len(first))
-            gain = np.repeat(shared[some] - price[matched[some]], length)
-            np.maximum.at(price, graph.indices[places], -1 - graph.data[places].astype(int) - gain)
+        for some, lengths, places in _rows_of(graph, rows):
+            gained = np.repeat(shared[some] - price[matched[some]], lengths)
+            worth = -1 - graph.data[places].astype(np.int64) - gained
+            np.maximum.at(price, graph.indices[places], worth)
         rows = owner[price > before]
         if (rows < 0).any():
-            raise ArithmeticError("a free cluster is worth more than 0: the matching is not the best")
-    return shared - price[matched], price[:clusters]
+            raise ArithmeticError("a matching of the solver is not the best")
+    return price
+
+
+def _highest(graph: _Given, matched: np.ndarray, shared: np.ndarray) -> np.ndarray:
+    """Return the highest such prices of columns: int64; of a dummy always 0.
+
+    From what its match shares, a price falls as its row gains at least what it would by any other
+    column: in each round on from the columns whose prices fell.
+    """
+    gained, price = np.zeros(len(matched), np.int64), np.zeros(graph.shape[1], np.int64)
+    price[matched] = shared
+    fell = np.ones(len(price), bool)
+    while fell.any():
+        rows = np.flatnonzero(np.logical_or.reduceat(fell[graph.indices], graph.indptr[:-1]))
+        fell[:] = False
+        for some, lengths, places in _rows_of(graph, rows):
+            worth = -1 - graph.data[places].astype(np.int64) - price[graph.indices[places]]
+            wanted = np.maximum.reduceat(worth, np.cumsum(lengths) - lengths)
+            more = wanted > gained[some]
+            gained[some[more]] = wanted[more]
+            price[matched[some]] = shared[some] - gained[some]
+            fell[matched[some[more]]] = True
+    return price
+
+
+def _rows_of(
+    graph: _Given, rows: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield some of the rows, the number of cells of each, and where these cells are."""
+    lengths = np.diff(graph.indptr)[rows].astype(np.int64)
+    block = np.cumsum(lengths) // BLOCK_CELLS
+    for some in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(block)) + 1):
+        length = lengths[some]
+        first = graph.indptr[rows[some]] - (np.cumsum(length) - length)
+        yield rows[some], length, np.repeat(first, length) + np.arange(length.sum())

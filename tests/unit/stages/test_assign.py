@@ -200,7 +200,9 @@ def popular(rng: np.random.Generator, clusters: int) -> np.ndarray:
 
 def uneven(rng: np.random.Generator, clusters: int) -> np.ndarray:
     """Some rows and columns are empty, some have only light cells."""
-    table = rng.zipf(1.6, (clusters, clusters)).clip(max=10**6) * rng.integers(0, 2, (clusters,) * 2)
+    table = rng.zipf(1.6, (clusters, clusters)).clip(max=10**6) * rng.integers(
+        0, 2, (clusters,) * 2
+    )
     table[rng.integers(0, clusters, 5)] = 0
     table[:, rng.integers(0, clusters, 5)] = 0
     light = rng.integers(0, clusters, clusters // 4)
@@ -238,15 +240,25 @@ def test_prices_add_the_cells_that_a_heavy_core_lacks():
     assert ranges.cells[0] == clusters
 
 
-@settings(max_examples=30)
 @given(TABLES)
-def test_prices_of_text_clusters_are_what_another_of_them_would_add(table):
-    """The lowest prices of all (Leonard, Elicitation of honest preferences, 1983)."""
-    _, text = by_core(table, 10**6)[1].prices[-1]
-    best = table[linear_sum_assignment(table, maximize=True)].sum()
-    for column, price in enumerate(text):
+def test_lowest_and_highest_prices_are_what_clusters_add(table):
+    """The lowest are worth another of a cluster (Leonard, 1983), the highest the only one."""
+    clusters, graph = len(table), assign._graph(sparse(table))
+    matched = assign._solve(graph)
+    shared = assign._shared(graph, matched)
+    lowest, highest = (
+        assign._lowest(graph, matched, shared),
+        assign._highest(graph, matched, shared),
+    )
+    assert not lowest[clusters:].any()
+    assert not highest[clusters:].any()
+    reached = linear_sum_assignment(table, maximize=True)
+    for column in range(clusters):
         more = np.hstack([table, table[:, [column]]])
-        assert price == more[linear_sum_assignment(more, maximize=True)].sum() - best
+        without = np.delete(table, column, axis=1)
+        for price, other in ((lowest, more), (-highest, without)):
+            rows, columns = linear_sum_assignment(other, maximize=True)
+            assert price[column] == other[rows, columns].sum() - table[reached].sum()
 
 
 def test_a_matching_that_is_not_the_best_has_no_prices():
@@ -287,7 +299,9 @@ def test_cells_are_drawn_evenly():
     often = np.bincount(cells % clusters, minlength=clusters)
     assert often.sum() == 60 * clusters
     variance = 60 * 0.8
-    assert ((often - 60) ** 2).sum() / variance < clusters + 5 * (2 * clusters) ** 0.5  # chi squared
+    assert ((often - 60) ** 2).sum() / variance < clusters + 5 * (
+        2 * clusters
+    ) ** 0.5  # chi squared
 
 
 def test_cells_beyond_32_bits():
@@ -296,7 +310,8 @@ def test_cells_beyond_32_bits():
     image, text = np.array([99_998, 99_999]), np.array([99_999, 99_998])
     cells = np.sort(np.concatenate([image * clusters + text, image * clusters + image]))
     table = match.table_of(
-        match.split_counts((cells, np.array([4, 5, 5, 3])), [0, 99_999, clusters], clusters), clusters
+        match.split_counts((cells, np.array([4, 5, 5, 3])), [0, 99_999, clusters], clusters),
+        clusters,
     )
     ranges = Ranges(table)
     with pytest.MonkeyPatch.context() as patch:
