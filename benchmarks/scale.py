@@ -37,8 +37,9 @@ import pyarrow as pa
 
 from benchmarks.measure import GIB, peak_rss
 from pds_ray.config import ClusterConfig, PruneConfig, RayConfig, RunConfig
+from pds_ray.stages.assign import assign_clusters
 from pds_ray.stages.embed import cosine
-from pds_ray.stages.match import Counts, assign_clusters, table_of
+from pds_ray.stages.match import Counts, table_of
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import ERROR_SCHEMA, caption_schema, embedding_array, image_schema

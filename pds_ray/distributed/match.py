@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
+import ray
 from tqdm import tqdm
 
 from pds_ray.distributed import ranges, tasks
 from pds_ray.distributed.sizes import column_seconds, table_ranges, task_count
 from pds_ray.methods.base import Counts, Run
+from pds_ray.stages import assign
 from pds_ray.stages import match as core
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
@@ -52,13 +54,20 @@ def counted(run: Run, bar: tqdm) -> core.Table:
 
     Its parts are fetched one after the other.
     """
+    return _fetched(_added_up(run, bar), run.config.pairs)
+
+
+def _added_up(run: Run, bar: tqdm) -> ranges.Parts:
+    """Return the contingency table in ranges of image clusters; `bar` counts shards."""
     clusters = run.config.pairs
     count = table_ranges(run.counts("embed")["pairs"], clusters)
-    bounds = ranges.bounds(clusters, count)
-    given = (run.folder, clusters, bounds)
-    parts = ranges.added_up(
+    given = (run.folder, clusters, ranges.bounds(clusters, count))
+    return ranges.added_up(
         count_pairs, _groups(run), *given, ranges=count, add=core.merge_counts, bar=bar
     )
+
+
+def _fetched(parts: ranges.Parts, clusters: int) -> core.Table:
     sizes = [
         tasks.wait_for(size, "the contingency table")
         for size in [tasks.in_store(core.size_of, part) for part in parts]
@@ -68,15 +77,35 @@ def counted(run: Run, bar: tqdm) -> core.Table:
     return core.Table(clusters, cells, pairs, fetched)
 
 
+def _assigned(table: core.Table, parts: ranges.Parts, solver: str) -> assign.Assigned:
+    """Return the best assignment; of a large table no more than a core comes to this process."""
+    if table.cells <= assign.CORE_LIMIT or assign.is_dense(table.clusters, solver):
+        return assign.assign_clusters(table, solver)
+    cores = [ray.put(core.NO_CELLS)] * len(parts)
+    all_prices = []  # kept: if a node is lost, its ranges of the core are grown again
+
+    def grow(prices: assign.Prices, most: int) -> core.Table:
+        all_prices.append(ray.put(prices))
+        given = (all_prices[-1], most)
+        cores[:] = [
+            tasks.in_store(assign.grown, mine, part, *given)
+            for mine, part in zip(cores, parts, strict=True)
+        ]
+        return _fetched(cores, table.clusters)
+
+    return assign.assign_by_core(table.clusters, grow)
+
+
 def match(run: Run) -> Counts:
     """Write the matched clusters; return how many there are and what they share."""
     shards, config = run.shard_names, run.config
     with progress_bar("match", 2 * len(shards) + 1, "shards") as bar:
-        table = counted(run, bar)
+        parts = _added_up(run, bar)
+        table = _fetched(parts, config.pairs)
         bar.set_postfix_str("the assignment", refresh=False)
         cells, pairs = table.cells, table.pairs
-        text_of, shared = core.assign_clusters(table, config.match.solver)
-        del table  # and with it what object stores hold of its parts
+        text_of, shared = _assigned(table, parts, config.match.solver)
+        del table, parts  # and with it what object stores hold of its parts
         bar.update()
         cosines, groups = np.zeros(config.pairs), _groups(run)
         sums = tasks.map_in_order(_sum_cosines, groups, run.store, run.folder, text_of)

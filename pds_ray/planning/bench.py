@@ -41,10 +41,10 @@ from pds_ray.planning.phases import FIT_GPUS, distance_flop
 from pds_ray.planning.plan import make_plan
 from pds_ray.planning.workload import make_cluster, survey
 from pds_ray.sources.base import Shard, Source, SourceError
+from pds_ray.stages import assign, products, prototypes
 from pds_ray.stages import cluster as clustering
 from pds_ray.stages import embed as embedding
 from pds_ray.stages import match as matching
-from pds_ray.stages import products, prototypes
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.manifest import versions
 from pds_ray.store.run_folder import RunFolder
@@ -487,7 +487,7 @@ def _arithmetic_figures(dim: int) -> dict[str, Entry]:
     def solve(clusters: int, solver: str, power: int) -> Entry:
         table = _table(clusters)
         return _rate(
-            lambda: matching.assign_clusters(table, solver),
+            lambda: assign.assign_clusters(table, solver),
             clusters**power,
             f"clusters^{power}",
             "driver",

@@ -40,10 +40,10 @@ from pds_ray.distributed.sizes import (
 )
 from pds_ray.planning.figures import Estimate, Figures
 from pds_ray.planning.workload import Cluster, Workload
+from pds_ray.stages.assign import CORE_LIMIT, is_dense
 from pds_ray.stages.captions import LONGEST_LIST
 from pds_ray.stages.cluster import SEED_LIMIT, sample_share
 from pds_ray.stages.lloyd import START_ROUNDS
-from pds_ray.stages.match import DENSE_LIMIT
 from pds_ray.stages.materialize import IMAGES_TOGETHER, PAIRS_PER_TAR
 from pds_ray.store.calls import CALLS_AT_ONCE, is_remote
 
@@ -439,26 +439,38 @@ def _cluster_store_bytes(inputs: Inputs) -> float:
 
 
 def _solves_dense(inputs: Inputs) -> bool:
-    solver = inputs.config.match.solver
-    return solver == "dense" or (solver == "auto" and inputs.clusters <= DENSE_LIMIT)
+    return is_dense(inputs.clusters, inputs.config.match.solver)
 
 
 def _match(inputs: Inputs) -> list[Phase]:
-    dense, work = _solves_dense(inputs), inputs.work
+    work = inputs.work
     tasks = task_count(work.shards, 2 * column_seconds(work.pairs / work.shards))
     ranges = table_ranges(work.pairs, inputs.clusters)
     count = (
         inputs.demand("count", work.pairs, "match"),
         inputs.demand("schedule", tasks + ranges * (1 + additions(tasks)), "tasks"),
     )
-    steps = float(inputs.clusters) ** (3 if dense else 2)
-    solve = (inputs.demand("solve", steps, "solve_dense" if dense else "solve_sparse"),)
     # the cosines of matched clusters are summed in a second pass
     cosines = (
         inputs.demand("sum cosines", work.pairs, "match"),
         inputs.demand("schedule", tasks, "tasks"),
     )
-    return [count, solve, cosines]
+    return [count, *_assignment(inputs, ranges), cosines]
+
+
+def _assignment(inputs: Inputs, ranges: int) -> list[Phase]:
+    """Return the phases of the assignment: of a large table a core grows, and is solved again."""
+    if _solves_dense(inputs):
+        return [(inputs.demand("solve", float(inputs.clusters) ** 3, "solve_dense"),)]
+    steps = float(inputs.clusters) ** 2
+    if _cells(inputs) <= CORE_LIMIT:
+        return [(inputs.demand("solve", steps, "solve_sparse"),)]
+    times = inputs.figures["cores"].value
+    grow = (
+        inputs.demand("look through cells", times * _cells(inputs), "price", ranges),
+        inputs.demand("schedule", times * 2 * ranges, "tasks"),
+    )
+    return [grow, (inputs.demand("solve", times * steps, "solve_sparse"),)]
 
 
 def _cells(inputs: Inputs) -> float:
@@ -473,13 +485,13 @@ def _match_store_bytes(inputs: Inputs) -> float:
 
 
 def _match_driver_bytes(inputs: Inputs) -> float:
-    """Return the bytes of a table as it is solved, and of a part of it that is put in its place.
+    """Return the bytes of a table, or its core, as it is solved, and of a part put in its place.
 
     A cell of a sparse table has a weight, a column and three flags; each of its part six numbers.
     """
     if _solves_dense(inputs):
         return 8.0 * inputs.clusters**2
-    cells = _cells(inputs)
+    cells = min(_cells(inputs), float(CORE_LIMIT))
     part = 6 * 8 * cells / table_ranges(inputs.work.pairs, inputs.clusters)
     return 12 * cells + max(3 * cells, part)
 

@@ -24,6 +24,8 @@ from pds_ray.distributed import (
 )
 from pds_ray.distributed.cluster import sampled
 from pds_ray.distributed.tasks import map_in_order
+from pds_ray.stages import assign
+from pds_ray.stages.match import NO_CELLS, Table, count_pairs, table_of
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
 from pds_ray.store.schemas import vectors
@@ -110,6 +112,41 @@ def test_matches_are_a_best_assignment(finished: tuple[RunFolder, Gathered, dict
     ):
         assert table[i, j] == shared > 0
         assert mean == pytest.approx(data.similarity[(image == i) & (text == j)].mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_core_of_a_large_table_grows_in_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """However many ranges, with the answer of one in this process; the table itself stays away."""
+    monkeypatch.setattr(match, "table_ranges", lambda *_: count)
+    monkeypatch.setattr(assign, "CORE_LIMIT", 0)  # a cell per image cluster each time
+    solved = []
+
+    def solve(core: Table, graph: Any = assign._graph) -> Any:
+        solved.append(core.cells)
+        return graph(core)
+
+    monkeypatch.setattr(assign, "_graph", solve)
+    config = replace(CONFIG, {"match.solver": "sparse"})
+    run, data, counts = run_stages(tmp_path, [40, 1, 120, 39], config)
+    image, text = pair_labels(run, data)
+    table = np.zeros((CLUSTERS, CLUSTERS), np.int64)
+    np.add.at(table, (image[image >= 0], text[image >= 0]), 1)
+    assert len(solved) > 1, "the core of heavy cells must not be enough"
+    assert solved[-1] < counts["match"]["cells"] == (table > 0).sum()
+    best = table[linear_sum_assignment(-table)].sum()
+    assert counts["match"]["shared_pairs"] == best
+
+    whole, cores = count_pairs(image, text, CLUSTERS), [NO_CELLS]
+
+    def grow(prices: assign.Prices, most: int) -> Table:
+        cores.append(assign.grown(cores[-1], whole, prices, most))
+        return table_of(cores[-1:], CLUSTERS)
+
+    text_of, _ = assign.assign_by_core(CLUSTERS, grow)
+    couples = run.couples().to_pydict()
+    assert couples["text_cluster"] == text_of[couples["image_cluster"]].tolist()
 
 
 def test_prototypes_are_means_of_shared_pairs(finished: tuple[RunFolder, Gathered, dict]) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from pds_ray.config import MatchConfig, RunConfig, to_dict
 from pds_ray.methods.pds import PDS_CARD
 from pds_ray.methods.selection import SELECTION_CARD
-from pds_ray.stages import match
+from pds_ray.stages import assign, match
 from pds_ray.stages.materialize import write_distilled
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
@@ -93,7 +93,7 @@ def make_run(
         start += here
     matrix = np.concatenate(images)
     table = match.table_of([match.count_pairs(image_cluster, text_cluster, pairs)], pairs)
-    text_of, shared = match.assign_clusters(table)
+    text_of, shared = assign.assign_clusters(table)
     cosines = match.matched_cosines(image_cluster, text_cluster, data.similarity, text_of)
     columns = match.matched_clusters(text_of, shared, cosines, pairs, MatchConfig())
     run.save_couples(pa.table(columns))

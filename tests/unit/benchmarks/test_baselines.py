@@ -22,7 +22,7 @@ from pds_ray.encoders.open_clip import OpenClipEncoder
 from pds_ray.sources.base import Sample
 from pds_ray.sources.karpathy import KarpathySource
 from pds_ray.sources.webdataset import WebDatasetSource
-from pds_ray.stages import match, products, prototypes, prune
+from pds_ray.stages import assign, match, products, prototypes, prune
 from pds_ray.stages.embed import cosine, embed_shard
 from pds_ray.stages.trial import TextInput, Trial, TrialData, run_trial
 from pds_ray.store.schemas import embeddings
@@ -85,14 +85,14 @@ def test_no_assignment_shares_more(pairs):
         sum(table[range(CLUSTERS), columns]) for columns in permutations(range(CLUSTERS))
     )
     counted = match.count_pairs(image_labels, text_labels, CLUSTERS)
-    ours, _ = match.assign_clusters(match.table_of([counted], CLUSTERS))
+    ours, _ = assign.assign_clusters(match.table_of([counted], CLUSTERS))
     assert total == table[range(CLUSTERS), ours].sum()
 
 
 def test_prototypes_are_those_of_the_package(pairs):
     image, text, image_labels, text_labels = pairs
     counted = match.count_pairs(image_labels, text_labels, CLUSTERS)
-    text_of, shared = match.assign_clusters(match.table_of([counted], CLUSTERS))
+    text_of, shared = assign.assign_clusters(match.table_of([counted], CLUSTERS))
     cosines = match.matched_cosines(image_labels, text_labels, cosine(image, text), text_of)
     found = match.matched_clusters(text_of, shared, cosines, CLUSTERS, MatchConfig())
     matches = prototypes.Matches(found["image_cluster"], found["text_cluster"], found["pairless"])

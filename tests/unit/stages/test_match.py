@@ -1,10 +1,9 @@
-"""Matching against exhaustive search, a dense table and planted permutations."""
+"""Contingency tables against dense ones, and what becomes of matches."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,118 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pds_ray.config import MatchConfig
-from pds_ray.stages import match, prototypes
-
-
-def sparse(table: np.ndarray, cuts: tuple[int, ...] = ()) -> match.Table:
-    """Return the table in parts, cut before these image clusters."""
-    cells = np.flatnonzero(table)
-    counts = cells.astype(np.int64), table.reshape(-1)[cells].astype(np.int64)
-    clusters = len(table)
-    bounds = [0, *sorted(cuts), clusters]
-    return match.table_of(match.split_counts(counts, bounds, clusters), clusters)
-
-
-def total(table: np.ndarray, text_of: np.ndarray) -> int:
-    return int(table[np.arange(len(table)), text_of].sum())
-
-
-def assert_permutation(text_of: np.ndarray, clusters: int) -> None:
-    assert sorted(text_of.tolist()) == list(range(clusters))
-
-
-TABLES = st.integers(1, 6).flatmap(
-    lambda k: st.lists(
-        st.one_of(st.just(0), st.integers(0, 5), st.integers(0, 10**6)),
-        min_size=k * k,
-        max_size=k * k,
-    ).map(lambda values: np.array(values, np.int64).reshape(k, k))
-)
-
-
-@settings(max_examples=60)
-@given(TABLES, st.lists(st.integers(0, 6), max_size=3))
-def test_both_solvers_reach_the_best_total(table, places):
-    """However the table is cut into parts, with the same answer."""
-    clusters = len(table)
-    best = max(total(table, np.array(p)) for p in itertools.permutations(range(clusters)))
-    cuts = tuple(place % (clusters + 1) for place in places)
-    for solver in ("dense", "sparse", "auto"):
-        text_of, shared = match.assign_clusters(sparse(table, cuts), solver)
-        assert_permutation(text_of, clusters)
-        assert total(table, text_of) == best
-        assert shared.dtype == np.int64
-        np.testing.assert_array_equal(shared, table[np.arange(clusters), text_of])
-        whole, _ = match.assign_clusters(sparse(table), solver)
-        np.testing.assert_array_equal(text_of, whole)
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("clusters", [50, 400])
-def test_solvers_agree_on_large_skewed_tables(clusters, seed):
-    """A contingency table: few heavy cells, many light ones, empty rows and columns."""
-    rng = np.random.default_rng(seed)
-    table = np.zeros((clusters, clusters), np.int64)
-    weights = rng.zipf(1.6, 6 * clusters).clip(max=10**5)
-    np.add.at(
-        table,
-        (rng.integers(0, clusters, len(weights)), rng.integers(0, clusters, len(weights))),
-        weights,
-    )
-    table[rng.integers(0, clusters, 3)] = 0
-    table[:, rng.integers(0, clusters, 3)] = 0
-    dense, _ = match.assign_clusters(sparse(table), "dense")
-    thin, _ = match.assign_clusters(sparse(table), "sparse")
-    assert_permutation(dense, clusters)
-    assert_permutation(thin, clusters)
-    assert total(table, dense) == total(table, thin)
-
-
-@pytest.mark.parametrize("solver", ["dense", "sparse"])
-def test_perfectly_paired_clusters_give_the_permutation(solver):
-    planted = np.random.default_rng(0).permutation(30)
-    table = np.zeros((30, 30), np.int64)
-    table[np.arange(30), planted] = np.random.default_rng(1).integers(1, 9, 30)
-    np.testing.assert_array_equal(match.assign_clusters(sparse(table), solver)[0], planted)
-
-
-@pytest.mark.parametrize("solver", ["dense", "sparse"])
-def test_empty_rows_and_columns_shift_nothing(solver):
-    """Image clusters 0, 3 and text clusters 1, 4 are empty; the others are paired beyond doubt."""
-    planted = {1: 3, 2: 0, 4: 2}
-    table = np.zeros((5, 5), np.int64)
-    for image, text in planted.items():
-        table[image, text] = 7
-    text_of, _ = match.assign_clusters(sparse(table), solver)
-    assert_permutation(text_of, 5)
-    assert {image: text_of[image] for image in planted} == planted
-
-
-@pytest.mark.parametrize("solver", ["dense", "sparse"])
-def test_an_empty_table_is_still_matched(solver):
-    text_of, shared = match.assign_clusters(sparse(np.zeros((4, 4), np.int64)), solver)
-    assert_permutation(text_of, 4)
-    assert shared.tolist() == [0, 0, 0, 0]
-
-
-@pytest.mark.parametrize("solver", ["dense", "sparse"])
-def test_the_driver_holds_no_more_than_what_is_solved(solver):
-    """Float64 per cell of the dense table; of the sparse one as well, with int32 and 3 flags."""
-    clusters, ranges = 1_000, 20
-    rng = np.random.default_rng(0)
-    cells = np.unique(rng.integers(0, clusters**2, 400_000))
-    counts = cells, rng.integers(1, 9, len(cells))
-    bounds = np.linspace(0, clusters, ranges + 1).astype(int)
-    parts = match.split_counts(counts, bounds, clusters)
-    tracemalloc.start()
-    fetched = ((cells.copy(), counts.copy()) for cells, counts in parts)
-    table = match.Table(clusters, len(cells), int(counts[1].sum()), fetched)
-    match.assign_clusters(table, solver)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    held = 8 * clusters**2 if solver == "dense" else 15 * (len(cells) + clusters)
-    one_part = 8 * 6 * len(cells) / ranges  # the part, and where its cells belong
-    assert peak <= held + one_part + 200 * clusters
+from pds_ray.stages import assign, match, prototypes
 
 
 def labelled(seed: int, pairs: int, clusters: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -231,7 +119,7 @@ def test_a_forced_empty_match(clusters, expected):
     text = np.concatenate([others, [1], [0]]).astype(np.int32)
     vectors = rng.standard_normal((2, len(image), 6)).astype(np.float32)
     table = match.table_of([match.count_pairs(image, text, clusters)], clusters)
-    text_of, shared = match.assign_clusters(table)
+    text_of, shared = assign.assign_clusters(table)
     np.testing.assert_array_equal(text_of, np.arange(clusters))
     cosines = match.matched_cosines(image, text, np.ones(len(image), np.float32), text_of)
     found = match.matched_clusters(text_of, shared, cosines, clusters, MatchConfig())
