@@ -25,7 +25,7 @@ from pds_ray.stages.embed import embed_images
 from pds_ray.stages.prototypes import Nearest
 from pds_ray.stages.vectors import normalized
 from pds_ray.store.run_folder import RunFolder
-from pds_ray.store.schemas import CHOSEN_CAPTION_SCHEMA, vectors
+from pds_ray.store.schemas import CHOSEN_CAPTION_SCHEMA
 from pds_ray.store.storage import side_by_side
 from pds_ray.telemetry.progress import progress_bar
 
@@ -62,7 +62,7 @@ def _parts(pairs: int, workers: int, batch: int) -> list[range]:
 def caption(run: Run) -> Counts:
     """Write captions.parquet, the caption of each pair; return how many were not retrieved."""
     config, folder = run.config, run.folder
-    prototypes = folder.prototypes()
+    prototypes = folder.prototype_facts()
     pairs = prototypes.num_rows
     if config.caption.nearest_to == "prototype":
         columns = ("pair", "caption", "caption_shard", "caption_key", "caption_cosine")
@@ -87,7 +87,7 @@ def caption(run: Run) -> Counts:
         bar.follow(None)
         bar.update(pairs)
         if config.caption.nearest_to == "both":
-            text = vectors(prototypes, "text_prototype")
+            text = folder.prototype_vectors("text").gathered()
             # the sum of both cosines is the product with the sum of both unit vectors
             queries = (normalized(images) + normalized(text)).astype(np.float32)
         else:

@@ -21,6 +21,7 @@ import ray
 from pds_ray.config import ClusterConfig
 from pds_ray.distributed import pools, tasks
 from pds_ray.distributed.in_flight import Doing, InFlight
+from pds_ray.distributed.process import Result
 from pds_ray.distributed.sample import Parts, gathered
 from pds_ray.distributed.sizes import ADDED_TOGETHER, cluster_ranges, fit_tasks
 from pds_ray.stages import cluster, products
@@ -169,20 +170,24 @@ def fit(
 
     def attempt(restart: int) -> tuple[ray.ObjectRef, float]:
         done, before = restart * config.iterations, math.inf
-        centroids = ray.put(tasks.again_where_lost(partial(_start, work, clusters, seed, restart)))
+        centroids = ray.put(_again(partial(_start, work, clusters, seed, restart)))
         for iteration in range(1, config.iterations + 1):
             iterate = partial(_iterate, work, centroids, exponent)
-            centroids, now = tasks.again_where_lost(iterate)
+            centroids, now = _again(iterate)
             iterated(done + iteration)
             if core.resting(before, now, config.tolerance):
                 break
             before = now
-        return centroids, tasks.again_where_lost(partial(_objective, work, centroids))
+        return centroids, _again(partial(_objective, work, centroids))
 
     best, objective = min(map(attempt, range(config.restarts)), key=lambda fitted: fitted[1])
-    count = partial(tasks.in_store, _distinct, work.parts, clusters)
-    distinct = tasks.retried(count, [vectors for vectors, _ in work.parts])
+    distinct = _again(partial(_count_distinct, work, clusters))
     return cluster.Fit(ray.get(best), objective, work.rows, distinct)
+
+
+def _again(step: Callable[[], Result]) -> Result:
+    """Return `step()`; it is called again where machines are lost, as Ray tries crashes again."""
+    return tasks.again_where_lost(step, crashes=0)
 
 
 def _iterate(work: Work, centroids: ray.ObjectRef, exponent: int) -> tuple[ray.ObjectRef, float]:
@@ -216,6 +221,11 @@ def _objective(work: Work, centroids: ray.ObjectRef) -> float:
     return math.fsum(chain.from_iterable(work.wait_for(found)))
 
 
+def _count_distinct(work: Work, most: int) -> int:
+    tasks.await_all([vectors for vectors, _ in work.parts])  # which the task fetches itself
+    return ray.get(tasks.in_store(_distinct, work.parts, most))
+
+
 def _distinct(parts: list[Parts], most: int) -> int:
     vectors = (tasks.fetch(reference) for reference, _ in parts)  # one part at a time
     return cluster.count_distinct(chain.from_iterable(vectors), most)
@@ -234,8 +244,8 @@ def _start(work: Work, clusters: int, seed: int, restart: int) -> np.ndarray:
     if clusters <= cluster.SEED_LIMIT:
         rows = cluster.seed_rows(work.rows, clusters, rng)
         parts = _picked(work, rows)
-        choose = partial(tasks.in_store, _seeds, parts, rows, clusters, rng)
-        return tasks.retried(choose, list(chain.from_iterable(parts)))
+        tasks.await_all(list(chain.from_iterable(parts)))  # which the task fetches itself
+        return ray.get(tasks.in_store(_seeds, parts, rows, clusters, rng))
     first, *others = core.round_sizes(clusters)
     picked = _picked(work, rng.choice(work.rows, first, replace=False))
     chosen = np.concatenate(work.wait_for([vectors for vectors, _ in picked]))

@@ -82,11 +82,9 @@ def _assigned(table: core.Table, parts: ranges.Parts, solver: str) -> assign.Ass
     if table.cells <= assign.CORE_LIMIT or assign.is_dense(table.clusters, solver):
         return assign.assign_clusters(table, solver)
     cores = [ray.put(core.NO_CELLS)] * len(parts)
-    all_prices = []  # kept: if a node is lost, its ranges of the core are grown again
 
     def grow(prices: assign.Prices, most: int) -> core.Table:
-        all_prices.append(ray.put(prices))
-        given = (all_prices[-1], most)
+        given = (ray.put(prices), most)
         cores[:] = [
             tasks.in_store(assign.grown, mine, part, *given)
             for mine, part in zip(cores, parts, strict=True)
@@ -105,7 +103,7 @@ def match(run: Run) -> Counts:
         bar.set_postfix_str("the assignment", refresh=False)
         cells, pairs = table.cells, table.pairs
         text_of, shared = _assigned(table, parts, config.match.solver)
-        del table, parts  # and with it what object stores hold of its parts
+        del table, parts  # and with them what object stores hold
         bar.update()
         cosines, groups = np.zeros(config.pairs), _groups(run)
         sums = tasks.map_in_order(_sum_cosines, groups, run.store, run.folder, text_of)

@@ -105,7 +105,7 @@ def _keep_state_alike(run: Run) -> None:
 
 def _job(run: Run) -> Job:
     config, folder = run.config, run.folder
-    chosen = folder.captions() if "caption" in run.method.names else folder.prototypes()
+    chosen = folder.captions() if "caption" in run.method.names else folder.prototype_facts()
     captions = chosen.column("caption").to_pylist()
     held_out = run.source.validation if config.distill.evaluate_every else None
     validation = catalog.make_source(held_out, config.read.files) if held_out else None

@@ -29,7 +29,7 @@ def copy_set(run: Run) -> Counts:
 
 def draw_noise(run: Run) -> Counts:
     """Write an image of noise for each pair; return how many."""
-    folder, pairs = run.folder, run.folder.prototypes().num_rows
+    folder, pairs = run.folder, run.folder.pair_count()
     side = noise_side(run.config)
     folder.images.delete_all()
     with progress_bar("decode", pairs, "images", delay_s=QUIET_S) as bar:

@@ -184,7 +184,7 @@ def synthesize(run: Run) -> Counts:
 def _decode(run: Run, config: RunConfig) -> Counts:
     """Decode what is missing with the settled `config`."""
     folder = run.folder
-    pairs = folder.prototypes().num_rows
+    pairs = folder.pair_count()
     folder.images.sweep()
     there = folder.images_done(pairs, judged(run))
     lacks = {
@@ -247,7 +247,7 @@ def _judging(run: Run) -> tuple[EncoderInfo, str] | None:
 
 def _choices(run: Run) -> Counts:
     """Write choices.parquet; return how many images are real, and how many find their prototype."""
-    choices = run.folder.gather_choices(run.folder.prototypes().num_rows)
+    choices = run.folder.gather_choices(run.folder.pair_count())
     origins = choices.column("origin").to_pylist()
     return {
         "real": origins.count(candidates.REAL),

@@ -26,8 +26,8 @@ from pds_ray.telemetry.progress import waiting_for
 Item = TypeVar("Item")
 
 FETCH_S = 60.0  # for one value to reach a task
-# Of tasks whose values stay in object stores: a value that is lost with its node, long after, is a
-# retry of its task, too.
+# A task whose value stays in object stores: a loss of it with its node, however late, counts as a
+# retry of the task, too.
 STORED_RETRIES = TASK_RETRIES + MACHINES_LOST
 
 # Errors of tasks whose process or machine is gone. They are tried again here and not by Ray, which
@@ -48,9 +48,10 @@ _MACHINE_LOST = (  # those of LOST that the work itself is not likely to have ca
 
 
 class RetryBudget:
-    """Worker crashes (up to TASK_RETRIES) and node losses (up to MACHINES_LOST) of one work."""
+    """Worker crashes (up to `crashes`) and node losses (up to MACHINES_LOST) of one work."""
 
-    def __init__(self) -> None:
+    def __init__(self, crashes: int | None = None) -> None:
+        self._crashes = TASK_RETRIES if crashes is None else crashes
         self._processes = self._machines = 0
 
     def spend(self, error: BaseException) -> bool:
@@ -59,7 +60,7 @@ class RetryBudget:
             self._machines += 1
         else:
             self._processes += 1
-        return self._processes <= TASK_RETRIES and self._machines <= MACHINES_LOST
+        return self._processes <= self._crashes and self._machines <= MACHINES_LOST
 
     def __str__(self) -> str:
         return f"processes lost: {self._processes}, machines lost: {self._machines}"
@@ -84,22 +85,17 @@ def kmeans_places() -> int:
     return places_as_free("GPU" if most("GPU") >= 1 else "CPU")
 
 
-def retried(start: Callable[[], ray.ObjectRef], needed: Sequence[ray.ObjectRef] = ()) -> Any:
-    """Return the result of a task; it is started again where `RetryBudget` allows.
+def retried(start: Callable[[], ray.ObjectRef]) -> Any:
+    """Return the result of a task; it is started again where `RetryBudget` allows."""
+    return again_where_lost(lambda: ray.get(start()))
 
-    `needed` are the values that it fetches itself.
+
+def again_where_lost(work: Callable[[], Result], crashes: int | None = None) -> Result:
+    """Return `work()`; it is called again where `RetryBudget(crashes)` allows.
+
+    It must answer the same each time and change nothing. Raises the last of LOST.
     """
-
-    def work() -> Any:
-        await_all(needed)
-        return ray.get(start())
-
-    return again_where_lost(work)
-
-
-def again_where_lost(work: Callable[[], Result]) -> Result:
-    """Return `work()`; it is called again where `RetryBudget` allows."""
-    budget = RetryBudget()
+    budget = RetryBudget(crashes)
     while True:
         try:
             return work()

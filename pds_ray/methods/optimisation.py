@@ -54,7 +54,7 @@ def _validation(run: Run) -> list[Any]:
 def _learned(run: Run) -> list[str]:
     folder, files = run.folder.of_learned(), run.folder.learning
     names = [files.START, files.RESULT, files.HISTORY, files.CAPTIONS]
-    return [*names, *folder.image_files(folder.prototypes().num_rows)]
+    return [*names, *folder.image_files(folder.pair_count())]
 
 
 EXPERTS = Stage(

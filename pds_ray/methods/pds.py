@@ -80,7 +80,7 @@ def judged(run: Run) -> bool:
 
 
 def _image_files(run: Run) -> list[str]:
-    pairs = run.folder.prototypes().num_rows
+    pairs = run.folder.pair_count()
     images = run.folder.image_files(pairs)
     return [*images, *run.folder.choice_files(pairs)] if judged(run) else images
 

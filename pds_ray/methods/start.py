@@ -25,7 +25,7 @@ def _files_of_set(run: Run) -> dict[str, Any]:
 
 
 def _copied(run: Run) -> list[str]:
-    images = run.folder.image_files(run.folder.prototypes().num_rows)
+    images = run.folder.image_files(run.folder.pair_count())
     return [run.folder.PROTOTYPES, *images]
 
 
@@ -48,7 +48,7 @@ NOISE = Stage(
     "decode",
     run="pds_ray.distributed.start:draw_noise",
     depends_on=lambda run: ["noise", run.config.seed, noise_side(run.config)],
-    files=lambda run: run.folder.image_files(run.folder.prototypes().num_rows),
+    files=lambda run: run.folder.image_files(run.folder.pair_count()),
     unit="images",
     counted="images",
     plan="pds_ray.planning.optimisation:START",

@@ -46,12 +46,14 @@ from pds_ray.stages.cluster import SEED_LIMIT, sample_share
 from pds_ray.stages.lloyd import START_ROUNDS
 from pds_ray.stages.materialize import IMAGES_TOGETHER, PAIRS_PER_TAR
 from pds_ray.store.calls import CALLS_AT_ONCE, is_remote
+from pds_ray.store.storage import ROW_GROUP
 
 FIT_GPUS = (
     4.0  # of a machine, at most: FAISS's wiki has 8 GPUs fit a k-means 3.9 times as fast as one
 )
 # of a pair on the driver, as Python's objects: caption, keys and members; the record of the set
 NAMES_BYTES, RECORD_BYTES = 1_500, 5_000
+ROW_GROUP_COPIES = 9  # of vectors that Parquet decodes, number by number with their levels
 QUEUED_BLOCKS = 4  # per actor: waiting for it, or in its hands
 # requests to an object store: is a file there, read it, write it
 LOOK_TRIPS, READ_TRIPS, WRITE_TRIPS = 2, 2, 4
@@ -470,7 +472,11 @@ def _assignment(inputs: Inputs, ranges: int) -> list[Phase]:
         inputs.demand("look through cells", times * _cells(inputs), "price", ranges),
         inputs.demand("schedule", times * 2 * ranges, "tasks"),
     )
-    return [grow, (inputs.demand("solve", times * steps, "solve_sparse"),)]
+    return [
+        grow,
+        (inputs.demand("solve", times * steps, "solve_sparse"),),
+        (inputs.demand("find prices", times * CORE_LIMIT / 2, "prices"),),
+    ]
 
 
 def _cells(inputs: Inputs) -> float:
@@ -672,15 +678,17 @@ def _caption_disk_bytes(inputs: Inputs) -> float:
 
 
 def _caption_driver_bytes(inputs: Inputs) -> float:
-    """Return the bytes of images, queries and lists: of each row its place and what it finds.
+    """Return the bytes of names, images and lists: of each row its place and what it finds.
 
     A list is 24 bytes per row; as much again while the rows are put in the order of their shards.
+    Queries are the images, or beside them the texts, both at unit length, and their sums.
     """
+    names = NAMES_BYTES * inputs.clusters
     if inputs.config.caption.nearest_to == "prototype":
-        return 2 * inputs.prototype_bytes
+        return names
     lists = 2 * 24.0 * LONGEST_LIST * inputs.clusters if inputs.config.caption.round_trip else 0.0
-    queries = 2 if inputs.config.caption.nearest_to == "both" else 1
-    return (2 + queries) * inputs.prototype_bytes + lists
+    vectors = 5 if inputs.config.caption.nearest_to == "both" else 1
+    return names + vectors * inputs.prototype_bytes + lists
 
 
 def _materialize(inputs: Inputs) -> list[Phase]:
@@ -705,9 +713,14 @@ def _materialize_disk_bytes(inputs: Inputs) -> float:
 
 
 def _materialize_driver_bytes(inputs: Inputs) -> float:
-    """Return the bytes of both vectors of each pair, and records."""
+    """Return the bytes of records, of vectors as they are copied, and of soft targets."""
     similarity = 4.0 * inputs.clusters**2 if inputs.config.extras.similarity != "off" else 0.0
-    return 2 * inputs.prototype_bytes + RECORD_BYTES * inputs.clusters + 2 * similarity
+    return _row_group_bytes(inputs) + RECORD_BYTES * inputs.clusters + 2 * similarity
+
+
+def _row_group_bytes(inputs: Inputs) -> float:
+    """Return the bytes of a row group of vectors as it is read: Parquet decodes it in copies."""
+    return ROW_GROUP_COPIES * 4.0 * min(ROW_GROUP, inputs.clusters) * inputs.dim
 
 
 EMBED = StageModel(_embed, _embed_disk_bytes, _embed_store_bytes)

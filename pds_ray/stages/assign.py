@@ -24,7 +24,7 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from pds_ray.stages.match import Counts, Table, merge_counts
 
 DENSE_LIMIT = 5_000
-CORE_LIMIT = 48_000_000
+CORE_LIMIT = 100_000_000
 """Cells of the largest table that is solved whole, 15 bytes each, and about those of a core."""
 BLOCK_CELLS = 1 << 20  # looked at together
 

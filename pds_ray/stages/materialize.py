@@ -38,9 +38,10 @@ from pds_ray.store.distilled_set import (
 )
 from pds_ray.store.learned import LEARNED, Learned, pack
 from pds_ray.store.run_folder import RunFolder
-from pds_ray.store.schemas import vectors
+from pds_ray.store.schemas import MODALITIES
 from pds_ray.store.set_writer import Files, write, write_tensors, written
 from pds_ray.store.storage import Folder, side_by_side
+from pds_ray.store.tensors import Tensor
 from pds_ray.telemetry.progress import QUIET_S, progress_bar
 
 PAIRS_PER_TAR = 10_000
@@ -66,7 +67,7 @@ def materialize(run: Run, extras: Extras, apply: Apply = map) -> Counts:
         folder = folder.of_learned()
         learned, nearest = folder.learning.result(), folder.learning.captions()
         extras = replace(extras, learned=learned, learned_captions=nearest)
-    pairs = folder.prototypes().num_rows
+    pairs = folder.pair_count()
     asked = folder.budget()["asked"] if budget else 0
     with progress_bar("materialize", pairs, "pairs", delay_s=QUIET_S) as bar:
         text, parts = run.method.card, (extras, choices)
@@ -187,14 +188,16 @@ def records(
     further: list[list[str]] | None = None,
     choices: pa.Table | None = None,
 ) -> list[Record]:
-    """Return one JSON record per pair, from rows of prototypes.parquet; `run` names the images.
+    """Return one JSON record per pair, from its facts in prototypes.parquet.
+
+    `run` names the images.
 
     `captions` (rows of captions.parquet), if given, replace the captions retrieved there. The
     retrieved caption, with which the image was decoded, is then the record's `prompt`. `further`,
     if given, are more captions of each pair. `choices` (rows of choices.parquet), if given, tell
     where the image comes from and how it was scored.
     """
-    rows = prototypes.drop_columns(["image_prototype", "text_prototype"]).to_pylist()
+    rows = prototypes.to_pylist()
     if captions is not None:
         chosen = captions.to_pylist()
         rows = [
@@ -235,15 +238,14 @@ def write_distilled(
     images are in memory at a time. The manifest comes last: a folder without it is no distilled
     set. Raises FileNotFoundError if an image of the run is missing.
     """
-    prototypes = run.prototypes()
     extras, short = extras or Extras(), {}
-    rows = records(prototypes, run, captions, extras.captions, choices)
+    rows = records(run.prototype_facts(), run, captions, extras.captions, choices)
     if extras.learned_captions is not None:
         nearest = extras.learned_captions.drop_columns("pair").to_pylist()
         rows = [{**row, **found} for row, found in zip(rows, nearest, strict=True)]
     if budget:
         rows = rows[: _fitting(run.images, rows, budget)]
-        prototypes, extras = prototypes.slice(0, len(rows)), extras.first(len(rows))
+        extras = extras.first(len(rows))
         short = fewer(asked, len(rows), "no more fit in the budget")
         about = {**about, **short, "counts": {**about["counts"], "distilled pairs": len(rows)}}
     about = {**about, **_describe_images(about, rows), **describe_extras(extras)}
@@ -263,11 +265,11 @@ def write_distilled(
     metadata = "".join(_json_line(row) + "\n" for row in rows).encode()
     write(target, METADATA, metadata, images)
     tensors = {
-        "image_prototypes": vectors(prototypes, "image_prototype"),
-        "text_prototypes": vectors(prototypes, "text_prototype"),
+        f"{modality}_prototypes": run.prototype_vectors(modality).first(len(rows))
+        for modality in MODALITIES
     }
     if extras.similarity is not None:
-        tensors["similarity"] = extras.similarity
+        tensors["similarity"] = Tensor.of(extras.similarity)
     write_tensors(target, PROTOTYPES, tensors, others)
     write(target, CARD, card(rows, _with_size(about, size), text).encode(), others)
     files = images | tars | others

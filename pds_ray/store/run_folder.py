@@ -108,8 +108,15 @@ from pds_ray.store.distilled_set import DISTILLED, PROTOTYPES
 from pds_ray.store.distilled_set import MANIFEST as SET_MANIFEST
 from pds_ray.store.embeddings import EmbeddingStore, read_shards, write_shards
 from pds_ray.store.learned import LearningFiles
-from pds_ray.store.schemas import CHOICE_SCHEMA, KEEP_SCHEMA, LABEL_SCHEMA
+from pds_ray.store.schemas import (
+    CHOICE_SCHEMA,
+    KEEP_SCHEMA,
+    LABEL_SCHEMA,
+    PROTOTYPE_VECTORS,
+    vectors,
+)
 from pds_ray.store.storage import Folder, StorageError, side_by_side
+from pds_ray.store.tensors import Tensor
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 """Format of saved images -> suffix of their files."""
@@ -344,8 +351,24 @@ class RunFolder:
     def save_prototypes(self, prototypes: pa.Table) -> None:
         self.folder.write_table(self.PROTOTYPES, prototypes)
 
-    def prototypes(self) -> pa.Table:
-        return self.folder.read_table(self.PROTOTYPES)
+    def prototypes(self, columns: list[str] | None = None) -> pa.Table:
+        return self.folder.read_table(self.PROTOTYPES, columns)
+
+    def pair_count(self) -> int:
+        """Return the number of prototypes."""
+        return self.prototypes(["pair"]).num_rows
+
+    def prototype_facts(self) -> pa.Table:
+        """Return what is known of the prototypes besides their vectors, which are large."""
+        names = self.folder.table_schema(self.PROTOTYPES).names
+        return self.prototypes([name for name in names if name not in PROTOTYPE_VECTORS])
+
+    def prototype_vectors(self, modality: str) -> Tensor:
+        """Return the vectors of the prototypes of a modality, float32 [pairs, d]."""
+        column = f"{modality}_prototype"
+        width = self.folder.table_schema(self.PROTOTYPES).field(column).type.list_size
+        parts = self.folder.read_parts(self.PROTOTYPES, [column])
+        return Tensor((self.pair_count(), width), (vectors(part, column) for part in parts))
 
     def image_names(self) -> list[str]:
         """Return the names of the images that are decoded, in the order of pairs."""

@@ -71,6 +71,8 @@ COUPLE_SCHEMA = pa.schema(
 )
 
 
+PROTOTYPE_VECTORS = ("image_prototype", "text_prototype")
+"""The columns of prototypes.parquet that are large."""
 MEMBER_SAMPLE = 8
 HALVES_AT_ONCE = 1 << 17  # numbers whose float32 the cache holds
 

@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from pds_ray.store.storage import Folder
-from pds_ray.store.streams import STREAM_BUFFER_BYTES
-
-NUMBERS_AT_ONCE = 1 << 22  # of a tensor that is written
+from pds_ray.store.streams import STREAM_BUFFER_BYTES, Hashed
+from pds_ray.store.tensors import Tensor
 
 Files = dict[str, dict[str, Any]]
 """Name below the set -> its size in bytes and SHA-256."""
-
-
-class Hashed(io.RawIOBase):
-    """A binary stream that counts and hashes what is written to it."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        super().__init__()
-        self._stream = stream
-        self._digest = hashlib.sha256()
-        self._bytes = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any, /) -> int:
-        self._digest.update(data)
-        self._bytes += len(data)
-        return self._stream.write(data)
-
-    def entry(self) -> dict[str, Any]:
-        """Return the manifest's entry of the file."""
-        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
 
 @contextmanager
@@ -58,9 +33,7 @@ def write(target: Folder, name: str, data: bytes, files: Files) -> None:
         stream.write(data)
 
 
-def write_tensors(
-    target: Folder, name: str, tensors: Mapping[str, np.ndarray], files: Files
-) -> None:
+def write_tensors(target: Folder, name: str, tensors: Mapping[str, Tensor], files: Files) -> None:
     """Write float32 arrays as a safetensors file of the set and enter it in `files`.
 
     The bytes are those of the library's `save`, which holds the file twice in memory.
@@ -74,9 +47,8 @@ def write_tensors(
     with written(target, name, files) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in sorted(tensors.items()):
-            rows = np.ascontiguousarray(tensor, "<f4").reshape(-1)
-            for start in range(0, len(rows), NUMBERS_AT_ONCE):
-                stream.write(rows[start : start + NUMBERS_AT_ONCE].tobytes())
+            for rows in tensor.parts:
+                stream.write(np.ascontiguousarray(rows, "<f4").tobytes())
 
 
 def copy(source: Folder, target: Folder, name: str, files: Files) -> None:

@@ -39,8 +39,9 @@ from pds_ray.store.calls import (
     with_retries,
 )
 from pds_ray.store.filesystems import local_path, open_filesystem
-from pds_ray.store.streams import STREAM_BUFFER_BYTES, open_stream, read_at
+from pds_ray.store.streams import STREAM_BUFFER_BYTES, Hashed, open_stream, read_at
 
+ROW_GROUP = 16_384  # rows of a Parquet file that are read together
 PART_SUFFIX = ".part"
 # what `writer` calls its temporary files: browsers and others end theirs in .part as well
 _PART = re.compile(r".+\.[0-9a-f]{8}" + re.escape(PART_SUFFIX))
@@ -361,17 +362,42 @@ class Folder:
 
         The codec is lz4: embeddings do not compress, and it is fast and good enough for text.
         """
-        buffer = io.BytesIO()
-        pq.write_table(
-            table, buffer, compression="lz4", use_dictionary=False, row_group_size=16_384
-        )
-        self.write_bytes(name, buffer.getvalue())
-        return hashlib.sha256(buffer.getbuffer()).hexdigest()
+        with self.writer(name) as stream:
+            hashed = Hashed(stream)
+            pq.write_table(
+                table, hashed, compression="lz4", use_dictionary=False, row_group_size=ROW_GROUP
+            )
+        return hashed.sha256
 
     @_retried_at_length
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         fs, root = self._fs
         return pq.read_table(f"{root}/{name}", columns=columns, filesystem=fs, partitioning=None)
+
+    @_retried_at_length
+    def table_schema(self, name: str) -> pa.Schema:
+        """Return the columns of a Parquet file."""
+        fs, root = self._fs
+        return pq.read_schema(f"{root}/{name}", filesystem=fs)
+
+    def read_parts(self, name: str, columns: list[str]) -> Iterator[pa.Table]:
+        """Yield the row groups of a Parquet file, one in memory at a time."""
+        group, rows = 0, 0
+        while True:
+            part, of_all = self._row_group(name, group, columns)
+            yield part
+            group, rows = group + 1, rows + part.num_rows
+            if rows >= of_all:
+                return
+
+    @_retried_at_length
+    def _row_group(self, name: str, group: int, columns: list[str]) -> tuple[pa.Table, int]:
+        """Return a row group, and the number of rows of the file."""
+        fs, root = self._fs
+        with pq.ParquetFile(f"{root}/{name}", filesystem=fs) as file:
+            if not file.num_row_groups:
+                return file.read(columns), 0
+            return file.read_row_group(group, columns, use_threads=False), file.metadata.num_rows
 
 
 def json_bytes(value: Any) -> bytes:

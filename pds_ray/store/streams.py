@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -87,3 +88,30 @@ def open_stream(filesystem: pafs.FileSystem, path: str, where: str) -> io.Buffer
         )
     file = with_retries(lambda: _RemoteFile(filesystem.open_input_file(path), where), where)
     return io.BufferedReader(file, STREAM_BUFFER_BYTES)
+
+
+class Hashed(io.RawIOBase):
+    """A binary stream that counts and hashes what is written to it."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        super().__init__()
+        self._stream = stream
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        self._digest.update(data)
+        self._bytes += len(data)
+        return self._stream.write(data)
+
+    @property
+    def sha256(self) -> str:
+        """The hex SHA-256 of what was written."""
+        return self._digest.hexdigest()
+
+    def entry(self) -> dict[str, Any]:
+        """Return the manifest's entry of the file."""
+        return {"bytes": self._bytes, "sha256": self.sha256}

@@ -78,9 +78,8 @@ def test_each_pass_reads_the_store_once() -> None:
             + [pytest.approx(SHARDS * 0.4472 / 5, abs=1)],
         ),
         # two files of a shard: 60 ms. The cells of 24 ranges are added up by 63 + 4 + 1 tasks each,
-        # and counted; they are looked through five times, and what is found is counted; then a
-        # pass for the cosines
-        ("match", [1_000 + 24 * 69, 5 * 2 * 24, 1_000]),
+        # and counted; then a pass for the cosines
+        ("match", [1_000 + 24 * 69, 1_000]),
         # 112,000 pairs of 40 shards are summed in 826 MB by each task, and added up in 5 ranges;
         # then a search like labels, and look-ups
         ("prototypes", [1_121 + 5 * 78, pytest.approx(SHARDS * 0.4872 / 5 + 1_000, abs=2)]),
@@ -141,8 +140,9 @@ def test_memory_of_the_driver() -> None:
     vectors = 100_000 * 768 * 4
     # 24 million cells, in six parts: 12 bytes, and six numbers of each cell of a part
     assert beyond("match", 10**8) == pytest.approx((12 + 48 / 6) * 0.3 * 0.8 * 10**8)
-    # of 96 million cells, or a billion, a core is solved: 12 bytes, and three flags
-    assert beyond("match") == beyond("match", 5_850_000_000) == 15 * 48_000_000
+    # 96 million cells, and a core of a billion: 12 bytes, and three flags
+    assert beyond("match") == pytest.approx(15 * 0.3 * 0.8 * PAIRS)
+    assert beyond("match", 5_850_000_000) == 15 * 100_000_000
     # a million pairs are in one part: six numbers of each cell
     assert beyond("match", 10**6) == pytest.approx((12 + 48) * 0.3 * 0.8 * 10**6)
     few = {"pairs": 5_000, "match__solver": "auto"}
@@ -153,13 +153,15 @@ def test_memory_of_the_driver() -> None:
     assert beyond("cluster") == 2 * vectors
     assert beyond("prototypes") == 2 * vectors + 1_500 * 100_000
     assert beyond("prototypes", prototypes__center="medoid") == 6 * vectors + 1_500 * 100_000
-    assert beyond("caption", caption__round_trip=False) == 3 * vectors
+    names = 1_500 * 100_000
+    assert beyond("caption", caption__round_trip=False) == vectors + names
     lists = {"caption__round_trip": True}
-    assert beyond("caption", **lists) == 3 * vectors + 2 * 64 * 24 * 100_000
+    assert beyond("caption", **lists) == vectors + names + 2 * 64 * 24 * 100_000
     both = {**lists, "caption__nearest_to": "both"}
-    assert beyond("caption", **both) == beyond("caption", **lists) + vectors
-    assert beyond("caption", caption__nearest_to="prototype") == 2 * vectors
-    assert beyond("materialize") == 2 * vectors + 5_000 * 100_000
+    assert beyond("caption", **both) == beyond("caption", **lists) + 4 * vectors
+    assert beyond("caption", caption__nearest_to="prototype") == names
+    # a row group of vectors, nine times
+    assert beyond("materialize") == 9 * 4 * 16_384 * 768 + 5_000 * 100_000
     with_targets = beyond("materialize", pairs=1_000, extras__similarity="clip")
     assert with_targets == beyond("materialize", pairs=1_000) + 2 * 4 * 1_000**2
 
@@ -180,13 +182,17 @@ def test_a_measured_rate_of_products_carries_over_to_another_gpu() -> None:
 
 
 def test_a_large_table_is_solved_by_its_core() -> None:
-    """96 million cells are looked through five times by 24 tasks, and a core is solved as often."""
-    few, many = forecast(10**8), forecast()
+    """A billion cells are looked through six times by 32 tasks, and a core is solved as often."""
+    few, many = forecast(), forecast(5_850_000_000)
     once, times = demand(few, "match", "solve"), demand(many, "match", "solve")
-    assert times.work == 5 * once.work == 5 * 100_000**2
-    assert times.rate.per == "driver"
+    assert times.work == 6 * once.work == 6 * 100_000**2
+    prices = demand(many, "match", "find prices")
+    assert prices.work == 6 * 50_000_000
+    assert times.rate.per == prices.rate.per == "driver"
     look = demand(many, "match", "look through cells")
-    assert look.work == pytest.approx(5 * 0.3 * 0.8 * PAIRS)
-    assert look.at_most == 24
+    assert look.work == pytest.approx(6 * 0.3 * 0.8 * 5_850_000_000)
+    assert look.at_most == 32
+    scheduled = [d.work for p in stage(many, "match").phases for d in p if d.what == "schedule"]
+    assert scheduled[1] == 6 * 2 * 32, "what is found is counted"
     names = [d.what for phase in stage(few, "match").phases for d in phase]
     assert "look through cells" not in names
