@@ -249,25 +249,50 @@ def test_a_k_means_over_all_nodes_ends_as_in_one_process(
         assert counts[space]["rows"] == len(rows)
 
 
-def test_an_iteration_that_is_lost_is_made_again(
-    pruned: tuple[Path, Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("most_seeds", [0, CLUSTERS], ids=["drawn in rounds", "greedy seeds"])
+@pytest.mark.parametrize("step", ["_start", "_iterate", "_objective", "_count_distinct"])
+def test_a_step_that_is_lost_is_made_again(
+    pruned: tuple[Path, Pruned],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    most_seeds: int,
 ) -> None:
-    """From its own centroids, and so with the same bytes, by tasks of a CPU each."""
+    """Lost when it was done already, and twice; with the same bytes, by tasks of a CPU each."""
+    monkeypatch.setattr(stage.core, "SEED_LIMIT", most_seeds)
     run, call = new_run(pruned, tmp_path / "one")
     undisturbed = call(SHARED_OUT)
-    lost, iterate = iter([False, True, True, False, True]), lloyd._iterate
+    lost, made = iter([True, True, False, True]), getattr(lloyd, step)
 
     def lose_some(*given: Any) -> Any:
+        found = made(*given)
         if next(lost, False):
             raise ray.exceptions.ObjectLostError("", None, "")
-        return iterate(*given)
+        return found
 
-    monkeypatch.setattr(lloyd, "_iterate", lose_some)
+    monkeypatch.setattr(lloyd, step, lose_some)
     monkeypatch.setattr("pds_ray.distributed.tasks.run_kmeans", no_fit)
     other, call_other = new_run(pruned, tmp_path / "two")
     assert call_other(SHARED_OUT) == undisturbed
     assert contents(other) == contents(run)
     assert next(lost, None) is None
+
+
+def test_a_step_that_crashes_is_not_tried_again_twice(
+    pruned: tuple[Path, Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray has tried it again already."""
+    tries = []
+
+    def crash(*_: Any) -> Any:
+        tries.append(1)
+        raise ray.exceptions.WorkerCrashedError
+
+    monkeypatch.setattr(lloyd, "_iterate", crash)
+    _, call = new_run(pruned, tmp_path)
+    with pytest.raises(ray.exceptions.WorkerCrashedError):
+        call(SHARED_OUT)
+    assert len(tries) == 1
 
 
 def test_restarts_and_tolerance_of_a_k_means_over_all_nodes(

@@ -293,3 +293,15 @@ def test_few_tasks_have_more_of_a_gpu(
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, "GPU": float(gpus)})
     device = "cuda" if gpus else "cpu"
     assert pools.of_few(pools.Share(share, device), tasks) == pools.Share(each, device)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "share", "places"),
+    [(1, 1 / 2, 2), (8, 1 / 6, 48), (8, 1 / 8, 64), (16, 1 / 8, 64), (8, 1.0, 8), (8, 0.0, 64)],
+)
+def test_places_of_a_share(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, share: float, places: int
+) -> None:
+    """As many on each GPU as share it, and no more than the 64 CPUs."""
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, "GPU": float(gpus)})
+    assert pools.Share(share, "cuda").places == places
