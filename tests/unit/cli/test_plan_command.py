@@ -47,7 +47,7 @@ def test_a_plan_names_every_stage_its_bottleneck_and_its_formulas(
     assert "label image vectors: " in out
     assert "989 TFLOP/s x 10.0% (assumed: bf16 products" in out
     assert "k-means is planned on CPUs" not in out
-    assert "of memory on the driver, in materialize" in out
+    assert "of memory on the driver, in match" in out
 
 
 def test_a_plan_of_coverage_has_its_stages_and_no_k_means(
