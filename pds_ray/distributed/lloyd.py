@@ -35,11 +35,11 @@ class Work:
     space: str
     parts: list[Parts]
     extents: list[core.Extent]
-    """Of each part."""
+    """Sizes of the parts."""
     groups: list[list[core.Slice]]
     """The rows of each task."""
     bounds: list[int]
-    """Of the ranges of clusters whose sums are added up side by side."""
+    """Bounds of the ranges of clusters whose sums are added up side by side."""
     share: pools.Share
     in_flight: InFlight
 

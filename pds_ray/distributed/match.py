@@ -68,6 +68,7 @@ def _added_up(run: Run, bar: tqdm) -> ranges.Parts:
 
 
 def _fetched(parts: ranges.Parts, clusters: int) -> core.Table:
+    """Return a table whose ranges are in the object stores; each is fetched when it is its turn."""
     sizes = [
         tasks.wait_for(size, "the contingency table")
         for size in [tasks.in_store(core.size_of, part) for part in parts]

@@ -19,7 +19,7 @@ from pds_ray.stages import materialize as writing
 from pds_ray.stages.candidates import REAL
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
-from pds_ray.store.schemas import embeddings, vectors
+from pds_ray.store.schemas import MODALITIES, embeddings, vectors
 from pds_ray.telemetry.progress import progress_bar
 
 NO_CELL = np.iinfo(np.int64).min
@@ -42,13 +42,14 @@ def _in_tasks(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]
 
 def _similarity(run: Run) -> np.ndarray:
     """Return the soft targets of the pairs, float32 [B, B]."""
-    config, prototypes = run.config.extras, run.folder.prototypes()
+    config, folder = run.config.extras, run.folder
     if config.similarity == "clip":
-        image, text = (vectors(prototypes, f"{side}_prototype") for side in ("image", "text"))
+        image, text = (folder.prototype_vectors(side).gathered() for side in MODALITIES)
         return core.clip_similarity(image, text, config.temperature, config.share)
     with progress_bar("soft targets", len(run.shard_names), "shards") as bar:
         table = counted(run, bar)
-    image, text = (prototypes.column(f"{side}_cluster").to_numpy() for side in ("image", "text"))
+    facts = folder.prototype_facts()
+    image, text = (facts.column(f"{side}_cluster").to_numpy() for side in MODALITIES)
     return core.table_similarity(table, image, text, config.share)
 
 

@@ -34,7 +34,7 @@ Assigned = tuple[np.ndarray, np.ndarray]
 int64 [K] twice.
 """
 Prices = tuple[np.ndarray, np.ndarray]
-"""Of image clusters and of text clusters, in pairs: int64 [K] twice."""
+"""Prices of image clusters and of text clusters, in pairs: int64 [K] twice."""
 
 
 def is_dense(clusters: int, solver: str) -> bool:
@@ -57,14 +57,12 @@ def assign_by_core(clusters: int, grow: Callable[[Prices, int], Table]) -> Assig
     """Return the best assignment of a table of which only a core need be in one memory.
 
     The core is empty at first. `grow(prices, most)` grows each range of it by `grown`, and returns
-    it.
+    the whole core. The assignment reaches the total of the whole table; where several do, it may be
+    another than that of `assign_clusters`. It is the same however the table is cut into ranges.
 
-    It reaches the total of the whole table; where several assignments do, the choice may be another
-    than that of `assign_clusters`. It is the same however the table is cut into ranges.
-
-    This ends, as nothing leaves the core: each time it gains a cell or is the last. It takes half
-    of the room that is left, so that no more than a cell per image cluster and time is beyond
-    CORE_LIMIT.
+    This ends, as nothing leaves the core: each time it gains a cell, or the time is the last. It
+    takes half of the room that is left; beyond CORE_LIMIT it grows by a cell per image cluster at
+    most each time.
     """
     prices, cells = (np.zeros(clusters, np.int64),) * 2, 0
     found = np.arange(clusters), np.zeros(clusters, np.int64)
@@ -78,6 +76,7 @@ def assign_by_core(clusters: int, grow: Callable[[Prices, int], Table]) -> Assig
 
 
 def _solve_core(core: Table) -> tuple[Assigned, Prices]:
+    """Return the best assignment of a core, and prices that prove it."""
     graph = _graph(core)
     matched = _solve(graph)
     return _assigned(graph, matched), _prices(graph, matched)

@@ -105,7 +105,7 @@ def test_answers_under_way() -> None:
 
 
 def test_scheduling_is_bounded_however_much_data_there_is() -> None:
-    """Of a pass at most 10,000 tasks for shards, where these have less than a minute of work.
+    """A pass has at most 10,000 tasks for shards, where these have less than a minute of work.
 
     All passes of a k-means over its sample are 25,000 at most.
     """

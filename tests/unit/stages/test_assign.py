@@ -291,7 +291,7 @@ def test_a_core_grows_by_cells_that_exceed_their_prices(table, seed, most, block
 
 
 def test_cells_are_drawn_evenly():
-    """Of equal cells, in a pattern, each column is chosen about as often."""
+    """Each column of equal cells, in a pattern, is chosen about as often."""
     clusters = 300
     (part,) = sparse(np.ones((clusters, clusters), np.int64)).parts
     free = np.zeros((2, clusters), np.int64)

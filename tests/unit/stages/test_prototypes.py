@@ -141,7 +141,7 @@ def test_rounding_is_that_of_one_addition_after_the_other(seed, pairs):
     st.lists(st.integers(0, 9), max_size=3),
 )
 def test_sums_are_exact_hence_the_same_in_any_grouping(seed, dtype, places, cuts):
-    """Of float16 they are the sums of the rows; of float32 each shard is rounded once."""
+    """Sums of float16 are those of the rows; each shard of float32 is rounded once."""
     image_vectors, text_vectors, image, text, matches = world(seed, 400, 3)
     lengths = 10.0 ** np.random.default_rng(seed).uniform(-4, 2, (400, 1))
     image_vectors = (image_vectors * lengths).astype(dtype).astype(np.float32)
