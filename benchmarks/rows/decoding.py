@@ -33,13 +33,14 @@ LEVELS = 1.0  # of 255: mean difference of images that are the same except for r
 
 
 def _config(task: Task) -> Any:
+    from pds_ray import catalog
     from pds_ray.config import replace
     from pds_ray.recipes import recipe
 
     size = {"source": "scenes:300", "pairs": 8, "decode.steps": 2} if task.quick else {"pairs": 200}
-    return replace(
-        recipe("demo"), {**size, "out": str(task.data / "run"), "ray.object_store_gib": 0.5}
-    )
+    files = {"out": str(task.data / "run"), "ray.object_store_gib": 0.5}
+    config = replace(recipe("demo"), {**size, **files})
+    return catalog.method(config.method).settled(config)
 
 
 def prepare(task: Task) -> Found:

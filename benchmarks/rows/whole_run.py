@@ -30,12 +30,14 @@ UNKNOWN: dict[str, Any] = {
 
 def _config(task: Task) -> Any:
     """Return the configuration of the demo, on files."""
+    from pds_ray import catalog
     from pds_ray.config import replace
     from pds_ray.recipes import recipe
 
     files = {"source": f"flickr30k:{task.data / 'scenes'}", "out": str(task.out / "run")}
     small = {"pairs": 8, "decode.steps": 2} if task.quick else {}
-    return replace(recipe("demo"), {**files, "pairs": 100, **small})
+    config = replace(recipe("demo"), {**files, "pairs": 100, **small})
+    return catalog.method(config.method).settled(config)
 
 
 def prepare(task: Task) -> Found:
