@@ -71,7 +71,8 @@ def _decode(decoder: Any, prototypes: Any, config: Any) -> list[Any]:
 
     images: list[Any] = []
     for chunk in chunks(prototypes.num_rows, config.decode.batch_size):
-        batch = make_batch(prototypes, chunk, config.seed, config.decode)
+        rows = prototypes.slice(chunk.start, len(chunk))
+        batch = make_batch(rows, chunk, config.seed, config.decode)
         images += synthesize_chunk(decoder, batch, config.decode)
     return images
 

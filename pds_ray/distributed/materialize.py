@@ -19,7 +19,7 @@ from pds_ray.stages import materialize as writing
 from pds_ray.stages.candidates import REAL
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
-from pds_ray.store.schemas import MODALITIES, embeddings, vectors
+from pds_ray.store.schemas import MODALITIES, embeddings
 from pds_ray.telemetry.progress import progress_bar
 
 NO_CELL = np.iinfo(np.int64).min
@@ -59,13 +59,14 @@ def _captions(run: Run) -> list[list[str]]:
     Those of its image where that is a real one, or where nothing was clustered; else those of the
     pairs that its matched clusters share.
     """
-    prototypes, limit = run.folder.prototypes(), run.config.extras.captions
+    prototypes, limit = run.folder.prototype_facts(), run.config.extras.captions
     has_captions = "caption" in run.method.names
     own = (run.folder.captions() if has_captions else prototypes).column("caption").to_pylist()
     real = _real(run, prototypes.num_rows)
     images, shards = _by_shard(prototypes, real), [] if real.all() else run.shard_names
     pruned = "prune" in run.method.names
-    members = run.store, run.folder, prototypes, real, limit + 1
+    text = run.folder.prototype_vectors("text").gathered()
+    members = run.store, run.folder, _cells(prototypes, real), text, limit + 1
     found = []
     with progress_bar("captions", len(images) + len(shards), "shards") as bar:
         for part in chain(
@@ -108,16 +109,19 @@ def _of_members(
     shard: str,
     store: EmbeddingStore,
     folder: RunFolder,
-    prototypes: pa.Table,
-    real: np.ndarray,
+    cells: np.ndarray,
+    text: np.ndarray,
     limit: int,
 ) -> core.Found:
     captions = store.captions(shard, ["caption", "embedding"])
-    clusters = [prototypes.column(f"{side}_cluster").to_numpy() for side in ("image", "text")]
-    cell, cells = _packed(*folder.labels(shard)), _packed(*clusters)
-    cells[real] = NO_CELL
-    text = vectors(prototypes, "text_prototype")
+    cell = _packed(*folder.labels(shard))
     return core.member_captions(captions, embeddings(captions), cell, cells, text, limit)
+
+
+def _cells(prototypes: pa.Table, real: np.ndarray) -> np.ndarray:
+    """Return the cell of each pair, int64 [pairs]; NO_CELL of a real one."""
+    clusters = [prototypes.column(f"{side}_cluster").to_numpy() for side in MODALITIES]
+    return np.where(real, NO_CELL, _packed(*clusters))
 
 
 def _packed(image_cluster: np.ndarray, text_cluster: np.ndarray) -> np.ndarray:

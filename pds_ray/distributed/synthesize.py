@@ -28,6 +28,7 @@ from pds_ray.stages import candidates
 from pds_ray.stages import synthesize as core
 from pds_ray.store.manifest import fingerprint
 from pds_ray.store.run_folder import RunFolder
+from pds_ray.store.schemas import PROTOTYPE_VECTORS
 from pds_ray.store.storage import side_by_side
 from pds_ray.telemetry.progress import progress_bar
 
@@ -57,7 +58,11 @@ class SynthesizeWorker:
         self.source = source
         self.folder = folder
         self.in_flight = in_flight
-        self.prototypes = folder.prototypes()
+        self.prototypes = folder.prototype_rows(core.COLUMNS)
+        self.mean = None
+        if config.decode.condition == "caption":
+            parts = folder.prototype_parts(["image_prototype", "member_norm"])
+            self.mean = core.mean_prototype(parts, config.decode)
         self.judge = None
         if judging:
             with in_flight.doing("the encoder to load"):
@@ -66,7 +71,8 @@ class SynthesizeWorker:
 
     def _load_judge(self, info: EncoderInfo, precision: str) -> candidates.Judge:
         encoder = process.load_model(catalog.load_encoder, info, precision)
-        return candidates.Judge(encoder, info.preprocess, self.prototypes, self.config.decode)
+        prototypes = self.folder.prototypes(list(PROTOTYPE_VECTORS))
+        return candidates.Judge(encoder, info.preprocess, prototypes, self.config.decode)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (chunk,) = batch.to_pylist()
@@ -126,8 +132,8 @@ class SynthesizeWorker:
     def _decode(
         self, pairs: range, tell: Callable[[float], object], candidate: int = 0
     ) -> Iterator[Image.Image]:
-        config = self.config.decode
-        request = core.make_batch(self.prototypes, pairs, self.config.seed, config, tell, candidate)
+        config, rows = self.config.decode, self.prototypes.rows(pairs)
+        request = core.make_batch(rows, pairs, self.config.seed, config, tell, candidate, self.mean)
         return core.synthesize_chunk(self.decoder(), request, config)
 
     def _choose(
@@ -154,7 +160,7 @@ class SynthesizeWorker:
         """Return the real image nearest to the image prototype of each pair."""
         config = replace(self.config.decode, decoder="nearest")
         nearest = catalog.load_decoder(DecoderInfo("nearest", None, "nearest"), config, self.source)
-        request = core.make_batch(self.prototypes, pairs, self.config.seed, config)
+        request = core.make_batch(self.prototypes.rows(pairs), pairs, self.config.seed, config)
         return core.synthesize_chunk(nearest, request, config)
 
 

@@ -123,7 +123,7 @@ def member_captions(
     place = np.minimum(np.searchsorted(cells[order], cell), len(cells) - 1)
     rows = np.flatnonzero(cells[order][place] == cell)
     pairs = order[place[rows]]
-    cosine = np.einsum("ij,ij->i", normalized(vectors[rows]), normalized(text)[pairs])
+    cosine = np.einsum("ij,ij->i", normalized(vectors[rows]), normalized(text[pairs]))
     texts = captions.column("caption").take(pa.array(rows)).to_pylist()
     found = [(int(p), float(c), t) for p, c, t in zip(pairs, cosine, texts, strict=True)]
     return [

@@ -8,7 +8,7 @@ there already: an image's last bits may depend on the shape of its batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,9 @@ from pds_ray.config import DecodeConfig
 from pds_ray.decoders.base import DecodeBatch, Decoder
 from pds_ray.modalities.image import resized
 from pds_ray.store.schemas import vectors
+
+COLUMNS = ["image_prototype", "member_norm", "caption", "nearest_shard", "nearest_key"]
+"""The columns of prototypes.parquet that images are made from."""
 
 
 def pair_seed(run_seed: int, pair: int, candidate: int = 0) -> int:
@@ -36,29 +39,41 @@ def chunks(pairs: int, batch_size: int) -> list[range]:
 
 
 def make_batch(
-    prototypes: pa.Table,
+    rows: pa.Table,
     pairs: range,
     run_seed: int,
     config: DecodeConfig,
     tell: Callable[[float], object] = lambda _share: None,
     candidate: int = 0,
+    mean: np.ndarray | None = None,
 ) -> DecodeBatch:
-    """Make the request for one candidate per pair of a chunk, from all of prototypes.parquet."""
-    rows = prototypes.slice(pairs.start, len(pairs))
-    image = _image_prototypes(rows, config.rescale)
-    if config.condition == "caption":
-        # the decoder must be given some embedding: one that says nothing of the pair
-        mean = _image_prototypes(prototypes, config.rescale).mean(axis=0, dtype=np.float64)
-        image = np.tile(mean, (len(pairs), 1))
+    """Make the request for one candidate per pair of a chunk, from its rows of prototypes.parquet.
+
+    `mean`, float [d], is what the decoder is given instead of each prototype. With the condition
+    `caption` it must be given some embedding: one that says nothing of the pair.
+    """
+    image = _image_prototypes(rows, config.rescale) if mean is None else [mean] * len(pairs)
     shards, keys = rows.column("nearest_shard").to_pylist(), rows.column("nearest_key").to_pylist()
     return DecodeBatch(
-        prototypes=image.astype(np.float32),
+        prototypes=np.asarray(image, np.float32),
         captions=rows.column("caption").to_pylist(),
         seeds=[pair_seed(run_seed, pair, candidate) for pair in pairs],
         nearest=list(zip(shards, keys, strict=True)),
         noise_level=config.levels[candidate % len(config.levels)],
         tell=tell,
     )
+
+
+def mean_prototype(parts: Iterable[pa.Table], config: DecodeConfig) -> np.ndarray:
+    """Return the mean of all image prototypes as the decoder takes them, float64 [d].
+
+    The parts have image_prototype and member_norm.
+    """
+    count, total = 0, np.zeros(())
+    for part in parts:
+        count += part.num_rows
+        total = total + _image_prototypes(part, config.rescale).sum(axis=0, dtype=np.float64)
+    return total / count
 
 
 def _image_prototypes(rows: pa.Table, rescale: bool) -> np.ndarray:

@@ -94,7 +94,7 @@ record versions of files, is a function of configuration, data and seed, byte fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,6 +108,7 @@ from pds_ray.store.distilled_set import DISTILLED, PROTOTYPES
 from pds_ray.store.distilled_set import MANIFEST as SET_MANIFEST
 from pds_ray.store.embeddings import EmbeddingStore, read_shards, write_shards
 from pds_ray.store.learned import LearningFiles
+from pds_ray.store.row_groups import RowGroups
 from pds_ray.store.schemas import (
     CHOICE_SCHEMA,
     KEEP_SCHEMA,
@@ -367,8 +368,16 @@ class RunFolder:
         """Return the vectors of the prototypes of a modality, float32 [pairs, d]."""
         column = f"{modality}_prototype"
         width = self.folder.table_schema(self.PROTOTYPES).field(column).type.list_size
-        parts = self.folder.read_parts(self.PROTOTYPES, [column])
+        parts = self.prototype_parts([column])
         return Tensor((self.pair_count(), width), (vectors(part, column) for part in parts))
+
+    def prototype_rows(self, columns: list[str]) -> RowGroups:
+        """Return some columns of the prototypes, of which few rows are in memory at a time."""
+        return RowGroups(self.folder, self.PROTOTYPES, columns)
+
+    def prototype_parts(self, columns: list[str]) -> Iterator[pa.Table]:
+        """Yield some columns of the prototypes, some rows at a time."""
+        return self.folder.read_parts(self.PROTOTYPES, columns)
 
     def image_names(self) -> list[str]:
         """Return the names of the images that are decoded, in the order of pairs."""

@@ -380,24 +380,24 @@ class Folder:
         fs, root = self._fs
         return pq.read_schema(f"{root}/{name}", filesystem=fs)
 
-    def read_parts(self, name: str, columns: list[str]) -> Iterator[pa.Table]:
-        """Yield the row groups of a Parquet file, one in memory at a time."""
-        group, rows = 0, 0
-        while True:
-            part, of_all = self._row_group(name, group, columns)
-            yield part
-            group, rows = group + 1, rows + part.num_rows
-            if rows >= of_all:
-                return
+    @_retried_at_length
+    def row_group_lengths(self, name: str) -> list[int]:
+        """Return the number of rows of each row group of a Parquet file."""
+        fs, root = self._fs
+        found = pq.read_metadata(f"{root}/{name}", filesystem=fs)
+        return [found.row_group(group).num_rows for group in range(found.num_row_groups)]
 
     @_retried_at_length
-    def _row_group(self, name: str, group: int, columns: list[str]) -> tuple[pa.Table, int]:
-        """Return a row group, and the number of rows of the file."""
+    def read_row_group(self, name: str, group: int, columns: list[str]) -> pa.Table:
+        """Return a row group of a Parquet file."""
         fs, root = self._fs
         with pq.ParquetFile(f"{root}/{name}", filesystem=fs) as file:
-            if not file.num_row_groups:
-                return file.read(columns), 0
-            return file.read_row_group(group, columns, use_threads=False), file.metadata.num_rows
+            return file.read_row_group(group, columns, use_threads=False)
+
+    def read_parts(self, name: str, columns: list[str]) -> Iterator[pa.Table]:
+        """Yield the row groups of a Parquet file, one in memory at a time."""
+        for group in range(len(self.row_group_lengths(name))):
+            yield self.read_row_group(name, group, columns)
 
 
 def json_bytes(value: Any) -> bytes:
