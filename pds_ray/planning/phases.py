@@ -493,12 +493,13 @@ def _match_store_bytes(inputs: Inputs) -> float:
 def _match_driver_bytes(inputs: Inputs) -> float:
     """Return the bytes of a table, or its core, as it is solved, and of a part put in its place.
 
-    A cell of a sparse table has a weight, a column and three flags; each of its part six numbers.
+    A cell of a sparse table has a weight, a column and, when all parts are in their place, three
+    flags; a cell of a part has two numbers.
     """
     if _solves_dense(inputs):
         return 8.0 * inputs.clusters**2
     cells = min(_cells(inputs), float(CORE_LIMIT))
-    part = 6 * 8 * cells / table_ranges(inputs.work.pairs, inputs.clusters)
+    part = 2 * 8 * cells / table_ranges(inputs.work.pairs, inputs.clusters)
     return 12 * cells + max(3 * cells, part)
 
 

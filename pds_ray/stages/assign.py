@@ -129,8 +129,9 @@ def _lots(cells: np.ndarray) -> np.ndarray:
 def _assign_dense(table: Table) -> Assigned:
     # negative and to be minimised: to maximise, the solver would work on a negative copy
     costs = np.zeros((table.clusters, table.clusters))
-    for cells, counts in table.parts:
-        costs.reshape(-1)[cells] = -counts
+    for part in table.parts:
+        for cells, counts in _small(part):
+            costs.reshape(-1)[cells] = -counts
     image, text_of = linear_sum_assignment(costs)
     return text_of, -costs[image, text_of].astype(np.int64)
 
@@ -153,17 +154,26 @@ def _graph(table: Table) -> _Given:
     weights = np.full(table.cells + clusters, -1.0)
     columns = np.empty(table.cells + clusters, np.int32)
     lengths, done = np.ones(clusters, np.int64), 0
-    for cells, counts in table.parts:
-        row, column = np.divmod(cells, clusters)
-        place = np.arange(done, done + len(cells)) + row  # after the dummy of each row before
-        columns[place] = column
-        weights[place] -= counts
-        lengths += np.bincount(row, minlength=clusters)
-        done += len(cells)
+    for part in table.parts:
+        for cells, counts in _small(part):
+            row, column = np.divmod(cells, clusters)
+            place = np.arange(done, done + len(cells)) + row  # after the dummy of each row before
+            columns[place] = column
+            weights[place] -= counts
+            lengths += np.bincount(row, minlength=clusters)
+            done += len(cells)
     ends = np.cumsum(lengths)
     columns[ends - 1] = clusters + np.arange(clusters)
     starts = np.concatenate([[0], ends]).astype(sp.get_index_dtype(maxval=len(weights)))
     return _Given((weights, columns, starts), shape=(clusters, 2 * clusters))
+
+
+def _small(part: Counts) -> Iterator[Counts]:
+    """Yield blocks of a part, so that what is computed of them takes little memory."""
+    cells, counts = part
+    for start in range(0, len(cells), BLOCK_CELLS):
+        block = slice(start, start + BLOCK_CELLS)
+        yield cells[block], counts[block]
 
 
 def _solve(graph: _Given) -> np.ndarray:

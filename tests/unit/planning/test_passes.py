@@ -138,17 +138,16 @@ def test_memory_of_the_driver() -> None:
         return stage(forecast(pairs_in, **changes), name).driver_bytes - 0.35e9
 
     vectors = 100_000 * 768 * 4
-    # 24 million cells, in six parts: 12 bytes, and six numbers of each cell of a part
-    assert beyond("match", 10**8) == pytest.approx((12 + 48 / 6) * 0.3 * 0.8 * 10**8)
-    # 96 million cells, and a core of a billion: 12 bytes, and three flags
+    # 24 and 96 million cells, and a core of a billion: 12 bytes, and three flags
+    assert beyond("match", 10**8) == pytest.approx(15 * 0.3 * 0.8 * 10**8)
     assert beyond("match") == pytest.approx(15 * 0.3 * 0.8 * PAIRS)
     assert beyond("match", 5_850_000_000) == 15 * 100_000_000
-    # a million pairs are in one part: six numbers of each cell
-    assert beyond("match", 10**6) == pytest.approx((12 + 48) * 0.3 * 0.8 * 10**6)
+    # a million pairs are in one part: two numbers of each cell
+    assert beyond("match", 10**6) == pytest.approx((12 + 16) * 0.3 * 0.8 * 10**6)
     few = {"pairs": 5_000, "match__solver": "auto"}
     assert beyond("match", **few) == beyond("match", 10**9, **few) == 8 * 5_000**2
     # a table of so few clusters is full
-    assert beyond("match", pairs=1_000) == pytest.approx((12 + 48) * 1_000**2)
+    assert beyond("match", pairs=1_000) == pytest.approx((12 + 16) * 1_000**2)
     assert beyond("embed") == beyond("prune") == 0
     assert beyond("cluster") == 2 * vectors
     assert beyond("prototypes") == 2 * vectors + 1_500 * 100_000
