@@ -20,7 +20,7 @@ class DecoderInfo:
 
     name: str
     dim: int | None
-    """Width of the embeddings it takes; None if it takes any."""
+    """Width of the embeddings it takes; None if its images are real ones that it looks up."""
     identity: str
     """Repository and revision, or a hash of the weights: with the request it decides the images."""
     load_args: tuple[tuple[str, Any], ...] = ()

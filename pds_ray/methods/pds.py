@@ -132,7 +132,7 @@ MATCH = Stage(
     options=("match",),
     unit="matches",
     counted="couples",
-    card=(("pairs in matched clusters", "shared_pairs"), ("pairless couples", "pairless")),
+    card=(("pairs in matched clusters", "shared_pairs"), ("empty matches", "pairless")),
     plan="pds_ray.planning.phases:MATCH",
 )
 PROTOTYPES = Stage(
