@@ -130,11 +130,8 @@ def _columns_of_matches(
         name: couples.column(name).to_numpy()[match]
         for name in ("image_cluster", "text_cluster", "shared")
     }
-    return {
-        **clusters,
-        "member_norm": members.norm[match],
-        "members": [members.names[number] for number in match],
-    }
+    own = members.of(match)
+    return {**clusters, "member_norm": own.norm, "members": own.names}
 
 
 def _fewer(run: Run, count: int, empty: int) -> Counts:

@@ -198,7 +198,8 @@ def with_copies(centroids: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def resting(before: float, now: float, tolerance: float) -> bool:
     """Return whether an iteration changed the objective by a smaller share than the tolerance."""
-    return abs(before - now) < tolerance * before
+    # no change is a share of 0, also of an objective of 0, as where no row is off its centroid
+    return tolerance > 0 and (now == before or abs(before - now) < tolerance * before)
 
 
 # ---- a start for many clusters -----------------------------------------------------------------

@@ -59,12 +59,19 @@ class Sums:
 
 @dataclass(frozen=True)
 class Members:
-    """Facts on the pairs of T matches."""
+    """Facts on the pairs of T matches, those that have any."""
 
+    match: np.ndarray
+    """int64 [T]: numbers of the matches, ascending."""
     norm: np.ndarray
     """float64 [T]: mean norm of the image vectors; 0 without any."""
     names: list[list[str]]
     """The first MEMBER_SAMPLE pairs of each match, as shard/key."""
+
+    def of(self, match: np.ndarray) -> Members:
+        """Return those of some of the matches, in their order: integers [m]."""
+        rows = np.searchsorted(self.match, match)
+        return Members(match, self.norm[rows], [self.names[row] for row in rows])
 
 
 @dataclass(frozen=True)
@@ -243,13 +250,15 @@ def merged(parts: Sequence[Prototypes]) -> Prototypes:
 
 def members(sums: Sums) -> Members:
     """Return the facts on the summed pairs that go with prototypes."""
-    return Members(sums.image_norm / np.maximum(sums.image_count, 1), sums.members)
+    return Members(sums.match, sums.image_norm / np.maximum(sums.image_count, 1), sums.members)
 
 
 def joined_members(parts: Sequence[Members]) -> Members:
     """Join the facts on several ranges of matches, which are in order."""
-    names = [own for part in parts for own in part.names]
-    return Members(np.concatenate([part.norm for part in parts]), names)
+    match, norm = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("match", "norm")
+    )
+    return Members(match, norm, [own for part in parts for own in part.names])
 
 
 def _in_order(image: np.ndarray, text: np.ndarray, match: np.ndarray) -> Prototypes:

@@ -25,10 +25,11 @@ from pds_ray.distributed import (
 from pds_ray.distributed.cluster import sampled
 from pds_ray.distributed.tasks import map_in_order
 from pds_ray.stages import assign
+from pds_ray.stages.embed import cosine
 from pds_ray.stages.match import NO_CELLS, Table, count_pairs, table_of
 from pds_ray.store.embeddings import EmbeddingStore
 from pds_ray.store.run_folder import RunFolder
-from pds_ray.store.schemas import vectors
+from pds_ray.store.schemas import MEMBER_SAMPLE, vectors
 from pds_ray.store.storage import Folder
 from tests.support.stage_run import do, stage_run
 from tests.support.synthetic_store import Gathered, make_store
@@ -49,9 +50,9 @@ def pair_labels(run: RunFolder, data: Gathered) -> tuple[np.ndarray, np.ndarray]
 
 
 def run_stages(
-    folder: Path, rows_per_shard: list[int], config: RunConfig = CONFIG
+    folder: Path, rows_per_shard: list[int], config: RunConfig = CONFIG, **data_of: Any
 ) -> tuple[RunFolder, Gathered, dict]:
-    store, data = make_store(folder / "store", rows_per_shard)
+    store, data = make_store(folder / "store", rows_per_shard, **data_of)
     run = RunFolder(Folder(str(folder / "run")))
     stages = ("prune", "cluster", "match", "prototypes")
     counts = do(stage_run(store, run, config, DIM), *stages)
@@ -346,6 +347,65 @@ def test_without_filter_prototypes_are_means_of_whole_clusters(
         assert row["member_norm"] == pytest.approx(norms.mean(), rel=1e-5)
         whole += on_image.sum() > row["shared"] or on_text.sum() > row["shared"]
     assert whole > 0, "some match must have pairs that it does not share"
+
+
+@pytest.mark.parametrize(
+    ("modality", "filtered", "center"),
+    [("separate", True, "mean"), ("separate", False, "medoid"), ("joint", True, "medoid")],
+)
+def test_matches_of_empty_clusters_are_left_out(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    modality: str,
+    filtered: bool,
+    center: str,
+) -> None:
+    """More clusters than different vectors: matches without any pair lie between the others."""
+    monkeypatch.setattr(prototypes, "match_ranges", lambda *_: 2)
+    changes = {
+        "cluster.modality": modality,
+        "match.pairless": "keep",
+        "match.filter": filtered,
+        "prototypes.center": center,
+    }
+    sizes = [20, 1, 9]
+    run, data, counts = run_stages(tmp_path, sizes, replace(CONFIG, changes), distinct=(3, 6))
+    image, text = pair_labels(run, data)
+    shard = np.searchsorted(np.cumsum(sizes), [int(key[1:]) for key in data.keys], side="right")
+    expected, untouched = {}, 0
+    for couple in run.couples().to_pylist():
+        on_image, on_text = image == couple["image_cluster"], text == couple["text_cluster"]
+        untouched += not on_image.any() and not on_text.any()
+        if filtered and (on_image & on_text).any():
+            on_image = on_text = on_image & on_text
+        if on_image.any() and on_text.any():
+            expected[couple["image_cluster"]] = on_image, on_text
+    assert untouched, "some match must have no pair on either side"
+    table = run.prototypes()
+    assert sorted(table.column("image_cluster").to_pylist()) == sorted(expected)
+    assert counts["match"]["couples"] == CLUSTERS
+    assert counts["prototypes"]["empty_couples"] == CLUSTERS - len(expected)
+    assert f"{CLUSTERS - len(expected)} matches have an empty" in counts["prototypes"]["fewer"]
+    for row, *found in zip(
+        table.to_pylist(),
+        vectors(table, "image_prototype"),
+        vectors(table, "text_prototype"),
+        strict=True,
+    ):
+        on_image, on_text = expected[row["image_cluster"]]
+        centers = data.image[on_image].mean(axis=0), data.text[on_text].mean(axis=0)
+        if center == "medoid":
+            pairs = np.flatnonzero(on_image | on_text)
+            near = cosine(data.image, centers[0][None]) + cosine(data.text, centers[1][None])
+            best = pairs[near[pairs].argmax()]
+            centers = data.image[best], data.text[best]
+        for own, mean in zip(found, centers, strict=True):
+            np.testing.assert_allclose(own, mean, rtol=1e-4, atol=1e-6)
+        norms = np.linalg.norm(data.image[on_image], axis=1)
+        assert row["member_norm"] == pytest.approx(norms.mean(), rel=1e-5)
+        first = np.flatnonzero(on_image)[: len(row["members"])]
+        assert len(first) == min(MEMBER_SAMPLE, on_image.sum())
+        assert row["members"] == [f"{data.shards[shard[n]]}/{data.keys[n]}" for n in first]
 
 
 def test_further_captions_and_soft_targets(finished: tuple[RunFolder, Gathered, dict]) -> None:

@@ -27,9 +27,16 @@ class Gathered:
 
 
 def make_store(
-    folder: Path, rows_per_shard: list[int], seed: int = 0, dim: int = 8
+    folder: Path,
+    rows_per_shard: list[int],
+    seed: int = 0,
+    dim: int = 8,
+    distinct: tuple[int, int] | None = None,
 ) -> tuple[EmbeddingStore, Gathered]:
-    """A store of a seeded mixture: one to three captions an image, near it."""
+    """A store of a seeded mixture: one to three captions per image, near it.
+
+    `distinct` are numbers of different images and captions, of which there are copies then.
+    """
     rng = np.random.default_rng(seed)
     images = sum(rows_per_shard)
     centers = rng.normal(size=(6, dim)) * 3
@@ -39,6 +46,9 @@ def make_store(
     counts = rng.integers(1, 4, size=images)
     owner = np.repeat(np.arange(images), counts)
     text = (image[owner] + rng.normal(size=(len(owner), dim)) * 0.7).astype(np.float32)
+    if distinct:
+        image = image[np.arange(images) % distinct[0]]
+        text = text[np.searchsorted(owner, owner % distinct[1])]
     similarity = cosine(image[owner], text)
     store = EmbeddingStore(Folder(str(folder)))
     names, start = [], 0

@@ -238,6 +238,10 @@ def test_a_fit_rests_at_a_small_change() -> None:
     assert not lloyd.resting(100.0, 99.0, 0.01)
     assert not lloyd.resting(100.0, 100.0, 0)
     assert not lloyd.resting(math.inf, 100.0, 0.5), "the first iteration has none before"
+    assert not lloyd.resting(math.inf, 0.0, 0.5), "nor has one that finds all rows at rest"
+    assert lloyd.resting(0.0, 0.0, 1e-4), "no change, of no objective"
+    assert not lloyd.resting(0.0, 0.0, 0)
+    assert not lloyd.resting(0.0, 1e-20, 1e-4)
 
 
 def start(parts: lloyd.Rows, clusters: int, groups: int, seed: int) -> np.ndarray:

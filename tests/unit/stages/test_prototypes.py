@@ -199,31 +199,41 @@ def test_means_are_those_of_the_rows_in_falling_cosine(seed):
     assert (np.diff(made.cosine) <= 0).all()
 
 
-@settings(max_examples=25)
-@given(st.integers(0, 10**6), st.lists(st.integers(0, 5), max_size=3))
-def test_ranges_of_matches_that_are_summed_apart_give_the_same_bytes(seed, cuts):
-    """Two shards, cut by ranges of matches, of which some are empty."""
-    image_vectors, text_vectors, image, text, matches = world(seed)
+@settings(max_examples=50)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([4, 12, 200]),
+    st.lists(st.integers(0, 5), max_size=3),
+)
+def test_ranges_of_matches_that_are_summed_apart_give_the_same_bytes(seed, pairs, cuts):
+    """Two shards, cut by ranges of matches as their tasks cut them; of few pairs most are empty."""
+    image_vectors, text_vectors, image, text, matches = world(seed, pairs)
     clusters, dim = len(matches.image_cluster), image_vectors.shape[1]
     bounds = [0, *sorted(cut * clusters // 5 for cut in cuts), clusters]
-    ranges = [np.arange(start, end) for start, end in pairwise(bounds)]
-    apart = [core.empty_sums(own, dim) for own in ranges]
     whole = core.empty_sums(np.arange(clusters), dim)
-    for mine in np.array_split(np.arange(len(image)), 2):
+    answers = []
+    for number, mine in enumerate(np.array_split(np.arange(pairs), 2)):
         sides = *shared_images(image_vectors[mine]), text_vectors[mine], image[mine], text[mine]
-        pairs = core.ShardPairs("s", [f"k{row}" for row in mine], *sides)
-        part = core.shard_sums(pairs, matches, clusters)
+        shard = core.ShardPairs(f"s{number}", [f"k{row}" for row in mine], *sides)
+        part = core.shard_sums(shard, matches, clusters)
         core.add_sums(whole, part)
-        for total, own in zip(apart, part.split(bounds), strict=True):
-            core.add_sums(total, own)
+        total = core.empty_sums(np.arange(clusters), dim)
+        core.add_sums(total, part)
+        answers.append([core.touched(own) for own in total.split(bounds)])
+    apart = [core.added_sums(*own) for own in zip(*answers, strict=True)]
     found = core.merged([core.means(total) for total in apart])
     expected = core.means(whole)
     for name in ("image", "text", "cosine", "match"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
-    members = core.joined_members([core.members(total) for total in apart])
-    assert members.names == whole.members
-    mean_norms = whole.image_norm / np.maximum(whole.image_count, 1)
-    np.testing.assert_array_equal(members.norm, mean_norms)
+    members = core.joined_members([core.members(total) for total in apart]).of(found.match)
+    rows = brute_force(seed, pairs)
+    assert sorted(found.match) == [c for c, (a, b) in enumerate(rows) if len(a) and len(b)]
+    for match, norm, names in zip(found.match, members.norm, members.names, strict=True):
+        own = rows[match][0]
+        norms = np.linalg.norm(image_vectors[own].astype(np.float64), axis=1)
+        assert norm == pytest.approx(norms.mean())
+        first = own[:MEMBER_SAMPLE]
+        assert names == [f"s{int(row >= (pairs + 1) // 2)}/k{row}" for row in first]
 
 
 def test_equal_cosines_keep_the_order_of_the_matches():
