@@ -1,6 +1,6 @@
 """`pds-ray compare` as a Ray job.
 
-    ray job submit --working-dir . -- python jobs/compare.py --config run.yaml ...
+ray job submit --working-dir . -- python jobs/compare.py --config run.yaml ...
 """
 
 import sys

@@ -1,6 +1,6 @@
 """`pds-ray distill` as a Ray job.
 
-    ray job submit --working-dir . -- python jobs/distill.py --config run.yaml ...
+ray job submit --working-dir . -- python jobs/distill.py --config run.yaml ...
 """
 
 import sys
