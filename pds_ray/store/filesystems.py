@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -99,10 +100,10 @@ def _open_arrow(root: str, settings: str) -> tuple[pafs.FileSystem, str]:
 def _open_fsspec(root: str, settings: str) -> tuple[pafs.FileSystem, str]:
     options = dict(parse_qsl(settings.removeprefix("?")))
     filesystem, base = fsspec.core.url_to_fs(root, **options)
-    return pafs.PyFileSystem(_Handler(_OneKindOfError(filesystem))), base
+    return pafs.PyFileSystem(_Handler(_OnlyOSErrors(filesystem))), base
 
 
-class _OneKindOfError:
+class _OnlyOSErrors:
     """An object of fsspec that raises OSError where its client raises errors of its own."""
 
     def __init__(self, inner: Any) -> None:
@@ -122,9 +123,26 @@ class _OneKindOfError:
                 raise StorageError(first_line(error)) from error
             except Exception as error:
                 raise OSError(first_line(error)) from error
-            return _OneKindOfError(result) if name == "open" else result
+            return _File(result) if name == "open" else result
 
         return call
+
+
+class _File(_OnlyOSErrors):
+    """A file of fsspec; once a write fails, nothing of it is completed.
+
+    The close of fsspec's own would upload the rest, and publish an object that lacks a piece.
+    """
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.__getattr__("write")(data)
+        except BaseException:
+            with contextlib.suppress(Exception):  # some files have nothing to discard
+                self._inner.discard()
+            with contextlib.suppress(AttributeError):  # nor is this theirs to be set
+                self._inner.closed = True
+            raise
 
 
 class _Handler(pafs.FSSpecHandler):
@@ -167,6 +185,9 @@ class _Handler(pafs.FSSpecHandler):
         return pa.PythonFile(self.fs.open(path, mode="rb"), mode="r")
 
     open_input_stream = open_input_file
+
+    def move(self, src: str, dest: str) -> None:
+        self.fs.mv(src, dest)  # pyarrow's own passes an option that some do not know
 
     def open_output_stream(self, path: str, metadata: Any) -> pa.PythonFile:
         try:

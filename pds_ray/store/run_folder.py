@@ -16,8 +16,6 @@ hashes/STAGE.json
     SHA-256 of each file that a finished stage left, by its name below the run folder; run.json has
     that of this file
 
-embeddings/store
-    JSON: what the embeddings were made from; guards reuse (no shard can take its name)
 embeddings/S.images.parquet, one row per image of shard S:
 key (str), index (int32), embedding (bytes of f16/f32 [d], see `embedding_field`),
 width, height (int32)
@@ -34,7 +32,8 @@ embeddings/S.json
 embeddings/S.failed
     JSON: why shard S could not be read
 embeddings/store, embeddings/store.parquet
-    JSON: what the embeddings are made from; the shards that the store began with, as above
+    JSON: what the embeddings are made from, which guards their reuse (no shard can take its name);
+    the shards that the store began with, as above
 embeddings/parts/
     the parts of shards that are not committed yet
 

@@ -36,7 +36,8 @@ def write(target: Folder, name: str, data: bytes, files: Files) -> None:
 def write_tensors(target: Folder, name: str, tensors: Mapping[str, Tensor], files: Files) -> None:
     """Write float32 arrays as a safetensors file of the set and enter it in `files`.
 
-    The bytes are those of the library's `save`, which holds the file twice in memory.
+    The bytes are those of the library's `save`, which holds the file twice in memory. Raises
+    ValueError, and writes nothing, if an array's parts do not have the bytes that its shape says.
     """
     header, end = {}, 0
     for key, tensor in sorted(tensors.items()):
@@ -46,9 +47,14 @@ def write_tensors(target: Folder, name: str, tensors: Mapping[str, Tensor], file
     text += b" " * (-len(text) % 8)
     with written(target, name, files) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in sorted(tensors.items()):
+        for key, tensor in sorted(tensors.items()):
+            left = tensor.nbytes
             for rows in tensor.parts:
-                stream.write(np.ascontiguousarray(rows, "<f4").tobytes())
+                data = np.ascontiguousarray(rows, "<f4").tobytes()
+                stream.write(data)
+                left -= len(data)
+            if left:
+                raise ValueError(f"{key}: {tensor.nbytes - left} bytes of {tensor.nbytes} found")
 
 
 def copy(source: Folder, target: Folder, name: str, files: Files) -> None:

@@ -1,10 +1,13 @@
-"""Files on a local disk or an object store: one handle on a folder, with atomic writes.
+"""Files on a local disk or a store elsewhere: one handle on a folder, with atomic writes.
 
-On a local disk a file is written under a temporary name, flushed and renamed. On an object store an
-object becomes visible when its upload is complete, so a plain write is atomic; its size is checked
-afterwards nevertheless. Stores fail and time out: every call is retried with growing waits
-(`with_retries`). A store must be strongly consistent, as S3, GCS, Azure, MinIO and Ceph are: what
-is written is found and listed at once.
+On a local disk a file is written under a temporary name, flushed and renamed. On an object store
+(OBJECT_STORES) an object becomes visible when its upload is complete, so a plain write is atomic.
+On any other store, as SFTP or HDFS, a file may be visible from when it is opened, so it is written
+under a temporary name there too, and moved. Some of them move no file onto another: the old one is
+deleted just before, and a writer killed at that moment leaves neither. Sizes are checked after each
+upload. Stores fail and time out: every call is retried with growing waits (`with_retries`). A store
+must be strongly consistent, as S3, GCS, Azure, MinIO and Ceph are: what is written is found and
+listed at once.
 """
 
 from __future__ import annotations
@@ -70,6 +73,12 @@ NO_FOLDERS = {
     "hf": "every file written there is a commit; `pds-ray push` puts a finished set there",
 }
 """Schemes of stores in which no folder can be made, and why."""
+OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "oci", "tos", "tosfs", "memory"})
+"""Schemes of stores on which a file appears when its upload completes; a move would copy it there.
+
+abfs is none of them, as pyarrow opens a file by making an empty one, nor is oss, whose package
+appends to what it has begun. One that is not known here is moved: that is right anywhere.
+"""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -112,11 +121,8 @@ class Folder:
     def __post_init__(self) -> None:
         if not is_remote(self.path):
             object.__setattr__(self, "path", local_path(self.path))
-        elif refusal := NO_FOLDERS.get(self.path.partition(":")[0]):
-            raise StorageError(
-                f"{self.path} cannot be a folder of results: {refusal}; give a local path or an "
-                "object store"
-            )
+        elif refusal := NO_FOLDERS.get(self._scheme):
+            raise _refused(self.path, refusal)
 
     def __repr__(self) -> str:
         return f"Folder({self.shown!r})"
@@ -125,6 +131,10 @@ class Folder:
     def shown(self) -> str:
         """The path or URI without secrets, fit to be shown and published."""
         return without_secrets(self.path) if is_remote(self.path) else self.path
+
+    @property
+    def _scheme(self) -> str:
+        return self.path.partition(":")[0]
 
     @property
     def _fs(self) -> tuple[pafs.FileSystem, str]:
@@ -185,19 +195,21 @@ class Folder:
 
         A folder that does not exist has none.
         """
-        fs, root = self._fs
-        infos = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
         return sorted(
-            i.base_name
-            for i in infos
-            if i.type == pafs.FileType.File and i.base_name.endswith(suffix)
+            info.base_name
+            for info in self._listed()
+            if info.is_file and info.base_name.endswith(suffix)
         )
+
+    def _listed(self) -> list[pafs.FileInfo]:
+        """Return what lies directly in this folder; nothing if it does not exist."""
+        fs, root = self._fs
+        return fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
 
     @_retried
     def is_empty(self) -> bool:
         """Return whether nothing lies in this folder, or it is not there."""
-        fs, root = self._fs
-        return not fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+        return not self._listed()
 
     @_retried
     def delete(self, name: str) -> None:
@@ -229,21 +241,33 @@ class Folder:
     def sweep(self, spare: str = "") -> None:
         """Remove the temporary files of interrupted writers, here and below, and no other file.
 
-        Only the holder of the lock may call it. The folder named `spare` directly in this one is
-        left alone. On an object store nothing is visible: a lifecycle rule of the bucket removes
-        incomplete uploads. Raises what `writer` raises.
+        Only the holder of the lock may call it; on stores elsewhere, which have none, a writer
+        whose temporary file is removed writes it again. The folder named `spare` directly in this
+        one is left alone. On an object store nothing is visible: a lifecycle rule of the bucket
+        removes incomplete uploads. Raises what `writer` raises.
         """
         if is_remote(self.path):
+            if self._scheme not in OBJECT_STORES:
+                self._sweep_elsewhere(spare)
             return
         for place, folders, files in os.walk(self.path):
             if place == self.path and spare in folders:
                 folders.remove(spare)
             for name in files:
-                if _PART.fullmatch(name) or name == WRITE_TEST:
+                if _is_temporary(name):
                     part = Path(place, name)
                     with _in_one_line(f"delete {part}"):
                         # orphaned workers of a killed driver may still rename it
                         part.unlink(missing_ok=True)
+
+    def _sweep_elsewhere(self, spare: str = "") -> None:
+        for info in with_retries(self._listed, self.path, UNLIMITED):
+            name = info.base_name
+            # what follows a "?" would be read as settings of the store; no folder of ours has one
+            if info.type == pafs.FileType.Directory and name != spare and "?" not in name:
+                (self / name)._sweep_elsewhere()
+            elif info.is_file and _is_temporary(name):
+                self.delete(name)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -303,7 +327,7 @@ class Folder:
             spooled.close()
             return
         final = self.full(name)
-        part = Path(f"{final}.{uuid.uuid4().hex[:8]}{PART_SUFFIX}")
+        part = Path(_part_of(final))
         with _in_one_line(f"write {final}"):
             try:
                 part.parent.mkdir(parents=True, exist_ok=True)
@@ -323,13 +347,20 @@ class Folder:
         # `with_retries` runs this in a thread, which gets no signals: an interrupt in it would
         # publish half an object
         fs, root = self._fs
-        size = data.seek(0, os.SEEK_END)
-        data.seek(0)
-        with fs.open_output_stream(f"{root}/{name}") as stream:
-            shutil.copyfileobj(data, stream, STREAM_BUFFER_BYTES)
-        seen = fs.get_file_info(f"{root}/{name}").size
-        if seen != size:
-            raise OSError(f"{name}: {size} bytes were written, {seen or 0} are there")
+        final = f"{root}/{name}"
+        if self._scheme in OBJECT_STORES:
+            _send(fs, final, data)
+            return
+        part = _part_of(final)
+        try:
+            _send(fs, part, data)
+            _put_in_place(fs, part, final)
+        except BaseException as error:
+            with contextlib.suppress(Exception):  # the first error is the one to report
+                fs.delete_file(part)
+            if isinstance(error, NotImplementedError):
+                raise _refused(self.shown, first_line(error)) from None
+            raise
 
     def write_bytes(self, name: str, data: bytes) -> None:
         with self.writer(name) as stream:
@@ -398,6 +429,51 @@ class Folder:
         """Yield the row groups of a Parquet file, one in memory at a time."""
         for group in range(len(self.row_group_lengths(name))):
             yield self.read_row_group(name, group, columns)
+
+
+def _part_of(path: str) -> str:
+    """Return a new name for a temporary file beside `path`."""
+    return f"{path}.{uuid.uuid4().hex[:8]}{PART_SUFFIX}"
+
+
+def _is_temporary(name: str) -> bool:
+    return name == WRITE_TEST or _PART.fullmatch(name) is not None
+
+
+def _refused(path: str, why: str) -> StorageError:
+    return StorageError(
+        f"{path} cannot be a folder of results: {why}; give a local path or an object store"
+    )
+
+
+def _send(fs: pafs.FileSystem, path: str, data: IO[bytes]) -> None:
+    """Write a whole file elsewhere, and prove that it has arrived. Raises OSError if it has not."""
+    size = data.seek(0, os.SEEK_END)
+    data.seek(0)
+    with fs.open_output_stream(path) as stream:
+        shutil.copyfileobj(data, stream, STREAM_BUFFER_BYTES)
+    seen = fs.get_file_info(path).size
+    if seen != size:
+        with contextlib.suppress(Exception):  # restarts take what is there for whole
+            fs.delete_file(path)
+        raise OSError(
+            f"{path.rpartition('/')[2]}: {size} bytes were written, {seen or 0} are there"
+        )
+
+
+def _put_in_place(fs: pafs.FileSystem, part: str, final: str) -> None:
+    """Move a temporary file elsewhere onto `final`. Raises OSError if it is there no more."""
+    failure = None
+    try:
+        fs.move(part, final)
+    except OSError as error:
+        failure = error
+    if fs.get_file_info(part).is_file:  # this store replaces no file; webhdfs does not even say so
+        with contextlib.suppress(FileNotFoundError):
+            fs.delete_file(final)
+        fs.move(part, final)
+    elif failure:  # another run's sweep took it; as it may be a FileNotFoundError, it says another
+        raise OSError(f"{part.rpartition('/')[2]} was taken away") from failure
 
 
 def json_bytes(value: Any) -> bytes:

@@ -50,7 +50,7 @@ class _RemoteFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         wanted = len(buffer)
         if self._size is not None:
-            wanted = min(wanted, self._size - self._position)
+            wanted = max(0, min(wanted, self._size - self._position))  # beyond the end is nothing
         data = with_retries(lambda: self._read(wanted), self._where, PIECE_S)
         buffer[: len(data)] = data
         self._position += len(data)

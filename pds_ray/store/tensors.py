@@ -32,15 +32,24 @@ class Tensor:
         return Tensor((rows, *self.shape[1:]), _first(self.parts, rows))
 
     def gathered(self) -> np.ndarray:
-        """Return it as one array; no more than a part is in memory besides."""
+        """Return it as one array; no more than a part is in memory besides.
+
+        Raises ValueError if its parts have fewer or more rows, as when they were read before.
+        """
         found, done = np.empty(self.shape, np.float32), 0
         for part in self.parts:
             found[done : done + len(part)] = part
             done += len(part)
+        if done != len(found):
+            raise ValueError(f"{done} rows of {len(found)} were found")
         return found
 
 
 def _first(parts: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
+    if not rows:
+        return
     for part in parts:
         yield part[:rows]
         rows -= min(rows, len(part))
+        if not rows:
+            return

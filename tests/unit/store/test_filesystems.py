@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +16,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from huggingface_hub import HfFileSystem, constants
 
 from pds_ray.sources.base import MissingShardsError, SourceError
@@ -98,7 +106,7 @@ class Failing:
 def test_a_store_that_fails_is_no_empty_store(
     monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
-    handler = filesystems._Handler(filesystems._OneKindOfError(Failing(error)))
+    handler = filesystems._Handler(filesystems._OnlyOSErrors(Failing(error)))
     monkeypatch.setattr(filesystems, "_open_fsspec", lambda *_: (pafs.PyFileSystem(handler), "b"))
     folder = Folder("x://b/y")
     for ask in (folder.names, lambda: folder.exists("z"), lambda: folder.read_bytes("z")):
@@ -119,6 +127,179 @@ def test_what_is_not_installed_is_named(uri: str, message: str) -> None:
     with pytest.raises(SourceError, match=message) as caught:
         WebDatasetSource(uri).shards()
     assert "\n" not in str(caught.value)
+
+
+class Upload(AbstractBufferedFile):
+    """An upload in pieces of a mebibyte; a second piece fails while its store says so."""
+
+    def _initiate_upload(self) -> None:
+        self.pieces: list[bytes] = []
+        self.fs.begun += 1
+
+    def _upload_chunk(self, final: bool = False) -> None:
+        if self.fs.failing and len(self.pieces) == 1:
+            raise OSError("reset by peer")
+        self.pieces.append(self.buffer.getvalue())
+        if final:
+            self.fs.objects[self.path] = b"".join(self.pieces)
+
+    def discard(self) -> None:
+        self.fs.discarded += 1
+
+
+class Objects(AbstractFileSystem):
+    """A store whose objects appear when their upload is completed."""
+
+    cachable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.objects: dict[str, bytes] = {}
+        self.failing, self.begun, self.discarded = False, 0, 0
+
+    def _open(self, path: str, mode: str = "rb", **_: Any) -> Upload:
+        size = len(self.objects.get(path, b""))
+        return Upload(self, path, mode, block_size=2**20, size=size)
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        if path not in self.objects:
+            raise FileNotFoundError(path)
+        return {"name": path, "size": len(self.objects[path]), "type": "file"}
+
+    def _rm(self, path: str) -> None:
+        del self.objects[path]
+
+
+def use(monkeypatch: pytest.MonkeyPatch, store: AbstractFileSystem, root: str) -> None:
+    """Have the file system of fsspec be the one of all addresses."""
+    handler = filesystems._Handler(filesystems._OnlyOSErrors(store))
+    monkeypatch.setattr(filesystems, "_open_fsspec", lambda *_: (pafs.PyFileSystem(handler), root))
+
+
+def test_an_upload_that_fails_publishes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffered file of fsspec completes its upload when it is closed, whatever has failed."""
+    store = Objects()
+    use(monkeypatch, store, "b")
+    old, new = os.urandom(3 * 2**20), os.urandom(5 * 2**20)
+    folder = Folder("az://b/run")
+    folder.write_bytes("old.bin", old)
+    store.failing = True
+    for name in ("old.bin", "new.bin"):
+        with pytest.raises(StorageError, match="the object store fails at az://b/run"):
+            folder.write_bytes(name, new)
+    gc.collect()  # such a file is closed when nobody holds it any more
+    assert store.objects == {"b/run/old.bin": old}
+    assert store.begun == 1 + store.discarded == 1 + 2 * 4
+    store.failing = False
+    folder.write_bytes("old.bin", new)
+    assert store.objects == {"b/run/old.bin": new}
+
+
+class Disk(LocalFileSystem):
+    """A server's disk: a file is there from when it is opened. `mv` is called as SFTP's is."""
+
+    cachable = False
+    replaces = "yes"
+
+    def mv(self, old: str, new: str) -> None:
+        if os.path.exists(new) and self.replaces != "yes":
+            if self.replaces == "error":  # smb
+                raise FileExistsError(new)
+            return  # webhdfs
+        os.replace(old, new)
+
+
+@pytest.mark.parametrize("scheme", ["sftp", "webhdfs", "smb", "ftp", "dbfs", "oss", "unheard-of"])
+def test_a_file_is_seen_when_it_is_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scheme: str
+) -> None:
+    use(monkeypatch, Disk(), str(tmp_path))
+    folder = Folder(f"{scheme}://host/run")
+    folder.create()
+    seen = []
+    copy = shutil.copyfileobj
+
+    def watched(source: Any, target: Any, length: int) -> None:
+        copy(source, target, length)
+        target.flush()
+        seen.append(sorted(os.listdir(tmp_path / "run")))
+
+    monkeypatch.setattr(shutil, "copyfileobj", watched)
+    folder.write_bytes("x", b"1")
+    assert [[re.sub(r"[0-9a-f]{8}", "#", name) for name in names] for names in seen] == [
+        ["x.#.part"]
+    ]
+    assert os.listdir(tmp_path / "run") == ["x"]
+
+
+@pytest.mark.parametrize("replaces", ["yes", "error", "silence"])
+def test_a_file_is_replaced_by_a_move(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, replaces: str
+) -> None:
+    store = Disk()
+    store.replaces = replaces
+    use(monkeypatch, store, str(tmp_path))
+    folder = Folder("sftp://host/run")
+    for data in (b"one", b"two", b"three"):
+        folder.write_bytes("deep/x", data)
+        assert (tmp_path / "run/deep/x").read_bytes() == data
+    assert os.listdir(tmp_path / "run/deep") == ["x"]
+
+
+def test_a_move_that_fails_leaves_what_was_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store = Disk()
+    use(monkeypatch, store, str(tmp_path))
+    folder = Folder("sftp://host/run")
+    folder.write_bytes("x", b"old")
+
+    def taken(part: str, _: str) -> None:
+        os.unlink(part)  # by another run's sweep
+        raise FileNotFoundError(part)
+
+    monkeypatch.setattr(store, "mv", taken)
+    with pytest.raises(StorageError, match=r"x\.[0-9a-f]{8}\.part was taken away"):
+        folder.write_bytes("x", b"new")
+    assert folder.read_bytes("x") == b"old"
+    monkeypatch.undo()
+
+
+KILLED = """
+import os, shutil
+from pds_ray.store.storage import Folder
+
+def killed(source, target, length):
+    target.write(source.read(2**20))
+    target.flush()
+    os._exit(9)
+
+folder = Folder("local://{place}")
+folder.write_bytes("images/old", b"old")
+shutil.copyfileobj = killed
+folder.write_bytes("images/{name}", bytes(2**21))
+"""
+
+
+@pytest.mark.parametrize("name", ["old", "new"])
+def test_a_writer_that_is_killed_leaves_no_part_of_a_file(tmp_path: Path, name: str) -> None:
+    script = KILLED.format(place=tmp_path, name=name)
+    ended = subprocess.run([sys.executable, "-c", script], check=False)
+    assert ended.returncode == 9
+    images = tmp_path / "images"
+    assert (images / "old").read_bytes() == b"old"
+    assert not (images / "new").exists()
+    left = set(os.listdir(images)) - {"old"}
+    assert [len((images / each).read_bytes()) for each in left] == [2**20]
+    for foreign in ("film.mkv.part", "what?a=b/x.0123abcd.part"):
+        (tmp_path / foreign).parent.mkdir(exist_ok=True)
+        (tmp_path / foreign).touch()
+    folder = Folder(f"local://{tmp_path}")
+    folder.sweep(spare="images")
+    assert left < set(os.listdir(images))
+    folder.sweep()
+    assert os.listdir(images) == ["old"]
+    assert sorted(os.listdir(tmp_path)) == ["film.mkv.part", "images", "what?a=b"]
 
 
 @pytest.mark.parametrize("uri", ["https://host/run", "http://host/run", "hf://datasets/o/n/run"])
