@@ -63,6 +63,7 @@ class Judge:
     ) -> None:
         self.encoder, self.preprocess, self.config = encoder, preprocess, config
         self.image = normalized(vectors(prototypes, "image_prototype"))
+        self._all_images = self.image.astype(np.float64)  # once: for each chunk it would take long
         self.text = normalized(vectors(prototypes, "text_prototype"))
 
     def judge(
