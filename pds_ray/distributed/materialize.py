@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
 
 from pds_ray.distributed import tasks
 from pds_ray.distributed.match import counted
@@ -67,15 +68,19 @@ def _captions(run: Run) -> list[list[str]]:
     pruned = "prune" in run.method.names
     text = run.folder.prototype_vectors("text").gathered()
     members = run.store, run.folder, _cells(prototypes, real), text, limit + 1
-    found = []
     with progress_bar("captions", len(images) + len(shards), "shards") as bar:
-        for part in chain(
+        found = chain(
             tasks.map_in_order(_of_images, images, run.store, run.folder, pruned),
             tasks.map_in_order(_of_members, shards, *members),
-        ):
-            found.append(part)
-            bar.update()
-    return core.further_captions(found, own, limit)
+        )
+        return core.further_captions(_counted(found, bar), own, limit)
+
+
+def _counted(parts: Iterable[core.Found], bar: tqdm) -> Iterator[core.Found]:
+    """Yield parts as they come; `bar` counts those that are done with."""
+    for part in parts:
+        yield part
+        bar.update()
 
 
 def _real(run: Run, pairs: int) -> np.ndarray:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice, pairwise
 from typing import Any, TypeVar
 
@@ -261,10 +262,27 @@ def _remote(
     """Return `function` as one that starts a task, which is tried again where it is lost."""
     options = {"num_cpus": SMALL_TASK_CPUS, "num_returns": results, "max_retries": retries}
     if not share.num_gpus:
-        return ray.remote(function).options(**options).remote
+        return _known(function).options(**options).remote
     # in .options(), so that Ray keeps the process and torch in it for the next task
-    remote = ray.remote(with_gpu_emptied).options(**options, num_gpus=share.num_gpus)
+    remote = _known(with_gpu_emptied).options(**options, num_gpus=share.num_gpus)
     return partial(remote.remote, function)
+
+
+def _known(function: Callable[..., Any]) -> Any:
+    """Return `function` as one of Ray's: the same one each time, if workers import it by its name.
+
+    Ray sends each of its functions to the cluster once per session, and workers fetch it once.
+    """
+    # Other functions are sent with the values that they have now, of closures and of globals of a
+    # script or notebook, which may be others at the next call.
+    module = sys.modules.get(function.__module__) if function.__module__ != "__main__" else None
+    by_name = getattr(module, function.__qualname__, None) is function
+    return _by_name(function) if by_name else ray.remote(function)
+
+
+@lru_cache(maxsize=256)
+def _by_name(function: Callable[..., Any]) -> Any:
+    return ray.remote(function)
 
 
 def _started(

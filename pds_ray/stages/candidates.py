@@ -62,7 +62,8 @@ class Judge:
         self, encoder: Encoder, preprocess: Preprocess, prototypes: pa.Table, config: DecodeConfig
     ) -> None:
         self.encoder, self.preprocess, self.config = encoder, preprocess, config
-        self.image = normalized(vectors(prototypes, "image_prototype"))
+        # all of them are searched, in float64, for each chunk: made so once
+        self.image = normalized(vectors(prototypes, "image_prototype")).astype(np.float64)
         self.text = normalized(vectors(prototypes, "text_prototype"))
 
     def judge(
@@ -81,7 +82,7 @@ class Judge:
         own = slice(pairs.start, pairs.stop)
         image = np.einsum("bd,bd->b", embedded, self.image[own])
         text = np.einsum("bd,bd->b", embedded, self.text[own])
-        nearest = (embedded @ self.image.T.astype(np.float64)).argmax(axis=1)
+        nearest = (embedded @ self.image.T).argmax(axis=1)
         weights = self.config.image_weight, self.config.text_weight
         return [
             Judged(

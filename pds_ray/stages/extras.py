@@ -136,9 +136,14 @@ def member_captions(
 def further_captions(found: Iterable[Found], own: list[str], limit: int) -> list[list[str]]:
     """Return at most `limit` captions of each of B pairs, none its own and none twice.
 
-    They are in the order of falling cosine; of equals the first found comes first.
+    They are in the order of falling cosine; of equals the first found comes first. Of the parts
+    that were `found`, one is held at a time, and `limit` + 1 captions of each pair.
     """
-    best = _best([entry for part in found for entry in part], limit + 1)  # the own may be among
+    best: dict[int, list[tuple[float, str]]] = {}
+    for part in found:
+        pairs = {pair for pair, _, _ in part}
+        before = [(pair, *entry) for pair in pairs for entry in best.get(pair, [])]
+        best |= _best(before + part, limit + 1)  # the own may be among
     return [
         [caption for _, caption in best.get(pair, []) if caption != mine][:limit]
         for pair, mine in enumerate(own)

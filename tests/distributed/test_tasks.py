@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from ray.experimental import internal_kv
 from tqdm import tqdm
 
 from pds_ray import distributed
 from pds_ray.config import Actors
 from pds_ray.distributed import pools, ranges, tasks
 from pds_ray.telemetry import progress
+from tests.support.ray_script import output_of
 
 pytestmark = pytest.mark.ray
 
@@ -192,6 +194,73 @@ def test_answers_are_added_up_in_their_order(monkeypatch: pytest.MonkeyPatch, gr
 
 def sum_of(*values: int) -> int:
     return sum(values)
+
+
+def twice(value: int) -> int:
+    return 2 * value
+
+
+def sent() -> int:
+    """Return how many functions this job has sent to the cluster."""
+    job = ray.get_runtime_context().get_job_id().encode()
+    return len(internal_kv._internal_kv_list(b"RemoteFunction:" + job, namespace=b"fun"))
+
+
+def test_a_function_is_sent_to_the_cluster_once() -> None:
+    """However often tasks of it are started, and with whatever options."""
+    before = sent()
+    assert ray.get([tasks.in_store(twice, number) for number in range(5)]) == [0, 2, 4, 6, 8]
+    for _ in range(3):
+        assert list(tasks.map_in_order(twice, range(3))) == [0, 2, 4]
+    assert sent() == before + 1
+
+
+def test_a_function_that_holds_a_value_is_sent_with_the_one_of_now() -> None:
+    value = 1
+
+    def held() -> int:
+        return value
+
+    found = [ray.get(tasks.in_store(held))]
+    value = 2
+    found.append(ray.get(tasks.in_store(held)))
+    assert found == [1, 2]
+
+
+SESSIONS = """
+import ray
+from pds_ray.distributed import pools, tasks
+from tests.distributed.test_tasks import sent, twice
+
+value = 1
+
+def held():
+    return value
+
+for session in range(2):
+    ray.init("local", num_cpus=1, num_gpus=1, object_store_memory=80 << 20)
+    for share in (pools.ONE_CPU, pools.Share(1 / 2)):
+        found = [tasks.in_store(twice, number, share=share) for number in range(3)]
+        print(ray.get(found), sent())
+    value = session
+    print(ray.get(tasks.in_store(held)))
+    ray.shutdown()
+"""
+
+
+def test_a_function_is_sent_anew_to_each_cluster() -> None:
+    """One session of Ray after the other in a process; what a script holds is as it is then.
+
+    Tasks on GPUs are all of one function of Ray, which calls theirs.
+    """
+    assert output_of(SESSIONS) == [
+        "[0, 2, 4] 1",
+        "[0, 2, 4] 2",
+        "0",
+        "[0, 2, 4] 1",
+        "[0, 2, 4] 2",
+        "1",
+    ]
 
 
 def test_a_model_on_cpus_keeps_freed_memory():

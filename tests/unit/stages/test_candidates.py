@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,7 +12,7 @@ from pds_ray.config import DecodeConfig
 from pds_ray.modalities.image import Preprocess
 from pds_ray.stages import candidates, synthesize
 from pds_ray.stages.candidates import Choice, Judged
-from pds_ray.store.schemas import vectors
+from pds_ray.store.schemas import vector_array, vectors
 from tests.unit.stages.test_materialize import prototypes
 
 SIZE = 4
@@ -57,6 +59,31 @@ def test_scores_are_weighted_cosines_to_both_prototypes(image_weight, text_weigh
         assert choice.score == pytest.approx(expected, abs=1e-4)
         nearest = int(np.argmax([cosine(vector, mean) for mean in means]))
         assert choice.round_trip == (nearest == pair)
+
+
+def test_no_prototypes_are_copied_for_a_chunk():
+    """Each candidate of each chunk is judged by all image prototypes, which may be a gigabyte."""
+    pairs = 20_000
+    table = prototypes(["a"] * pairs)
+    judge = candidates.Judge(Colors(), Preprocess(SIZE), table, DecodeConfig())
+    red = flat((200, 10, 40))
+    judge.judge(range(1), [red], candidates.SYNTHETIC)  # imports, once
+    tracemalloc.start()
+    judge.judge(range(7, 8), [red], candidates.SYNTHETIC)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    cosines = pairs * np.dtype(np.float64).itemsize
+    assert cosines < peak < 2 * cosines, "the cosines of the image alone"
+
+
+def test_of_equal_prototypes_the_first_is_the_nearest():
+    table = prototypes(["a", "b", "c", "d"])
+    color = np.array([1.0, 0.0, 0.0, 1 / 3])
+    rows = np.array([-color, color, color, -color])
+    table = table.set_column(1, table.schema.field(1), vector_array(rows))
+    judge = candidates.Judge(Colors(), Preprocess(SIZE), table, DecodeConfig())
+    found = judge.judge(range(4), [flat((255, 0, 0))] * 4, candidates.SYNTHETIC)
+    assert [each.choice.round_trip for each in found] == [False, True, False, False]
 
 
 def judged(score: float, candidate: int | None = 0, round_trip: bool = True) -> Judged:

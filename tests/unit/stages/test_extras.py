@@ -86,3 +86,23 @@ def test_captions_of_members_are_the_nearest_to_the_prototype(pairs: int, limit:
         cosine = {n: vectors_of[n] @ text[pair] / np.linalg.norm(vectors_of[n]) for n in members}
         best = [f"text {n}" for n in sorted(members, key=lambda n: -cosine[n])]
         assert found[pair] == [caption for caption in best if caption != own[pair]][:limit]
+
+
+COSINES = st.sampled_from([-0.5, 0.0, 0.25, 0.5, 1.0])
+FOUND = st.lists(st.tuples(st.integers(0, 2), COSINES, st.sampled_from("abcdef")), max_size=12)
+
+
+@given(
+    st.lists(FOUND, max_size=6), st.lists(st.sampled_from("abcx"), min_size=3), st.integers(1, 4)
+)
+def test_captions_are_the_first_different_ones_of_all(
+    parts: list[extras.Found], own: list[str], limit: int
+):
+    """With equal cosines, with texts that are found again nearer or farther, and the own ones."""
+    expected = []
+    for pair, mine in enumerate(own):
+        ranked = [each for part in parts for each in part if each[0] == pair]
+        ranked.sort(key=lambda each: each[1], reverse=True)  # stable: of equals the first found
+        different = dict.fromkeys(text for _, _, text in ranked)
+        expected.append([text for text in different if text != mine][:limit])
+    assert further_captions(iter(parts), own, limit) == expected
