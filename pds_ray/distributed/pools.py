@@ -25,7 +25,6 @@ from pds_ray.telemetry import log
 READ_CPUS, DECODE_CPUS, SMALL_TASK_CPUS = 0.5, 0.25, 1.0
 
 SETTLE_S, POLL_S = 2.0, 0.05  # Ray reports the CPUs of tasks that have ended as free a little later
-LOOK_S = 60.0  # for the GPUs of further nodes to be looked at, once those of one are
 
 
 @dataclass(frozen=True)
@@ -96,37 +95,17 @@ ONE_CPU = Share()
 def products() -> Share:
     """Return what a task of matrix products takes: a share of a GPU if there are any, else a CPU.
 
-    The share is that of the smallest GPU. If torch cannot use those of some node, all count as
-    none, as they do for models and k-means; a warning says so.
+    GPUs of Ray that torch cannot use count as none, as they do for models and k-means; a warning
+    says so.
     """
-    nodes = [
-        node["NodeID"]
-        for node in ray.nodes()
-        if node["Alive"] and node["Resources"].get("GPU", 0) >= 1
-    ]
-    if not nodes:
+    if most("GPU") < 1:
         return ONE_CPU
-    if memory := _least_gpu_memory(nodes):
+    # not in .options(): so the process, and its hold on the GPU, ends with the task
+    look = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=1 / PRODUCTS_PER_GPU)(_gpu_memory)
+    if memory := ray.get(look.remote()):
         return Share(1 / _together(memory), "cuda")
     _say_unused()
     return ONE_CPU
-
-
-def _least_gpu_memory(nodes: list[str]) -> int:
-    """Return the bytes of the smallest GPU of some nodes; 0 if torch cannot use those of one.
-
-    A node whose GPUs others keep for longer than LOOK_S is passed over: none of its GPUs are free
-    for tasks either.
-    """
-    # not in .options(): so the process, and its hold on the GPU, ends with the task
-    look = ray.remote(num_cpus=SMALL_TASK_CPUS, num_gpus=1 / PRODUCTS_PER_GPU)(_gpu_memory)
-    places = (NodeAffinitySchedulingStrategy(node, soft=True) for node in nodes)  # it may be gone
-    looks = [look.options(scheduling_strategy=place).remote() for place in places]
-    ray.wait(looks)
-    seen, waiting = ray.wait(looks, num_returns=len(looks), timeout=LOOK_S)
-    for reference in waiting:
-        ray.cancel(reference)
-    return min(ray.get(seen))
 
 
 @functools.cache  # each pass over the shards asks for its share
@@ -147,10 +126,7 @@ def of_few(share: Share, tasks: int) -> Share:
 
 
 def _together(memory: float) -> int:
-    """Return how many tasks share a GPU, of so many bytes at least, on every node.
-
-    They are as many as each node has CPUs for.
-    """
+    """Return how many tasks share a GPU of so many bytes: as many as each node has CPUs for."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     shares = (
         products_per_gpu(node.get("CPU", 0), node["GPU"], memory)
