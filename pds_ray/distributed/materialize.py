@@ -57,8 +57,8 @@ def _similarity(run: Run) -> np.ndarray:
 def _captions(run: Run) -> list[list[str]]:
     """Return the further captions of each pair.
 
-    Those of its image where that is a real one, or where nothing was clustered; else those of the
-    pairs that its matched clusters share.
+    They are captions of its image where that is a real one, or where nothing was clustered; else of
+    the pairs that its matched clusters share.
     """
     prototypes, limit = run.folder.prototype_facts(), run.config.extras.captions
     has_captions = "caption" in run.method.names

@@ -262,10 +262,19 @@ def _remote(
     """Return `function` as one that starts a task, which is tried again where it is lost."""
     options = {"num_cpus": SMALL_TASK_CPUS, "num_returns": results, "max_retries": retries}
     if not share.num_gpus:
-        return _known(function).options(**options).remote
+        return partial(_start, _known(function).options(**options))
     # in .options(), so that Ray keeps the process and torch in it for the next task
     remote = _known(with_gpu_emptied).options(**options, num_gpus=share.num_gpus)
-    return partial(remote.remote, function)
+    return partial(_start, remote, function)
+
+
+def _start(function: Any, *args: Any) -> Any:
+    """Start a task of one of Ray's functions; return the reference(s) to its results."""
+    try:
+        return function.remote(*args)
+    except BaseException:
+        _by_name.cache_clear()  # if it could not be sent, it counts as sent nevertheless
+        raise
 
 
 def _known(function: Callable[..., Any]) -> Any:

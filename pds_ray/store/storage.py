@@ -4,10 +4,10 @@ On a local disk a file is written under a temporary name, flushed and renamed. O
 (OBJECT_STORES) an object becomes visible when its upload is complete, so a plain write is atomic.
 On any other store, as SFTP or HDFS, a file may be visible from when it is opened, so it is written
 under a temporary name there too, and moved. Some of them move no file onto another: the old one is
-deleted just before, and a writer killed at that moment leaves neither. Sizes are checked after each
-upload. Stores fail and time out: every call is retried with growing waits (`with_retries`). A store
-must be strongly consistent, as S3, GCS, Azure, MinIO and Ceph are: what is written is found and
-listed at once.
+moved aside just before, and a writer killed at that moment leaves it under another name. Sizes are
+checked after each upload. Stores fail and time out: every call is retried with growing waits
+(`with_retries`). A store must be strongly consistent, as S3, GCS, Azure, MinIO and Ceph are: what
+is written is found and listed at once.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "oci", "tos", "tosfs"
 """Schemes of stores on which a file appears when its upload completes; a move would copy it there.
 
 abfs is none of them, as pyarrow opens a file by making an empty one, nor is oss, whose package
-appends to what it has begun. One that is not known here is moved: that is right anywhere.
+appends to what it has begun. On one that is not known here files are moved, or, where it moves
+none, written in place.
 """
 
 Arguments = ParamSpec("Arguments")
@@ -122,7 +123,10 @@ class Folder:
         if not is_remote(self.path):
             object.__setattr__(self, "path", local_path(self.path))
         elif refusal := NO_FOLDERS.get(self._scheme):
-            raise _refused(self.path, refusal)
+            raise StorageError(
+                f"{self.path} cannot be a folder of results: {refusal}; give a local path or an "
+                "object store"
+            )
 
     def __repr__(self) -> str:
         return f"Folder({self.shown!r})"
@@ -241,33 +245,22 @@ class Folder:
     def sweep(self, spare: str = "") -> None:
         """Remove the temporary files of interrupted writers, here and below, and no other file.
 
-        Only the holder of the lock may call it; on stores elsewhere, which have none, a writer
-        whose temporary file is removed writes it again. The folder named `spare` directly in this
-        one is left alone. On an object store nothing is visible: a lifecycle rule of the bucket
-        removes incomplete uploads. Raises what `writer` raises.
+        Only the holder of the lock may call it. The folder named `spare` directly in this one is
+        left alone. On an object store nothing is visible: a lifecycle rule of the bucket removes
+        incomplete uploads. On any other store elsewhere they stay, as another run may be writing
+        them: there is no lock. Raises what `writer` raises.
         """
         if is_remote(self.path):
-            if self._scheme not in OBJECT_STORES:
-                self._sweep_elsewhere(spare)
             return
         for place, folders, files in os.walk(self.path):
             if place == self.path and spare in folders:
                 folders.remove(spare)
             for name in files:
-                if _is_temporary(name):
+                if _PART.fullmatch(name) or name == WRITE_TEST:
                     part = Path(place, name)
                     with _in_one_line(f"delete {part}"):
                         # orphaned workers of a killed driver may still rename it
                         part.unlink(missing_ok=True)
-
-    def _sweep_elsewhere(self, spare: str = "") -> None:
-        for info in with_retries(self._listed, self.path, UNLIMITED):
-            name = info.base_name
-            # what follows a "?" would be read as settings of the store; no folder of ours has one
-            if info.type == pafs.FileType.Directory and name != spare and "?" not in name:
-                (self / name)._sweep_elsewhere()
-            elif info.is_file and _is_temporary(name):
-                self.delete(name)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -358,9 +351,9 @@ class Folder:
         except BaseException as error:
             with contextlib.suppress(Exception):  # the first error is the one to report
                 fs.delete_file(part)
-            if isinstance(error, NotImplementedError):
-                raise _refused(self.shown, first_line(error)) from None
-            raise
+            if not any(isinstance(one, NotImplementedError) for one in (error, error.__cause__)):
+                raise
+            _send(fs, final, data)  # it moves nothing
 
     def write_bytes(self, name: str, data: bytes) -> None:
         with self.writer(name) as stream:
@@ -436,44 +429,46 @@ def _part_of(path: str) -> str:
     return f"{path}.{uuid.uuid4().hex[:8]}{PART_SUFFIX}"
 
 
-def _is_temporary(name: str) -> bool:
-    return name == WRITE_TEST or _PART.fullmatch(name) is not None
-
-
-def _refused(path: str, why: str) -> StorageError:
-    return StorageError(
-        f"{path} cannot be a folder of results: {why}; give a local path or an object store"
-    )
-
-
 def _send(fs: pafs.FileSystem, path: str, data: IO[bytes]) -> None:
-    """Write a whole file elsewhere, and prove that it has arrived. Raises OSError if it has not."""
+    """Write a whole file elsewhere. Raises OSError if it has not arrived."""
     size = data.seek(0, os.SEEK_END)
     data.seek(0)
     with fs.open_output_stream(path) as stream:
         shutil.copyfileobj(data, stream, STREAM_BUFFER_BYTES)
+    _check_size(fs, path, size)
+
+
+def _check_size(fs: pafs.FileSystem, path: str, size: int) -> None:
     seen = fs.get_file_info(path).size
     if seen != size:
-        with contextlib.suppress(Exception):  # restarts take what is there for whole
-            fs.delete_file(path)
-        raise OSError(
-            f"{path.rpartition('/')[2]}: {size} bytes were written, {seen or 0} are there"
-        )
+        name = path.rpartition("/")[2]
+        raise OSError(f"{name}: {size} bytes were written, {seen or 0} are there")
 
 
 def _put_in_place(fs: pafs.FileSystem, part: str, final: str) -> None:
-    """Move a temporary file elsewhere onto `final`. Raises OSError if it is there no more."""
-    failure = None
+    """Move a temporary file elsewhere onto `final`. Raises OSError if it is not there then.
+
+    Where a store replaces no file, the old one is moved aside, and back if the new one cannot come.
+    """
+    size = fs.get_file_info(part).size
     try:
         fs.move(part, final)
-    except OSError as error:
-        failure = error
-    if fs.get_file_info(part).is_file:  # this store replaces no file; webhdfs does not even say so
-        with contextlib.suppress(FileNotFoundError):
-            fs.delete_file(final)
-        fs.move(part, final)
-    elif failure:  # another run's sweep took it; as it may be a FileNotFoundError, it says another
-        raise OSError(f"{part.rpartition('/')[2]} was taken away") from failure
+    except OSError:
+        if not fs.get_file_info(final).is_file:
+            raise
+    if fs.get_file_info(part).is_file:  # webhdfs does not even say so
+        aside = f"{_part_of(final)}.old"
+        fs.move(final, aside)
+        try:
+            fs.move(part, final)
+            _check_size(fs, final, size)
+        except BaseException:
+            if not fs.get_file_info(final).is_file:
+                fs.move(aside, final)
+            raise
+        with contextlib.suppress(OSError):  # the new one is there
+            fs.delete_file(aside)
+    _check_size(fs, final, size)
 
 
 def json_bytes(value: Any) -> bytes:

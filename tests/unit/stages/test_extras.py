@@ -98,7 +98,7 @@ FOUND = st.lists(st.tuples(st.integers(0, 2), COSINES, st.sampled_from("abcdef")
 def test_captions_are_the_first_different_ones_of_all(
     parts: list[extras.Found], own: list[str], limit: int
 ):
-    """With equal cosines, with texts that are found again nearer or farther, and the own ones."""
+    """Cosines are equal at times; texts are found again, nearer or farther; some are own ones."""
     expected = []
     for pair, mine in enumerate(own):
         ranked = [each for part in parts for each in part if each[0] == pair]

@@ -295,7 +295,7 @@ def test_many_rows_and_queries_in_the_blocks_of_a_cpu():
 
 @pytest.mark.parametrize("name", ARITHMETICS)
 def test_threads_do_not_change_the_bytes(name):
-    """Neither PyTorch's nor those of NumPy's BLAS."""
+    """The threads are those of PyTorch and of NumPy's BLAS."""
     rng = np.random.default_rng(6)
     # BLAS rounds most values of a product of these odd sizes by the number of its threads
     queries, rows = (rng.standard_normal((n, 513)).astype(np.float32) for n in (203, 301))

@@ -246,23 +246,61 @@ def test_a_file_is_replaced_by_a_move(
     assert os.listdir(tmp_path / "run/deep") == ["x"]
 
 
+@pytest.mark.parametrize("error", [OSError("reset"), PermissionError("no"), TimeoutError()])
+@pytest.mark.parametrize("moves", [0, 1])
 def test_a_move_that_fails_leaves_what_was_there(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: OSError, moves: int
 ) -> None:
-    store = Disk()
-    use(monkeypatch, store, str(tmp_path))
+    """Neither the move onto the old file nor the one in its place succeeds, in any try."""
+    use(monkeypatch, Disk(), str(tmp_path))
     folder = Folder("sftp://host/run")
     folder.write_bytes("x", b"old")
+    move, done = Disk.mv, []
 
-    def taken(part: str, _: str) -> None:
-        os.unlink(part)  # by another run's sweep
-        raise FileNotFoundError(part)
+    def failing(self: Disk, old: str, new: str) -> None:
+        if old.endswith(".part"):
+            raise error
+        done.append(new)
+        if len(done) > moves and not old.endswith(".old"):
+            raise error
+        move(self, old, new)
 
-    monkeypatch.setattr(store, "mv", taken)
-    with pytest.raises(StorageError, match=r"x\.[0-9a-f]{8}\.part was taken away"):
-        folder.write_bytes("x", b"new")
+    monkeypatch.setattr(Disk, "mv", failing)
+    for name in ("x", "y"):
+        with pytest.raises((StorageError, PermissionError)):
+            folder.write_bytes(name, b"new")
+    assert len(done) > moves
+    assert os.listdir(tmp_path / "run") == ["x"]
     assert folder.read_bytes("x") == b"old"
-    monkeypatch.undo()
+
+
+def test_a_move_that_silently_loses_the_file_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use(monkeypatch, Disk(), str(tmp_path))
+    folder = Folder("webhdfs://host/run")
+    folder.write_bytes("x", b"old")
+    monkeypatch.setattr(Disk, "mv", lambda _self, old, _new: os.unlink(old))
+    for name in ("x", "y"):
+        with pytest.raises(StorageError, match=f"{name}: 10 bytes were written, [03] are there"):
+            folder.write_bytes(name, bytes(10))
+    assert folder.read_bytes("x") == b"old"
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, NotImplementedError("Move()")])
+def test_a_store_that_moves_nothing_is_written_in_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: type | Exception
+) -> None:
+    def refused(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Disk, "mv", refused)
+    use(monkeypatch, Disk(), str(tmp_path))
+    folder = Folder("unheard-of://host/run")
+    for data in (b"one", b"three"):
+        folder.write_bytes("x", data)
+        assert (tmp_path / "run/x").read_bytes() == data
+    assert os.listdir(tmp_path / "run") == ["x"]
 
 
 KILLED = """
@@ -291,15 +329,6 @@ def test_a_writer_that_is_killed_leaves_no_part_of_a_file(tmp_path: Path, name: 
     assert not (images / "new").exists()
     left = set(os.listdir(images)) - {"old"}
     assert [len((images / each).read_bytes()) for each in left] == [2**20]
-    for foreign in ("film.mkv.part", "what?a=b/x.0123abcd.part"):
-        (tmp_path / foreign).parent.mkdir(exist_ok=True)
-        (tmp_path / foreign).touch()
-    folder = Folder(f"local://{tmp_path}")
-    folder.sweep(spare="images")
-    assert left < set(os.listdir(images))
-    folder.sweep()
-    assert os.listdir(images) == ["old"]
-    assert sorted(os.listdir(tmp_path)) == ["film.mkv.part", "images", "what?a=b"]
 
 
 @pytest.mark.parametrize("uri", ["https://host/run", "http://host/run", "hf://datasets/o/n/run"])
