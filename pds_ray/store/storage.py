@@ -451,12 +451,14 @@ def _put_in_place(fs: pafs.FileSystem, part: str, final: str) -> None:
     Where a store replaces no file, the old one is moved aside, and back if the new one cannot come.
     """
     size = fs.get_file_info(part).size
+    failure = None
     try:
         fs.move(part, final)
-    except OSError:
-        if not fs.get_file_info(final).is_file:
-            raise
+    except OSError as error:
+        failure = error
     if fs.get_file_info(part).is_file:  # webhdfs does not even say so
+        if not fs.get_file_info(final).is_file:
+            raise failure or OSError(f"{final} was not moved to its place")
         aside = f"{_part_of(final)}.old"
         fs.move(final, aside)
         try:

@@ -274,6 +274,16 @@ def test_a_move_that_fails_leaves_what_was_there(
     assert folder.read_bytes("x") == b"old"
 
 
+def test_a_move_that_silently_does_nothing_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use(monkeypatch, Disk(), str(tmp_path))
+    monkeypatch.setattr(Disk, "mv", lambda *_: None)
+    with pytest.raises(StorageError, match="run/x was not moved to its place"):
+        Folder("webhdfs://host/run").write_bytes("x", b"new")
+    assert os.listdir(tmp_path / "run") == []
+
+
 def test_a_move_that_silently_loses_the_file_is_an_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
