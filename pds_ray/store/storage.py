@@ -456,21 +456,22 @@ def _put_in_place(fs: pafs.FileSystem, part: str, final: str) -> None:
         fs.move(part, final)
     except OSError as error:
         failure = error
-    if fs.get_file_info(part).is_file:  # webhdfs does not even say so
+    if not fs.get_file_info(part).is_file:
+        _check_size(fs, final, size)
+        return
+    if not fs.get_file_info(final).is_file:
+        raise failure or OSError(f"{final} was not moved to its place")
+    aside = f"{_part_of(final)}.old"  # it replaces no file; webhdfs does not even say so
+    fs.move(final, aside)
+    try:
+        fs.move(part, final)
+        _check_size(fs, final, size)
+    except BaseException:
         if not fs.get_file_info(final).is_file:
-            raise failure or OSError(f"{final} was not moved to its place")
-        aside = f"{_part_of(final)}.old"
-        fs.move(final, aside)
-        try:
-            fs.move(part, final)
-            _check_size(fs, final, size)
-        except BaseException:
-            if not fs.get_file_info(final).is_file:
-                fs.move(aside, final)
-            raise
-        with contextlib.suppress(OSError):  # the new one is there
-            fs.delete_file(aside)
-    _check_size(fs, final, size)
+            fs.move(aside, final)
+        raise
+    with contextlib.suppress(OSError):  # the new one is there
+        fs.delete_file(aside)
 
 
 def json_bytes(value: Any) -> bytes:
